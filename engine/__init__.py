@@ -1,0 +1,1 @@
+"""DraftSpeed: a training engine for EAGLE-3 draft models."""

@@ -1,0 +1,109 @@
+"""The nouns that travel between rooms: a packed batch, what the target says of it, what the draft makes of both."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Documents laid end to end; no position is padding.
+
+    input_ids_T: int64 [T], as tokenised, nothing shifted.
+    assistant_mask_T: bool [T], true where the token is the assistant's.
+    cu_seqlens: int32 [num_documents + 1], starts of documents and T at the end.
+    """
+
+    input_ids_T: torch.Tensor
+    assistant_mask_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids_T.shape[0]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each document, int32 [num_documents]."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def document_T(self) -> torch.Tensor:
+        """Index of the document a token belongs to, int64 [T]."""
+        return torch.repeat_interleave(self.lengths.long(), output_size=self.num_tokens)
+
+    @property
+    def position_T(self) -> torch.Tensor:
+        """Position of a token in its own document, int64 [T]."""
+        starts_T = torch.repeat_interleave(self.cu_seqlens[:-1].long(), self.lengths.long(), output_size=self.num_tokens)
+        return torch.arange(self.num_tokens, device=starts_T.device) - starts_T
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        return PackedBatch(
+            self.input_ids_T.to(device, non_blocking=True),
+            self.assistant_mask_T.to(device, non_blocking=True),
+            self.cu_seqlens.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What the draft needs of a target forward, and nothing else.
+
+    aux_TA: [T, 3D] outputs of the three auxiliary layers, concatenated in ascending layer order.
+    slots_N: int64 [N], ascending positions u whose target distribution is learned.
+    last_hidden_ND: [N, D] state after the target's final norm at the slots.
+    argmax_N: int32 [N], most likely token over the full vocabulary.
+    lse_N: fp32 [N], log-sum-exp of the target's logits (after soft-cap, scale and temperature) over the full vocabulary.
+    """
+
+    aux_TA: torch.Tensor
+    slots_N: torch.Tensor
+    last_hidden_ND: torch.Tensor
+    argmax_N: torch.Tensor
+    lse_N: torch.Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """All that one draft step reads: documents, the target's view of them, and their token embeddings.
+
+    embed_TD: [T, D], rows of the target's embedding, in the target's width.
+    """
+
+    batch: PackedBatch
+    target: TargetOutput
+    embed_TD: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LossNorms:
+    """What a micro-batch's losses are divided by, fixed before its backward pass.
+
+    slots: fp32 scalar, divisor of the cross-entropy.
+    loss_rows_S: fp32 [S], divisor of LK means, rows with loss at each step.
+    acceptance_S: fp32 [S], mean acceptance rate that weighs `lk_lambda`; None takes the micro-batch's own.
+    """
+
+    slots: torch.Tensor
+    loss_rows_S: torch.Tensor
+    acceptance_S: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DraftOutput:
+    """One training-time test of a micro-batch, one entry a TTT step.
+
+    loss_S: fp32 [S], normalised loss in nats, before step weights; differentiable.
+    num_loss_rows_S, num_allowed_rows_S: int64 [S], rows with loss, and rows the mask allows.
+    num_correct_S: int64 [S], mask-allowed rows whose draft argmax is the target's.
+    accepted_S: fp32 [S], sum over mask-allowed rows of sum_v min(p_full, q).
+    accepted_loss_rows_S: fp32 [S], the same over rows with loss.
+    """
+
+    loss_S: torch.Tensor
+    num_loss_rows_S: torch.Tensor
+    num_allowed_rows_S: torch.Tensor
+    num_correct_S: torch.Tensor
+    accepted_S: torch.Tensor
+    accepted_loss_rows_S: torch.Tensor

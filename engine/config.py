@@ -1,0 +1,325 @@
+"""What a recipe can say: one frozen dataclass a section, and the one home of every default.
+
+The defaults describe the embedded job: a small target and a corpus that need no network. Recipes override them.
+What DeepSpeed's JSON owns (batch sizes, optimizer, schedule, precision, clipping, ZeRO, monitors) has no key here.
+"""
+
+import dataclasses
+import os
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.ds_keys import DS_HOMES
+from engine.strict import ConfigError, as_yaml, bounded, checked, dump_yaml, parse_yaml, read_text, type_name, unknown_key
+
+EMBEDDED = "embedded"
+COMMAND_LINE = "command line"
+
+
+def option(default: Any, text: str, *, unit: str = "", at_least: float | None = None, at_most: float | None = None) -> Any:
+    """A field of a section: its default, one line of help, its unit and its bounds."""
+    metadata = {"text": text, "unit": unit, "at_least": at_least, "at_most": at_most}
+    if isinstance(default, list | dict):
+        raise TypeError("defaults are immutable: use a tuple")
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class TargetSection:
+    """The frozen large model that the draft learns from."""
+
+    path: str = option(EMBEDDED, "Hugging Face folder or hub id of the target; 'embedded' is the model shipped with DraftSpeed")
+    revision: str | None = option(None, "hub revision of the target; null = its default branch")
+    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "precision the target runs in")
+    aux_layers: tuple[int, ...] | None = option(
+        None, "three 0-based layers whose outputs feed the draft; null = 1, L//2-1, L-4", unit="layers"
+    )
+    trust_remote_code: bool = option(False, "run Python code that the checkpoint ships")
+
+    def __post_init__(self):
+        layers = self.aux_layers
+        if layers is not None and (len(layers) != 3 or list(layers) != sorted(set(layers)) or layers[0] < 0):
+            problem = "expected three distinct 0-based layers in ascending order, the order in which SGLang captures them"
+            raise ConfigError(problem, key="target.aux_layers", value=layers)
+        if self.revision is not None and self.path == EMBEDDED:
+            problem = "the embedded target has no revisions; set target.path to a hub id, or leave target.revision null"
+            raise ConfigError(problem, key="target.revision", value=self.revision)
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Conversations, and how they become packed batches."""
+
+    train: tuple[str, ...] = option((EMBEDDED,), "JSONL conversation files to train on; 'embedded' is CPython's documentation")
+    held_out: tuple[str, ...] = option((EMBEDDED,), "JSONL conversation files for evaluation; never trained on")
+    max_tokens: int = option(1024, "length documents are packed to", unit="tokens", at_least=8)
+    long_documents: Literal["cut", "split"] = option(
+        "cut", "a document above max_tokens: 'cut' it at its last whole turn, or 'split' it into several at turns"
+    )
+    template_kwargs: dict[str, Any] | None = option(None, "extra arguments of the chat template, e.g. {enable_thinking: false}")
+    max_bad_share: float = option(0.05, "share of unusable samples above which the run stops", at_least=0.0, at_most=1.0)
+
+    def __post_init__(self):
+        if not self.train:
+            raise ConfigError("nothing to train on; name at least one file", key="data.train", value=self.train)
+        trained_on = {os.path.realpath(path) for path in self.train if path != EMBEDDED}
+        for path in self.held_out:
+            if os.path.realpath(path) in trained_on:
+                problem = f"'{path}' is also in data.train; hold out a file that is never trained on"
+                raise ConfigError(problem, key="data.held_out", value=self.held_out)
+
+
+DRAFT_SHAPES = ("num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+
+
+def divisors(number: int) -> list[int]:
+    """Every whole number that divides this one, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+@dataclass(frozen=True)
+class DraftSection:
+    """The trained EAGLE-3 model; every shape left null follows the target."""
+
+    config: str | None = option(None, "draft config.json that fixes every shape; null = derived from the target's config")
+    vocab_size: int = option(2048, "draft vocabulary U: the most frequent assistant tokens", unit="tokens", at_least=1)
+    num_layers: int = option(1, "decoder layers", unit="layers", at_least=1)
+    hidden_size: int | None = option(None, "hidden size D; null = the target's", unit="features", at_least=1)
+    intermediate_size: int | None = option(None, "MLP width F; null = the target's dense width", unit="features", at_least=1)
+    num_attention_heads: int | None = option(None, "query heads H; null = the target's", unit="heads", at_least=1)
+    num_key_value_heads: int | None = option(None, "key/value heads G; null = the target's", unit="heads", at_least=1)
+    fc_norm: bool = option(False, "EAGLE-3.1: an RMSNorm on each auxiliary hidden state before fc")
+    norm_output: bool = option(False, "EAGLE-3.1: feed the normed output, not the pre-norm one, to the next step")
+    train_embedding_projection: bool = option(False, "train the embedding projection of a draft narrower than its target")
+    init_head: Literal["target", "random"] = option("target", "start lm_head from the target's mapped rows, or at random")
+
+    def __post_init__(self):
+        shapes = {name: getattr(self, name) for name in DRAFT_SHAPES}
+        for name, value in shapes.items():
+            if self.config is not None and value != getattr(type(self), name):
+                problem = f"draft.config = {self.config} fixes every shape; delete one of the two"
+                raise ConfigError(problem, key=f"draft.{name}", value=value)
+        if self.train_embedding_projection and self.config is None and self.hidden_size is None:
+            problem = "there is no projection when the draft is as wide as its target; set draft.hidden_size or delete this"
+            raise ConfigError(problem, key="draft.train_embedding_projection", value=True)
+        queries, keys = self.num_attention_heads, self.num_key_value_heads
+        if queries is not None and keys is not None and queries % keys:
+            problem = f"does not divide draft.num_attention_heads = {queries}; use one of {divisors(queries)}"
+            raise ConfigError(problem, key="draft.num_key_value_heads", value=keys)
+
+
+@dataclass(frozen=True)
+class TttSection:
+    """Training-time test: the draft unrolled on its own outputs."""
+
+    steps: int = option(7, "steps S each position is unrolled", unit="steps", at_least=1)
+    mask_alignment: Literal["inference", "specforge"] = option(
+        "inference", "rows that carry loss: those that occur when serving, or SpecForge's rule"
+    )
+
+
+@dataclass(frozen=True)
+class LossSection:
+    """Cross-entropy against the target over the draft vocabulary, or an acceptance-rate (LK) loss."""
+
+    kind: Literal["kl", "lk_alpha", "lk_lambda"] = option(
+        "kl", "cross-entropy, -log acceptance rate, or a mix of both weighted by the acceptance rate"
+    )
+    normaliser: Literal["slots", "positions"] = option(
+        "slots", "divide by slots of the global batch, or by micro-batch positions"
+    )
+    step_decay: float = option(0.8, "weight of step i is step_decay**i", at_least=0.0)
+    step_weights: tuple[float, ...] | None = option(None, "explicit weights, one a TTT step; replaces step_decay")
+    temperature: float = option(1.0, "softens (above 1) or sharpens (below 1) the target's distribution", at_least=1e-3)
+    lk_kl_scale: float = option(1.0, "lk_lambda: weight of the KL part at acceptance rate 0", at_least=0.0)
+    lk_kl_decay: float = option(1.0, "lk_lambda: how fast that weight falls with the acceptance rate", at_least=0.0)
+
+    def __post_init__(self):
+        weights = self.step_weights
+        if weights is not None and (min(weights, default=0.0) < 0 or not any(weights)):
+            problem = "expected weights of at least 0, one of them above 0"
+            raise ConfigError(problem, key="loss.step_weights", value=weights)
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """Processes and their patience."""
+
+    timeout_s: int = option(1800, "seconds after which a stuck collective ends the job", unit="s", at_least=1)
+    cpu_threads: int = option(0, "compute threads a rank on CPU; 0 = cores shared evenly by the local ranks", at_least=0)
+
+
+@dataclass(frozen=True)
+class OverlapSection:
+    """How far the target runs ahead of the draft."""
+
+    run_ahead: int = option(
+        0, "batches the target forward runs ahead of the draft step; 0 = one after the other", unit="batches", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """DeepSpeed checkpoints, for resuming."""
+
+    every_steps: int = option(0, "optimizer steps between checkpoints; 0 = none", unit="steps", at_least=0)
+    resume: bool = option(False, "continue from the newest checkpoint of output_dir")
+    keep: int = option(2, "newest checkpoints kept; older ones are deleted", at_least=1)
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """Real speculative decoding on held-out prompts, before and after training."""
+
+    num_prompts: int = option(24, "held-out prompts decoded; 0 = no evaluation", unit="prompts", at_least=0)
+    max_new_tokens: int = option(64, "tokens generated per prompt", unit="tokens", at_least=1)
+    draft_tokens: int = option(5, "tokens the draft proposes per target forward", unit="tokens", at_least=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    target: TargetSection = field(default_factory=TargetSection)
+    data: DataSection = field(default_factory=DataSection)
+    draft: DraftSection = field(default_factory=DraftSection)
+    ttt: TttSection = field(default_factory=TttSection)
+    loss: LossSection = field(default_factory=LossSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    overlap: OverlapSection = field(default_factory=OverlapSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    output_dir: str = option("outputs/run", "folder for the draft, checkpoints, metrics and the resolved configuration")
+    seed: int = option(0, "seed of shuffling and initialisation", at_least=0)
+    epochs: int = option(1, "passes over the data", unit="epochs", at_least=1)
+    max_steps: int | None = option(None, "optimizer steps after which training ends; null = what the epochs hold", at_least=1)
+    log_every_steps: int = option(1, "optimizer steps between lines of metrics.jsonl", unit="steps", at_least=1)
+
+    def __post_init__(self):
+        weights = self.loss.step_weights
+        if weights is not None and len(weights) != self.ttt.steps:
+            problem = f"has {len(weights)} weights for ttt.steps = {self.ttt.steps}; give one weight a step"
+            raise ConfigError(problem, key="loss.step_weights", value=weights)
+        if self.evaluation.num_prompts and not self.data.held_out:
+            problem = (
+                f"evaluation.num_prompts = {self.evaluation.num_prompts} needs held-out prompts; name a file or set it to 0"
+            )
+            raise ConfigError(problem, key="data.held_out", value=self.data.held_out)
+
+
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+
+
+def options() -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every option as (dotted key, field): those of the sections, then those at the top."""
+    for section, kind in SECTIONS.items():
+        yield from ((f"{section}.{f.name}", f) for f in dataclasses.fields(kind))
+    yield from ((f.name, f) for f in dataclasses.fields(Config) if f.name not in SECTIONS)
+
+
+OPTIONS = dict(options())
+RECIPE_KEYS = (*SECTIONS, *OPTIONS)
+
+
+def kind_of(field_: dataclasses.Field) -> Any:
+    """An option's type with its bounds."""
+    return bounded(field_.type, field_.metadata["at_least"], field_.metadata["at_most"])
+
+
+def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, a YAML recipe over them, and dotted overrides ('ttt.steps=5') over both.
+
+    Raises ConfigError, naming file, key, value and the nearest valid key, for anything unknown, mistyped or contradictory.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str | Path] = {}
+    if recipe is not None:
+        values.update(_read_mapping(parse_yaml(read_text(recipe), recipe), recipe))
+        sources.update(dict.fromkeys(values, recipe))
+    for override in overrides:
+        key, value = _read_override(override)
+        if sources.get(key) == COMMAND_LINE:
+            raise ConfigError("given twice", key=key, value=value, source=COMMAND_LINE)
+        values[key], sources[key] = value, COMMAND_LINE
+    try:
+        return _assemble(values)
+    except ConfigError as error:
+        error.source = sources.get(error.key, "")
+        raise
+
+
+def _assemble(values: dict[str, Any]) -> Config:
+    arguments = {key: value for key, value in values.items() if "." not in key}
+    for section, kind in SECTIONS.items():
+        own = {key.removeprefix(f"{section}."): value for key, value in values.items() if key.startswith(f"{section}.")}
+        arguments[section] = kind(**own)
+    return Config(**arguments)
+
+
+def _read_mapping(mapping: Any, source: str | Path) -> Iterator[tuple[str, Any]]:
+    """The options of a recipe as (dotted key, value); a section may be empty."""
+    if mapping is None:
+        return
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"expected sections and options, got {type_name(type(mapping))}", source=source)
+    for key, value in mapping.items():
+        if key not in SECTIONS:
+            yield _read_option(str(key), value, source)
+        elif isinstance(value, dict):
+            yield from (_read_option(f"{key}.{name}", inner, source) for name, inner in value.items())
+        elif value is not None:
+            raise ConfigError("is a section; give it options, each on its own line", key=key, value=value, source=source)
+
+
+def _read_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"'{override}' is no override; expected section.key=value", source=COMMAND_LINE)
+    if key in SECTIONS:
+        raise ConfigError(f"is a section; set one of its options, {key}.name=value", key=key, source=COMMAND_LINE)
+    return _read_option(key, parse_yaml(text, f"{COMMAND_LINE}: {key}"), COMMAND_LINE)
+
+
+def _read_option(key: str, value: Any, source: str | Path) -> tuple[str, Any]:
+    if key not in OPTIONS:
+        raise unknown_key(key, value, RECIPE_KEYS, _home_in_deepspeed, source)
+    kind = kind_of(OPTIONS[key])
+    if kind == tuple[str, ...] and isinstance(value, str):
+        value = [value]
+    return key, checked(value, kind, key=key, source=source)
+
+
+def _home_in_deepspeed(key: str) -> str | None:
+    for name in (key, key.rpartition(".")[2], key.partition(".")[0]):
+        if name in DS_HOMES and name not in SECTIONS:
+            return f"belongs to DeepSpeed; set {DS_HOMES[name]} in the --ds_config file"
+    return None
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as a YAML recipe that load_config reads back to an equal Config."""
+
+    def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}
+
+    return dump_yaml(dataclasses.asdict(config, dict_factory=plain), width=120)
+
+
+def describe_options() -> str:
+    """Every option with type, default and unit, and its line of help below, grouped by section; for --help."""
+    columns = {key: (key, type_name(kind_of(f)), as_yaml(f.default), f.metadata["unit"]) for key, f in OPTIONS.items()}
+    key_width, type_width, default_width = (max(len(row[i]) for row in columns.values()) for i in range(3))
+    titles = {section: f"{section}: {kind.__doc__}" for section, kind in SECTIONS.items()}
+    lines: list[str] = []
+    group = None
+    for key, (_, kind, default, unit) in columns.items():
+        section = key.rpartition(".")[0]
+        if section != group:
+            lines += ["", titles.get(section, "At the top:")]
+            group = section
+        lines.append(f"  {key:{key_width}}  {kind:{type_width}}  {default:{default_width}}  {unit}".rstrip())
+        lines += textwrap.wrap(OPTIONS[key].metadata["text"], width=110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines[1:]) + "\n"

@@ -1,0 +1,1 @@
+"""Conversations in, packed batches out: rendering with the assistant's mask, cutting, packing, sharding by rank."""

@@ -1,0 +1,181 @@
+"""English conversations taken from the running CPython: the corpus of the embedded default.
+
+Two sources, both shipped with every CPython: `pydoc_data.topics` (the language reference as plain text) and the docstrings of
+the standard library. Python modules are parsed, never imported; built-in modules, which cannot do anything on import, are
+inspected. The result depends on the CPython version alone: same interpreter, same conversations, in the same order.
+"""
+
+import ast
+import hashlib
+import importlib
+import inspect
+import json
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HELD_OUT_SHARE = 0.05
+MAX_TURN_CHARS = 700
+MAX_TURNS = 12
+MAX_SIGNATURE_CHARS = 72
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "ensurepip"}
+QUESTIONS = {
+    "function": ("What does {name} do?", "Explain {name}.", "What is {name} for?", "How does {name} work?"),
+    "class": ("What is {name}?", "What does the class {name} represent?", "Explain the class {name}."),
+    "module": ("What is the module {name} for?", "Introduce the module {name}."),
+    "topic": ("Explain this topic of the Python language: {name}.", "What should I know about {name} in Python?"),
+}
+
+
+class DocEntry(NamedTuple):
+    """One documented thing: its kind (a key of `QUESTIONS`), dotted name, signature ("" if none) and text."""
+
+    kind: str
+    name: str
+    signature: str
+    text: str
+
+
+def cpython_conversations() -> Iterator[dict[str, Any]]:
+    """Conversations (DESIGN format: id, conversations) sorted by id; no two share an answer."""
+    seen: set[str] = set()
+    for entry in sorted(_entries()):
+        turns = _answer_turns(entry.text)
+        if not turns or _key(turns[0]) in seen:
+            continue
+        seen.add(_key(turns[0]))
+        yield {"id": f"{entry.kind}:{entry.name}", "conversations": _messages(entry, turns)}
+
+
+def write_corpus(folder: Path) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `held_out.jsonl` into `folder`; both paths are returned.
+
+    The side is drawn from a hash of the answer's first sentence, so answers that open alike never lie on both sides.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "train.jsonl", folder / "held_out.jsonl"
+    partial = [path.with_suffix(".partial") for path in paths]
+    with partial[0].open("w", encoding="utf-8") as train, partial[1].open("w", encoding="utf-8") as held_out:
+        for conversation in cpython_conversations():
+            side = held_out if is_held_out(conversation["conversations"][1]["content"]) else train
+            side.write(json.dumps(conversation, ensure_ascii=False) + "\n")
+    for source, path in zip(partial, paths, strict=True):
+        source.replace(path)
+    return paths
+
+
+def is_held_out(answer: str) -> bool:
+    """Whether an answer belongs to the held-out side: a draw by hash of its first sentence."""
+    first_sentence = re.split(r"(?<=[.!?:])\s", answer, maxsplit=1)[0]
+    draw = int.from_bytes(hashlib.sha256(_key(first_sentence).encode()).digest()[:8], "big")
+    return draw < HELD_OUT_SHARE * 2**64
+
+
+def _key(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()
+
+
+def _entries() -> Iterator[DocEntry]:
+    yield from _topic_entries()
+    yield from _source_entries(Path(sysconfig.get_path("stdlib")))
+    yield from _builtin_entries()
+
+
+def _topic_entries() -> Iterator[DocEntry]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ValueError("this Python has no pydoc_data.topics; install your system's full python3 package") from error
+    for label, text in topics.items():
+        title, _, body = text.partition("\n")
+        yield DocEntry("topic", title.strip() or label, "", body.lstrip("*=-~\n"))
+
+
+def _source_entries(stdlib: Path) -> Iterator[DocEntry]:
+    for path in stdlib.rglob("*.py"):
+        parts = path.relative_to(stdlib).with_suffix("").parts
+        if SKIPPED_FOLDERS.intersection(parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # deliberately broken fixtures and templates live in the standard library
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts).replace("posixpath", "os.path")
+        yield from _documented_nodes(tree, module)
+
+
+def _documented_nodes(node: ast.AST, name: str) -> Iterator[DocEntry]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        text = ast.get_docstring(node)
+        if text:
+            is_function = not isinstance(node, ast.Module | ast.ClassDef)
+            kind = "function" if is_function else type(node).__name__.removesuffix("Def").lower()
+            yield DocEntry(kind, name, ast.unparse(node.args) if is_function else "", text)
+    for child in ast.iter_child_nodes(node):
+        yield from _documented_nodes(child, f"{name}.{child.name}" if hasattr(child, "name") else name)
+
+
+def _builtin_entries() -> Iterator[DocEntry]:
+    for module_name in sys.builtin_module_names:
+        module = importlib.import_module(module_name)
+        for attribute, value in vars(module).items():
+            yield from _runtime_entries(value, f"{module_name}.{attribute}".removeprefix("builtins."))
+
+
+def _runtime_entries(value: Any, name: str) -> Iterator[DocEntry]:
+    if inspect.isclass(value):
+        if inspect.getdoc(value):
+            yield DocEntry("class", name, "", inspect.getdoc(value))
+        for attribute, member in vars(value).items():
+            if inspect.isroutine(member):
+                yield from _runtime_entries(member, f"{name}.{attribute}")
+    elif inspect.isroutine(value) and isinstance(value.__doc__, str):
+        signature = (getattr(value, "__text_signature__", None) or "()").strip("()").replace("$", "")
+        yield DocEntry("function", name, signature, inspect.cleandoc(value.__doc__))
+
+
+def _answer_turns(text: str) -> list[str]:
+    """Prose paragraphs of `text`, reflowed and grouped into turns of at most about `MAX_TURN_CHARS` characters."""
+    turns: list[str] = []
+    for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+        paragraph = " ".join(block.split())
+        if not _is_prose(block, paragraph):
+            continue
+        for piece in _pieces(paragraph):
+            if turns and len(turns[-1]) + len(piece) < MAX_TURN_CHARS:
+                turns[-1] += "\n\n" + piece
+            else:
+                turns.append(piece)
+    return turns[:MAX_TURNS]
+
+
+def _is_prose(block: str, paragraph: str) -> bool:
+    letters = sum(character.isalpha() or character == " " for character in paragraph)
+    is_code = ">>>" in block or block.startswith(("    ", "\t")) or "::=" in block
+    return not is_code and len(paragraph) >= 16 and letters >= 0.8 * len(paragraph) and paragraph.isascii()
+
+
+def _pieces(paragraph: str) -> Iterator[str]:
+    """Cut a paragraph longer than a turn at the ends of sentences."""
+    piece = ""
+    for sentence in re.split(r"(?<=[.!?])\s", paragraph):
+        if piece and len(piece) + len(sentence) > MAX_TURN_CHARS:
+            yield piece
+            piece = ""
+        piece = f"{piece} {sentence}".strip()
+    yield piece[: 2 * MAX_TURN_CHARS]
+
+
+def _messages(entry: DocEntry, turns: list[str]) -> list[dict[str, str]]:
+    signature = f"({entry.signature})" if entry.kind == "function" else ""
+    name = entry.name + (signature if len(signature) <= MAX_SIGNATURE_CHARS else "")
+    questions = QUESTIONS[entry.kind]
+    question = questions[hashlib.sha256(entry.name.encode()).digest()[0] % len(questions)].format(name=name)
+    messages = []
+    for index, turn in enumerate(turns):
+        messages.append({"role": "user", "content": question if index == 0 else "Go on."})
+        messages.append({"role": "assistant", "content": turn})
+    return messages

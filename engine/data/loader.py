@@ -1,0 +1,128 @@
+"""The stream of packs, shared out over ranks, optimizer step by optimizer step."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from engine.batch import PackedBatch
+from engine.data.chat import Document
+from engine.data.packing import collate, pack
+
+
+class PackedLoader:
+    """One rank's micro-batches, grouped by optimizer step.
+
+    Each epoch is shuffled by (seed, epoch) and packed; the epochs follow each other as one stream of packs. A step takes
+    world_size * packs_per_batch * accumulation_steps packs of it. The last step is filled up with silent packs, which carry
+    no loss, so that every rank issues the same collectives; nothing is dropped or repeated.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        *,
+        max_tokens: int,
+        packs_per_batch: int,
+        rank: int,
+        world_size: int,
+        accumulation_steps: int,
+        seed: int,
+        epochs: int,
+    ):
+        """max_tokens: of a pack; packs_per_batch: packs in a rank's micro-batch. Raises ValueError without documents."""
+        if not documents:
+            raise ValueError("nothing to load: there are no documents")
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        self._documents = documents
+        self._lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        self._max_tokens = max_tokens
+        self._packs_per_batch = packs_per_batch
+        self._rank = rank
+        self._world_size = world_size
+        self._accumulation_steps = accumulation_steps
+        self._seed = seed
+        self._epochs = epochs
+        self._packed: tuple[int, list[list[int]]] = (-1, [])
+        self._first_pack = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps that all epochs hold."""
+        return -(-self._epoch_ends[-1] // self._packs_per_step)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Where iteration starts: the packs consumed before it, and what the stream of packs depends on."""
+        return self._state_at(self._first_pack)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Start where `state` was yielded. Raises ValueError if it was saved with other data or settings."""
+        saved, current = state["stream"], self._stream
+        changes = [f"{key} was {saved.get(key)}, now {current[key]}" for key in current if saved.get(key) != current[key]]
+        if changes:
+            raise ValueError(
+                "the data position was saved for another stream of batches: "
+                + "; ".join(changes)
+                + ". Restore these settings, or start a new run in another output_dir"
+            )
+        self._first_pack = state["packs"]
+
+    def __iter__(self) -> Iterator[tuple[list[PackedBatch], dict[str, Any]]]:
+        """One item an optimizer step: this rank's micro-batches, and the state that continues after them."""
+        num_packs = self._epoch_ends[-1]
+        for first in range(self._first_pack, num_packs, self._packs_per_step):
+            batches = [self._micro_batch(first, index) for index in range(self._accumulation_steps)]
+            yield batches, self._state_at(min(first + self._packs_per_step, num_packs))
+
+    @property
+    def _packs_per_step(self) -> int:
+        return self._world_size * self._packs_per_batch * self._accumulation_steps
+
+    @cached_property
+    def _stream(self) -> dict[str, int]:
+        return {
+            "num_documents": len(self._lengths),
+            "num_tokens": int(self._lengths.sum()),
+            "lengths_checksum": zlib.crc32(self._lengths.tobytes()),
+            "max_tokens": self._max_tokens,
+            "packs_per_batch": self._packs_per_batch,
+            "world_size": self._world_size,
+            "accumulation_steps": self._accumulation_steps,
+            "seed": self._seed,
+        }
+
+    def _state_at(self, num_packs: int) -> dict[str, Any]:
+        return {"packs": num_packs, "stream": self._stream}
+
+    def _micro_batch(self, first: int, index: int) -> PackedBatch:
+        begin = first + (index * self._world_size + self._rank) * self._packs_per_batch
+        return collate([document for offset in range(self._packs_per_batch) for document in self._pack(begin + offset)])
+
+    def _pack(self, index: int) -> list[Document]:
+        """The documents of pack `index` of the whole stream; past its end, a silent one."""
+        if index >= self._epoch_ends[-1]:
+            return [self._silent_document]
+        epoch = int(np.searchsorted(self._epoch_ends, index, side="right"))
+        before = self._epoch_ends[epoch - 1] if epoch else 0
+        return [self._documents[document] for document in self._packs_of(epoch)[index - before]]
+
+    def _packs_of(self, epoch: int) -> list[list[int]]:
+        if self._packed[0] != epoch:
+            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._lengths))
+            self._packed = epoch, pack(self._lengths, self._max_tokens, order)
+        return self._packed[1]
+
+    @cached_property
+    def _epoch_ends(self) -> list[int]:
+        """Packs in the stream up to the end of each epoch."""
+        return list(accumulate(len(self._packs_of(epoch)) for epoch in range(self._epochs)))
+
+    @cached_property
+    def _silent_document(self) -> Document:
+        shortest = self._documents[int(self._lengths.argmin())]
+        return replace(shortest, assistant_mask=np.zeros_like(shortest.assistant_mask))

@@ -1,0 +1,111 @@
+"""The folder a server loads: `model.safetensors` and `config.json` of SGLang's `LlamaForCausalLMEagle3`, and the way back.
+
+A server ignores misnamed tensors in silence and keeps random weights, so names, shapes and the vocabulary tables are checked here,
+before anything is written.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from engine.models.draft_config import DraftConfig
+from engine.models.eagle3 import Eagle3Draft, ServedDraft
+from engine.models.vocab_map import VocabMap
+
+WEIGHTS, CONFIG, VOCAB = "model.safetensors", "config.json", "vocab_map.safetensors"
+PROJECTION = "embed_projection.weight"
+
+
+def export_draft(
+    folder: Path,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    config: DraftConfig,
+    vocab_map: VocabMap,
+    embed_weight_VD: torch.Tensor,
+) -> None:
+    """Write the draft as a server loads it; the folder appears whole or not at all, and the same draft gives the same bytes.
+
+    weights: the draft's own names and tensors. embed_weight_VD: the target's embedding; shipped, projected to the draft's width,
+    only where the two differ. Raises ValueError if a tensor is missing, unknown, misshapen or not finite.
+    """
+    dtype = getattr(torch, config.dtype)
+    tensors = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights}
+    _check_tensors(tensors, config)
+    projection_DD = tensors.pop(PROJECTION, None)
+    if projection_DD is not None:
+        tensors["embed_tokens.weight"] = (embed_weight_VD.cpu().float() @ projection_DD.float().T).to(dtype).contiguous()
+    tensors |= {"d2t": vocab_map.d2t.cpu().contiguous(), "t2d": vocab_map.in_draft_V.cpu().contiguous()}
+    _check_vocabulary(tensors, config)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(dict(sorted(tensors.items())), partial / WEIGHTS, metadata={"format": "pt"})
+    (partial / CONFIG).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def load_draft(
+    folder: Path, *, embed_weight_VD: torch.Tensor | None, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> ServedDraft:
+    """Load an exported folder as a server does. embed_weight_VD: the target's embedding, used where the draft ships none.
+
+    dtype: None keeps the checkpoint's. Raises ValueError if a file or tensor is missing, unknown or misshapen.
+    """
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not an exported draft: it has no {name}; export one with launcher/export_draft.py")
+    config = DraftConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    _check_vocabulary(tensors, config)
+    vocab_map = VocabMap.from_tables(tensors.pop("d2t"), tensors.pop("t2d"))
+    embed = tensors.pop("embed_tokens.weight", embed_weight_VD)
+    if embed is None:
+        raise ValueError(f"{folder} ships no embedding: it shares its target's, so name the target")
+    model = Eagle3Draft(config)
+    model.embed_projection = None
+    _check_names(tensors, dict(model.state_dict()))
+    model.load_state_dict(tensors)
+    dtype = dtype or getattr(torch, config.dtype)
+    return ServedDraft(model.to(device, dtype).eval().requires_grad_(False), vocab_map.to(device), embed.to(device, dtype))
+
+
+def save_vocab_map(vocab_map: VocabMap, path: Path) -> None:
+    save_file({"d2t": vocab_map.d2t.contiguous(), "t2d": vocab_map.in_draft_V.contiguous()}, path)
+
+
+def load_vocab_map(path: Path) -> VocabMap:
+    with safe_open(path, "pt") as file:
+        return VocabMap.from_tables(file.get_tensor("d2t"), file.get_tensor("t2d"))
+
+
+def _check_tensors(tensors: dict[str, torch.Tensor], config: DraftConfig) -> None:
+    with torch.device("meta"):
+        expected = Eagle3Draft(config).state_dict()
+    _check_names(tensors, expected)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite; lower the learning rate and train again")
+
+
+def _check_names(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(f"the draft's tensors do not match its config: missing {missing}, unknown {unknown}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, its config asks for {list(expected[name].shape)}")
+
+
+def _check_vocabulary(tensors: dict[str, torch.Tensor], config: DraftConfig) -> None:
+    for name, size in (("d2t", config.draft_vocab_size), ("t2d", config.vocab_size)):
+        if name not in tensors or tensors[name].numel() != size:
+            raise ValueError(f"{name} must have {size} entries, as the config's vocabulary has")
+    VocabMap.from_tables(tensors["d2t"], tensors["t2d"])

@@ -1,0 +1,95 @@
+"""Each hot operation in plain PyTorch: the executable specification, and the path taken on CPU.
+
+Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, E head dim, A extra keys, U draft vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+def ancestor_attention(
+    query_QHE: torch.Tensor,
+    query_index_Q: torch.Tensor,
+    key_TGE: torch.Tensor,
+    value_TGE: torch.Tensor,
+    extra_keys: list[torch.Tensor],
+    extra_values: list[torch.Tensor],
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of every row to a causal prefix of its own document and to its own ancestors, in one softmax.
+
+    Row `r` sees keys `s <= query_index_Q[r]` of the document that holds `query_index_Q[r]`, and `extra_keys[a][r]` for all `a`.
+    query_index_Q: int64 [Q], ascending. key_TGE, value_TGE: [T, G, E] with H a multiple of G.
+    extra_keys, extra_values: A tensors [Q, G, E]. cu_seqlens: int [num_documents + 1]. Returns [Q, H, E]; scale E**-0.5.
+    Source: EAGLE-3 (arXiv:2503.01840), section 3, training-time test.
+    """
+    bounds_Q = torch.searchsorted(query_index_Q, cu_seqlens.long()).tolist()
+    starts = cu_seqlens.tolist()
+    outputs = []
+    for document in range(len(starts) - 1):
+        rows = slice(bounds_Q[document], bounds_Q[document + 1])
+        if rows.start == rows.stop:
+            continue
+        first_key = starts[document]
+        last_key = starts[document + 1]
+        outputs.append(
+            _attend(
+                query_QHE[rows],
+                query_index_Q[rows] - first_key,
+                key_TGE[first_key:last_key],
+                value_TGE[first_key:last_key],
+                [key[rows] for key in extra_keys],
+                [value[rows] for value in extra_values],
+            )
+        )
+    return torch.cat(outputs) if outputs else torch.zeros_like(query_QHE)
+
+
+def _attend(query_QHE, index_Q, key_TGE, value_TGE, extra_keys, extra_values):  # one document
+    num_rows, num_heads, head_dim = query_QHE.shape
+    num_keys, num_groups, _ = key_TGE.shape
+    query_GQRE = (query_QHE * head_dim**-0.5).view(num_rows, num_groups, num_heads // num_groups, head_dim).transpose(0, 1)
+    scores = torch.einsum("gqre,tge->gqrt", query_GQRE, key_TGE).float()
+    future_QT = torch.arange(num_keys, device=index_Q.device) > index_Q[:, None]
+    scores = scores.masked_fill(future_QT[None, :, None, :], float("-inf"))
+    if extra_keys:
+        key_QAGE = torch.stack(extra_keys, 1)
+        scores = torch.cat((scores, torch.einsum("gqre,qage->gqra", query_GQRE, key_QAGE).float()), -1)
+    weights = scores.softmax(-1).to(value_TGE.dtype)
+    output_GQRE = torch.einsum("gqrt,tge->gqre", weights[..., :num_keys], value_TGE)
+    if extra_keys:
+        value_QAGE = torch.stack(extra_values, 1)
+        output_GQRE = output_GQRE + torch.einsum("gqra,qage->gqre", weights[..., num_keys:], value_QAGE)
+    return output_GQRE.transpose(0, 1).reshape(num_rows, num_heads, head_dim)
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """What a row's draft distribution is worth, one entry a row.
+
+    cross_entropy_Q: fp32 [Q], -sum_v p[v] log q[v] in nats, p the target's softmax over the draft vocabulary.
+    acceptance_Q: fp32 [Q], sum_v min(p_full[v], q[v]), p_full the target's probabilities under its full vocabulary.
+    argmax_Q: int64 [Q], the draft's most likely draft id.
+    """
+
+    cross_entropy_Q: torch.Tensor
+    acceptance_Q: torch.Tensor
+    argmax_Q: torch.Tensor
+
+
+def vocab_loss(draft_logits_QU: torch.Tensor, target_logits_QU: torch.Tensor, target_lse_Q: torch.Tensor) -> RowLosses:
+    """Compare draft and target distributions over the draft vocabulary, row by row.
+
+    draft_logits_QU: any float [Q, U]. target_logits_QU: fp32 [Q, U], the target's logits of the draft vocabulary.
+    target_lse_Q: fp32 [Q], log-sum-exp of the target's logits over its full vocabulary.
+    Differentiable in draft_logits_QU. Source: EAGLE-3 (arXiv:2503.01840), section 3.
+    """
+    draft_log_QU = draft_logits_QU.float().log_softmax(-1)
+    target_QU = target_logits_QU.softmax(-1)
+    target_full_QU = (target_logits_QU - target_lse_Q[:, None]).exp()
+    return RowLosses(
+        cross_entropy_Q=-(target_QU * draft_log_QU).sum(-1),
+        acceptance_Q=torch.minimum(target_full_QU, draft_log_QU.exp()).sum(-1),
+        argmax_Q=draft_logits_QU.argmax(-1),
+    )

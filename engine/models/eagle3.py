@@ -1,0 +1,196 @@
+"""The EAGLE-3 draft: parameter names and shapes are those of SGLang's `LlamaForCausalLMEagle3`."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from engine.kernels import ancestor_attention
+from engine.models.draft_config import DraftConfig
+from engine.models.vocab_map import VocabMap
+
+
+@dataclass
+class LayerKeys:
+    """Keys and values of one layer that rows attend to: a packed prefix and, per row, its own ancestors.
+
+    query_index_Q: int64 [Q], the position of the prefix a row stands at. cu_seqlens: int [num_documents + 1].
+    """
+
+    query_index_Q: torch.Tensor
+    cu_seqlens: torch.Tensor
+    key_TGE: torch.Tensor | None = None
+    value_TGE: torch.Tensor | None = None
+    extra_keys: list[torch.Tensor] = field(default_factory=list)
+    extra_values: list[torch.Tensor] = field(default_factory=list)
+
+    def attend(self, query_QHE: torch.Tensor, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> torch.Tensor:
+        """Add this step's keys (the prefix at step 0, an ancestor of each row later) and attend: [Q, H, E]."""
+        if self.key_TGE is None:
+            self.key_TGE, self.value_TGE = key_QGE, value_QGE
+        else:
+            self.extra_keys.append(key_QGE)
+            self.extra_values.append(value_QGE)
+        return ancestor_attention(
+            query_QHE,
+            self.query_index_Q,
+            self.key_TGE,
+            self.value_TGE,
+            self.extra_keys,
+            self.extra_values,
+            self.cu_seqlens,
+        )
+
+
+class RotaryTable:
+    """Rotary embeddings in fp32. Not a module: a cast of the draft to bf16 must not touch its frequencies."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        llama = LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=dict(config.rope_parameters),
+        )
+        rotary = LlamaRotaryEmbedding(llama)
+        self.inv_freq = rotary.inv_freq.float()
+        self.attention_scaling = rotary.attention_scaling
+
+    def cos_sin(self, position_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 [Q, 1, E] each, for positions int64 [Q]."""
+        self.inv_freq = self.inv_freq.to(position_Q.device)
+        angle_QE = torch.outer(position_Q.float(), self.inv_freq).repeat(1, 2)[:, None]
+        return angle_QE.cos() * self.attention_scaling, angle_QE.sin() * self.attention_scaling
+
+
+def apply_rotary(x_QHE: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    cos, sin = cos_sin
+    first, second = x_QHE.float().chunk(2, -1)
+    return (x_QHE.float() * cos + torch.cat((-second, first), -1) * sin).to(x_QHE.dtype)
+
+
+class Eagle3Attention(nn.Module):
+    def __init__(self, config: DraftConfig, input_size: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(input_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(input_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(input_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x_QD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], keys: LayerKeys) -> torch.Tensor:
+        query_QHE = apply_rotary(self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim)), cos_sin)
+        key_QGE = apply_rotary(self.k_proj(x_QD).unflatten(-1, (-1, self.head_dim)), cos_sin)
+        value_QGE = self.v_proj(x_QD).unflatten(-1, (-1, self.head_dim))
+        return self.o_proj(keys.attend(query_QHE, key_QGE, value_QGE).flatten(-2))
+
+
+class Eagle3Mlp(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_QD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x_QD)) * self.up_proj(x_QD))
+
+
+class Eagle3Layer(nn.Module):
+    """One decoder layer. The first reads the token embedding beside the state; later ones the state alone."""
+
+    def __init__(self, config: DraftConfig, reads_embedding: bool) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(size, eps) if reads_embedding else None
+        self.hidden_norm = nn.RMSNorm(size, eps)
+        self.self_attn = Eagle3Attention(config, 2 * size if reads_embedding else size)
+        self.post_attention_layernorm = nn.RMSNorm(size, eps)
+        self.mlp = Eagle3Mlp(config)
+
+    def forward(self, embed_QD, state_QD, cos_sin, keys: LayerKeys) -> torch.Tensor:
+        x_QD = self.hidden_norm(state_QD)
+        if self.input_layernorm is not None:
+            x_QD = torch.cat((self.input_layernorm(embed_QD), x_QD), -1)
+        state_QD = state_QD + self.self_attn(x_QD, cos_sin, keys)
+        return state_QD + self.mlp(self.post_attention_layernorm(state_QD))
+
+
+class Eagle3Draft(nn.Module):
+    """The trained model. The token embedding is the target's and stays outside: callers hand in looked-up rows.
+
+    Attributes named as in the checkpoint: `fc`, `fc_norm` (EAGLE-3.1), `midlayer` or `layers`, `norm`, `lm_head`.
+    `embed_projection` exists where the draft is narrower or wider than its target; export folds it into `embed_tokens`.
+    """
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.config = config
+        target_size, size = config.target_hidden_size, config.hidden_size
+        self.rotary = RotaryTable(config)
+        self.embed_projection = nn.Linear(target_size, size, bias=False) if target_size != size else None
+        self.fc_norm = nn.ModuleList(nn.RMSNorm(target_size, config.rms_norm_eps) for _ in range(3)) if config.fc_norm else None
+        self.fc = nn.Linear(3 * target_size, size, bias=False)
+        if config.num_hidden_layers == 1:
+            self.midlayer = Eagle3Layer(config, reads_embedding=True)
+        else:
+            self.layers = nn.ModuleList(Eagle3Layer(config, reads_embedding=i == 0) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+
+    @property
+    def decoder_layers(self) -> list[Eagle3Layer]:
+        return [self.midlayer] if self.config.num_hidden_layers == 1 else list(self.layers)
+
+    def fuse(self, aux_TA: torch.Tensor) -> torch.Tensor:
+        """Auxiliary hidden states [T, 3D of the target] -> first state [T, D]."""
+        if self.fc_norm is not None:
+            chunks = zip(self.fc_norm, aux_TA.chunk(3, -1), strict=True)
+            aux_TA = torch.cat([norm(chunk) for norm, chunk in chunks], -1)
+        return self.fc(aux_TA)
+
+    def embed(self, target_embed_TD: torch.Tensor) -> torch.Tensor:
+        """Rows of the target's embedding, projected to the draft's width where it differs."""
+        return target_embed_TD if self.embed_projection is None else self.embed_projection(target_embed_TD)
+
+    def step(self, embed_QD, state_QD, position_Q: torch.Tensor, keys: list[LayerKeys]) -> torch.Tensor:
+        """One TTT or drafting step of rows: token embeddings and states [Q, D] -> pre-norm outputs [Q, D].
+
+        position_Q: int64 [Q] rotary positions; keys: one `LayerKeys` a layer, extended by this step.
+        """
+        cos_sin = self.rotary.cos_sin(position_Q)
+        for layer, layer_keys in zip(self.decoder_layers, keys, strict=True):
+            state_QD = layer(embed_QD, state_QD, cos_sin, layer_keys)
+        return state_QD
+
+    def next_state(self, output_QD: torch.Tensor) -> torch.Tensor:
+        """The state that the next step reads: the pre-norm output, or the normed one in EAGLE-3.1."""
+        return self.norm(output_QD) if self.config.norm_output else output_QD
+
+    def logits(self, output_QD: torch.Tensor) -> torch.Tensor:
+        """Logits [Q, U] over the draft vocabulary from pre-norm outputs."""
+        return self.lm_head(self.norm(output_QD))
+
+
+@dataclass(frozen=True)
+class ServedDraft:
+    """A draft ready to propose tokens: weights, vocabulary map and the embedding table in its own width.
+
+    embed_weight_VD: [V, D]; the target's own table where the widths agree.
+    """
+
+    model: Eagle3Draft
+    vocab_map: VocabMap
+    embed_weight_VD: torch.Tensor
+
+    def embed(self, token_ids_Q: torch.Tensor) -> torch.Tensor:
+        """Target token ids int64 [Q] -> [Q, D]."""
+        return nn.functional.embedding(token_ids_Q, self.embed_weight_VD)
+
+    @torch.no_grad()
+    def propose_id(self, output_QD: torch.Tensor) -> torch.Tensor:
+        """Most likely target token id, int64 [Q], from pre-norm outputs."""
+        return self.vocab_map.target_ids_U[self.model.logits(output_QD).argmax(-1)]

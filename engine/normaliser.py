@@ -1,0 +1,39 @@
+"""What losses are divided by, so that a gradient does not depend on how the global batch was cut."""
+
+import torch
+
+from engine.batch import LossNorms, MicroBatch
+from engine.parallel.mesh import World
+from engine.parallel.zero import ZeroDraft
+from engine.ttt import allowed_rows, loss_rows
+
+
+class Normaliser:
+    """`positions`: positions of the micro-batch, LK means over its own rows. `slots`: slots and rows of the global batch."""
+
+    def __init__(self, draft: ZeroDraft, world: World) -> None:
+        self._draft, self._world, self._test = draft, world, draft.test
+
+    def __call__(self, micros: list[MicroBatch]) -> list[LossNorms]:
+        """Norms of the micro-batches of one optimizer step; under `slots` a collective."""
+        rows_per_micro = [self._loss_rows(micro) for micro in micros]
+        if self._test.loss.normaliser == "positions":
+            positions = [float(micro.batch.num_tokens) for micro in micros]
+            return [LossNorms(rows_S.new_tensor(n), rows_S) for n, rows_S in zip(positions, rows_per_micro, strict=True)]
+        rows_S = torch.stack(rows_per_micro).sum(0)
+        num_slots = rows_S.new_tensor([sum(micro.target.slots_N.numel() for micro in micros)])
+        totals = self._world.sum(torch.cat((num_slots, rows_S)))
+        norms = LossNorms(totals[0].clamp_min(1), totals[1:])
+        if self._test.loss.kind == "lk_lambda":
+            norms = LossNorms(norms.slots, norms.loss_rows_S, self._acceptance(micros, norms))
+        return [norms] * len(micros)
+
+    def _loss_rows(self, micro: MicroBatch) -> torch.Tensor:
+        allowed_ST = allowed_rows(micro.batch, self._test.ttt)
+        return loss_rows(allowed_ST, micro.target, self._test.teacher.vocab_map).sum(1).float()
+
+    @torch.no_grad()
+    def _acceptance(self, micros: list[MicroBatch], norms: LossNorms) -> torch.Tensor:
+        """Mean acceptance rate of each step over the global batch, fp32 [S]: a forward ahead of the one that trains."""
+        sums_S = torch.stack([self._draft.forward(micro, norms).accepted_loss_rows_S for micro in micros]).sum(0)
+        return self._world.sum(sums_S) / norms.loss_rows_S.clamp_min(1)

@@ -1,0 +1,1 @@
+"""Processes and how work is divided between them. Models know nothing of it."""

@@ -1,0 +1,166 @@
+"""ZeRO on the draft, through DeepSpeed. The only file that imports it.
+
+The whole training-time test is one forward of one module, so a weight is gathered at most once in forward and once in backward,
+and its gradient is reduced once, however often the steps use it.
+"""
+
+import logging
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import nn
+from torch.utils.cpp_extension import CUDA_HOME
+
+from engine.batch import DraftOutput, LossNorms, MicroBatch
+from engine.models.draft_config import DraftConfig
+from engine.models.eagle3 import Eagle3Draft
+from engine.parallel.mesh import World
+from engine.ttt import TrainingTimeTest, unroll
+
+ADAM_TYPES = ("adam", "adamw")
+
+
+def connect(world: World, timeout_s: int, cpu_threads: int) -> None:
+    """Join the job's process group and settle this process on its device and share of the cores."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    else:
+        torch.set_num_threads(cpu_threads or max(1, torch.get_num_threads() // world.local_size))
+        # compiling DeepSpeed's shared-memory collectives takes a minute and gains nothing at a draft's size
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+class _TttModule(nn.Module):
+    """The draft under its training-time test, as one module whose inputs and outputs DeepSpeed sees as tensors."""
+
+    def __init__(self, draft: Eagle3Draft, test: TrainingTimeTest) -> None:
+        super().__init__()
+        self.draft = draft
+        self.test = test
+
+    def forward(self, micro: MicroBatch, norms: LossNorms | None) -> tuple[torch.Tensor, ...]:
+        if norms is None:
+            return tuple(self.draft.logits(output_TD) for output_TD in unroll(self.draft, micro, self.test.ttt.steps))
+        return tuple(vars(self.test(self.draft, micro, norms)).values())
+
+
+class ZeroDraft:
+    """The draft under DeepSpeed: forward, backward and optimizer step of micro-batches, checkpoints and gathered weights."""
+
+    def __init__(self, draft: Eagle3Draft, test: TrainingTimeTest, ds_config: dict[str, Any]) -> None:
+        """ds_config: a resolved DeepSpeed configuration; it is handed over as it is."""
+        self.test = test
+        module = _TttModule(draft, test)
+        optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        self._weights_S = torch.tensor(test.step_weights, device=self.engine.device)
+
+    @property
+    def optimizer_name(self) -> str:
+        inner = self.engine.basic_optimizer
+        return f"{type(inner).__module__}.{type(inner).__name__}"
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.engine.gradient_accumulation_steps()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the draft's compute."""
+        if self.engine.bfloat16_enabled():
+            return torch.bfloat16
+        return torch.float16 if self.engine.fp16_enabled() else torch.float32
+
+    @property
+    def config(self) -> DraftConfig:
+        return self.engine.module.draft.config
+
+    def learning_rate(self) -> float:
+        return self.engine.get_lr()[0]
+
+    def forward(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
+        return DraftOutput(*self.engine(micro, norms))
+
+    @torch.no_grad()
+    def logits(self, micro: MicroBatch) -> torch.Tensor:
+        """Draft logits of every row, [S, T, U]; a collective."""
+        return torch.stack(self.engine(micro, None))
+
+    def train(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
+        """Forward, backward and, at the last micro-batch of an accumulation, the optimizer step.
+
+        DeepSpeed averages gradients over ranks and accumulation steps. The `slots` normaliser and LK means already divide by the
+        global batch, so that division is undone for them.
+        """
+        output = self.forward(micro, norms)
+        loss = (output.loss_S * self._weights_S).sum()
+        if self.test.loss.normaliser == "slots":
+            loss = loss * (self.engine.dp_world_size * self.accumulation_steps)
+        self.engine.backward(loss)
+        self.engine.step()
+        return output
+
+    def write_monitors(self, values: dict[str, float], step: int) -> None:
+        """Feed the monitors that the DeepSpeed configuration enables."""
+        if self.engine.monitor.enabled:
+            self.engine.monitor.write_events([(f"train/{name}", value, step) for name, value in values.items()])
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        self.engine.save_checkpoint(str(folder), tag=tag, client_state=client_state)
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        """Restore weights, optimizer and schedule; returns the client state saved with them."""
+        path, client_state = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise ValueError(f"{folder / tag} is not a complete checkpoint; delete it or set checkpoint.resume=false")
+        return client_state
+
+    def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight whole, on the CPU of rank 0, one at a time; a collective: every rank must iterate to the end."""
+        for name, parameter in self.engine.module.draft.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+                yield name, parameter.detach().cpu().clone() if self.engine.global_rank == 0 else torch.empty(0)
+
+
+def make_optimizer(parameters: list[nn.Parameter], ds_config: dict[str, Any]) -> torch.optim.Optimizer | None:
+    """The fastest AdamW for the device, or None where DeepSpeed builds the optimizer that its configuration names.
+
+    Order on a GPU: NVIDIA apex, DeepSpeed's fused Adam, torch's fused AdamW. An offloaded optimizer is DeepSpeed's own.
+    """
+    section = ds_config["optimizer"]
+    offloads = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    if section["type"].lower() not in ADAM_TYPES or offloads:
+        return None
+    options = {key: value for key, value in section.get("params", {}).items() if key in ("lr", "betas", "eps", "weight_decay")}
+    decoupled = section["type"].lower() == "adamw"
+    on_gpu = torch.cuda.is_available()
+    fused = fused_adam() if on_gpu else None
+    if fused is not None:
+        return fused(parameters, adam_w_mode=decoupled, **options)
+    return (torch.optim.AdamW if decoupled else torch.optim.Adam)(parameters, fused=on_gpu, **options)
+
+
+def fused_adam() -> type | None:
+    """NVIDIA apex's FusedAdam, else DeepSpeed's where nvcc can build it, else None. PyPI's `apex` is another package."""
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        pass
+    else:
+        return FusedAdam
+    if CUDA_HOME is not None and deepspeed.ops.op_builder.FusedAdamBuilder().is_compatible(verbose=False):
+        return deepspeed.ops.adam.FusedAdam
+    return None
+
+
+def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint of any ZeRO stage, fp32, whole, under the draft's own names; needs no process group."""
+    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
+    return {name.removeprefix("draft."): weight for name, weight in state.items()}

@@ -1,0 +1,189 @@
+"""The frozen target, run online: packed documents in, what the draft learns from out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+
+from engine.batch import PackedBatch, TargetOutput
+from engine.config import TargetSection
+from engine.models.registry import check_aux_layers, default_aux_layers, final_logits, runs_packed, text_config
+from engine.target.attention import packed_attention
+from engine.target.head import TargetHead
+
+
+class Capture:
+    """What the last forward of a captured model left behind."""
+
+    def __init__(self, aux_layers: tuple[int, ...]) -> None:
+        self._by_layer: dict[int, Tensor | None] = dict.fromkeys(aux_layers)
+        self._last_hidden: Tensor | None = None
+
+    def aux(self) -> Tensor:
+        """[batch, tokens, 3D], outputs of the auxiliary layers in ascending order."""
+        skipped = [layer for layer, output in self._by_layer.items() if output is None]
+        if skipped:
+            raise ValueError(f"target.aux_layers: layers {skipped} did not run on text alone; choose others")
+        return torch.cat([self._by_layer[layer] for layer in sorted(self._by_layer)], dim=-1)
+
+    def last_hidden(self) -> Tensor:
+        """[batch, tokens, D], the state after the final norm: what the LM head reads."""
+        return self._last_hidden
+
+    def _hook(self, layer: int):
+        def keep(module, args, output) -> None:
+            self._by_layer[layer] = output if isinstance(output, Tensor) else output[0]
+
+        return keep
+
+    def _keep_last(self, module, args, output) -> None:
+        self._last_hidden = output[0]
+
+
+@contextmanager
+def capture(model: PreTrainedModel, aux_layers: tuple[int, ...]) -> Iterator[Capture]:
+    """Within it, every forward of the causal LM `model` leaves its aux layers' outputs and its last hidden state."""
+    decoder = _decoder(model)
+    layers = _layers(decoder)
+    seen = Capture(aux_layers)
+    hooks = [layers[layer].register_forward_hook(seen._hook(layer)) for layer in aux_layers]
+    hooks.append(decoder.register_forward_hook(seen._keep_last))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class FrozenTarget:
+    """A Hugging Face causal LM that is never trained; a TargetSource.
+
+    model: the causal LM, for plain decoding with a cache; its attention is its family's own outside of `__call__`.
+    config: the config of its language model. aux_layers: three 0-based layer ids. head: its LM head.
+    packs: whether documents share a forward; families in which one document would disturb another run them one by one.
+    """
+
+    def __init__(self, model: PreTrainedModel, aux_layers: tuple[int, ...] | None, temperature: float = 1.0) -> None:
+        """Raises ValueError if the family's head or layers cannot be read, or the layers named are not there."""
+        self.model = model.eval().requires_grad_(False)
+        self.config = text_config(model.config)
+        num_layers = self.config.num_hidden_layers
+        self.aux_layers = check_aux_layers(aux_layers or default_aux_layers(num_layers), num_layers)
+        self._decoder = _decoder(model)
+        _drop_other_towers(model, self._decoder)
+        if getattr(self.config, "attn_logit_softcapping", None) is not None:
+            # Transformers' sdpa leaves out the cap of the scores.
+            model.set_attn_implementation("eager")
+        self.packs = self._decoder._supports_attention_backend and runs_packed(self.config)
+        self.head = replace(_head(model), temperature=temperature)
+        self._check_head()
+
+    @classmethod
+    def load(
+        cls,
+        section: TargetSection,
+        device: torch.device,
+        aux_layers: tuple[int, ...] | None = None,
+        temperature: float = 1.0,
+    ) -> "FrozenTarget":
+        """The target of a recipe, on `device`, in `section.dtype`. aux_layers: None = the section's, or the default rule."""
+        hub = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+        config = AutoConfig.from_pretrained(section.path, **hub)
+        if config.is_encoder_decoder:
+            raise ValueError(f"target.path={section.path}: {config.model_type!r} is an encoder-decoder; expected a causal LM")
+        wrapper_only = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        auto = AutoModelForImageTextToText if wrapper_only else AutoModelForCausalLM
+        model = auto.from_pretrained(section.path, dtype=getattr(torch, section.dtype), **hub)
+        return cls(model.to(device), aux_layers or section.aux_layers, temperature)
+
+    @property
+    def embed_weight_VD(self) -> Tensor:
+        return self.model.get_input_embeddings().weight
+
+    @torch.no_grad()
+    def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
+        """Run the documents of `batch`, each seeing itself alone. slots_N: int64 [N], ascending positions to learn."""
+        aux, last_hidden = [], []
+        for start, end in self._forwards(batch):
+            with capture(self.model, self.aux_layers) as seen:
+                self._forward(batch, start, end)
+            in_range_N = slots_N[(slots_N >= start) & (slots_N < end)]
+            aux.append(seen.aux()[0])
+            last_hidden.append(seen.last_hidden()[0, in_range_N - start])
+        last_hidden_ND = torch.cat(last_hidden)
+        argmax_N, lse_N = self.head.argmax_and_lse(last_hidden_ND)
+        return TargetOutput(torch.cat(aux), slots_N, last_hidden_ND, argmax_N, lse_N)
+
+    def _forwards(self, batch: PackedBatch) -> list[tuple[int, int]]:
+        if self.packs:
+            return [(0, batch.num_tokens)]
+        bounds = batch.cu_seqlens.tolist()
+        return list(zip(bounds, bounds[1:], strict=False))
+
+    def _forward(self, batch: PackedBatch, start: int, end: int) -> None:
+        ids_1T = batch.input_ids_T[None, start:end]
+        if not self.packs:
+            self._decoder(input_ids=ids_1T, use_cache=False)
+            return
+        with packed_attention(self._decoder, tuple(batch.lengths.tolist())):
+            self._decoder(input_ids=ids_1T, position_ids=batch.position_T[None], use_cache=False)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare our head with the model's own logits on two tokens: remote families may do more than we know."""
+        ids_1T = torch.arange(2, device=self.embed_weight_VD.device)[None]
+        with capture(self.model, self.aux_layers) as seen:
+            expected = self.model(input_ids=ids_1T, use_cache=False).logits.float()
+        ours = replace(self.head, temperature=1.0).logits(seen.last_hidden())
+        aux = seen.aux()
+        family, width = self.config.model_type, self.config.hidden_size
+        if aux.shape != (1, 2, 3 * width):
+            raise ValueError(f"target family {family!r} gives auxiliary states {list(aux.shape)}; expected [1, 2, {3 * width}]")
+        tolerance = 1e-4 if self.embed_weight_VD.dtype == torch.float32 else 2e-2
+        if ours.shape != expected.shape or not (ours - expected).abs().max() <= tolerance * expected.abs().max():
+            raise ValueError(f"target family {family!r} changes its logits after the head in an unknown way; use another")
+
+
+def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The stack from token ids to the state after the final norm; Llama 4's text class hides it from `get_decoder`."""
+    decoder = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
+def _layers(decoder: nn.Module) -> nn.ModuleList:
+    count = decoder.config.num_hidden_layers
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise ValueError(f"target family {decoder.config.model_type!r} keeps no list of {count} decoder layers; use another target")
+
+
+def _head(model: PreTrainedModel) -> TargetHead:
+    final = final_logits(model.config)
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        family = model.config.model_type
+        raise ValueError(f"target family {family!r} has a {type(linear).__name__} for a head; expected one linear map")
+    bias_V = None if linear.bias is None else linear.bias.detach()
+    return TargetHead(linear.weight.detach(), final.scale, final.soft_cap, bias_V=bias_V)
+
+
+def _drop_other_towers(model: PreTrainedModel, decoder: nn.Module) -> None:
+    """Free the vision and audio towers of a multimodal wrapper: its text runs without them."""
+    needed = {decoder, model.get_output_embeddings()}
+    for owner in (model, model.base_model):
+        for name, child in list(owner.named_children()):
+            if owner is not decoder and needed.isdisjoint(child.modules()):
+                setattr(owner, name, None)

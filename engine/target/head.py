@@ -1,0 +1,66 @@
+"""The target's LM head: exact logits for a few rows, and its argmax and log-sum-exp without ever holding [N, V]."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SLOTS_PER_CHUNK = 1024
+_VOCAB_PER_BLOCK = 16384
+
+
+@dataclass(frozen=True)
+class TargetHead:
+    """Logits `z = cap(scale * (hidden @ weight.T + bias)) / temperature`, `cap(x) = soft_cap * tanh(x / soft_cap)`.
+
+    weight_VD: [V, D] in the target's precision; the product is formed in it, as the served target does, the rest in fp32.
+    bias_V: [V] or None. soft_cap: None = no cap.
+    """
+
+    weight_VD: Tensor
+    scale: float = 1.0
+    soft_cap: float | None = None
+    temperature: float = 1.0
+    bias_V: Tensor | None = None
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """hidden_ND: [..., D] -> fp32 [..., V]."""
+        logits_NV = F.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.soft_cap is not None:
+            logits_NV = self.soft_cap * torch.tanh(logits_NV / self.soft_cap)
+        return logits_NV if self.temperature == 1.0 else logits_NV / self.temperature
+
+    def rows(self, target_ids_U: Tensor) -> "TargetHead":
+        """The head restricted to `target_ids_U`, int64 [U], in that order; its rows are copied."""
+        bias_U = None if self.bias_V is None else self.bias_V[target_ids_U]
+        return replace(self, weight_VD=self.weight_VD[target_ids_U], bias_V=bias_U)
+
+    def argmax_and_lse(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_ND: [N, D] -> int32 [N] first most likely token, fp32 [N] log-sum-exp over the whole vocabulary."""
+        num_slots = hidden_ND.shape[0]
+        argmax_N = torch.empty(num_slots, dtype=torch.int32, device=hidden_ND.device)
+        lse_N = torch.empty(num_slots, dtype=torch.float32, device=hidden_ND.device)
+        for start in range(0, num_slots, _SLOTS_PER_CHUNK):
+            chunk = slice(start, start + _SLOTS_PER_CHUNK)
+            argmax_N[chunk], lse_N[chunk] = self._walk_vocabulary(hidden_ND[chunk])
+        return argmax_N, lse_N
+
+    def _walk_vocabulary(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        best_N = torch.full(hidden_ND.shape[:1], -torch.inf, device=hidden_ND.device)
+        lse_N = best_N.clone()
+        argmax_N = torch.zeros_like(best_N, dtype=torch.int64)
+        for start in range(0, self.weight_VD.shape[0], _VOCAB_PER_BLOCK):
+            logits_NV = self._block(start).logits(hidden_ND)
+            block_best_N, block_argmax_N = logits_NV.max(dim=-1)
+            argmax_N = torch.where(block_best_N > best_N, block_argmax_N + start, argmax_N)
+            best_N = torch.maximum(best_N, block_best_N)
+            lse_N = torch.logaddexp(lse_N, logits_NV.logsumexp(dim=-1))
+        return argmax_N.to(torch.int32), lse_N
+
+    def _block(self, start: int) -> "TargetHead":
+        block = slice(start, start + _VOCAB_PER_BLOCK)
+        bias_V = None if self.bias_V is None else self.bias_V[block]
+        return replace(self, weight_VD=self.weight_VD[block], bias_V=bias_V)

@@ -1,0 +1,218 @@
+"""The main job, in order: target, data, draft, measurement, training, export, measurement, report."""
+
+import collections
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from engine.batch import DraftOutput, MicroBatch, PackedBatch
+from engine.checkpoint import Checkpoints
+from engine.config import Config
+from engine.data.dataset import count_assistant_tokens, load_documents
+from engine.data.loader import PackedLoader
+from engine.ds_config import accumulation_steps, micro_batch_size, resolve_ds_config
+from engine.export import export_draft, load_draft, save_vocab_map
+from engine.held_out import HeldOut
+from engine.metrics import MetricsFile, StepMetrics
+from engine.models.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3 import Eagle3Draft, ServedDraft
+from engine.models.initial import start_from_target
+from engine.models.vocab_map import VocabMap
+from engine.normaliser import Normaliser
+from engine.overlap import run_ahead
+from engine.parallel.mesh import World
+from engine.parallel.zero import ZeroDraft
+from engine.report import RunReport
+from engine.target.frozen import FrozenTarget
+from engine.telemetry import Telemetry
+from engine.ttt import Teacher, TrainingTimeTest, allowed_rows, slots_of, unroll
+
+RELOAD_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The training side of a run: its stream of batches and the draft vocabulary counted from it."""
+
+    loader: PackedLoader
+    vocab_map: VocabMap
+    coverage: float
+
+
+class Trainer:
+    """One run of the main job on one rank."""
+
+    def __init__(self, config: Config, ds_config: dict[str, Any], world: World) -> None:
+        """ds_config: as read from its file; what it leaves to be computed is computed here."""
+        self.config, self.ds_config, self.world = config, ds_config, world
+        self.output_dir = Path(config.output_dir)
+        self.telemetry = Telemetry(speaks=world.is_main)
+
+    def run(self) -> RunReport:
+        torch.manual_seed(self.config.seed)
+        with self.telemetry.stage("Loading the target"):
+            target = FrozenTarget.load(self.config.target, self.world.device, temperature=self.config.loss.temperature)
+            tokenizer = AutoTokenizer.from_pretrained(self.config.target.path, revision=self.config.target.revision)
+        draft_config = derive_draft_config(target.config, self.config.draft, target.aux_layers)
+        with self.telemetry.stage("Reading the data"):
+            corpus = self.read_corpus(tokenizer, draft_config)
+        draft = self.new_draft(draft_config, corpus.vocab_map, target)
+        held_out = HeldOut(self.config, target, tokenizer, self.world, self.telemetry)
+        with self.telemetry.stage("Measuring acceptance before training"):
+            before = held_out.measure_draft(self.served(draft, corpus.vocab_map, target))
+
+        zero = self.start_zero(draft, corpus, target)
+        with self.telemetry.stage("Training"):
+            self.train(zero, corpus, target)
+        with self.telemetry.stage("Exporting"):
+            exported = self.export(zero, corpus, target)
+        with self.telemetry.stage("Measuring acceptance after training"):
+            after, lookup = held_out.measure_draft(exported), held_out.measure_prompt_lookup()
+        return RunReport(self.output_dir, self.telemetry.stage_s, corpus.coverage, before, after, lookup)
+
+    def read_corpus(self, tokenizer: PreTrainedTokenizerBase, draft_config: DraftConfig) -> Corpus:
+        documents, report = load_documents(self.config.data.train, tokenizer, self.config.data)
+        self.telemetry.note(report.summary())
+        counts_V = count_assistant_tokens(documents, draft_config.vocab_size)
+        vocab_map = VocabMap.most_frequent(counts_V, draft_config.draft_vocab_size)
+        loader = PackedLoader(
+            documents,
+            max_tokens=self.config.data.max_tokens,
+            packs_per_batch=micro_batch_size(self.ds_config, self.world.size),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            accumulation_steps=accumulation_steps(self.ds_config, self.world.size),
+            seed=self.config.seed,
+            epochs=self.config.epochs,
+        )
+        coverage = vocab_map.coverage(counts_V)
+        self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of the assistant's")
+        if self.world.is_main:
+            save_vocab_map(vocab_map, self.output_dir / "vocab_map.safetensors")
+        return Corpus(loader, vocab_map.to(self.world.device), coverage)
+
+    def new_draft(self, draft_config: DraftConfig, vocab_map: VocabMap, target: FrozenTarget) -> Eagle3Draft:
+        draft = Eagle3Draft(draft_config).to(self.world.device)
+        head_UD = target.head.rows(vocab_map.target_ids_U).weight_VD if self.config.draft.init_head == "target" else None
+        start_from_target(draft, target.embed_weight_VD, head_UD)
+        if draft.embed_projection is not None:
+            draft.embed_projection.requires_grad_(self.config.draft.train_embedding_projection)
+        return draft
+
+    def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: FrozenTarget) -> ZeroDraft:
+        self.num_steps = min(corpus.loader.num_steps, self.config.max_steps or corpus.loader.num_steps)
+        resolved = resolve_ds_config(self.ds_config, world_size=self.world.size, total_steps=self.num_steps)
+        teacher = Teacher(target.head.rows(corpus.vocab_map.target_ids_U).logits, corpus.vocab_map)
+        zero = ZeroDraft(draft, TrainingTimeTest(self.config.ttt, self.config.loss, teacher), resolved)
+        self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {self.num_steps} steps")
+        return zero
+
+    def train(self, zero: ZeroDraft, corpus: Corpus, target: FrozenTarget) -> None:
+        checkpoints = Checkpoints(self.output_dir / "checkpoints", self.config.checkpoint.keep)
+        first_step = self.resume(checkpoints, zero, corpus.loader)
+        normalise, log = Normaliser(zero, self.world), TrainLog(self, zero, first_step)
+        work = run_ahead(corpus.loader, self.prepare(target, zero.dtype), self.config.overlap.run_ahead, self.world.device)
+        with self.telemetry.progress(self.num_steps, "steps") as progress:
+            progress.start_at(first_step)
+            for step, (micros, data_state) in zip(range(first_step + 1, self.num_steps + 1), work, strict=False):
+                for micro, norms in zip(micros, normalise(micros), strict=True):
+                    log.count(zero.train(micro, norms), micro)
+                if step % self.config.log_every_steps == 0 or step == self.num_steps:
+                    log.write(step)
+                progress.advance(log.line)
+                if self.saves_after(step):
+                    checkpoints.save(zero, self.world, step, data_state)
+
+    def saves_after(self, step: int) -> bool:
+        every = self.config.checkpoint.every_steps
+        return every > 0 and (step % every == 0 or step == self.num_steps)
+
+    def resume(self, checkpoints: Checkpoints, zero: ZeroDraft, loader: PackedLoader) -> int:
+        """Continue from the newest checkpoint if asked; returns the optimizer steps already taken."""
+        state = checkpoints.resume(zero, self.world) if self.config.checkpoint.resume else None
+        if state is None:
+            return 0
+        loader.load_state(state["data"])
+        self.telemetry.note(f"  resumed after step {state['step']}")
+        return state["step"]
+
+    def prepare(self, target: FrozenTarget, dtype: torch.dtype) -> Callable[[tuple], tuple]:
+        """The target's half of a step: the packed batches of one -> what the draft reads, in the draft's precision."""
+
+        def forward(batch: PackedBatch) -> MicroBatch:
+            batch = batch.to(self.world.device)
+            output = target(batch, slots_of(allowed_rows(batch, self.config.ttt)))
+            embed_TD = torch.nn.functional.embedding(batch.input_ids_T, target.embed_weight_VD)
+            return MicroBatch(batch, replace(output, aux_TA=output.aux_TA.to(dtype)), embed_TD.to(dtype))
+
+        return lambda item: ([forward(batch) for batch in item[0]], item[1])
+
+    def export(self, zero: ZeroDraft, corpus: Corpus, target: FrozenTarget) -> ServedDraft:
+        """Write `output_dir/draft`, load it again on every rank and compare its logits with the trained draft's."""
+        folder, weights = self.output_dir / "draft", zero.gathered_weights()
+        if self.world.is_main:
+            export_draft(folder, weights, zero.config, corpus.vocab_map, target.embed_weight_VD)
+        else:
+            collections.deque(weights, maxlen=0)
+        self.world.barrier()
+        exported = load_draft(folder, embed_weight_VD=target.embed_weight_VD, dtype=zero.dtype, device=self.world.device)
+        batches, _ = next(iter(corpus.loader))
+        (micro,), _ = self.prepare(target, zero.dtype)((batches[:1], None))
+        difference = reload_difference(zero, exported, micro)
+        self.telemetry.note(f"  {folder}, reloaded: largest logit difference {difference:.1e}")
+        if difference > RELOAD_TOLERANCE:
+            raise RuntimeError(f"the exported draft does not reproduce the trained one: logits differ by {difference:.3g}")
+        return exported
+
+    def served(self, draft: Eagle3Draft, vocab_map: VocabMap, target: FrozenTarget) -> ServedDraft:
+        """An untrained copy of the draft, in the target's precision, as a server would run it."""
+        dtype = target.embed_weight_VD.dtype
+        frozen = copy.deepcopy(draft).to(dtype).eval().requires_grad_(False)
+        embed_weight_VD = frozen.embed(target.embed_weight_VD)
+        return ServedDraft(frozen, vocab_map, embed_weight_VD)
+
+
+@torch.no_grad()
+def reload_difference(zero: ZeroDraft, exported: ServedDraft, micro: MicroBatch) -> float:
+    """Largest difference between logits of the trained and the reloaded draft over all rows, of their largest magnitude."""
+    trained_STU = zero.logits(micro)
+    embedded = replace(micro, embed_TD=exported.embed(micro.batch.input_ids_T))
+    outputs = unroll(exported.model, embedded, trained_STU.shape[0])
+    reloaded_STU = torch.stack([exported.model.logits(output_TD) for output_TD in outputs])
+    return ((trained_STU - reloaded_STU).abs().max() / trained_STU.abs().max()).item()
+
+
+class TrainLog:
+    """Metrics since the last logged step, to `metrics.jsonl`, the monitors and one line for the progress bar."""
+
+    def __init__(self, trainer: Trainer, zero: ZeroDraft, first_step: int) -> None:
+        self._world, self._zero = trainer.world, zero
+        self._metrics = StepMetrics(trainer.config.ttt.steps, zero.test.step_weights, trainer.world.device)
+        self._file = MetricsFile(trainer.output_dir / "metrics.jsonl", first_step) if trainer.world.is_main else None
+        self._tokens, self._last_step, self._last_time = 0, first_step, time.perf_counter()
+        self.line = "loss ..."
+
+    def count(self, output: DraftOutput, micro: MicroBatch) -> None:
+        self._metrics.add(output)
+        self._tokens += micro.batch.num_tokens
+
+    def write(self, step: int) -> None:
+        """Read the metrics of the steps since the last write; a collective."""
+        num_steps, seconds = step - self._last_step, time.perf_counter() - self._last_time
+        parts = 1 if self._zero.test.loss.normaliser == "slots" else self._world.size * self._zero.accumulation_steps
+        metrics = self._metrics.read(self._world, loss_divisor=num_steps * parts)
+        tokens = int(self._world.sum(torch.tensor(self._tokens, device=self._world.device)).item())
+        metrics |= {"step": step, "lr": self._zero.learning_rate(), "tokens": tokens, "tokens_per_s": tokens / seconds}
+        self._tokens, self._last_step, self._last_time = 0, step, time.perf_counter()
+        accuracy = " ".join(f"{share:.0%}" for share in metrics["accuracy_per_step"])
+        self.line = f"loss {metrics['loss']:.3f}  accuracy {accuracy}  {metrics['tokens_per_s']:,.0f} tokens/s"
+        if self._file is not None:
+            self._file.write(metrics)
+            scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
+            self._zero.write_monitors(scalars, step)

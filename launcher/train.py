@@ -1,0 +1,109 @@
+"""Train an EAGLE-3 draft: deepspeed launcher/train.py --ds_config ds_configs/zero3.json [--recipe FILE] [section.key=value ...]
+
+Runs under `deepspeed`, `torchrun` and plain `python`. Without a recipe it trains a draft for the embedded target on CPython's
+own documentation; that needs no network and no GPU.
+"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from engine.config import EMBEDDED, Config, ConfigError, describe_options, dump_config, load_config  # noqa: E402
+from engine.ds_config import accumulation_steps, load_ds_config  # noqa: E402
+
+EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Options, as section.key=value or in a recipe:\n\n" + describe_options(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed's JSON: batch sizes, optimizer, precision, ZeRO")
+    parser.add_argument("--recipe", type=Path, help="YAML: target, data, draft, TTT, loss, ...; default: the embedded job")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
+    return parser.parse_args()
+
+
+def join_environment() -> dict[str, int]:
+    """Rank and sizes as the launcher set them; a process started alone is a job of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    size = int(os.environ["WORLD_SIZE"])
+    return {
+        "rank": int(os.environ["RANK"]),
+        "size": size,
+        "local_rank": int(os.environ["LOCAL_RANK"]),
+        "local_size": int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size),
+    }
+
+
+def with_embedded_paths(config: Config) -> Config:
+    """Replace each `embedded` by the folder or file it stands for, and a target folder by its absolute path."""
+    corpus = Path(config.output_dir).absolute() / "corpus"
+
+    def files(paths: tuple[str, ...], name: str) -> tuple[str, ...]:
+        return tuple(str(corpus / name) if path == EMBEDDED else path for path in paths)
+
+    path = Path(EMBEDDED_TARGET if config.target.path == EMBEDDED else config.target.path)
+    target = replace(config.target, path=str(path.absolute()) if path.exists() else config.target.path)
+    data = replace(config.data, train=files(config.data.train, "train.jsonl"), held_out=files(config.data.held_out, "held_out.jsonl"))
+    return replace(config, target=target, data=data)
+
+
+def prepare_output(config: Config, resolved: Config, ds_config: dict) -> None:
+    """On rank 0: the output folder with the resolved configuration and, if asked for, the embedded corpus."""
+    from engine.data.cpython_corpus import write_corpus
+
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(dump_config(resolved), encoding="utf-8")
+    (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+    if EMBEDDED in config.data.train + config.data.held_out:
+        write_corpus(output_dir / "corpus")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    environment = join_environment()
+    try:
+        config = load_config(arguments.recipe, arguments.overrides)
+        ds_config = load_ds_config(arguments.ds_config)
+        accumulation_steps(ds_config, environment["size"])
+    except ConfigError as error:
+        sys.exit(f"train.py: {error}" if environment["rank"] == 0 else 2)
+    resolved = with_embedded_paths(config)
+
+    from engine.parallel.mesh import World
+    from engine.parallel.zero import connect
+
+    world = World(**environment)
+    connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
+    if world.is_main:
+        prepare_output(config, resolved, ds_config)
+    world.barrier()
+
+    from engine.trainer import Trainer
+
+    trainer = Trainer(resolved, ds_config, world)
+    report = trainer.run()
+    if world.is_main:
+        report.save()
+        report.show(trainer.telemetry.console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A tiny byte-level tokenizer, and chat templates of the shapes that real targets have."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from engine.data.chat import Document
+
+TAGGED_CHATML = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "<|im_start|>assistant\n{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}"
+    "{% else %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML = TAGGED_CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+NO_END_TOKEN = (
+    "{% for message in messages %}{{ message['role'] }}:{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+FORGETS_REASONING = CHATML.replace(
+    "{{ message['content'] }}<|im_end|>",
+    "{% if loop.last and message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+    "{{ message['content'] }}<|im_end|>",
+)
+TEMPLATES = {
+    "tagged": TAGGED_CHATML,
+    "chatml": CHATML,
+    "llama3": LLAMA3,
+    "no end token": NO_END_TOKEN,
+    "forgets reasoning": FORGETS_REASONING,
+}
+SPECIAL_TOKENS = ["<|begin|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+TEXT = "What is a list? A list is a mutable sequence of items. user assistant system Be brief and exact, please.\n\n"
+
+
+@pytest.fixture(scope="session")
+def backend() -> Tokenizer:
+    """A byte-level BPE of 340 tokens: single bytes, some words, and the special tokens of all templates."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    return tokenizer
+
+
+@pytest.fixture
+def make_tokenizer(backend: Tokenizer) -> Callable[[str], PreTrainedTokenizerFast]:
+    """The tokenizer with one of `TEMPLATES`, by name."""
+
+    def make(template: str) -> PreTrainedTokenizerFast:
+        # As in Llama-3 and Qwen checkpoints, most special tokens have no name such as eos.
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<|begin|>", chat_template=TEMPLATES[template], model_max_length=64
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_document() -> Callable[..., Document]:
+    """A document of given turn lengths, prompt and reply in turn; its tokens are `first`, `first + 1`, ..."""
+
+    def make(*turns: int, first: int = 0) -> Document:
+        ends = np.cumsum(turns)
+        mask = np.concatenate([np.full(length, bool(index % 2)) for index, length in enumerate(turns)])
+        ids = np.arange(first, first + ends[-1], dtype=np.int32)
+        return Document(ids, mask, tuple(int(end) for end in ends[1::2]))
+
+    return make
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., str]:
+    """Write samples (objects, or raw lines as bytes) to a file and return its path."""
+
+    def write(*samples: dict | bytes, name: str = "chats.jsonl") -> str:
+        lines = [sample if isinstance(sample, bytes) else json.dumps(sample).encode() for sample in samples]
+        (tmp_path / name).write_bytes(b"".join(line + b"\n" for line in lines))
+        return str(tmp_path / name)
+
+    return write

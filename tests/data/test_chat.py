@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+
+from engine.data.chat import BadSample, read_messages, render
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is a list?"},
+    {"role": "assistant", "content": "A list is a mutable sequence.\n\nOf items."},
+    {"role": "user", "content": "And a café? 🦊"},
+    {"role": "assistant", "content": "A 🦊 in a café"},
+]
+END_TOKENS = {"tagged": "<|im_end|>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>", "no end token": "\n"}
+
+
+def said(document, tokenizer):
+    """What the mask covers, turn by turn."""
+    edges = np.flatnonzero(np.diff(document.assistant_mask, prepend=False, append=False)).reshape(-1, 2)
+    return [tokenizer.decode(document.input_ids[first:end], clean_up_tokenization_spaces=False) for first, end in edges]
+
+
+def reason_of(call, *args):
+    with pytest.raises(BadSample) as error:
+        call(*args)
+    return error.value.reason
+
+
+@pytest.mark.parametrize("template", END_TOKENS)
+def test_mask_covers_exactly_the_reply_and_its_end_token(make_tokenizer, template):
+    tokenizer = make_tokenizer(template)
+    document = render(CHAT, {}, tokenizer, None)
+    replies = [message["content"] + END_TOKENS[template] for message in CHAT if message["role"] == "assistant"]
+    assert said(document, tokenizer) == replies
+    assert document.input_ids.dtype == np.int32 and document.assistant_mask.dtype == bool
+    assert len(document) == len(document.assistant_mask)
+
+
+@pytest.mark.parametrize("template", END_TOKENS)
+def test_rendered_tokens_are_those_of_the_chat_template(make_tokenizer, template):
+    tokenizer = make_tokenizer(template)
+    expected = tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
+    assert render(CHAT, {}, tokenizer, None).input_ids.tolist() == expected
+
+
+@pytest.mark.parametrize("template", END_TOKENS)
+def test_turn_ends_lie_just_after_each_reply(make_tokenizer, template):
+    document = render(CHAT, {}, make_tokenizer(template), None)
+    mask = np.append(document.assistant_mask, False)
+    assert document.turn_ends == tuple(np.flatnonzero(mask[:-1] & ~mask[1:]) + 1)
+    assert len(document.turn_ends) == 2
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [("A list.",), ("a", "\n\nstarts and ends blank  "), ("🦊",), ("é" * 30, "user", "<|im_start|>")],
+)
+def test_tags_and_prefixes_give_the_same_mask(make_tokenizer, replies):
+    messages = [{"role": "system", "content": "Be exact."}]
+    for reply in replies:
+        messages += [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": reply}]
+    tagged, derived = (render(messages, {}, make_tokenizer(template), None) for template in ("tagged", "chatml"))
+    assert np.array_equal(tagged.input_ids, derived.input_ids)
+    assert np.array_equal(tagged.assistant_mask, derived.assistant_mask)
+    assert tagged.turn_ends == derived.turn_ends
+
+
+@pytest.mark.parametrize("template", ["tagged", "chatml"])
+def test_a_closing_question_is_not_the_assistants(make_tokenizer, template):
+    tokenizer = make_tokenizer(template)
+    document = render([*CHAT, {"role": "user", "content": "Thanks."}], {}, tokenizer, None)
+    assert len(said(document, tokenizer)) == 2
+    assert not document.assistant_mask[-5:].any()
+
+
+def test_template_that_rewrites_history_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer("forgets reasoning")
+    thinking = [dict(message, reasoning_content="Hm.") if message["role"] == "assistant" else message for message in CHAT]
+    assert reason_of(render, thinking, {}, tokenizer, None) == "mask cannot be verified"
+    assert said(render(thinking[:3], {}, tokenizer, None), tokenizer)[0].startswith("<think>Hm.</think>A list")
+    assert len(said(render(CHAT, {}, tokenizer, None), tokenizer)) == 2
+
+
+def test_header_without_generation_prompt_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("if add_generation_prompt", "if false")
+    with pytest.raises(BadSample, match="no generation prompt"):
+        render(CHAT, {}, tokenizer, None)
+
+
+def test_reply_that_needs_no_generation_prompt_is_marked(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + '<|eot_id|>' }}"
+        "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+    )
+    replies = [f" {message['content']}<|eot_id|>" for message in CHAT if message["role"] == "assistant"]
+    assert said(render(CHAT, {}, tokenizer, None), tokenizer) == replies
+
+
+def test_reply_that_does_not_follow_its_prompt_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template += "{% if add_generation_prompt %}?{% endif %}"
+    assert reason_of(render, CHAT, {}, tokenizer, None) == "mask cannot be verified"
+
+
+def test_what_a_template_raises_is_a_bad_sample(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = "{{ raise_exception('no system please') }}"
+    with pytest.raises(BadSample, match="no system please"):
+        render(CHAT, {}, tokenizer, None)
+    tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"
+    assert reason_of(render, CHAT, {}, tokenizer, None) == "cannot be rendered"
+    lone_surrogate = [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "a"}]
+    for template in ("tagged", "chatml"):
+        assert reason_of(render, lone_surrogate, {}, make_tokenizer(template), None) == "cannot be rendered"
+
+
+def test_tools_and_template_arguments_reach_the_template(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = "{{ tools[0].name if tools else '' }}{{ tone }}" + tokenizer.chat_template
+    messages, extra = read_messages({"conversations": CHAT, "tools": [{"name": "search"}]})
+    document = render(messages, extra, tokenizer, {"tone": "calm"})
+    assert tokenizer.decode(document.input_ids).startswith("searchcalm")
+
+
+def test_sharegpt_reads_as_roles_and_content():
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    messages, extra = read_messages({"id": "1", "conversations": turns})
+    assert messages == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    assert extra == {}
+
+
+def test_tool_calls_and_reasoning_pass_through():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "reasoning_content": "Hm."}
+    result = {"role": "tool", "content": "", "tool_call_id": "1"}
+    messages, extra = read_messages({"conversations": [call, result], "tools": [{"name": "f"}]})
+    assert messages == [call | {"content": ""}, result]
+    assert extra == {"tools": [{"name": "f"}]}
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "list"}]
+    messages, _ = read_messages({"conversations": [{"role": "assistant", "content": parts}]})
+    assert messages[0]["content"] == "a list"
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video"])
+def test_media_parts_are_refused_by_name(kind):
+    parts = [{"type": "text", "text": "What is this?"}, {"type": kind}]
+    with pytest.raises(BadSample, match=f"turn 0 holds a part of type '{kind}'") as error:
+        read_messages({"conversations": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]})
+    assert error.value.reason == "has images"
+
+
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        ({"conversations": [{"role": "user", "content": " \n"}, ANSWER]}, "empty turn"),
+        ({"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}, "empty turn"),
+        ({"conversations": [{"role": "alien", "content": "q"}, ANSWER]}, "unknown role"),
+        ({"conversations": [{"content": "q"}, ANSWER]}, "unknown role"),
+        ({"conversations": [{"role": ["user"], "content": "q"}, ANSWER]}, "unknown role"),
+        ({"conversations": [{"role": "user", "content": "q"}]}, "no assistant turn"),
+        ({"conversations": []}, "no assistant turn"),
+        ({"conversations": [ANSWER], "images": ["cat.png"]}, "has images"),
+        ({"conversations": [ANSWER | {"image": "cat.png"}]}, "has images"),
+        ({"conversations": [ANSWER | {"content": 7}]}, "content is not text"),
+        ({"conversations": [ANSWER | {"content": [{"type": "text"}]}]}, "content is not text"),
+        ({"conversations": ["hello"]}, "not a conversation"),
+        ({"text": "hello"}, "not a conversation"),
+        (["hello"], "not a conversation"),
+    ],
+)
+def test_unusable_samples_are_refused_by_category(sample, reason):
+    assert reason_of(read_messages, sample) == reason

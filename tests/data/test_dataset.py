@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+
+from engine.config import DataSection
+from engine.data.chat import render
+from engine.data.dataset import count_assistant_tokens, fit, load_documents
+
+
+def chat(*turns):
+    roles = ("user", "assistant") * len(turns)
+    return {"conversations": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]}
+
+
+GOOD = chat("What is a list?", "A mutable sequence.")
+NO_ROLE = {"conversations": [{"role": "alien", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+def test_documents_come_in_the_order_of_the_files(make_tokenizer, write_jsonl):
+    tokenizer = make_tokenizer("chatml")
+    samples = [chat("a", "b"), chat("c", "d"), chat("e", "f")]
+    paths = [write_jsonl(*samples[:2], name="1.jsonl"), write_jsonl(samples[2], b"", name="2.jsonl")]
+    documents, report = load_documents(paths, tokenizer, DataSection())
+    expected = [render(sample["conversations"], {}, tokenizer, None).input_ids.tolist() for sample in samples]
+    assert [document.input_ids.tolist() for document in documents] == expected
+    assert (report.num_samples, report.num_documents, report.bad) == (3, 3, ())
+    assert report.num_tokens == sum(map(len, expected))
+    assert report.num_assistant_tokens == sum(int(document.assistant_mask.sum()) for document in documents) > 0
+
+
+def test_progress_ends_at_all_bytes(make_tokenizer, write_jsonl, tmp_path):
+    seen = []
+    paths = [write_jsonl(GOOD, GOOD, name="1.jsonl"), write_jsonl(GOOD, name="2.jsonl")]
+    load_documents(paths, make_tokenizer("chatml"), DataSection(), on_progress=lambda *done: seen.append(done))
+    total = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert len(seen) == 3 and seen[-1] == (total, total) and seen == sorted(seen)
+
+
+def test_bad_samples_are_counted_and_named(make_tokenizer, write_jsonl):
+    path = write_jsonl(GOOD, b'{"conversations": [', NO_ROLE, b'{"\xff": 1}', NO_ROLE, GOOD)
+    documents, report = load_documents([path], make_tokenizer("chatml"), DataSection(max_bad_share=0.9))
+    assert len(documents) == 2 and report.num_samples == 6
+    assert [(place, reason) for place, reason, _ in report.bad] == [
+        (f"{path}:2", "not JSON"),
+        (f"{path}:3", "unknown role"),
+        (f"{path}:4", "not UTF-8"),
+        (f"{path}:5", "unknown role"),
+    ]
+    assert "4 unusable: 2 unknown role, 1 not JSON, 1 not UTF-8" in report.summary()
+    assert f"{path}:2: not JSON" in report.summary()
+
+
+def test_summary_names_the_first_five_bad_samples(make_tokenizer, write_jsonl):
+    path = write_jsonl(GOOD, *[NO_ROLE] * 9)
+    _, report = load_documents([path], make_tokenizer("chatml"), DataSection(max_bad_share=1.0))
+    assert f"{path}:6:" in report.summary() and f"{path}:7:" not in report.summary()
+
+
+def test_too_many_bad_samples_stop_the_run(make_tokenizer, write_jsonl):
+    path = write_jsonl(*[GOOD] * 3, NO_ROLE)
+    load_documents([path], make_tokenizer("chatml"), DataSection(max_bad_share=0.25))
+    with pytest.raises(ValueError, match=r"25\.0% .* data\.max_bad_share allows 24\.0%") as error:
+        load_documents([path], make_tokenizer("chatml"), DataSection(max_bad_share=0.24))
+    assert f"{path}:4: unknown role" in str(error.value)
+
+
+def test_unusable_files_are_named(make_tokenizer, write_jsonl):
+    def message(path, tokenizer):
+        with pytest.raises(ValueError) as error:
+            load_documents([path], tokenizer, DataSection(max_bad_share=1.0))
+        return str(error.value)
+
+    tokenizer = make_tokenizer("chatml")
+    assert "missing.jsonl: no such file" in message("missing.jsonl", tokenizer)
+    assert "empty.jsonl: the file is empty" in message(write_jsonl(name="empty.jsonl"), tokenizer)
+    only_bad = message(write_jsonl(NO_ROLE, name="bad.jsonl"), tokenizer)
+    assert "bad.jsonl: no conversation with an assistant token" in only_bad and "bad.jsonl:1: unknown role" in only_bad
+    tokenizer.chat_template = None
+    assert "no chat template" in message(write_jsonl(GOOD), tokenizer)
+
+
+def test_a_document_is_cut_at_its_last_whole_turn(make_document):
+    document = make_document(4, 6, 3, 5, 2, 9)
+    (piece,) = fit(document, 20, "cut")
+    assert len(piece) == 18 and piece.turn_ends == (10, 18)
+    assert np.array_equal(piece.input_ids, document.input_ids[:18])
+    assert np.array_equal(piece.assistant_mask, document.assistant_mask[:18])
+
+
+def test_a_document_whose_first_turn_does_not_fit_is_cut_inside(make_document):
+    (piece,) = fit(make_document(4, 30), 20, "cut")
+    assert len(piece) == 20 and piece.turn_ends == ()
+
+
+@pytest.mark.parametrize("policy", ["cut", "split"])
+def test_a_document_that_fits_stays_whole(make_document, policy):
+    document = make_document(4, 6, 10)
+    (piece,) = fit(document, 20, policy)
+    assert np.array_equal(piece.input_ids, document.input_ids) and piece.turn_ends == document.turn_ends
+
+
+def test_split_pieces_start_at_turn_boundaries(make_document):
+    pieces = list(fit(make_document(4, 6, 3, 5, 2, 9), 20, "split"))
+    assert [len(piece) for piece in pieces] == [18, 11]
+    assert [piece.turn_ends for piece in pieces] == [(10, 18), (11,)]
+
+
+@pytest.mark.parametrize("max_tokens", [3, 7, 20, 31])
+def test_split_pieces_make_up_the_document(make_document, max_tokens):
+    document = make_document(4, 6, 3, 50, 2, 9, 1)
+    pieces = list(fit(document, max_tokens, "split"))
+    assert all(len(piece) <= max_tokens for piece in pieces)
+    assert np.array_equal(np.concatenate([piece.input_ids for piece in pieces]), document.input_ids)
+    assert np.array_equal(np.concatenate([piece.assistant_mask for piece in pieces]), document.assistant_mask)
+    starts = np.cumsum([0, *(len(piece) for piece in pieces)])
+    ends = [start + end for start, piece in zip(starts, pieces, strict=False) for end in piece.turn_ends]
+    assert tuple(ends) == document.turn_ends
+
+
+def test_cut_split_and_dropped_documents_are_counted(make_tokenizer, write_jsonl):
+    tokenizer = make_tokenizer("chatml")
+    path = write_jsonl(chat("q", "a " * 40, "q", "a " * 40), chat("q " * 99, "a"), GOOD)
+    cut, report = load_documents([path], tokenizer, DataSection(max_tokens=64, long_documents="cut"))
+    assert (report.cut, report.split, report.dropped) == (2, 0, 1)
+    assert report.num_documents == len(cut) == 2
+    assert "2 cut and 0 split at max_tokens, 1 without loss dropped" in report.summary()
+    pieces, report = load_documents([path], tokenizer, DataSection(max_tokens=64, long_documents="split"))
+    assert (report.cut, report.split) == (0, 2)
+    assert len(pieces) > len(cut)
+    assert all(3 <= len(piece) <= 64 and piece.assistant_mask.any() for piece in pieces)
+
+
+def test_only_the_assistants_tokens_are_counted(make_document):
+    documents = [make_document(2, 3), make_document(1, 4)]
+    counts_V = count_assistant_tokens(documents, 6)
+    assert counts_V.tolist() == [0, 1, 2, 2, 2, 0]
+
+
+def test_a_token_outside_the_vocabulary_is_refused(make_document):
+    with pytest.raises(ValueError, match="token id 4 is outside the target's vocabulary of 4"):
+        count_assistant_tokens([make_document(2, 3)], 4)

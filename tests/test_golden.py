@@ -1,0 +1,87 @@
+"""The draft's losses, rates and gradients against cases computed by a published trainer (see tests/golden/README.md)."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
+from engine.config import LossSection, TttSection
+from engine.models.draft_config import DraftConfig
+from engine.models.eagle3 import Eagle3Draft
+from engine.models.vocab_map import VocabMap
+from engine.ttt import Teacher, TrainingTimeTest, allowed_rows, loss_rows, slots_of
+
+FOLDER = Path(os.environ.get("DRAFTSPEED_GOLDEN", Path(__file__).parent / "golden"))
+CASES = sorted(FOLDER.glob("*.safetensors"))
+LOSS_KINDS = {"None": "kl", "alpha": "lk_alpha", "lambda": "lk_lambda"}
+
+
+def read(path: Path) -> tuple[dict, dict]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (not a dict)
+
+
+def packed(tensors: dict) -> tuple[PackedBatch, torch.Tensor]:
+    """The case's rows end to end without padding, and the kept positions bool [B, T]."""
+    keep_BT = tensors["in.attention_mask"]
+    lengths = keep_BT.sum(1)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    return PackedBatch(tensors["in.input_ids"][keep_BT], tensors["in.loss_mask"][keep_BT].bool(), cu_seqlens), keep_BT
+
+
+def load_draft(tensors: dict, metadata: dict) -> Eagle3Draft:
+    config = DraftConfig.from_dict(json.loads(metadata["config"]) | {"num_hidden_layers": 1})
+    draft = Eagle3Draft(config)
+    weights = {key.removeprefix("draft."): value for key, value in tensors.items() if key.startswith("draft.")}
+    outside = {"embed_tokens.weight", "d2t", "t2d"}
+    draft.load_state_dict({key: value for key, value in weights.items() if key not in outside})
+    return draft
+
+
+def target_output(tensors: dict, batch: PackedBatch, keep_BT: torch.Tensor, ttt: TttSection) -> TargetOutput:
+    slots_N = slots_of(allowed_rows(batch, ttt))
+    last_hidden_ND = tensors["in.last_hidden_state"][keep_BT][slots_N]
+    logits_NV = last_hidden_ND @ tensors["in.target_lm_head"].T
+    aux_TA = tensors["in.aux_hidden_states"][keep_BT]
+    return TargetOutput(aux_TA, slots_N, last_hidden_ND, logits_NV.argmax(-1).int(), logits_NV.logsumexp(-1))
+
+
+def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_losses_rates_and_gradients_match(path):
+    tensors, metadata = read(path)
+    assert metadata["normaliser"] == "positions"
+    draft, (batch, keep_BT) = load_draft(tensors, metadata), packed(tensors)
+    ttt = TttSection(steps=int(metadata["ttt_steps"]), mask_alignment=metadata["mask_alignment"])
+    loss = LossSection(kind=LOSS_KINDS[metadata["lk"]], normaliser="positions")
+    vocab_map = VocabMap.from_tables(tensors["draft.d2t"], tensors["draft.t2d"])
+    target = target_output(tensors, batch, keep_BT, ttt)
+    head_UD = tensors["in.target_lm_head"][vocab_map.target_ids_U]
+    test = TrainingTimeTest(ttt, loss, Teacher(lambda hidden_QD: hidden_QD @ head_UD.T, vocab_map))
+    rows_S = loss_rows(allowed_rows(batch, ttt), target, vocab_map).sum(1).float()
+    norms = LossNorms(torch.tensor(float(keep_BT.numel())), rows_S)
+
+    micro = MicroBatch(batch, target, tensors["draft.embed_tokens.weight"][batch.input_ids_T])
+    output = test(draft, micro, norms)
+    total = (output.loss_S * torch.tensor(test.step_weights)).sum()
+    total.backward()
+
+    assert relative(output.loss_S.detach(), tensors["out.loss_per_step"]) < 2e-6
+    assert relative(total.detach(), tensors["out.loss"][0]) < 2e-6
+    accuracy_S = output.num_correct_S / output.num_allowed_rows_S
+    assert torch.allclose(accuracy_S, tensors["out.accuracy_per_step"], atol=1e-6)
+    rate_S = output.accepted_loss_rows_S / output.num_loss_rows_S
+    assert torch.allclose(rate_S, tensors["out.acceptance_rate_per_step"], rtol=1e-5)
+    for name, parameter in draft.named_parameters():
+        assert relative(parameter.grad, tensors[f"grad.{name}"]) < 5e-6, name
+
+
+def test_there_are_cases():
+    assert CASES, f"no golden case in {FOLDER}"
