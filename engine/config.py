@@ -33,7 +33,9 @@ class TargetSection:
 
     path: str = option(EMBEDDED, "Hugging Face folder or hub id of the target; 'embedded' is the model shipped with DraftSpeed")
     revision: str | None = option(None, "hub revision of the target; null = its default branch")
-    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "precision the target runs in")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto", "precision the target runs in; auto = bfloat16 on a GPU, float32 on a CPU"
+    )
     aux_layers: tuple[int, ...] | None = option(
         None, "three 0-based layers whose outputs feed the draft; null = 1, L//2-1, L-4", unit="layers"
     )

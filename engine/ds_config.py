@@ -8,7 +8,7 @@ from engine.config import OPTIONS, SECTIONS
 from engine.ds_keys import DS_KEYS, REFUSED, REQUIRED_BY_SCHEDULER, SCHEDULERS, STAGE3
 from engine.strict import ConfigError, checked, dotted_keys, parse_json, read_text, type_name, unknown_key
 
-DEFAULT_LR = 1e-4
+DEFAULT_LR, DEFAULT_LR_WIDTH = 1e-4, 4096
 WARMUP_SHARE = 0.015
 AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
 MICRO, ACCUMULATION, GLOBAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
@@ -33,16 +33,17 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def resolve_ds_config(raw: dict[str, Any], *, world_size: int, total_steps: int) -> dict[str, Any]:
+def resolve_ds_config(raw: dict[str, Any], *, world_size: int, total_steps: int, hidden_size: int) -> dict[str, Any]:
     """A copy of load_ds_config's dict that DeepSpeed can take: no "auto" left; learning rate and batch sizes always given.
 
-    total_steps: optimizer steps of the whole run; the schedule spans them, its warm-up 1.5% of them.
+    total_steps: optimizer steps of the whole run; the schedule spans them, its warm-up 1.5% of them. hidden_size: the draft's;
+    the automatic learning rate is 1e-4 at width 4096 and inverse to the width, as Adam's best one is (muP, arXiv:2203.03466).
     Raises ConfigError if the three batch sizes do not fit world_size.
     """
     resolved = copy.deepcopy(raw)
     resolved[MICRO], resolved[ACCUMULATION] = _solve_batch(raw, world_size)
     resolved["optimizer"].setdefault("params", {}).setdefault("lr", "auto")
-    values = (DEFAULT_LR, max(2, total_steps), max(1, round(WARMUP_SHARE * total_steps)))
+    values = (DEFAULT_LR * DEFAULT_LR_WIDTH / hidden_size, max(2, total_steps), max(1, round(WARMUP_SHARE * total_steps)))
     for key, value in zip(AUTO_KEYS, values, strict=True):
         section, _, name = key.split(".")
         params = resolved.get(section, {}).get("params", {})

@@ -6,6 +6,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -160,7 +161,7 @@ def held_out_prompts(
     """`count` prompts spread evenly over JSONL conversations, or all where there are fewer; the same ones every time.
 
     A prompt is what comes before the first assistant turn. Conversations that cannot be read or start with the assistant are
-    passed over. Raises ValueError for a missing file, a tokenizer without chat template, or files without any prompt.
+    passed over. Raises ValueError for a missing file, files without any prompt, or a chat template that is missing or fails.
     """
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; prompts cannot be rendered")
@@ -171,21 +172,31 @@ def held_out_prompts(
         )
     count = min(count, len(openings))
     chosen = [openings[index * len(openings) // count] for index in range(count)]
-    arguments = {"add_generation_prompt": True, "return_dict": False}
     return [
-        Prompt(source, list(tokenizer.apply_chat_template(messages, **extra, **(template_kwargs or {}), **arguments)))
+        Prompt(source, _render(source, tokenizer, messages, {**extra, **(template_kwargs or {})}))
         for source, messages, extra in chosen
     ]
+
+
+def _render(
+    source: str, tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any]
+) -> list[int]:
+    try:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **arguments))
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"{source}: the chat template cannot render this prompt ({error}); mend or remove the sample"
+        ) from error
 
 
 def _openings(path: Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected JSONL with one conversation a line")
-    with path.open(encoding="utf-8-sig") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 messages, extra = read_messages(json.loads(line))
-            except (BadSample, json.JSONDecodeError):
+            except (BadSample, json.JSONDecodeError, UnicodeDecodeError):
                 continue
             first_reply = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
             if any(message["role"] == "user" for message in messages[:first_reply]):

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -107,7 +108,14 @@ class Trainer:
 
     def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: FrozenTarget) -> ZeroDraft:
         self.num_steps = min(corpus.loader.num_steps, self.config.max_steps or corpus.loader.num_steps)
-        resolved = resolve_ds_config(self.ds_config, world_size=self.world.size, total_steps=self.num_steps)
+        resolved = resolve_ds_config(
+            self.ds_config,
+            world_size=self.world.size,
+            total_steps=self.num_steps,
+            hidden_size=draft.config.hidden_size,
+        )
+        if self.world.is_main:
+            (self.output_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
         teacher = Teacher(target.head.rows(corpus.vocab_map.target_ids_U).logits, corpus.vocab_map)
         zero = ZeroDraft(draft, TrainingTimeTest(self.config.ttt, self.config.loss, teacher), resolved)
         self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {self.num_steps} steps")

@@ -8,31 +8,28 @@ Target, prompts and settings are those of the run's `config.yaml` beside the dra
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config import EMBEDDED, Config, EvaluationSection, TargetSection, load_config  # noqa: E402  (after sys.path)
-from engine.data.cpython_corpus import write_corpus  # noqa: E402
-from engine.decode import ChainDrafter, Drafter, Generation, PromptLookupDrafter, greedy_decode  # noqa: E402
-from engine.evaluate import AcceptanceReport, Prompt, eos_ids, held_out_prompts, measure_acceptance  # noqa: E402
-from engine.export import CONFIG, load_draft  # noqa: E402
-from engine.models.draft_config import DraftConfig  # noqa: E402
-from engine.models.registry import check_aux_layers, text_config  # noqa: E402
-from engine.target.frozen import FrozenTarget  # noqa: E402
-
-EMBEDDED_TARGET = Path(__file__).resolve().parent / "embedded" / "target"
+from engine.config import Config, EvaluationSection, TargetSection, load_config
+from engine.decode import ChainDrafter, Drafter, Generation, PromptLookupDrafter, greedy_decode
+from engine.evaluate import AcceptanceReport, Prompt, eos_ids, held_out_prompts, measure_acceptance
+from engine.export import CONFIG, load_draft
+from engine.models.draft_config import DraftConfig
+from engine.models.registry import check_aux_layers, text_config
+from engine.strict import parse_json, read_text
+from engine.target.frozen import FrozenTarget
 
 
 @dataclass(frozen=True)
@@ -43,17 +40,27 @@ class Measurement:
     prompts: list[Prompt]
     eos_ids: frozenset[int]
     evaluation: EvaluationSection
-    console: Console
+    progress: Progress
 
     def plain(self) -> list[Generation]:
-        prompts = track(self.prompts, "plain greedy", console=self.console, transient=True)
-        return [
-            greedy_decode(self.target, prompt.token_ids, self.evaluation.max_new_tokens, self.eos_ids) for prompt in prompts
-        ]
+        limit = self.evaluation.max_new_tokens
+        prompts = self.progress.track(self.prompts, description="plain greedy")
+        return [greedy_decode(self.target, prompt.token_ids, limit, self.eos_ids) for prompt in prompts]
 
     def drafted(
-        self, make_drafter: Callable[[], Drafter], plain: list[Generation], on_progress: Callable[[Prompt, Generation], None]
+        self,
+        name: str,
+        make_drafter: Callable[[], Drafter],
+        plain: list[Generation],
+        show: Callable[[Prompt, Generation], None] | None = None,
     ) -> AcceptanceReport:
+        task = self.progress.add_task(name, total=len(self.prompts))
+
+        def on_progress(prompt: Prompt, generation: Generation) -> None:
+            self.progress.advance(task)
+            if show is not None:
+                show(prompt, generation)
+
         counts = measure_acceptance(
             self.target,
             make_drafter,
@@ -68,7 +75,9 @@ class Measurement:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--draft", type=Path, required=True, help="folder of the exported draft")
     parser.add_argument("--target", help="Hugging Face folder or hub id of the target; default: the run's")
     parser.add_argument("--data", nargs="+", help="JSONL conversation files the prompts come from; default: the run's held-out")
@@ -84,10 +93,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
 
 
 def run_config(arguments: argparse.Namespace) -> Config:
@@ -105,8 +113,6 @@ def run_config(arguments: argparse.Namespace) -> Config:
         target = replace(target, path=arguments.target, revision=None)
     if arguments.dtype:
         target = replace(target, dtype=arguments.dtype)
-    if target.path == EMBEDDED:
-        target = replace(target, path=str(EMBEDDED_TARGET))
     if arguments.data:
         data = replace(data, held_out=tuple(arguments.data))
     default = EvaluationSection()
@@ -118,34 +124,31 @@ def run_config(arguments: argparse.Namespace) -> Config:
     return replace(run, target=target, data=data, evaluation=evaluation)
 
 
-def read_draft_config(folder: Path, target: TargetSection) -> DraftConfig:
-    """The draft's shapes. Raises ValueError if `folder` holds no draft, or one that was not trained for this target."""
-    if not (folder / CONFIG).is_file():
+def read_draft_config(folder: Path) -> DraftConfig:
+    """The draft's shapes. Raises ValueError if `folder` holds no draft."""
+    path = folder / CONFIG
+    if not path.is_file():
         raise ValueError(f"{folder} is not an exported draft: it has no {CONFIG}; a run writes one to its output_dir/draft")
-    draft = DraftConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    hub = {"revision": target.revision, "trust_remote_code": target.trust_remote_code}
-    config = text_config(AutoConfig.from_pretrained(target.path, **hub))
-    for name, ours, theirs in (
-        ("vocabulary", draft.vocab_size, config.vocab_size),
-        ("hidden size", draft.target_hidden_size, config.hidden_size),
-    ):
-        if ours != theirs:
+    return DraftConfig.from_dict(parse_json(read_text(path), path))
+
+
+def check_target(draft: DraftConfig, path: str, hub: dict[str, Any]) -> None:
+    """Raises ValueError if the draft was not trained for the target at `path`, before that is loaded."""
+    target = text_config(AutoConfig.from_pretrained(path, **hub))
+    facts = {
+        "a vocabulary of": (draft.vocab_size, target.vocab_size),
+        "hidden size": (draft.target_hidden_size, target.hidden_size),
+    }
+    for name, (expected, found) in facts.items():
+        if expected != found:
             raise ValueError(
-                f"{folder} was trained for a target with {name} {ours}, {target.path} has {theirs}; "
-                "give --target the one it was trained for"
+                f"the draft was trained for a target with {name} {expected}, {path} has {found}; name its own target"
             )
-    try:
-        check_aux_layers(draft.aux_layers, config.num_hidden_layers)
-    except ValueError as error:
-        raise ValueError(f"{folder} reads layers that {target.path} cannot give: {error}") from error
-    return draft
-
-
-def read_prompts(run: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    with tempfile.TemporaryDirectory() as folder:
-        embedded = write_corpus(Path(folder))[1] if EMBEDDED in run.data.held_out else None
-        paths = [embedded if path == EMBEDDED else path for path in run.data.held_out]
-        return held_out_prompts(paths, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
+    if draft.aux_layers is not None:
+        try:
+            check_aux_layers(draft.aux_layers, target.num_hidden_layers)
+        except ValueError as error:
+            raise ValueError(f"the draft reads layers that {path} cannot give; name its own target ({error})") from error
 
 
 def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -160,18 +163,19 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
 
 
 def table(reports: dict[str, AcceptanceReport], evaluation: EvaluationSection) -> Table:
+    """Fits 80 columns with five drafted tokens."""
     some = next(iter(reports.values()))
     plain_tokens_per_s = some.plain_tokens_per_s
     title = f"{some.num_prompts} prompts, up to {evaluation.max_new_tokens} tokens each, {evaluation.draft_tokens} drafted"
-    result = Table(
-        "drafter", "acceptance length", "accepted at depth 1, 2, ...", "tokens/s", "speed", "differs from greedy", title=title
-    )
-    result.add_row("none (plain greedy)", "1.00", "", _rate(plain_tokens_per_s), "1.00x" if plain_tokens_per_s else "-", "")
+    result = Table("drafter", title=title)
+    for heading in ("acceptance\nlength", "accepted %\nby depth", "tokens/s", "speed", "differs\nfrom greedy"):
+        result.add_column(heading, justify="right")
+    result.add_row("none", "1.00", "", _rate(plain_tokens_per_s), "1.00x", "")
     for name, report in reports.items():
-        depths = " ".join("-" if share is None else f"{share:.2f}" for share in report.acceptance_per_depth)
+        depths = " ".join("-" if share is None else f"{100 * share:.0f}" for share in report.acceptance_per_depth)
         speed = f"{report.tokens_per_s / plain_tokens_per_s:.2f}x" if plain_tokens_per_s else "-"
-        length = f"{report.acceptance_length:.2f}"
-        result.add_row(name, length, depths, _rate(report.tokens_per_s), speed, f"{report.mismatches} of {report.num_prompts}")
+        length, differs = f"{report.acceptance_length:.2f}", f"{report.mismatches} of {report.num_prompts}"
+        result.add_row(name, length, depths, _rate(report.tokens_per_s), speed, differs)
     return result
 
 
@@ -179,47 +183,49 @@ def _rate(tokens_per_s: float | None) -> str:
     return f"{tokens_per_s:.1f}" if tokens_per_s else "-"
 
 
-def measure(arguments: argparse.Namespace, console: Console) -> None:
+def measure(arguments: argparse.Namespace, console: Console) -> dict[str, AcceptanceReport]:
+    """Load what the arguments name, decode, and print the table; reports by drafter."""
+    draft_config = read_draft_config(arguments.draft)
     run = run_config(arguments)
-    draft_config = read_draft_config(arguments.draft, run.target)
     hub = {"revision": run.target.revision, "trust_remote_code": run.target.trust_remote_code}
+    check_target(draft_config, run.target.path, hub)
     tokenizer = AutoTokenizer.from_pretrained(run.target.path, **hub)
-    prompts = read_prompts(run, tokenizer)
+    prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = FrozenTarget.load(run.target, device, aux_layers=draft_config.aux_layers)
     dtype = getattr(torch, run.target.dtype)
     draft = load_draft(arguments.draft, embed_weight_VD=target.embed_weight_VD, dtype=dtype, device=device)
-    measurement = Measurement(target, prompts, eos_ids(target.model, tokenizer), run.evaluation, console)
 
     def show(prompt: Prompt, generation: Generation) -> None:
-        if arguments.show:
-            per_forward = (len(generation.token_ids) - 1) / max(1, generation.num_target_forwards)
-            console.rule(f"{prompt.source}: {per_forward:.2f} tokens per forward")
-            console.print(Text(tokenizer.decode(prompt.token_ids), style="dim"), reply_text(generation, tokenizer))
+        per_forward = (len(generation.token_ids) - 1) / max(1, generation.num_target_forwards)
+        console.rule(f"{prompt.source}: {per_forward:.2f} tokens per forward")
+        console.print(Text(tokenizer.decode(prompt.token_ids), style="dim"), reply_text(generation, tokenizer), sep="\n")
 
-    plain = measurement.plain()
-    reports = {
-        "draft": measurement.drafted(lambda: ChainDrafter(draft), plain, show),
-        "prompt lookup": measurement.drafted(PromptLookupDrafter, plain, lambda prompt, generation: None),
-    }
+    with Progress(console=console, transient=True) as progress:
+        measurement = Measurement(target, prompts, eos_ids(target.model, tokenizer), run.evaluation, progress)
+        plain = measurement.plain()
+        reports = {
+            "draft": measurement.drafted("draft", lambda: ChainDrafter(draft), plain, show if arguments.show else None),
+            "prompt lookup": measurement.drafted("prompt lookup", PromptLookupDrafter, plain),
+        }
     console.print(table(reports, run.evaluation))
     if any(report.mismatches for report in reports.values()):
-        console.print(
-            f"Replies may differ from greedy decoding where two tokens tie in {run.target.dtype}; --dtype float32 tells."
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({name: report.to_dict() for name, report in reports.items()}, indent=2) + "\n")
+        console.print(f"Replies may differ where two tokens nearly tie in {run.target.dtype}; --dtype float32 tells.")
+    return reports
 
 
-def main() -> int:
-    console = Console()
+def main() -> None:
+    arguments = parse_arguments()
     try:
-        measure(parse_arguments(), console)
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        reports = measure(arguments, Console())
+        if arguments.json:
+            content = {name: report.to_dict() for name, report in reports.items()}
+            arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"measure_acceptance.py: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,7 +5,6 @@ own documentation; that needs no network and no GPU.
 """
 
 import argparse
-import json
 import os
 import socket
 import sys
@@ -64,14 +63,13 @@ def with_embedded_paths(config: Config) -> Config:
     return replace(config, target=target, data=data)
 
 
-def prepare_output(config: Config, resolved: Config, ds_config: dict) -> None:
+def prepare_output(config: Config, resolved: Config) -> None:
     """On rank 0: the output folder with the resolved configuration and, if asked for, the embedded corpus."""
     from engine.data.cpython_corpus import write_corpus
 
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.yaml").write_text(dump_config(resolved), encoding="utf-8")
-    (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
     if EMBEDDED in config.data.train + config.data.held_out:
         write_corpus(output_dir / "corpus")
 
@@ -93,7 +91,7 @@ def main() -> None:
     world = World(**environment)
     connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
     if world.is_main:
-        prepare_output(config, resolved, ds_config)
+        prepare_output(config, resolved)
     world.barrier()
 
     from engine.trainer import Trainer

@@ -102,8 +102,7 @@ _PUBLISHED = {
         num_attention_heads=32,
         num_key_value_heads=8,
     ),
-    "qwen3-30b-a3b": _QWEN3_MOE
-    | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32),
+    "qwen3-30b-a3b": _QWEN3_MOE | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32),
     "qwen3-235b-a22b": _QWEN3_MOE
     | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=94, num_attention_heads=64),
     "gpt-oss-20b": _GPT_OSS | dict(num_hidden_layers=24, num_local_experts=32),

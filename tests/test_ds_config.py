@@ -247,12 +247,12 @@ def test_every_shipped_file_loads_and_deepspeed_takes_it(path):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     raw = load_ds_config(path)
-    resolved = resolve_ds_config(raw, world_size=1, total_steps=200)
+    resolved = resolve_ds_config(raw, world_size=1, total_steps=200, hidden_size=4096)
     assert DeepSpeedConfig(resolved).zero_optimization_stage == int(path.stem[4])
     assert resolved["scheduler"]["params"]["total_num_steps"] == 200
     assert resolved["scheduler"]["params"]["warmup_num_steps"] == 3
     assert raw["scheduler"]["params"]["total_num_steps"] == "auto", "the file as read is left alone"
-    assert raw["bf16"]["enabled"] and raw["gradient_clipping"] == 0.5 and raw["optimizer"]["params"]["lr"] == 1e-4
+    assert raw["bf16"]["enabled"] and raw["gradient_clipping"] == 0.5 and resolved["optimizer"]["params"]["lr"] == 1e-4
     assert ("offload" in path.stem) == ("offload_optimizer" in raw["zero_optimization"])
 
 
@@ -270,18 +270,19 @@ def test_numbers_written_with_an_exponent_are_whole_where_deepspeed_takes_whole_
     assert type(raw["zero_optimization"]["reduce_bucket_size"]) is int
 
 
-@pytest.mark.parametrize("lr", ["auto", None, 3e-4])
-def test_the_learning_rate_defaults_to_1e_4(lr):
-    optimizer = {"type": "AdamW"} if lr is None else {"type": "AdamW", "params": {"lr": lr}}
-    resolved = resolve_ds_config({"optimizer": optimizer}, world_size=1, total_steps=10)
-    assert resolved["optimizer"]["params"]["lr"] == (3e-4 if lr == 3e-4 else 1e-4)
+@pytest.mark.parametrize("given", ["auto", None, 3e-4])
+@pytest.mark.parametrize(("hidden_size", "automatic"), [(4096, 1e-4), (8192, 5e-5), (256, 1.6e-3)])
+def test_the_automatic_learning_rate_is_1e_4_at_width_4096_and_inverse_to_the_width(given, hidden_size, automatic):
+    optimizer = {"type": "AdamW"} if given is None else {"type": "AdamW", "params": {"lr": given}}
+    resolved = resolve_ds_config({"optimizer": optimizer}, world_size=1, total_steps=10, hidden_size=hidden_size)
+    assert resolved["optimizer"]["params"]["lr"] == pytest.approx(3e-4 if given == 3e-4 else automatic)
 
 
 @pytest.mark.parametrize(("total_steps", "horizon", "warmup"), [(1, 2, 1), (2, 2, 1), (60, 60, 1), (1000, 1000, 15)])
 def test_an_auto_schedule_spans_the_run_with_a_short_warm_up(total_steps, horizon, warmup):
     params = {"total_num_steps": "auto", "warmup_num_steps": "auto", "warmup_type": "linear"}
     raw = {"optimizer": ADAMW, "scheduler": {"type": "WarmupCosineLR", "params": params}}
-    resolved = resolve_ds_config(raw, world_size=1, total_steps=total_steps)["scheduler"]["params"]
+    resolved = resolve_ds_config(raw, world_size=1, total_steps=total_steps, hidden_size=64)["scheduler"]["params"]
     assert resolved == {"total_num_steps": horizon, "warmup_num_steps": warmup, "warmup_type": "linear"}
 
 
@@ -300,7 +301,7 @@ BATCHES = [
 @pytest.mark.parametrize(("given", "world_size", "solved"), BATCHES)
 def test_free_batch_sizes_follow_from_the_given_ones(given, world_size, solved):
     assert (micro_batch_size(given, world_size), accumulation_steps(given, world_size)) == solved
-    resolved = resolve_ds_config({"optimizer": ADAMW, **given}, world_size=world_size, total_steps=10)
+    resolved = resolve_ds_config({"optimizer": ADAMW, **given}, world_size=world_size, total_steps=10, hidden_size=64)
     assert (resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == solved
 
 

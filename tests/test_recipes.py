@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.config import load_config
@@ -98,8 +99,6 @@ def test_recipe_names_the_layers_of_the_default_rule(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_draft_turns_by_its_targets_frequencies(recipe):
-    from transformers import LlamaConfig
-
     draft, target = _draft(recipe), text_config(target_config(recipe))
     exported = LlamaConfig(**draft.to_dict())
     rotary = LlamaRotaryEmbedding(exported)

@@ -3,6 +3,7 @@
 Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, E head dim, A extra keys, U draft vocabulary.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -24,26 +25,18 @@ def ancestor_attention(
     extra_keys, extra_values: A tensors [Q, G, E]. cu_seqlens: int [num_documents + 1]. Returns [Q, H, E]; scale E**-0.5.
     Source: EAGLE-3 (arXiv:2503.01840), section 3, training-time test.
     """
-    bounds_Q = torch.searchsorted(query_index_Q, cu_seqlens.long()).tolist()
-    starts = cu_seqlens.tolist()
-    outputs = []
-    for document in range(len(starts) - 1):
-        rows = slice(bounds_Q[document], bounds_Q[document + 1])
-        if rows.start == rows.stop:
-            continue
-        first_key = starts[document]
-        last_key = starts[document + 1]
-        outputs.append(
-            _attend(
-                query_QHE[rows],
-                query_index_Q[rows] - first_key,
-                key_TGE[first_key:last_key],
-                value_TGE[first_key:last_key],
-                [key[rows] for key in extra_keys],
-                [value[rows] for value in extra_values],
-            )
-        )
-    return torch.cat(outputs) if outputs else torch.zeros_like(query_QHE)
+    bounds_Q = torch.searchsorted(query_index_Q, cu_seqlens.long())
+    rows = bounds_Q.diff().tolist()
+    documents = zip(
+        query_QHE.split(rows),
+        (query_index_Q - cu_seqlens[:-1].long().repeat_interleave(bounds_Q.diff())).split(rows),
+        key_TGE.split(cu_seqlens.diff().tolist()),
+        value_TGE.split(cu_seqlens.diff().tolist()),
+        zip(*(key.split(rows) for key in extra_keys), strict=True) if extra_keys else itertools.repeat(()),
+        zip(*(value.split(rows) for value in extra_values), strict=True) if extra_values else itertools.repeat(()),
+        strict=False,
+    )
+    return torch.cat([_attend(*document) for document in documents])
 
 
 def _attend(query_QHE, index_Q, key_TGE, value_TGE, extra_keys, extra_values):  # one document

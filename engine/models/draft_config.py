@@ -180,9 +180,6 @@ def derive_draft_config(
 
 
 def _read_draft_config(target: PreTrainedConfig, draft: DraftSection, aux_layers: tuple[int, ...] | None) -> DraftConfig:
-    for option in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-        if getattr(draft, option) is not None:
-            raise ValueError(f"draft.{option} and draft.config contradict each other: draft.config fixes every shape; drop one")
     exported = json.loads(Path(draft.config).read_text(encoding="utf-8"))
     if aux_layers is not None or (exported.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") is None:
         layers = aux_layers or default_aux_layers(target.num_hidden_layers)

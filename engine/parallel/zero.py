@@ -5,6 +5,7 @@ and its gradient is reduced once, however often the steps use it.
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -27,7 +28,8 @@ ADAM_TYPES = ("adam", "adamw")
 
 def connect(world: World, timeout_s: int, cpu_threads: int) -> None:
     """Join the job's process group and settle this process on its device and share of the cores."""
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls older names
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:

@@ -103,7 +103,9 @@ class FrozenTarget:
             raise ValueError(f"target.path={section.path}: {config.model_type!r} is an encoder-decoder; expected a causal LM")
         wrapper_only = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
         auto = AutoModelForImageTextToText if wrapper_only else AutoModelForCausalLM
-        model = auto.from_pretrained(section.path, dtype=getattr(torch, section.dtype), **hub)
+        chosen = "float32" if device.type == "cpu" else "bfloat16"
+        dtype = getattr(torch, chosen if section.dtype == "auto" else section.dtype)
+        model = auto.from_pretrained(section.path, dtype=dtype, **hub)
         return cls(model.to(device), aux_layers or section.aux_layers, temperature)
 
     @property

@@ -1,0 +1,28 @@
+"""Installation: `pip install -c constraints.txt -e .`; constraints.txt pins what is given here as ranges."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="draftspeed",
+    version="0.1.0",
+    description="A training engine for EAGLE-3 draft models, the small networks behind speculative decoding",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["engine", "engine.*"]),
+    install_requires=[
+        "torch>=2.8",
+        "transformers>=5.20,<6",
+        "deepspeed>=0.19",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "numpy>=2",
+        "pyyaml>=6",
+        "rich>=13",
+        "jinja2>=3.1",
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.8"],
+        "dev": ["pytest>=8", "ruff>=0.12", "tensorboard>=2.17"],
+        "wandb": ["wandb>=0.18"],
+    },
+)

@@ -1,0 +1,108 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from engine.config import Config, DataSection, DraftSection, EvaluationSection, TargetSection, dump_config
+from engine.export import export_draft
+from engine.models.draft_config import derive_draft_config
+from engine.models.eagle3 import Eagle3Draft
+from engine.models.vocab_map import VocabMap
+from launcher.measure_acceptance import main
+
+WORDS = ["<unk>", "<user>", "<assistant>", "<end>", *(f"w{index}" for index in range(28))]
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def save_target(folder: Path, *, num_layers: int = 5, vocab_size: int = len(WORDS)) -> str:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, vocab_size=vocab_size, num_hidden_layers=num_layers, eos_token_id=3, initializer_range=0.3)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}<assistant>"
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", chat_template=template).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The output folder of a run: config.yaml, and the exported draft of a tiny target."""
+    folder = tmp_path_factory.mktemp("run")
+    path = save_target(folder / "target")
+    target_config = AutoConfig.from_pretrained(path)
+    config = derive_draft_config(target_config, DraftSection(vocab_size=20), (0, 1, 3))
+    vocab_map = VocabMap.most_frequent(torch.arange(len(WORDS)), 20)
+    weights = Eagle3Draft(config).state_dict().items()
+    export_draft(folder / "draft", weights, replace(config, dtype="float32"), vocab_map, torch.zeros(len(WORDS), 16))
+    turns = [[("user", f"w{index} w2 w3"), ("assistant", "w1")] for index in range(6)]
+    samples = [{"conversations": [{"role": role, "content": text} for role, text in turn]} for turn in turns]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    resolved = Config(
+        target=TargetSection(path=path, dtype="float32"),
+        data=DataSection(held_out=(str(folder / "held_out.jsonl"),)),
+        evaluation=EvaluationSection(num_prompts=4, max_new_tokens=9, draft_tokens=2),
+    )
+    (folder / "config.yaml").write_text(dump_config(resolved), encoding="utf-8")
+    return folder
+
+
+def measure(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["measure_acceptance.py", *map(str, arguments)])
+    main()
+
+
+def test_a_draft_is_measured_with_the_settings_of_its_run(run, tmp_path, monkeypatch, capsys):
+    measure(monkeypatch, "--draft", run / "draft", "--json", tmp_path / "new" / "report.json")
+    reports = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert set(reports) == {"draft", "prompt lookup"}
+    for report in reports.values():
+        assert (report["num_prompts"], report["mismatches"]) == (4, 0)
+        assert len(report["acceptance_per_depth"]) == 2
+        assert 1.0 <= report["acceptance_length"] <= 3.0
+        assert report["tokens_per_s"] > 0 and report["plain_tokens_per_s"] > 0
+    assert "prompt lookup" in capsys.readouterr().out
+
+
+def test_the_command_line_replaces_the_settings_of_the_run(run, tmp_path, monkeypatch, capsys):
+    options = ["--num-prompts", 2, "--draft-tokens", 3, "--max-new-tokens", 5, "--dtype", "bfloat16", "--show"]
+    measure(monkeypatch, "--draft", run / "draft", "--json", tmp_path / "report.json", *options)
+    report = json.loads((tmp_path / "report.json").read_text())["draft"]
+    assert report["num_prompts"] == 2 and report["num_tokens"] <= 8
+    assert len(report["acceptance_per_depth"]) == 3
+    printed = capsys.readouterr().out
+    assert "<user> w0 w2 w3 <end> <assistant>" in printed and "<user> w3 w2 w3 <end> <assistant>" in printed
+
+
+def test_a_draft_far_from_its_run_is_measured_once_target_and_data_are_named(run, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "elsewhere" / "draft"
+    copy.mkdir(parents=True)
+    for file in (run / "draft").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    named = ["--target", run / "target", "--data", run / "held_out.jsonl", "--dtype", "float32", "--max-new-tokens", 4]
+    measure(monkeypatch, "--draft", copy, *named)
+    assert "0 of 6" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="give --target"):
+        measure(monkeypatch, "--draft", copy)
+    with pytest.raises(SystemExit, match="give --data"):
+        measure(monkeypatch, "--draft", copy, *named[:2])
+
+
+def test_what_does_not_fit_is_refused_by_name(run, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="not an exported draft"):
+        measure(monkeypatch, "--draft", tmp_path / "nothing")
+    with pytest.raises(SystemExit, match="vocabulary of 32, .* has 50"):
+        measure(monkeypatch, "--draft", run / "draft", "--target", save_target(tmp_path / "wide", vocab_size=50))
+    with pytest.raises(SystemExit, match="reads layers .*cannot give"):
+        measure(monkeypatch, "--draft", run / "draft", "--target", save_target(tmp_path / "shallow", num_layers=4))
+    with pytest.raises(SystemExit, match="no_such.jsonl"):
+        measure(monkeypatch, "--draft", run / "draft", "--data", tmp_path / "no_such.jsonl")
+    for number in ("0", "-3", "2.5", "many"):
+        with pytest.raises(SystemExit):
+            measure(monkeypatch, "--draft", run / "draft", f"--draft-tokens={number}")
+        assert f"--draft-tokens: '{number}': expected a whole number" in capsys.readouterr().err

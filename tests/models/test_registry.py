@@ -1,0 +1,84 @@
+"""Facts about target families: which layers feed a draft, and what happens after the head."""
+
+import pytest
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    Gemma3Config,
+    GraniteConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+)
+from transformers.models.chameleon import ChameleonConfig
+
+from engine.models.registry import FinalLogits, check_aux_layers, default_aux_layers, final_logits, runs_packed, text_config
+
+
+@pytest.mark.parametrize("num_layers", range(7, 100))
+def test_default_layers_are_always_valid(num_layers):
+    layers = default_aux_layers(num_layers)
+    assert layers == (1, num_layers // 2 - 1, num_layers - 4)
+    assert check_aux_layers(layers, num_layers) == layers
+
+
+@pytest.mark.parametrize("num_layers", range(1, 7))
+def test_shallow_targets_need_explicit_layers(num_layers):
+    with pytest.raises(ValueError, match="target.aux_layers"):
+        default_aux_layers(num_layers)
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (1, 2, 3, 4), (1, 1, 3), (3, 2, 1), (-1, 2, 3), (1, 2, 7), (1, 2, 8)])
+def test_layers_must_be_three_distinct_ascending_and_not_the_last(layers):
+    with pytest.raises(ValueError, match="from 0 to 6"):
+        check_aux_layers(layers, 8)
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (LlamaConfig(), FinalLogits(1.0, None)),
+        (Gemma2Config(final_logit_softcapping=30.0), FinalLogits(1.0, 30.0)),
+        (Gemma2Config(final_logit_softcapping=None), FinalLogits(1.0, None)),
+        (Gemma3Config(text_config={"final_logit_softcapping": 12.0}), FinalLogits(1.0, 12.0)),
+        (CohereConfig(logit_scale=0.0625), FinalLogits(0.0625, None)),
+        (GraniteConfig(logits_scaling=8.0), FinalLogits(0.125, None)),
+        (RecurrentGemmaConfig(logits_soft_cap=20.0), FinalLogits(1.0, 20.0)),
+    ],
+)
+def test_final_logits_of_a_family(config, expected):
+    assert final_logits(config) == expected
+
+
+def test_families_whose_logits_a_draft_cannot_learn_are_refused_by_name():
+    with pytest.raises(ValueError, match="chameleon"):
+        final_logits(ChameleonConfig())
+
+
+def test_wrappers_are_read_through_their_text():
+    assert text_config(Gemma3Config(text_config={"hidden_size": 48})).hidden_size == 48
+
+
+@pytest.mark.parametrize(
+    "config, packed",
+    [
+        (LlamaConfig(), True),
+        (Gemma2Config(), True),
+        (Gemma3Config(), True),
+        (Llama4TextConfig(attn_temperature_tuning=False), True),
+        (Llama4TextConfig(), False),
+        (Qwen3NextConfig(), False),
+        (
+            Phi3Config(
+                original_max_position_embeddings=32,
+                max_position_embeddings=64,
+                rope_parameters=dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 48, long_factor=[2.0] * 48),
+            ),
+            False,
+        ),
+    ],
+)
+def test_documents_share_a_forward_only_where_they_cannot_disturb_each_other(config, packed):
+    assert runs_packed(config) is packed
