@@ -1,7 +1,7 @@
 """The folder a server loads: `model.safetensors` and `config.json` of SGLang's `LlamaForCausalLMEagle3`, and the way back.
 
-A server ignores misnamed tensors in silence and keeps random weights, so names, shapes and the vocabulary tables are checked here,
-before anything is written.
+A server ignores misnamed tensors in silence and keeps random weights, so names, shapes and the vocabulary tables are checked
+here, before anything is written.
 """
 
 import json
@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft, ServedDraft
 from engine.models.vocab_map import VocabMap
+from engine.strict import parse_json, read_text
 
 WEIGHTS, CONFIG, VOCAB = "model.safetensors", "config.json", "vocab_map.safetensors"
-PROJECTION = "embed_projection.weight"
+PROJECTION, EMBEDDING = "embed_projection.weight", "embed_tokens.weight"
 
 
 def export_draft(
@@ -27,28 +28,39 @@ def export_draft(
     weights: Iterable[tuple[str, torch.Tensor]],
     config: DraftConfig,
     vocab_map: VocabMap,
-    embed_weight_VD: torch.Tensor,
+    embed_weight_VD: torch.Tensor | None,
 ) -> None:
-    """Write the draft as a server loads it; the folder appears whole or not at all, and the same draft gives the same bytes.
+    """Write the draft as a server loads it, in place of what `folder` held; equal drafts give equal bytes.
 
-    weights: the draft's own names and tensors. embed_weight_VD: the target's embedding; shipped, projected to the draft's width,
-    only where the two differ. Raises ValueError if a tensor is missing, unknown, misshapen or not finite.
+    The new folder appears whole; if anything fails, the old one stays. weights: the draft's own names and tensors.
+    embed_weight_VD: the target's embedding; shipped, projected to the draft's width, only where the two widths differ.
+    Raises ValueError if a tensor is missing, unknown, misshapen or not finite.
     """
     dtype = getattr(torch, config.dtype)
     tensors = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights}
-    _check_tensors(tensors, config)
+    with torch.device("meta"):
+        _check_names(tensors, dict(Eagle3Draft(config).state_dict()))
     projection_DD = tensors.pop(PROJECTION, None)
     if projection_DD is not None:
-        tensors["embed_tokens.weight"] = (embed_weight_VD.cpu().float() @ projection_DD.float().T).to(dtype).contiguous()
+        _check_embedding(embed_weight_VD, config.vocab_size, config.target_hidden_size)
+        tensors[EMBEDDING] = (embed_weight_VD.cpu().float() @ projection_DD.float().T).to(dtype).contiguous()
+    _check_finite(tensors)
     tensors |= {"d2t": vocab_map.d2t.cpu().contiguous(), "t2d": vocab_map.in_draft_V.cpu().contiguous()}
     _check_vocabulary(tensors, config)
-    partial = folder.with_name(f".{folder.name}.partial")
+    _replace_folder(folder, tensors, config)
+
+
+def _replace_folder(folder: Path, tensors: dict[str, torch.Tensor], config: DraftConfig) -> None:
+    partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(dict(sorted(tensors.items())), partial / WEIGHTS, metadata={"format": "pt"})
     (partial / CONFIG).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, previous)
     os.replace(partial, folder)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def load_draft(
@@ -61,20 +73,23 @@ def load_draft(
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not an exported draft: it has no {name}; export one with launcher/export_draft.py")
-    config = DraftConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    config = DraftConfig.from_dict(parse_json(read_text(folder / CONFIG), folder / CONFIG))
     with safe_open(folder / WEIGHTS, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     _check_vocabulary(tensors, config)
     vocab_map = VocabMap.from_tables(tensors.pop("d2t"), tensors.pop("t2d"))
-    embed = tensors.pop("embed_tokens.weight", embed_weight_VD)
-    if embed is None:
+    embed_weight_VD = tensors.pop(EMBEDDING, embed_weight_VD)
+    if embed_weight_VD is None:
         raise ValueError(f"{folder} ships no embedding: it shares its target's, so name the target")
+    _check_embedding(embed_weight_VD, config.vocab_size, config.hidden_size)
     model = Eagle3Draft(config)
     model.embed_projection = None
     _check_names(tensors, dict(model.state_dict()))
     model.load_state_dict(tensors)
     dtype = dtype or getattr(torch, config.dtype)
-    return ServedDraft(model.to(device, dtype).eval().requires_grad_(False), vocab_map.to(device), embed.to(device, dtype))
+    return ServedDraft(
+        model.to(device, dtype).eval().requires_grad_(False), vocab_map.to(device), embed_weight_VD.to(device, dtype)
+    )
 
 
 def save_vocab_map(vocab_map: VocabMap, path: Path) -> None:
@@ -86,10 +101,7 @@ def load_vocab_map(path: Path) -> VocabMap:
         return VocabMap.from_tables(file.get_tensor("d2t"), file.get_tensor("t2d"))
 
 
-def _check_tensors(tensors: dict[str, torch.Tensor], config: DraftConfig) -> None:
-    with torch.device("meta"):
-        expected = Eagle3Draft(config).state_dict()
-    _check_names(tensors, expected)
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite; lower the learning rate and train again")
@@ -102,6 +114,12 @@ def _check_names(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Ten
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, its config asks for {list(expected[name].shape)}")
+
+
+def _check_embedding(weight_VD: torch.Tensor, vocab_size: int, width: int) -> None:
+    if weight_VD.shape != (vocab_size, width):
+        problem = f"the embedding has shape {list(weight_VD.shape)}, the draft's config asks for {[vocab_size, width]}"
+        raise ValueError(f"{problem}; name the target that the draft was trained for")
 
 
 def _check_vocabulary(tensors: dict[str, torch.Tensor], config: DraftConfig) -> None:

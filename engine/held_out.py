@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config import Config
 from engine.decode import ChainDrafter, Drafter, Generation, PromptLookupDrafter, greedy_decode
-from engine.evaluate import AcceptanceReport, AcceptanceCounts, eos_ids, held_out_prompts, measure_acceptance
+from engine.evaluate import AcceptanceCounts, AcceptanceReport, eos_ids, held_out_prompts, measure_acceptance
 from engine.models.eagle3 import ServedDraft
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget

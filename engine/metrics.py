@@ -18,20 +18,18 @@ class StepMetrics:
     def __init__(self, steps: int, step_weights: list[float], device: torch.device) -> None:
         self._weights_S = torch.tensor(step_weights, device=device)
         self._sums = torch.zeros(1 + len(COUNTS), steps, dtype=torch.float64, device=device)
-        self._num_micro_batches = 0
 
     def add(self, output: DraftOutput) -> None:
         """Count one micro-batch, without a host sync."""
         rows = [output.loss_S.detach(), *(getattr(output, name) for name in COUNTS)]
         self._sums += torch.stack([row.double() for row in rows])
-        self._num_micro_batches += 1
 
     def read(self, world: World, loss_divisor: int) -> dict[str, Any]:
         """Metrics over all ranks since the last read, then start anew; a collective.
 
         loss_divisor: what summed micro-batch losses are divided by to give one step's loss.
         """
-        loss_S, _, allowed_S, correct_S, accepted_S = world.sum(self._sums)
+        loss_S, loss_rows_S, allowed_S, correct_S, accepted_S = world.sum(self._sums)
         loss_S = loss_S / loss_divisor
         rate_S = accepted_S / allowed_S.clamp_min(1)
         metrics = {
@@ -40,10 +38,9 @@ class StepMetrics:
             "accuracy_per_step": (correct_S / allowed_S.clamp_min(1)).tolist(),
             "acceptance_rate_per_step": rate_S.tolist(),
             "simulated_acceptance_length": 1 + rate_S.cumprod(0).sum().item(),
-            "loss_row_share": (self._sums[1].sum() / self._sums[2].sum().clamp_min(1)).item(),
+            "loss_row_share": (loss_rows_S.sum() / allowed_S.sum().clamp_min(1)).item(),
         }
         self._sums.zero_()
-        self._num_micro_batches = 0
         return metrics
 
 
@@ -51,11 +48,14 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object a logged step, appended and flushed as training goes."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Keeps the lines of steps before `first_step`: a resumed run goes on where its checkpoint stands."""
+        """Keeps the lines of steps up to `first_step`: a resumed run goes on where its checkpoint stands.
+
+        A line without its end was cut by a kill; no checkpoint came after it, so it is dropped.
+        """
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if first_step and path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step and path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+        path.write_text("".join(kept), encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -16,7 +16,7 @@ Work = TypeVar("Work")
 
 
 def run_ahead(items: Iterable[Item], prepare: Callable[[Item], Work], depth: int, device: torch.device) -> Iterator[Work]:
-    """`prepare(item)` for each item, in order, up to `depth` items before they are asked for; 0 = when asked.
+    """`prepare(item)` for each item, in order, at most `depth` items before they are asked for; 0 = when asked.
 
     Ahead, `prepare` runs in a thread of its own and, on a GPU, on a side stream that the consumer's stream waits for.
     An error in `prepare` is raised where its result would have been.
@@ -24,12 +24,16 @@ def run_ahead(items: Iterable[Item], prepare: Callable[[Item], Work], depth: int
     if depth == 0:
         yield from map(prepare, items)
         return
-    results: queue.Queue = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-    worker = threading.Thread(target=_produce, args=(items, prepare, results, stop, device), daemon=True)
+    results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
+    room, stop = threading.Semaphore(depth), threading.Event()
+    worker = threading.Thread(target=_produce, args=(items, prepare, results, room, stop, device), daemon=True)
     worker.start()
     try:
-        while (result := results.get()) is not _END:
+        while True:
+            room.release()
+            result = results.get()
+            if result is _END:
+                return
             if result.error is not None:
                 raise result.error
             if result.ready is not None:
@@ -37,6 +41,7 @@ def run_ahead(items: Iterable[Item], prepare: Callable[[Item], Work], depth: int
             yield result.work
     finally:
         stop.set()
+        room.release()
         worker.join()
 
 
@@ -50,27 +55,20 @@ class _Result:
 _END = _Result()
 
 
-def _produce(items, prepare, results: queue.Queue, stop: threading.Event, device: torch.device) -> None:
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+def _produce(items, prepare, results: queue.SimpleQueue, room: threading.Semaphore, stop: threading.Event, device) -> None:
     try:
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for item in items:
-            with torch.cuda.stream(stream):
-                result = _Result(prepare(item), stream and stream.record_event())
-            if not _put(results, result, stop):
+            room.acquire()
+            if stop.is_set():
                 return
-        _put(results, _END, stop)
+            with torch.cuda.stream(stream):
+                work = prepare(item)
+                ready = stream and stream.record_event()
+            results.put(_Result(work, ready))
+        results.put(_END)
     except BaseException as error:
-        _put(results, _Result(error=error), stop)
-
-
-def _put(results: queue.Queue, result: _Result, stop: threading.Event) -> bool:
-    while not stop.is_set():
-        try:
-            results.put(result, timeout=0.2)
-            return True
-        except queue.Full:
-            continue
-    return False
+        results.put(_Result(error=error))
 
 
 def _hand_over(result: _Result, stream: torch.cuda.Stream) -> None:

@@ -18,21 +18,28 @@ class Telemetry:
         self.console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
         self.stage_s: dict[str, float] = {}
 
-    def note(self, text: str) -> None:
-        self.console.print(text)
+    def note(self, text: str, style: str | None = None) -> None:
+        """Print a line as it is: square brackets, as paths have them, are no markup."""
+        self.console.print(text, style=style, markup=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage and keep its duration in seconds."""
-        self.note(f"[bold]{name}[/bold]")
+        self.note(name, style="bold")
         start = time.perf_counter()
         yield
         self.stage_s[name] = round(time.perf_counter() - start, 2)
 
     @contextmanager
     def progress(self, total: int, unit: str) -> Iterator["ProgressBar"]:
-        """A bar over `total` units, or about twenty lines where there is no terminal."""
-        columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("left"))
+        """A bar over `total` units, or at most twenty-one lines where there is no terminal."""
+        columns = (
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+        )
         with Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal) as progress:
             yield ProgressBar(self, progress, progress.add_task(unit, total=total), total)
 
@@ -50,7 +57,7 @@ class ProgressBar:
     def advance(self, text: str) -> None:
         self._done += 1
         self._progress.update(self._task, completed=self._done, description=text)
-        every = max(1, self._total // LINES_WITHOUT_TERMINAL)
+        every = -(-self._total // LINES_WITHOUT_TERMINAL)
         if self._progress.disable and (self._done % every == 0 or self._done == self._total):
             elapsed_s = time.perf_counter() - self._start
             left_s = elapsed_s / max(1, self._done - self._first) * (self._total - self._done)

@@ -59,7 +59,10 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         with self.telemetry.stage("Loading the target"):
             target = FrozenTarget.load(self.config.target, self.world.device, temperature=self.config.loss.temperature)
-            tokenizer = AutoTokenizer.from_pretrained(self.config.target.path, revision=self.config.target.revision)
+            section = self.config.target
+            tokenizer = AutoTokenizer.from_pretrained(
+                section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
+            )
         draft_config = derive_draft_config(target.config, self.config.draft, target.aux_layers)
         with self.telemetry.stage("Reading the data"):
             corpus = self.read_corpus(tokenizer, draft_config)

@@ -1,7 +1,7 @@
 """Training-time test: the draft unrolled on its own outputs, and the loss of every row.
 
-Row `(t, i)` is position `t` at step `i`. It reads the token `x[t+1+i]` and the output of row `(t, i-1)`, stands at rotary position
-`t + i`, attends to keys `(s, 0)`, `s <= t`, of its document and to `(t, 1..i)`, and learns slot `u = t + 1 + i`.
+Row `(t, i)` is position `t` at step `i`. It reads the token `x[t+1+i]` and the output of row `(t, i-1)`, stands at rotary
+position `t + i`, attends to keys `(s, 0)`, `s <= t`, of its document and to `(t, 1..i)`, and learns slot `u = t + 1 + i`.
 Source: EAGLE-3 (arXiv:2503.01840), section 3.
 """
 
@@ -137,4 +137,3 @@ class TrainingTimeTest:
         mean_acceptance = acceptance_Q.detach().sum() / num_rows if norms.acceptance_S is None else norms.acceptance_S[step]
         weight = self.loss.lk_kl_scale * torch.exp(-self.loss.lk_kl_decay * mean_acceptance)
         return weight * kl + (1 - weight) * (1 - acceptance_Q).sum() / num_rows
-

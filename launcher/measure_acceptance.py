@@ -16,7 +16,6 @@ from typing import Any, get_args, get_type_hints
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -28,6 +27,7 @@ from engine.evaluate import AcceptanceReport, Prompt, eos_ids, held_out_prompts,
 from engine.export import CONFIG, load_draft
 from engine.models.draft_config import DraftConfig
 from engine.models.registry import check_aux_layers, text_config
+from engine.report import acceptance_table
 from engine.strict import parse_json, read_text
 from engine.target.frozen import FrozenTarget
 
@@ -162,27 +162,6 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
     return text
 
 
-def table(reports: dict[str, AcceptanceReport], evaluation: EvaluationSection) -> Table:
-    """Fits 80 columns with five drafted tokens."""
-    some = next(iter(reports.values()))
-    plain_tokens_per_s = some.plain_tokens_per_s
-    title = f"{some.num_prompts} prompts, up to {evaluation.max_new_tokens} tokens each, {evaluation.draft_tokens} drafted"
-    result = Table("drafter", title=title)
-    for heading in ("acceptance\nlength", "accepted %\nby depth", "tokens/s", "speed", "differs\nfrom greedy"):
-        result.add_column(heading, justify="right")
-    result.add_row("none", "1.00", "", _rate(plain_tokens_per_s), "1.00x", "")
-    for name, report in reports.items():
-        depths = " ".join("-" if share is None else f"{100 * share:.0f}" for share in report.acceptance_per_depth)
-        speed = f"{report.tokens_per_s / plain_tokens_per_s:.2f}x" if plain_tokens_per_s else "-"
-        length, differs = f"{report.acceptance_length:.2f}", f"{report.mismatches} of {report.num_prompts}"
-        result.add_row(name, length, depths, _rate(report.tokens_per_s), speed, differs)
-    return result
-
-
-def _rate(tokens_per_s: float | None) -> str:
-    return f"{tokens_per_s:.1f}" if tokens_per_s else "-"
-
-
 def measure(arguments: argparse.Namespace, console: Console) -> dict[str, AcceptanceReport]:
     """Load what the arguments name, decode, and print the table; reports by drafter."""
     draft_config = read_draft_config(arguments.draft)
@@ -193,7 +172,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Accept
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = FrozenTarget.load(run.target, device, aux_layers=draft_config.aux_layers)
-    dtype = getattr(torch, run.target.dtype)
+    dtype = target.embed_weight_VD.dtype
     draft = load_draft(arguments.draft, embed_weight_VD=target.embed_weight_VD, dtype=dtype, device=device)
 
     def show(prompt: Prompt, generation: Generation) -> None:
@@ -208,9 +187,9 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Accept
             "draft": measurement.drafted("draft", lambda: ChainDrafter(draft), plain, show if arguments.show else None),
             "prompt lookup": measurement.drafted("prompt lookup", PromptLookupDrafter, plain),
         }
-    console.print(table(reports, run.evaluation))
+    console.print(acceptance_table(reports))
     if any(report.mismatches for report in reports.values()):
-        console.print(f"Replies may differ where two tokens nearly tie in {run.target.dtype}; --dtype float32 tells.")
+        console.print(f"Replies may differ where two tokens nearly tie in {dtype}; --dtype float32 tells.")
     return reports
 
 

@@ -27,7 +27,9 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed's JSON: batch sizes, optimizer, precision, ZeRO")
+    parser.add_argument(
+        "--ds_config", type=Path, required=True, help="DeepSpeed's JSON: batch sizes, optimizer, precision, ZeRO"
+    )
     parser.add_argument("--recipe", type=Path, help="YAML: target, data, draft, TTT, loss, ...; default: the embedded job")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
@@ -59,7 +61,9 @@ def with_embedded_paths(config: Config) -> Config:
 
     path = Path(EMBEDDED_TARGET if config.target.path == EMBEDDED else config.target.path)
     target = replace(config.target, path=str(path.absolute()) if path.exists() else config.target.path)
-    data = replace(config.data, train=files(config.data.train, "train.jsonl"), held_out=files(config.data.held_out, "held_out.jsonl"))
+    data = replace(
+        config.data, train=files(config.data.train, "train.jsonl"), held_out=files(config.data.held_out, "held_out.jsonl")
+    )
     return replace(config, target=target, data=data)
 
 

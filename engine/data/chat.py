@@ -3,6 +3,7 @@
 The tokenizer's chat template writes the text. Which tokens are the assistant's is read from the template's
 `{% generation %}` tags; a template without them is rendered once per prefix of the conversation, and the text that a turn
 adds after its generation prompt is the turn. Both cover a reply and its end-of-turn token, not the template around them.
+A template that rewrites earlier turns (drops their reasoning, ends them otherwise) gives a document a reply instead.
 """
 
 import re
@@ -18,9 +19,11 @@ ROLES = {"user", "assistant", "system", "tool"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+UNVERIFIED = "mask cannot be verified"
 
 Message = dict[str, Any]
 Span = tuple[int, int]
+TextOf = Callable[..., str]
 
 
 class BadSample(ValueError):
@@ -70,19 +73,40 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: Mapping[str, Any] | None,
 ) -> Document:
-    """Render a conversation with the tokenizer's chat template and mark the assistant's tokens.
+    """Render a conversation whole with the tokenizer's chat template and mark the assistant's tokens.
 
-    Raises BadSample where the template fails, or where it rewrites earlier turns so that the mask cannot be derived.
+    Raises BadSample where the template fails, and with reason UNVERIFIED where it rewrites earlier turns, so that the mask
+    cannot be derived.
     """
     arguments = {**extra, **(template_kwargs or {})}
-    has_tags = GENERATION_TAG.search(tokenizer.get_chat_template(tools=extra.get("tools")))
-    input_ids, spans = (_tagged_turns if has_tags else _derived_turns)(list(messages), tokenizer, arguments)
-    if not spans:
-        raise BadSample("mask cannot be verified", "the chat template marks no token as the assistant's")
-    mask = np.zeros(len(input_ids), dtype=bool)
-    for first, end in spans:
-        mask[first:end] = True
-    return Document(np.asarray(input_ids, dtype=np.int32), mask, tuple(end for _, end in spans))
+    if tokenizer.is_fast and GENERATION_TAG.search(tokenizer.get_chat_template(tools=extra.get("tools"))):
+        return _tagged_document(list(messages), tokenizer, arguments)
+    text_of = _template(tokenizer, arguments)
+    text, turns = text_of(messages), []
+    for index in _replies(messages):
+        with_turn, turn = _last_turn(messages[: index + 1], text_of)
+        if not text.startswith(with_turn):
+            raise BadSample(UNVERIFIED, f"the chat template writes turn {index} differently once later turns follow")
+        turns.append(turn)
+    return _derived_document(text, turns, tokenizer)
+
+
+def render_turns(
+    messages: Sequence[Message],
+    extra: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] | None,
+) -> list[Document]:
+    """Render a document per assistant turn: what a server reads and says there, with that turn alone marked.
+
+    Raises BadSample where the template fails or writes a turn otherwise than after its generation prompt.
+    """
+    text_of = _template(tokenizer, {**extra, **(template_kwargs or {})})
+    documents = []
+    for index in _replies(messages):
+        text, turn = _last_turn(messages[: index + 1], text_of)
+        documents.append(_derived_document(text, [turn], tokenizer))
+    return documents
 
 
 def _read_turn(turn: Any, name: str) -> Message:
@@ -125,9 +149,41 @@ def _refuse_media(holder: Mapping[str, Any], name: str) -> None:
             raise BadSample("has images", f"{name} has a key {key!r}; only text can be trained on")
 
 
-def _tagged_turns(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
-) -> tuple[list[int], list[Span]]:
+def _replies(messages: Sequence[Message]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> TextOf:
+    """The chat template as a function of messages and whether to add the generation prompt."""
+
+    def text_of(messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        return _render(
+            tokenizer.apply_chat_template,
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **arguments,
+        )
+
+    return text_of
+
+
+def _last_turn(messages: Sequence[Message], text_of: TextOf) -> tuple[str, Span]:
+    """The text of messages that end with the assistant, and the characters that turn adds to the prompt asking for it."""
+    *before, reply = messages
+    prompt, text = text_of(before, add_generation_prompt=True), text_of(messages)
+    if not text.startswith(prompt) or len(text) == len(prompt):
+        raise BadSample(UNVERIFIED, f"the chat template does not write turn {len(before)} after its generation prompt")
+    opens_with_reply = text[len(prompt) :].lstrip().startswith(reply["content"].strip())
+    if not opens_with_reply and prompt == text_of(before):
+        raise BadSample(
+            UNVERIFIED,
+            f"the chat template has no generation prompt, so the header of turn {len(before)} cannot be told from the reply",
+        )
+    return text, (len(prompt), len(text))
+
+
+def _tagged_document(messages: list[Message], tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]) -> Document:
     encoding = _render(
         tokenizer.apply_chat_template,
         messages,
@@ -137,47 +193,51 @@ def _tagged_turns(
         **arguments,
     )
     edges = np.flatnonzero(np.diff(encoding["assistant_masks"], prepend=0, append=0))
-    return encoding["input_ids"], [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
+    if not edges.size:
+        raise BadSample(UNVERIFIED, "the chat template marks no token as the assistant's")
+    return _document(encoding["input_ids"], [(int(first), int(end)) for first, end in edges.reshape(-1, 2)])
 
 
-def _derived_turns(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
-) -> tuple[list[int], list[Span]]:
-    def text_of(prefix: list[Message], **kwargs: Any) -> str:
-        return _render(tokenizer.apply_chat_template, prefix, tokenize=False, **kwargs, **arguments)
-
-    text = text_of(messages)
-    turns = [_turn_in_text(text, messages, index, text_of) for index, m in enumerate(messages) if m["role"] == "assistant"]
-    encoding = _render(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    input_ids, offsets = encoding["input_ids"], np.asarray(encoding["offset_mapping"])
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    spans = []
+def _derived_document(text: str, turns: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Document:
+    """A document of which the characters `turns` are the assistant's, up to the end-of-turn token of each."""
+    special = tuple(added.content for added in tokenizer.added_tokens_decoder.values() if added.special)
+    bounds = []
     for start, stop in turns:
-        first = int(np.searchsorted(offsets[:, 1], start, side="right"))
-        end = int(np.searchsorted(offsets[:, 0], stop, side="left"))
-        last_special = max((index for index in range(first, end) if input_ids[index] in special), default=None)
-        if last_special is not None and not text[offsets[last_special, 1] : stop].strip():
-            end = last_special + 1  # blanks after the end-of-turn token are the template's
-        spans.append((first, end))
-    return input_ids, spans
+        end = len(text[:stop].rstrip())  # blanks after the end-of-turn token are the template's
+        bounds.append((start, end if start < end and text.endswith(special, start, end) else stop))
+    return _document(*(_by_offsets if tokenizer.is_fast else _by_prefixes)(text, bounds, tokenizer))
 
 
-def _turn_in_text(text: str, messages: list[Message], index: int, text_of: Callable[..., str]) -> Span:
-    """Characters that assistant turn `index` occupies in `text`: what it adds to the prompt that asks for it."""
-    before = messages[:index]
-    prompt, with_turn = text_of(before, add_generation_prompt=True), text_of(messages[: index + 1])
-    if not (with_turn.startswith(prompt) and text.startswith(with_turn) and len(prompt) < len(with_turn)):
-        raise BadSample(
-            "mask cannot be verified",
-            f"the chat template writes turn {index} differently once later turns follow, or not after its generation prompt",
-        )
-    opens_with_reply = with_turn[len(prompt) :].lstrip().startswith(messages[index]["content"].strip())
-    if not opens_with_reply and prompt == text_of(before):
-        raise BadSample(
-            "mask cannot be verified",
-            f"the chat template has no generation prompt, so the header of turn {index} cannot be told from the reply",
-        )
-    return len(prompt), len(with_turn)
+def _by_offsets(text: str, bounds: list[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
+    """Token ids of `text`, and its `bounds` from characters to tokens; a token across a bound belongs to the turn."""
+    encoding = _render(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    first_T, last_T = np.asarray(encoding["offset_mapping"]).T
+    spans = [(np.searchsorted(last_T, start, side="right"), np.searchsorted(first_T, stop)) for start, stop in bounds]
+    return encoding["input_ids"], [(int(first), int(end)) for first, end in spans]
+
+
+def _by_prefixes(text: str, bounds: list[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
+    """The same for a tokenizer without offsets: the tokens up to a bound, which must be the first of the whole text's."""
+    input_ids = _tokens(text, tokenizer)
+
+    def tokens_before(position: int) -> int:
+        prefix = _tokens(text[:position], tokenizer)
+        if input_ids[: len(prefix)] != prefix:
+            raise BadSample(UNVERIFIED, "a token crosses the bound of a turn, and the tokenizer gives no character offsets")
+        return len(prefix)
+
+    return input_ids, [(tokens_before(start), tokens_before(stop)) for start, stop in bounds]
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return _render(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _document(input_ids: Sequence[int], spans: Sequence[Span]) -> Document:
+    mask = np.zeros(len(input_ids), dtype=bool)
+    for first, end in spans:
+        mask[first:end] = True
+    return Document(np.asarray(input_ids, dtype=np.int32), mask, tuple(end for _, end in spans))
 
 
 def _render(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HELD_OUT_SHARE = 0.05
+MIN_ANSWER_CHARS = 100
 MAX_TURN_CHARS = 700
 MAX_TURNS = 12
 MAX_SIGNATURE_CHARS = 72
@@ -44,7 +45,7 @@ def cpython_conversations() -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for entry in sorted(_entries()):
         turns = _answer_turns(entry.text)
-        if not turns or _key(turns[0]) in seen:
+        if sum(map(len, turns)) < MIN_ANSWER_CHARS or _key(turns[0]) in seen:
             continue
         seen.add(_key(turns[0]))
         yield {"id": f"{entry.kind}:{entry.name}", "conversations": _messages(entry, turns)}

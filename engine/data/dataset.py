@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import DataSection
-from engine.data.chat import BadSample, Document, read_messages, render
+from engine.data.chat import UNVERIFIED, BadSample, Document, Message, read_messages, render, render_turns
 
 MIN_TOKENS = 3  # row (0, 0) learns slot 1, which predicts token 2
 NAMED_SAMPLES = 5
@@ -26,6 +26,7 @@ class DataReport:
     """What became of the conversations.
 
     num_samples: conversations read, bad ones included. num_documents, num_tokens, num_assistant_tokens: what they became.
+    by_turn: conversations that became a document per assistant turn.
     cut, split: documents above max_tokens that were shortened, or made into several.
     dropped: documents and pieces that can carry no loss: under 3 tokens, or no assistant token left.
     bad: (file:line, reason, detail) of each refused conversation.
@@ -35,6 +36,7 @@ class DataReport:
     num_documents: int
     num_tokens: int
     num_assistant_tokens: int
+    by_turn: int
     cut: int
     split: int
     dropped: int
@@ -47,6 +49,8 @@ class DataReport:
             f"{self.num_samples:,} conversations -> {self.num_documents:,} documents, {self.num_tokens:,} tokens, "
             f"{share:.0%} of them the assistant's"
         ]
+        if self.by_turn:
+            lines.append(f"{self.by_turn:,} conversations taken turn by turn")
         if self.cut or self.split or self.dropped:
             lines.append(f"{self.cut:,} cut and {self.split:,} split at max_tokens, {self.dropped:,} without loss dropped")
         return "\n".join(lines + _bad_lines(self.bad))
@@ -66,10 +70,26 @@ class _Collection:
         self.counts["samples"] += 1
         try:
             messages, extra = read_messages(_parse(line))
-            document = render(messages, extra, self.tokenizer, self.section.template_kwargs)
+            documents = self.render(messages, extra)
         except BadSample as error:
             self.bad.append((place, error.reason, error.detail))
             return
+        for document in documents:
+            self.keep(document)
+
+    def render(self, messages: list[Message], extra: dict[str, Any]) -> list[Document]:
+        """The documents of a conversation: one, or one per assistant turn, as `section.turns` has it."""
+        if self.section.turns != "each":
+            try:
+                return [render(messages, extra, self.tokenizer, self.section.template_kwargs)]
+            except BadSample as error:
+                if self.section.turns == "whole" or error.reason != UNVERIFIED:
+                    raise
+        documents = render_turns(messages, extra, self.tokenizer, self.section.template_kwargs)
+        self.counts["by_turn"] += 1
+        return documents
+
+    def keep(self, document: Document) -> None:
         if len(document) > self.section.max_tokens:
             self.counts[self.section.long_documents] += 1
         for piece in fit(document, self.section.max_tokens, self.section.long_documents):
@@ -84,6 +104,7 @@ class _Collection:
             num_documents=len(self.documents),
             num_tokens=sum(len(document) for document in self.documents),
             num_assistant_tokens=sum(int(document.assistant_mask.sum()) for document in self.documents),
+            by_turn=self.counts["by_turn"],
             cut=self.counts["cut"],
             split=self.counts["split"],
             dropped=self.counts["dropped"],
@@ -102,9 +123,9 @@ def load_documents(
 
     on_progress(bytes read, bytes in all) is called after every line.
     Raises ValueError for a missing or empty file, a file without a usable conversation, more bad samples than
-    `section.max_bad_share` allows, or a tokenizer without chat template or character offsets.
+    `section.max_bad_share` allows, or a tokenizer without chat template.
     """
-    _check_tokenizer(tokenizer)
+    _check_template(tokenizer)
     files = [_existing(path) for path in paths]
     total_bytes, done_bytes = sum(path.stat().st_size for path in files), 0
     collection = _Collection(tokenizer, section)
@@ -163,15 +184,10 @@ def _parse(line: bytes) -> object:
         raise BadSample("not JSON", f"expected one JSON object on the line: {error}") from error
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; put chat_template.jinja into its folder"
-        )
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path!r} ({type(tokenizer).__name__}) gives no character offsets, which the "
-            "assistant's mask needs; convert it to a fast one (tokenizer.json)"
         )
 
 

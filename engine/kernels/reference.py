@@ -40,21 +40,23 @@ def ancestor_attention(
 
 
 def _attend(query_QHE, index_Q, key_TGE, value_TGE, extra_keys, extra_values):  # one document
-    num_rows, num_heads, head_dim = query_QHE.shape
+    _, num_heads, head_dim = query_QHE.shape
     num_keys, num_groups, _ = key_TGE.shape
-    query_GQRE = (query_QHE * head_dim**-0.5).view(num_rows, num_groups, num_heads // num_groups, head_dim).transpose(0, 1)
-    scores = torch.einsum("gqre,tge->gqrt", query_GQRE, key_TGE).float()
+    heads_per_group = num_heads // num_groups
+    query_QHE = query_QHE * head_dim**-0.5
+    key_HTE, value_HTE = (x_TGE.transpose(0, 1).repeat_interleave(heads_per_group, 0) for x_TGE in (key_TGE, value_TGE))
     future_QT = torch.arange(num_keys, device=index_Q.device) > index_Q[:, None]
-    scores = scores.masked_fill(future_QT[None, :, None, :], float("-inf"))
-    if extra_keys:
-        key_QAGE = torch.stack(extra_keys, 1)
-        scores = torch.cat((scores, torch.einsum("gqre,qage->gqra", query_GQRE, key_QAGE).float()), -1)
-    weights = scores.softmax(-1).to(value_TGE.dtype)
-    output_GQRE = torch.einsum("gqrt,tge->gqre", weights[..., :num_keys], value_TGE)
-    if extra_keys:
-        value_QAGE = torch.stack(extra_values, 1)
-        output_GQRE = output_GQRE + torch.einsum("gqra,qage->gqre", weights[..., num_keys:], value_QAGE)
-    return output_GQRE.transpose(0, 1).reshape(num_rows, num_heads, head_dim)
+    mask_QT = torch.zeros_like(future_QT, dtype=query_QHE.dtype).masked_fill(future_QT, float("-inf"))
+    scores_HQT = torch.baddbmm(mask_QT.expand(num_heads, -1, -1), query_QHE.transpose(0, 1), key_HTE.mT)
+    if not extra_keys:
+        weights_HQT = scores_HQT.softmax(-1, dtype=torch.float32).to(value_TGE.dtype)
+        return torch.bmm(weights_HQT, value_HTE).transpose(0, 1)
+    key_AQHE, value_AQHE = (torch.stack(x).repeat_interleave(heads_per_group, 2) for x in (extra_keys, extra_values))
+    scores_HQA = (query_QHE * key_AQHE).sum(-1).permute(2, 1, 0)
+    weights = torch.cat((scores_HQT, scores_HQA), -1).softmax(-1, dtype=torch.float32).to(value_TGE.dtype)
+    weights_HQT, weights_HQA = weights.split((num_keys, len(extra_keys)), -1)
+    extra_QHE = (weights_HQA.permute(2, 1, 0)[..., None] * value_AQHE).sum(0)
+    return torch.bmm(weights_HQT, value_HTE).transpose(0, 1) + extra_QHE
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ def vocab_loss(draft_logits_QU: torch.Tensor, target_logits_QU: torch.Tensor, ta
     """
     draft_log_QU = draft_logits_QU.float().log_softmax(-1)
     target_QU = target_logits_QU.softmax(-1)
-    target_full_QU = (target_logits_QU - target_lse_Q[:, None]).exp()
+    mass_in_draft_Q = (target_logits_QU.logsumexp(-1) - target_lse_Q).exp()
     return RowLosses(
-        cross_entropy_Q=-(target_QU * draft_log_QU).sum(-1),
-        acceptance_Q=torch.minimum(target_full_QU, draft_log_QU.exp()).sum(-1),
-        argmax_Q=draft_logits_QU.argmax(-1),
+        cross_entropy_Q=-torch.linalg.vecdot(target_QU, draft_log_QU),
+        acceptance_Q=torch.minimum(target_QU * mass_in_draft_Q[:, None], draft_log_QU.exp()).sum(-1),
+        argmax_Q=draft_log_QU.argmax(-1),
     )

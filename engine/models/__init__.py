@@ -1,0 +1,1 @@
+"""The draft, its config, its vocabulary, and what differs between target families."""

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from engine.config import DraftSection
-from engine.models.registry import check_aux_layers, default_aux_layers, text_config
+from engine.models.registry import check_aux_layers, check_served_aux_layers, default_aux_layers, text_config
 
 TokenId = int | tuple[int, ...] | None
 
@@ -151,9 +151,10 @@ def derive_draft_config(
     Raises ValueError naming the option or the part of the target's config that does not fit.
     """
     target = text_config(target_config)
-    num_layers = target.num_hidden_layers
     if draft.config is not None:
         return _read_draft_config(target, draft, aux_layers)
+    layers = check_aux_layers(aux_layers or default_aux_layers(target.num_hidden_layers), target.num_hidden_layers)
+    check_served_aux_layers(target.model_type, layers)
     heads, groups, head_dim = _attention_shape(target, draft)
     return DraftConfig(
         hidden_size=draft.hidden_size or target.hidden_size,
@@ -169,7 +170,7 @@ def derive_draft_config(
         vocab_size=target.vocab_size,
         draft_vocab_size=draft.vocab_size,
         target_hidden_size=target.hidden_size,
-        aux_layers=check_aux_layers(aux_layers or default_aux_layers(num_layers), num_layers),
+        aux_layers=layers,
         bos_token_id=_target_token(target_config, "bos_token_id"),
         eos_token_id=_target_token(target_config, "eos_token_id"),
         pad_token_id=_target_token(target_config, "pad_token_id"),
@@ -186,6 +187,7 @@ def _read_draft_config(target: PreTrainedConfig, draft: DraftSection, aux_layers
         exported["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
     config = DraftConfig.from_dict(exported)
     check_aux_layers(config.aux_layers, target.num_hidden_layers)
+    check_served_aux_layers(target.model_type, config.aux_layers)
     facts = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
     for name, expected in facts.items():
         if getattr(config, name) != expected:

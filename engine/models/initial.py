@@ -4,6 +4,8 @@ import torch
 
 from engine.models.eagle3 import Eagle3Draft
 
+ROWS_PER_CHUNK = 16384
+
 
 @torch.no_grad()
 def start_from_target(draft: Eagle3Draft, embed_weight_VD: torch.Tensor, head_weight_UD: torch.Tensor | None) -> None:
@@ -21,7 +23,7 @@ def start_from_target(draft: Eagle3Draft, embed_weight_VD: torch.Tensor, head_we
 
 def _leading_directions(weight_VD: torch.Tensor, rank: int) -> torch.Tensor:
     """The `rank` leading right singular vectors of a [V, D] table, [rank, D]; zero rows beyond D."""
-    gram_DD = weight_VD.double().T @ weight_VD.double()
+    gram_DD = sum(rows_ND.T @ rows_ND for rows_ND in map(torch.Tensor.double, weight_VD.split(ROWS_PER_CHUNK)))
     directions_DD = torch.linalg.eigh(gram_DD).eigenvectors.flip(1).T[:rank]
     padded = torch.zeros(rank, weight_VD.shape[1], dtype=torch.float64, device=weight_VD.device)
     padded[: directions_DD.shape[0]] = directions_DD

@@ -28,6 +28,8 @@ _SOFT_CAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_
 _ISOLATED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Families that attend under masks of their own making.
 _ONE_BY_ONE = {"doge"}
+# Families that SGLang runs on its DeepSeek-V2 code.
+_SERVED_AS_DEEPSEEK = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "kimi_k2", "kimi_k25"}
 _REFUSED = {
     "chameleon": "forbids its image tokens after the head",
     "inkling_text": "crops its padded vocabulary after the head",
@@ -75,6 +77,18 @@ def check_aux_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, int
             f"for a target of {num_layers} layers (servers never capture the last one)"
         )
     return layers
+
+
+def check_served_aux_layers(model_type: str, layers: tuple[int, ...]) -> None:
+    """Raise ValueError if a server would capture other layers of this family than the ones named.
+
+    SGLang reads the ids as layer outputs, but its DeepSeek code only where the first id is 1, else as layer inputs.
+    """
+    if model_type in _SERVED_AS_DEEPSEEK and layers[0] != 1:
+        raise ValueError(
+            f"target.aux_layers={list(layers)}: SGLang would capture the layers before these of a {model_type!r} target, "
+            "unless the first is layer 1; start the list with 1"
+        )
 
 
 def final_logits(config: PreTrainedConfig) -> FinalLogits:

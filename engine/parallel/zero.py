@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.cpp_extension import CUDA_HOME
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
+from engine.host_memory import keep_freed_memory
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
@@ -33,6 +34,7 @@ def connect(world: World, timeout_s: int, cpu_threads: int) -> None:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
+        keep_freed_memory()
         torch.set_num_threads(cpu_threads or max(1, torch.get_num_threads() // world.local_size))
         # compiling DeepSpeed's shared-memory collectives takes a minute and gains nothing at a draft's size
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -62,6 +64,10 @@ class ZeroDraft:
         module = _TttModule(draft, test)
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        if self.engine.zero_optimization_stage() == 3:
+            # the module holds every weight from its door to its end; else each TTT step would gather what the last one released
+            for parameter in draft.parameters():
+                deepspeed.zero.register_external_parameter(module, parameter)
         self._weights_S = torch.tensor(test.step_weights, device=self.engine.device)
 
     @property
@@ -98,8 +104,8 @@ class ZeroDraft:
     def train(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         """Forward, backward and, at the last micro-batch of an accumulation, the optimizer step.
 
-        DeepSpeed averages gradients over ranks and accumulation steps. The `slots` normaliser and LK means already divide by the
-        global batch, so that division is undone for them.
+        DeepSpeed averages gradients over ranks and accumulation steps. Under the `slots` normaliser losses are already divided
+        by what the global batch holds, so that division is undone.
         """
         output = self.forward(micro, norms)
         loss = (output.loss_S * self._weights_S).sum()

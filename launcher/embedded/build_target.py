@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from engine.data.cpython_corpus import write_corpus  # noqa: E402  (the repository joins sys.path first)
+from engine.data.cpython_corpus import write_corpus
+from engine.host_memory import keep_freed_memory
 
 VOCAB_SIZE = 3072
 SPECIAL_TOKENS = ["<|begin|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -170,15 +171,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         train_conversations, held_out_conversations = map(read, write_corpus(Path(folder)))
     tokenizer = train_tokenizer(train_conversations)
     train_ids, held_out_ids = (
-        [
-            tokenizer.apply_chat_template(c["conversations"], return_dict=False)[:MAX_TOKENS]
-            for c in conversations
-        ]
+        [tokenizer.apply_chat_template(c["conversations"], return_dict=False)[:MAX_TOKENS] for c in conversations]
         for conversations in (train_conversations, held_out_conversations)
     )
     print(f"{sum(map(len, train_ids))} training tokens, {sum(map(len, held_out_ids))} held out", flush=True)

@@ -1,4 +1,4 @@
-"""Is the embedded target a real language model? Its held-out loss beside a trigram's, and how much its greedy replies repeat."""
+"""Is the embedded target a real language model? Its loss beside a trigram's, and how much its greedy replies repeat."""
 
 import math
 from collections import Counter, defaultdict
@@ -27,7 +27,9 @@ class KneserNeyTrigram:
         self.preceding, self.num_bigrams, self.vocab_size = preceding, len(bigrams), vocab_size
 
     def probability(self, first: int, second: int, third: int) -> float:
-        unigram = (max(self.preceding.get(third, 0) - DISCOUNT, 0) + DISCOUNT * len(self.preceding) / self.vocab_size) / self.num_bigrams
+        unigram = (
+            max(self.preceding.get(third, 0) - DISCOUNT, 0) + DISCOUNT * len(self.preceding) / self.vocab_size
+        ) / self.num_bigrams
         total = self.bigram_totals[second]
         if not total:
             return unigram

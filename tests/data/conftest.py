@@ -1,13 +1,14 @@
 """A tiny byte-level tokenizer, and chat templates of the shapes that real targets have."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from engine.data.chat import Document
 
@@ -33,15 +34,61 @@ FORGETS_REASONING = CHATML.replace(
     "{% if loop.last and message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
     "{{ message['content'] }}<|im_end|>",
 )
+# As Qwen3's: earlier turns lose their reasoning, the last one has some, if empty.
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% set parts = ('\n\n</think>\n\n' + m.content.replace('<think>\n', '')).split('</think>\n\n') %}"
+    "{% if loop.last %}<think>\n{{ parts[-2].strip('\n') }}\n</think>\n\n{% endif %}{{ parts[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# As GPT-OSS's: earlier turns lose their reasoning and end in another token than the last one.
+GPT_OSS = (
+    "<|start|>system<|message|>Be exact.<|end|>{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if loop.last and m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
 TEMPLATES = {
     "tagged": TAGGED_CHATML,
     "chatml": CHATML,
     "llama3": LLAMA3,
     "no end token": NO_END_TOKEN,
     "forgets reasoning": FORGETS_REASONING,
+    "qwen3": QWEN3,
+    "gpt-oss": GPT_OSS,
 }
 SPECIAL_TOKENS = ["<|begin|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIAL_TOKENS += ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"]
 TEXT = "What is a list? A list is a mutable sequence of items. user assistant system Be brief and exact, please.\n\n"
+
+
+class SlowTokenizer(PreTrainedTokenizer):
+    """Characters, and the pair of line breaks as one token; gives no offsets, as tokenizers of remote code."""
+
+    first = 100  # special tokens are numbered from 0
+
+    @property
+    def vocab_size(self) -> int:
+        return self.first + 0x110000
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.added_tokens_encoder)
+
+    def _tokenize(self, text: str) -> list[str]:
+        return re.findall(r"\n\n|.", text, re.DOTALL)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.first + (0 if token == "\n\n" else ord(token))
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return "\n\n" if index == self.first else chr(index - self.first)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +112,18 @@ def make_tokenizer(backend: Tokenizer) -> Callable[[str], PreTrainedTokenizerFas
         return PreTrainedTokenizerFast(
             tokenizer_object=backend, bos_token="<|begin|>", chat_template=TEMPLATES[template], model_max_length=64
         )
+
+    return make
+
+
+@pytest.fixture
+def make_slow_tokenizer() -> Callable[[str], SlowTokenizer]:
+    """A tokenizer without offsets with one of `TEMPLATES`, by name."""
+
+    def make(template: str) -> SlowTokenizer:
+        tokenizer = SlowTokenizer(bos_token="<|begin|>", chat_template=TEMPLATES[template])
+        tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS})
+        return tokenizer
 
     return make
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from engine.data.chat import BadSample, read_messages, render
+from engine.data.chat import BadSample, read_messages, render, render_turns
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -78,6 +78,78 @@ def test_template_that_rewrites_history_is_refused(make_tokenizer):
     assert reason_of(render, thinking, {}, tokenizer, None) == "mask cannot be verified"
     assert said(render(thinking[:3], {}, tokenizer, None), tokenizer)[0].startswith("<think>Hm.</think>A list")
     assert len(said(render(CHAT, {}, tokenizer, None), tokenizer)) == 2
+
+
+SERVED = {
+    "qwen3": ["<think>\n\n</think>\n\n{}<|im_end|>"] * 2,
+    "gpt-oss": ["<|channel|>final<|message|>{}<|return|>"] * 2,
+    "chatml": ["{}<|im_end|>"] * 2,
+    "tagged": ["{}<|im_end|>"] * 2,
+}
+
+
+@pytest.mark.parametrize("template", ["qwen3", "gpt-oss"])
+def test_several_turns_of_a_template_that_rewrites_them_are_no_one_document(make_tokenizer, template):
+    tokenizer = make_tokenizer(template)
+    assert reason_of(render, CHAT, {}, tokenizer, None) == "mask cannot be verified"
+    assert said(render(CHAT[:3], {}, tokenizer, None), tokenizer) == [SERVED[template][0].format(CHAT[2]["content"])]
+
+
+@pytest.mark.parametrize("template", SERVED)
+def test_turn_by_turn_each_reply_follows_the_prompt_it_is_served_after(make_tokenizer, template):
+    tokenizer = make_tokenizer(template)
+    documents = render_turns([*CHAT, {"role": "user", "content": "Thanks."}], {}, tokenizer, None)
+    assert len(documents) == 2
+    for document, index, reply in zip(documents, (2, 4), SERVED[template], strict=True):
+        assert said(document, tokenizer) == [reply.format(CHAT[index]["content"])]
+        served = tokenizer.apply_chat_template(CHAT[:index], add_generation_prompt=True, return_dict=True)["input_ids"]
+        first = int(document.assistant_mask.argmax())
+        assert document.input_ids[:first].tolist() == served
+        assert document.turn_ends == (first + int(document.assistant_mask.sum()),)
+
+
+def test_turn_by_turn_a_conversation_of_one_reply_is_what_it_is_whole(make_tokenizer):
+    for template in ("qwen3", "gpt-oss", "tagged", "llama3"):
+        tokenizer = make_tokenizer(template)
+        (document,), whole = render_turns(CHAT[:3], {}, tokenizer, None), render(CHAT[:3], {}, tokenizer, None)
+        assert np.array_equal(document.input_ids, whole.input_ids)
+        assert np.array_equal(document.assistant_mask, whole.assistant_mask) and document.turn_ends == whole.turn_ends
+
+
+def test_reasoning_is_learned_in_its_turn_and_forgotten_after(make_tokenizer):
+    tokenizer = make_tokenizer("qwen3")
+    thinking = [CHAT[1], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nA list."}, *CHAT[3:]]
+    first, second = render_turns(thinking, {}, tokenizer, None)
+    assert said(first, tokenizer) == ["<think>\nHm.\n</think>\n\nA list.<|im_end|>"]
+    assert "Hm." not in tokenizer.decode(second.input_ids) and "A list." in tokenizer.decode(second.input_ids)
+    tokenizer = make_tokenizer("gpt-oss")
+    thinking = [CHAT[1], CHAT[2] | {"thinking": "Hm."}]
+    (document,) = render_turns(thinking, {}, tokenizer, None)
+    assert said(document, tokenizer)[0].startswith("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final")
+
+
+def test_what_the_prompt_already_says_is_not_the_assistants(make_tokenizer):
+    tokenizer = make_tokenizer("qwen3")
+    documents = render_turns(CHAT, {}, tokenizer, {"enable_thinking": False})
+    replies = [message["content"] + "<|im_end|>" for message in CHAT if message["role"] == "assistant"]
+    assert [said(document, tokenizer)[0] for document in documents] == replies
+
+
+@pytest.mark.parametrize("template", END_TOKENS)
+def test_a_tokenizer_without_offsets_gives_the_same_mask(make_slow_tokenizer, template):
+    tokenizer = make_slow_tokenizer(template)
+    assert not tokenizer.is_fast
+    document = render(CHAT, {}, tokenizer, None)
+    assert document.input_ids.tolist() == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
+    assert said(document, tokenizer) == [m["content"] + END_TOKENS[template] for m in CHAT if m["role"] == "assistant"]
+    assert document.turn_ends == tuple(end for turn in render_turns(CHAT, {}, tokenizer, None) for end in turn.turn_ends)
+
+
+def test_without_offsets_a_token_across_a_turns_bound_is_refused(make_tokenizer, make_slow_tokenizer):
+    messages = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "\nA list."}]
+    with pytest.raises(BadSample, match="a token crosses the bound of a turn"):
+        render(messages, {}, make_slow_tokenizer("chatml"), None)
+    assert said(render(messages, {}, make_tokenizer("chatml"), None), make_tokenizer("chatml")) == ["\nA list.<|im_end|>"]
 
 
 def test_header_without_generation_prompt_is_refused(make_tokenizer):

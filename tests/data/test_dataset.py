@@ -129,6 +129,65 @@ def test_cut_split_and_dropped_documents_are_counted(make_tokenizer, write_jsonl
     assert all(3 <= len(piece) <= 64 and piece.assistant_mask.any() for piece in pieces)
 
 
+TWO_TURNS = chat("What is a list?", "A sequence.", "And a set?", "It has no order.")
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "by_turn", "num_documents"),
+    [
+        ("chatml", "auto", 0, 2),
+        ("chatml", "each", 2, 3),
+        ("qwen3", "auto", 1, 3),
+        ("gpt-oss", "auto", 1, 3),
+        ("gpt-oss", "each", 2, 3),
+    ],
+)
+def test_conversations_are_taken_turn_by_turn_where_asked_or_needed(
+    make_tokenizer, write_jsonl, template, turns, by_turn, num_documents
+):
+    path = write_jsonl(GOOD, TWO_TURNS)
+    documents, report = load_documents([path], make_tokenizer(template), DataSection(turns=turns))
+    assert (report.by_turn, report.num_documents, report.num_samples, report.bad) == (by_turn, num_documents, 2, ())
+    assert all(len(document.turn_ends) == 1 for document in documents) is (num_documents == 3)
+    assert (f"{by_turn} conversations taken turn by turn" in report.summary()) is (by_turn > 0)
+
+
+def test_whole_conversations_are_refused_where_the_template_rewrites_them(make_tokenizer, write_jsonl):
+    section = DataSection(turns="whole", max_bad_share=0.5)
+    _, report = load_documents([write_jsonl(GOOD, TWO_TURNS)], make_tokenizer("qwen3"), section)
+    assert (report.by_turn, report.num_documents) == (0, 1)
+    assert [reason for _, reason, _ in report.bad] == ["mask cannot be verified"]
+
+
+def test_what_no_rendering_verifies_is_named_once(make_tokenizer, write_jsonl):
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.chat_template += "{% if add_generation_prompt and messages | length > 1 %}?{% endif %}"
+    documents, report = load_documents([write_jsonl(GOOD, TWO_TURNS)], tokenizer, DataSection(max_bad_share=0.5))
+    assert (len(documents), report.by_turn) == (1, 0)
+    assert [reason for _, reason, _ in report.bad] == ["mask cannot be verified"]
+
+
+def test_a_conversation_that_the_template_refuses_is_not_taken_in_part(make_tokenizer, write_jsonl):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template += "{% if messages[-1].content == 'Hm?' %}{{ raise_exception('no such question') }}{% endif %}"
+    path = write_jsonl(GOOD, chat("What is a list?", "A sequence.", "Hm?"))
+    documents, report = load_documents([path], tokenizer, DataSection(max_bad_share=0.5))
+    assert (len(documents), report.by_turn) == (1, 0)
+    assert [reason for _, reason, _ in report.bad] == ["cannot be rendered"]
+
+
+def test_a_reply_that_starts_beyond_max_tokens_is_dropped(make_tokenizer, write_jsonl):
+    path = write_jsonl(chat("q", "a", "q " * 99, "a"))
+    documents, report = load_documents([path], make_tokenizer("gpt-oss"), DataSection(max_tokens=64))
+    assert (report.by_turn, report.cut, report.dropped) == (1, 1, 1)
+    assert len(documents) == 1 and documents[0].turn_ends
+
+
+def test_a_tokenizer_without_offsets_is_read_too(make_slow_tokenizer, write_jsonl):
+    documents, report = load_documents([write_jsonl(GOOD, TWO_TURNS)], make_slow_tokenizer("llama3"), DataSection())
+    assert (len(documents), report.by_turn, report.bad) == (2, 0, ())
+
+
 def test_only_the_assistants_tokens_are_counted(make_document):
     documents = [make_document(2, 3), make_document(1, 4)]
     counts_V = count_assistant_tokens(documents, 6)

@@ -213,6 +213,16 @@ def test_shapes_that_do_not_fit_are_refused():
         derive_draft_config(_llama31(), DraftSection(), (1, 15, 31))
 
 
+def test_layers_that_would_be_served_wrongly_are_refused(tmp_path):
+    target = DeepseekV3Config(hidden_size=512)
+    exported = derive_draft_config(target, U32000).to_dict()
+    with pytest.raises(ValueError, match="start the list with 1"):
+        derive_draft_config(target, U32000, (2, 29, 57))
+    exported["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [2, 29, 57]
+    with pytest.raises(ValueError, match="start the list with 1"):
+        derive_draft_config(target, _written(tmp_path, exported))
+
+
 def test_an_older_published_config_is_understood():
     config = DraftConfig.from_dict(
         {

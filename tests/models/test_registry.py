@@ -14,7 +14,15 @@ from transformers import (
 )
 from transformers.models.chameleon import ChameleonConfig
 
-from engine.models.registry import FinalLogits, check_aux_layers, default_aux_layers, final_logits, runs_packed, text_config
+from engine.models.registry import (
+    FinalLogits,
+    check_aux_layers,
+    check_served_aux_layers,
+    default_aux_layers,
+    final_logits,
+    runs_packed,
+    text_config,
+)
 
 
 @pytest.mark.parametrize("num_layers", range(7, 100))
@@ -34,6 +42,18 @@ def test_shallow_targets_need_explicit_layers(num_layers):
 def test_layers_must_be_three_distinct_ascending_and_not_the_last(layers):
     with pytest.raises(ValueError, match="from 0 to 6"):
         check_aux_layers(layers, 8)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "kimi_k2", "kimi_k25"])
+def test_a_family_served_as_deepseek_must_start_at_layer_1(family):
+    check_served_aux_layers(family, (1, 29, 57))
+    for layers in ((0, 29, 57), (2, 30, 57)):
+        with pytest.raises(ValueError, match=rf"target.aux_layers=\[{layers[0]}, .*{family}.*start the list with 1"):
+            check_served_aux_layers(family, layers)
+
+
+def test_other_families_are_served_with_any_layers():
+    check_served_aux_layers("llama", (2, 15, 28))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""Write the SGLang-ready draft of a training checkpoint: no GPU, no other process, any ZeRO stage.
+
+    python launcher/export_draft.py --run outputs/run [--tag step_100] [--output FOLDER]
+
+The run's `config.yaml` says what the draft looks like, its `vocab_map.safetensors` which tokens it can propose.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.checkpoint import TAG, Checkpoints
+from engine.config import TargetSection, load_config
+from engine.export import CONFIG, WEIGHTS, export_draft, load_vocab_map
+from engine.models.draft_config import DraftConfig, derive_draft_config
+from engine.parallel.zero import consolidated_weights
+from engine.target.frozen import FrozenTarget
+
+RECIPE, VOCAB_MAP, CHECKPOINTS = "config.yaml", "vocab_map.safetensors", "checkpoints"
+INDEX = "model.safetensors.index.json"
+EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--run", type=Path, required=True, help="output_dir of the training run")
+    parser.add_argument("--tag", help="checkpoint to export; default: the newest")
+    parser.add_argument("--output", type=Path, help="folder of the exported draft; default: draft, in the run's folder")
+    return parser.parse_args()
+
+
+def check_run(run: Path) -> None:
+    """Raises ValueError if `run` is no output folder of a training run with checkpoints."""
+    if not run.is_dir():
+        raise ValueError(f"{run} is no folder; expected the output_dir of a training run")
+    for name in (RECIPE, VOCAB_MAP):
+        if not (run / name).is_file():
+            raise ValueError(f"{run} is not the output_dir of a training run: it has no {name}; train.py writes it there")
+
+
+def choose_tag(folder: Path, wanted: str | None) -> str:
+    """`wanted`, or the newest checkpoint of `folder`. Raises ValueError, listing those there are, if it does not exist."""
+    tags = [path.name for path in folder.glob("*") if TAG.fullmatch(path.name)]
+    if not tags:
+        raise ValueError(f"{folder} holds no checkpoint; train with checkpoint.every_steps above 0")
+    tag = wanted or Checkpoints(folder, keep=1).newest()
+    if tag not in tags:
+        available = ", ".join(sorted(tags, key=lambda name: int(TAG.fullmatch(name)[1])))
+        raise ValueError(f"{folder} holds no checkpoint {tag}; --tag can be one of {available}")
+    return tag
+
+
+def check_output(folder: Path) -> None:
+    """Raises ValueError if `folder`, which is replaced as a whole, holds anything but an exported draft."""
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG}):
+        raise ValueError(f"--output {folder} exists and is no exported draft; it would be replaced, so name another folder")
+
+
+def read_embedding(section: TargetSection, config: DraftConfig) -> torch.Tensor:
+    """The target's embedding [V, D], rounded as the recipe asks; read alone where the checkpoint names it clearly."""
+    shape, found = [config.vocab_size, config.target_hidden_size], []
+    for name, path in _embedding_candidates(section):
+        with safe_open(path, "pt") as file:
+            if file.get_slice(name).get_shape() == shape:
+                found.append(file.get_tensor(name))
+    if len(found) == 1:
+        return found[0] if section.dtype == "auto" else found[0].to(getattr(torch, section.dtype))
+    return FrozenTarget.load(section, torch.device("cpu"), config.aux_layers).embed_weight_VD
+
+
+def _embedding_candidates(section: TargetSection) -> list[tuple[str, str]]:
+    """(tensor, file) of every tensor of the target's safetensors checkpoint that is named like an embedding."""
+
+    def find(name: str) -> str | None:
+        return cached_file(section.path, name, revision=section.revision, _raise_exceptions_for_missing_entries=False)
+
+    if whole := find(WEIGHTS):
+        with safe_open(whole, "pt") as file:
+            files = dict.fromkeys(file.keys(), WEIGHTS)
+    else:
+        index = find(INDEX)
+        files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
+    return [(name, find(file)) for name, file in files.items() if name.endswith(EMBEDDING_NAMES)]
+
+
+def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:
+    """Export a checkpoint of `run`; returns its tag and the folder written. Raises ValueError for what is missing."""
+    folder = output or run / "draft"
+    check_run(run)
+    tag = choose_tag(run / CHECKPOINTS, tag)
+    check_output(folder)
+    recipe = load_config(run / RECIPE)
+    hub = {"revision": recipe.target.revision, "trust_remote_code": recipe.target.trust_remote_code}
+    target = AutoConfig.from_pretrained(recipe.target.path, **hub)
+    config = derive_draft_config(target, recipe.draft, recipe.target.aux_layers)
+    embed_weight_VD = None if config.hidden_size == config.target_hidden_size else read_embedding(recipe.target, config)
+    weights = consolidated_weights(run / CHECKPOINTS, tag)
+    export_draft(folder, weights.items(), config, load_vocab_map(run / VOCAB_MAP), embed_weight_VD)
+    return tag, folder
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        tag, folder = export(arguments.run, arguments.tag, arguments.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"export_draft.py: {error}")
+    print(f"Draft of {tag}, ready for SGLang: {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""From a checkpoint to the folder a server loads."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, LlamaForCausalLM
+
+from engine.config import Config, DraftSection, TargetSection, dump_config
+from engine.export import load_draft, save_vocab_map
+from engine.models.draft_config import derive_draft_config
+from engine.models.eagle3 import Eagle3Draft
+from engine.models.vocab_map import VocabMap
+from launcher import export_draft
+from tests.conftest import AUX_LAYERS, HIDDEN, WORDS
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB_MAP = VocabMap.most_frequent(torch.arange(len(WORDS)), 40)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def main(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["export_draft.py", *map(str, arguments)])
+    export_draft.main()
+
+
+@pytest.fixture
+def make_run(tiny_target, tmp_path, monkeypatch):
+    """An output folder whose checkpoints hold, as it were, the weights of a seed that is the step's number."""
+
+    def make(target: Path = tiny_target, dtype: str = "float32", **options: object) -> Path:
+        run = tmp_path / "run"
+        section = TargetSection(path=str(target), dtype=dtype, aux_layers=AUX_LAYERS)
+        draft = DraftSection(vocab_size=40, **options)
+        for step in (2, 10):
+            (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+        (run / "checkpoints" / "latest").write_text("step_10")
+        (run / "config.yaml").write_text(dump_config(Config(target=section, draft=draft)))
+        save_vocab_map(VOCAB_MAP, run / "vocab_map.safetensors")
+        config = derive_draft_config(AutoConfig.from_pretrained(target), draft, AUX_LAYERS)
+
+        def weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
+            assert folder == run / "checkpoints"
+            torch.manual_seed(int(tag.removeprefix("step_")))
+            return dict(Eagle3Draft(config).state_dict())
+
+        monkeypatch.setattr(export_draft, "consolidated_weights", weights)
+        return run
+
+    return make
+
+
+def test_the_newest_checkpoint_is_exported_unless_one_is_named(make_run, monkeypatch, capsys):
+    run = make_run()
+    main(monkeypatch, "--run", run)
+    newest = digests(run / "draft")
+    assert "step_10" in capsys.readouterr().out
+    main(monkeypatch, "--run", run, "--tag", "step_2")
+    older = digests(run / "draft")
+    main(monkeypatch, "--run", run, "--tag", "step_10", "--output", run / "elsewhere" / "draft")
+    assert newest == digests(run / "elsewhere" / "draft") != older
+    assert load_draft(run / "draft", embed_weight_VD=torch.zeros(len(WORDS), HIDDEN)).model.config.aux_layers == AUX_LAYERS
+
+
+@pytest.mark.parametrize("shards", ["one file", "several files"])
+def test_a_draft_of_another_width_ships_the_target_s_embedding_read_alone(shards, make_run, tiny_target, tmp_path, monkeypatch):
+    model = LlamaForCausalLM.from_pretrained(tiny_target)
+    target = tmp_path / "target"
+    model.save_pretrained(target, max_shard_size="20KB" if shards == "several files" else "1GB")
+    assert (len(list(target.glob("*.safetensors"))) > 1) == (shards == "several files")
+    monkeypatch.setattr(export_draft.FrozenTarget, "load", lambda *arguments: pytest.fail("the whole target was loaded"))
+    run = make_run(target, hidden_size=12)
+    main(monkeypatch, "--run", run)
+    shipped_VD = load_file(run / "draft" / "model.safetensors")["embed_tokens.weight"]
+    projection = export_draft.consolidated_weights(run / "checkpoints", "step_10")["embed_projection.weight"].bfloat16().float()
+    expected_VD = model.get_input_embeddings().weight.detach() @ projection.T
+    assert torch.equal(shipped_VD, expected_VD.bfloat16())
+
+
+def test_an_embedding_of_an_unknown_name_is_found_by_loading_the_target(make_run, tiny_target, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    LlamaForCausalLM.from_pretrained(tiny_target).save_pretrained(target)
+    weights = load_file(target / "model.safetensors")
+    section = TargetSection(path=str(target), dtype="bfloat16", aux_layers=AUX_LAYERS)
+    config = derive_draft_config(AutoConfig.from_pretrained(target), DraftSection(vocab_size=40), AUX_LAYERS)
+    alone = export_draft.read_embedding(section, config)
+    assert torch.equal(alone, weights["model.embed_tokens.weight"].bfloat16())
+    # two tensors of the right name and shape: which of them is the embedding, only the model can tell
+    save_file(
+        weights | {"twin.embed_tokens.weight": torch.zeros(len(WORDS), HIDDEN)}, target / "model.safetensors", {"format": "pt"}
+    )
+    assert torch.equal(export_draft.read_embedding(section, config), alone)
+
+
+def test_what_is_missing_is_named(make_run, tmp_path, monkeypatch):
+    def refused(*arguments: object, message: str) -> None:
+        with pytest.raises(SystemExit, match=message):
+            main(monkeypatch, *arguments)
+
+    run = make_run()
+    refused("--run", tmp_path / "nothing", message="nothing is no folder")
+    refused("--run", run / "checkpoints", message="not the output_dir of a training run: it has no config.yaml")
+    refused("--run", run, "--tag", "step_3", message="holds no checkpoint step_3; --tag can be one of step_2, step_10$")
+    (run / "precious").mkdir()
+    (run / "precious" / "notes.txt").write_text("mine")
+    refused("--run", run, "--output", run / "precious", message="precious exists and is no exported draft")
+    assert (run / "precious" / "notes.txt").read_text() == "mine"
+    (run / "vocab_map.safetensors").rename(run / "moved")
+    refused("--run", run, message="it has no vocab_map.safetensors")
+    (run / "moved").rename(run / "vocab_map.safetensors")
+    (run / "checkpoints").rename(run / "gone")
+    refused("--run", run, message="checkpoints holds no checkpoint; train with checkpoint.every_steps above 0")
+    assert not (run / "draft").exists()
+
+
+def test_a_checkpoint_of_another_shape_is_refused(make_run, tiny_target, monkeypatch):
+    run = make_run()
+    section = TargetSection(path=str(tiny_target), aux_layers=AUX_LAYERS)
+    (run / "config.yaml").write_text(dump_config(Config(target=section, draft=DraftSection(vocab_size=39))))
+    with pytest.raises(SystemExit, match=r"lm_head.weight has shape \[40, 16\], its config asks for \[39, 16\]"):
+        main(monkeypatch, "--run", run)
+
+
+def test_a_real_checkpoint_gives_the_files_the_run_itself_wrote(tiny_target, tiny_corpus, tmp_path):
+    run = tmp_path / "run"
+    options = {
+        "output_dir": run,
+        "max_steps": 2,
+        "checkpoint.every_steps": 2,
+        "evaluation.num_prompts": 0,
+        "data.train": f"[{tiny_corpus.train}]",
+        "data.held_out": f"[{tiny_corpus.held_out}]",
+        "data.max_tokens": 64,
+        "target.path": tiny_target,
+        "target.aux_layers": list(AUX_LAYERS),
+        "draft.vocab_size": 40,
+        "ttt.steps": 3,
+    }
+    overrides = [f"{key}={value}" for key, value in options.items()]
+    train = ["launcher/train.py", "--ds_config", "ds_configs/zero2.json", *overrides]
+    export = ["launcher/export_draft.py", "--run", str(run), "--output", str(tmp_path / "again")]
+    for command in (train, export):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert digests(tmp_path / "again") == digests(run / "draft")
+
+
+def environment() -> dict[str, str]:
+    """That of a process started alone, on the CPU."""
+    own = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | own

@@ -1,0 +1,111 @@
+"""What must not change a result (DESIGN.md, section 8), shown on whole runs of a tiny target and its draft.
+
+Part by part these equalities stand beside the code: the unroll in test_ttt.py, exported tensors in test_export.py, decoding in
+test_decode.py, ZeRO stages and ranks in tests/parallel/, resuming in test_checkpoint.py.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.batch import LossNorms, MicroBatch, PackedBatch
+from engine.config import DraftSection, LossSection, TargetSection, TttSection
+from engine.decode import ChainDrafter, greedy_decode, speculative_decode
+from engine.export import export_draft, load_draft
+from engine.models.draft_config import derive_draft_config
+from engine.models.eagle3 import Eagle3Draft, ServedDraft
+from engine.models.vocab_map import VocabMap
+from engine.overlap import run_ahead
+from engine.target.frozen import FrozenTarget
+from engine.ttt import Teacher, TrainingTimeTest, allowed_rows, slots_of
+
+CPU = torch.device("cpu")
+VOCAB_MAP = VocabMap.most_frequent(torch.arange(64), 40)
+NORMS = LossNorms(torch.tensor(20.0), torch.full((3,), 20.0))
+
+
+@pytest.fixture(scope="module")
+def target(tiny_target) -> FrozenTarget:
+    return FrozenTarget.load(TargetSection(path=str(tiny_target), dtype="float32"), CPU, aux_layers=(0, 1, 3))
+
+
+def new_draft(target: FrozenTarget, **options: object) -> Eagle3Draft:
+    torch.manual_seed(0)
+    config = derive_draft_config(target.config, DraftSection(vocab_size=40, **options), target.aux_layers)
+    return Eagle3Draft(replace(config, dtype="float32"))
+
+
+def new_test(target: FrozenTarget) -> TrainingTimeTest:
+    head_UD = target.head.rows(VOCAB_MAP.target_ids_U)
+    return TrainingTimeTest(TttSection(steps=3), LossSection(), Teacher(head_UD.logits, VOCAB_MAP))
+
+
+def packs(*lengths: tuple[int, ...]) -> Iterator[PackedBatch]:
+    generator = torch.Generator().manual_seed(1)
+    for documents in lengths:
+        ids_T = torch.randint(4, 64, (sum(documents),), generator=generator)
+        mask_T = torch.cat([torch.arange(length) >= 2 for length in documents])
+        yield PackedBatch(ids_T, mask_T, torch.tensor([0, *documents]).cumsum(0).int())
+
+
+def prepare(target: FrozenTarget, batch: PackedBatch) -> MicroBatch:
+    output = target(batch, slots_of(allowed_rows(batch, TttSection(steps=3))))
+    return MicroBatch(batch, output, torch.nn.functional.embedding(batch.input_ids_T, target.embed_weight_VD))
+
+
+def train(target: FrozenTarget, draft: Eagle3Draft, run_ahead_depth: int) -> list[float]:
+    """Losses of six optimizer steps."""
+    test, optimizer, losses = new_test(target), torch.optim.AdamW(draft.parameters(), lr=0.01), []
+    batches = packs((9, 5), (14,), (3, 3, 8), (7, 7), (12, 2), (13,))
+    for micro in run_ahead(batches, lambda batch: prepare(target, batch), run_ahead_depth, CPU):
+        loss = test(draft, micro, NORMS).loss_S.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_overlapped_training_is_sequential_training_bit_for_bit(target):
+    drafts = [new_draft(target) for _ in range(3)]
+    sequential, *overlapped = (train(target, draft, depth) for draft, depth in zip(drafts, (0, 1, 3), strict=True))
+    assert all(losses == sequential for losses in overlapped)
+    assert len(set(sequential)) == 6
+    for weights in zip(*(draft.parameters() for draft in drafts), strict=True):
+        assert all(torch.equal(weights[0], weight) for weight in weights[1:])
+
+
+def test_packed_documents_through_target_and_draft_are_one_document_at_a_time(target):
+    draft, test = new_draft(target), new_test(target)
+    (packed,) = packs((9, 1, 14, 5))
+    bounds = packed.cu_seqlens.tolist()
+    alone = [
+        PackedBatch(packed.input_ids_T[a:b], packed.assistant_mask_T[a:b], torch.tensor([0, b - a], dtype=torch.int32))
+        for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+    outputs = [test(draft, prepare(target, batch), NORMS) for batch in (packed, *alone)]
+    for name in vars(outputs[0]):
+        together, *apart = (getattr(output, name).detach() for output in outputs)
+        assert together.any(), name
+        torch.testing.assert_close(sum(apart), together, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "fc_norm": True, "norm_output": True}, {"hidden_size": 12}])
+def test_a_trained_draft_exported_and_reloaded_decodes_the_same_and_decoding_is_greedy(target, options, tmp_path):
+    draft = new_draft(target, **options)
+    train(target, draft, run_ahead_depth=0)
+    draft.requires_grad_(False)
+    export_draft(tmp_path / "draft", draft.state_dict().items(), draft.config, VOCAB_MAP, target.embed_weight_VD)
+    reloaded = load_draft(tmp_path / "draft", embed_weight_VD=target.embed_weight_VD)
+    in_engine = ServedDraft(draft, VOCAB_MAP, draft.embed(target.embed_weight_VD))
+    for batch in packs((3,), (8,), (17,)):
+        prompt_ids = batch.input_ids_T.tolist()
+        plain = greedy_decode(target, prompt_ids, 20, ())
+        replies = [
+            speculative_decode(target, ChainDrafter(served), prompt_ids, max_new_tokens=20, draft_tokens=4, eos_ids=())
+            for served in (in_engine, reloaded)
+        ]
+        assert [reply.token_ids for reply in replies] == [plain.token_ids] * 2
+        assert replies[0].accepted_per_forward == replies[1].accepted_per_forward

@@ -1,0 +1,115 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.batch import DraftOutput
+from engine.metrics import MetricsFile, StepMetrics
+from engine.parallel.mesh import World
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
+CPU = torch.device("cpu")
+
+
+class TwinWorld:
+    """Two ranks that saw the same."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values * 2
+
+
+def output(
+    loss: list[float], loss_rows: list[int], allowed: list[int], correct: list[int], accepted: list[float]
+) -> DraftOutput:
+    counts = [torch.tensor(column) for column in (loss_rows, allowed, correct)]
+    return DraftOutput(torch.tensor(loss, requires_grad=True), *counts, torch.tensor(accepted), torch.tensor(accepted))
+
+
+FIRST = output([2.0, 4.0], [3, 1], [4, 2], [2, 1], [3.0, 1.0])
+SECOND = output([1.0, 0.0], [5, 3], [6, 3], [3, 0], [4.5, 1.5])
+
+
+@pytest.mark.parametrize("world, ranks", [(ALONE, 1), (TwinWorld(), 2)])
+def test_metrics_are_ratios_of_sums_over_micro_batches_and_ranks(world, ranks):
+    metrics = StepMetrics(2, [1.0, 0.5], CPU)
+    metrics.add(FIRST)
+    metrics.add(SECOND)
+    read = metrics.read(world, loss_divisor=4)
+    assert read["loss_per_step"] == [ranks * 0.75, ranks * 1.0]
+    assert read["loss"] == ranks * 1.25
+    assert read["accuracy_per_step"] == [0.5, 0.2]
+    assert read["acceptance_rate_per_step"] == [0.75, 0.5]
+    assert read["simulated_acceptance_length"] == 1 + 0.75 + 0.75 * 0.5
+    assert read["loss_row_share"] == 12 / 15
+
+
+def test_reading_starts_anew():
+    metrics = StepMetrics(2, [1.0, 0.5], CPU)
+    metrics.add(FIRST)
+    metrics.read(ALONE, loss_divisor=1)
+    metrics.add(SECOND)
+    again = StepMetrics(2, [1.0, 0.5], CPU)
+    again.add(SECOND)
+    assert metrics.read(ALONE, loss_divisor=1) == again.read(ALONE, loss_divisor=1)
+
+
+def test_a_share_of_one_rank_is_not_taken_for_that_of_all():
+    class Lopsided:
+        """The other rank had allowed rows, none of them with loss."""
+
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            return values + torch.tensor([0.0, 0.0, 5.0, 0.0, 0.0])[:, None]
+
+    metrics = StepMetrics(2, [1.0, 1.0], CPU)
+    metrics.add(FIRST)
+    assert metrics.read(Lopsided(), loss_divisor=1)["loss_row_share"] == 4 / 16
+
+
+def test_steps_without_rows_count_as_nothing_accepted():
+    metrics = StepMetrics(3, [1.0, 1.0, 1.0], CPU)
+    metrics.add(output([1.0, 0.0, 0.0], [1, 0, 0], [2, 0, 0], [1, 0, 0], [1.0, 0.0, 0.0]))
+    read = metrics.read(ALONE, loss_divisor=1)
+    assert read["accuracy_per_step"] == [0.5, 0.0, 0.0]
+    assert read["simulated_acceptance_length"] == 1.5
+
+
+def test_counting_keeps_no_graph_alive():
+    metrics = StepMetrics(2, [1.0, 1.0], CPU)
+    metrics.add(FIRST)
+    assert not metrics._sums.requires_grad
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, first_step=0)
+    for step in (2, 4, 6):
+        file.write({"step": step, "loss": 0.1})
+        assert steps(path)[-1] == step
+    return path
+
+
+@pytest.mark.parametrize("first_step, kept", [(0, []), (1, []), (4, [2, 4]), (5, [2, 4]), (6, [2, 4, 6]), (9, [2, 4, 6])])
+def test_a_resumed_run_goes_on_behind_the_steps_of_its_checkpoint(written, first_step, kept):
+    MetricsFile(written, first_step).write({"step": first_step + 1})
+    assert steps(written) == [*kept, first_step + 1]
+
+
+def test_a_resumed_run_may_have_no_file_yet(tmp_path):
+    MetricsFile(tmp_path / "metrics.jsonl", first_step=3).write({"step": 4})
+    assert steps(tmp_path / "metrics.jsonl") == [4]
+
+
+@pytest.mark.parametrize("left", range(1, 24))
+def test_a_line_that_a_kill_cut_short_is_dropped(written, left):
+    text = written.read_text()
+    last = text.splitlines(keepends=True)[-1]
+    assert left < len(last)
+    written.write_text(text[: len(text) - len(last) + left])
+    MetricsFile(written, first_step=4).write({"step": 5})
+    assert steps(written) == [2, 4, 5]

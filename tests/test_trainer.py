@@ -1,0 +1,89 @@
+"""The main job through its real launchers: what it leaves behind, and that a killed run goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", "29731"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29732"]
+ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def arguments(output: Path, target: Path, corpus, *overrides: str) -> list[str]:
+    options = [
+        f"output_dir={output}",
+        f"target.path={target}",
+        "target.aux_layers=[0,1,3]",
+        f"data.train={corpus.train}",
+        f"data.held_out={corpus.held_out}",
+        "data.max_tokens=40",
+        "draft.vocab_size=48",
+        "ttt.steps=3",
+        "evaluation.num_prompts=2",
+        "evaluation.max_new_tokens=8",
+    ]
+    return ["launcher/train.py", "--ds_config", "ds_configs/zero3.json", *options, *overrides]
+
+
+def run(command: list[str]) -> str:
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def metrics(output: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+
+
+@pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
+def test_two_ranks_train_export_and_measure(launcher, tmp_path, tiny_target, tiny_corpus):
+    printed = run([*launcher, *arguments(tmp_path, tiny_target, tiny_corpus)])
+    assert "reloaded: largest logit difference 0.0e+00" in printed
+    assert "trained draft" in printed and "prompt lookup" in printed and str(tmp_path / "draft") in printed
+    assert {path.name for path in tmp_path.iterdir()} >= {"config.yaml", "ds_config.json", "metrics.jsonl", "summary.json"}
+    assert {path.name for path in (tmp_path / "draft").iterdir()} == {"model.safetensors", "config.json"}
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert json.loads((tmp_path / "ds_config.json").read_text())["scheduler"]["params"]["total_num_steps"] == len(lines)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["after"]["num_prompts"] == 2 and summary["after"]["mismatches"] == 0
+
+
+def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_corpus):
+    options = ("epochs=8", "checkpoint.every_steps=20", "checkpoint.resume=true")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run([sys.executable, *arguments(whole, tiny_target, tiny_corpus, *options)])
+
+    command = [sys.executable, *arguments(killed, tiny_target, tiny_corpus, *options)]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / "checkpoints" / "latest").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "draft").exists()
+    assert "resumed after step" in run(command)
+
+    assert metrics(killed) == metrics(whole)
+    assert (killed / "draft" / "model.safetensors").read_bytes() == (whole / "draft" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [("ttt.step=5", "ttt.steps"), ("ttt.steps=many", "ttt.steps"), ("trian.path=x", "target.path"), ("lr=1e-3", "optimizer")],
+)
+def test_a_wrong_option_stops_the_run_with_one_line_before_anything_is_written(option, expected, tmp_path):
+    command = [sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"output_dir={tmp_path / 'x'}"]
+    start = time.perf_counter()
+    result = subprocess.run([*command, option], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode != 0 and time.perf_counter() - start < 20
+    assert result.stderr.count("\n") == 1 and expected in result.stderr, result.stderr
+    assert not (tmp_path / "x").exists()
