@@ -41,6 +41,11 @@ class TargetSection:
     )
     trust_remote_code: bool = option(False, "run Python code that the checkpoint ships")
 
+    @property
+    def hub_arguments(self) -> dict[str, Any]:
+        """What every `from_pretrained` of the target takes beside the path."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
     def __post_init__(self):
         layers = self.aux_layers
         if layers is not None and (len(layers) != 3 or list(layers) != sorted(set(layers)) or layers[0] < 0):

@@ -11,17 +11,14 @@ from engine.evaluate import AcceptanceCounts, AcceptanceReport, eos_ids, held_ou
 from engine.models.eagle3 import ServedDraft
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
-from engine.telemetry import Telemetry
 
 
 class HeldOut:
     """Speculative decoding of this rank's share of the held-out prompts; every report is over all ranks."""
 
-    def __init__(
-        self, config: Config, target: FrozenTarget, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry
-    ) -> None:
+    def __init__(self, config: Config, target: FrozenTarget, tokenizer: PreTrainedTokenizerBase, world: World) -> None:
         section, data = config.evaluation, config.data
-        self._section, self._target, self._world, self._telemetry = section, target, world, telemetry
+        self._section, self._target, self._world = section, target, world
         self._eos_ids = eos_ids(target.model, tokenizer)
         wanted = section.num_prompts
         prompts = held_out_prompts(data.held_out, tokenizer, wanted, data.template_kwargs) if wanted else []

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LINES_WITHOUT_TERMINAL = 20
+SECONDS_BETWEEN_LINES = 5
 
 
 class Telemetry:
@@ -32,7 +32,7 @@ class Telemetry:
 
     @contextmanager
     def progress(self, total: int, unit: str) -> Iterator["ProgressBar"]:
-        """A bar over `total` units, or at most twenty-one lines where there is no terminal."""
+        """A bar over `total` units, or a line now and then where there is no terminal."""
         columns = (
             BarColumn(24),
             MofNCompleteColumn(),
@@ -47,18 +47,19 @@ class Telemetry:
 class ProgressBar:
     def __init__(self, telemetry: Telemetry, progress: Progress, task: Any, total: int) -> None:
         self._telemetry, self._progress, self._task, self._total = telemetry, progress, task, total
-        self._start, self._done, self._first = time.perf_counter(), 0, 0
+        self._start = self._last_line = time.perf_counter()
+        self._first = 0
 
     def start_at(self, done: int) -> None:
         """Begin with `done` units already there, as a resumed run does."""
-        self._done = self._first = done
+        self._first = done
         self._progress.update(self._task, completed=done)
 
-    def advance(self, text: str) -> None:
-        self._done += 1
-        self._progress.update(self._task, completed=self._done, description=text)
-        every = -(-self._total // LINES_WITHOUT_TERMINAL)
-        if self._progress.disable and (self._done % every == 0 or self._done == self._total):
-            elapsed_s = time.perf_counter() - self._start
-            left_s = elapsed_s / max(1, self._done - self._first) * (self._total - self._done)
-            self._telemetry.note(f"  {self._done}/{self._total}  {text}  {elapsed_s:.0f} s, {left_s:.0f} s left")
+    def move_to(self, done: int, text: str) -> None:
+        """Show that `done` units are there; without a terminal, a line every `SECONDS_BETWEEN_LINES` and one at the end."""
+        self._progress.update(self._task, completed=done, description=text)
+        now = time.perf_counter()
+        if self._progress.disable and (now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total):
+            self._last_line, elapsed_s = now, now - self._start
+            left_s = elapsed_s / max(1, done - self._first) * (self._total - done)
+            self._telemetry.note(f"  {done:,}/{self._total:,}  {text}  {elapsed_s:.0f} s, {left_s:.0f} s left")

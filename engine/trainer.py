@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import DraftOutput, MicroBatch, PackedBatch
 from engine.checkpoint import Checkpoints
 from engine.config import Config
 from engine.data.dataset import count_assistant_tokens, load_documents
 from engine.data.loader import PackedLoader
+from engine.data.packing import collate
 from engine.ds_config import accumulation_steps, micro_batch_size, resolve_ds_config
 from engine.export import export_draft, load_draft, save_vocab_map
 from engine.held_out import HeldOut
@@ -34,14 +36,15 @@ from engine.target.frozen import FrozenTarget
 from engine.telemetry import Telemetry
 from engine.ttt import Teacher, TrainingTimeTest, allowed_rows, slots_of, unroll
 
-RELOAD_TOLERANCE = 1e-3
+RELOAD_TOLERANCE = 2**-5  # of the largest logit: a few bf16 roundings; a wrong tensor gives errors near 1
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training side of a run: its stream of batches and the draft vocabulary counted from it."""
+    """The training side of a run: its stream of batches, one document of it, and the draft vocabulary counted from it."""
 
     loader: PackedLoader
+    sample: PackedBatch
     vocab_map: VocabMap
     coverage: float
 
@@ -54,20 +57,21 @@ class Trainer:
         self.config, self.ds_config, self.world = config, ds_config, world
         self.output_dir = Path(config.output_dir)
         self.telemetry = Telemetry(speaks=world.is_main)
+        if not world.is_main:
+            disable_progress_bar()
 
     def run(self) -> RunReport:
         torch.manual_seed(self.config.seed)
-        with self.telemetry.stage("Loading the target"):
-            target = FrozenTarget.load(self.config.target, self.world.device, temperature=self.config.loss.temperature)
-            section = self.config.target
-            tokenizer = AutoTokenizer.from_pretrained(
-                section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
-            )
-        draft_config = derive_draft_config(target.config, self.config.draft, target.aux_layers)
+        section = self.config.target
+        tokenizer = AutoTokenizer.from_pretrained(section.path, **section.hub_arguments)
+        target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+        draft_config = derive_draft_config(target_config, self.config.draft, section.aux_layers)
         with self.telemetry.stage("Reading the data"):
             corpus = self.read_corpus(tokenizer, draft_config)
+        with self.telemetry.stage("Loading the target"):
+            target = FrozenTarget.load(section, self.world.device, draft_config.aux_layers, self.config.loss.temperature)
         draft = self.new_draft(draft_config, corpus.vocab_map, target)
-        held_out = HeldOut(self.config, target, tokenizer, self.world, self.telemetry)
+        held_out = HeldOut(self.config, target, tokenizer, self.world)
         with self.telemetry.stage("Measuring acceptance before training"):
             before = held_out.measure_draft(self.served(draft, corpus.vocab_map, target))
 
@@ -81,7 +85,14 @@ class Trainer:
         return RunReport(self.output_dir, self.telemetry.stage_s, corpus.coverage, before, after, lookup)
 
     def read_corpus(self, tokenizer: PreTrainedTokenizerBase, draft_config: DraftConfig) -> Corpus:
-        documents, report = load_documents(self.config.data.train, tokenizer, self.config.data)
+        num_bytes = sum(Path(path).stat().st_size for path in self.config.data.train)
+        with self.telemetry.progress(num_bytes, "bytes") as progress:
+            documents, report = load_documents(
+                self.config.data.train,
+                tokenizer,
+                self.config.data,
+                on_progress=lambda done, _: progress.move_to(done, "bytes of conversations"),
+            )
         self.telemetry.note(report.summary())
         counts_V = count_assistant_tokens(documents, draft_config.vocab_size)
         vocab_map = VocabMap.most_frequent(counts_V, draft_config.draft_vocab_size)
@@ -99,7 +110,7 @@ class Trainer:
         self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of the assistant's")
         if self.world.is_main:
             save_vocab_map(vocab_map, self.output_dir / "vocab_map.safetensors")
-        return Corpus(loader, vocab_map.to(self.world.device), coverage)
+        return Corpus(loader, collate(documents[:1]), vocab_map.to(self.world.device), coverage)
 
     def new_draft(self, draft_config: DraftConfig, vocab_map: VocabMap, target: FrozenTarget) -> Eagle3Draft:
         draft = Eagle3Draft(draft_config).to(self.world.device)
@@ -136,7 +147,7 @@ class Trainer:
                     log.count(zero.train(micro, norms), micro)
                 if step % self.config.log_every_steps == 0 or step == self.num_steps:
                     log.write(step)
-                progress.advance(log.line)
+                progress.move_to(step, log.line)
                 if self.saves_after(step):
                     checkpoints.save(zero, self.world, step, data_state)
 
@@ -173,8 +184,7 @@ class Trainer:
             collections.deque(weights, maxlen=0)
         self.world.barrier()
         exported = load_draft(folder, embed_weight_VD=target.embed_weight_VD, dtype=zero.dtype, device=self.world.device)
-        batches, _ = next(iter(corpus.loader))
-        (micro,), _ = self.prepare(target, zero.dtype)((batches[:1], None))
+        (micro,), _ = self.prepare(target, zero.dtype)(([corpus.sample], None))
         difference = reload_difference(zero, exported, micro)
         self.telemetry.note(f"  {folder}, reloaded: largest logit difference {difference:.1e}")
         if difference > RELOAD_TOLERANCE:

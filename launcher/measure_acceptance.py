@@ -166,7 +166,7 @@ def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Accept
     """Load what the arguments name, decode, and print the table; reports by drafter."""
     draft_config = read_draft_config(arguments.draft)
     run = run_config(arguments)
-    hub = {"revision": run.target.revision, "trust_remote_code": run.target.trust_remote_code}
+    hub = run.target.hub_arguments
     check_target(draft_config, run.target.path, hub)
     tokenizer = AutoTokenizer.from_pretrained(run.target.path, **hub)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)

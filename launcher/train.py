@@ -67,6 +67,21 @@ def with_embedded_paths(config: Config) -> Config:
     return replace(config, target=target, data=data)
 
 
+def check_files(config: Config) -> None:
+    """Raises ConfigError if a file that the configuration names does not exist, or `output_dir` cannot be a folder."""
+    named = {"data.train": config.data.train, "data.held_out": config.data.held_out, "draft.config": (config.draft.config,)}
+    for key, paths in named.items():
+        for path in paths:
+            if path not in (EMBEDDED, None) and not Path(path).is_file():
+                raise ConfigError(f"no such file; expected one below {Path.cwd()} or an absolute path", key=key, value=path)
+    if config.target.path.startswith((".", "/", "~")) and not Path(config.target.path).is_dir():
+        raise ConfigError(
+            "no such folder; expected a Hugging Face folder or a hub id", key="target.path", value=config.target.path
+        )
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise ConfigError("is a file; name a folder", key="output_dir", value=config.output_dir)
+
+
 def prepare_output(config: Config, resolved: Config) -> None:
     """On rank 0: the output folder with the resolved configuration and, if asked for, the embedded corpus."""
     from engine.data.cpython_corpus import write_corpus
@@ -85,6 +100,7 @@ def main() -> None:
         config = load_config(arguments.recipe, arguments.overrides)
         ds_config = load_ds_config(arguments.ds_config)
         accumulation_steps(ds_config, environment["size"])
+        check_files(config)
     except ConfigError as error:
         sys.exit(f"train.py: {error}" if environment["rank"] == 0 else 2)
     resolved = with_embedded_paths(config)
@@ -101,7 +117,10 @@ def main() -> None:
     from engine.trainer import Trainer
 
     trainer = Trainer(resolved, ds_config, world)
-    report = trainer.run()
+    try:
+        report = trainer.run()
+    except ValueError as error:
+        sys.exit(f"train.py: rank {world.rank}: {error}")
     if world.is_main:
         report.save()
         report.show(trainer.telemetry.console)

@@ -76,9 +76,27 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_
     assert (killed / "draft" / "model.safetensors").read_bytes() == (whole / "draft" / "model.safetensors").read_bytes()
 
 
+def test_deepspeeds_own_monitors_get_the_metrics(tmp_path, tiny_target, tiny_corpus):
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    ds_config["csv_monitor"] = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "draft"}
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config))
+    command = arguments(tmp_path / "run", tiny_target, tiny_corpus, "max_steps=2")
+    command[2] = str(tmp_path / "ds.json")
+    run([sys.executable, *command])
+    (written,) = (tmp_path / "csv" / "draft").glob("*train_loss.csv")
+    losses = [float(line.split(",")[1]) for line in written.read_text().splitlines()[1:]]
+    assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("option", "expected"),
-    [("ttt.step=5", "ttt.steps"), ("ttt.steps=many", "ttt.steps"), ("trian.path=x", "target.path"), ("lr=1e-3", "optimizer")],
+    [
+        ("ttt.step=5", "ttt.steps"),
+        ("ttt.steps=many", "ttt.steps"),
+        ("trian.path=x", "target.path"),
+        ("lr=1e-3", "optimizer"),
+        ("data.train=nowhere.jsonl", "no such file"),
+    ],
 )
 def test_a_wrong_option_stops_the_run_with_one_line_before_anything_is_written(option, expected, tmp_path):
     command = [sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"output_dir={tmp_path / 'x'}"]

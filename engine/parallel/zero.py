@@ -4,6 +4,8 @@ The whole training-time test is one forward of one module, so a weight is gather
 and its gradient is reduced once, however often the steps use it.
 """
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -121,7 +123,8 @@ class ZeroDraft:
             self.engine.monitor.write_events([(f"train/{name}", value, step) for name, value in values.items()])
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state=client_state)
+        """Write a checkpoint to `folder / tag`; a collective that returns when every rank's part is written."""
+        self.engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Restore weights, optimizer and schedule; returns the client state saved with them."""
@@ -169,6 +172,14 @@ def fused_adam() -> type | None:
 
 
 def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
-    """Weights of a checkpoint of any ZeRO stage, fp32, whole, under the draft's own names; needs no process group."""
-    state = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
-    return {name.removeprefix("draft."): weight for name, weight in state.items()}
+    """Weights of a checkpoint of any ZeRO stage, fp32, whole, under the draft's own names; needs no process group.
+
+    Raises FileNotFoundError if the checkpoint is incomplete.
+    """
+    whole, weights = folder / tag / "mp_rank_00_model_states.pt", {}
+    if whole.exists():  # below stage 3: the weights as they compute, the frozen ones among them
+        weights |= torch.load(whole, map_location="cpu", weights_only=False)["module"]
+    if not whole.exists() or any(whole.parent.glob("*_optim_states.pt")):  # above stage 0: the optimizer's, in fp32, in shards
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            weights |= get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
+    return {name.removeprefix("draft."): weight.float() for name, weight in weights.items()}

@@ -97,15 +97,14 @@ class FrozenTarget:
         temperature: float = 1.0,
     ) -> "FrozenTarget":
         """The target of a recipe, on `device`, in `section.dtype`. aux_layers: None = the section's, or the default rule."""
-        hub = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-        config = AutoConfig.from_pretrained(section.path, **hub)
+        config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         if config.is_encoder_decoder:
             raise ValueError(f"target.path={section.path}: {config.model_type!r} is an encoder-decoder; expected a causal LM")
         wrapper_only = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
         auto = AutoModelForImageTextToText if wrapper_only else AutoModelForCausalLM
         chosen = "float32" if device.type == "cpu" else "bfloat16"
         dtype = getattr(torch, chosen if section.dtype == "auto" else section.dtype)
-        model = auto.from_pretrained(section.path, dtype=dtype, **hub)
+        model = auto.from_pretrained(section.path, dtype=dtype, **section.hub_arguments)
         return cls(model.to(device), aux_layers or section.aux_layers, temperature)
 
     @property
