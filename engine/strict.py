@@ -209,7 +209,7 @@ def parse_json(text: str, source: str | Path) -> Any:
 
     def number(digits: str) -> int | float:
         value = float(digits)
-        return int(value) if "." not in digits and value.is_integer() else value
+        return int(value) if value.is_integer() else value
 
     def refuse(constant: str) -> None:
         raise ConfigError(f"{constant} is not a number that JSON knows", source=source)

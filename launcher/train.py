@@ -80,6 +80,9 @@ def check_files(config: Config) -> None:
         )
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise ConfigError("is a file; name a folder", key="output_dir", value=config.output_dir)
+    if Path(config.output_dir, "checkpoints", "latest").exists() and not config.checkpoint.resume:
+        problem = "holds checkpoints of an earlier run; set checkpoint.resume=true to continue it, or name another folder"
+        raise ConfigError(problem, key="output_dir", value=config.output_dir)
 
 
 def prepare_output(config: Config, resolved: Config) -> None:
@@ -119,7 +122,7 @@ def main() -> None:
     trainer = Trainer(resolved, ds_config, world)
     try:
         report = trainer.run()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: rank {world.rank}: {error}")
     if world.is_main:
         report.save()

@@ -17,7 +17,7 @@ ADAMW = {"type": "AdamW", "params": {"lr": 1e-4}}
 
 # what the file adds to a valid one -> words that its one-line message must contain
 REFUSED_FILES = [
-    ({"gradient_cliping": 1.0}, ["gradient_cliping = 1.0", "unknown", "'gradient_clipping'"]),
+    ({"gradient_cliping": 0.5}, ["gradient_cliping = 0.5", "unknown", "'gradient_clipping'"]),
     ({"train_micro_batch_size": 1}, ["'train_micro_batch_size_per_gpu'"]),
     ({"zero_optimisation": {"stage": 3}}, ["zero_optimisation = {stage: 3}", "'zero_optimization'"]),
     ({"stage": 3}, ["stage = 3", "'zero_optimization.stage'"]),

@@ -73,6 +73,10 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_
     assert "resumed after step" in run(command)
 
     assert metrics(killed) == metrics(whole)
+    fresh = subprocess.run(
+        [*command[:-1], "checkpoint.resume=false"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert fresh.returncode != 0 and "checkpoint.resume=true" in fresh.stderr, "an earlier run's checkpoints are not mixed up"
     assert (killed / "draft" / "model.safetensors").read_bytes() == (whole / "draft" / "model.safetensors").read_bytes()
 
 
