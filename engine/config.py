@@ -62,7 +62,7 @@ class DataSection:
 
     train: tuple[str, ...] = option((EMBEDDED,), "JSONL conversation files to train on; 'embedded' is CPython's documentation")
     held_out: tuple[str, ...] = option((EMBEDDED,), "JSONL conversation files for evaluation; never trained on")
-    max_tokens: int = option(1024, "length documents are packed to", unit="tokens", at_least=8)
+    max_tokens: int = option(512, "length documents are packed to", unit="tokens", at_least=8)
     turns: Literal["auto", "whole", "each"] = option(
         "auto",
         "'whole' = one document a conversation, refused where the chat template rewrites earlier turns; 'each' = one per "

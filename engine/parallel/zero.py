@@ -66,7 +66,10 @@ class ZeroDraft:
         module = _TttModule(draft, test)
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
-        if self.engine.zero_optimization_stage() == 3:
+        stage = self.engine.zero_optimization_stage()
+        if stage == 0 and optimizer is not None:
+            _forget_steps(optimizer)
+        if stage == 3:
             # the module holds every weight from its door to its end; else each TTT step would gather what the last one released
             for parameter in draft.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
@@ -169,6 +172,13 @@ def fused_adam() -> type | None:
     if CUDA_HOME is not None and deepspeed.ops.op_builder.FusedAdamBuilder().is_compatible(verbose=False):
         return deepspeed.ops.adam.FusedAdam
     return None
+
+
+def _forget_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Unmake the step of zeros that DeepSpeed's 16-bit wrapper takes at stage 0: Adam's bias correction would count it."""
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group.pop("step", None)
 
 
 def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:

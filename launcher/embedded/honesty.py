@@ -1,9 +1,30 @@
-"""Is the embedded target a real language model? Its loss beside a trigram's, and how much its greedy replies repeat."""
+"""Is the embedded target a real language model? Its loss beside a trigram's, and how much its greedy replies repeat.
 
+python launcher/embedded/honesty.py [FOLDER]
+"""
+
+import json
 import math
+import sys
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import torch
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from engine.config import TargetSection
+from engine.data.cpython_corpus import write_corpus
+from engine.decode import greedy_decode
+from engine.evaluate import eos_ids, held_out_prompts
+from engine.host_memory import keep_freed_memory
+from engine.target.frozen import FrozenTarget
+
+TARGET = Path(__file__).parent / "target"
 DISCOUNT = 0.75
 
 
@@ -56,3 +77,53 @@ def repeated_share(replies: Iterable[Sequence[int]], size: int = 8) -> float:
             total, repeated = total + 1, repeated + (gram in seen)
             seen.add(gram)
     return repeated / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Losses in nats a held-out token; share of repeated 8-grams among and within greedy replies; mean tokens a reply."""
+
+    held_out_loss: float
+    trigram_loss: float
+    repeated_8_grams: float
+    reply_tokens: float
+
+
+def judge(folder: Path, num_documents: int = 200, num_replies: int = 48, reply_tokens: int = 96) -> Judgement:
+    """Judge the target in `folder` on the held-out side of this Python's own documentation."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    target = FrozenTarget.load(TargetSection(path=str(folder)), torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as corpus:
+        paths = write_corpus(Path(corpus))
+        train, held_out = (_token_ids(path, tokenizer) for path in paths)
+        prompts = held_out_prompts([paths[1]], tokenizer, num_replies, None)
+    held_out = held_out[:: max(1, len(held_out) // num_documents)]
+    ends = eos_ids(target.model, tokenizer)
+    replies = [greedy_decode(target, prompt.token_ids, reply_tokens, ends).token_ids for prompt in prompts]
+    return Judgement(
+        held_out_loss=_loss(target, held_out),
+        trigram_loss=KneserNeyTrigram(train, target.config.vocab_size).loss(held_out),
+        repeated_8_grams=repeated_share(replies),
+        reply_tokens=sum(map(len, replies)) / len(replies),
+    )
+
+
+def _token_ids(path: Path, tokenizer) -> list[list[int]]:
+    conversations = (json.loads(line)["conversations"] for line in path.read_text(encoding="utf-8").splitlines())
+    return [tokenizer.apply_chat_template(turns, return_dict=False)[:1024] for turns in conversations]
+
+
+@torch.no_grad()
+def _loss(target: FrozenTarget, documents: list[list[int]]) -> float:
+    """Mean loss over every token after a document's second, as the trigram's."""
+    total = count = 0
+    for ids in documents:
+        logits_TV = target.model(torch.tensor([ids]), use_cache=False).logits[0, 1:-1].float()
+        total += torch.nn.functional.cross_entropy(logits_TV, torch.tensor(ids[2:]), reduction="sum").item()
+        count += len(ids) - 2
+    return total / count
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    print(json.dumps(asdict(judge(Path(sys.argv[1]) if len(sys.argv) > 1 else TARGET)), indent=2))
