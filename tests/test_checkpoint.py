@@ -1,0 +1,186 @@
+"""A resumed run is the uninterrupted one, bit for bit; a checkpoint is complete or it is not named."""
+
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.checkpoint import Checkpoints
+from engine.ds_config import load_ds_config, resolve_ds_config
+from engine.normaliser import Normaliser
+from engine.parallel.mesh import World
+from engine.parallel.zero import ZeroDraft, consolidated_weights
+from tests.distributed import run_ranks
+from tests.tiny import make_draft, make_micro, make_test
+from tests.training import FOLDER, zero_step
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
+Weights = dict[str, torch.Tensor]
+
+
+def start(world: World, stage: str, seed: int) -> ZeroDraft:
+    """A new run: a draft with a frozen projection, the shipped configuration in bf16 with its schedule, its own RNG a rank."""
+    raw = load_ds_config(FOLDER / f"{stage}.json")
+    raw["gradient_accumulation_steps"] = 2
+    ds_config = resolve_ds_config(raw, world_size=world.size, total_steps=6, hidden_size=24)
+    zero = ZeroDraft(make_draft(hidden_size=24, seed=seed), make_test(), ds_config)
+    seed_all(seed + world.rank)
+    return zero
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def draw() -> int:
+    """A number that all three generators have a part in."""
+    return random.randrange(1000) + np.random.randint(1000) + int(torch.randint(1000, ()))
+
+
+def train(zero: ZeroDraft, world: World, num_steps: int) -> list[float]:
+    """Losses on batches that the rank's RNG chooses."""
+    normalise, losses = Normaliser(zero, world), []
+    for _ in range(num_steps):
+        micros = [make_micro(zero.test, seed=draw(), dtype=zero.dtype) for _ in range(zero.accumulation_steps)]
+        losses.append(zero_step(zero, normalise, world, micros))
+    return losses
+
+
+def train_and_save(world: World, folder: Path) -> dict[str, tuple[list[float], Weights, Weights]]:
+    """For each stage, losses and weights of six steps, and the weights of another run that is saved after three."""
+    results = {}
+    for stage in STAGES:
+        whole = start(world, stage, seed=0)
+        losses, weights = train(whole, world, 6), dict(whole.gathered_weights())
+        half = start(world, stage, seed=0)
+        train(half, world, 3)
+        Checkpoints(folder / stage, keep=1).save(half, world, 3, {"position": [3, world.rank]})
+        results[stage] = losses, weights, dict(half.gathered_weights())
+    return results
+
+
+def resume_and_train(world: World, folder: Path) -> dict[str, tuple[dict[str, Any], list[float], Weights]]:
+    """For each stage, what three more steps of a new process give that began with another draft and another RNG."""
+    results = {}
+    for stage in STAGES:
+        zero = start(world, stage, seed=7)
+        state = Checkpoints(folder / stage, keep=1).resume(zero, world)
+        results[stage] = state, train(zero, world, 3), dict(zero.gathered_weights())
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def saved(folder) -> dict[str, tuple[list[float], Weights, Weights]]:
+    return run_ranks(train_and_save, 2, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def resumed(saved, folder) -> dict[str, tuple[dict[str, Any], list[float], Weights]]:
+    """Resumed beside a later checkpoint that a kill cut short: its first file is there, others and its name are not."""
+    for stage in STAGES:
+        (folder / stage / "step_6").mkdir()
+        part = sorted((folder / stage / "step_3").glob("*.pt"))[0]
+        shutil.copy(part, folder / stage / "step_6")
+    return run_ranks(resume_and_train, 2, folder)[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved, resumed, stage):
+    losses, weights, _ = saved[stage]
+    state, resumed_losses, resumed_weights = resumed[stage]
+    assert (state["step"], state["data"]) == (3, {"position": [3, 0]})
+    assert resumed_losses == losses[3:]
+    assert weights.keys() == resumed_weights.keys()
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_consolidated_weights_are_the_gathered_ones_in_fp32(saved, folder, capfd, stage):
+    assert not torch.distributed.is_initialized()
+    gathered, consolidated = saved[stage][2], consolidated_weights(folder / stage, "step_3")
+    assert "embed_projection.weight" in gathered, "frozen, so no optimizer holds it"
+    assert consolidated.keys() == gathered.keys()
+    for name, weight in consolidated.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight.to(gathered[name].dtype), gathered[name]), name
+    assert capfd.readouterr() == ("", "")
+
+
+class PaperDraft:
+    """Stands in for a ZeroDraft: its checkpoint is its client state."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails, self.num_loads = fails, 0
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        if self.fails:
+            raise OSError("no space left")
+        torch.save(client_state, folder / tag / "state.pt")
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        self.num_loads += 1
+        return torch.load(folder / tag / "state.pt", weights_only=False)
+
+
+def tags(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.glob("step_*"))
+
+
+def test_nothing_saved_is_nothing_to_resume(tmp_path):
+    assert Checkpoints(tmp_path / "none", keep=1).resume(PaperDraft(), ALONE) is None
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", keep=2)
+    for step in (8, 9, 10, 11):
+        checkpoints.save(PaperDraft(), ALONE, step, {})
+    assert tags(checkpoints) == ["step_10", "step_11"]
+    assert checkpoints.newest() == "step_11"
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint_named_and_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 3, {"position": 3})
+    with pytest.raises(OSError):
+        checkpoints.save(PaperDraft(fails=True), ALONE, 9, {})
+    assert checkpoints.resume(PaperDraft(), ALONE)["data"] == {"position": 3}
+    checkpoints.save(PaperDraft(), ALONE, 5, {"position": 5})
+    assert checkpoints.resume(PaperDraft(), ALONE)["data"] == {"position": 5}, "pruning kept the unfinished step_9 instead"
+
+
+def test_every_generator_is_restored(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 1, {})
+    numbers = [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(3)]
+    seed_all(99)
+    checkpoints.resume(PaperDraft(), ALONE)
+    assert numbers == [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(3)]
+
+
+def test_another_number_of_ranks_is_refused_before_anything_is_loaded(tmp_path):
+    checkpoints, draft = Checkpoints(tmp_path, keep=1), PaperDraft()
+    checkpoints.save(draft, ALONE, 4, {})
+    with pytest.raises(ValueError, match="step_4 was written by 1 ranks, this run has 4; resume with 1"):
+        checkpoints.resume(draft, replace(ALONE, size=4))
+    assert draft.num_loads == 0
+
+
+def test_a_named_checkpoint_that_is_gone_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 4, {})
+    shutil.rmtree(tmp_path / "step_4")
+    with pytest.raises(ValueError, match="step_4 is no complete checkpoint; delete .* or set checkpoint.resume=false"):
+        checkpoints.resume(PaperDraft(), ALONE)
