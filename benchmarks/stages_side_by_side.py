@@ -32,7 +32,7 @@ def train(config: str, precision: str, folder: Path) -> list[float]:
     command = [sys.executable, *LAUNCH, "--ds_config", str(path), *options]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

@@ -1,6 +1,6 @@
 """What a recipe can say: one frozen dataclass a section, and the one home of every default.
 
-The defaults describe the embedded job: a small target and a corpus that need no network. Recipes override them.
+What a recipe leaves out has its default here; `launcher/recipes/embedded.yaml` is the recipe of a run that names none.
 What DeepSpeed's JSON owns (batch sizes, optimizer, schedule, precision, clipping, ZeRO, monitors) has no key here.
 """
 
@@ -62,7 +62,7 @@ class DataSection:
 
     train: tuple[str, ...] = option((EMBEDDED,), "JSONL conversation files to train on; 'embedded' is CPython's documentation")
     held_out: tuple[str, ...] = option((EMBEDDED,), "JSONL conversation files for evaluation; never trained on")
-    max_tokens: int = option(512, "length documents are packed to", unit="tokens", at_least=8)
+    max_tokens: int = option(4096, "length documents are packed to", unit="tokens", at_least=8)
     turns: Literal["auto", "whole", "each"] = option(
         "auto",
         "'whole' = one document a conversation, refused where the chat template rewrites earlier turns; 'each' = one per "
@@ -97,7 +97,7 @@ class DraftSection:
     """The trained EAGLE-3 model; every shape left null follows the target."""
 
     config: str | None = option(None, "draft config.json that fixes every shape; null = derived from the target's config")
-    vocab_size: int = option(2048, "draft vocabulary U: the most frequent assistant tokens", unit="tokens", at_least=1)
+    vocab_size: int = option(32000, "draft vocabulary U: the most frequent assistant tokens", unit="tokens", at_least=1)
     num_layers: int = option(1, "decoder layers", unit="layers", at_least=1)
     hidden_size: int | None = option(None, "hidden size D; null = the target's", unit="features", at_least=1)
     intermediate_size: int | None = option(None, "MLP width F; null = the target's dense width", unit="features", at_least=1)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from engine.config import EMBEDDED, Config, ConfigError, describe_options, dump_config, load_config  # noqa: E402
 from engine.ds_config import accumulation_steps, load_ds_config  # noqa: E402
 
+DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
 EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
 
 
@@ -30,7 +31,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ds_config", type=Path, required=True, help="DeepSpeed's JSON: batch sizes, optimizer, precision, ZeRO"
     )
-    parser.add_argument("--recipe", type=Path, help="YAML: target, data, draft, TTT, loss, ...; default: the embedded job")
+    parser.add_argument(
+        "--recipe", type=Path, default=DEFAULT_RECIPE, help="YAML: target, data, draft, ...; default: embedded.yaml"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
     return parser.parse_args()
