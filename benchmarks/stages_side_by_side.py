@@ -42,6 +42,7 @@ def difference(losses: list[float], expected: list[float]) -> float:
 
 
 def main() -> None:
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True)
     losses: dict[str, dict[str, list[float]]] = {}
     print(f"{'configuration':<15}{'precision':<11}{'first loss':>12}{'last loss':>12}{'from zero0':>14}{'from fp32':>12}")
     with tempfile.TemporaryDirectory() as folder:
@@ -51,12 +52,11 @@ def main() -> None:
                 run = runs[config] = train(config, precision, Path(folder))
                 apart = f"{difference(run, runs['zero0']):>14.1e}{difference(run, losses['fp32'][config]):>12.1e}"
                 print(f"{config:<15}{precision:<11}{run[0]:>12.6f}{run[-1]:>12.6f}{apart}", flush=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True)
     record = {
         "command": "python benchmarks/stages_side_by_side.py",
         "run": " ".join(["python", *LAUNCH, *OPTIONS]),
         "commit": commit.stdout.strip(),
-        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "deepspeed", "transformers")},
         "largest relative difference from zero0": {

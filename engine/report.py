@@ -46,7 +46,7 @@ def acceptance_table(reports: dict[str, AcceptanceReport]) -> Table:
     some = next(iter(reports.values()))
     table = Table(title=f"Greedy decoding of {some.num_prompts} held-out prompts, {some.num_tokens} tokens", box=box.SIMPLE)
     table.add_column("drafting", no_wrap=True)
-    for heading in ("acceptance\nlength", "accepted %\nby depth", "tokens/s", "speed", "differs\nfrom greedy"):
+    for heading in ("acceptance\nlength", "accepted %\nby depth", "tokens/s", "speed", "unlike\ngreedy"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_row("none", "1.00", "", _rate(some.plain_tokens_per_s), "1.00x", "")
     for name, report in reports.items():
