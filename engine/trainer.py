@@ -20,7 +20,7 @@ from engine.data.dataset import count_assistant_tokens, load_documents
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
 from engine.ds_config import accumulation_steps, micro_batch_size, resolve_ds_config
-from engine.export import export_draft, load_draft, save_vocab_map
+from engine.export import VOCAB, export_draft, load_draft, save_vocab_map
 from engine.held_out import HeldOut
 from engine.metrics import MetricsFile, StepMetrics
 from engine.models.draft_config import DraftConfig, derive_draft_config
@@ -109,7 +109,7 @@ class Trainer:
         coverage = vocab_map.coverage(counts_V)
         self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of the assistant's")
         if self.world.is_main:
-            save_vocab_map(vocab_map, self.output_dir / "vocab_map.safetensors")
+            save_vocab_map(vocab_map, self.output_dir / VOCAB)
         return Corpus(loader, collate(documents[:1]), vocab_map.to(self.world.device), coverage)
 
     def new_draft(self, draft_config: DraftConfig, vocab_map: VocabMap, target: FrozenTarget) -> Eagle3Draft:

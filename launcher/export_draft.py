@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.checkpoint import TAG, Checkpoints
 from engine.config import TargetSection, load_config
-from engine.export import CONFIG, WEIGHTS, export_draft, load_vocab_map
+from engine.export import CONFIG, VOCAB, WEIGHTS, export_draft, load_vocab_map
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.parallel.zero import consolidated_weights
 from engine.target.frozen import FrozenTarget
 
-RECIPE, VOCAB_MAP, CHECKPOINTS = "config.yaml", "vocab_map.safetensors", "checkpoints"
+RECIPE, CHECKPOINTS = "config.yaml", "checkpoints"
 INDEX = "model.safetensors.index.json"
 EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 
@@ -43,7 +43,7 @@ def check_run(run: Path) -> None:
     """Raises ValueError if `run` is no output folder of a training run with checkpoints."""
     if not run.is_dir():
         raise ValueError(f"{run} is no folder; expected the output_dir of a training run")
-    for name in (RECIPE, VOCAB_MAP):
+    for name in (RECIPE, VOCAB):
         if not (run / name).is_file():
             raise ValueError(f"{run} is not the output_dir of a training run: it has no {name}; train.py writes it there")
 
@@ -100,12 +100,11 @@ def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:
     tag = choose_tag(run / CHECKPOINTS, tag)
     check_output(folder)
     recipe = load_config(run / RECIPE)
-    hub = {"revision": recipe.target.revision, "trust_remote_code": recipe.target.trust_remote_code}
-    target = AutoConfig.from_pretrained(recipe.target.path, **hub)
+    target = AutoConfig.from_pretrained(recipe.target.path, **recipe.target.hub_arguments)
     config = derive_draft_config(target, recipe.draft, recipe.target.aux_layers)
     embed_weight_VD = None if config.hidden_size == config.target_hidden_size else read_embedding(recipe.target, config)
     weights = consolidated_weights(run / CHECKPOINTS, tag)
-    export_draft(folder, weights.items(), config, load_vocab_map(run / VOCAB_MAP), embed_weight_VD)
+    export_draft(folder, weights.items(), config, load_vocab_map(run / VOCAB), embed_weight_VD)
     return tag, folder
 
 

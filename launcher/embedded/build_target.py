@@ -85,13 +85,11 @@ def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def add_dropout(model: LlamaForCausalLM) -> list:
+def add_dropout(model: LlamaForCausalLM) -> None:
     """Dropout on every block's two branches while training; the hooks leave no trace in the checkpoint."""
-    hooks = []
     for layer in model.model.layers:
         for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            hooks.append(module.register_forward_hook(lambda _m, _i, out: nn.functional.dropout(out, DROPOUT, model.training)))
-    return hooks
+            module.register_forward_hook(lambda _m, _i, out: nn.functional.dropout(out, DROPOUT, model.training))
 
 
 def batches(documents: list[list[int]], generator: random.Random) -> list[torch.Tensor]:
