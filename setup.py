@@ -21,7 +21,7 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "gpu": ["flash-attn>=2.8"],
+        "gpu": ["accelerate>=1.1"],
         "dev": ["pytest>=8", "ruff>=0.12", "tensorboard>=2.17"],
         "wandb": ["wandb>=0.18"],
     },

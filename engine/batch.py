@@ -28,11 +28,6 @@ class PackedBatch:
         return self.cu_seqlens.diff()
 
     @property
-    def document_T(self) -> torch.Tensor:
-        """Index of the document a token belongs to, int64 [T]."""
-        return torch.repeat_interleave(self.lengths.long(), output_size=self.num_tokens)
-
-    @property
     def position_T(self) -> torch.Tensor:
         """Position of a token in its own document, int64 [T]."""
         starts_T = torch.repeat_interleave(self.cu_seqlens[:-1].long(), self.lengths.long(), output_size=self.num_tokens)

@@ -4,7 +4,8 @@ import json
 import random
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,33 @@ from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
 
 TAG = re.compile(r"step_(\d+)")
-WORLD = "world.json"
+RUN = "run.json"
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run, in `folder`, each under the tag `step_N`."""
+    """The checkpoints of one run, in `folder`, each under the tag `step_N`.
+
+    options: what a resumed run must share with the one that saved, by dotted name; plain values.
+    """
 
     folder: Path
     keep: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, draft: ZeroDraft, world: World, step: int, data_state: dict[str, Any]) -> None:
-        """Save after optimizer step `step`; a collective. Earlier checkpoints beyond `keep` are deleted afterwards."""
+        """Save after optimizer step `step`; a collective. Earlier checkpoints beyond `keep` are deleted afterwards.
+
+        data_state: plain values, the same on every rank.
+        """
         tag = f"step_{step}"
         if world.is_main:
             shutil.rmtree(self.folder / tag, ignore_errors=True)  # what a run that was killed here may have left
             (self.folder / tag).mkdir(parents=True)
-            (self.folder / tag / WORLD).write_text(json.dumps({"size": world.size}) + "\n", encoding="utf-8")
+            facts = {"ranks": world.size, "step": step, "data": data_state, "options": dict(self.options)}
+            (self.folder / tag / RUN).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         world.barrier()
-        draft.save(self.folder, tag, {"step": step, "data": data_state, "rng": _all_rng_states(world)})
+        draft.save(self.folder, tag, {"rng": _all_rng_states(world)})
         if world.is_main:
             self._name_newest(tag)
             for old in [other for other in self._steps() if other <= step][: -self.keep]:
@@ -46,25 +55,33 @@ class Checkpoints:
         latest = self.folder / "latest"
         return latest.read_text(encoding="utf-8").strip() if latest.exists() else None
 
-    def resume(self, draft: ZeroDraft, world: World) -> dict[str, Any] | None:
-        """Restore the newest checkpoint and this rank's RNG; returns its client state, or None if there is none.
+    def find(self, world: World) -> tuple[int, dict[str, Any]] | None:
+        """Step and data state of the newest checkpoint, or None if there is none; reads no weights.
 
-        Raises ValueError if the checkpoint is not whole or was written by another number of ranks.
+        Raises ValueError if it is not whole, or was written by another number of ranks or under other options.
         """
         tag = self.newest()
         if tag is None:
             return None
-        path = self.folder / tag / WORLD
+        path = self.folder / tag / RUN
         if not path.exists():
             raise ValueError(
                 f"{self.folder / tag} is no complete checkpoint; delete {self.folder} or set checkpoint.resume=false"
             )
-        size = json.loads(path.read_text(encoding="utf-8"))["size"]
-        if size != world.size:
-            raise ValueError(f"{self.folder / tag} was written by {size} ranks, this run has {world.size}; resume with {size}")
-        state = draft.load(self.folder, tag)
-        _restore_rng(state["rng"][world.rank])
-        return state
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["ranks"] != world.size:
+            written_by = f"{self.folder / tag} was written by {facts['ranks']} ranks"
+            raise ValueError(f"{written_by}, this run has {world.size}; resume with {facts['ranks']}")
+        saved, current = facts["options"], json.loads(json.dumps(dict(self.options)))
+        changes = [f"{key} was {saved.get(key)}, now {value}" for key, value in current.items() if saved.get(key) != value]
+        if changes:
+            problem = f"{self.folder / tag} was trained with other options: {'; '.join(changes)}"
+            raise ValueError(f"{problem}. Restore them, or start a new run in another output_dir")
+        return facts["step"], facts["data"]
+
+    def load(self, draft: ZeroDraft, world: World) -> None:
+        """Restore the newest checkpoint and this rank's RNG; a collective. Raises ValueError if a part of it is missing."""
+        _restore_rng(draft.load(self.folder, self.newest())["rng"][world.rank])
 
     def _name_newest(self, tag: str) -> None:
         """Write `latest`, the file DeepSpeed's tools read too, in one stroke: a kill leaves the old name or the new one."""

@@ -16,6 +16,7 @@ from engine.ds_keys import DS_HOMES
 from engine.strict import ConfigError, as_yaml, bounded, checked, dump_yaml, parse_yaml, read_text, type_name, unknown_key
 
 EMBEDDED = "embedded"
+CHECKPOINTS, DRAFT = "checkpoints", "draft"  # folders in a run's output_dir
 COMMAND_LINE = "command line"
 
 
@@ -84,9 +85,6 @@ class DataSection:
                 raise ConfigError(problem, key="data.held_out", value=self.held_out)
 
 
-DRAFT_SHAPES = ("num_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-
-
 def divisors(number: int) -> list[int]:
     """Every whole number that divides this one, ascending."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
@@ -109,9 +107,9 @@ class DraftSection:
     init_head: Literal["target", "random"] = option("target", "start lm_head from the target's mapped rows, or at random")
 
     def __post_init__(self):
-        shapes = {name: getattr(self, name) for name in DRAFT_SHAPES}
-        for name, value in shapes.items():
-            if self.config is not None and value != getattr(type(self), name):
+        for name, value in vars(self).items():
+            is_shape = name not in ("config", "train_embedding_projection", "init_head")
+            if self.config is not None and is_shape and value != getattr(type(self), name):
                 problem = f"draft.config = {self.config} fixes every shape; delete one of the two"
                 raise ConfigError(problem, key=f"draft.{name}", value=value)
         if self.train_embedding_projection and self.config is None and self.hidden_size is None:
@@ -161,7 +159,9 @@ class ParallelSection:
     """Processes and their patience."""
 
     timeout_s: int = option(1800, "seconds after which a stuck collective ends the job", unit="s", at_least=1)
-    cpu_threads: int = option(0, "compute threads a rank on CPU; 0 = cores shared evenly by the local ranks", at_least=0)
+    cpu_threads: int = option(
+        0, "compute threads a rank on CPU; 0 = cores shared evenly by the local ranks", unit="threads", at_least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class CheckpointSection:
 
     every_steps: int = option(0, "optimizer steps between checkpoints; 0 = none", unit="steps", at_least=0)
     resume: bool = option(False, "continue from the newest checkpoint of output_dir")
-    keep: int = option(2, "newest checkpoints kept; older ones are deleted", at_least=1)
+    keep: int = option(2, "newest checkpoints kept; older ones are deleted", unit="checkpoints", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,22 @@ class Config:
         if weights is not None and len(weights) != self.ttt.steps:
             problem = f"has {len(weights)} weights for ttt.steps = {self.ttt.steps}; give one weight a step"
             raise ConfigError(problem, key="loss.step_weights", value=weights)
+        every, logged = self.checkpoint.every_steps, self.log_every_steps
+        if every % logged:
+            problem = f"is no multiple of log_every_steps = {logged}, and a resumed run would log other means"
+            raise ConfigError(problem, key="checkpoint.every_steps", value=every)
         if self.evaluation.num_prompts and not self.data.held_out:
             problem = (
                 f"evaluation.num_prompts = {self.evaluation.num_prompts} needs held-out prompts; name a file or set it to 0"
             )
             raise ConfigError(problem, key="data.held_out", value=self.data.held_out)
+
+    @property
+    def kept_on_resume(self) -> dict[str, Any]:
+        """Options by dotted key, as plain values, that a resumed run must share with the one that it continues."""
+        sections = {"draft": self.draft, "ttt": self.ttt, "loss": self.loss}
+        values = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
+        return {"target.aux_layers": self.target.aux_layers} | values
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}

@@ -163,8 +163,8 @@ class _Reader:
     def read(self, token_ids: list[int], num_choices: int) -> list[int]:
         """Read tokens; the target's choice after each of the last `num_choices` of them."""
         device = self.target.embed_weight_VD.device
-        decoder = self.target.model.get_decoder()
-        decoder(input_ids=torch.tensor([token_ids], device=device), past_key_values=self.cache, use_cache=True)
+        ids_1T = torch.tensor([token_ids], device=device)
+        self.target.decoder(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
         return self.target.head.logits(self.seen.last_hidden()[0, -num_choices:]).argmax(-1).tolist()
 
     def prepare_to_forget(self) -> None:

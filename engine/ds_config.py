@@ -10,6 +10,12 @@ from engine.strict import ConfigError, checked, dotted_keys, parse_json, read_te
 
 DEFAULT_LR, DEFAULT_LR_WIDTH = 1e-4, 4096
 WARMUP_SHARE = 0.015
+OPTIMIZER_DEFAULTS = {
+    "lr": "auto",
+    "betas": [0.9, 0.999],
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+}  # as DeepSpeed's own AdamW has them
 AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
 MICRO, ACCUMULATION, GLOBAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
 
@@ -42,7 +48,7 @@ def resolve_ds_config(raw: dict[str, Any], *, world_size: int, total_steps: int,
     """
     resolved = copy.deepcopy(raw)
     resolved[MICRO], resolved[ACCUMULATION] = _solve_batch(raw, world_size)
-    resolved["optimizer"].setdefault("params", {}).setdefault("lr", "auto")
+    resolved["optimizer"]["params"] = {**OPTIMIZER_DEFAULTS, **resolved["optimizer"].get("params", {})}
     values = (DEFAULT_LR * DEFAULT_LR_WIDTH / hidden_size, max(2, total_steps), max(1, round(WARMUP_SHARE * total_steps)))
     for key, value in zip(AUTO_KEYS, values, strict=True):
         section, _, name = key.split(".")
@@ -127,6 +133,8 @@ def _check_contradictions(raw: dict[str, Any]) -> None:
     _check_optimizer(raw.get("optimizer", {}))
     _check_scheduler(raw.get("scheduler"))
     _check_zero(raw.get("zero_optimization", {}))
+    if raw.get("zero_optimization", {}).get("stage", 0) == 0:
+        _check_one_precision(raw)
 
 
 def _check_optimizer(optimizer: dict[str, Any]) -> None:
@@ -148,8 +156,19 @@ def _check_scheduler(scheduler: dict[str, Any] | None) -> None:
             raise ConfigError(problem, key=f"scheduler.params.{name}")
 
 
+def _check_one_precision(raw: dict[str, Any]) -> None:
+    """Below stage 1 DeepSpeed accumulates gradients in the precision of the weights only."""
+    accumulated = raw.get("data_types", {}).get("grad_accum_dtype")
+    weights = next((name for name in ("bf16", "fp16") if raw.get(name, {}).get("enabled")), "fp32")
+    if accumulated not in (None, weights):
+        problem = f"at stage 0 gradients are accumulated in the weights' precision, {weights}; delete it or raise the stage"
+        raise ConfigError(problem, key="data_types.grad_accum_dtype", value=accumulated)
+
+
 def _check_zero(zero: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
+    if stage == 3 and zero.get("elastic_checkpoint"):
+        raise ConfigError("stage 3 cannot save one; delete it", key="zero_optimization.elastic_checkpoint", value=True)
     for section, needed in (("offload_param", 3), ("offload_optimizer", 1)):
         offload = zero.get(section, {})
         device, key = offload.get("device", "none"), f"zero_optimization.{section}.device"

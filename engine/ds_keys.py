@@ -65,7 +65,6 @@ ZERO_OPTIMIZATION = {
     "offload_optimizer": OFFLOAD_OPTIMIZER,
     "sub_group_size": SIZE,
     "ignore_unused_parameters": bool,
-    "legacy_stage1": bool,
     "round_robin_gradients": bool,
     "parameter_alignment": bool,
     "zero_hpz_partition_size": SIZE,
@@ -142,7 +141,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     },
 }
 REQUIRED_BY_SCHEDULER = {
-    "WarmupDecayLR": ("total_num_steps",),
+    "WarmupLR": ("warmup_max_lr",),
+    "WarmupDecayLR": ("total_num_steps", "warmup_max_lr"),
     "WarmupCosineLR": ("total_num_steps",),
     "OneCycle": ("cycle_min_lr", "cycle_max_lr"),
 }
@@ -162,8 +162,6 @@ COMET = {
 
 CHECKPOINT = {
     "tag_validation": Literal["Warn", "Ignore", "Fail", "WARN", "IGNORE", "FAIL"],
-    "load_universal": bool,
-    "use_node_local_storage": bool,
     "parallel_write": {"pipeline_stage": bool},
     "checkpoint_serialization": bool,
     "writer": {
@@ -173,7 +171,6 @@ CHECKPOINT = {
         "io_multiplier": COUNT,
         "show_statistics": bool,
         "data_parallel": Literal["replica", "socket", "machine", "REPLICA", "SOCKET", "MACHINE"] | None,
-        "decoupled": bool,
     },
 }
 
@@ -271,12 +268,16 @@ REFUSED = {
     "use_data_before_expert_parallelism": "the draft has no experts; delete it",
     "vocabulary_size": "the draft vocabulary is the recipe's draft.vocab_size",
     "weight_quantization": "quantises for inference; delete it",
+    "checkpoint.load_universal": "resume reads the checkpoints that this engine writes, on as many ranks; delete it",
+    "checkpoint.use_node_local_storage": "a checkpoint is one folder that every rank reads; delete it and share output_dir",
+    "checkpoint.writer.decoupled": "a save must be whole before the next step, or a killed run cannot resume; delete it",
     "optimizer.legacy_fusion": "belongs to optimizers other than AdamW; delete it",
     "optimizer.params.adam_w_mode": "AdamW always decays weights apart from the gradient; delete it",
     "optimizer.params.max_grad_norm": "DeepSpeed refuses it here; write gradient_clipping at the top level",
     "zero_optimization.cpu_offload": 'deprecated; write "offload_optimizer": {"device": "cpu"}',
     "zero_optimization.cpu_offload_param": 'deprecated; write "offload_param": {"device": "cpu"}',
     "zero_optimization.cpu_offload_use_pin_memory": "deprecated; write pin_memory inside offload_param or offload_optimizer",
+    "zero_optimization.legacy_stage1": _REMOVED,
     "zero_optimization.leaf_module": _LEAF,
     "zero_optimization.mics_shard_size": f"{_REMOVED} or use zero_hpz_partition_size",
     "zero_optimization.module_granularity_threshold": _LEAF,

@@ -6,11 +6,10 @@ from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.data.chat import BadSample, Message, read_messages
+from engine.data.chat import BadSample, Message, on_sample, read_messages
 from engine.decode import Drafter, Generation, speculative_decode
 from engine.target.frozen import FrozenTarget
 
@@ -128,11 +127,11 @@ def measure_acceptance(
     max_new_tokens: int,
     eos_ids: Collection[int],
     plain: Sequence[Generation] | None = None,
-    on_progress: Callable[[Prompt, Generation], None] | None = None,
+    on_reply: Callable[[Prompt, Generation], None] | None = None,
 ) -> AcceptanceCounts:
     """Decode every prompt with a drafter of its own. plain: the same prompts decoded greedily, to compare with.
 
-    on_progress is called after each prompt. Raises ValueError where `plain` is of other prompts, or decoding is refused.
+    on_reply is called after each prompt. Raises ValueError where `plain` is of other prompts, or decoding is refused.
     """
     if plain is not None and len(plain) != len(prompts):
         raise ValueError(f"plain holds {len(plain)} generations for {len(prompts)} prompts; decode the same prompts plainly")
@@ -147,8 +146,8 @@ def measure_acceptance(
             eos_ids=eos_ids,
         )
         total += AcceptanceCounts.of(generation, greedy, draft_tokens)
-        if on_progress is not None:
-            on_progress(prompt, generation)
+        if on_reply is not None:
+            on_reply(prompt, generation)
     return total
 
 
@@ -160,8 +159,9 @@ def held_out_prompts(
 ) -> list[Prompt]:
     """`count` prompts spread evenly over JSONL conversations, or all where there are fewer; the same ones every time.
 
-    A prompt is what comes before the first assistant turn. Conversations that cannot be read or start with the assistant are
-    passed over. Raises ValueError for a missing file, files without any prompt, or a chat template that is missing or fails.
+    A prompt is what comes before the first assistant turn. Conversations that cannot be read, start with the assistant or are
+    refused by the chat template are passed over. Raises ValueError for a missing file, files without any prompt, or a tokenizer
+    without chat template.
     """
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; prompts cannot be rendered")
@@ -170,23 +170,19 @@ def held_out_prompts(
         raise ValueError(
             f"{', '.join(map(str, paths))}: no conversation with a turn before the assistant's first; nothing to ask"
         )
-    count = min(count, len(openings))
-    chosen = [openings[index * len(openings) // count] for index in range(count)]
-    return [
-        Prompt(source, _render(source, tokenizer, messages, {**extra, **(template_kwargs or {})}))
-        for source, messages, extra in chosen
-    ]
-
-
-def _render(
-    source: str, tokenizer: PreTrainedTokenizerBase, messages: list[Message], arguments: Mapping[str, Any]
-) -> list[int]:
-    try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **arguments))
-    except jinja2.TemplateError as error:
-        raise ValueError(
-            f"{source}: the chat template cannot render this prompt ({error}); mend or remove the sample"
-        ) from error
+    count, prompts, problem = min(count, len(openings)), [], None
+    for source, messages, extra in (openings[index * len(openings) // count] for index in range(count)):
+        arguments = {**extra, **(template_kwargs or {})}
+        try:
+            ids = on_sample(tokenizer.apply_chat_template, messages, add_generation_prompt=True, return_dict=False, **arguments)
+        except BadSample as error:
+            problem = f"{source} {error}"
+        else:
+            prompts.append(Prompt(source, list(ids)))
+    if not prompts:
+        advice = "mend them or data.template_kwargs"
+        raise ValueError(f"none of {count} held-out prompts fits the chat template: {problem}; {advice}")
+    return prompts
 
 
 def _openings(path: Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:

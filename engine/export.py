@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from engine.models.draft_config import DraftConfig
-from engine.models.eagle3 import Eagle3Draft, ServedDraft
+from engine.models.eagle3 import Eagle3Draft, RotaryTable, ServedDraft
 from engine.models.vocab_map import VocabMap
 from engine.strict import parse_json, read_text
 
@@ -30,12 +30,13 @@ def export_draft(
     vocab_map: VocabMap,
     embed_weight_VD: torch.Tensor | None,
 ) -> None:
-    """Write the draft as a server loads it, in place of what `folder` held; equal drafts give equal bytes.
+    """Write the draft as a server loads it, in place of the draft that `folder` held; equal drafts give equal bytes.
 
     The new folder appears whole; if anything fails, the old one stays. weights: the draft's own names and tensors.
     embed_weight_VD: the target's embedding; shipped, projected to the draft's width, only where the two widths differ.
-    Raises ValueError if a tensor is missing, unknown, misshapen or not finite.
+    Raises ValueError if a tensor is missing, unknown, misshapen or not finite, or `folder` holds something else.
     """
+    check_replaceable(folder)
     dtype = getattr(torch, config.dtype)
     tensors = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights}
     with torch.device("meta"):
@@ -48,6 +49,12 @@ def export_draft(
     tensors |= {"d2t": vocab_map.d2t.cpu().contiguous(), "t2d": vocab_map.in_draft_V.cpu().contiguous()}
     _check_vocabulary(tensors, config)
     _replace_folder(folder, tensors, config)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError if `folder`, which export replaces as a whole, holds anything but an exported draft."""
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG}):
+        raise ValueError(f"{folder} exists and is no exported draft; it would be replaced, so name another folder")
 
 
 def _replace_folder(folder: Path, tensors: dict[str, torch.Tensor], config: DraftConfig) -> None:
@@ -74,7 +81,7 @@ def load_draft(
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not an exported draft: it has no {name}; export one with launcher/export_draft.py")
     config = DraftConfig.from_dict(parse_json(read_text(folder / CONFIG), folder / CONFIG))
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with safe_open(folder / WEIGHTS, "pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     _check_vocabulary(tensors, config)
     vocab_map = VocabMap.from_tables(tensors.pop("d2t"), tensors.pop("t2d"))
@@ -82,10 +89,11 @@ def load_draft(
     if embed_weight_VD is None:
         raise ValueError(f"{folder} ships no embedding: it shares its target's, so name the target")
     _check_embedding(embed_weight_VD, config.vocab_size, config.hidden_size)
-    model = Eagle3Draft(config)
-    model.embed_projection = None
+    with torch.device("meta"):
+        model = Eagle3Draft(config)
+    model.embed_projection, model.rotary = None, RotaryTable(config)
     _check_names(tensors, dict(model.state_dict()))
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=True)
     dtype = dtype or getattr(torch, config.dtype)
     return ServedDraft(
         model.to(device, dtype).eval().requires_grad_(False), vocab_map.to(device), embed_weight_VD.to(device, dtype)

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from engine.config import DRAFT
 from engine.evaluate import AcceptanceReport
 
 
@@ -33,10 +34,11 @@ class RunReport:
             console.print(acceptance_table(reports))
         times = ", ".join(f"{name[0].lower()}{name[1:]} {seconds:.0f} s" for name, seconds in self.stage_s.items())
         console.print(f"Time: {times}")
-        console.print(f"Draft, ready for SGLang: {self.output_dir / 'draft'}\n\nNext:")
-        console.print(f"  python launcher/measure_acceptance.py --draft {self.output_dir / 'draft'} --show")
+        console.print(f"Draft, ready for SGLang: {self.output_dir / DRAFT}\n\nNext:")
+        console.print(f"  python launcher/measure_acceptance.py --draft {self.output_dir / DRAFT} --show")
         console.print(
-            "  deepspeed launcher/train.py --ds_config ds_configs/zero3.json --recipe launcher/recipes/llama3.1-8b.yaml"
+            "  deepspeed launcher/train.py --ds_config ds_configs/zero3.json --recipe launcher/recipes/llama3.1-8b.yaml "
+            "data.train=YOURS.jsonl data.held_out=HELD_OUT.jsonl"
         )
         console.print("  python launcher/train.py --help")
 
@@ -44,7 +46,12 @@ class RunReport:
 def acceptance_table(reports: dict[str, AcceptanceReport]) -> Table:
     """What each way of drafting gave, beside plain greedy decoding; fits 80 columns with five drafted tokens."""
     some = next(iter(reports.values()))
-    table = Table(title=f"Greedy decoding of {some.num_prompts} held-out prompts, {some.num_tokens} tokens", box=box.SIMPLE)
+    table = Table(
+        title=f"Greedy decoding of {some.num_prompts} held-out prompts, {some.num_tokens} tokens",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     table.add_column("drafting", no_wrap=True)
     for heading in ("acceptance\nlength", "accepted %\nby depth", "tokens/s", "speed", "unlike\ngreedy"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -48,15 +48,20 @@ class ProgressBar:
     def __init__(self, telemetry: Telemetry, progress: Progress, task: Any, total: int) -> None:
         self._telemetry, self._progress, self._task, self._total = telemetry, progress, task, total
         self._start = self._last_line = time.perf_counter()
-        self._first = 0
+        self._first = self._done = 0
 
     def start_at(self, done: int) -> None:
         """Begin with `done` units already there, as a resumed run does."""
-        self._first = done
+        self._first = self._done = done
         self._progress.update(self._task, completed=done)
+
+    def advance(self, text: str) -> None:
+        """Show that one more unit is there."""
+        self.move_to(self._done + 1, text)
 
     def move_to(self, done: int, text: str) -> None:
         """Show that `done` units are there; without a terminal, a line every `SECONDS_BETWEEN_LINES` and one at the end."""
+        self._done = done
         self._progress.update(self._task, completed=done, description=text)
         now = time.perf_counter()
         if self._progress.disable and (now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total):

@@ -15,12 +15,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import DraftOutput, MicroBatch, PackedBatch
 from engine.checkpoint import Checkpoints
-from engine.config import Config
+from engine.config import CHECKPOINTS, DRAFT, Config, dump_config
 from engine.data.dataset import count_assistant_tokens, load_documents
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
 from engine.ds_config import accumulation_steps, micro_batch_size, resolve_ds_config
-from engine.export import VOCAB, export_draft, load_draft, save_vocab_map
+from engine.evaluate import Prompt, held_out_prompts
+from engine.export import VOCAB, check_replaceable, export_draft, load_draft, save_vocab_map
 from engine.held_out import HeldOut
 from engine.metrics import MetricsFile, StepMetrics
 from engine.models.draft_config import DraftConfig, derive_draft_config
@@ -56,11 +57,15 @@ class Trainer:
         """ds_config: as read from its file; what it leaves to be computed is computed here."""
         self.config, self.ds_config, self.world = config, ds_config, world
         self.output_dir = Path(config.output_dir)
+        self.checkpoints = Checkpoints(self.output_dir / CHECKPOINTS, config.checkpoint.keep, config.kept_on_resume)
         self.telemetry = Telemetry(speaks=world.is_main)
         if not world.is_main:
             disable_progress_bar()
 
     def run(self) -> RunReport:
+        """The whole job; the same report on every rank. Raises ValueError, before any expensive work where it can be."""
+        check_replaceable(self.output_dir / DRAFT)
+        position = self.checkpoints.find(self.world) if self.config.checkpoint.resume else None
         torch.manual_seed(self.config.seed)
         section = self.config.target
         tokenizer = AutoTokenizer.from_pretrained(section.path, **section.hub_arguments)
@@ -68,20 +73,23 @@ class Trainer:
         draft_config = derive_draft_config(target_config, self.config.draft, section.aux_layers)
         with self.telemetry.stage("Reading the data"):
             corpus = self.read_corpus(tokenizer, draft_config)
+            first_step = self.resume(corpus.loader, position)
+            prompts = self.read_prompts(tokenizer)
         with self.telemetry.stage("Loading the target"):
             target = FrozenTarget.load(section, self.world.device, draft_config.aux_layers, self.config.loss.temperature)
         draft = self.new_draft(draft_config, corpus.vocab_map, target)
-        held_out = HeldOut(self.config, target, tokenizer, self.world)
+        held_out = HeldOut(self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry)
         with self.telemetry.stage("Measuring acceptance before training"):
             before = held_out.measure_draft(self.served(draft, corpus.vocab_map, target))
 
-        zero = self.start_zero(draft, corpus, target)
+        zero = self.start_zero(draft, corpus, target, first_step)
         with self.telemetry.stage("Training"):
-            self.train(zero, corpus, target)
+            self.train(zero, corpus, target, first_step)
         with self.telemetry.stage("Exporting"):
             exported = self.export(zero, corpus, target)
         with self.telemetry.stage("Measuring acceptance after training"):
-            after, lookup = held_out.measure_draft(exported), held_out.measure_prompt_lookup()
+            after = held_out.measure_draft(exported.to(target.embed_weight_VD.dtype))
+            lookup = held_out.measure_prompt_lookup()
         return RunReport(self.output_dir, self.telemetry.stage_s, corpus.coverage, before, after, lookup)
 
     def read_corpus(self, tokenizer: PreTrainedTokenizerBase, draft_config: DraftConfig) -> Corpus:
@@ -108,9 +116,19 @@ class Trainer:
         )
         coverage = vocab_map.coverage(counts_V)
         self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of the assistant's")
-        if self.world.is_main:
-            save_vocab_map(vocab_map, self.output_dir / VOCAB)
         return Corpus(loader, collate(documents[:1]), vocab_map.to(self.world.device), coverage)
+
+    def read_prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+        count, data = self.config.evaluation.num_prompts, self.config.data
+        return held_out_prompts(data.held_out, tokenizer, count, data.template_kwargs) if count else []
+
+    def resume(self, loader: PackedLoader, position: tuple[int, dict[str, Any]] | None) -> int:
+        """Move the loader to where a checkpoint stands; returns the optimizer steps already taken."""
+        step, data_state = position or (0, None)
+        if data_state is not None:
+            loader.load_state(data_state)
+        self.num_steps = min(step + loader.num_steps, self.config.max_steps or step + loader.num_steps)
+        return step
 
     def new_draft(self, draft_config: DraftConfig, vocab_map: VocabMap, target: FrozenTarget) -> Eagle3Draft:
         draft = Eagle3Draft(draft_config).to(self.world.device)
@@ -120,24 +138,27 @@ class Trainer:
             draft.embed_projection.requires_grad_(self.config.draft.train_embedding_projection)
         return draft
 
-    def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: FrozenTarget) -> ZeroDraft:
-        self.num_steps = min(corpus.loader.num_steps, self.config.max_steps or corpus.loader.num_steps)
+    def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: FrozenTarget, first_step: int) -> ZeroDraft:
+        """The draft under DeepSpeed, as a checkpoint left it after `first_step` or as it is; the run's record is written."""
         resolved = resolve_ds_config(
             self.ds_config,
             world_size=self.world.size,
             total_steps=self.num_steps,
             hidden_size=draft.config.hidden_size,
         )
-        if self.world.is_main:
-            (self.output_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
         teacher = Teacher(target.head.rows(corpus.vocab_map.target_ids_U).logits, corpus.vocab_map)
         zero = ZeroDraft(draft, TrainingTimeTest(self.config.ttt, self.config.loss, teacher), resolved)
         self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {self.num_steps} steps")
+        if first_step:
+            self.checkpoints.load(zero, self.world)
+            self.telemetry.note(f"  resumed after step {first_step}")
+        if self.world.is_main:
+            (self.output_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+            (self.output_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+            save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB)
         return zero
 
-    def train(self, zero: ZeroDraft, corpus: Corpus, target: FrozenTarget) -> None:
-        checkpoints = Checkpoints(self.output_dir / "checkpoints", self.config.checkpoint.keep)
-        first_step = self.resume(checkpoints, zero, corpus.loader)
+    def train(self, zero: ZeroDraft, corpus: Corpus, target: FrozenTarget, first_step: int) -> None:
         normalise, log = Normaliser(zero, self.world), TrainLog(self, zero, first_step)
         work = run_ahead(corpus.loader, self.prepare(target, zero.dtype), self.config.overlap.run_ahead, self.world.device)
         with self.telemetry.progress(self.num_steps, "steps") as progress:
@@ -149,20 +170,11 @@ class Trainer:
                     log.write(step)
                 progress.move_to(step, log.line)
                 if self.saves_after(step):
-                    checkpoints.save(zero, self.world, step, data_state)
+                    self.checkpoints.save(zero, self.world, step, data_state)
 
     def saves_after(self, step: int) -> bool:
         every = self.config.checkpoint.every_steps
         return every > 0 and (step % every == 0 or step == self.num_steps)
-
-    def resume(self, checkpoints: Checkpoints, zero: ZeroDraft, loader: PackedLoader) -> int:
-        """Continue from the newest checkpoint if asked; returns the optimizer steps already taken."""
-        state = checkpoints.resume(zero, self.world) if self.config.checkpoint.resume else None
-        if state is None:
-            return 0
-        loader.load_state(state["data"])
-        self.telemetry.note(f"  resumed after step {state['step']}")
-        return state["step"]
 
     def prepare(self, target: FrozenTarget, dtype: torch.dtype) -> Callable[[tuple], tuple]:
         """The target's half of a step: the packed batches of one -> what the draft reads, in the draft's precision."""
@@ -176,8 +188,8 @@ class Trainer:
         return lambda item: ([forward(batch) for batch in item[0]], item[1])
 
     def export(self, zero: ZeroDraft, corpus: Corpus, target: FrozenTarget) -> ServedDraft:
-        """Write `output_dir/draft`, load it again on every rank and compare its logits with the trained draft's."""
-        folder, weights = self.output_dir / "draft", zero.gathered_weights()
+        """Write the draft's folder, load it again on every rank and compare its logits with the trained draft's."""
+        folder, weights = self.output_dir / DRAFT, zero.gathered_weights()
         if self.world.is_main:
             export_draft(folder, weights, zero.config, corpus.vocab_map, target.embed_weight_VD)
         else:
@@ -193,10 +205,8 @@ class Trainer:
 
     def served(self, draft: Eagle3Draft, vocab_map: VocabMap, target: FrozenTarget) -> ServedDraft:
         """An untrained copy of the draft, in the target's precision, as a server would run it."""
-        dtype = target.embed_weight_VD.dtype
-        frozen = copy.deepcopy(draft).to(dtype).eval().requires_grad_(False)
-        embed_weight_VD = frozen.embed(target.embed_weight_VD)
-        return ServedDraft(frozen, vocab_map, embed_weight_VD)
+        frozen = copy.deepcopy(draft).to(target.embed_weight_VD.dtype).eval().requires_grad_(False)
+        return ServedDraft(frozen, vocab_map, frozen.embed(target.embed_weight_VD))
 
 
 @torch.no_grad()
@@ -229,7 +239,7 @@ class TrainLog:
         parts = 1 if self._zero.test.loss.normaliser == "slots" else self._world.size * self._zero.accumulation_steps
         metrics = self._metrics.read(self._world, loss_divisor=num_steps * parts)
         tokens = int(self._world.sum(torch.tensor(self._tokens, device=self._world.device)).item())
-        metrics |= {"step": step, "lr": self._zero.learning_rate(), "tokens": tokens, "tokens_per_s": tokens / seconds}
+        metrics |= {"step": step, "lr": self._zero.learning_rate, "tokens": tokens, "tokens_per_s": tokens / seconds}
         self._tokens, self._last_step, self._last_time = 0, step, time.perf_counter()
         accuracy = " ".join(f"{share:.0%}" for share in metrics["accuracy_per_step"])
         self.line = f"loss {metrics['loss']:.3f}  accuracy {accuracy}  {metrics['tokens_per_s']:,.0f} tokens/s"

@@ -18,13 +18,13 @@ from transformers.utils import cached_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.checkpoint import TAG, Checkpoints
-from engine.config import TargetSection, load_config
-from engine.export import CONFIG, VOCAB, WEIGHTS, export_draft, load_vocab_map
+from engine.config import CHECKPOINTS, DRAFT, TargetSection, load_config
+from engine.export import VOCAB, WEIGHTS, check_replaceable, export_draft, load_vocab_map
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.parallel.zero import consolidated_weights
 from engine.target.frozen import FrozenTarget
 
-RECIPE, CHECKPOINTS = "config.yaml", "checkpoints"
+RECIPE = "config.yaml"
 INDEX = "model.safetensors.index.json"
 EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 
@@ -60,12 +60,6 @@ def choose_tag(folder: Path, wanted: str | None) -> str:
     return tag
 
 
-def check_output(folder: Path) -> None:
-    """Raises ValueError if `folder`, which is replaced as a whole, holds anything but an exported draft."""
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG}):
-        raise ValueError(f"--output {folder} exists and is no exported draft; it would be replaced, so name another folder")
-
-
 def read_embedding(section: TargetSection, config: DraftConfig) -> torch.Tensor:
     """The target's embedding [V, D], rounded as the recipe asks; read alone where the checkpoint names it clearly."""
     shape, found = [config.vocab_size, config.target_hidden_size], []
@@ -95,10 +89,10 @@ def _embedding_candidates(section: TargetSection) -> list[tuple[str, str]]:
 
 def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:
     """Export a checkpoint of `run`; returns its tag and the folder written. Raises ValueError for what is missing."""
-    folder = output or run / "draft"
+    folder = output or run / DRAFT
     check_run(run)
     tag = choose_tag(run / CHECKPOINTS, tag)
-    check_output(folder)
+    check_replaceable(folder)
     recipe = load_config(run / RECIPE)
     target = AutoConfig.from_pretrained(recipe.target.path, **recipe.target.hub_arguments)
     config = derive_draft_config(target, recipe.draft, recipe.target.aux_layers)

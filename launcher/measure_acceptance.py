@@ -8,70 +8,27 @@ Target, prompts and settings are those of the run's `config.yaml` beside the dra
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config import Config, EvaluationSection, TargetSection, load_config
-from engine.decode import ChainDrafter, Drafter, Generation, PromptLookupDrafter, greedy_decode
-from engine.evaluate import AcceptanceReport, Prompt, eos_ids, held_out_prompts, measure_acceptance
+from engine.decode import Generation
+from engine.evaluate import AcceptanceReport, Prompt, held_out_prompts
 from engine.export import CONFIG, load_draft
+from engine.held_out import HeldOut
 from engine.models.draft_config import DraftConfig
 from engine.models.registry import check_aux_layers, text_config
+from engine.parallel.mesh import World
 from engine.report import acceptance_table
 from engine.strict import parse_json, read_text
 from engine.target.frozen import FrozenTarget
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What is measured: a target, its prompts, and how far each drafter may reach."""
-
-    target: FrozenTarget
-    prompts: list[Prompt]
-    eos_ids: frozenset[int]
-    evaluation: EvaluationSection
-    progress: Progress
-
-    def plain(self) -> list[Generation]:
-        limit = self.evaluation.max_new_tokens
-        prompts = self.progress.track(self.prompts, description="plain greedy")
-        return [greedy_decode(self.target, prompt.token_ids, limit, self.eos_ids) for prompt in prompts]
-
-    def drafted(
-        self,
-        name: str,
-        make_drafter: Callable[[], Drafter],
-        plain: list[Generation],
-        show: Callable[[Prompt, Generation], None] | None = None,
-    ) -> AcceptanceReport:
-        task = self.progress.add_task(name, total=len(self.prompts))
-
-        def on_progress(prompt: Prompt, generation: Generation) -> None:
-            self.progress.advance(task)
-            if show is not None:
-                show(prompt, generation)
-
-        counts = measure_acceptance(
-            self.target,
-            make_drafter,
-            self.prompts,
-            draft_tokens=self.evaluation.draft_tokens,
-            max_new_tokens=self.evaluation.max_new_tokens,
-            eos_ids=self.eos_ids,
-            plain=plain,
-            on_progress=on_progress,
-        )
-        return counts.report()
+from engine.telemetry import Telemetry
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -162,34 +119,31 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
     return text
 
 
-def measure(arguments: argparse.Namespace, console: Console) -> dict[str, AcceptanceReport]:
+def measure(arguments: argparse.Namespace, telemetry: Telemetry) -> dict[str, AcceptanceReport]:
     """Load what the arguments name, decode, and print the table; reports by drafter."""
     draft_config = read_draft_config(arguments.draft)
-    run = run_config(arguments)
+    run, world, console = run_config(arguments), World.alone(), telemetry.console
     hub = run.target.hub_arguments
     check_target(draft_config, run.target.path, hub)
     tokenizer = AutoTokenizer.from_pretrained(run.target.path, **hub)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = FrozenTarget.load(run.target, device, aux_layers=draft_config.aux_layers)
+    target = FrozenTarget.load(run.target, world.device, aux_layers=draft_config.aux_layers)
     dtype = target.embed_weight_VD.dtype
-    draft = load_draft(arguments.draft, embed_weight_VD=target.embed_weight_VD, dtype=dtype, device=device)
+    draft = load_draft(arguments.draft, embed_weight_VD=target.embed_weight_VD, dtype=dtype, device=world.device)
 
     def show(prompt: Prompt, generation: Generation) -> None:
         per_forward = (len(generation.token_ids) - 1) / max(1, generation.num_target_forwards)
         console.rule(f"{prompt.source}: {per_forward:.2f} tokens per forward")
         console.print(Text(tokenizer.decode(prompt.token_ids), style="dim"), reply_text(generation, tokenizer), sep="\n")
 
-    with Progress(console=console, transient=True) as progress:
-        measurement = Measurement(target, prompts, eos_ids(target.model, tokenizer), run.evaluation, progress)
-        plain = measurement.plain()
-        reports = {
-            "draft": measurement.drafted("draft", lambda: ChainDrafter(draft), plain, show if arguments.show else None),
-            "prompt lookup": measurement.drafted("prompt lookup", PromptLookupDrafter, plain),
-        }
+    held_out = HeldOut(run.evaluation, target, tokenizer, prompts, world, telemetry)
+    reports = {
+        "draft": held_out.measure_draft(draft, show if arguments.show else None),
+        "prompt lookup": held_out.measure_prompt_lookup(),
+    }
     console.print(acceptance_table(reports))
     if any(report.mismatches for report in reports.values()):
-        console.print(f"Replies may differ where two tokens nearly tie in {dtype}; --dtype float32 tells.")
+        telemetry.note(f"Replies may differ where two tokens nearly tie in {dtype}; --dtype float32 tells.")
     return reports
 
 
@@ -198,7 +152,7 @@ def main() -> None:
     try:
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        reports = measure(arguments, Console())
+        reports = measure(arguments, Telemetry(speaks=True))
         if arguments.json:
             content = {name: report.to_dict() for name, report in reports.items()}
             arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -8,16 +8,19 @@ import argparse
 import os
 import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.config import EMBEDDED, Config, ConfigError, describe_options, dump_config, load_config  # noqa: E402
-from engine.ds_config import accumulation_steps, load_ds_config  # noqa: E402
+from engine.config import CHECKPOINTS, COMMAND_LINE, EMBEDDED, Config, ConfigError, describe_options, load_config
+from engine.ds_config import accumulation_steps, load_ds_config
 
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
+SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure
 EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
 
 
@@ -83,20 +86,27 @@ def check_files(config: Config) -> None:
         )
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise ConfigError("is a file; name a folder", key="output_dir", value=config.output_dir)
-    if Path(config.output_dir, "checkpoints", "latest").exists() and not config.checkpoint.resume:
+    if Path(config.output_dir, CHECKPOINTS, "latest").exists() and not config.checkpoint.resume:
         problem = "holds checkpoints of an earlier run; set checkpoint.resume=true to continue it, or name another folder"
         raise ConfigError(problem, key="output_dir", value=config.output_dir)
 
 
-def prepare_output(config: Config, resolved: Config) -> None:
-    """On rank 0: the output folder with the resolved configuration and, if asked for, the embedded corpus."""
+def prepare_output(config: Config) -> None:
+    """On rank 0: the output folder and, if asked for, the embedded corpus."""
     from engine.data.cpython_corpus import write_corpus
 
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(dump_config(resolved), encoding="utf-8")
     if EMBEDDED in config.data.train + config.data.held_out:
         write_corpus(output_dir / "corpus")
+
+
+def stop(error: Exception, rank: int) -> NoReturn:
+    """End this rank with one message. Ranks but the first wait: what ends them all is then said once, by rank 0."""
+    if rank == 0:
+        sys.exit(f"train.py: {error}")
+    time.sleep(SECONDS_FOR_RANK_0)
+    sys.exit(f"train.py: rank {rank}: {error}")
 
 
 def main() -> None:
@@ -108,7 +118,10 @@ def main() -> None:
         accumulation_steps(ds_config, environment["size"])
         check_files(config)
     except ConfigError as error:
-        sys.exit(f"train.py: {error}" if environment["rank"] == 0 else 2)
+        if not error.source:
+            on_command_line = any(override.startswith(f"{error.key}=") for override in arguments.overrides)
+            error.source = COMMAND_LINE if on_command_line else arguments.recipe
+        stop(error, environment["rank"])
     resolved = with_embedded_paths(config)
 
     from engine.parallel.mesh import World
@@ -117,7 +130,7 @@ def main() -> None:
     world = World(**environment)
     connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
     if world.is_main:
-        prepare_output(config, resolved)
+        prepare_output(config)
     world.barrier()
 
     from engine.trainer import Trainer
@@ -125,8 +138,8 @@ def main() -> None:
     trainer = Trainer(resolved, ds_config, world)
     try:
         report = trainer.run()
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: rank {world.rank}: {error}")
+    except (ValueError, OSError, ImportError) as error:
+        stop(error, world.rank)
     if world.is_main:
         report.save()
         report.show(trainer.telemetry.console)

@@ -20,7 +20,7 @@ from tests.tiny import make_draft, make_micro, make_test
 from tests.training import FOLDER, zero_step
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
+ALONE = World.alone()
 Weights = dict[str, torch.Tensor]
 
 
@@ -62,18 +62,20 @@ def train_and_save(world: World, folder: Path) -> dict[str, tuple[list[float], W
         losses, weights = train(whole, world, 6), dict(whole.gathered_weights())
         half = start(world, stage, seed=0)
         train(half, world, 3)
-        Checkpoints(folder / stage, keep=1).save(half, world, 3, {"position": [3, world.rank]})
+        Checkpoints(folder / stage, keep=1).save(half, world, 3, {"position": 3})
         results[stage] = losses, weights, dict(half.gathered_weights())
     return results
 
 
-def resume_and_train(world: World, folder: Path) -> dict[str, tuple[dict[str, Any], list[float], Weights]]:
+def resume_and_train(world: World, folder: Path) -> dict[str, tuple[tuple[int, dict], list[float], Weights]]:
     """For each stage, what three more steps of a new process give that began with another draft and another RNG."""
     results = {}
     for stage in STAGES:
         zero = start(world, stage, seed=7)
-        state = Checkpoints(folder / stage, keep=1).resume(zero, world)
-        results[stage] = state, train(zero, world, 3), dict(zero.gathered_weights())
+        checkpoints = Checkpoints(folder / stage, keep=1)
+        position = checkpoints.find(world)
+        checkpoints.load(zero, world)
+        results[stage] = position, train(zero, world, 3), dict(zero.gathered_weights())
     return results
 
 
@@ -88,7 +90,7 @@ def saved(folder) -> dict[str, tuple[list[float], Weights, Weights]]:
 
 
 @pytest.fixture(scope="module")
-def resumed(saved, folder) -> dict[str, tuple[dict[str, Any], list[float], Weights]]:
+def resumed(saved, folder) -> dict[str, tuple[tuple[int, dict], list[float], Weights]]:
     """Resumed beside a later checkpoint that a kill cut short: its first file is there, others and its name are not."""
     for stage in STAGES:
         (folder / stage / "step_6").mkdir()
@@ -100,8 +102,8 @@ def resumed(saved, folder) -> dict[str, tuple[dict[str, Any], list[float], Weigh
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved, resumed, stage):
     losses, weights, _ = saved[stage]
-    state, resumed_losses, resumed_weights = resumed[stage]
-    assert (state["step"], state["data"]) == (3, {"position": [3, 0]})
+    position, resumed_losses, resumed_weights = resumed[stage]
+    assert position == (3, {"position": 3})
     assert resumed_losses == losses[3:]
     assert weights.keys() == resumed_weights.keys()
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
@@ -123,7 +125,7 @@ class PaperDraft:
     """Stands in for a ZeroDraft: its checkpoint is its client state."""
 
     def __init__(self, fails: bool = False) -> None:
-        self.fails, self.num_loads = fails, 0
+        self.fails = fails
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
         if self.fails:
@@ -131,7 +133,6 @@ class PaperDraft:
         torch.save(client_state, folder / tag / "state.pt")
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        self.num_loads += 1
         return torch.load(folder / tag / "state.pt", weights_only=False)
 
 
@@ -140,7 +141,7 @@ def tags(checkpoints: Checkpoints) -> list[str]:
 
 
 def test_nothing_saved_is_nothing_to_resume(tmp_path):
-    assert Checkpoints(tmp_path / "none", keep=1).resume(PaperDraft(), ALONE) is None
+    assert Checkpoints(tmp_path / "none", keep=1).find(ALONE) is None
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -156,9 +157,9 @@ def test_a_failed_save_leaves_the_previous_checkpoint_named_and_kept(tmp_path):
     checkpoints.save(PaperDraft(), ALONE, 3, {"position": 3})
     with pytest.raises(OSError):
         checkpoints.save(PaperDraft(fails=True), ALONE, 9, {})
-    assert checkpoints.resume(PaperDraft(), ALONE)["data"] == {"position": 3}
+    assert checkpoints.find(ALONE) == (3, {"position": 3})
     checkpoints.save(PaperDraft(), ALONE, 5, {"position": 5})
-    assert checkpoints.resume(PaperDraft(), ALONE)["data"] == {"position": 5}, "pruning kept the unfinished step_9 instead"
+    assert checkpoints.find(ALONE) == (5, {"position": 5}), "pruning kept the unfinished step_9 instead"
 
 
 def test_every_generator_is_restored(tmp_path):
@@ -166,16 +167,23 @@ def test_every_generator_is_restored(tmp_path):
     checkpoints.save(PaperDraft(), ALONE, 1, {})
     numbers = [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(3)]
     seed_all(99)
-    checkpoints.resume(PaperDraft(), ALONE)
+    checkpoints.load(PaperDraft(), ALONE)
     assert numbers == [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(3)]
 
 
-def test_another_number_of_ranks_is_refused_before_anything_is_loaded(tmp_path):
-    checkpoints, draft = Checkpoints(tmp_path, keep=1), PaperDraft()
-    checkpoints.save(draft, ALONE, 4, {})
+def test_another_number_of_ranks_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 4, {})
     with pytest.raises(ValueError, match="step_4 was written by 1 ranks, this run has 4; resume with 1"):
-        checkpoints.resume(draft, replace(ALONE, size=4))
-    assert draft.num_loads == 0
+        checkpoints.find(replace(ALONE, size=4))
+
+
+def test_other_options_are_refused_by_name(tmp_path):
+    options = {"ttt.steps": 7, "loss.step_weights": (1.0, 0.5), "loss.kind": "kl"}
+    Checkpoints(tmp_path, 1, options).save(PaperDraft(), ALONE, 4, {})
+    assert Checkpoints(tmp_path, 1, options).find(ALONE) == (4, {})
+    with pytest.raises(ValueError, match="step_4 was trained with other options: ttt.steps was 7, now 3. Restore"):
+        Checkpoints(tmp_path, 1, options | {"ttt.steps": 3}).find(ALONE)
 
 
 def test_a_named_checkpoint_that_is_gone_is_refused(tmp_path):
@@ -183,4 +191,4 @@ def test_a_named_checkpoint_that_is_gone_is_refused(tmp_path):
     checkpoints.save(PaperDraft(), ALONE, 4, {})
     shutil.rmtree(tmp_path / "step_4")
     with pytest.raises(ValueError, match="step_4 is no complete checkpoint; delete .* or set checkpoint.resume=false"):
-        checkpoints.resume(PaperDraft(), ALONE)
+        checkpoints.find(ALONE)

@@ -61,7 +61,7 @@ REFUSED_OVERRIDES = {
     "data.batch_size=2": ["belongs to DeepSpeed", "train_micro_batch_size_per_gpu"],
     "zero_optimization.stage=3": ["belongs to DeepSpeed", "zero_optimization.stage"],
     "bf16.enabled=true": ["belongs to DeepSpeed", "bf16.enabled"],
-    "checkpoint.load_universal=true": ["belongs to DeepSpeed", "checkpoint.load_universal"],
+    "checkpoint.tag_validation=true": ["belongs to DeepSpeed", "checkpoint.tag_validation"],
 }
 
 REFUSED_RECIPES = {

@@ -233,6 +233,7 @@ def test_scheduler_parameters_are_those_of_deepspeeds_schedulers():
         own = {key: parameter for key, parameter in signature.items() if key != "optimizer"}
         assert set(params) == set(own), name
         required = {key for key, parameter in own.items() if parameter.default is inspect.Parameter.empty}
+        required |= {"warmup_max_lr"} & set(own)  # whose default would silently replace the optimizer's learning rate
         assert set(REQUIRED_BY_SCHEDULER.get(name, ())) == required, name
 
 

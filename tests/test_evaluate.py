@@ -92,7 +92,7 @@ def test_measuring_compares_every_prompt_with_plain_decoding(target):
         prompts,
         **request,
         plain=plain,
-        on_progress=lambda prompt, reply: seen.append((prompt, reply)),
+        on_reply=lambda prompt, reply: seen.append((prompt, reply)),
     )
     report = counts.report()
     assert [prompt for prompt, _ in seen] == prompts
@@ -141,8 +141,11 @@ def test_conversations_without_a_question_are_passed_over(tokenizer, tmp_path):
         held_out_prompts([write(tmp_path / "b.jsonl", unusable)], tokenizer, 9, None)
     with pytest.raises(ValueError, match="no such file"):
         held_out_prompts([tmp_path / "c.jsonl"], tokenizer, 9, None)
-    with pytest.raises(ValueError, match=r"a.jsonl:4: .*brief only"):
+    with pytest.raises(ValueError, match=r"a.jsonl:4 cannot be rendered: .*brief only"):
         held_out_prompts([path], tokenizer, 9, {"chat_template": "{{ raise_exception('brief only') }}"})
+    fussy = "{% if 'again' in messages[0]['content'] %}{{ raise_exception('once only') }}{% endif %}" + TEMPLATE
+    both = write(tmp_path / "d.jsonl", [conversation("user: again", "assistant: be"), asked])
+    assert [prompt.source for prompt in held_out_prompts([both], tokenizer, 9, {"chat_template": fussy})] == [f"{both}:2"]
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="no chat template"):
         held_out_prompts([path], bare, 9, None)

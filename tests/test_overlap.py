@@ -40,7 +40,7 @@ def test_preparation_is_never_more_than_depth_items_ahead_and_gets_that_far(dept
     work = run_ahead(range(12), lambda item: prepared.append(item) or item, depth, CPU)
     for asked in range(1, 13):
         next(work)
-        wait_until(lambda: len(prepared) >= min(12, asked + depth))  # noqa: B023
+        wait_until(lambda: len(prepared) >= min(12, asked + depth))  # noqa: B023 (called before `asked` moves on)
         time.sleep(0.01)  # time enough for one too many
         assert len(prepared) == min(12, asked + depth)
     assert list(work) == []

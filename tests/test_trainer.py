@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", "29731"]
@@ -47,7 +48,9 @@ def metrics(output: Path) -> list[dict]:
 def test_two_ranks_train_export_and_measure(launcher, tmp_path, tiny_target, tiny_corpus):
     printed = run([*launcher, *arguments(tmp_path, tiny_target, tiny_corpus)])
     assert "reloaded: largest logit difference 0.0e+00" in printed
-    assert "trained draft" in printed and "prompt lookup" in printed and str(tmp_path / "draft") in printed
+    rows = [line.split("  ")[0] for line in printed.splitlines() if line.rstrip().endswith("0 of 2")]
+    assert rows == ["untrained draft", "trained draft", "prompt lookup"]
+    assert f"Draft, ready for SGLang: {tmp_path / 'draft'}" in printed and "Next:" in printed
     assert {path.name for path in tmp_path.iterdir()} >= {"config.yaml", "ds_config.json", "metrics.jsonl", "summary.json"}
     assert {path.name for path in (tmp_path / "draft").iterdir()} == {"model.safetensors", "config.json"}
     lines = metrics(tmp_path)
@@ -57,6 +60,44 @@ def test_two_ranks_train_export_and_measure(launcher, tmp_path, tiny_target, tin
     assert summary["after"]["num_prompts"] == 2 and summary["after"]["mismatches"] == 0
 
 
+def test_without_a_recipe_it_trains_for_the_embedded_target(tmp_path):
+    command = ["launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"output_dir={tmp_path}"]
+    printed = run([sys.executable, *command, "max_steps=2", "evaluation.num_prompts=2", "evaluation.max_new_tokens=8"])
+    assert "0 of 2" in printed
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written["target"]["path"] == str(ROOT / "launcher" / "embedded" / "target")
+    assert all(Path(path).is_file() for path in written["data"]["train"] + written["data"]["held_out"])
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+
+
+def test_a_run_that_may_not_resume_leaves_the_earlier_ones_record(tmp_path, tiny_target, tiny_corpus):
+    options = ("max_steps=2", "checkpoint.every_steps=1")
+    run([sys.executable, *arguments(tmp_path, tiny_target, tiny_corpus, *options)])
+    record = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "ds_config.json", "vocab_map.safetensors")}
+    other = Path(tiny_corpus.train).read_text().replace("w1 ", "w2 ")
+    (tmp_path / "other.jsonl").write_text(other)
+    resume = (*options, "checkpoint.resume=true")
+    for change, problem in {
+        f"data.train={tmp_path / 'other.jsonl'}": "another stream of batches",
+        "ttt.steps=2": "ttt.steps was 3, now 2",
+    }.items():
+        command = [argument for argument in arguments(tmp_path, tiny_target, tiny_corpus, *resume)]
+        command = [argument for argument in command if not argument.startswith(change.split("=")[0])] + [change]
+        stopped = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert stopped.returncode != 0 and problem in stopped.stderr, stopped.stderr
+    assert record == {name: (tmp_path / name).read_bytes() for name in record}
+
+
+def test_a_folder_of_the_users_is_not_replaced(tmp_path, tiny_target, tiny_corpus):
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "letter.txt").write_text("dear reader")
+    command = [sys.executable, *arguments(tmp_path, tiny_target, tiny_corpus)]
+    stopped = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert stopped.returncode != 0 and "is no exported draft" in stopped.stderr
+    assert (tmp_path / "draft" / "letter.txt").read_text() == "dear reader"
+
+
 def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_corpus):
     options = ("epochs=8", "checkpoint.every_steps=20", "checkpoint.resume=true")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -64,7 +105,9 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_
 
     command = [sys.executable, *arguments(killed, tiny_target, tiny_corpus, *options)]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
     while not (killed / "checkpoints" / "latest").exists():
+        assert time.monotonic() < deadline, "no checkpoint in two minutes"
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

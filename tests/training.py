@@ -52,10 +52,11 @@ class Job:
         raw["optimizer"]["params"]["lr"] = LR
         if raw["zero_optimization"]["stage"] == 3:
             raw["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        resolved = resolve_ds_config(raw, world_size=RANKS, total_steps=self.num_steps, hidden_size=32)
         if self.sgd:
-            raw |= {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_allow_untested_optimizer": True}
-            raw["gradient_clipping"] = 0.0
-        return resolve_ds_config(raw, world_size=RANKS, total_steps=self.num_steps, hidden_size=32)
+            resolved |= {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_allow_untested_optimizer": True}
+            resolved["gradient_clipping"] = 0.0
+        return resolved
 
     def micros(self, step: int, rank: int) -> list[MicroBatch]:
         """What one rank learns from in one optimizer step; of `empty` ones, odd steps hold documents of a single token."""

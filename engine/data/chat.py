@@ -157,7 +157,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) 
     """The chat template as a function of messages and whether to add the generation prompt."""
 
     def text_of(messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        return _render(
+        return on_sample(
             tokenizer.apply_chat_template,
             list(messages),
             tokenize=False,
@@ -184,7 +184,7 @@ def _last_turn(messages: Sequence[Message], text_of: TextOf) -> tuple[str, Span]
 
 
 def _tagged_document(messages: list[Message], tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]) -> Document:
-    encoding = _render(
+    encoding = on_sample(
         tokenizer.apply_chat_template,
         messages,
         return_dict=True,
@@ -210,7 +210,7 @@ def _derived_document(text: str, turns: Sequence[Span], tokenizer: PreTrainedTok
 
 def _by_offsets(text: str, bounds: list[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
     """Token ids of `text`, and its `bounds` from characters to tokens; a token across a bound belongs to the turn."""
-    encoding = _render(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoding = on_sample(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     first_T, last_T = np.asarray(encoding["offset_mapping"]).T
     spans = [(np.searchsorted(last_T, start, side="right"), np.searchsorted(first_T, stop)) for start, stop in bounds]
     return encoding["input_ids"], [(int(first), int(end)) for first, end in spans]
@@ -230,7 +230,7 @@ def _by_prefixes(text: str, bounds: list[Span], tokenizer: PreTrainedTokenizerBa
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return _render(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"]
+    return on_sample(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _document(input_ids: Sequence[int], spans: Sequence[Span]) -> Document:
@@ -240,7 +240,7 @@ def _document(input_ids: Sequence[int], spans: Sequence[Span]) -> Document:
     return Document(np.asarray(input_ids, dtype=np.int32), mask, tuple(end for _, end in spans))
 
 
-def _render(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def on_sample(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call the template or the tokenizer on a sample; what the sample makes them raise becomes a BadSample."""
     try:
         return call(*args, **kwargs)

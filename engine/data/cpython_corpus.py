@@ -18,61 +18,79 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HELD_OUT_SHARE = 0.05
-MIN_ANSWER_CHARS = 100
+MIN_TEXT_CHARS = 40
 MAX_TURN_CHARS = 700
 MAX_TURNS = 12
 MAX_SIGNATURE_CHARS = 72
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "ensurepip"}
+_HOW = ("What does {whole} do?", "Explain {whole}.", "What is {whole} for?", "How does {whole} work?")
 QUESTIONS = {
-    "function": ("What does {name} do?", "Explain {name}.", "What is {name} for?", "How does {name} work?"),
-    "class": ("What is {name}?", "What does the class {name} represent?", "Explain the class {name}."),
-    "module": ("What is the module {name} for?", "Introduce the module {name}."),
-    "topic": ("Explain this topic of the Python language: {name}.", "What should I know about {name} in Python?"),
+    "function": _HOW,
+    "method": _HOW,
+    "class": ("What is {whole}?", "What does the class {whole} represent?", "Explain the class {whole}."),
+    "module": ("What is the module {whole} for?", "Introduce the module {whole}."),
+    "topic": ("Explain this topic of the Python language: {whole}.", "What should I know about {whole} in Python?"),
+}
+OPENINGS = {
+    "function": "{name} is a function of {home}. ",
+    "method": "{name} is a method of {home}. ",
+    "class": "{name} is a class of {home}. ",
+    "module": "{name} is a module of Python. ",
+    "topic": "",
 }
 
 
 class DocEntry(NamedTuple):
-    """One documented thing: its kind (a key of `QUESTIONS`), dotted name, signature ("" if none) and text."""
+    """One documented thing.
+
+    kind: a key of `QUESTIONS`. home: dotted name of what holds it, "" if nothing. name: its own name. signature: its arguments,
+    "" if none. text: as it is written, indentation and all.
+    """
 
     kind: str
+    home: str
     name: str
     signature: str
     text: str
 
 
-def cpython_conversations() -> Iterator[dict[str, Any]]:
-    """Conversations (DESIGN format: id, conversations) sorted by id; no two share an answer."""
+def cpython_conversations() -> Iterator[tuple[dict[str, Any], bool]]:
+    """Conversations (`id`, `conversations`) sorted by id, each with whether it is held out; no two share a text.
+
+    The side is drawn from a hash of the text's first sentence, so texts that open alike never lie on both sides.
+    """
     seen: set[str] = set()
     for entry in sorted(_entries()):
         turns = _answer_turns(entry.text)
-        if sum(map(len, turns)) < MIN_ANSWER_CHARS or _key(turns[0]) in seen:
+        if sum(map(len, turns)) < MIN_TEXT_CHARS or _key(turns[0]) in seen:
             continue
         seen.add(_key(turns[0]))
-        yield {"id": f"{entry.kind}:{entry.name}", "conversations": _messages(entry, turns)}
+        identifier = f"{entry.kind}:{_dotted(entry.home, entry.name)}"
+        yield {"id": identifier, "conversations": _messages(entry, turns)}, _is_held_out(turns[0])
 
 
 def write_corpus(folder: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `held_out.jsonl` into `folder`; both paths are returned.
-
-    The side is drawn from a hash of the answer's first sentence, so answers that open alike never lie on both sides.
-    """
+    """Write `train.jsonl` and `held_out.jsonl` into `folder`; both paths are returned."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
     partial = [path.with_suffix(".partial") for path in paths]
     with partial[0].open("w", encoding="utf-8") as train, partial[1].open("w", encoding="utf-8") as held_out:
-        for conversation in cpython_conversations():
-            side = held_out if is_held_out(conversation["conversations"][1]["content"]) else train
+        for conversation, is_held_out in cpython_conversations():
+            side = held_out if is_held_out else train
             side.write(json.dumps(conversation, ensure_ascii=False) + "\n")
     for source, path in zip(partial, paths, strict=True):
         source.replace(path)
     return paths
 
 
-def is_held_out(answer: str) -> bool:
-    """Whether an answer belongs to the held-out side: a draw by hash of its first sentence."""
-    first_sentence = re.split(r"(?<=[.!?:])\s", answer, maxsplit=1)[0]
+def _is_held_out(text: str) -> bool:
+    first_sentence = re.split(r"(?<=[.!?:])\s", text, maxsplit=1)[0]
     draw = int.from_bytes(hashlib.sha256(_key(first_sentence).encode()).digest()[:8], "big")
     return draw < HELD_OUT_SHARE * 2**64
+
+
+def _dotted(home: str, name: str) -> str:
+    return f"{home}.{name}" if home else name
 
 
 def _key(text: str) -> str:
@@ -92,7 +110,7 @@ def _topic_entries() -> Iterator[DocEntry]:
         raise ValueError("this Python has no pydoc_data.topics; install your system's full python3 package") from error
     for label, text in topics.items():
         title, _, body = text.partition("\n")
-        yield DocEntry("topic", title.strip() or label, "", body.lstrip("*=-~\n"))
+        yield DocEntry("topic", "", title.strip() or label, "", body.lstrip("*=-~\n"))
 
 
 def _source_entries(stdlib: Path) -> Iterator[DocEntry]:
@@ -105,37 +123,51 @@ def _source_entries(stdlib: Path) -> Iterator[DocEntry]:
         except (SyntaxError, UnicodeDecodeError):
             continue  # deliberately broken fixtures and templates live in the standard library
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts).replace("posixpath", "os.path")
-        yield from _documented_nodes(tree, module)
+        yield from _documented_nodes(tree, "module", "", module)
 
 
-def _documented_nodes(node: ast.AST, name: str) -> Iterator[DocEntry]:
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        text = ast.get_docstring(node)
-        if text:
-            is_function = not isinstance(node, ast.Module | ast.ClassDef)
-            kind = "function" if is_function else type(node).__name__.removesuffix("Def").lower()
-            yield DocEntry(kind, name, ast.unparse(node.args) if is_function else "", text)
+def _documented_nodes(node: ast.AST, kind: str, home: str, name: str) -> Iterator[DocEntry]:
+    text = ast.get_docstring(node)
+    if text:
+        signature = ast.unparse(node.args) if kind in ("function", "method") else ""
+        yield DocEntry(kind, home, name, signature, text)
+    for child in _definitions(node):
+        function = "method" if kind == "class" else "function"
+        child_kind = "class" if isinstance(child, ast.ClassDef) else function
+        yield from _documented_nodes(child, child_kind, _dotted(home, name), child.name)
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Classes and functions defined in `node`, under any `if` or `try`, but not those inside another definition."""
     for child in ast.iter_child_nodes(node):
-        yield from _documented_nodes(child, f"{name}.{child.name}" if hasattr(child, "name") else name)
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        else:
+            yield from _definitions(child)
 
 
 def _builtin_entries() -> Iterator[DocEntry]:
     for module_name in sys.builtin_module_names:
-        module = importlib.import_module(module_name)
-        for attribute, value in vars(module).items():
-            yield from _runtime_entries(value, f"{module_name}.{attribute}".removeprefix("builtins."))
+        for attribute, value in vars(importlib.import_module(module_name)).items():
+            if not attribute.startswith("__loader"):  # the import system's, in every module
+                yield from _runtime_entries(value, "function", module_name, attribute)
 
 
-def _runtime_entries(value: Any, name: str) -> Iterator[DocEntry]:
+def _runtime_entries(value: Any, kind: str, home: str, name: str) -> Iterator[DocEntry]:
     if inspect.isclass(value):
         if inspect.getdoc(value):
-            yield DocEntry("class", name, "", inspect.getdoc(value))
+            yield DocEntry("class", home, name, "", inspect.getdoc(value))
         for attribute, member in vars(value).items():
             if inspect.isroutine(member):
-                yield from _runtime_entries(member, f"{name}.{attribute}")
+                yield from _runtime_entries(member, "method", _dotted(home, name).removeprefix("builtins."), attribute)
     elif inspect.isroutine(value) and isinstance(value.__doc__, str):
-        signature = (getattr(value, "__text_signature__", None) or "()").strip("()").replace("$", "")
-        yield DocEntry("function", name, signature, inspect.cleandoc(value.__doc__))
+        yield DocEntry(kind, home, name, _text_signature(value), inspect.cleandoc(value.__doc__))
+
+
+def _text_signature(value: Any) -> str:
+    """Arguments of a built-in as its C source gives them; a function's module, which comes first there, is left out."""
+    signature = " ".join((getattr(value, "__text_signature__", None) or "()").strip("()").split())
+    return re.sub(r"^\$module(, /)?(, )?", "", signature).replace("$", "")
 
 
 def _answer_turns(text: str) -> list[str]:
@@ -171,12 +203,14 @@ def _pieces(paragraph: str) -> Iterator[str]:
 
 
 def _messages(entry: DocEntry, turns: list[str]) -> list[dict[str, str]]:
-    signature = f"({entry.signature})" if entry.kind == "function" else ""
+    signature = f"({entry.signature})" if entry.kind in ("function", "method") else ""
     name = entry.name + (signature if len(signature) <= MAX_SIGNATURE_CHARS else "")
     questions = QUESTIONS[entry.kind]
-    question = questions[hashlib.sha256(entry.name.encode()).digest()[0] % len(questions)].format(name=name)
+    whole = _dotted(entry.home, name).removeprefix("builtins.")
+    question = questions[hashlib.sha256(entry.name.encode()).digest()[0] % len(questions)].format(whole=whole)
+    opening = OPENINGS[entry.kind].format(name=name, home=entry.home)
     messages = []
     for index, turn in enumerate(turns):
         messages.append({"role": "user", "content": question if index == 0 else "Go on."})
-        messages.append({"role": "assistant", "content": turn})
+        messages.append({"role": "assistant", "content": opening + turn if index == 0 else turn})
     return messages

@@ -52,13 +52,8 @@ class PackedLoader:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps that all epochs hold."""
-        return -(-self._epoch_ends[-1] // self._packs_per_step)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """Where iteration starts: the packs consumed before it, and what the stream of packs depends on."""
-        return self._state_at(self._first_pack)
+        """Optimizer steps from where iteration starts to the end of the last epoch."""
+        return -(-(self._epoch_ends[-1] - self._first_pack) // self._packs_per_step)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Start where `state` was yielded. Raises ValueError if it was saved with other data or settings."""
@@ -88,13 +83,20 @@ class PackedLoader:
         return {
             "num_documents": len(self._lengths),
             "num_tokens": int(self._lengths.sum()),
-            "lengths_checksum": zlib.crc32(self._lengths.tobytes()),
+            "checksum": self._checksum(),
             "max_tokens": self._max_tokens,
             "packs_per_batch": self._packs_per_batch,
             "world_size": self._world_size,
             "accumulation_steps": self._accumulation_steps,
             "seed": self._seed,
         }
+
+    def _checksum(self) -> int:
+        """CRC-32 of all token ids and masks, document by document."""
+        checksum = 0
+        for document in self._documents:
+            checksum = zlib.crc32(document.assistant_mask.tobytes(), zlib.crc32(document.input_ids.tobytes(), checksum))
+        return checksum
 
     def _state_at(self, num_packs: int) -> dict[str, Any]:
         return {"packs": num_packs, "stream": self._stream}

@@ -1,6 +1,5 @@
 """The draft's shape: derived from its target's config, and read from and written to the config.json that servers load."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from engine.config import DraftSection
 from engine.models.registry import check_aux_layers, check_served_aux_layers, default_aux_layers, text_config
+from engine.strict import parse_json, read_text
 
 TokenId = int | tuple[int, ...] | None
 
@@ -22,6 +22,7 @@ _ROPE_KEYS = {
 }
 _OPTIONAL_ROPE_KEYS = ("beta_fast", "beta_slow", "truncate")
 _UNSCALED_ROPE = ("mrope", "proportional")
+_DTYPES = ("bfloat16", "float16", "float32")
 _MUST_BE_FALSE = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual")
 
 
@@ -68,6 +69,8 @@ class DraftConfig:
                 f"draft.num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"draft.num_key_value_heads={self.num_key_value_heads}; give a divisor"
             )
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: a draft's weights have one of {list(_DTYPES)}")
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act={self.hidden_act!r}: an EAGLE-3 draft has SwiGLU; use 'silu'")
         if self.rope_parameters["rope_type"] not in _ROPE_KEYS:
@@ -181,7 +184,9 @@ def derive_draft_config(
 
 
 def _read_draft_config(target: PreTrainedConfig, draft: DraftSection, aux_layers: tuple[int, ...] | None) -> DraftConfig:
-    exported = json.loads(Path(draft.config).read_text(encoding="utf-8"))
+    exported = parse_json(read_text(Path(draft.config)), Path(draft.config))
+    if not isinstance(exported, dict):
+        raise ValueError(f"{draft.config}: expected the object of a draft's config.json")
     if aux_layers is not None or (exported.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") is None:
         layers = aux_layers or default_aux_layers(target.num_hidden_layers)
         exported["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
@@ -258,6 +263,9 @@ def _check_is_eagle3(exported: dict[str, Any]) -> None:
     missing = [key for key in required if exported.get(key) is None]
     if missing:
         raise ValueError(f"draft config lacks {missing}; add them")
+    odd = [key for key in required if type(exported[key]) is not int]
+    if odd:
+        raise ValueError(f"draft config has {odd[0]}={exported[odd[0]]!r}; it must be a whole number")
     named = any("eagle3" in name.lower() for name in exported.get("architectures") or ())
     if not named and "draft_vocab_size" not in exported and "eagle_config" not in exported:
         raise ValueError("this is no EAGLE-3 draft's config; expected architectures ['LlamaForCausalLMEagle3'] in it")

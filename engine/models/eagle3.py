@@ -1,5 +1,6 @@
 """The EAGLE-3 draft: parameter names and shapes are those of SGLang's `LlamaForCausalLMEagle3`."""
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -185,6 +186,10 @@ class ServedDraft:
     model: Eagle3Draft
     vocab_map: VocabMap
     embed_weight_VD: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> "ServedDraft":
+        """A copy that computes in `dtype`."""
+        return ServedDraft(copy.deepcopy(self.model).to(dtype), self.vocab_map, self.embed_weight_VD.to(dtype))
 
     def embed(self, token_ids_Q: torch.Tensor) -> torch.Tensor:
         """Target token ids int64 [Q] -> [Q, D]."""

@@ -18,6 +18,11 @@ class World:
     local_rank: int
     local_size: int
 
+    @classmethod
+    def alone(cls) -> "World":
+        """A job of one process."""
+        return cls(rank=0, size=1, local_rank=0, local_size=1)
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0
@@ -32,10 +37,6 @@ class World:
         if self.size > 1:
             distributed.all_reduce(values)
         return values
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is raised on any rank."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -7,6 +7,7 @@ and its gradient is reduced once, however often the steps use it.
 import contextlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -26,8 +27,6 @@ from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
 from engine.ttt import TrainingTimeTest, unroll
 
-ADAM_TYPES = ("adam", "adamw")
-
 
 def connect(world: World, timeout_s: int, cpu_threads: int) -> None:
     """Join the job's process group and settle this process on its device and share of the cores."""
@@ -37,7 +36,7 @@ def connect(world: World, timeout_s: int, cpu_threads: int) -> None:
         torch.cuda.set_device(world.device)
     else:
         keep_freed_memory()
-        torch.set_num_threads(cpu_threads or max(1, torch.get_num_threads() // world.local_size))
+        torch.set_num_threads(cpu_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
         # compiling DeepSpeed's shared-memory collectives takes a minute and gains nothing at a draft's size
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
@@ -73,6 +72,7 @@ class ZeroDraft:
             # the module holds every weight from its door to its end; else each TTT step would gather what the last one released
             for parameter in draft.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
+        self.learning_rate = self.engine.get_lr()[0]  # of the last optimizer step
         self._weights_S = torch.tensor(test.step_weights, device=self.engine.device)
 
     @property
@@ -95,9 +95,6 @@ class ZeroDraft:
     def config(self) -> DraftConfig:
         return self.engine.module.draft.config
 
-    def learning_rate(self) -> float:
-        return self.engine.get_lr()[0]
-
     def forward(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         return DraftOutput(*self.engine(micro, norms))
 
@@ -117,6 +114,7 @@ class ZeroDraft:
         if self.test.loss.normaliser == "slots":
             loss = loss * (self.engine.dp_world_size * self.accumulation_steps)
         self.engine.backward(loss)
+        self.learning_rate = self.engine.get_lr()[0]
         self.engine.step()
         return output
 
@@ -146,19 +144,17 @@ class ZeroDraft:
 def make_optimizer(parameters: list[nn.Parameter], ds_config: dict[str, Any]) -> torch.optim.Optimizer | None:
     """The fastest AdamW for the device, or None where DeepSpeed builds the optimizer that its configuration names.
 
-    Order on a GPU: NVIDIA apex, DeepSpeed's fused Adam, torch's fused AdamW. An offloaded optimizer is DeepSpeed's own.
+    Order on a GPU: NVIDIA apex, DeepSpeed's fused Adam, torch's fused AdamW (with `torch_adam`, that one at once). An offloaded
+    optimizer is DeepSpeed's own.
     """
     section = ds_config["optimizer"]
     offloads = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    if section["type"].lower() not in ADAM_TYPES or offloads:
+    if section["type"] != "AdamW" or offloads:
         return None
-    options = {key: value for key, value in section.get("params", {}).items() if key in ("lr", "betas", "eps", "weight_decay")}
-    decoupled = section["type"].lower() == "adamw"
-    on_gpu = torch.cuda.is_available()
-    fused = fused_adam() if on_gpu else None
-    if fused is not None:
-        return fused(parameters, adam_w_mode=decoupled, **options)
-    return (torch.optim.AdamW if decoupled else torch.optim.Adam)(parameters, fused=on_gpu, **options)
+    params, on_gpu = section["params"], torch.cuda.is_available()
+    options = {name: params[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    fused = fused_adam() if on_gpu and not params.get("torch_adam") else None
+    return torch.optim.AdamW(parameters, fused=on_gpu, **options) if fused is None else fused(parameters, **options)
 
 
 def fused_adam() -> type | None:

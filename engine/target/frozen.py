@@ -79,12 +79,12 @@ class FrozenTarget:
         self.config = text_config(model.config)
         num_layers = self.config.num_hidden_layers
         self.aux_layers = check_aux_layers(aux_layers or default_aux_layers(num_layers), num_layers)
-        self._decoder = _decoder(model)
-        _drop_other_towers(model, self._decoder)
+        self.decoder = _decoder(model)
+        _drop_other_towers(model, self.decoder)
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
             # Transformers' sdpa leaves out the cap of the scores.
             model.set_attn_implementation("eager")
-        self.packs = self._decoder._supports_attention_backend and runs_packed(self.config)
+        self.packs = self.decoder._supports_attention_backend and runs_packed(self.config)
         self.head = replace(_head(model), temperature=temperature)
         self._check_head()
 
@@ -134,10 +134,10 @@ class FrozenTarget:
     def _forward(self, batch: PackedBatch, start: int, end: int) -> None:
         ids_1T = batch.input_ids_T[None, start:end]
         if not self.packs:
-            self._decoder(input_ids=ids_1T, use_cache=False)
+            self.decoder(input_ids=ids_1T, use_cache=False)
             return
-        with packed_attention(self._decoder, tuple(batch.lengths.tolist())):
-            self._decoder(input_ids=ids_1T, position_ids=batch.position_T[None], use_cache=False)
+        with packed_attention(self.decoder, tuple(batch.lengths.tolist())):
+            self.decoder(input_ids=ids_1T, position_ids=batch.position_T[None], use_cache=False)
 
     @torch.no_grad()
     def _check_head(self) -> None:

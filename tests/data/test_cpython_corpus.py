@@ -30,16 +30,36 @@ def test_another_process_writes_the_same_bytes(corpus, tmp_path):
     assert [path.read_bytes() for path in corpus] == [(tmp_path / path.name).read_bytes() for path in corpus]
 
 
-def test_no_answer_opens_alike_on_both_sides(sides):
+def opening_and_text(sample: dict) -> tuple[str, str]:
+    """The sentence that says what a thing is ("" for topics), and its documentation as far as the first answer has it."""
+    answer = sample["conversations"][1]["content"]
+    return ("", answer) if sample["id"].startswith("topic:") else tuple(re.split(r"(?<=\.)\s", answer, maxsplit=1))
+
+
+def test_no_text_opens_alike_on_both_sides(sides):
     train, held_out = (
-        {re.split(r"(?<=[.!?:])\s", sample["conversations"][1]["content"])[0].casefold() for sample in side} for side in sides
+        {re.split(r"(?<=[.!?:])\s", opening_and_text(sample)[1])[0].casefold() for sample in side} for side in sides
     )
     assert train and held_out and not train & held_out
 
 
-def test_no_answer_comes_twice(sides):
-    answers = [sample["conversations"][1]["content"] for side in sides for sample in side]
-    assert len(answers) == len(set(answers))
+def test_no_text_comes_twice(sides):
+    texts = [opening_and_text(sample)[1] for side in sides for sample in side]
+    assert len(texts) == len(set(texts))
+
+
+def test_an_answer_says_first_what_the_thing_is(sides):
+    samples = {sample["id"]: sample["conversations"] for side in sides for sample in side}
+    for identifier, opening in {
+        "method:json.encoder.JSONEncoder.encode": "encode(self, o) is a method of json.encoder.JSONEncoder.",
+        "function:json.dump": "dump is a function of json.",  # its signature is too long to quote
+        "class:json.encoder.JSONEncoder": "JSONEncoder is a class of json.encoder.",
+        "module:json": "json is a module of Python.",
+        "function:builtins.abs": "abs(x, /) is a function of builtins.",
+    }.items():
+        question, answer, *_ = (message["content"] for message in samples[identifier])
+        assert answer.startswith(opening)
+        assert opening.split(" is a ")[0] in question
 
 
 def test_both_sides_are_large_enough(sides):

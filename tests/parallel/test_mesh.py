@@ -8,7 +8,7 @@ import torch
 from engine.parallel.mesh import World
 from tests.distributed import run_ranks
 
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
+ALONE = World.alone()
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,13 @@ class Seen:
     is_main: bool
     given: torch.Tensor
     total: torch.Tensor
-    flags: list[bool]
 
 
 def look(world: World) -> Seen:
     given = torch.tensor([1.0, 10.0]) * (world.rank + 1)
     total = world.sum(given)
-    flags = [world.any(False), world.any(world.rank == 1), world.any(True)]
     world.barrier()
-    return Seen(world.is_main, given, total, flags)
+    return Seen(world.is_main, given, total)
 
 
 def fail_on_the_second(world: World) -> None:
@@ -50,14 +48,9 @@ def test_sum_reaches_every_rank_and_leaves_its_argument_alone(seen):
         assert rank.given.tolist() == [index + 1, 10 * (index + 1)]
 
 
-def test_a_flag_of_any_rank_is_seen_by_all(seen):
-    assert [rank.flags for rank in seen] == [[False, True, True]] * 2
-
-
 def test_a_process_alone_needs_no_process_group():
     values = torch.ones(2)
     assert torch.equal(ALONE.sum(values), values) and ALONE.sum(values) is not values
-    assert ALONE.any(True) and not ALONE.any(False)
     ALONE.barrier()
 
 

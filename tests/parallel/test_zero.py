@@ -148,7 +148,7 @@ def test_ranks_without_loss_issue_the_same_collectives(by_rank, job):
 
 @pytest.fixture
 def adam_config() -> dict:
-    params = {"lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.5, "torch_adam": True}
+    params = {"lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.5}
     return {"optimizer": {"type": "AdamW", "params": params}}
 
 
@@ -175,8 +175,8 @@ def test_nvidia_apex_comes_first(monkeypatch, parameters, adam_config):
     made = {}
 
     class FusedAdam(torch.optim.AdamW):
-        def __init__(self, params, adam_w_mode, **options):
-            made.update(options, adam_w_mode=adam_w_mode)
+        def __init__(self, params, **options):
+            made.update(options)
             super().__init__(params, **options)
 
     optimizers = types.ModuleType("apex.optimizers")
@@ -185,9 +185,10 @@ def test_nvidia_apex_comes_first(monkeypatch, parameters, adam_config):
     monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert type(make_optimizer(parameters, adam_config)) is FusedAdam
-    assert made == {"lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.5, "adam_w_mode": True}
-    adam_config["optimizer"]["type"] = "Adam"
-    assert make_optimizer(parameters, adam_config) and made["adam_w_mode"] is False
+    assert made == {"lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.5}
+    adam_config["optimizer"]["params"]["torch_adam"] = True
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: "torch's")
+    assert make_optimizer(parameters, adam_config) == "torch's"
 
 
 @pytest.fixture
