@@ -89,16 +89,16 @@ class LossNorms:
 class DraftOutput:
     """One training-time test of a micro-batch, one entry a TTT step.
 
-    loss_S: fp32 [S], normalised loss in nats, before step weights; differentiable.
+    loss: fp32 scalar in nats, the weighed sum of the normalised losses of all steps; differentiable. loss_S: fp32 [S], those
+    losses before step weights.
     num_loss_rows_S, num_allowed_rows_S: int64 [S], rows with loss, and rows the mask allows.
-    num_correct_S: int64 [S], mask-allowed rows whose draft argmax is the target's.
-    accepted_S: fp32 [S], sum over mask-allowed rows of sum_v min(p_full, q).
-    accepted_loss_rows_S: fp32 [S], the same over rows with loss.
+    num_correct_S: fp32 [S], rows where no token is likelier under the draft than the target's most likely one.
+    accepted_S: fp32 [S], sum over rows with loss of sum_v min(p_full, q).
     """
 
+    loss: torch.Tensor
     loss_S: torch.Tensor
     num_loss_rows_S: torch.Tensor
     num_allowed_rows_S: torch.Tensor
     num_correct_S: torch.Tensor
     accepted_S: torch.Tensor
-    accepted_loss_rows_S: torch.Tensor

@@ -129,6 +129,7 @@ class TttSection:
     mask_alignment: Literal["inference", "specforge"] = option(
         "inference", "rows that carry loss: those that occur when serving, or SpecForge's rule"
     )
+    compaction: bool = option(True, "leave out the rows that no loss depends on; the result is the same")
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class LossSection:
     step_decay: float = option(0.8, "weight of step i is step_decay**i", at_least=0.0)
     step_weights: tuple[float, ...] | None = option(None, "explicit weights, one a TTT step; replaces step_decay")
     temperature: float = option(1.0, "softens (above 1) or sharpens (below 1) the target's distribution", at_least=1e-3)
+    chunk_mb: int = option(64, "memory that one chunk of the loss may take", unit="MiB", at_least=1)
     lk_kl_scale: float = option(1.0, "lk_lambda: weight of the KL part at acceptance rate 0", at_least=0.0)
     lk_kl_decay: float = option(1.0, "lk_lambda: how fast that weight falls with the acceptance rate", at_least=0.0)
 

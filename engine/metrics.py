@@ -1,4 +1,7 @@
-"""What a training step is judged by: loss, top-1 accuracy, acceptance rate, simulated acceptance length."""
+"""What a training step is judged by: loss, top-1 accuracy, acceptance rate, simulated acceptance length.
+
+Rates are over the rows that the mask allows; one whose target lies outside the draft vocabulary counts as wrong and rejected.
+"""
 
 import json
 from pathlib import Path

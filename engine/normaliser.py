@@ -5,7 +5,7 @@ import torch
 from engine.batch import LossNorms, MicroBatch
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
-from engine.ttt import allowed_rows, loss_rows
+from engine.rows import allowed_rows, loss_rows
 
 
 class Normaliser:
@@ -35,5 +35,5 @@ class Normaliser:
     @torch.no_grad()
     def _acceptance(self, micros: list[MicroBatch], norms: LossNorms) -> torch.Tensor:
         """Mean acceptance rate of each step over the global batch, fp32 [S]: a forward ahead of the one that trains."""
-        sums_S = torch.stack([self._draft.forward(micro, norms).accepted_loss_rows_S for micro in micros]).sum(0)
+        sums_S = torch.stack([self._draft.forward(micro, norms).accepted_S for micro in micros]).sum(0)
         return self._world.sum(sums_S) / norms.loss_rows_S.clamp_min(1)

@@ -33,9 +33,10 @@ from engine.overlap import run_ahead
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
 from engine.report import RunReport
+from engine.rows import allowed_rows, slots_of
 from engine.target.frozen import FrozenTarget
 from engine.telemetry import Telemetry
-from engine.ttt import Teacher, TrainingTimeTest, allowed_rows, slots_of, unroll
+from engine.ttt import Teacher, TrainingTimeTest, unroll
 
 RELOAD_TOLERANCE = 2**-5  # of the largest logit: a few bf16 roundings; a wrong tensor gives errors near 1
 

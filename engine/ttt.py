@@ -7,14 +7,17 @@ Source: EAGLE-3 (arXiv:2503.01840), section 3.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from engine.batch import DraftOutput, LossNorms, MicroBatch, PackedBatch, TargetOutput
+from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.config import LossSection, TttSection
-from engine.kernels import RowLosses, vocab_loss
+from engine.kernels import RowWeights, SlotTargets, vocab_loss
+from engine.kernels.rows import take_rows
 from engine.models.eagle3 import Eagle3Draft, LayerKeys
 from engine.models.vocab_map import VocabMap
+from engine.rows import RowPlan, allowed_rows, loss_rows, plan_rows, row_slots
 
 
 @dataclass(frozen=True)
@@ -28,63 +31,24 @@ class Teacher:
     vocab_map: VocabMap
 
 
-def allowed_rows(batch: PackedBatch, ttt: TttSection) -> torch.Tensor:
-    """Rows whose slot lies in their document and that the mask allows, bool [S, T].
-
-    `inference`: the assistant wrote all of `t+1 .. u+1`, as when drafting starts from a token the target has just produced.
-    `specforge`: the assistant wrote `u-1`.
-    """
-    mask_T, num_tokens = batch.assistant_mask_T, batch.num_tokens
-    end_T = torch.repeat_interleave(batch.cu_seqlens[1:].long(), batch.lengths.long(), output_size=num_tokens)
-    position_T = torch.arange(num_tokens, device=mask_T.device)
-    assistants_before = torch.nn.functional.pad(mask_T.long().cumsum(0), (1, 0))
-    steps = []
-    for step in range(ttt.steps):
-        slot_T = position_T + 1 + step
-        if ttt.mask_alignment == "specforge":
-            allowed_T = (slot_T < end_T) & mask_T[(slot_T - 1).clamp_max(num_tokens - 1)]
-        else:
-            run_T = assistants_before[(slot_T + 2).clamp_max(num_tokens)] - assistants_before[position_T + 1]
-            allowed_T = (slot_T + 1 < end_T) & (run_T == step + 2)
-        steps.append(allowed_T)
-    return torch.stack(steps)
-
-
-def slots_of(allowed_ST: torch.Tensor) -> torch.Tensor:
-    """Positions learned by at least one allowed row, int64 [N] ascending.
-
-    Both alignments allow `(u - 1, 0)` wherever they allow any row of slot `u`, so step 0 names them all.
-    """
-    return allowed_ST[0].nonzero().flatten() + 1
-
-
-def row_slots(slots_N: torch.Tensor, allowed_ST: torch.Tensor) -> torch.Tensor:
-    """Index into `slots_N` of each row's slot, int64 [S, T]; meaningful only where the row is allowed."""
-    steps, num_tokens = allowed_ST.shape
-    index_T = torch.zeros(num_tokens + steps + 1, dtype=torch.long, device=slots_N.device)
-    index_T[slots_N] = torch.arange(slots_N.numel(), device=slots_N.device)
-    return torch.stack([index_T[1 + step : 1 + step + num_tokens] for step in range(steps)])
-
-
-def loss_rows(allowed_ST: torch.Tensor, target: TargetOutput, vocab_map: VocabMap) -> torch.Tensor:
-    """Rows that carry loss, bool [S, T]: allowed, and the target's argmax is in the draft vocabulary."""
-    if not target.slots_N.numel():
-        return allowed_ST
-    hit_N = vocab_map.in_draft_V[target.argmax_N.long()]
-    return allowed_ST & hit_N[row_slots(target.slots_N, allowed_ST)]
-
-
-def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int) -> list[torch.Tensor]:
-    """Pre-norm outputs [T, D] of every step."""
-    batch, embed_TD = micro.batch, micro.embed_TD
-    position_T, row_T = batch.position_T, torch.arange(batch.num_tokens, device=embed_TD.device)
+def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | None = None) -> list[torch.Tensor]:
+    """Pre-norm outputs [Q, D] of the rows of every step that `plan` lets run; of all, [T, D], without a plan."""
+    batch, kept = micro.batch, plan.kept if plan else [None] * steps
+    position_T, row_T = batch.position_T, torch.arange(batch.num_tokens, device=micro.embed_TD.device)
+    embed_TD = torch.nn.functional.pad(draft.embed(micro.embed_TD), (0, 0, 0, steps))
     keys = [LayerKeys(row_T, batch.cu_seqlens) for _ in draft.decoder_layers]
-    embed_TD = torch.nn.functional.pad(draft.embed(embed_TD), (0, 0, 0, steps))
-    state_TD, outputs = draft.fuse(micro.target.aux_TA), []
-    for step in range(steps):
-        shifted_TD = embed_TD[1 + step : 1 + step + batch.num_tokens]
-        outputs.append(draft.step(shifted_TD, state_TD, position_T + step, keys))
-        state_TD = draft.next_state(outputs[-1])
+    row_Q = row_T if kept[0] is None else kept[0]
+    keys[-1].query_index_Q = row_Q  # layers below the last run step 0 densely: the next one needs all their outputs
+    outputs = [draft.step(embed_TD[1 : 1 + batch.num_tokens], draft.fuse(micro.target.aux_TA), position_T, keys, kept[0])]
+    for below in keys[:-1]:
+        below.query_index_Q = row_Q
+    for step in range(1, steps):
+        state_QD = draft.next_state(outputs[-1])
+        if kept[step] is not None:
+            state_QD, row_Q = take_rows(state_QD, kept[step]), row_Q[kept[step]]
+            for layer_keys in keys:
+                layer_keys.keep(kept[step])
+        outputs.append(draft.step(embed_TD[row_Q + 1 + step], state_QD, position_T[row_Q] + step, keys))
     return outputs
 
 
@@ -101,39 +65,46 @@ class TrainingTimeTest:
         """Weight of each TTT step in the total loss."""
         return list(self.loss.step_weights or (self.loss.step_decay**step for step in range(self.ttt.steps)))
 
+    @cached_property
+    def slots_per_chunk(self) -> int:
+        """Slots whose rows' logits and gradients, in fp32 and twice in all, fit `loss.chunk_mb`."""
+        bytes_per_slot = 4 * self.teacher.vocab_map.size * (2 * self.ttt.steps + 2)
+        return max(1, self.loss.chunk_mb * 2**20 // bytes_per_slot)
+
     def __call__(self, draft: Eagle3Draft, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         """Loss and counts of each TTT step."""
-        target, allowed_ST = micro.target, allowed_rows(micro.batch, self.ttt)
-        carries_loss_ST = loss_rows(allowed_ST, target, self.teacher.vocab_map)
+        target, vocab_map = micro.target, self.teacher.vocab_map
+        allowed_ST = allowed_rows(micro.batch, self.ttt)
+        carries_loss_ST = loss_rows(allowed_ST, target, vocab_map)
         slot_ST = row_slots(target.slots_N, allowed_ST)
-        steps = []
-        for step, output_TD in enumerate(unroll(draft, micro, self.ttt.steps)):
-            row_Q = allowed_ST[step].nonzero().flatten()
-            slot_Q = slot_ST[step, row_Q]
-            target_logits_QU = self.teacher.logits(target.last_hidden_ND[slot_Q])
-            rows = vocab_loss(draft.logits(output_TD[row_Q]), target_logits_QU, target.lse_N[slot_Q])
-            carries_loss_Q = carries_loss_ST[step, row_Q]
-            draft_ids_Q = self.teacher.vocab_map.target_ids_U[rows.argmax_Q]
-            steps.append(
-                DraftOutput(
-                    loss_S=self._step_loss(rows, carries_loss_Q, norms, step),
-                    num_loss_rows_S=carries_loss_Q.sum(),
-                    num_allowed_rows_S=allowed_ST[step].sum(),
-                    num_correct_S=(draft_ids_Q == target.argmax_N[slot_Q].long()).sum(),
-                    accepted_S=rows.acceptance_Q.detach().sum(),
-                    accepted_loss_rows_S=rows.acceptance_Q.detach()[carries_loss_Q].sum(),
-                )
-            )
-        return DraftOutput(*(torch.stack(column) for column in zip(*(vars(entry).values() for entry in steps), strict=True)))
+        plan = plan_rows(carries_loss_ST, slot_ST, self.slots_per_chunk, self.ttt.compaction)
+        outputs = unroll(draft, micro, self.ttt.steps, plan)
+        hidden_RD = draft.norm(torch.cat([take_rows(*rows) for rows in zip(outputs, plan.loss_rows, strict=True)]))
+        slots = SlotTargets(target.last_hidden_ND, self.teacher.logits, target.lse_N, vocab_map.draft_ids(target.argmax_N))
+        acceptance_S = norms.acceptance_S
+        if self.loss.kind == "lk_lambda" and acceptance_S is None:
+            with torch.no_grad():  # a walk ahead, for the mean over the micro-batch
+                ahead = vocab_loss(hidden_RD, draft.lm_head.weight, plan.loss, slots, RowWeights(norms.loss_rows_S))
+            acceptance_S = ahead.acceptance_S / norms.loss_rows_S.clamp_min(1)
+        parts = self._row_weights(norms, acceptance_S)
+        weight_S = parts.cross_entropy_S.new_tensor(self.step_weights)
+        result = vocab_loss(hidden_RD, draft.lm_head.weight, plan.loss, slots, parts.scaled(weight_S))
+        num_loss_rows_S = carries_loss_ST.sum(1)
+        return DraftOutput(
+            loss=result.total,
+            loss_S=result.per_step(parts, num_loss_rows_S),
+            num_loss_rows_S=num_loss_rows_S,
+            num_allowed_rows_S=allowed_ST.sum(1),
+            num_correct_S=result.correct_S,
+            accepted_S=result.acceptance_S,
+        )
 
-    def _step_loss(self, rows: RowLosses, carries_loss_Q: torch.Tensor, norms: LossNorms, step: int) -> torch.Tensor:
-        """alpha = mean of sum_v min(p_full, q); `lk_lambda` mixes KL and 1 - alpha by exp(-decay * alpha), detached."""
-        kl = rows.cross_entropy_Q[carries_loss_Q].sum() / norms.slots
+    def _row_weights(self, norms: LossNorms, acceptance_S: torch.Tensor | None) -> RowWeights:
+        """Weights before those of the steps. `lk_lambda` mixes KL and 1 - alpha by exp(-decay * mean alpha)."""
+        per_slot_S, per_row_S = (1 / norms.slots).expand(self.ttt.steps), 1 / norms.loss_rows_S.clamp_min(1)
         if self.loss.kind == "kl":
-            return kl
-        acceptance_Q, num_rows = rows.acceptance_Q[carries_loss_Q], norms.loss_rows_S[step].clamp_min(1)
+            return RowWeights(per_slot_S)
         if self.loss.kind == "lk_alpha":
-            return -acceptance_Q.clamp_min(torch.finfo(torch.float32).tiny).log().sum() / num_rows
-        mean_acceptance = acceptance_Q.detach().sum() / num_rows if norms.acceptance_S is None else norms.acceptance_S[step]
-        weight = self.loss.lk_kl_scale * torch.exp(-self.loss.lk_kl_decay * mean_acceptance)
-        return weight * kl + (1 - weight) * (1 - acceptance_Q).sum() / num_rows
+            return RowWeights(torch.zeros_like(per_slot_S), log_acceptance_S=per_row_S)
+        kl_share_S = self.loss.lk_kl_scale * torch.exp(-self.loss.lk_kl_decay * acceptance_S)
+        return RowWeights(kl_share_S * per_slot_S, rejection_S=(1 - kl_share_S) * per_row_S)

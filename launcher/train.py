@@ -125,7 +125,7 @@ def main() -> None:
     resolved = with_embedded_paths(config)
 
     from engine.parallel.mesh import World
-    from engine.parallel.zero import connect
+    from engine.parallel.zero import connect, disconnect
 
     world = World(**environment)
     connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
@@ -143,6 +143,7 @@ def main() -> None:
     if world.is_main:
         report.save()
         report.show(trainer.telemetry.console)
+    disconnect()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""DESIGN.md, sections 2 and 3, read aloud: one row at a time, in float64, sharing no arithmetic with the engine."""
+"""docs/ttt.md read aloud: one row at a time, in float64, sharing no arithmetic with the engine."""
 
 import math
 from dataclasses import dataclass

@@ -17,6 +17,7 @@ FLOORS = (
     "batch",
     "kernels",
     "models",
+    "rows",
     "ttt",
     "parallel",
     "normaliser",

@@ -1,4 +1,4 @@
-"""What must not change a result (DESIGN.md, section 8), shown on whole runs of a tiny target and its draft.
+"""What must not change a result shown on whole runs of a tiny target and its draft.
 
 Part by part these equalities stand beside the code: the unroll in test_ttt.py, exported tensors in test_export.py, decoding in
 test_decode.py, ZeRO stages and ranks in tests/parallel/, resuming in test_checkpoint.py.
@@ -18,8 +18,9 @@ from engine.models.draft_config import derive_draft_config
 from engine.models.eagle3 import Eagle3Draft, ServedDraft
 from engine.models.vocab_map import VocabMap
 from engine.overlap import run_ahead
+from engine.rows import allowed_rows, slots_of
 from engine.target.frozen import FrozenTarget
-from engine.ttt import Teacher, TrainingTimeTest, allowed_rows, slots_of
+from engine.ttt import Teacher, TrainingTimeTest
 
 CPU = torch.device("cpu")
 VOCAB_MAP = VocabMap.most_frequent(torch.arange(64), 40)
@@ -60,7 +61,7 @@ def train(target: FrozenTarget, draft: Eagle3Draft, run_ahead_depth: int) -> lis
     test, optimizer, losses = new_test(target), torch.optim.AdamW(draft.parameters(), lr=0.01), []
     batches = packs((9, 5), (14,), (3, 3, 8), (7, 7), (12, 2), (13,))
     for micro in run_ahead(batches, lambda batch: prepare(target, batch), run_ahead_depth, CPU):
-        loss = test(draft, micro, NORMS).loss_S.sum()
+        loss = test(draft, micro, NORMS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The exported folder: DESIGN.md, section 2."""
+"""The exported folder, as docs/formats.md has it."""
 
 import hashlib
 import json

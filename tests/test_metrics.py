@@ -23,7 +23,8 @@ def output(
     loss: list[float], loss_rows: list[int], allowed: list[int], correct: list[int], accepted: list[float]
 ) -> DraftOutput:
     counts = [torch.tensor(column) for column in (loss_rows, allowed, correct)]
-    return DraftOutput(torch.tensor(loss, requires_grad=True), *counts, torch.tensor(accepted), torch.tensor(accepted))
+    loss_S = torch.tensor(loss, requires_grad=True)
+    return DraftOutput(loss_S.sum(), loss_S, *counts, torch.tensor(accepted))
 
 
 FIRST = output([2.0, 4.0], [3, 1], [4, 2], [2, 1], [3.0, 1.0])

@@ -8,7 +8,8 @@ import torch
 from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.normaliser import Normaliser
 from engine.parallel.mesh import World
-from engine.ttt import TrainingTimeTest, allowed_rows, loss_rows
+from engine.rows import allowed_rows, loss_rows
+from engine.ttt import TrainingTimeTest
 from tests.distributed import run_ranks
 from tests.tiny import make_draft, make_micro, make_test
 from tests.training import Job, plain_loss, zero_run
@@ -70,8 +71,8 @@ def test_lk_lambda_weighs_by_the_acceptance_of_the_global_batch():
     micros = [make_micro(test, seed=seed, lengths=(9 * seed,)) for seed in (1, 2)]
     norms = norms_of(test, *micros)[0]
     outputs = [LocalDraft(test).forward(micro, norms) for micro in micros]
-    accepted_S = sum(output.accepted_loss_rows_S for output in outputs)
-    assert torch.allclose(norms.acceptance_S, accepted_S.detach() / rows_of(test, *micros))
+    accepted_S = sum(output.accepted_S for output in outputs)
+    assert torch.allclose(norms.acceptance_S, accepted_S / rows_of(test, *micros))
     assert not norms.acceptance_S.requires_grad
 
 

@@ -1,98 +1,20 @@
-"""The training-time test against DESIGN.md, section 3, written out row by row in float64 (see slow_ttt.py)."""
+"""The training-time test against docs/ttt.md, written out row by row in float64 (see slow_ttt.py)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
+from engine.batch import LossNorms
 from engine.config import LossSection, TttSection
 from engine.models.eagle3 import Eagle3Draft
-from engine.models.vocab_map import VocabMap
 from engine.normaliser import Normaliser
 from engine.parallel.mesh import World
-from engine.target.head import TargetHead
-from engine.ttt import Teacher, TrainingTimeTest, allowed_rows, loss_rows, row_slots, slots_of
+from engine.rows import loss_rows
 from tests.slow_ttt import slow_allowed, slow_losses
+from tests.tasks import ALIGNMENTS, MASKS, Task, make_documents
 from tests.tiny import make_draft
-
-VOCAB, HIDDEN, DRAFT_VOCAB = 96, 32, 64
-ALIGNMENTS, STEPS = ("inference", "specforge"), (1, 2, 7)
-MASKS = {
-    "random": lambda length, generator: torch.rand(length, generator=generator) < 0.6,
-    "reply": lambda length, generator: torch.arange(length) >= length // 3,
-    "two replies": lambda length, generator: (torch.arange(length) // 4) % 2 == 1,
-    "none": lambda length, generator: torch.zeros(length, dtype=torch.bool),
-    "all": lambda length, generator: torch.ones(length, dtype=torch.bool),
-}
-LENGTHS = ((1,), (2,), (3,), (23,), (1, 1, 1), (1, 13, 1, 2, 9), (5, 1, 7))
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document and what a target would make of each of its positions."""
-
-    ids_T: torch.Tensor
-    mask_T: torch.Tensor
-    aux_TA: torch.Tensor
-    hidden_TD: torch.Tensor
-
-
-def make_documents(lengths: tuple[int, ...], mask: str, seed: int = 0) -> list[Document]:
-    g = torch.Generator().manual_seed(seed)
-    return [
-        Document(
-            torch.randint(VOCAB, (length,), generator=g),
-            MASKS[mask](length, g),
-            torch.randn(length, 3 * HIDDEN, generator=g),
-            2 * torch.randn(length, HIDDEN, generator=g),
-        )
-        for length in lengths
-    ]
-
-
-def make_batch(documents: list[Document]) -> PackedBatch:
-    cu_seqlens = torch.tensor([0, *(len(document.ids_T) for document in documents)]).cumsum(0).int()
-    return PackedBatch(torch.cat([d.ids_T for d in documents]), torch.cat([d.mask_T for d in documents]), cu_seqlens)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A target's embedding and head, a draft vocabulary and the test against them."""
-
-    ttt: TttSection = TttSection(steps=3)
-    loss: LossSection = LossSection()
-    seed: int = 1
-
-    def tensor(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(self.seed)) * scale
-
-    @property
-    def embed_VD(self) -> torch.Tensor:
-        return self.tensor(VOCAB, HIDDEN)
-
-    @property
-    def head(self) -> TargetHead:
-        return TargetHead(self.tensor(VOCAB, HIDDEN, scale=0.3), temperature=self.loss.temperature)
-
-    @property
-    def vocab_map(self) -> VocabMap:
-        return VocabMap.most_frequent(torch.randint(9, (VOCAB,), generator=torch.Generator().manual_seed(5)), DRAFT_VOCAB)
-
-    @property
-    def test(self) -> TrainingTimeTest:
-        return TrainingTimeTest(
-            self.ttt, self.loss, Teacher(self.head.rows(self.vocab_map.target_ids_U).logits, self.vocab_map)
-        )
-
-    def micro(self, documents: list[Document]) -> MicroBatch:
-        batch = make_batch(documents)
-        slots_N = slots_of(allowed_rows(batch, self.ttt))
-        hidden_ND = torch.cat([document.hidden_TD for document in documents])[slots_N]
-        aux_TA = torch.cat([document.aux_TA for document in documents])
-        target = TargetOutput(aux_TA, slots_N, hidden_ND, *self.head.argmax_and_lse(hidden_ND))
-        return MicroBatch(batch, target, self.embed_VD[batch.input_ids_T])
 
 
 def draft_with(**changes: object) -> Eagle3Draft:
@@ -113,38 +35,6 @@ def gradients(draft: Eagle3Draft) -> dict[str, torch.Tensor]:
 
 def total(task: Task, loss_S: torch.Tensor) -> torch.Tensor:
     return (loss_S * loss_S.new_tensor(task.test.step_weights)).sum()
-
-
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
-@pytest.mark.parametrize("mask", MASKS)
-def test_rows_are_those_of_the_literal_double_loop(mask, alignment, steps):
-    task = Task(TttSection(steps=steps, mask_alignment=alignment))
-    for seed, lengths in enumerate(LENGTHS):
-        documents = make_documents(lengths, mask, seed)
-        batch, micro = make_batch(documents), task.micro(documents)
-        expected_ST = slow_allowed(batch, task.ttt)
-        allowed_ST = allowed_rows(batch, task.ttt)
-        assert torch.equal(allowed_ST, expected_ST)
-        learned = sorted({t + 1 + i for i, t in expected_ST.nonzero().tolist()})
-        assert slots_of(allowed_ST).tolist() == learned
-        slot_ST = row_slots(micro.target.slots_N, allowed_ST)
-        for i, t in expected_ST.nonzero().tolist():
-            assert micro.target.slots_N[slot_ST[i, t]] == t + 1 + i
-        in_draft = set(task.vocab_map.target_ids_U.tolist())
-        best = dict(zip(learned, micro.target.argmax_N.tolist(), strict=True))
-        expected = [[bool(row) and best[t + 1 + i] in in_draft for t, row in enumerate(s)] for i, s in enumerate(expected_ST)]
-        assert loss_rows(allowed_ST, micro.target, task.vocab_map).tolist() == expected
-
-
-def test_the_rows_tried_above_differ_in_every_way_that_matters():
-    batch = make_batch(make_documents((23, 9), "two replies"))
-    inference, specforge = (allowed_rows(batch, TttSection(steps=3, mask_alignment=name)) for name in ALIGNMENTS)
-    assert inference.any() and specforge.any() and not torch.equal(inference, specforge)
-    task = Task()
-    micro = task.micro(make_documents((23,), "all"))
-    allowed_ST = allowed_rows(micro.batch, task.ttt)
-    assert 0 < loss_rows(allowed_ST, micro.target, task.vocab_map).sum() < allowed_ST.sum()
 
 
 SHAPES = {
@@ -173,7 +63,7 @@ def test_losses_and_gradients_are_those_of_one_row_at_a_time_in_float64(shape, l
     draft, micro = draft_with(**SHAPES[shape]), task.micro(make_documents((1, 9, 2, 7), "reply", 11))
     norms = LossNorms(torch.tensor(5.0), torch.arange(1, steps + 1).float())
     output = task.test(draft, micro, norms)
-    total(task, output.loss_S).backward()
+    output.loss.backward()
     ours = gradients(draft)
 
     slow, weights = slow_losses(draft, micro, task)
@@ -182,16 +72,16 @@ def test_losses_and_gradients_are_those_of_one_row_at_a_time_in_float64(shape, l
     assert output.num_allowed_rows_S.tolist() == [len(rows) for rows in slow]
     assert output.num_loss_rows_S.tolist() == [sum(row.carries_loss for row in rows) for rows in slow]
     assert output.num_correct_S.tolist() == [sum(row.correct for row in rows) for rows in slow]
-    torch.testing.assert_close(output.accepted_S.double(), _sums(slow, only_loss=False), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(output.accepted_loss_rows_S.double(), _sums(slow, only_loss=True), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.accepted_S.double(), _sums(slow), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(output.loss_S.double(), slow_S, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.loss.double(), total(task, slow_S), rtol=1e-5, atol=1e-6)
     for name, weight in weights.items():
         error = (ours[name].double() - weight.grad).norm() / weight.grad.norm()
         assert error < 2e-5, f"{name}: {error:.1e}"
 
 
-def _sums(slow, *, only_loss: bool) -> torch.Tensor:
-    kept = [[row.acceptance.detach() for row in rows if row.carries_loss or not only_loss] for rows in slow]
+def _sums(slow) -> torch.Tensor:
+    kept = [[row.acceptance.detach() for row in rows if row.carries_loss] for rows in slow]
     return torch.stack([torch.stack(values).sum() if values else torch.zeros((), dtype=torch.float64) for values in kept])
 
 
@@ -210,17 +100,51 @@ def _written_out(loss: LossSection, rows, norms: LossNorms, step: int) -> torch.
     return weight * cross_entropy + (1 - weight) * (1 - alphas).sum() / count
 
 
+@pytest.mark.parametrize("shape", ["one layer", "three layers", "EAGLE-3.1"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_leaving_out_rows_changes_nothing(mask, shape):
+    results = []
+    for compaction in (True, False):
+        task = Task(TttSection(steps=7, compaction=compaction))
+        draft, micro = draft_with(**SHAPES[shape]), task.micro(make_documents((90, 1, 50), mask, 4))
+        output = task.test(draft, micro, LossNorms(torch.tensor(9.0), torch.ones(7)))
+        output.loss.backward()
+        results.append((output, gradients(draft)))
+    (compacted, ours), (dense, theirs) = results
+    for ours_S, theirs_S in zip(vars(compacted).values(), vars(dense).values(), strict=True):
+        torch.testing.assert_close(ours_S, theirs_S, rtol=1e-5, atol=1e-6)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["kl", "lk_lambda"])
+def test_the_size_of_a_chunk_changes_nothing(kind):
+    results = []
+    for slots_per_chunk in (1, 5, 1000):
+        task = Task(loss=LossSection(kind=kind, normaliser="positions"))
+        draft, micro = draft_with(), task.micro(make_documents((40, 1, 50), "random", 4))
+        test = task.test
+        vars(test)["slots_per_chunk"] = slots_per_chunk
+        output = test(draft, micro, LossNorms(torch.tensor(9.0), torch.full((3,), 30.0)))
+        output.loss.backward()
+        results.append((output.loss, gradients(draft)))
+    for loss, found in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=1e-6, atol=0)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, results[0][1][name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["kl", "lk_alpha"])
 @pytest.mark.parametrize("shape", ["one layer", "three layers"])
 def test_packed_documents_are_trained_as_if_one_at_a_time(shape, kind):
     task, norms = Task(loss=LossSection(kind=kind)), LossNorms(torch.tensor(7.0), torch.full((3,), 4.0))
     draft, documents = draft_with(**SHAPES[shape]), make_documents((6, 1, 11, 3), "reply", 4)
-    packed_S = task.test(draft, task.micro(documents), norms).loss_S
-    total(task, packed_S).backward()
+    packed = task.test(draft, task.micro(documents), norms)
+    packed.loss.backward()
     together = gradients(draft)
-    apart = [task.test(draft, task.micro([document]), norms).loss_S for document in documents]
-    total(task, sum(apart)).backward()
-    torch.testing.assert_close(sum(apart), packed_S, rtol=1e-5, atol=1e-6)
+    apart = [task.test(draft, task.micro([document]), norms) for document in documents]
+    sum(output.loss for output in apart).backward()
+    torch.testing.assert_close(sum(output.loss_S for output in apart), packed.loss_S, rtol=1e-5, atol=1e-6)
     for name, gradient in gradients(draft).items():
         torch.testing.assert_close(gradient, together[name], rtol=1e-4, atol=1e-6)
 
@@ -232,7 +156,7 @@ def test_nothing_beyond_a_document_s_end_or_before_its_start_influences_it():
     losses = []
     for before, after in (silent, other):
         output = task.test(draft, task.micro([before, *middle, after]), norms)
-        total(task, output.loss_S).backward()
+        output.loss.backward()
         losses.append((output.loss_S.detach(), gradients(draft)))
     (first_S, first), (second_S, second) = losses
     assert first_S.min() > 0
@@ -246,7 +170,7 @@ def test_nothing_beyond_a_document_s_end_or_before_its_start_influences_it():
 def test_a_micro_batch_without_loss_gives_zero_gradients_and_no_missing_ones(shape, kind):
     task, draft = Task(loss=LossSection(kind=kind)), draft_with(**SHAPES[shape])
     output = task.test(draft, task.micro(make_documents((6, 1, 9), "none")), LossNorms(torch.tensor(1.0), torch.zeros(3)))
-    total(task, output.loss_S).backward()
+    output.loss.backward()
     for column in vars(output).values():
         assert torch.equal(column, torch.zeros_like(column))
     for name, gradient in gradients(draft).items():
@@ -261,9 +185,9 @@ def test_the_slots_normaliser_makes_the_gradient_independent_of_the_cut(kind):
     for cut in ([documents], [documents[:2], documents[2:]], [[d] for d in documents]):
         micros = [task.micro(part) for part in cut]
         losses = [
-            task.test(draft, micro, norms).loss_S for micro, norms in zip(micros, normaliser(task, draft)(micros), strict=True)
+            task.test(draft, micro, norms).loss for micro, norms in zip(micros, normaliser(task, draft)(micros), strict=True)
         ]
-        total(task, sum(losses)).backward()
+        sum(losses).backward()
         results.append((sum(losses).detach(), gradients(draft)))
     whole_S, whole = results[0]
     for cut_S, cut in results[1:]:
@@ -274,7 +198,7 @@ def test_the_slots_normaliser_makes_the_gradient_independent_of_the_cut(kind):
 
 def normaliser(task: Task, draft: Eagle3Draft) -> Normaliser:
     alone = SimpleNamespace(test=task.test, forward=lambda micro, norms: task.test(draft, micro, norms))
-    return Normaliser(alone, World(rank=0, size=1, local_rank=0, local_size=1))
+    return Normaliser(alone, World.alone())
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)

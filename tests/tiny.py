@@ -7,7 +7,8 @@ from engine.config import LossSection, TttSection
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
-from engine.ttt import Teacher, TrainingTimeTest, allowed_rows, slots_of
+from engine.rows import allowed_rows, slots_of
+from engine.ttt import Teacher, TrainingTimeTest
 
 VOCAB, DRAFT_VOCAB, HIDDEN = 96, 64, 32
 

@@ -13,7 +13,8 @@ from engine.models.eagle3 import Eagle3Draft
 from engine.normaliser import Normaliser
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
-from engine.ttt import TrainingTimeTest, allowed_rows, loss_rows
+from engine.rows import allowed_rows, loss_rows
+from engine.ttt import TrainingTimeTest
 from tests.tiny import make_draft, make_micro, make_test
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
@@ -80,9 +81,8 @@ def zero_run(world: World, job: Job) -> tuple[list[float], dict[str, torch.Tenso
 
 def zero_step(zero: ZeroDraft, normalise: Normaliser, world: World, micros: list[MicroBatch]) -> float:
     """Take one optimizer step; returns its loss over all ranks."""
-    weights_S = torch.tensor(zero.test.step_weights)
     outputs = [zero.train(micro, norms) for micro, norms in zip(micros, normalise(micros), strict=True)]
-    loss = world.sum(sum((output.loss_S.detach() * weights_S).sum() for output in outputs)).item()
+    loss = world.sum(sum(output.loss.detach() for output in outputs)).item()
     return loss if zero.test.loss.normaliser == "slots" else loss / (world.size * len(micros))
 
 
@@ -111,8 +111,7 @@ def plain_loss(draft: Eagle3Draft, test: TrainingTimeTest, micros: list[MicroBat
 
     def loss_of(micro: MicroBatch, divisor: int) -> torch.Tensor:
         rows_S = loss_rows(allowed_rows(micro.batch, test.ttt), micro.target, test.teacher.vocab_map).sum(1).float()
-        output = test(draft, micro, LossNorms(torch.tensor(float(divisor)), rows_S))
-        return (output.loss_S * torch.tensor(test.step_weights)).sum()
+        return test(draft, micro, LossNorms(torch.tensor(float(divisor)), rows_S)).loss
 
     if test.loss.normaliser == "slots":
         whole = merged(micros)

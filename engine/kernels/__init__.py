@@ -1,5 +1,15 @@
 """The hot operations of draft training; which implementation of each runs is decided here and nowhere else."""
 
-from engine.kernels.reference import RowLosses, ancestor_attention, vocab_loss
+import torch
 
-__all__ = ["RowLosses", "ancestor_attention", "vocab_loss"]
+from engine.kernels import blocked_attention, reference
+from engine.kernels.interface import LossRows, RowWeights, SlotTargets, VocabLoss
+from engine.kernels.vocab_loss import vocab_loss
+
+__all__ = ["LossRows", "RowWeights", "SlotTargets", "VocabLoss", "ancestor_attention", "vocab_loss"]
+
+
+def ancestor_attention(query_QHE: torch.Tensor, *arguments: object) -> torch.Tensor:
+    """`reference.ancestor_attention`, as the device of its query does it best."""
+    on_cpu = query_QHE.device.type == "cpu"
+    return (blocked_attention if on_cpu else reference).ancestor_attention(query_QHE, *arguments)

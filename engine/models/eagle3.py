@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.kernels import ancestor_attention
+from engine.kernels.rows import take_rows
 from engine.models.draft_config import DraftConfig
 from engine.models.vocab_map import VocabMap
 
@@ -26,6 +27,12 @@ class LayerKeys:
     value_TGE: torch.Tensor | None = None
     extra_keys: list[torch.Tensor] = field(default_factory=list)
     extra_values: list[torch.Tensor] = field(default_factory=list)
+
+    def keep(self, index_Q: torch.Tensor) -> None:
+        """Go on with these rows alone; index_Q: int64, ascending."""
+        self.query_index_Q = self.query_index_Q[index_Q]
+        self.extra_keys = [take_rows(key_QGE, index_Q) for key_QGE in self.extra_keys]
+        self.extra_values = [take_rows(value_QGE, index_Q) for value_QGE in self.extra_values]
 
     def attend(self, query_QHE: torch.Tensor, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> torch.Tensor:
         """Add this step's keys (the prefix at step 0, an ancestor of each row later) and attend: [Q, H, E]."""
@@ -82,10 +89,13 @@ class Eagle3Attention(nn.Module):
         self.v_proj = nn.Linear(input_size, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x_QD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], keys: LayerKeys) -> torch.Tensor:
-        query_QHE = apply_rotary(self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim)), cos_sin)
+    def forward(self, x_QD, cos_sin: tuple[torch.Tensor, torch.Tensor], keys: LayerKeys, rows_R=None) -> torch.Tensor:
+        """rows_R: int64, the rows that ask, of those that give keys; None = all."""
         key_QGE = apply_rotary(self.k_proj(x_QD).unflatten(-1, (-1, self.head_dim)), cos_sin)
         value_QGE = self.v_proj(x_QD).unflatten(-1, (-1, self.head_dim))
+        if rows_R is not None:
+            x_QD, cos_sin = take_rows(x_QD, rows_R), tuple(table[rows_R] for table in cos_sin)
+        query_QHE = apply_rotary(self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim)), cos_sin)
         return self.o_proj(keys.attend(query_QHE, key_QGE, value_QGE).flatten(-2))
 
 
@@ -112,11 +122,12 @@ class Eagle3Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(size, eps)
         self.mlp = Eagle3Mlp(config)
 
-    def forward(self, embed_QD, state_QD, cos_sin, keys: LayerKeys) -> torch.Tensor:
+    def forward(self, embed_QD, state_QD, cos_sin, keys: LayerKeys, rows_R=None) -> torch.Tensor:
         x_QD = self.hidden_norm(state_QD)
         if self.input_layernorm is not None:
             x_QD = torch.cat((self.input_layernorm(embed_QD), x_QD), -1)
-        state_QD = state_QD + self.self_attn(x_QD, cos_sin, keys)
+        state_QD = state_QD if rows_R is None else take_rows(state_QD, rows_R)
+        state_QD = state_QD + self.self_attn(x_QD, cos_sin, keys, rows_R)
         return state_QD + self.mlp(self.post_attention_layernorm(state_QD))
 
 
@@ -157,15 +168,18 @@ class Eagle3Draft(nn.Module):
         """Rows of the target's embedding, projected to the draft's width where it differs."""
         return target_embed_TD if self.embed_projection is None else self.embed_projection(target_embed_TD)
 
-    def step(self, embed_QD, state_QD, position_Q: torch.Tensor, keys: list[LayerKeys]) -> torch.Tensor:
+    def step(self, embed_QD, state_QD, position_Q: torch.Tensor, keys: list[LayerKeys], rows_R=None) -> torch.Tensor:
         """One TTT or drafting step of rows: token embeddings and states [Q, D] -> pre-norm outputs [Q, D].
 
-        position_Q: int64 [Q] rotary positions; keys: one `LayerKeys` a layer, extended by this step.
+        position_Q: int64 [Q] rotary positions; keys: one `LayerKeys` a layer, extended by this step. rows_R: int64 [R],
+        ascending; then all rows give keys, but only these have an output, [R, D].
         """
         cos_sin = self.rotary.cos_sin(position_Q)
-        for layer, layer_keys in zip(self.decoder_layers, keys, strict=True):
+        *below, last = zip(self.decoder_layers, keys, strict=True)
+        for layer, layer_keys in below:
             state_QD = layer(embed_QD, state_QD, cos_sin, layer_keys)
-        return state_QD
+        layer, layer_keys = last
+        return layer(embed_QD, state_QD, cos_sin, layer_keys, rows_R)
 
     def next_state(self, output_QD: torch.Tensor) -> torch.Tensor:
         """The state that the next step reads: the pre-norm output, or the normed one in EAGLE-3.1."""

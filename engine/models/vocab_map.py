@@ -43,6 +43,10 @@ class VocabMap:
         """Offsets int64 [U]: target id = draft id + d2t[draft id]."""
         return self.target_ids_U - torch.arange(self.target_ids_U.numel(), device=self.target_ids_U.device)
 
+    def draft_ids(self, target_ids_N: torch.Tensor) -> torch.Tensor:
+        """Target ids [N] -> int64 [N] draft ids; meaningless, but valid, for tokens outside the draft vocabulary."""
+        return torch.searchsorted(self.target_ids_U, target_ids_N.long()).clamp_max(self.size - 1)
+
     @property
     def size(self) -> int:
         return self.target_ids_U.numel()

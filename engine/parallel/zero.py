@@ -42,6 +42,12 @@ def connect(world: World, timeout_s: int, cpu_threads: int) -> None:
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
 
 
+def disconnect() -> None:
+    """Leave the process group, all ranks together: one that is alive when its process ends may abort it."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 class _TttModule(nn.Module):
     """The draft under its training-time test, as one module whose inputs and outputs DeepSpeed sees as tensors."""
 
@@ -73,7 +79,6 @@ class ZeroDraft:
             for parameter in draft.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
         self.learning_rate = self.engine.get_lr()[0]  # of the last optimizer step
-        self._weights_S = torch.tensor(test.step_weights, device=self.engine.device)
 
     @property
     def optimizer_name(self) -> str:
@@ -110,7 +115,7 @@ class ZeroDraft:
         by what the global batch holds, so that division is undone.
         """
         output = self.forward(micro, norms)
-        loss = (output.loss_S * self._weights_S).sum()
+        loss = output.loss
         if self.test.loss.normaliser == "slots":
             loss = loss * (self.engine.dp_world_size * self.accumulation_steps)
         self.engine.backward(loss)

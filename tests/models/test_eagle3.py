@@ -1,4 +1,4 @@
-"""Names, shapes and rotary embeddings of the draft: DESIGN.md, section 2."""
+"""Names, shapes and rotary embeddings of the draft, as docs/formats.md has them."""
 
 from dataclasses import replace
 

@@ -1,0 +1,155 @@
+"""Ancestor attention in blocks of plain matrix products, in fp32: the path on a CPU.
+
+A block is some rows of one document with the keys they may see. Its scores are used and dropped; the backward pass forms them
+again from the log-sum-exp. Heads that share keys are rows of one product, so keys are never repeated.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ROWS_PER_BLOCK = 256
+
+
+def ancestor_attention(
+    query_QHE: Tensor,
+    query_index_Q: Tensor,
+    key_TGE: Tensor,
+    value_TGE: Tensor,
+    extra_keys: list[Tensor],
+    extra_values: list[Tensor],
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """As `reference.ancestor_attention`; no matrix of scores is larger than `ROWS_PER_BLOCK` rows of all heads."""
+    blocks = list(_blocks(query_index_Q, cu_seqlens))
+    return _BlockedAttention.apply(query_QHE, key_TGE, value_TGE, query_index_Q, blocks, *extra_keys, *extra_values)
+
+
+class _Block(NamedTuple):
+    rows: slice
+    keys: slice
+
+
+def _blocks(query_index_Q: Tensor, cu_seqlens: Tensor) -> Iterator[_Block]:
+    """Rows of one document, at most `ROWS_PER_BLOCK`, and its keys up to the last of them."""
+    bounds, index = torch.searchsorted(query_index_Q, cu_seqlens.long()).tolist(), query_index_Q.tolist()
+    for document, start in enumerate(cu_seqlens[:-1].tolist()):
+        for first in range(bounds[document], bounds[document + 1], ROWS_PER_BLOCK):
+            end = min(first + ROWS_PER_BLOCK, bounds[document + 1])
+            yield _Block(slice(first, end), slice(start, index[end - 1] + 1))
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_QHE, key_TGE, value_TGE, query_index_Q, blocks: list[_Block], *extras: Tensor) -> Tensor:
+        ctx.blocks, ctx.num_extra = blocks, len(extras) // 2
+        inputs = _Inputs(query_QHE, key_TGE, value_TGE, query_index_Q, extras)
+        output_QHE = torch.empty_like(query_QHE, memory_format=torch.contiguous_format)
+        lse_GRQ = query_QHE.new_empty(inputs.num_groups, inputs.heads_per_group, query_QHE.shape[0], dtype=torch.float32)
+        for block in blocks:
+            output_GRnE, lse_GRQ[:, :, block.rows] = _attend(inputs, block)
+            output_QHE[block.rows] = inputs.ungrouped(output_GRnE)
+        ctx.save_for_backward(query_QHE, key_TGE, value_TGE, query_index_Q, output_QHE, lse_GRQ, *extras)
+        return output_QHE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_QHE: Tensor) -> tuple[Tensor | None, ...]:
+        query_QHE, key_TGE, value_TGE, query_index_Q, output_QHE, lse_GRQ, *extras = ctx.saved_tensors
+        inputs = _Inputs(query_QHE, key_TGE, value_TGE, query_index_Q, extras)
+        query_grad_QHE = torch.empty_like(query_QHE, memory_format=torch.contiguous_format)
+        key_grad_GTE, value_grad_GTE = torch.zeros_like(inputs.key_GTE), torch.zeros_like(inputs.value_GTE)
+        extra_grads = [torch.empty_like(extra, memory_format=torch.contiguous_format) for extra in extras]
+        for block in ctx.blocks:
+            rows, keys = block
+            grad_GRnE, output_GRnE = inputs.grouped(grad_QHE[rows]), inputs.grouped(output_QHE[rows])
+            grads = _attend_backward(inputs, block, grad_GRnE, output_GRnE, lse_GRQ[:, :, rows])
+            query_grad_QHE[rows] = inputs.ungrouped(grads.query_GRnE)
+            key_grad_GTE[:, keys] += grads.key_GkE
+            value_grad_GTE[:, keys] += grads.value_GkE
+            for extra_grad, own_AnGE in zip(extra_grads, grads.extras, strict=True):
+                extra_grad[rows] = own_AnGE
+        shared = (x_GTE.transpose(0, 1).to(key_TGE.dtype) for x_GTE in (key_grad_GTE, value_grad_GTE))
+        return query_grad_QHE, *shared, None, None, *extra_grads
+
+
+class _Inputs:
+    """Keys and values in fp32 by group; queries of a block with the heads of a group `R` beside each other."""
+
+    def __init__(self, query_QHE, key_TGE, value_TGE, query_index_Q, extras) -> None:
+        _, num_heads, head_dim = query_QHE.shape
+        self.num_groups, self.scale = key_TGE.shape[1], head_dim**-0.5
+        self.heads_per_group = num_heads // self.num_groups
+        self.query_QHE, self.query_index_Q = query_QHE, query_index_Q
+        self.key_GTE, self.value_GTE = (x_TGE.transpose(0, 1).float().contiguous() for x_TGE in (key_TGE, value_TGE))
+        self.extra_keys, self.extra_values = extras[: len(extras) // 2], extras[len(extras) // 2 :]
+
+    def grouped(self, x_nHE: Tensor) -> Tensor:
+        """fp32 [G, R, n, E]."""
+        return x_nHE.unflatten(1, (self.num_groups, self.heads_per_group)).permute(1, 2, 0, 3).float().contiguous()
+
+    def ungrouped(self, x_GRnE: Tensor) -> Tensor:
+        return x_GRnE.permute(2, 0, 1, 3).flatten(1, 2)
+
+    def queries(self, block: _Block) -> Tensor:
+        return self.grouped(self.query_QHE[block.rows]) * self.scale
+
+    def scores(self, block: _Block, query_GRnE: Tensor) -> Tensor:
+        """[G, R, n, k], minus infinity where a key comes after its row."""
+        scores_GRnk = torch.bmm(query_GRnE.flatten(1, 2), self.key_GTE[:, block.keys].mT).unflatten(1, query_GRnE.shape[1:3])
+        key_k = torch.arange(block.keys.start, block.keys.stop, device=scores_GRnk.device)
+        return scores_GRnk.masked_fill_(key_k > self.query_index_Q[block.rows, None], -torch.inf)
+
+    def ancestors(self, block: _Block, extras: tuple[Tensor, ...]) -> Tensor:
+        """fp32 [A, G, 1, n, E]."""
+        return torch.stack([extra[block.rows] for extra in extras]).float().transpose(1, 2)[:, :, None]
+
+
+def _attend(inputs: _Inputs, block: _Block) -> tuple[Tensor, Tensor]:
+    """Output [G, R, n, E] and log-sum-exp [G, R, n] of a block."""
+    query_GRnE = inputs.queries(block)
+    scores_GRnk = inputs.scores(block, query_GRnE)
+    most_GRn = scores_GRnk.amax(-1)
+    if inputs.extra_keys:
+        extra_AGRn = (query_GRnE * inputs.ancestors(block, inputs.extra_keys)).sum(-1)
+        most_GRn = torch.maximum(most_GRn, extra_AGRn.amax(0))
+    weights_GRnk = scores_GRnk.sub_(most_GRn[..., None]).exp_()
+    total_GRn = weights_GRnk.sum(-1)
+    output_GRnE = torch.bmm(weights_GRnk.flatten(1, 2), inputs.value_GTE[:, block.keys]).view_as(query_GRnE)
+    if inputs.extra_keys:
+        extra_AGRn = extra_AGRn.sub_(most_GRn).exp_()
+        total_GRn += extra_AGRn.sum(0)
+        output_GRnE += (extra_AGRn[..., None] * inputs.ancestors(block, inputs.extra_values)).sum(0)
+    return output_GRnE.div_(total_GRn[..., None]), total_GRn.log_().add_(most_GRn)
+
+
+class _Gradients(NamedTuple):
+    """Of one block; extras: those of its ancestors' keys, then of their values, [n, G, E] each."""
+
+    query_GRnE: Tensor
+    key_GkE: Tensor
+    value_GkE: Tensor
+    extras: list[Tensor]
+
+
+def _attend_backward(inputs: _Inputs, block: _Block, grad_GRnE: Tensor, output_GRnE: Tensor, lse_GRn: Tensor) -> _Gradients:
+    query_GRnE, delta_GRn = inputs.queries(block), (grad_GRnE * output_GRnE).sum(-1)
+    weights_GRnk = inputs.scores(block, query_GRnE).sub_(lse_GRn[..., None]).exp_()
+    grad_GmE, weights_Gmk, query_GmE = (x.flatten(1, 2) for x in (grad_GRnE, weights_GRnk, query_GRnE))
+    value_GkE = torch.bmm(weights_Gmk.mT, grad_GmE)
+    scores_grad_GRnk = torch.bmm(grad_GmE, inputs.value_GTE[:, block.keys].mT).view_as(weights_GRnk)
+    scores_grad_Gmk = scores_grad_GRnk.sub_(delta_GRn[..., None]).mul_(weights_GRnk).flatten(1, 2)
+    query_grad_GRnE = torch.bmm(scores_grad_Gmk, inputs.key_GTE[:, block.keys]).view_as(query_GRnE)
+    key_GkE, extras = torch.bmm(scores_grad_Gmk.mT, query_GmE), []
+    if inputs.extra_keys:
+        key_AG1nE, value_AG1nE = (inputs.ancestors(block, own) for own in (inputs.extra_keys, inputs.extra_values))
+        weights_AGRn = (query_GRnE * key_AG1nE).sum(-1).sub_(lse_GRn).exp_()
+        scores_grad_AGRn1 = (grad_GRnE * value_AG1nE).sum(-1).sub_(delta_GRn).mul_(weights_AGRn)[..., None]
+        query_grad_GRnE += (scores_grad_AGRn1 * key_AG1nE).sum(0)
+        key_grad_AGnE = (scores_grad_AGRn1 * query_GRnE).sum(2)
+        value_grad_AGnE = (weights_AGRn[..., None] * grad_GRnE).sum(2)
+        extras = [*key_grad_AGnE.transpose(1, 2), *value_grad_AGnE.transpose(1, 2)]
+    return _Gradients(query_grad_GRnE.mul_(inputs.scale), key_GkE, value_GkE, extras)

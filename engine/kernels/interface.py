@@ -1,0 +1,86 @@
+"""What the vocabulary loss takes and gives, whichever implementation runs.
+
+Shapes: S TTT steps, R rows with loss, N slots, C chunks of slots, D hidden, U draft vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SlotTargets:
+    """What the rows of a slot learn, one entry a slot; rows of several TTT steps share it.
+
+    hidden_ND: [N, D], the target's last hidden state. logits: [n, D] of it -> fp32 [n, U], the target's logits of the draft
+    vocabulary. lse_N: fp32 [N], log-sum-exp of the target's logits over its full vocabulary. draft_id_N: int64 [N], draft id of
+    the target's most likely token, meaningful only where it has one.
+    """
+
+    hidden_ND: torch.Tensor
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    lse_N: torch.Tensor
+    draft_id_N: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """Rows with loss, ordered by TTT step, then by slot.
+
+    slot_R: int64 [R], index of the row's slot. bounds: S lists of C + 1 row numbers; those of step `i` whose slots lie in chunk
+    `c`, slots `c * slots_per_chunk` and on, are rows `bounds[i][c] .. bounds[i][c + 1]`.
+    """
+
+    slot_R: torch.Tensor
+    bounds: list[list[int]]
+    slots_per_chunk: int
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """What each part of a row's loss weighs at its step, fp32 [S]: cross-entropy, -log(acceptance), 1 - acceptance.
+
+    None: that part is absent.
+    """
+
+    cross_entropy_S: torch.Tensor
+    log_acceptance_S: torch.Tensor | None = None
+    rejection_S: torch.Tensor | None = None
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        return self.log_acceptance_S is None and self.rejection_S is None
+
+    def scaled(self, factor_S: torch.Tensor) -> "RowWeights":
+        """Each step's weights times a factor."""
+        return RowWeights(*(None if part_S is None else part_S * factor_S for part_S in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class VocabLoss:
+    """The weighed loss of all rows, fp32 scalar, differentiable; and sums over the rows of each step, fp32 [S], which are not.
+
+    cross_entropy_S: -sum_v p[v] log q[v] in nats, p the target's softmax over the draft vocabulary, q the draft's.
+    log_acceptance_S: -log of the acceptance. acceptance_S: sum_v min(p_full[v], q[v]), p_full the target's probabilities under
+    its full vocabulary. correct_S: rows where no token is likelier under q than the target's most likely one.
+    """
+
+    total: torch.Tensor
+    cross_entropy_S: torch.Tensor
+    log_acceptance_S: torch.Tensor
+    acceptance_S: torch.Tensor
+    correct_S: torch.Tensor
+
+    @property
+    def sums(self) -> tuple[torch.Tensor, ...]:
+        return self.cross_entropy_S, self.log_acceptance_S, self.acceptance_S, self.correct_S
+
+    def per_step(self, weights: RowWeights, num_rows_S: torch.Tensor) -> torch.Tensor:
+        """What each step's rows add to a total under these weights, fp32 [S]."""
+        loss_S = weights.cross_entropy_S * self.cross_entropy_S
+        if weights.log_acceptance_S is not None:
+            loss_S = loss_S + weights.log_acceptance_S * self.log_acceptance_S
+        if weights.rejection_S is not None:
+            loss_S = loss_S + weights.rejection_S * (num_rows_S - self.acceptance_S)
+        return loss_S

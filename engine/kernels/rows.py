@@ -1,0 +1,28 @@
+"""Taking some rows of a tensor, each at most once: the gradient is put back without adding up."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ROW_GRANULE = 32  # a CPU compiles a matrix product of a new size anew, a GPU wastes part of a tile
+
+
+def take_rows(x: Tensor, index_Q: Tensor) -> Tensor:
+    """`x[index_Q]` along the first dimension; index_Q: int64 [Q] without repeats."""
+    return _TakeRows.apply(x, index_Q)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index_Q: Tensor) -> Tensor:
+        ctx.save_for_backward(index_Q)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, index_Q)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index_Q,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, index_Q, grad), None

@@ -1,0 +1,69 @@
+"""Which rows exist, carry loss and run, against docs/ttt.md, written out row by row (see slow_ttt.py)."""
+
+import itertools
+
+import pytest
+import torch
+
+from engine.config import TttSection
+from engine.kernels.rows import ROW_GRANULE
+from engine.rows import allowed_rows, loss_rows, plan_rows, row_slots, slots_of
+from tests.slow_ttt import slow_allowed
+from tests.tasks import ALIGNMENTS, LENGTHS, MASKS, STEPS, Task, make_batch, make_documents
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_rows_are_those_of_the_literal_double_loop(mask, alignment, steps):
+    task = Task(TttSection(steps=steps, mask_alignment=alignment))
+    for seed, lengths in enumerate(LENGTHS):
+        documents = make_documents(lengths, mask, seed)
+        batch, micro = make_batch(documents), task.micro(documents)
+        expected_ST = slow_allowed(batch, task.ttt)
+        allowed_ST = allowed_rows(batch, task.ttt)
+        assert torch.equal(allowed_ST, expected_ST)
+        learned = sorted({t + 1 + i for i, t in expected_ST.nonzero().tolist()})
+        assert slots_of(allowed_ST).tolist() == learned
+        slot_ST = row_slots(micro.target.slots_N, allowed_ST)
+        for i, t in expected_ST.nonzero().tolist():
+            assert micro.target.slots_N[slot_ST[i, t]] == t + 1 + i
+        in_draft = set(task.vocab_map.target_ids_U.tolist())
+        best = dict(zip(learned, micro.target.argmax_N.tolist(), strict=True))
+        expected = [[bool(row) and best[t + 1 + i] in in_draft for t, row in enumerate(s)] for i, s in enumerate(expected_ST)]
+        assert loss_rows(allowed_ST, micro.target, task.vocab_map).tolist() == expected
+
+
+def test_the_rows_tried_above_differ_in_every_way_that_matters():
+    batch = make_batch(make_documents((23, 9), "two replies"))
+    inference, specforge = (allowed_rows(batch, TttSection(steps=3, mask_alignment=name)) for name in ALIGNMENTS)
+    assert inference.any() and specforge.any() and not torch.equal(inference, specforge)
+    task = Task()
+    micro = task.micro(make_documents((23,), "all"))
+    allowed_ST = allowed_rows(micro.batch, task.ttt)
+    assert 0 < loss_rows(allowed_ST, micro.target, task.vocab_map).sum() < allowed_ST.sum()
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_rows_that_run_are_those_that_a_loss_depends_on_and_fewer_than_a_granule_more(mask, steps, alignment):
+    task = Task(TttSection(steps=steps, mask_alignment=alignment))
+    micro = task.micro(make_documents((90, 1, 150), mask))
+    allowed_ST = allowed_rows(micro.batch, task.ttt)
+    carries_loss_ST, slot_ST = loss_rows(allowed_ST, micro.target, task.vocab_map), row_slots(micro.target.slots_N, allowed_ST)
+    plan = plan_rows(carries_loss_ST, slot_ST, slots_per_chunk=50, compaction=True)
+    position_Q, read = torch.arange(micro.batch.num_tokens), []
+    for step in range(steps):
+        position_Q = position_Q if plan.kept[step] is None else position_Q[plan.kept[step]]
+        assert (position_Q.diff() > 0).all()
+        needed = {t for t in range(micro.batch.num_tokens) if carries_loss_ST[step:, t].any()}
+        assert needed <= set(position_Q.tolist()) and len(position_Q) < len(needed) + ROW_GRANULE
+        own = position_Q[plan.loss_rows[step]]
+        assert own.tolist() == carries_loss_ST[step].nonzero().flatten().tolist()
+        read += [(step, int(slot_ST[step, t])) for t in own]
+    assert [slot for _, slot in read] == plan.loss.slot_R.tolist()
+    for step, bounds in enumerate(plan.loss.bounds):
+        for chunk, (start, end) in enumerate(itertools.pairwise(bounds)):
+            assert all(s == step and slot // 50 == chunk for s, slot in read[start:end])
+    assert plan.loss.bounds[-1][-1] == len(read)
