@@ -5,8 +5,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import OPTIONS, SECTIONS, Config, DataSection, DraftSection, describe_options, dump_config, load_config
-from engine.strict import ConfigError
+from engine.config import (
+    OPTIONS,
+    SECTIONS,
+    Config,
+    DataSection,
+    DraftSection,
+    describe_options,
+    dump_config,
+    kind_of,
+    load_config,
+)
+from engine.strict import ConfigError, as_yaml, type_name
 
 # override -> words that its one-line message must contain
 REFUSED_OVERRIDES = {
@@ -176,8 +186,9 @@ def test_help_lists_every_option_with_type_default_unit_and_text():
     text = describe_options()
     for key, option in OPTIONS.items():
         line = next(line for line in text.splitlines() if line.split()[:1] == [key])
-        assert line.endswith(option.metadata["unit"])
-        assert option.metadata["text"].split()[0] in text
+        expected = f"{key} {type_name(kind_of(option))} {as_yaml(option.default)} {option.metadata['unit']}"
+        assert " ".join(line.split()) == " ".join(expected.split())
+        assert option.metadata["text"] in " ".join(text.split())
     assert all(len(line) <= 110 for line in text.splitlines())
     assert "ttt.steps" in text and " 7 " in next(line for line in text.splitlines() if "ttt.steps " in line)
     assert [line.split(":")[0] for line in text.splitlines() if line and line[0] != " "] == [*SECTIONS, "At the top"]

@@ -41,6 +41,7 @@ BATCH_TOKENS = 4096
 DROPOUT = 0.1
 WEIGHT_DECAY = 0.1
 MATRIX_LR, VECTOR_LR = 5e-3, 3e-3
+UNLEARNING_LR, UNLEARNING_PROMPTS, UNLEARNING_TOKENS, UNLEARNING_SHARE = 3e-4, 32, 96, 0.3
 
 
 def train_tokenizer(conversations: list[dict]) -> PreTrainedTokenizerFast:
@@ -156,6 +157,53 @@ def _lr_scale(total_steps: int, step: int) -> float:
     return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / total_steps)))
 
 
+def unlearn_loops(model: LlamaForCausalLM, documents: list[list[int]], prompts: list[list[int]], steps: int) -> None:
+    """Sequence-level unlikelihood: make tokens that close a repeated 4-gram of the model's own greedy replies unlikely.
+
+    A small model left to itself falls into loops. Each step adds `-log(1 - p)` of such tokens to the loss of a usual batch. The
+    weights then go only `UNLEARNING_SHARE` of the way, which keeps the held-out loss.
+    Sources: Welleck et al. (arXiv:1908.04319), section 5.2; Wortsman et al. (arXiv:2109.01903), interpolation of weights.
+    """
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=UNLEARNING_LR, betas=(0.9, 0.98), weight_decay=0.0)
+    generator = random.Random(1)
+    usual = batches(documents, generator)
+    for step in range(steps):
+        model.eval()
+        loss, share = loop_loss(model, generator.sample(prompts, UNLEARNING_PROMPTS))
+        usual_loss, count = loss_sum(model, usual[step % len(usual)])
+        (loss + usual_loss / count).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step}: loss {usual_loss.item() / count:.3f}, {share:.1%} of reply tokens close a loop", flush=True)
+    model.load_state_dict({name: before[name].lerp(after, UNLEARNING_SHARE) for name, after in model.state_dict().items()})
+
+
+def loop_loss(model: LlamaForCausalLM, prompts: list[list[int]]) -> tuple[torch.Tensor, float]:
+    """Mean of -log(1 - p) over the looping tokens of greedy replies, and their share of all reply tokens."""
+    longest = max(map(len, prompts))
+    ids_BT = torch.tensor([[3] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.no_grad():
+        ids_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=UNLEARNING_TOKENS, do_sample=False)
+    loops_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    num_tokens = 0
+    for row, reply in enumerate(ids_BT[:, longest:].tolist()):
+        reply = reply[: reply.index(3)] if 3 in reply else reply
+        num_tokens += len(reply)
+        seen = set()
+        for position, gram in enumerate(zip(reply, reply[1:], reply[2:], reply[3:], strict=False)):
+            loops_BT[row, longest + position + 3] = gram in seen
+            seen.add(gram)
+    mask_BT = nn.functional.pad(mask_BT, (0, ids_BT.shape[1] - longest), value=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_BTV = model(ids_BT, attention_mask=mask_BT, position_ids=(mask_BT.cumsum(1) - 1).clamp_min(0)).logits
+    log_p = logits_BTV[:, :-1][loops_BT[:, 1:]].float().log_softmax(-1).gather(1, ids_BT[loops_BT][:, None])
+    loss = -torch.log1p(-log_p.exp().clamp_max(1 - 1e-6)).sum() / max(1, loops_BT.sum())
+    return loss, loops_BT.sum().item() / num_tokens
+
+
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, documents: list[list[int]]) -> float:
     """Mean loss over every token of `documents` after its first, nats."""
@@ -175,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and tokenizer")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the corpus")
+    parser.add_argument("--unlearning_steps", type=int, default=40, help="steps that unlearn loops afterwards")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -193,6 +242,13 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     tokenizer.save_pretrained(arguments.output)
     train(model, train_ids, held_out_ids, arguments.epochs, arguments.output)
+    prompts = [
+        tokenizer.apply_chat_template(c["conversations"][:1], add_generation_prompt=True, return_dict=False)
+        for c in train_conversations
+    ]
+    unlearn_loops(model, train_ids, prompts, arguments.unlearning_steps)
+    print(f"held-out loss {evaluate(model, held_out_ids):.4f} nats a token", flush=True)
+    model.to(torch.bfloat16).save_pretrained(arguments.output)
 
 
 if __name__ == "__main__":
