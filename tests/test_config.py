@@ -86,6 +86,9 @@ REFUSED_RECIPES = {
     "lr: 1e-4\n": ["lr = 0.0001", "belongs to DeepSpeed", "optimizer.params.lr"],
     "draft:\n  config: d.json\n  hidden_size: 64\n": ["draft.hidden_size = 64", "draft.config = d.json"],
     "draft:\n  config: d.json\n  num_layers: 2\n": ["draft.num_layers = 2", "draft.config = d.json"],
+    "draft:\n  config: d.json\n  fc_norm: true\n": ["draft.fc_norm = true", "draft.config = d.json"],
+    "draft:\n  config: d.json\n  vocab_size: 16000\n": ["draft.vocab_size = 16000", "draft.config = d.json"],
+    "log_every_steps: 10\ncheckpoint:\n  every_steps: 25\n": ["checkpoint.every_steps = 25", "log_every_steps = 10"],
     "draft: {num_attention_heads: 6, num_key_value_heads: 4}\n": ["draft.num_key_value_heads = 4", "[1, 2, 3, 6]"],
     "data: {train: a.jsonl, held_out: ./a.jsonl}\n": ["data.held_out", "'./a.jsonl' is also in data.train"],
 }

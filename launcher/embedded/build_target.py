@@ -4,7 +4,7 @@ The result ships in `launcher/embedded/target`; this script is how it was made a
 
     python launcher/embedded/build_target.py --output launcher/embedded/target
 
-About 25 minutes on two CPU cores with bf16 matrix units. `launcher/embedded/honesty.py` judges the result.
+About half an hour on two CPU cores with bf16 matrix units. `launcher/embedded/honesty.py` judges the result.
 """
 
 import argparse
