@@ -219,7 +219,7 @@ class Config:
             raise ConfigError(problem, key="loss.step_weights", value=weights)
         every, logged = self.checkpoint.every_steps, self.log_every_steps
         if every % logged:
-            problem = f"is no multiple of log_every_steps = {logged}, and a resumed run would log other means"
+            problem = f"is no multiple of log_every_steps = {logged}, and a resumed run would log other means; use a multiple"
             raise ConfigError(problem, key="checkpoint.every_steps", value=every)
         if self.evaluation.num_prompts and not self.data.held_out:
             problem = (
