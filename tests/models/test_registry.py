@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.chameleon import ChameleonConfig
 
 from engine.models.registry import (
+    CHUNKS_START_WITH_DOCUMENTS,
     FinalLogits,
     check_aux_layers,
     check_served_aux_layers,
@@ -87,7 +88,7 @@ def test_wrappers_are_read_through_their_text():
         (LlamaConfig(), True),
         (Gemma2Config(), True),
         (Gemma3Config(), True),
-        (Llama4TextConfig(attn_temperature_tuning=False), True),
+        (Llama4TextConfig(attn_temperature_tuning=False), CHUNKS_START_WITH_DOCUMENTS),
         (Llama4TextConfig(), False),
         (Qwen3NextConfig(), False),
         (

@@ -25,6 +25,7 @@ from transformers import (
 
 from engine.batch import PackedBatch
 from engine.config import TargetSection
+from engine.models.registry import CHUNKS_START_WITH_DOCUMENTS
 from engine.target.frozen import FrozenTarget, capture
 
 AUX = (1, 3, 4)
@@ -101,6 +102,8 @@ CONFIGS = {
     ),
 }
 ONE_BY_ONE = {"llama4_text", "llama4 with images", "qwen3_next"}
+if not CHUNKS_START_WITH_DOCUMENTS:
+    ONE_BY_ONE.add("llama4_text untuned")
 
 
 def _model(name: str):
