@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[1]
 DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", "29731"]
@@ -125,14 +126,17 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_
 
 def test_deepspeeds_own_monitors_get_the_metrics(tmp_path, tiny_target, tiny_corpus):
     ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    ds_config["csv_monitor"] = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "draft"}
+    for monitor in ("csv_monitor", "tensorboard"):
+        ds_config[monitor] = {"enabled": True, "output_path": str(tmp_path / monitor), "job_name": "draft"}
     (tmp_path / "ds.json").write_text(json.dumps(ds_config))
     command = arguments(tmp_path / "run", tiny_target, tiny_corpus, "max_steps=2")
     command[2] = str(tmp_path / "ds.json")
     run([sys.executable, *command])
-    (written,) = (tmp_path / "csv" / "draft").glob("*train_loss.csv")
-    losses = [float(line.split(",")[1]) for line in written.read_text().splitlines()[1:]]
-    assert losses == pytest.approx([line["loss"] for line in metrics(tmp_path / "run")], rel=1e-5)
+    expected = pytest.approx([line["loss"] for line in metrics(tmp_path / "run")], rel=1e-5)
+    (written,) = (tmp_path / "csv_monitor" / "draft").glob("*train_loss.csv")
+    assert [float(line.split(",")[1]) for line in written.read_text().splitlines()[1:]] == expected
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "draft")).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == expected
 
 
 @pytest.mark.parametrize(
