@@ -10,12 +10,8 @@ from engine.strict import ConfigError, checked, dotted_keys, parse_json, read_te
 
 DEFAULT_LR, DEFAULT_LR_WIDTH = 1e-4, 4096
 WARMUP_SHARE = 0.015
-OPTIMIZER_DEFAULTS = {
-    "lr": "auto",
-    "betas": [0.9, 0.999],
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-}  # as DeepSpeed's own AdamW has them
+# As DeepSpeed's own AdamW has them; torch's decays weights where the file does not say.
+OPTIMIZER_DEFAULTS = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
 MICRO, ACCUMULATION, GLOBAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
 

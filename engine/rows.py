@@ -91,18 +91,19 @@ def plan_rows(carries_loss_ST: torch.Tensor, slot_ST: torch.Tensor, slots_per_ch
     bounds = [[start, *(start + count for count in row[1:])] for start, row in zip(starts, counts, strict=False)]
 
     runs_T, num_running = torch.ones_like(alive_ST[0]), num_tokens
+    rank_T = torch.arange(num_tokens, device=slot_ST.device)  # of a position among those whose rows run
     loss_rows, slots, kept = [], [], []
     for step in range(steps):
         wanted = min(num_running, -(-num_alive[step] // ROW_GRANULE) * ROW_GRANULE)
         if wanted < num_running:
             spare_T = runs_T & ~alive_ST[step]
             still_T = alive_ST[step] | (spare_T & (spare_T.cumsum(0) <= wanted - num_alive[step]))
-            kept.append((runs_T.cumsum(0) - 1)[_positions(still_T, wanted)])
-            runs_T, num_running = still_T, wanted
+            kept.append(rank_T[_positions(still_T, wanted)])
+            runs_T, num_running, rank_T = still_T, wanted, still_T.cumsum(0) - 1
         else:
             kept.append(None)
         position_R = _positions(carries_loss_ST[step], num_loss_rows[step])
-        loss_rows.append((runs_T.cumsum(0) - 1)[position_R])
+        loss_rows.append(rank_T[position_R])
         slots.append(slot_ST[step, position_R])
     return RowPlan(kept, loss_rows, LossRows(torch.cat(slots), bounds, slots_per_chunk))
 

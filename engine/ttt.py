@@ -48,7 +48,7 @@ def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | No
             state_QD, row_Q = take_rows(state_QD, kept[step]), row_Q[kept[step]]
             for layer_keys in keys:
                 layer_keys.keep(kept[step])
-        outputs.append(draft.step(embed_TD[row_Q + 1 + step], state_QD, position_T[row_Q] + step, keys))
+        outputs.append(draft.step(take_rows(embed_TD, row_Q + 1 + step), state_QD, position_T[row_Q] + step, keys))
     return outputs
 
 
