@@ -229,9 +229,9 @@ class Config:
 
     @property
     def kept_on_resume(self) -> dict[str, Any]:
-        """Options by dotted key, as plain values, that a resumed run must share with the one that it continues."""
-        sections = {"draft": self.draft, "ttt": self.ttt, "loss": self.loss}
-        values = {f"{name}.{key}": value for name, section in sections.items() for key, value in vars(section).items()}
+        """Options by dotted key that a resumed run must share with the one that it continues: what its result depends on."""
+        values = {f"{name}.{key}": x for name in ("draft", "ttt", "loss") for key, x in vars(getattr(self, name)).items()}
+        del values["ttt.compaction"], values["loss.chunk_mb"]
         return {"target.aux_layers": self.target.aux_layers} | values
 
 

@@ -1,5 +1,7 @@
 """What losses are divided by, so that a gradient does not depend on how the global batch was cut."""
 
+from dataclasses import replace
+
 import torch
 
 from engine.batch import LossNorms, MicroBatch
@@ -35,5 +37,6 @@ class Normaliser:
     @torch.no_grad()
     def _acceptance(self, micros: list[MicroBatch], norms: LossNorms) -> torch.Tensor:
         """Mean acceptance rate of each step over the global batch, fp32 [S]: a forward ahead of the one that trains."""
-        sums_S = torch.stack([self._draft.forward(micro, norms).accepted_S for micro in micros]).sum(0)
+        ahead = replace(norms, acceptance_S=torch.zeros_like(norms.loss_rows_S))  # acceptance does not depend on how losses mix
+        sums_S = torch.stack([self._draft.forward(micro, ahead).accepted_S for micro in micros]).sum(0)
         return self._world.sum(sums_S) / norms.loss_rows_S.clamp_min(1)

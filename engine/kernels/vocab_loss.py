@@ -19,18 +19,20 @@ from engine.kernels.rows import ROW_GRANULE
 
 def vocab_loss(hidden_RD: Tensor, weight_UD: Tensor, rows: LossRows, targets: SlotTargets, weights: RowWeights) -> VocabLoss:
     """As `reference.vocab_loss`. Beyond the gradients of its two arguments, its memory does not grow with R."""
-    return VocabLoss(*_DeferredLoss.apply(hidden_RD, weight_UD, rows, targets, weights))
+    return VocabLoss(*_DeferredLoss.apply(hidden_RD, weight_UD, rows, targets, weights, torch.is_grad_enabled()))
 
 
 class _DeferredLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_RD, weight_UD, rows: LossRows, targets: SlotTargets, weights: RowWeights
+        ctx: Any, hidden_RD, weight_UD, rows: LossRows, targets: SlotTargets, weights: RowWeights, with_gradients: bool
     ) -> tuple[Tensor, ...]:
-        walk = _Walk(hidden_RD, weight_UD, rows, targets, weights, with_gradients=any(ctx.needs_input_grad))
+        largest = torch.stack([part_S.max() for part_S in vars(weights).values() if part_S is not None]).max().clamp_min(TINY)
+        walk = _Walk(hidden_RD, weight_UD, rows, targets, weights.scaled(1 / largest), with_gradients)
         for chunk in range(len(rows.bounds[0]) - 1):
             walk.take(chunk)
-        ctx.gradients = walk.hidden_grad_RD, walk.weight_grad_UD.to(weight_UD.dtype)
+        # weights of at most 1 keep fp16 gradients in range until the loss scale arrives in backward
+        ctx.gradients, ctx.largest = (walk.hidden_grad_RD, walk.weight_grad_UD), largest
         result = VocabLoss(walk.sums.new_zeros(()), *walk.sums.unbind())
         ctx.mark_non_differentiable(*result.sums)
         num_rows_S = walk.sums.new_tensor([bounds[-1] - bounds[0] for bounds in rows.bounds])
@@ -41,7 +43,8 @@ class _DeferredLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad_RD, weight_grad_UD = ctx.gradients
         ctx.gradients = None
-        return hidden_grad_RD.mul_(grad_total), weight_grad_UD.mul_(grad_total), None, None, None
+        scale = grad_total * ctx.largest
+        return hidden_grad_RD.mul_(scale), weight_grad_UD.mul_(scale).to(hidden_grad_RD.dtype), None, None, None, None
 
 
 class _Walk:
