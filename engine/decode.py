@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from transformers import DynamicCache
 
-from engine.kernels import ancestor_attention
+from engine.kernels import AttentionRows, ancestor_attention
 from engine.models.eagle3 import LayerKeys, ServedDraft
 from engine.target.frozen import Capture, FrozenTarget, capture
 
@@ -67,7 +67,8 @@ class PrefixKeys:
         self._key_TGE = _write(self._key_TGE, key_QGE, first)
         self._value_TGE = _write(self._value_TGE, value_QGE, first)
         keys = self.keys_of(torch.arange(first, self.length, device=key_QGE.device))
-        return ancestor_attention(query_QHE, keys.query_index_Q, keys.key_TGE, keys.value_TGE, [], [], keys.cu_seqlens)
+        rows = AttentionRows(keys.query_index_Q, keys.cu_seqlens)
+        return ancestor_attention(query_QHE, keys.key_TGE, keys.value_TGE, [], [], rows)[0]
 
     def keys_of(self, query_index_Q: torch.Tensor) -> LayerKeys:
         """The prefix as rows at `query_index_Q` see it; ancestors that they add stay with them."""

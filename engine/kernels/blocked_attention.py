@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.kernels.interface import AttentionRows
+from engine.kernels.rows import add_rows
+
 ROWS_PER_BLOCK = 256
 
 
 def ancestor_attention(
     query_QHE: Tensor,
-    query_index_Q: Tensor,
     key_TGE: Tensor,
     value_TGE: Tensor,
     extra_keys: list[Tensor],
     extra_values: list[Tensor],
-    cu_seqlens: Tensor,
-) -> Tensor:
+    rows: AttentionRows,
+) -> tuple[Tensor, Tensor]:
     """As `reference.ancestor_attention`; no matrix of scores is larger than `ROWS_PER_BLOCK` rows of all heads."""
-    blocks = list(_blocks(query_index_Q, cu_seqlens))
-    return _BlockedAttention.apply(query_QHE, key_TGE, value_TGE, query_index_Q, blocks, *extra_keys, *extra_values)
+    blocks = list(_blocks(rows.position_Q, rows.cu_seqlens))
+    return _BlockedAttention.apply(query_QHE, key_TGE, value_TGE, rows, blocks, *extra_keys, *extra_values)
 
 
 class _Block(NamedTuple):
@@ -33,36 +35,38 @@ class _Block(NamedTuple):
     keys: slice
 
 
-def _blocks(query_index_Q: Tensor, cu_seqlens: Tensor) -> Iterator[_Block]:
+def _blocks(position_Q: Tensor, cu_seqlens: Tensor) -> Iterator[_Block]:
     """Rows of one document, at most `ROWS_PER_BLOCK`, and its keys up to the last of them."""
-    bounds, index = torch.searchsorted(query_index_Q, cu_seqlens.long()).tolist(), query_index_Q.tolist()
+    bounds, position = torch.searchsorted(position_Q, cu_seqlens.long()).tolist(), position_Q.tolist()
     for document, start in enumerate(cu_seqlens[:-1].tolist()):
         for first in range(bounds[document], bounds[document + 1], ROWS_PER_BLOCK):
             end = min(first + ROWS_PER_BLOCK, bounds[document + 1])
-            yield _Block(slice(first, end), slice(start, index[end - 1] + 1))
+            yield _Block(slice(first, end), slice(start, position[end - 1] + 1))
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query_QHE, key_TGE, value_TGE, query_index_Q, blocks: list[_Block], *extras: Tensor) -> Tensor:
-        ctx.blocks, ctx.num_extra = blocks, len(extras) // 2
-        inputs = _Inputs(query_QHE, key_TGE, value_TGE, query_index_Q, extras)
+    def forward(ctx: Any, query_QHE, key_TGE, value_TGE, rows: AttentionRows, blocks: list[_Block], *extras: Tensor):
+        ctx.rows, ctx.blocks = rows, blocks
+        inputs = _Inputs(query_QHE, key_TGE, value_TGE, rows, extras)
         output_QHE = torch.empty_like(query_QHE, memory_format=torch.contiguous_format)
         lse_GRQ = query_QHE.new_empty(inputs.num_groups, inputs.heads_per_group, query_QHE.shape[0], dtype=torch.float32)
         for block in blocks:
             output_GRnE, lse_GRQ[:, :, block.rows] = _attend(inputs, block)
             output_QHE[block.rows] = inputs.ungrouped(output_GRnE)
-        ctx.save_for_backward(query_QHE, key_TGE, value_TGE, query_index_Q, output_QHE, lse_GRQ, *extras)
-        return output_QHE
+        ctx.save_for_backward(query_QHE, key_TGE, value_TGE, output_QHE, lse_GRQ, *extras)
+        lse_QH = inputs.ungrouped(lse_GRQ[..., None])[..., 0]
+        ctx.mark_non_differentiable(lse_QH)
+        return output_QHE, lse_QH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_QHE: Tensor) -> tuple[Tensor | None, ...]:
-        query_QHE, key_TGE, value_TGE, query_index_Q, output_QHE, lse_GRQ, *extras = ctx.saved_tensors
-        inputs = _Inputs(query_QHE, key_TGE, value_TGE, query_index_Q, extras)
+    def backward(ctx: Any, grad_QHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        query_QHE, key_TGE, value_TGE, output_QHE, lse_GRQ, *extras = ctx.saved_tensors
+        inputs = _Inputs(query_QHE, key_TGE, value_TGE, ctx.rows, extras)
         query_grad_QHE = torch.empty_like(query_QHE, memory_format=torch.contiguous_format)
         key_grad_GTE, value_grad_GTE = torch.zeros_like(inputs.key_GTE), torch.zeros_like(inputs.value_GTE)
-        extra_grads = [torch.empty_like(extra, memory_format=torch.contiguous_format) for extra in extras]
+        extra_grads = [torch.zeros_like(extra, memory_format=torch.contiguous_format) for extra in extras]
         for block in ctx.blocks:
             rows, keys = block
             grad_GRnE, output_GRnE = inputs.grouped(grad_QHE[rows]), inputs.grouped(output_QHE[rows])
@@ -70,8 +74,8 @@ class _BlockedAttention(torch.autograd.Function):
             query_grad_QHE[rows] = inputs.ungrouped(grads.query_GRnE)
             key_grad_GTE[:, keys] += grads.key_GkE
             value_grad_GTE[:, keys] += grads.value_GkE
-            for extra_grad, own_AnGE in zip(extra_grads, grads.extras, strict=True):
-                extra_grad[rows] = own_AnGE
+            for extra_grad, ancestor_Q, own_nGE in zip(extra_grads, 2 * ctx.rows.ancestors, grads.extras, strict=True):
+                add_rows(extra_grad, ancestor_Q[rows], own_nGE, ctx.rows.is_tree)
         shared = (x_GTE.transpose(0, 1).to(key_TGE.dtype) for x_GTE in (key_grad_GTE, value_grad_GTE))
         return query_grad_QHE, *shared, None, None, *extra_grads
 
@@ -79,11 +83,11 @@ class _BlockedAttention(torch.autograd.Function):
 class _Inputs:
     """Keys and values in fp32 by group; queries of a block with the heads of a group `R` beside each other."""
 
-    def __init__(self, query_QHE, key_TGE, value_TGE, query_index_Q, extras) -> None:
+    def __init__(self, query_QHE, key_TGE, value_TGE, rows: AttentionRows, extras) -> None:
         _, num_heads, head_dim = query_QHE.shape
         self.num_groups, self.scale = key_TGE.shape[1], head_dim**-0.5
         self.heads_per_group = num_heads // self.num_groups
-        self.query_QHE, self.query_index_Q = query_QHE, query_index_Q
+        self.query_QHE, self.rows = query_QHE, rows
         self.key_GTE, self.value_GTE = (x_TGE.transpose(0, 1).float().contiguous() for x_TGE in (key_TGE, value_TGE))
         self.extra_keys, self.extra_values = extras[: len(extras) // 2], extras[len(extras) // 2 :]
 
@@ -101,11 +105,20 @@ class _Inputs:
         """[G, R, n, k], minus infinity where a key comes after its row."""
         scores_GRnk = torch.bmm(query_GRnE.flatten(1, 2), self.key_GTE[:, block.keys].mT).unflatten(1, query_GRnE.shape[1:3])
         key_k = torch.arange(block.keys.start, block.keys.stop, device=scores_GRnk.device)
-        return scores_GRnk.masked_fill_(key_k > self.query_index_Q[block.rows, None], -torch.inf)
+        return scores_GRnk.masked_fill_(key_k > self.rows.position_Q[block.rows, None], -torch.inf)
 
     def ancestors(self, block: _Block, extras: tuple[Tensor, ...]) -> Tensor:
         """fp32 [A, G, 1, n, E]."""
-        return torch.stack([extra[block.rows] for extra in extras]).float().transpose(1, 2)[:, :, None]
+        chosen = [extra[ancestor_Q[block.rows]] for extra, ancestor_Q in zip(extras, self.rows.ancestors, strict=True)]
+        return torch.stack(chosen).float().transpose(1, 2)[:, :, None]
+
+    def ancestor_scores(self, block: _Block, query_GRnE: Tensor, key_AG1nE: Tensor) -> Tensor:
+        """[A, G, R, n], minus infinity where a row lacks the ancestor."""
+        scores_AGRn = (query_GRnE * key_AG1nE).sum(-1)
+        if not self.rows.is_tree:
+            return scores_AGRn
+        lacking_An = torch.stack([ancestor_Q[block.rows] for ancestor_Q in self.rows.ancestors]) < 0
+        return scores_AGRn.masked_fill_(lacking_An[:, None, None], -torch.inf)
 
 
 def _attend(inputs: _Inputs, block: _Block) -> tuple[Tensor, Tensor]:
@@ -114,7 +127,7 @@ def _attend(inputs: _Inputs, block: _Block) -> tuple[Tensor, Tensor]:
     scores_GRnk = inputs.scores(block, query_GRnE)
     most_GRn = scores_GRnk.amax(-1)
     if inputs.extra_keys:
-        extra_AGRn = (query_GRnE * inputs.ancestors(block, inputs.extra_keys)).sum(-1)
+        extra_AGRn = inputs.ancestor_scores(block, query_GRnE, inputs.ancestors(block, inputs.extra_keys))
         most_GRn = torch.maximum(most_GRn, extra_AGRn.amax(0))
     weights_GRnk = scores_GRnk.sub_(most_GRn[..., None]).exp_()
     total_GRn = weights_GRnk.sum(-1)
@@ -146,7 +159,7 @@ def _attend_backward(inputs: _Inputs, block: _Block, grad_GRnE: Tensor, output_G
     key_GkE, extras = torch.bmm(scores_grad_Gmk.mT, query_GmE), []
     if inputs.extra_keys:
         key_AG1nE, value_AG1nE = (inputs.ancestors(block, own) for own in (inputs.extra_keys, inputs.extra_values))
-        weights_AGRn = (query_GRnE * key_AG1nE).sum(-1).sub_(lse_GRn).exp_()
+        weights_AGRn = inputs.ancestor_scores(block, query_GRnE, key_AG1nE).sub_(lse_GRn).exp_()
         scores_grad_AGRn1 = (grad_GRnE * value_AG1nE).sum(-1).sub_(delta_GRn).mul_(weights_AGRn)[..., None]
         query_grad_GRnE += (scores_grad_AGRn1 * key_AG1nE).sum(0)
         key_grad_AGnE = (scores_grad_AGRn1 * query_GRnE).sum(2)

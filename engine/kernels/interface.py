@@ -1,12 +1,36 @@
-"""What the vocabulary loss takes and gives, whichever implementation runs.
+"""What the hot operations take and give, whichever implementation runs.
 
-Shapes: S TTT steps, R rows with loss, N slots, C chunks of slots, D hidden, U draft vocabulary.
+Shapes: Q query rows, T packed tokens, A ancestors; S TTT steps, R rows with loss, N slots, C chunks of slots, D hidden, U draft
+vocabulary.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Which keys each row of an attention sees: a causal prefix of its own document, and its own ancestors.
+
+    position_Q: int64 [Q], ascending, positions among the prefix's keys at which the rows stand; a row sees keys up to there.
+    cu_seqlens: int [num_documents + 1], starts of documents among those keys, and their number at the end.
+    ancestors: A tensors int64 [Q]; row `r` sees row `ancestors[a][r]` of the `a`-th extra keys.
+    is_tree: whether rows may have an ancestor in common, or lack one (a negative number); else those of an `a` are distinct.
+    """
+
+    position_Q: torch.Tensor
+    cu_seqlens: torch.Tensor
+    ancestors: tuple[torch.Tensor, ...] = ()
+    is_tree: bool = False
+
+    @cached_property
+    def start_Q(self) -> torch.Tensor:
+        """Where the row's document starts, int64 [Q]."""
+        starts = self.cu_seqlens.long()
+        return starts[torch.searchsorted(starts, self.position_Q, right=True) - 1]
 
 
 @dataclass(frozen=True)

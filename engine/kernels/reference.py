@@ -1,64 +1,45 @@
 """Each hot operation in plain PyTorch: the executable specification, and the path taken on CPU.
 
-Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, E head dim, A extra keys. Those of the loss are in
-interface.py.
+Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, R of the former to one of the latter, E head dim. Those
+of the loss are in interface.py.
 """
-
-import itertools
 
 import torch
 
-from engine.kernels.interface import LossRows, RowWeights, SlotTargets, VocabLoss
+from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets, VocabLoss
 
 TINY = torch.finfo(torch.float32).tiny
 
 
 def ancestor_attention(
     query_QHE: torch.Tensor,
-    query_index_Q: torch.Tensor,
     key_TGE: torch.Tensor,
     value_TGE: torch.Tensor,
     extra_keys: list[torch.Tensor],
     extra_values: list[torch.Tensor],
-    cu_seqlens: torch.Tensor,
-) -> torch.Tensor:
+    rows: AttentionRows,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every row to a causal prefix of its own document and to its own ancestors, in one softmax.
 
-    Row `r` sees keys `s <= query_index_Q[r]` of the document that holds `query_index_Q[r]`, and `extra_keys[a][r]` for all `a`.
-    query_index_Q: int64 [Q], ascending. key_TGE, value_TGE: [T, G, E] with H a multiple of G.
-    extra_keys, extra_values: A tensors [Q, G, E]. cu_seqlens: int [num_documents + 1]. Returns [Q, H, E]; scale E**-0.5.
+    key_TGE, value_TGE: [T, G, E] with H a multiple of G. extra_keys, extra_values: A tensors [any, G, E]; `rows` says which of
+    them a row sees. Returns [Q, H, E] and its log-sum-exp, fp32 [Q, H], not differentiable; scale E**-0.5.
     Source: EAGLE-3 (arXiv:2503.01840), section 3, training-time test.
     """
-    bounds_Q = torch.searchsorted(query_index_Q, cu_seqlens.long())
-    rows, lengths = bounds_Q.diff().tolist(), cu_seqlens.diff().tolist()
-    documents = zip(
-        query_QHE.float().split(rows),
-        (query_index_Q - cu_seqlens[:-1].long().repeat_interleave(bounds_Q.diff())).split(rows),
-        key_TGE.float().split(lengths),
-        value_TGE.float().split(lengths),
-        zip(*(key.float().split(rows) for key in extra_keys), strict=True) if extra_keys else itertools.repeat(()),
-        zip(*(value.float().split(rows) for value in extra_values), strict=True) if extra_values else itertools.repeat(()),
-        strict=False,
-    )
-    return torch.cat([_attend(*document) for document in documents]).to(query_QHE.dtype)
-
-
-def _attend(query_QHE, index_Q, key_TGE, value_TGE, extra_keys, extra_values):  # one document, fp32
-    _, num_heads, head_dim = query_QHE.shape
-    num_keys, num_groups, _ = key_TGE.shape
-    heads_per_group = num_heads // num_groups
-    query_QHE = query_QHE * head_dim**-0.5
-    key_HTE, value_HTE = (x_TGE.transpose(0, 1).repeat_interleave(heads_per_group, 0) for x_TGE in (key_TGE, value_TGE))
-    future_QT = torch.arange(num_keys, device=index_Q.device) > index_Q[:, None]
-    mask_QT = torch.zeros_like(future_QT, dtype=torch.float32).masked_fill(future_QT, float("-inf"))
-    scores_HQT = torch.baddbmm(mask_QT.expand(num_heads, -1, -1), query_QHE.transpose(0, 1), key_HTE.mT)
-    if not extra_keys:
-        return torch.bmm(scores_HQT.softmax(-1), value_HTE).transpose(0, 1)
-    key_AQHE, value_AQHE = (torch.stack(x).repeat_interleave(heads_per_group, 2) for x in (extra_keys, extra_values))
-    scores_HQA = (query_QHE * key_AQHE).sum(-1).permute(2, 1, 0)
-    weights_HQT, weights_HQA = torch.cat((scores_HQT, scores_HQA), -1).softmax(-1).split((num_keys, len(extra_keys)), -1)
-    extra_QHE = (weights_HQA.permute(2, 1, 0)[..., None] * value_AQHE).sum(0)
-    return torch.bmm(weights_HQT, value_HTE).transpose(0, 1) + extra_QHE
+    num_keys, num_groups, head_dim = key_TGE.shape
+    query_QGRE = query_QHE.float().unflatten(1, (num_groups, -1)) * head_dim**-0.5
+    key_T, position_Q1 = torch.arange(num_keys, device=key_TGE.device), rows.position_Q[:, None]
+    unseen_QT = (key_T < rows.start_Q[:, None]) | (key_T > position_Q1)
+    scores = [torch.einsum("qgre,tge->qgrt", query_QGRE, key_TGE.float()).masked_fill(unseen_QT[:, None, None], -torch.inf)]
+    for key_MGE, ancestor_Q in zip(extra_keys, rows.ancestors, strict=True):
+        scores_QGR = torch.einsum("qgre,qge->qgr", query_QGRE, key_MGE[ancestor_Q].float())
+        scores.append(scores_QGR.masked_fill((ancestor_Q < 0)[:, None, None], -torch.inf)[..., None])
+    scores_QGRK = torch.cat(scores, -1)
+    lse_QGR = scores_QGRK.logsumexp(-1)
+    weights_QGRT, *weights = (scores_QGRK - lse_QGR[..., None]).exp().split([num_keys] + [1] * len(extra_keys), -1)
+    output_QGRE = torch.einsum("qgrt,tge->qgre", weights_QGRT, value_TGE.float())
+    for weight_QGR1, value_MGE, ancestor_Q in zip(weights, extra_values, rows.ancestors, strict=True):
+        output_QGRE = output_QGRE + weight_QGR1 * value_MGE[ancestor_Q].float()[:, :, None]
+    return output_QGRE.flatten(1, 2).to(query_QHE.dtype), lse_QGR.flatten(1).detach()
 
 
 def vocab_loss(

@@ -1,4 +1,4 @@
-"""Taking some rows of a tensor, each at most once: the gradient is put back without adding up."""
+"""Taking some rows of a tensor, and putting what belongs to them back."""
 
 from typing import Any
 
@@ -12,6 +12,15 @@ ROW_GRANULE = 32  # a CPU compiles a matrix product of a new size anew, a GPU wa
 def take_rows(x: Tensor, index_Q: Tensor) -> Tensor:
     """`x[index_Q]` along the first dimension; index_Q: int64 [Q] without repeats."""
     return _TakeRows.apply(x, index_Q)
+
+
+def add_rows(sum_M: Tensor, index_Q: Tensor, x_Q: Tensor, is_tree: bool) -> None:
+    """`sum_M[index_Q] += x_Q` over zeros, in a fixed order. Only in a tree may rows repeat, or be negative and go nowhere."""
+    if is_tree:
+        present_Q = (index_Q >= 0).view(-1, *[1] * (x_Q.dim() - 1))
+        sum_M.index_put_((index_Q.clamp_min(0),), torch.where(present_Q, x_Q, 0).to(sum_M.dtype), accumulate=True)
+    else:
+        sum_M.index_copy_(0, index_Q, x_Q.to(sum_M.dtype))
 
 
 class _TakeRows(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from engine.kernels import ancestor_attention
+from engine.kernels import AttentionRows, ancestor_attention
 from engine.kernels.rows import take_rows
 from engine.models.draft_config import DraftConfig
 from engine.models.vocab_map import VocabMap
@@ -19,6 +19,7 @@ class LayerKeys:
     """Keys and values of one layer that rows attend to: a packed prefix and, per row, its own ancestors.
 
     query_index_Q: int64 [Q], the position of the prefix a row stands at. cu_seqlens: int [num_documents + 1].
+    ancestors: for each of the extra keys, the row of it that is a row's own, int64 [Q].
     """
 
     query_index_Q: torch.Tensor
@@ -27,12 +28,12 @@ class LayerKeys:
     value_TGE: torch.Tensor | None = None
     extra_keys: list[torch.Tensor] = field(default_factory=list)
     extra_values: list[torch.Tensor] = field(default_factory=list)
+    ancestors: tuple[torch.Tensor, ...] = ()
 
     def keep(self, index_Q: torch.Tensor) -> None:
-        """Go on with these rows alone; index_Q: int64, ascending."""
+        """Go on with these rows alone; index_Q: int64, ascending. Keys stay where they are."""
         self.query_index_Q = self.query_index_Q[index_Q]
-        self.extra_keys = [take_rows(key_QGE, index_Q) for key_QGE in self.extra_keys]
-        self.extra_values = [take_rows(value_QGE, index_Q) for value_QGE in self.extra_values]
+        self.ancestors = tuple(ancestor_Q[index_Q] for ancestor_Q in self.ancestors)
 
     def attend(self, query_QHE: torch.Tensor, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> torch.Tensor:
         """Add this step's keys (the prefix at step 0, an ancestor of each row later) and attend: [Q, H, E]."""
@@ -41,15 +42,9 @@ class LayerKeys:
         else:
             self.extra_keys.append(key_QGE)
             self.extra_values.append(value_QGE)
-        return ancestor_attention(
-            query_QHE,
-            self.query_index_Q,
-            self.key_TGE,
-            self.value_TGE,
-            self.extra_keys,
-            self.extra_values,
-            self.cu_seqlens,
-        )
+            self.ancestors += (torch.arange(key_QGE.shape[0], device=key_QGE.device),)
+        rows = AttentionRows(self.query_index_Q, self.cu_seqlens, self.ancestors)
+        return ancestor_attention(query_QHE, self.key_TGE, self.value_TGE, self.extra_keys, self.extra_values, rows)[0]
 
 
 class RotaryTable:
