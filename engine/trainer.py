@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import DraftOutput, MicroBatch, PackedBatch
 from engine.checkpoint import Checkpoints
-from engine.config import CHECKPOINTS, DRAFT, Config, dump_config
+from engine.config import CHECKPOINTS, DRAFT, Config
 from engine.data.dataset import count_assistant_tokens, load_documents
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
@@ -32,6 +32,7 @@ from engine.normaliser import Normaliser
 from engine.overlap import run_ahead
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
+from engine.recipe import dump_config
 from engine.report import RunReport
 from engine.rows import allowed_rows, slots_of
 from engine.target.frozen import FrozenTarget

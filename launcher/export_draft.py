@@ -18,10 +18,11 @@ from transformers.utils import cached_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.checkpoint import TAG, Checkpoints
-from engine.config import CHECKPOINTS, DRAFT, TargetSection, load_config
+from engine.config import CHECKPOINTS, DRAFT, TargetSection
 from engine.export import VOCAB, WEIGHTS, check_replaceable, export_draft, load_vocab_map
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.parallel.zero import consolidated_weights
+from engine.recipe import load_config
 from engine.target.frozen import FrozenTarget
 
 RECIPE = "config.yaml"

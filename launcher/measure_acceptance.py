@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config import Config, EvaluationSection, TargetSection, load_config
+from engine.config import Config, EvaluationSection, TargetSection
 from engine.decode import Generation
 from engine.evaluate import AcceptanceReport, Prompt, held_out_prompts
 from engine.export import CONFIG, load_draft
@@ -25,6 +25,7 @@ from engine.held_out import HeldOut
 from engine.models.draft_config import DraftConfig
 from engine.models.registry import check_aux_layers, text_config
 from engine.parallel.mesh import World
+from engine.recipe import load_config
 from engine.report import acceptance_table
 from engine.strict import parse_json, read_text
 from engine.target.frozen import FrozenTarget

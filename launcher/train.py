@@ -16,8 +16,9 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.config import CHECKPOINTS, COMMAND_LINE, EMBEDDED, Config, ConfigError, describe_options, load_config
+from engine.config import CHECKPOINTS, EMBEDDED, Config, ConfigError
 from engine.ds_config import accumulation_steps, load_ds_config
+from engine.recipe import COMMAND_LINE, describe_options, load_config
 
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
 SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure

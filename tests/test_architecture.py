@@ -12,6 +12,7 @@ FLOORS = (
     "strict",
     "ds_keys",
     "config",
+    "recipe",
     "ds_config",
     "host_memory",
     "batch",

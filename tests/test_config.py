@@ -5,17 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import (
-    OPTIONS,
-    SECTIONS,
-    Config,
-    DataSection,
-    DraftSection,
-    describe_options,
-    dump_config,
-    kind_of,
-    load_config,
-)
+from engine.config import OPTIONS, SECTIONS, Config, DataSection, DraftSection, kind_of
+from engine.recipe import describe_options, dump_config, load_config
 from engine.strict import ConfigError, as_yaml, type_name
 
 # override -> words that its one-line message must contain

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from engine.config import Config, DraftSection, TargetSection, dump_config
+from engine.config import Config, DraftSection, TargetSection
 from engine.export import load_draft, save_vocab_map
 from engine.models.draft_config import derive_draft_config
 from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
+from engine.recipe import dump_config
 from launcher import export_draft
 from tests.conftest import AUX_LAYERS, HIDDEN, WORDS
 

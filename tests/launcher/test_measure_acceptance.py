@@ -8,11 +8,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.config import Config, DataSection, DraftSection, EvaluationSection, TargetSection, dump_config
+from engine.config import Config, DataSection, DraftSection, EvaluationSection, TargetSection
 from engine.export import export_draft
 from engine.models.draft_config import derive_draft_config
 from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
+from engine.recipe import dump_config
 from launcher.measure_acceptance import main
 
 WORDS = ["<unk>", "<user>", "<assistant>", "<end>", *(f"w{index}" for index in range(28))]
