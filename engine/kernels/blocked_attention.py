@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.kernels.interface import AttentionRows
+from engine.kernels.matmul import batched_product
 from engine.kernels.rows import add_rows
 
 ROWS_PER_BLOCK = 256
@@ -103,7 +104,9 @@ class _Inputs:
 
     def scores(self, block: _Block, query_GRnE: Tensor) -> Tensor:
         """[G, R, n, k], minus infinity where a key comes after its row."""
-        scores_GRnk = torch.bmm(query_GRnE.flatten(1, 2), self.key_GTE[:, block.keys].mT).unflatten(1, query_GRnE.shape[1:3])
+        scores_GRnk = batched_product(query_GRnE.flatten(1, 2), self.key_GTE[:, block.keys].mT).unflatten(
+            1, query_GRnE.shape[1:3]
+        )
         key_k = torch.arange(block.keys.start, block.keys.stop, device=scores_GRnk.device)
         return scores_GRnk.masked_fill_(key_k > self.rows.position_Q[block.rows, None], -torch.inf)
 
@@ -131,7 +134,7 @@ def _attend(inputs: _Inputs, block: _Block) -> tuple[Tensor, Tensor]:
         most_GRn = torch.maximum(most_GRn, extra_AGRn.amax(0))
     weights_GRnk = scores_GRnk.sub_(most_GRn[..., None]).exp_()
     total_GRn = weights_GRnk.sum(-1)
-    output_GRnE = torch.bmm(weights_GRnk.flatten(1, 2), inputs.value_GTE[:, block.keys]).view_as(query_GRnE)
+    output_GRnE = batched_product(weights_GRnk.flatten(1, 2), inputs.value_GTE[:, block.keys]).view_as(query_GRnE)
     if inputs.extra_keys:
         extra_AGRn = extra_AGRn.sub_(most_GRn).exp_()
         total_GRn += extra_AGRn.sum(0)
@@ -152,11 +155,11 @@ def _attend_backward(inputs: _Inputs, block: _Block, grad_GRnE: Tensor, output_G
     query_GRnE, delta_GRn = inputs.queries(block), (grad_GRnE * output_GRnE).sum(-1)
     weights_GRnk = inputs.scores(block, query_GRnE).sub_(lse_GRn[..., None]).exp_()
     grad_GmE, weights_Gmk, query_GmE = (x.flatten(1, 2) for x in (grad_GRnE, weights_GRnk, query_GRnE))
-    value_GkE = torch.bmm(weights_Gmk.mT, grad_GmE)
-    scores_grad_GRnk = torch.bmm(grad_GmE, inputs.value_GTE[:, block.keys].mT).view_as(weights_GRnk)
+    value_GkE = batched_product(weights_Gmk.mT, grad_GmE)
+    scores_grad_GRnk = batched_product(grad_GmE, inputs.value_GTE[:, block.keys].mT).view_as(weights_GRnk)
     scores_grad_Gmk = scores_grad_GRnk.sub_(delta_GRn[..., None]).mul_(weights_GRnk).flatten(1, 2)
-    query_grad_GRnE = torch.bmm(scores_grad_Gmk, inputs.key_GTE[:, block.keys]).view_as(query_GRnE)
-    key_GkE, extras = torch.bmm(scores_grad_Gmk.mT, query_GmE), []
+    query_grad_GRnE = batched_product(scores_grad_Gmk, inputs.key_GTE[:, block.keys]).view_as(query_GRnE)
+    key_GkE, extras = batched_product(scores_grad_Gmk.mT, query_GmE), []
     if inputs.extra_keys:
         key_AG1nE, value_AG1nE = (inputs.ancestors(block, own) for own in (inputs.extra_keys, inputs.extra_values))
         weights_AGRn = inputs.ancestor_scores(block, query_GRnE, key_AG1nE).sub_(lse_GRn).exp_()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.kernels.interface import LossRows, RowWeights, SlotTargets, VocabLoss
+from engine.kernels.matmul import product
 from engine.kernels.reference import TINY
 from engine.kernels.rows import ROW_GRANULE
 
@@ -32,7 +33,7 @@ class _DeferredLoss(torch.autograd.Function):
         for chunk in range(len(rows.bounds[0]) - 1):
             walk.take(chunk)
         # weights of at most 1 keep fp16 gradients in range until the loss scale arrives in backward
-        ctx.gradients, ctx.largest = (walk.hidden_grad_RD, walk.weight_grad_UD), largest
+        ctx.gradients, ctx.largest = (walk.hidden_grad_RD, walk.weight_grad_DU.mT), largest
         result = VocabLoss(walk.sums.new_zeros(()), *walk.sums.unbind())
         ctx.mark_non_differentiable(*result.sums)
         num_rows_S = walk.sums.new_tensor([bounds[-1] - bounds[0] for bounds in rows.bounds])
@@ -54,8 +55,9 @@ class _Walk:
         self.hidden_RD, self.weight_UD, self.rows, self.targets, self.weights = hidden_RD, weight_UD, rows, targets, weights
         self.with_gradients = with_gradients
         self.sums = torch.zeros(4, len(rows.bounds), device=hidden_RD.device)
-        self.hidden_grad_RD = torch.empty_like(hidden_RD) if with_gradients else hidden_RD.new_empty(0)
-        self.weight_grad_UD = torch.zeros_like(weight_UD, dtype=torch.float32) if with_gradients else weight_UD.new_empty(0)
+        shapes = (hidden_RD.shape, weight_UD.shape[::-1]) if with_gradients else ((0, 0), (0, 0))
+        self.hidden_grad_RD = hidden_RD.new_empty(shapes[0])
+        self.weight_grad_DU = weight_UD.new_zeros(shapes[1], dtype=torch.float32)
 
     def take(self, chunk: int) -> None:
         """Add the rows whose slots lie in this chunk."""
@@ -69,7 +71,7 @@ class _Walk:
         draft_id_n = self.targets.draft_id_N[slots]
         silent = -sum(sizes) % ROW_GRANULE
         hidden_rD = torch.nn.functional.pad(torch.cat([self.hidden_RD[span] for span in spans]), (0, 0, 0, silent))
-        log_q_rU = torch.nn.functional.linear(hidden_rD, self.weight_UD).float().log_softmax(-1)
+        log_q_rU = product(hidden_rD, self.weight_UD.mT).float().log_softmax(-1)
         *per_step, silent_rU = log_q_rU.split([*sizes, silent])
         silent_rU.zero_()
         for step, (span, log_q_kU) in enumerate(zip(spans, per_step, strict=True)):
@@ -106,7 +108,7 @@ class _Walk:
 
     def _accumulate(self, spans: list[slice], sizes: list[int], hidden_rD: Tensor, logits_grad_rU: Tensor) -> None:
         logits_grad_rU = logits_grad_rU.to(self.weight_UD.dtype)
-        hidden_grad_rD = logits_grad_rU @ self.weight_UD
+        hidden_grad_rD = product(logits_grad_rU, self.weight_UD)
         if self.weights.is_cross_entropy:
             for step, rows in enumerate(_slices(sizes)):
                 weight = self.weights.cross_entropy_S[step]
@@ -114,7 +116,7 @@ class _Walk:
                 hidden_rD[rows] *= weight
         for span, rows in zip(spans, _slices(sizes), strict=True):
             self.hidden_grad_RD[span] = hidden_grad_rD[rows]
-        self.weight_grad_UD += logits_grad_rU.mT @ hidden_rD
+        self.weight_grad_DU += product(hidden_rD.mT, logits_grad_rU)
 
     def _target_probabilities(self, slots: slice) -> tuple[Tensor, Tensor]:
         """Over the draft vocabulary, fp32 [n, U]: renormalised, and as they are under the full vocabulary."""

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.kernels import AttentionRows, ancestor_attention
+from engine.kernels.matmul import Linear
 from engine.kernels.rows import take_rows
 from engine.models.draft_config import DraftConfig
 from engine.models.vocab_map import VocabMap
@@ -79,10 +80,10 @@ class Eagle3Attention(nn.Module):
     def __init__(self, config: DraftConfig, input_size: int) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(input_size, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(input_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(input_size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(input_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(input_size, config.num_key_value_heads * config.head_dim)
+        self.v_proj = Linear(input_size, config.num_key_value_heads * config.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def forward(self, x_QD, cos_sin: tuple[torch.Tensor, torch.Tensor], keys: LayerKeys, rows_R=None) -> torch.Tensor:
         """rows_R: int64, the rows that ask, of those that give keys; None = all."""
@@ -97,9 +98,9 @@ class Eagle3Attention(nn.Module):
 class Eagle3Mlp(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_QD: torch.Tensor) -> torch.Tensor:
         return self.down_proj(nn.functional.silu(self.gate_proj(x_QD)) * self.up_proj(x_QD))
@@ -138,15 +139,15 @@ class Eagle3Draft(nn.Module):
         self.config = config
         target_size, size = config.target_hidden_size, config.hidden_size
         self.rotary = RotaryTable(config)
-        self.embed_projection = nn.Linear(target_size, size, bias=False) if target_size != size else None
+        self.embed_projection = Linear(target_size, size) if target_size != size else None
         self.fc_norm = nn.ModuleList(nn.RMSNorm(target_size, config.rms_norm_eps) for _ in range(3)) if config.fc_norm else None
-        self.fc = nn.Linear(3 * target_size, size, bias=False)
+        self.fc = Linear(3 * target_size, size)
         if config.num_hidden_layers == 1:
             self.midlayer = Eagle3Layer(config, reads_embedding=True)
         else:
             self.layers = nn.ModuleList(Eagle3Layer(config, reads_embedding=i == 0) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        self.lm_head = Linear(size, config.draft_vocab_size)
 
     @property
     def decoder_layers(self) -> list[Eagle3Layer]:

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.matmul import linear
+
 _SLOTS_PER_CHUNK = 1024
-_VOCAB_PER_BLOCK = 16384
+_VOCAB_PER_BLOCK = {"cpu": 4096, "cuda": 16384}  # logits of a block stay in a CPU's last cache, and fill a GPU
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,11 @@ class TargetHead:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """hidden_ND: [..., D] -> fp32 [..., V]."""
-        logits_NV = F.linear(hidden_ND.to(self.weight_VD.dtype), self.weight_VD, self.bias_V).float()
+        hidden_ND = hidden_ND.to(self.weight_VD.dtype)
+        if self.bias_V is None:
+            logits_NV = linear(hidden_ND, self.weight_VD).float()
+        else:
+            logits_NV = F.linear(hidden_ND, self.weight_VD, self.bias_V).float()
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.soft_cap is not None:
@@ -52,15 +58,16 @@ class TargetHead:
         best_N = torch.full(hidden_ND.shape[:1], -torch.inf, device=hidden_ND.device)
         lse_N = best_N.clone()
         argmax_N = torch.zeros_like(best_N, dtype=torch.int64)
-        for start in range(0, self.weight_VD.shape[0], _VOCAB_PER_BLOCK):
-            logits_NV = self._block(start).logits(hidden_ND)
+        size = _VOCAB_PER_BLOCK[hidden_ND.device.type]
+        for start in range(0, self.weight_VD.shape[0], size):
+            logits_NV = self._block(slice(start, start + size)).logits(hidden_ND)
             block_best_N, block_argmax_N = logits_NV.max(dim=-1)
             argmax_N = torch.where(block_best_N > best_N, block_argmax_N + start, argmax_N)
             best_N = torch.maximum(best_N, block_best_N)
-            lse_N = torch.logaddexp(lse_N, logits_NV.logsumexp(dim=-1))
+            above_N = logits_NV.sub_(block_best_N[:, None]).exp_().sum(dim=-1)
+            lse_N = torch.logaddexp(lse_N, above_N.log_() + block_best_N)
         return argmax_N.to(torch.int32), lse_N
 
-    def _block(self, start: int) -> "TargetHead":
-        block = slice(start, start + _VOCAB_PER_BLOCK)
+    def _block(self, block: slice) -> "TargetHead":
         bias_V = None if self.bias_V is None else self.bias_V[block]
         return replace(self, weight_VD=self.weight_VD[block], bias_V=bias_V)

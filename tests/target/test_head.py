@@ -18,7 +18,7 @@ def _head(vocab: int, bias: bool = False, **final) -> TargetHead:
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(head_module, "_SLOTS_PER_CHUNK", 8)
-    monkeypatch.setattr(head_module, "_VOCAB_PER_BLOCK", 32)
+    monkeypatch.setitem(head_module._VOCAB_PER_BLOCK, "cpu", 32)
 
 
 @pytest.mark.parametrize("final", FINALS)

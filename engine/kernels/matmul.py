@@ -1,0 +1,56 @@
+"""Matrix products, in fp32 on a CPU through oneDNN: it uses AVX-512 on every make of processor, MKL on Intel's alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """`a @ b`, [M, N]; not differentiable."""
+    if _through_onednn(a_MK) and a_MK.numel() and b_KN.numel():
+        return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.mT, None, "none", [], "")
+    return a_MK @ b_KN
+
+
+def batched_product(a_GMK: Tensor, b_GKN: Tensor) -> Tensor:
+    """`product` of each of a few large pairs, [G, M, N]."""
+    if _through_onednn(a_GMK):
+        return torch.stack([product(a_MK, b_KN) for a_MK, b_KN in zip(a_GMK, b_GKN, strict=True)])
+    return torch.bmm(a_GMK, b_GKN)
+
+
+def linear(x_QK: Tensor, weight_NK: Tensor) -> Tensor:
+    """`x @ weight.T`, [Q, N]; differentiable."""
+    return _Linear.apply(x_QK, weight_NK) if _through_onednn(x_QK) else nn.functional.linear(x_QK, weight_NK)
+
+
+class Linear(nn.Linear):
+    """A map without bias of the last of two dimensions, through `linear`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x_QK: Tensor) -> Tensor:
+        return linear(x_QK, self.weight)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_QK: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(x_QK if ctx.needs_input_grad[1] else None, weight_NK if ctx.needs_input_grad[0] else None)
+        return product(x_QK, weight_NK.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_QN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_QK, weight_NK = ctx.saved_tensors
+        return (
+            None if weight_NK is None else product(grad_QN, weight_NK),
+            None if x_QK is None else product(grad_QN.mT, x_QK),
+        )
+
+
+def _through_onednn(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()

@@ -1,0 +1,58 @@
+"""Products are those of float64, in every layout, and their gradients too."""
+
+import pytest
+import torch
+
+from engine.kernels.matmul import Linear, batched_product, linear, product
+
+SHAPES = [(1, 1, 1), (33, 7, 65), (128, 512, 31), (0, 5, 3), (5, 0, 3)]
+
+
+def draw(*shape: int, transposed: bool = False) -> torch.Tensor:
+    g = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape[::-1], generator=g).mT if transposed else torch.randn(*shape, generator=g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layouts", [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_is_that_of_float64_within_one_rounding(shape, layouts, dtype):
+    rows, inner, columns = shape
+    a_MK, b_KN = draw(rows, inner, transposed=layouts[0]).to(dtype), draw(inner, columns, transposed=layouts[1]).to(dtype)
+    ours, expected = product(a_MK, b_KN), a_MK.double() @ b_KN.double()
+    assert ours.dtype == dtype and ours.shape == expected.shape
+    scale = (a_MK.double().norm(dim=1, keepdim=True) * b_KN.double().norm(dim=0)).clamp_min(1e-30)
+    bound = torch.finfo(dtype).eps * (2 if dtype in (torch.bfloat16, torch.float16) else 16)  # fp32 adds up K terms
+    assert ((ours.double() - expected).abs() <= bound * scale).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batched_product_is_one_product_each(dtype):
+    a_GMK, b_GKN = draw(3, 17, 8).to(dtype), draw(3, 8, 5).to(dtype)
+    together = batched_product(a_GMK, b_GKN)
+    assert together.shape == (3, 17, 5)
+    for whole, a_MK, b_KN in zip(together, a_GMK, b_GKN, strict=True):
+        torch.testing.assert_close(whole, product(a_MK, b_KN))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 50])
+@pytest.mark.parametrize("wanted", ["both", "input", "weight"])
+def test_gradients_of_linear_are_pytorch_s(wanted, num_rows):
+    grads = []
+    for implementation in (linear, torch.nn.functional.linear):
+        x_QK = draw(num_rows, 12).requires_grad_(wanted != "weight")
+        weight_NK = draw(9, 12).requires_grad_(wanted != "input")
+        (implementation(x_QK, weight_NK).sin().sum()).backward()
+        grads.append([x_QK.grad, weight_NK.grad])
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_linear_module_is_pytorch_s_with_its_name_and_shape():
+    torch.manual_seed(0)
+    ours, theirs = Linear(6, 4), torch.nn.Linear(6, 4, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    x_QK = draw(3, 6)
+    torch.testing.assert_close(ours(x_QK), theirs(x_QK))
