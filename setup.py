@@ -21,8 +21,8 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "gpu": ["accelerate>=1.1"],
-        "dev": ["pytest>=8", "ruff>=0.12", "tensorboard>=2.17"],
+        "gpu": ["accelerate>=1.1", "liger-kernel>=0.6"],
+        "dev": ["pytest>=8", "ruff>=0.12", "tensorboard>=2.17", "triton>=3.3"],
         "wandb": ["wandb>=0.18"],
     },
 )

@@ -126,6 +126,9 @@ class TttSection:
         "inference", "rows that carry loss: those that occur when serving, or SpecForge's rule"
     )
     compaction: bool = option(True, "leave out the rows that no loss depends on; the result is the same")
+    recompute: Literal["none", "mlp", "step"] = option(
+        "none", "activations computed again in the backward pass, not kept: those of the MLP, or of each whole step"
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,12 @@ class LossSection:
     step_decay: float = option(0.8, "weight of step i is step_decay**i", at_least=0.0)
     step_weights: tuple[float, ...] | None = option(None, "explicit weights, one a TTT step; replaces step_decay")
     temperature: float = option(1.0, "softens (above 1) or sharpens (below 1) the target's distribution", at_least=1e-3)
-    chunk_mb: int = option(64, "memory that one chunk of the loss may take", unit="MiB", at_least=1)
+    chunk_mb: int | None = option(
+        None, "memory that one chunk of the loss may take; null = 64 on a CPU, 1024 on a GPU", unit="MiB", at_least=1
+    )
+    gradient_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "precision in which the draft head's gradient adds up over the chunks of the loss"
+    )
     lk_kl_scale: float = option(1.0, "lk_lambda: weight of the KL part at acceptance rate 0", at_least=0.0)
     lk_kl_decay: float = option(1.0, "lk_lambda: how fast that weight falls with the acceptance rate", at_least=0.0)
 
@@ -202,6 +210,9 @@ class Config:
     overlap: OverlapSection = field(default_factory=OverlapSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    kernels: Literal["auto", "triton", "flash", "reference"] = option(
+        "auto", "attention and loss: 'auto' = the fastest for the device; 'flash' = flash attention for the packed prefix"
+    )
     output_dir: str = option("outputs/run", "folder for the draft, checkpoints, metrics and the resolved configuration")
     seed: int = option(0, "seed of shuffling and initialisation", at_least=0)
     epochs: int = option(1, "passes over the data", unit="epochs", at_least=1)
@@ -227,7 +238,8 @@ class Config:
     def kept_on_resume(self) -> dict[str, Any]:
         """Options by dotted key that a resumed run must share with the one that it continues: what its result depends on."""
         values = {f"{name}.{key}": x for name in ("draft", "ttt", "loss") for key, x in vars(getattr(self, name)).items()}
-        del values["ttt.compaction"], values["loss.chunk_mb"]
+        for cost in ("ttt.compaction", "ttt.recompute", "loss.chunk_mb", "loss.gradient_dtype"):
+            del values[cost]
         return {"target.aux_layers": self.target.aux_layers} | values
 
 

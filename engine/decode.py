@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 from transformers import DynamicCache
 
-from engine.kernels import AttentionRows, ancestor_attention
 from engine.models.eagle3 import LayerKeys, ServedDraft
 from engine.target.frozen import Capture, FrozenTarget, capture
 
@@ -61,19 +60,17 @@ class PrefixKeys:
         self.length = 0
         self._key_TGE = self._value_TGE = torch.empty(0)
 
-    def attend(self, query_QHE: torch.Tensor, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> torch.Tensor:
-        """Append `Q` positions; each attends to itself and to all before it: [Q, H, E]."""
+    def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> LayerKeys:
+        """Append `Q` positions; each attends to itself and to all before it."""
         first, self.length = self.length, self.length + key_QGE.shape[0]
         self._key_TGE = _write(self._key_TGE, key_QGE, first)
         self._value_TGE = _write(self._value_TGE, value_QGE, first)
-        keys = self.keys_of(torch.arange(first, self.length, device=key_QGE.device))
-        rows = AttentionRows(keys.query_index_Q, keys.cu_seqlens)
-        return ancestor_attention(query_QHE, keys.key_TGE, keys.value_TGE, [], [], rows)[0]
+        return self.seen_from(torch.arange(first, self.length, device=key_QGE.device))
 
-    def keys_of(self, query_index_Q: torch.Tensor) -> LayerKeys:
-        """The prefix as rows at `query_index_Q` see it; ancestors that they add stay with them."""
-        cu_seqlens = torch.tensor([0, self.length], device=query_index_Q.device)
-        return LayerKeys(query_index_Q, cu_seqlens, self._key_TGE[: self.length], self._value_TGE[: self.length])
+    def seen_from(self, position_Q: torch.Tensor) -> LayerKeys:
+        """The prefix as rows at `position_Q` see it; ancestors that they add stay with them."""
+        cu_seqlens = torch.tensor([0, self.length], device=position_Q.device)
+        return LayerKeys(position_Q, cu_seqlens, self._key_TGE[: self.length], self._value_TGE[: self.length])
 
 
 def _write(buffer_TGE: torch.Tensor, rows_QGE: torch.Tensor, first: int) -> torch.Tensor:
@@ -106,17 +103,17 @@ class ChainDrafter:
         for rows_token_Q, rows_aux_QA in zip(token_Q.split(_ROWS_PER_STEP), aux_QA.split(_ROWS_PER_STEP), strict=True):
             first = self.prefix[0].length
             position_Q = torch.arange(first, first + rows_token_Q.shape[0], device=token_Q.device)
-            output_QD = model.step(self.draft.embed(rows_token_Q), model.fuse(rows_aux_QA), position_Q, self.prefix)
+            output_QD, _ = model.step(self.draft.embed(rows_token_Q), model.fuse(rows_aux_QA), position_Q, self.prefix)
         self.position_1, self.output_1D = position_Q[-1:], output_QD[-1:]
 
     @torch.inference_mode()
     def propose(self, count: int) -> list[int]:
         model, output_1D = self.draft.model, self.output_1D
-        keys = [prefix.keys_of(self.position_1) for prefix in self.prefix]
+        keys = [prefix.seen_from(self.position_1) for prefix in self.prefix]
         drafted = [self.draft.propose_id(output_1D)]
         for step in range(1, count):
             embed_1D = self.draft.embed(drafted[-1])
-            output_1D = model.step(embed_1D, model.next_state(output_1D), self.position_1 + step, keys)
+            output_1D, keys = model.step(embed_1D, model.next_state(output_1D), self.position_1 + step, keys)
             drafted.append(self.draft.propose_id(output_1D))
         return torch.cat(drafted).tolist()
 

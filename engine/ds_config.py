@@ -161,6 +161,12 @@ def _check_one_precision(raw: dict[str, Any]) -> None:
         raise ConfigError(problem, key="data_types.grad_accum_dtype", value=accumulated)
 
 
+def compute_dtype(ds: dict[str, Any]) -> str:
+    """Precision in which the draft computes, as torch names it."""
+    names = {"bf16": "bfloat16", "fp16": "float16"}
+    return next((dtype for key, dtype in names.items() if ds.get(key, {}).get("enabled")), "float32")
+
+
 def _check_zero(zero: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
     if stage == 3 and zero.get("elastic_checkpoint"):

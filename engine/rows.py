@@ -71,30 +71,36 @@ class RowPlan:
     at step 0. Without compaction all rows run.
 
     kept: for each step, index of its rows, int64 ascending, into those of the step before, at step 0 into the positions;
-    None = all of them. loss_rows: for each step, index of those with loss into its rows.
+    None = all of them. is_dense: for each step, whether the rows of each document are known to stand at successive positions.
+    loss_rows: for each step, index of those with loss into its rows.
     """
 
     kept: list[torch.Tensor | None]
+    is_dense: list[bool]
     loss_rows: list[torch.Tensor]
     loss: LossRows
 
 
-def plan_rows(carries_loss_ST: torch.Tensor, slot_ST: torch.Tensor, slots_per_chunk: int, compaction: bool) -> RowPlan:
-    """The rows that a micro-batch needs; slot_ST as `row_slots` gives it. Reads from the device once."""
+def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chunk: int, compaction: bool) -> RowPlan:
+    """The rows that a micro-batch needs; carries_loss_ST as `loss_rows`, slot_ST as `row_slots` gives it.
+
+    Reads from the device once.
+    """
     steps, num_tokens = carries_loss_ST.shape
     alive_ST = carries_loss_ST.flip(0).cummax(0).values.flip(0) if compaction else torch.ones_like(carries_loss_ST)
     per_chunk_SC = slot_ST.new_zeros(steps, 1 + num_tokens // slots_per_chunk)
     per_chunk_SC.scatter_add_(1, torch.where(carries_loss_ST, slot_ST // slots_per_chunk, 0), carries_loss_ST.long())
-    counts = torch.cat((alive_ST.sum(1, keepdim=True), per_chunk_SC.cumsum(1)), 1).tolist()
-    num_alive, num_loss_rows = [row[0] for row in counts], [row[-1] for row in counts]
+    counts = torch.cat((alive_ST.sum(1, keepdim=True), _gaps(alive_ST, cu_seqlens), per_chunk_SC.cumsum(1)), 1).tolist()
+    num_alive, num_gaps, num_loss_rows = ([row[column] for row in counts] for column in (0, 1, -1))
     starts = itertools.accumulate(num_loss_rows, initial=0)
-    bounds = [[start, *(start + count for count in row[1:])] for start, row in zip(starts, counts, strict=False)]
+    bounds = [[start, *(start + count for count in row[2:])] for start, row in zip(starts, counts, strict=False)]
 
+    granule = ROW_GRANULE[slot_ST.device.type]
     runs_T, num_running = torch.ones_like(alive_ST[0]), num_tokens
     rank_T = torch.arange(num_tokens, device=slot_ST.device)  # of a position among those whose rows run
-    loss_rows, slots, kept = [], [], []
+    loss_rows, slots, kept, is_dense = [], [], [], []
     for step in range(steps):
-        wanted = min(num_running, -(-num_alive[step] // ROW_GRANULE) * ROW_GRANULE)
+        wanted = min(num_running, -(-num_alive[step] // granule) * granule)
         if wanted < num_running:
             spare_T = runs_T & ~alive_ST[step]
             still_T = alive_ST[step] | (spare_T & (spare_T.cumsum(0) <= wanted - num_alive[step]))
@@ -102,10 +108,21 @@ def plan_rows(carries_loss_ST: torch.Tensor, slot_ST: torch.Tensor, slots_per_ch
             runs_T, num_running, rank_T = still_T, wanted, still_T.cumsum(0) - 1
         else:
             kept.append(None)
+        is_dense.append(num_running == num_tokens or (num_gaps[step] == 0 and num_running == num_alive[step]))
         position_R = _positions(carries_loss_ST[step], num_loss_rows[step])
         loss_rows.append(rank_T[position_R])
         slots.append(slot_ST[step, position_R])
-    return RowPlan(kept, loss_rows, LossRows(torch.cat(slots), bounds, slots_per_chunk))
+    return RowPlan(kept, is_dense, loss_rows, LossRows(torch.cat(slots), bounds, slots_per_chunk))
+
+
+def _gaps(alive_ST: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Runs of successive rows beyond one a document, int64 [S, 1]."""
+    document_T = torch.searchsorted(cu_seqlens.long(), torch.arange(alive_ST.shape[1], device=alive_ST.device), right=True) - 1
+    begins_T = torch.nn.functional.pad(document_T.diff() > 0, (1, 0), value=True)
+    run_starts_ST = alive_ST & (begins_T | ~torch.nn.functional.pad(alive_ST, (1, -1)))
+    has_rows_SN = alive_ST.new_zeros(alive_ST.shape[0], cu_seqlens.shape[0] - 1)
+    has_rows_SN = has_rows_SN.long().scatter_add_(1, document_T.expand_as(alive_ST), alive_ST.long()) > 0
+    return run_starts_ST.sum(1, keepdim=True) - has_rows_SN.sum(1, keepdim=True)
 
 
 def _positions(mask_T: torch.Tensor, count: int) -> torch.Tensor:

@@ -19,10 +19,12 @@ from engine.config import CHECKPOINTS, DRAFT, Config
 from engine.data.dataset import count_assistant_tokens, load_documents
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
-from engine.ds_config import accumulation_steps, micro_batch_size, resolve_ds_config
+from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config
 from engine.evaluate import Prompt, held_out_prompts
 from engine.export import VOCAB, check_replaceable, export_draft, load_draft, save_vocab_map
 from engine.held_out import HeldOut
+from engine.kernels import Kernels, choose_kernels
+from engine.kernels.vocab_loss import Walk
 from engine.metrics import MetricsFile, StepMetrics
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.models.eagle3 import Eagle3Draft, ServedDraft
@@ -133,12 +135,20 @@ class Trainer:
         return step
 
     def new_draft(self, draft_config: DraftConfig, vocab_map: VocabMap, target: FrozenTarget) -> Eagle3Draft:
-        draft = Eagle3Draft(draft_config).to(self.world.device)
+        draft = Eagle3Draft(draft_config, self.choose_kernels(draft_config)).to(self.world.device)
         head_UD = target.head.rows(vocab_map.target_ids_U).weight_VD if self.config.draft.init_head == "target" else None
         start_from_target(draft, target.embed_weight_VD, head_UD)
         if draft.embed_projection is not None:
             draft.embed_projection.requires_grad_(self.config.draft.train_embedding_projection)
         return draft
+
+    def choose_kernels(self, draft_config: DraftConfig) -> Kernels:
+        walk = Walk(gradient_dtype=getattr(torch, self.config.loss.gradient_dtype))
+        own = Kernels(walk=walk, recompute=self.config.ttt.recompute)
+        dtype = getattr(torch, compute_dtype(self.ds_config))
+        kernels = choose_kernels(self.config.kernels, self.world.device, dtype, draft_config.head_dim, own)
+        self.telemetry.note(f"  kernels: {kernels.reason}")
+        return kernels
 
     def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: FrozenTarget, first_step: int) -> ZeroDraft:
         """The draft under DeepSpeed, as a checkpoint left it after `first_step` or as it is; the run's record is written."""

@@ -6,18 +6,22 @@ Source: EAGLE-3 (arXiv:2503.01840), section 3.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.config import LossSection, TttSection
-from engine.kernels import RowWeights, SlotTargets, vocab_loss
+from engine.kernels import RowWeights, SlotTargets
+from engine.kernels.recompute import recomputed
 from engine.kernels.rows import take_rows
 from engine.models.eagle3 import Eagle3Draft, LayerKeys
 from engine.models.vocab_map import VocabMap
 from engine.rows import RowPlan, allowed_rows, loss_rows, plan_rows, row_slots
+
+CHUNK_MB = {"cpu": 64, "cuda": 1024}  # near a CPU's caches; on a GPU enough rows that adding up the head's gradient is cheap
 
 
 @dataclass(frozen=True)
@@ -33,23 +37,36 @@ class Teacher:
 
 def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | None = None) -> list[torch.Tensor]:
     """Pre-norm outputs [Q, D] of the rows of every step that `plan` lets run; of all, [T, D], without a plan."""
-    batch, kept = micro.batch, plan.kept if plan else [None] * steps
+    batch, kept, is_dense = micro.batch, *((plan.kept, plan.is_dense) if plan else ([None] * steps, [True] * steps))
     position_T, row_T = batch.position_T, torch.arange(batch.num_tokens, device=micro.embed_TD.device)
     embed_TD = torch.nn.functional.pad(draft.embed(micro.embed_TD), (0, 0, 0, steps))
-    keys = [LayerKeys(row_T, batch.cu_seqlens) for _ in draft.decoder_layers]
+
+    def first(state_TD: torch.Tensor, keys: list[LayerKeys]) -> tuple[torch.Tensor, list[LayerKeys]]:
+        return draft.step(embed_TD[1 : 1 + batch.num_tokens], state_TD, position_T, keys, kept[0])
+
+    def later(step: int, output_QD: torch.Tensor, row_Q: torch.Tensor, keys: list[LayerKeys]):
+        state_QD = draft.next_state(output_QD if kept[step] is None else take_rows(output_QD, kept[step]))
+        return draft.step(take_rows(embed_TD, row_Q + 1 + step), state_QD, position_T[row_Q] + step, keys)
+
+    run = recomputed if draft.kernels.recompute == "step" else _at_once
     row_Q = row_T if kept[0] is None else kept[0]
-    keys[-1].query_index_Q = row_Q  # layers below the last run step 0 densely: the next one needs all their outputs
-    outputs = [draft.step(embed_TD[1 : 1 + batch.num_tokens], draft.fuse(micro.target.aux_TA), position_T, keys, kept[0])]
-    for below in keys[:-1]:
-        below.query_index_Q = row_Q
+    every_T = LayerKeys(row_T, batch.cu_seqlens, is_dense=True)
+    own_Q = replace(every_T, position_Q=row_Q, is_dense=is_dense[0])
+    # layers below the last run step 0 densely: the next one needs all their outputs
+    keys = [every_T] * (len(draft.decoder_layers) - 1) + [own_Q]
+    output_QD, keys = run(first, draft.fuse(micro.target.aux_TA), keys)
+    keys = [replace(layer_keys, position_Q=row_Q, is_dense=is_dense[0]) for layer_keys in keys]
+    outputs = [output_QD]
     for step in range(1, steps):
-        state_QD = draft.next_state(outputs[-1])
         if kept[step] is not None:
-            state_QD, row_Q = take_rows(state_QD, kept[step]), row_Q[kept[step]]
-            for layer_keys in keys:
-                layer_keys.keep(kept[step])
-        outputs.append(draft.step(take_rows(embed_TD, row_Q + 1 + step), state_QD, position_T[row_Q] + step, keys))
+            row_Q, keys = row_Q[kept[step]], [layer_keys.kept(kept[step], is_dense[step]) for layer_keys in keys]
+        output_QD, keys = run(later, step, output_QD, row_Q, keys)
+        outputs.append(output_QD)
     return outputs
+
+
+def _at_once(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,8 @@ class TrainingTimeTest:
     def slots_per_chunk(self) -> int:
         """Slots whose rows' logits and gradients, in fp32 and twice in all, fit `loss.chunk_mb`."""
         bytes_per_slot = 4 * self.teacher.vocab_map.size * (2 * self.ttt.steps + 2)
-        return max(1, self.loss.chunk_mb * 2**20 // bytes_per_slot)
+        chunk_mb = self.loss.chunk_mb or CHUNK_MB[self.teacher.vocab_map.in_draft_V.device.type]
+        return max(1, chunk_mb * 2**20 // bytes_per_slot)
 
     def __call__(self, draft: Eagle3Draft, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         """Loss and counts of each TTT step."""
@@ -77,18 +95,20 @@ class TrainingTimeTest:
         allowed_ST = allowed_rows(micro.batch, self.ttt)
         carries_loss_ST = loss_rows(allowed_ST, target, vocab_map)
         slot_ST = row_slots(target.slots_N, allowed_ST)
-        plan = plan_rows(carries_loss_ST, slot_ST, self.slots_per_chunk, self.ttt.compaction)
+        plan = plan_rows(carries_loss_ST, slot_ST, micro.batch.cu_seqlens, self.slots_per_chunk, self.ttt.compaction)
         outputs = unroll(draft, micro, self.ttt.steps, plan)
         hidden_RD = draft.norm(torch.cat([take_rows(*rows) for rows in zip(outputs, plan.loss_rows, strict=True)]))
+        kernels, weight_UD = draft.kernels, draft.lm_head.weight
         slots = SlotTargets(target.last_hidden_ND, self.teacher.logits, target.lse_N, vocab_map.draft_ids(target.argmax_N))
         acceptance_S = norms.acceptance_S
         if self.loss.kind == "lk_lambda" and acceptance_S is None:
             with torch.no_grad():  # a walk ahead, for the mean over the micro-batch
-                ahead = vocab_loss(hidden_RD, draft.lm_head.weight, plan.loss, slots, RowWeights(norms.loss_rows_S))
+                nothing = RowWeights(torch.zeros_like(norms.loss_rows_S))
+                ahead = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, nothing, kernels.walk)
             acceptance_S = ahead.acceptance_S / norms.loss_rows_S.clamp_min(1)
         parts = self._row_weights(norms, acceptance_S)
         weight_S = parts.cross_entropy_S.new_tensor(self.step_weights)
-        result = vocab_loss(hidden_RD, draft.lm_head.weight, plan.loss, slots, parts.scaled(weight_S))
+        result = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, parts.scaled(weight_S), kernels.walk)
         num_loss_rows_S = carries_loss_ST.sum(1)
         return DraftOutput(
             loss=result.total,

@@ -1,12 +1,17 @@
 """A target of a few thousand weights with its tokenizer and chat template, and conversations it can read; all from seeds."""
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so before Transformers imports Triton
+
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

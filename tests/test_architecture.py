@@ -16,6 +16,7 @@ FLOORS = (
     "ds_config",
     "host_memory",
     "batch",
+    "flops",
     "kernels",
     "models",
     "rows",

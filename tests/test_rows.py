@@ -52,13 +52,18 @@ def test_the_rows_that_run_are_those_that_a_loss_depends_on_and_fewer_than_a_gra
     micro = task.micro(make_documents((90, 1, 150), mask))
     allowed_ST = allowed_rows(micro.batch, task.ttt)
     carries_loss_ST, slot_ST = loss_rows(allowed_ST, micro.target, task.vocab_map), row_slots(micro.target.slots_N, allowed_ST)
-    plan = plan_rows(carries_loss_ST, slot_ST, slots_per_chunk=50, compaction=True)
+    plan = plan_rows(carries_loss_ST, slot_ST, micro.batch.cu_seqlens, slots_per_chunk=50, compaction=True)
     position_Q, read = torch.arange(micro.batch.num_tokens), []
     for step in range(steps):
         position_Q = position_Q if plan.kept[step] is None else position_Q[plan.kept[step]]
         assert (position_Q.diff() > 0).all()
         needed = {t for t in range(micro.batch.num_tokens) if carries_loss_ST[step:, t].any()}
-        assert needed <= set(position_Q.tolist()) and len(position_Q) < len(needed) + ROW_GRANULE
+        assert needed <= set(position_Q.tolist()) and len(position_Q) < len(needed) + ROW_GRANULE["cpu"]
+        if plan.is_dense[step]:
+            runs = [
+                position_Q[(position_Q >= start) & (position_Q < end)].diff() for start, end in ((0, 90), (90, 91), (91, 241))
+            ]
+            assert all((run == 1).all() for run in runs)
         own = position_Q[plan.loss_rows[step]]
         assert own.tolist() == carries_loss_ST[step].nonzero().flatten().tolist()
         read += [(step, int(slot_ST[step, t])) for t in own]

@@ -114,7 +114,7 @@ def test_leaving_out_rows_changes_nothing(mask, shape):
     for ours_S, theirs_S in zip(vars(compacted).values(), vars(dense).values(), strict=True):
         torch.testing.assert_close(ours_S, theirs_S, rtol=1e-5, atol=1e-6)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+        assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
 
 
 @pytest.mark.parametrize("kind", ["kl", "lk_lambda"])

@@ -1,15 +1,88 @@
 """The hot operations of draft training; which implementation of each runs is decided here and nowhere else."""
 
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
 import torch
+from torch import Tensor
 
 from engine.kernels import blocked_attention, reference
+from engine.kernels.elementwise import Elementwise, liger_elementwise
 from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets, VocabLoss
-from engine.kernels.vocab_loss import vocab_loss
+from engine.kernels.vocab_loss import Walk, vocab_loss
 
-__all__ = ["AttentionRows", "LossRows", "RowWeights", "SlotTargets", "VocabLoss", "ancestor_attention", "vocab_loss"]
+__all__ = ["PLAIN", "AttentionRows", "Kernels", "LossRows", "RowWeights", "SlotTargets", "VocabLoss", "choose_kernels"]
 
 
-def ancestor_attention(query_QHE: torch.Tensor, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference.ancestor_attention`, as the device of its query does it best."""
+def plain_attention(query_QHE: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    """`reference.ancestor_attention`, in blocks on a CPU."""
     on_cpu = query_QHE.device.type == "cpu"
     return (blocked_attention if on_cpu else reference).ancestor_attention(query_QHE, *arguments)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The implementations that a draft runs, each with the meaning of its namesake in reference.py.
+
+    walk: how `vocab_loss` walks its chunks. recompute: what is computed again in the backward pass instead of being kept,
+    "none", "mlp" or "step". reason: what was chosen and why, one sentence.
+    """
+
+    attention: Callable[..., tuple[Tensor, Tensor]] = plain_attention
+    vocab_loss: Callable[..., VocabLoss] = vocab_loss
+    elementwise: Elementwise = field(default_factory=Elementwise)
+    walk: Walk = field(default_factory=Walk)
+    recompute: str = "none"
+    reason: str = "plain PyTorch"
+
+
+PLAIN = Kernels()
+
+
+def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, own: Kernels = PLAIN) -> Kernels:
+    """The implementations for a draft of this precision and head size. own: what is settled already, `walk` and `recompute`.
+
+    wanted: "auto", "triton", "flash" or "reference". Raises ValueError where that cannot run, naming what can.
+    """
+    if wanted == "reference":
+        plain = replace(own, attention=reference.ancestor_attention, vocab_loss=reference.vocab_loss)
+        return replace(plain, reason="the readable specification, as asked")
+    if device.type == "cpu":
+        if wanted != "auto":
+            raise ValueError(f"kernels={wanted} needs a GPU, and this run is on a CPU; use kernels=auto or kernels=reference")
+        return replace(own, reason="plain PyTorch in blocks, since this is a CPU")
+    if importlib.util.find_spec("triton") is None:
+        if wanted != "auto":
+            raise ValueError(f"kernels={wanted} needs Triton, which is not installed; pip install triton, or use kernels=auto")
+        return replace(own, attention=reference.ancestor_attention, reason="plain PyTorch, since Triton is not installed")
+    fused = _fused(own)
+    if wanted == "flash":
+        return _with_flash(fused, device, dtype, head_dim)
+    asked = "as asked" if wanted == "triton" else "since this is a GPU"
+    return replace(fused, reason=f"{fused.reason}, {asked}")
+
+
+def _fused(own: Kernels) -> Kernels:
+    from engine.kernels import ancestor_attention, row_loss  # they need Triton
+
+    walk = replace(own.walk, row_loss=row_loss.row_loss)
+    fused = replace(own, attention=ancestor_attention.ancestor_attention, walk=walk, reason="Triton attention and loss")
+    if importlib.util.find_spec("liger_kernel") is None:
+        return replace(fused, reason=f"{fused.reason}, PyTorch norms (pip install liger-kernel for faster ones)")
+    return replace(fused, elementwise=liger_elementwise(), reason=f"{fused.reason}, liger-kernel norms")
+
+
+def _with_flash(fused: Kernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
+    """With flash attention for the prefix wherever the rows of each document stand at successive positions."""
+    from engine.kernels import prefix_flash  # it needs Triton
+
+    refusal = prefix_flash.refusal(dtype, head_dim, device)
+    if refusal:
+        raise ValueError(f"kernels=flash cannot run: {refusal}; use kernels=auto")
+
+    def attention(*arguments) -> tuple[Tensor, Tensor]:
+        dense = arguments[-1].is_dense
+        return prefix_flash.ancestor_attention(*arguments) if dense else fused.attention(*arguments)
+
+    return replace(fused, attention=attention, reason=f"flash attention for the prefix, as asked; else {fused.reason}")

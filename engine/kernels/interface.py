@@ -19,12 +19,14 @@ class AttentionRows:
     cu_seqlens: int [num_documents + 1], starts of documents among those keys, and their number at the end.
     ancestors: A tensors int64 [Q]; row `r` sees row `ancestors[a][r]` of the `a`-th extra keys.
     is_tree: whether rows may have an ancestor in common, or lack one (a negative number); else those of an `a` are distinct.
+    is_dense: whether the rows of each document are known to stand at successive positions.
     """
 
     position_Q: torch.Tensor
     cu_seqlens: torch.Tensor
     ancestors: tuple[torch.Tensor, ...] = ()
     is_tree: bool = False
+    is_dense: bool = False
 
     @cached_property
     def start_Q(self) -> torch.Tensor:
@@ -79,6 +81,26 @@ class RowWeights:
     def scaled(self, factor_S: torch.Tensor) -> "RowWeights":
         """Each step's weights times a factor."""
         return RowWeights(*(None if part_S is None else part_S * factor_S for part_S in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class LossChunk:
+    """Rows that are scored together, r in all, and the n slots that they learn.
+
+    logits_rU: the draft's, in its precision. target_nU: the target's over the draft vocabulary, fp32 or 16-bit. slot_r: int64,
+    index into n; the rows come by step, then by slot, and those of negative slots, which come last, are silent. lse_n,
+    draft_id_n: as in `SlotTargets`. weight_3r: fp32, weights of cross-entropy, -log(acceptance) and 1 - acceptance, 0 where
+    absent. sizes: rows of each step. mixes: whether the last two weights may be other than 0.
+    """
+
+    logits_rU: torch.Tensor
+    target_nU: torch.Tensor
+    slot_r: torch.Tensor
+    lse_n: torch.Tensor
+    draft_id_n: torch.Tensor
+    weight_3r: torch.Tensor
+    sizes: list[int]
+    mixes: bool
 
 
 @dataclass(frozen=True)

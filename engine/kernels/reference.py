@@ -43,11 +43,17 @@ def ancestor_attention(
 
 
 def vocab_loss(
-    hidden_RD: torch.Tensor, weight_UD: torch.Tensor, rows: LossRows, targets: SlotTargets, weights: RowWeights
+    hidden_RD: torch.Tensor,
+    weight_UD: torch.Tensor,
+    rows: LossRows,
+    targets: SlotTargets,
+    weights: RowWeights,
+    walk: object = None,
 ) -> VocabLoss:
     """Compare the draft's distribution of every row with the target's of its slot.
 
-    hidden_RD: [R, D], what the draft's head reads. weight_UD: [U, D], that head. Differentiable in both.
+    hidden_RD: [R, D], what the draft's head reads. weight_UD: [U, D], that head. Differentiable in both. walk: how others walk
+    over chunks; here there are none.
     Source: EAGLE-3 (arXiv:2503.01840), section 3; LK losses: sum_v min(p, q) is the rate at which drafted tokens are accepted.
     """
     step_R = torch.repeat_interleave(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROW_GRANULE = 32  # a CPU compiles a matrix product of a new size anew, a GPU wastes part of a tile
+ROW_GRANULE = {"cpu": 32, "cuda": 1}  # rows come in multiples of it: a CPU compiles a matrix product of a new size anew
 
 
 def take_rows(x: Tensor, index_Q: Tensor) -> Tensor:

@@ -1,51 +1,51 @@
 """The EAGLE-3 draft: parameter names and shapes are those of SGLang's `LlamaForCausalLMEagle3`."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from engine.kernels import AttentionRows, ancestor_attention
+from engine.kernels import PLAIN, AttentionRows, Kernels
+from engine.kernels.elementwise import CosSin, rotate
 from engine.kernels.matmul import Linear
+from engine.kernels.recompute import recomputed
 from engine.kernels.rows import take_rows
 from engine.models.draft_config import DraftConfig
 from engine.models.vocab_map import VocabMap
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerKeys:
     """Keys and values of one layer that rows attend to: a packed prefix and, per row, its own ancestors.
 
-    query_index_Q: int64 [Q], the position of the prefix a row stands at. cu_seqlens: int [num_documents + 1].
-    ancestors: for each of the extra keys, the row of it that is a row's own, int64 [Q].
+    position_Q: int64 [Q], the position of the prefix a row stands at. cu_seqlens: int [num_documents + 1].
+    ancestors: for each of the extra keys, the row of it that is a row's own, int64 [Q]. is_dense: as `AttentionRows` has it.
     """
 
-    query_index_Q: torch.Tensor
+    position_Q: torch.Tensor
     cu_seqlens: torch.Tensor
     key_TGE: torch.Tensor | None = None
     value_TGE: torch.Tensor | None = None
-    extra_keys: list[torch.Tensor] = field(default_factory=list)
-    extra_values: list[torch.Tensor] = field(default_factory=list)
+    extra_keys: tuple[torch.Tensor, ...] = ()
+    extra_values: tuple[torch.Tensor, ...] = ()
     ancestors: tuple[torch.Tensor, ...] = ()
+    is_dense: bool = False
 
-    def keep(self, index_Q: torch.Tensor) -> None:
-        """Go on with these rows alone; index_Q: int64, ascending. Keys stay where they are."""
-        self.query_index_Q = self.query_index_Q[index_Q]
-        self.ancestors = tuple(ancestor_Q[index_Q] for ancestor_Q in self.ancestors)
+    def kept(self, index_Q: torch.Tensor, is_dense: bool) -> "LayerKeys":
+        """For these rows alone; index_Q: int64, ascending. Keys stay where they are."""
+        ancestors = tuple(ancestor_Q[index_Q] for ancestor_Q in self.ancestors)
+        return replace(self, position_Q=self.position_Q[index_Q], ancestors=ancestors, is_dense=is_dense)
 
-    def attend(self, query_QHE: torch.Tensor, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> torch.Tensor:
-        """Add this step's keys (the prefix at step 0, an ancestor of each row later) and attend: [Q, H, E]."""
+    def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> "LayerKeys":
+        """With this step's keys: the prefix at step 0, an ancestor of each row later."""
         if self.key_TGE is None:
-            self.key_TGE, self.value_TGE = key_QGE, value_QGE
-        else:
-            self.extra_keys.append(key_QGE)
-            self.extra_values.append(value_QGE)
-            self.ancestors += (torch.arange(key_QGE.shape[0], device=key_QGE.device),)
-        rows = AttentionRows(self.query_index_Q, self.cu_seqlens, self.ancestors)
-        return ancestor_attention(query_QHE, self.key_TGE, self.value_TGE, self.extra_keys, self.extra_values, rows)[0]
+            return replace(self, key_TGE=key_QGE, value_TGE=value_QGE)
+        own_Q = torch.arange(key_QGE.shape[0], device=key_QGE.device)
+        extras = (*self.extra_keys, key_QGE), (*self.extra_values, value_QGE)
+        return replace(self, extra_keys=extras[0], extra_values=extras[1], ancestors=(*self.ancestors, own_Q))
 
 
 class RotaryTable:
@@ -70,61 +70,77 @@ class RotaryTable:
         return angle_QE.cos() * self.attention_scaling, angle_QE.sin() * self.attention_scaling
 
 
-def apply_rotary(x_QHE: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    cos, sin = cos_sin
-    first, second = x_QHE.float().chunk(2, -1)
-    return (x_QHE.float() * cos + torch.cat((-second, first), -1) * sin).to(x_QHE.dtype)
+class RmsNorm(nn.RMSNorm):
+    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
+        super().__init__(size, eps)
+        self.kernels = kernels
+
+    def forward(self, x_QD: torch.Tensor) -> torch.Tensor:
+        return self.kernels.elementwise.rms_norm(x_QD, self.weight, self.eps)
 
 
 class Eagle3Attention(nn.Module):
-    def __init__(self, config: DraftConfig, input_size: int) -> None:
+    def __init__(self, config: DraftConfig, input_size: int, kernels: Kernels) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.kernels = config.head_dim, kernels
         self.q_proj = Linear(input_size, config.num_attention_heads * config.head_dim)
         self.k_proj = Linear(input_size, config.num_key_value_heads * config.head_dim)
         self.v_proj = Linear(input_size, config.num_key_value_heads * config.head_dim)
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
-    def forward(self, x_QD, cos_sin: tuple[torch.Tensor, torch.Tensor], keys: LayerKeys, rows_R=None) -> torch.Tensor:
+    def forward(self, x_QD, cos_sin: CosSin, keys: LayerKeys, rows_R=None) -> tuple[torch.Tensor, LayerKeys]:
         """rows_R: int64, the rows that ask, of those that give keys; None = all."""
-        key_QGE = apply_rotary(self.k_proj(x_QD).unflatten(-1, (-1, self.head_dim)), cos_sin)
-        value_QGE = self.v_proj(x_QD).unflatten(-1, (-1, self.head_dim))
-        if rows_R is not None:
-            x_QD, cos_sin = take_rows(x_QD, rows_R), tuple(table[rows_R] for table in cos_sin)
-        query_QHE = apply_rotary(self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim)), cos_sin)
-        return self.o_proj(keys.attend(query_QHE, key_QGE, value_QGE).flatten(-2))
+        key_QGE, value_QGE = (proj(x_QD).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        if rows_R is None:
+            query_QHE = self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim))
+            query_QHE, key_QGE = self.kernels.elementwise.rotate_both(query_QHE, key_QGE, cos_sin)
+        else:
+            query_QHE = self.q_proj(take_rows(x_QD, rows_R)).unflatten(-1, (-1, self.head_dim))
+            query_QHE = rotate(query_QHE, tuple(table[rows_R] for table in cos_sin))
+            key_QGE = rotate(key_QGE, cos_sin)
+        keys = keys.extended(key_QGE, value_QGE)
+        rows = AttentionRows(keys.position_Q, keys.cu_seqlens, keys.ancestors, is_dense=keys.is_dense)
+        seen = keys.key_TGE, keys.value_TGE, keys.extra_keys, keys.extra_values
+        output_QHE, _ = self.kernels.attention(query_QHE, *seen, rows)
+        return self.o_proj(output_QHE.flatten(-2)), keys
 
 
 class Eagle3Mlp(nn.Module):
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DraftConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_QD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x_QD)) * self.up_proj(x_QD))
+        return self.down_proj(self.kernels.elementwise.swiglu(self.gate_proj(x_QD), self.up_proj(x_QD)))
 
 
 class Eagle3Layer(nn.Module):
     """One decoder layer. The first reads the token embedding beside the state; later ones the state alone."""
 
-    def __init__(self, config: DraftConfig, reads_embedding: bool) -> None:
+    def __init__(self, config: DraftConfig, reads_embedding: bool, kernels: Kernels) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(size, eps) if reads_embedding else None
-        self.hidden_norm = nn.RMSNorm(size, eps)
-        self.self_attn = Eagle3Attention(config, 2 * size if reads_embedding else size)
-        self.post_attention_layernorm = nn.RMSNorm(size, eps)
-        self.mlp = Eagle3Mlp(config)
+        self.kernels = kernels
+        self.input_layernorm = RmsNorm(size, eps, kernels) if reads_embedding else None
+        self.hidden_norm = RmsNorm(size, eps, kernels)
+        self.self_attn = Eagle3Attention(config, 2 * size if reads_embedding else size, kernels)
+        self.post_attention_layernorm = RmsNorm(size, eps, kernels)
+        self.mlp = Eagle3Mlp(config, kernels)
 
-    def forward(self, embed_QD, state_QD, cos_sin, keys: LayerKeys, rows_R=None) -> torch.Tensor:
+    def forward(self, embed_QD, state_QD, cos_sin: CosSin, keys: LayerKeys, rows_R=None) -> tuple[torch.Tensor, LayerKeys]:
         x_QD = self.hidden_norm(state_QD)
         if self.input_layernorm is not None:
             x_QD = torch.cat((self.input_layernorm(embed_QD), x_QD), -1)
         state_QD = state_QD if rows_R is None else take_rows(state_QD, rows_R)
-        state_QD = state_QD + self.self_attn(x_QD, cos_sin, keys, rows_R)
-        return state_QD + self.mlp(self.post_attention_layernorm(state_QD))
+        attended_QD, keys = self.self_attn(x_QD, cos_sin, keys, rows_R)
+        state_QD = state_QD + attended_QD
+        return state_QD + (recomputed(self._mlp, state_QD) if self.kernels.recompute == "mlp" else self._mlp(state_QD)), keys
+
+    def _mlp(self, state_QD: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.post_attention_layernorm(state_QD))
 
 
 class Eagle3Draft(nn.Module):
@@ -134,19 +150,20 @@ class Eagle3Draft(nn.Module):
     `embed_projection` exists where the draft is narrower or wider than its target; export folds it into `embed_tokens`.
     """
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DraftConfig, kernels: Kernels = PLAIN) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.kernels = config, kernels
         target_size, size = config.target_hidden_size, config.hidden_size
         self.rotary = RotaryTable(config)
         self.embed_projection = Linear(target_size, size) if target_size != size else None
-        self.fc_norm = nn.ModuleList(nn.RMSNorm(target_size, config.rms_norm_eps) for _ in range(3)) if config.fc_norm else None
+        norms = (RmsNorm(target_size, config.rms_norm_eps, kernels) for _ in range(3))
+        self.fc_norm = nn.ModuleList(norms) if config.fc_norm else None
         self.fc = Linear(3 * target_size, size)
         if config.num_hidden_layers == 1:
-            self.midlayer = Eagle3Layer(config, reads_embedding=True)
+            self.midlayer = Eagle3Layer(config, True, kernels)
         else:
-            self.layers = nn.ModuleList(Eagle3Layer(config, reads_embedding=i == 0) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(size, config.rms_norm_eps)
+            self.layers = nn.ModuleList(Eagle3Layer(config, i == 0, kernels) for i in range(config.num_hidden_layers))
+        self.norm = RmsNorm(size, config.rms_norm_eps, kernels)
         self.lm_head = Linear(size, config.draft_vocab_size)
 
     @property
@@ -164,18 +181,20 @@ class Eagle3Draft(nn.Module):
         """Rows of the target's embedding, projected to the draft's width where it differs."""
         return target_embed_TD if self.embed_projection is None else self.embed_projection(target_embed_TD)
 
-    def step(self, embed_QD, state_QD, position_Q: torch.Tensor, keys: list[LayerKeys], rows_R=None) -> torch.Tensor:
-        """One TTT or drafting step of rows: token embeddings and states [Q, D] -> pre-norm outputs [Q, D].
+    def step(
+        self, embed_QD, state_QD, position_Q: torch.Tensor, keys: list[LayerKeys], rows_R=None
+    ) -> tuple[torch.Tensor, list[LayerKeys]]:
+        """One TTT or drafting step: token embeddings and states of rows [Q, D] -> pre-norm outputs [Q, D], keys with theirs.
 
-        position_Q: int64 [Q] rotary positions; keys: one `LayerKeys` a layer, extended by this step. rows_R: int64 [R],
-        ascending; then all rows give keys, but only these have an output, [R, D].
+        position_Q: int64 [Q] rotary positions; keys: one `LayerKeys` a layer. rows_R: int64 [R], ascending; then all rows give
+        keys, but only these have an output, [R, D], and stand in the last layer's keys.
         """
-        cos_sin = self.rotary.cos_sin(position_Q)
-        *below, last = zip(self.decoder_layers, keys, strict=True)
-        for layer, layer_keys in below:
-            state_QD = layer(embed_QD, state_QD, cos_sin, layer_keys)
-        layer, layer_keys = last
-        return layer(embed_QD, state_QD, cos_sin, layer_keys, rows_R)
+        cos_sin, seen = self.rotary.cos_sin(position_Q), []
+        for layer, layer_keys in zip(self.decoder_layers, keys, strict=True):
+            asking_R = rows_R if layer is self.decoder_layers[-1] else None
+            state_QD, layer_keys = layer(embed_QD, state_QD, cos_sin, layer_keys, asking_R)
+            seen.append(layer_keys)
+        return state_QD, seen
 
     def next_state(self, output_QD: torch.Tensor) -> torch.Tensor:
         """The state that the next step reads: the pre-norm output, or the normed one in EAGLE-3.1."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.kernels import LossRows, RowWeights, SlotTargets, reference, vocab_loss
+from engine.kernels import LossRows, RowWeights, SlotTargets, VocabLoss, reference
+from engine.kernels.vocab_loss import Walk, vocab_loss
 
 STEPS, SLOTS, HIDDEN, DRAFT_VOCAB, VOCAB = 3, 23, 12, 37, 61
 WEIGHTS = {
@@ -16,7 +17,15 @@ WEIGHTS = {
     "a step of no weight": RowWeights(torch.tensor([1.0, 0.0, 0.25])),
 }
 SHARES = {"every row": 1.1, "some rows": 0.4, "few rows": 0.03, "no row": -1.0}
-IMPLEMENTATIONS = {"reference": reference.vocab_loss, "deferred": vocab_loss}
+
+
+def fused(*arguments: object) -> VocabLoss:
+    """The deferred loss with the Triton kernel, in the interpreter where there is no GPU."""
+    kernel = pytest.importorskip("engine.kernels.row_loss", reason="Triton is not installed")
+    return vocab_loss(*arguments, walk=Walk(kernel.row_loss))
+
+
+IMPLEMENTATIONS = {"reference": reference.vocab_loss, "deferred": vocab_loss, "fused": fused}
 
 
 def make_targets(scale: float = 1.0, dtype: torch.dtype = torch.float32) -> SlotTargets:
@@ -116,8 +125,31 @@ def test_in_bf16_it_errs_at_most_twice_as_much_as_plain_pytorch(parts):
         wide = [tensor.detach().double().requires_grad_() for tensor in draft]
         written_out(*wide, rows, targets, weights)[0].backward()
         errors[name] = [(ours.grad - theirs.grad).norm() for ours, theirs in zip(draft, wide, strict=True)]
-    for ours, plain in zip(errors["deferred"], errors["reference"], strict=True):
+    for ours, plain in zip(errors["deferred"] + errors["fused"], 2 * errors["reference"], strict=True):
         assert ours <= 2 * plain
+
+
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
+def test_the_head_s_gradient_adds_up_in_the_precision_asked_for(gradient_dtype):
+    rows, targets = make_rows(0.8, 3), make_targets(dtype=torch.bfloat16)
+    draft = make_draft(rows.slot_R.numel(), dtype=torch.bfloat16)
+    vocab_loss(*draft, rows, targets, WEIGHTS["kl"], walk=Walk(gradient_dtype=gradient_dtype)).total.backward()
+    wide = [tensor.detach().double().requires_grad_() for tensor in draft]
+    written_out(*wide, rows, targets, WEIGHTS["kl"])[0].backward()
+    error = (draft[1].grad - wide[1].grad).norm() / wide[1].grad.norm()
+    assert error < 2**-8 * (1 if gradient_dtype == torch.float32 else 4)  # eight chunks add up, each sum rounded
+
+
+@pytest.mark.parametrize("implementation", ["deferred", "fused"])
+def test_fp16_gradients_survive_a_loss_divided_by_a_million_slots(implementation):
+    rows, targets, parts = make_rows(0.8, 7), make_targets(dtype=torch.float16), WEIGHTS["lambda"]
+    weights, scale = parts.scaled(torch.tensor(1e-6)), 2.0**20
+    draft = make_draft(rows.slot_R.numel(), dtype=torch.float16)
+    (scale * IMPLEMENTATIONS[implementation](*draft, rows, targets, weights).total).backward()
+    wide = [tensor.detach().double().requires_grad_() for tensor in draft]
+    (scale * written_out(*wide, rows, targets, weights)[0]).backward()
+    for ours, theirs in zip(draft, wide, strict=True):
+        assert (ours.grad - theirs.grad).norm() < 5e-3 * theirs.grad.norm()
 
 
 def test_without_gradients_it_gives_the_same_sums():

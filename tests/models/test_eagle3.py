@@ -8,8 +8,9 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from engine.config import DraftSection
+from engine.kernels.elementwise import rotate
 from engine.models.draft_config import derive_draft_config
-from engine.models.eagle3 import Eagle3Draft, LayerKeys, RotaryTable, ServedDraft, apply_rotary
+from engine.models.eagle3 import Eagle3Draft, LayerKeys, RotaryTable, ServedDraft
 from engine.models.vocab_map import VocabMap
 from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, make_draft
 
@@ -100,7 +101,7 @@ def test_rotary_embeddings_are_those_of_transformers(rope):
     x_QHE = torch.randn(6, 3, 16)
     cos, sin = llama(x_QHE, position_Q[None])
     theirs, _ = apply_rotary_pos_emb(x_QHE[None], x_QHE[None], cos, sin, unsqueeze_dim=2)
-    torch.testing.assert_close(apply_rotary(x_QHE, RotaryTable(config).cos_sin(position_Q)), theirs[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotate(x_QHE, RotaryTable(config).cos_sin(position_Q)), theirs[0], rtol=1e-5, atol=1e-5)
 
 
 def test_casting_the_draft_leaves_its_rotary_table_alone():

@@ -1,0 +1,172 @@
+"""One training step of a draft: the target's head over its slots, the training-time test, and the backward pass.
+
+    python -m benchmarks.bench_train_step --shapes 'llama3.1-8b-8k-*' --json step.json
+
+Run from the repository's root. A shape's name says the target, tokens of the micro-batch and the share of them, the last ones
+of each document, that the assistant wrote. The micro-batch is one document, or with `packed` documents of 2048 tokens. The
+draft is the one that launcher/train.py derives: recipes from launcher/recipes, targets' configs from tests/recipes_configs.py.
+Weights and hidden states are random, and the target's most likely token is always in the draft vocabulary. The target's body
+and the optimizer are no part of it. A provider is a set of options as in a recipe; all are held to the same floor, that of the
+rows that a loss depends on, and MFU counts no FLOPs but those.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Benchmark, Place, Provider, main
+from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
+from engine.config import TttSection
+from engine.flops import DraftShape, Part, StepCounts, step_parts
+from engine.models.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3 import Eagle3Draft
+from engine.models.vocab_map import VocabMap
+from engine.recipe import load_config
+from engine.rows import allowed_rows, slots_of
+from engine.target.head import TargetHead
+from engine.ttt import Teacher, TrainingTimeTest
+from tests.recipes_configs import target_config
+
+RECIPES = Path(__file__).resolve().parents[1] / "launcher" / "recipes"
+MODELS, SHARES, PACKED_TOKENS = ("llama3.1-8b", "llama3.3-70b", "qwen3-30b-a3b", "kimi-k2"), (1.0, 0.5, 0.3, 0.1), 2048
+OPTIONS = {  # provider -> what it changes, by the dotted key of a recipe
+    "compacted": {},
+    "uncompacted": {"ttt.compaction": "false"},
+}
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """model: a recipe, or "cpu". assistant: share of each document's tokens, its last ones, that carry loss."""
+
+    model: str
+    num_tokens: int
+    document_tokens: int
+    assistant: float
+
+    @property
+    def draft(self) -> DraftConfig:
+        if self.model == "cpu":
+            return _small_draft()
+        recipe = load_config(RECIPES / f"{self.model}.yaml")
+        return derive_draft_config(target_config(self.model), recipe.draft, recipe.target.aux_layers)
+
+    @property
+    def batch(self) -> PackedBatch:
+        position_T = torch.arange(self.num_tokens)
+        first = self.document_tokens - round(self.document_tokens * self.assistant)
+        cu_seqlens = torch.arange(0, self.num_tokens + 1, self.document_tokens, dtype=torch.int32)
+        return PackedBatch(torch.zeros_like(position_T), position_T % self.document_tokens >= first, cu_seqlens)
+
+
+def _small_draft() -> DraftConfig:
+    exported = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2}
+    exported |= {"vocab_size": 32000, "draft_vocab_size": 8000, "max_position_embeddings": 4096}
+    return DraftConfig.from_dict(exported)
+
+
+def _shapes() -> dict[str, StepShape]:
+    sizes = [(model, 1024 * thousands, "") for model in MODELS for thousands in (2, 8, 32, 128)]
+    sizes += [("llama3.1-8b", 1024 * thousands, "-packed") for thousands in (8, 32, 128)] + [("cpu", 1024, "")]
+    return {
+        f"{model}-{num_tokens // 1024}k{packed}-{share}": StepShape(
+            model, num_tokens, PACKED_TOKENS if packed else num_tokens, share
+        )
+        for model, num_tokens, packed in sizes
+        for share in SHARES
+    }
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """What a draft is made of, a target's head and hidden states, and a micro-batch."""
+
+    place: Place
+    config: DraftConfig
+    head: TargetHead
+    vocab_map: VocabMap
+    batch: PackedBatch
+    aux_TA: Tensor
+    last_hidden_TD: Tensor
+    embed_TD: Tensor
+
+
+def prepare(shape: StepShape, place: Place) -> StepTensors:
+    """Everything is made where it is used: large weights never pass through the CPU."""
+    torch.manual_seed(0)
+    config, batch = shape.draft, shape.batch.to(place.device)
+    vocab_size, size = config.vocab_size, config.target_hidden_size
+    with place.device:
+        chosen_U = torch.randperm(vocab_size)[: config.draft_vocab_size].sort().values
+        in_draft_V = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, chosen_U, True)
+        head_VD = torch.randn(vocab_size, size, dtype=place.dtype) * (4 * size**-0.5)
+        head_VD *= torch.where(in_draft_V, 1.0, 0.05).to(place.dtype)[:, None]
+        sizes = 3 * size, size, size
+        states = [torch.randn(shape.num_tokens, width, dtype=place.dtype) for width in sizes]
+    return StepTensors(place, config, TargetHead(head_VD), VocabMap(chosen_U, in_draft_V), batch, *states)
+
+
+def _random_draft(config: DraftConfig, place: Place) -> Eagle3Draft:
+    torch.manual_seed(1)
+    with place.device:
+        draft = Eagle3Draft(config).to(place.dtype)
+    if draft.embed_projection is not None:
+        draft.embed_projection.requires_grad_(False)
+    return draft
+
+
+def setup(options: dict[str, str], tensors: StepTensors) -> Callable[[], object]:
+    config = load_config(None, [f"{key}={value}" for key, value in options.items()])
+    head, batch, draft = tensors.head, tensors.batch, _random_draft(tensors.config, tensors.place)
+    teacher = Teacher(head.rows(tensors.vocab_map.target_ids_U).logits, tensors.vocab_map)
+    test = TrainingTimeTest(config.ttt, config.loss, teacher)
+    num_allowed_S = allowed_rows(batch, config.ttt).sum(1)
+    norms = LossNorms(num_allowed_S[0].float().clamp_min(1), num_allowed_S.float())
+
+    def step() -> None:
+        slots_N = slots_of(allowed_rows(batch, config.ttt))
+        last_hidden_ND = tensors.last_hidden_TD[slots_N]
+        target = TargetOutput(tensors.aux_TA, slots_N, last_hidden_ND, *head.argmax_and_lse(last_hidden_ND))
+        test(draft, MicroBatch(batch, target, tensors.embed_TD), norms).loss.backward()
+        draft.zero_grad()
+
+    return step
+
+
+def parts(shape: StepShape) -> dict[str, Part]:
+    config, batch = shape.draft, shape.batch
+    allowed_ST = allowed_rows(batch, TttSection())
+    draft = DraftShape(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.draft_vocab_size,
+        config.target_hidden_size,
+        config.vocab_size,
+        config.num_hidden_layers,
+    )
+    return step_parts(draft, StepCounts.needed(batch, allowed_ST, slots_of(allowed_ST).numel()))
+
+
+def figures(shape: StepShape, seconds: float) -> dict[str, float]:
+    return {"tokens/s": shape.num_tokens / seconds}
+
+
+BENCHMARK = Benchmark(
+    module="benchmarks.bench_train_step",
+    shapes=_shapes(),
+    default_shapes={"cpu": ("cpu-*",), "cuda": ("llama3.1-8b-*", "*-8k-*")},
+    providers={name: Provider(lambda options=options: options) for name, options in OPTIONS.items()},
+    prepare=prepare,
+    setup=setup,
+    parts=parts,
+    figures=figures,
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)

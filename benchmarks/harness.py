@@ -1,0 +1,347 @@
+"""Times the providers of a benchmark side by side, measures the memory they need, and holds both against engine/flops.py.
+
+A benchmark is data: shapes, providers, and one `setup` that turns a provider and a shape's tensors into a call that does the
+work and leaves nothing behind. All providers of a shape are set up and warmed up, then timed in turn, A B A B ..., so that
+whatever else the machine does meets all of them alike.
+
+- Time: between CUDA events, with the L2 cache overwritten first; the wall clock on a CPU.
+- Peak memory: of one more call, above what was there before it. On a GPU, what PyTorch allocates. On a CPU, resident memory of
+  this process: freed pages go back to the kernel (`malloc_trim`), whose high-water mark is then reset (`/proc/self/clear_refs`)
+  and read after the call. Unknown where the kernel has no such mark.
+- Floor: FLOPs and bytes of the work over the datasheet's rates. Where there is none, over the best rates of large products and
+  copies, tried before the run and after each shape: a machine that has other work would seem slower than it is.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import fnmatch
+import gc
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from engine.flops import HardwarePeak, Part, floor_s, peak_of
+from engine.host_memory import keep_freed_memory
+from engine.kernels.matmul import product
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WARM_UP_CALLS, L2_BYTES, TABLE_WIDTH = 2, 256 << 20, 140
+COPIED_BYTES, PRODUCT_SIZE = 256 << 20, {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in what precision the work is done."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work. load: what `setup` is given; it may import what is not installed everywhere."""
+
+    load: Callable[[], Any]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is measured.
+
+    module: as after `python -m`. shapes, by name; default_shapes: patterns of those that a device type runs unasked.
+    prepare: (shape, place) -> tensors that the providers share. setup: (what a provider loads, those) -> a call of the work.
+    parts: shape -> what no provider can do without. figures: (shape, seconds) -> further columns.
+    """
+
+    module: str
+    shapes: dict[str, Any]
+    default_shapes: dict[str, tuple[str, ...]]
+    providers: dict[str, Provider]
+    prepare: Callable[[Any, Place], Any]
+    setup: Callable[[Any, Any], Callable[[], object]]
+    parts: Callable[[Any], dict[str, Part]]
+    figures: Callable[[Any, float], dict[str, float]]
+
+
+@dataclass
+class Row:
+    """A provider at a shape: seconds of every timed call and bytes of one, or why there are none."""
+
+    shape: str
+    provider: str
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    error: str | None = None
+
+    def record(self, benchmark: Benchmark, place: Place, peak: HardwarePeak) -> dict[str, Any]:
+        """The row as JSON holds it."""
+        names = {"shape": self.shape, "provider": self.provider}
+        if self.error is not None:
+            return names | {"error": self.error}
+        shape, median_s = benchmark.shapes[self.shape], statistics.median(self.seconds)
+        parts = benchmark.parts(shape)
+        num_flops, least_s = sum(part.flops for part in parts.values()), floor_s(parts, peak, place.dtype)
+        milliseconds = {"median": median_s, "min": min(self.seconds), "max": max(self.seconds), "floor": least_s}
+        return (
+            names
+            | {f"{name}_ms": 1e3 * value for name, value in milliseconds.items()}
+            | {"over_floor": median_s / least_s, "mfu": num_flops / median_s / peak.flops_per_s[place.dtype]}
+            | {"flops": num_flops, "peak_bytes": self.peak_bytes}
+            | benchmark.figures(shape, median_s)
+        )
+
+
+def main(benchmark: Benchmark) -> None:
+    """The command line of a benchmark."""
+    options = _parse(benchmark)
+    place = Place(torch.device(options.device), DTYPES[options.dtype])
+    if options.device == "cpu":
+        keep_freed_memory()
+        _refuse_more_memory_than_there_is()
+    progress, rows, peak = Console(stderr=True), [], _peak(place)
+    for name in options.shapes:
+        progress.print(f"{name}: {', '.join(options.providers)}", style="dim", highlight=False)
+        rows += _measure(benchmark, name, options.providers, place, options.repeat)
+        gc.collect()
+        peak = _faster(peak, _peak(place))
+        record = _describe(benchmark, options, place, peak) | {"rows": [row.record(benchmark, place, peak) for row in rows]}
+        if options.json is not None:  # after every shape: a run that is cut short loses nothing
+            options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    console.print(f"{options.device}, {options.dtype}; floor by {peak.name}", highlight=False)
+    console.print(_table(record["rows"]))
+
+
+def _measure(benchmark: Benchmark, shape_name: str, providers: list[str], place: Place, repeat: int) -> list[Row]:
+    """Every provider at one shape. What fails is left out from there on."""
+    rows, calls = {name: Row(shape_name, name) for name in providers}, {}
+    with _caught(*rows.values()):
+        cache = torch.empty(L2_BYTES, dtype=torch.uint8, device=place.device) if place.device.type == "cuda" else None
+        prepared = benchmark.prepare(benchmark.shapes[shape_name], place)
+    for name, row in rows.items():
+        if row.error is None:
+            with _caught(row):
+                calls[name] = benchmark.setup(benchmark.providers[name].load(), prepared)
+                for _ in range(WARM_UP_CALLS):
+                    calls[name]()
+                row.peak_bytes = _peak_bytes(calls[name], place)
+            gc.collect()  # what a failed one has left
+    for _ in range(repeat):
+        for name, row in rows.items():
+            if row.error is None:
+                with _caught(row):
+                    row.seconds.append(_seconds(calls[name], cache))
+    return list(rows.values())
+
+
+@contextlib.contextmanager
+def _caught(*rows: Row) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        for row in rows:
+            row.error = _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory"
+    kind = "not here" if isinstance(error, ImportError) else type(error).__name__
+    return f"{kind}: {first_line}".replace(str(ROOT), ".")
+
+
+def _seconds(call: Callable[[], object], cache: torch.Tensor | None) -> float:
+    """cache: on a GPU, a block larger than L2; overwriting it also keeps the GPU busy while the first kernels are launched."""
+    if cache is None:
+        start_s = time.perf_counter()
+        call()
+        return time.perf_counter() - start_s
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    cache.zero_()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _peak_bytes(call: Callable[[], object], place: Place) -> int | None:
+    gc.collect()
+    if place.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        call()
+        return None
+    before = _kernel_bytes("VmRSS")
+    call()
+    return max(0, _kernel_bytes("VmHWM") - before)
+
+
+def _kernel_bytes(name: str, path: str = "/proc/self/status") -> int:
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", Path(path).read_text(encoding="ascii"), re.MULTILINE)[1])
+
+
+def _refuse_more_memory_than_there_is() -> None:
+    """Let an allocation beyond what the machine has free fail, where the kernel would end the process later."""
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        limit = _kernel_bytes("VmData") + _kernel_bytes("MemAvailable", "/proc/meminfo")
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _peak(place: Place) -> HardwarePeak:
+    """Of the datasheet, or the best of a few large products and copies."""
+    with contextlib.suppress(ValueError):
+        return peak_of(place.device)
+    size = PRODUCT_SIZE[place.device.type]
+    a, b = (torch.randn(size, size, device=place.device, dtype=place.dtype) for _ in range(2))
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=place.device)
+    target = torch.zeros_like(source)
+    cache = torch.empty(1, device=place.device) if place.device.type == "cuda" else None
+    products_s, copies_s = [], []
+    for _ in range(5):
+        products_s += [_seconds(lambda: product(a, b), cache), _seconds(lambda: a @ b, cache)]
+        copies_s.append(_seconds(lambda: target.copy_(source), cache))
+    rate = 2 * size**3 / min(products_s)
+    return HardwarePeak("rates measured here", {place.dtype: rate}, 2 * COPIED_BYTES / min(copies_s))
+
+
+def _faster(one: HardwarePeak, other: HardwarePeak) -> HardwarePeak:
+    rates = {dtype: max(rate, other.flops_per_s[dtype]) for dtype, rate in one.flops_per_s.items()}
+    return HardwarePeak(one.name, rates, max(one.bytes_per_s, other.bytes_per_s))
+
+
+def _describe(benchmark: Benchmark, options: argparse.Namespace, place: Place, peak: HardwarePeak) -> dict[str, Any]:
+    """Machine, versions, commit and command, without any path of this machine."""
+    chosen = {"device": [options.device], "dtype": [options.dtype], "shapes": options.shapes, "providers": options.providers}
+    words = [word for name, values in chosen.items() for word in (f"--{name}", *values)]
+    git = ["git", "describe", "--always", "--exclude=*", "--dirty"]
+    described = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    machine = {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()}
+    machine |= {"threads": torch.get_num_threads(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    if place.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(place.device)
+        machine |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory}
+    return {
+        "command": shlex.join(["python", "-m", benchmark.module, *words, "--repeat", str(options.repeat)]),
+        "commit": described.removesuffix("-dirty") or None,
+        "dirty": described.endswith("-dirty"),
+        "machine": machine,
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
+        | {name: _version(name) for name in ("torch", "triton", "transformers")},
+        "peak": {"source": peak.name, "flops_per_s": peak.flops_per_s[place.dtype], "bytes_per_s": peak.bytes_per_s},
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError, TypeError):
+        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+_COLUMNS = {
+    "median_ms": ("median ms", "{:.4g}"),
+    "min_ms": ("min", "{:.4g}"),
+    "max_ms": ("max", "{:.4g}"),
+    "floor_ms": ("floor ms", "{:.3g}"),
+    "over_floor": ("x floor", "{:.2f}"),
+    "mfu": ("MFU", "{:.1%}"),
+}
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    figures = [name for name in names if name not in ("shape", "provider", "error", "flops", "peak_bytes", *_COLUMNS)]
+    titles = [title for title, _ in _COLUMNS.values()]
+    table = Table("shape", "provider", *titles, "peak MiB", *figures, box=SIMPLE)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    if "error" in names:
+        table.add_column("error")
+    for row in rows:
+        if "error" in row:
+            table.add_row(row["shape"], row["provider"], *[""] * (len(table.columns) - 3), row["error"])
+            continue
+        peak_bytes = "unknown" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+        measured = [text.format(row[name]) for name, (_, text) in _COLUMNS.items()]
+        table.add_row(row["shape"], row["provider"], *measured, peak_bytes, *(f"{row[name]:,.4g}" for name in figures))
+    return table
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parse(benchmark: Benchmark) -> argparse.Namespace:
+    parser = _Parser(prog=f"python -m {benchmark.module}", allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on cuda, float32 on cpu")
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="NAME", help="names or patterns ('*-kl') of:\n" + "\n".join(benchmark.shapes)
+    )
+    parser.add_argument("--providers", nargs="+", metavar="NAME", help="names of: " + ", ".join(benchmark.providers))
+    parser.add_argument("--repeat", type=int, default=10, help="timed calls of each provider; default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write rows, machine, versions and commit to")
+    options = parser.parse_args()
+    if options.device == "cuda" and not on_gpu:
+        parser.error("--device cuda: PyTorch sees no GPU here; use cpu")
+    if options.repeat < 1:
+        parser.error(f"--repeat {options.repeat}: expected at least 1")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: its folder does not exist; create it first")
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    fitting = [name for name, provider in benchmark.providers.items() if options.device in provider.devices]
+    try:
+        options.shapes = _chosen("shapes", options.shapes or benchmark.default_shapes[options.device], list(benchmark.shapes))
+        options.providers = _chosen("providers", options.providers or fitting, fitting, f" on {options.device}")
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def _chosen(option: str, patterns: list[str] | tuple[str, ...], valid: list[str], where: str = "") -> list[str]:
+    """The valid names that the patterns mean, in order. Raises ValueError for a pattern that means none."""
+    names = {pattern: fnmatch.filter(valid, pattern) for pattern in patterns}
+    for pattern, matching in names.items():
+        if not matching:
+            raise ValueError(f"--{option} {pattern}: no such name{where}; use {', '.join(valid)}")
+    return list(dict.fromkeys(name for matching in names.values() for name in matching))

@@ -1,0 +1,177 @@
+"""The draft's training step beside SpecForge's: the same weights and batch, first checked equal, then timed in turn.
+
+    python benchmarks/peers/bench_specforge.py [--shape cpu|llama-8b] [--backend sdpa] [--json FILE]
+
+Each side is a process of its own. SpecForge lies in a folder of its own, installed there from PyPI at the first run without
+what it depends on; it imports the torch and Transformers of this environment. A step is target head, forward and backward.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+machine_and_versions = dict
+from benchmarks.peers.task import Task, task_json
+
+ROOT = Path(__file__).resolve().parents[2]
+PEER = "specforge==0.2.0"
+CPU_BAR = dict(hidden_size=512, intermediate_size=1792, num_heads=8, num_key_value_heads=2, head_dim=64)
+LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_heads=32, num_key_value_heads=8, head_dim=128)
+SHAPES = {
+    "cpu": CPU_BAR | dict(draft_vocab_size=8000, vocab_size=32000, num_tokens=1024),
+    "llama-8b": LLAMA_8B | dict(draft_vocab_size=32000, vocab_size=128256, num_tokens=4096),
+}
+# of losses, and of gradients by tensor in the Frobenius norm
+TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 5e-2)}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two processes."""
+
+    name: str
+    process: subprocess.Popen
+
+    def ask(self, order: str) -> Any:
+        self.process.stdin.write(order + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}; its errors are above")
+        return json.loads(answer)
+
+
+def main() -> None:
+    options = read_options()
+    install_peer(options.peer_folder)
+    cases = []
+    for hits in options.hits:
+        for mask in options.mask:
+            task = Task(**SHAPES[options.shape], mask=mask, hits=hits, device=options.device, dtype=options.dtype)
+            cases.append(compare(task, options))
+            show(cases[-1:])
+    show(cases)
+    if options.json:
+        options.json.write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
+        about = machine_and_versions() | {"shape": options.shape, "backend": options.backend, "rounds": options.rounds}
+        options.json.with_suffix(".machine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b" if on_gpu else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--backend", default="sdpa", help="SpecForge's attention: sdpa, flex_attention or fa")
+    parser.add_argument("--mask", type=float, nargs="+", default=[1.0, 0.5, 0.1], help="shares of the assistant's positions")
+    parser.add_argument("--hits", choices=("all", "random"), nargs="+", default=["all", "random"])
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side, in turn")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", type=Path, help="file for the figures, one object a case; machine and versions lie beside it")
+    parser.add_argument("--peer-folder", type=Path, default=ROOT / "outputs/peers/specforge-0.2.0", help="where SpecForge lies")
+    return parser.parse_args()
+
+
+def install_peer(folder: Path) -> None:
+    """SpecForge, and Triton where this environment has none, into a folder of their own."""
+    packages = [PEER] if importlib.util.find_spec("triton") else [PEER, "triton"]
+    if not (folder / "specforge").is_dir():
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *packages]
+        subprocess.run(pip, check=True)
+
+
+def compare(task: Task, options: argparse.Namespace) -> dict[str, float]:
+    """Both sides on one task: equal results, or an error, and then what each of them costs."""
+    sides = [start("draftspeed", task, options), start("specforge", task, options)]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            results = []
+            for side in sides:
+                file = Path(folder) / f"{side.name}.safetensors"
+                side.ask(f"check {file}")
+                results.append(load_file(file))
+        differences = check_equal(*results, TOLERANCE[task.dtype])
+        times = [[side.ask("time") for side in sides] for _ in range(1 + options.rounds)][1:]
+        memory = [side.ask("memory") for side in sides]
+    finally:
+        for side in sides:
+            side.process.kill()
+            side.process.wait()
+    ours_s, theirs_s = (statistics.median(column) for column in zip(*times, strict=True))
+    return {
+        **shares(task),
+        "speedup": theirs_s / ours_s,
+        "memory_ratio": memory[0] / memory[1],
+        **differences,
+        "seconds": [ours_s, theirs_s],
+        "all_seconds": times,
+        "peak_bytes": memory,
+    }
+
+
+def start(name: str, task: Task, options: argparse.Namespace) -> Side:
+    """A process that waits for orders, with the repository and SpecForge's folder to import from."""
+    command = [sys.executable, "-m", f"benchmarks.peers.serve_{name}", "--task", task_json(task)]
+    command += ["--backend", options.backend, "--threads", str(options.threads)]
+    paths = [str(ROOT), str(options.peer_folder)] if name == "specforge" else [str(ROOT)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return Side(name, subprocess.Popen(command, env=environment, **pipes))
+
+
+def check_equal(ours: dict, theirs: dict, tolerances: tuple[float, float]) -> dict[str, float]:
+    """Largest relative differences. Raises RuntimeError where the two do not compute the same."""
+    if ours.keys() != theirs.keys():
+        raise RuntimeError(f"only one side has gradients of {sorted(ours.keys() ^ theirs.keys())}")
+    losses, expected = ours.pop("losses"), theirs.pop("losses")
+    loss = ((losses - expected).abs() / expected.abs()).max().item()
+    errors = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in ours}
+    worst = max(errors, key=errors.get)
+    if not (loss <= tolerances[0] and errors[worst] <= tolerances[1]):
+        raise RuntimeError(f"not equal: losses differ by {loss:.2g}, the gradient of {worst} by {errors[worst]:.2g}")
+    return {"max_relative_loss_difference": loss, "max_relative_gradient_difference": errors[worst]}
+
+
+def shares(task: Task) -> dict[str, float]:
+    """What part of the task carries loss."""
+    tensors = task.tensors()
+    slots_N = tensors.mask_T.nonzero().flatten() + 1
+    best_N = (tensors.last_hidden_TD[slots_N] @ tensors.head_VD.T).argmax(-1)
+    hits = tensors.in_draft_V[best_N].float()
+    return {"mask": task.mask, "hit_share": hits.mean().item(), "loss_share": hits.sum().item() / task.num_tokens}
+
+
+def show(cases: list[dict]) -> None:
+    table = Table("mask", "in draft", "loss", "speed-up", "memory", "DraftSpeed", "SpecForge", "losses differ", "gradients")
+    for case in cases:
+        ours_s, theirs_s = case["seconds"]
+        ours_bytes, theirs_bytes = case["peak_bytes"]
+        table.add_row(
+            *(f"{case[name]:.0%}" for name in ("mask", "hit_share", "loss_share")),
+            f"{case['speedup']:.2f}x",
+            f"{case['memory_ratio']:.2f}x",
+            f"{ours_s:.3f} s, {ours_bytes / 2**20:.0f} MiB",
+            f"{theirs_s:.3f} s, {theirs_bytes / 2**20:.0f} MiB",
+            *(f"{case[f'max_relative_{name}_difference']:.1e}" for name in ("loss", "gradient")),
+        )
+    Console(width=128).print(table)
+
+
+if __name__ == "__main__":
+    main()

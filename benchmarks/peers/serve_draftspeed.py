@@ -1,0 +1,45 @@
+"""DraftSpeed's side of a comparison: see task.py."""
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.task import STEPS, read_task, serve
+from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
+from engine.config import LossSection, TttSection
+from engine.host_memory import keep_freed_memory
+from engine.models.draft_config import DraftConfig
+from engine.models.eagle3 import Eagle3Draft
+from engine.models.vocab_map import VocabMap
+from engine.rows import allowed_rows, slots_of
+from engine.target.head import TargetHead
+from engine.ttt import Teacher, TrainingTimeTest
+
+
+def main() -> None:
+    task, _ = read_task()
+    tensors = task.tensors()
+    eagle = {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}
+    draft = Eagle3Draft(DraftConfig.from_dict(task.config() | eagle)).to(task.device, getattr(torch, task.dtype))
+    draft.load_state_dict(tensors.weights)
+    head, vocab_map = TargetHead(tensors.head_VD), VocabMap(tensors.in_draft_V.nonzero().flatten(), tensors.in_draft_V)
+    ttt = TttSection(steps=STEPS, mask_alignment="specforge")
+    teacher = Teacher(head.rows(vocab_map.target_ids_U).logits, vocab_map)
+    test = TrainingTimeTest(ttt, LossSection(normaliser="positions"), teacher)
+    cu_seqlens = torch.tensor([0, task.num_tokens], dtype=torch.int32, device=task.device)
+    batch = PackedBatch(tensors.input_ids_T, tensors.mask_T, cu_seqlens)
+    norms = LossNorms(torch.tensor(float(task.num_tokens), device=task.device), torch.ones(STEPS, device=task.device))
+
+    def forward() -> tuple[Tensor, Tensor]:
+        slots_N = slots_of(allowed_rows(batch, ttt))
+        last_hidden_ND = tensors.last_hidden_TD[slots_N]
+        target = TargetOutput(tensors.aux_TA, slots_N, last_hidden_ND, *head.argmax_and_lse(last_hidden_ND))
+        output = test(draft, MicroBatch(batch, target, tensors.embed_VD[batch.input_ids_T]), norms)
+        return output.loss, output.loss_S
+
+    if task.device == "cpu":
+        keep_freed_memory()
+    serve(task, draft, forward)
+
+
+if __name__ == "__main__":
+    main()

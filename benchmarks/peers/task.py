@@ -1,0 +1,179 @@
+"""The task that two trainers are compared on: the same weights and the same batch, made from a seed in each of two processes.
+
+A process that serves a task obeys lines on its standard input and answers each with one line of JSON: `check FILE` takes the
+first step and writes its losses and gradients, `time` takes a step and says how long it took, `memory` how much it needed.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+STEPS = 7
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training step of a draft on one document, target head included.
+
+    hidden_size D .. num_tokens T: shapes, the draft as wide as its target. mask: share of positions, the last ones, that the
+    assistant wrote. hits: "all" = the target's most likely token is always in the draft vocabulary, "random" = it is there as
+    often as any token. dtype, device: as torch names them.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    draft_vocab_size: int
+    vocab_size: int
+    num_tokens: int
+    mask: float
+    hits: str
+    device: str
+    dtype: str
+
+    def config(self) -> dict:
+        """Options of a draft's config.json."""
+        return {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "draft_vocab_size": self.draft_vocab_size,
+            "max_position_embeddings": 2 * self.num_tokens,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "pad_token_id": 0,
+        }
+
+    def tensors(self) -> "TaskTensors":
+        torch.set_default_device(self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        dtype = getattr(torch, self.dtype)
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=dtype).mul_(scale)
+
+        size, vocab = self.hidden_size, self.vocab_size
+        in_draft_V = torch.zeros(vocab, dtype=torch.bool)
+        in_draft_V[torch.randperm(vocab, generator=generator)[: self.draft_vocab_size]] = True
+        head_VD = draw(vocab, size, scale=4.5 * size**-0.5)
+        if self.hits == "all":  # logits near zero are never the largest
+            head_VD[~in_draft_V] *= 0.05
+        position_T = torch.arange(self.num_tokens)
+        tensors = TaskTensors(
+            input_ids_T=torch.randint(vocab, (self.num_tokens,), generator=generator),
+            # a document's last token is followed by nothing that could be learned
+            mask_T=(position_T >= round(self.num_tokens * (1 - self.mask))) & (position_T < self.num_tokens - 1),
+            aux_TA=draw(self.num_tokens, 3 * size),
+            last_hidden_TD=draw(self.num_tokens, size),
+            head_VD=head_VD,
+            embed_VD=draw(vocab, size, scale=0.5),
+            in_draft_V=in_draft_V,
+            weights=self._weights(draw),
+        )
+        torch.set_default_device(None)
+        return tensors
+
+    def _weights(self, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+        size, mlp_width = self.hidden_size, self.intermediate_size
+        heads, groups = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        shapes = {"fc": (size, 3 * size), "lm_head": (self.draft_vocab_size, size)}
+        widths = {"q": heads, "k": groups, "v": groups}
+        shapes |= {f"midlayer.self_attn.{name}_proj": (width, 2 * size) for name, width in widths.items()}
+        shapes |= {"midlayer.self_attn.o_proj": (size, heads), "midlayer.mlp.gate_proj": (mlp_width, size)}
+        shapes |= {"midlayer.mlp.up_proj": (mlp_width, size), "midlayer.mlp.down_proj": (size, mlp_width)}
+        weights = {f"{name}.weight": draw(*shape, scale=shape[1] ** -0.5) for name, shape in shapes.items()}
+        norms = ("norm", *(f"midlayer.{name}" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")))
+        return weights | {f"{name}.weight": 1 + draw(size, scale=0.1) for name in norms}
+
+
+@dataclass(frozen=True)
+class TaskTensors:
+    """input_ids_T and mask_T as tokenised, nothing shifted. head_VD, embed_VD: the target's. weights: the draft's, by name."""
+
+    input_ids_T: Tensor
+    mask_T: Tensor
+    aux_TA: Tensor
+    last_hidden_TD: Tensor
+    head_VD: Tensor
+    embed_VD: Tensor
+    in_draft_V: Tensor
+    weights: dict[str, Tensor]
+
+
+def read_task() -> tuple[Task, argparse.Namespace]:
+    """The task that this process was started for, and how it is to run."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--task", required=True, help="Task as JSON")
+    parser.add_argument("--backend", default="sdpa")
+    parser.add_argument("--threads", type=int, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return Task(**json.loads(options.task)), options
+
+
+def task_json(task: Task) -> str:
+    return json.dumps(asdict(task))
+
+
+def serve(task: Task, model: nn.Module, forward: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    """Obey standard input. forward: gives the total loss, a differentiable scalar, and those of the steps, [S]."""
+    on_gpu = task.device == "cuda"
+
+    def step() -> Tensor:
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss, loss_S = forward()
+        loss.backward()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return loss_S.detach()
+
+    before = _start_counting(on_gpu)
+    for line in sys.stdin:
+        order, _, argument = line.strip().partition(" ")
+        if order == "check":
+            results = {"losses": step()}
+            results |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            save_file({name: tensor.float().cpu().contiguous() for name, tensor in results.items()}, Path(argument))
+            answer = True
+        elif order == "time":
+            start = time.perf_counter()
+            step()
+            answer = time.perf_counter() - start
+        else:
+            answer = (torch.cuda.max_memory_allocated() if on_gpu else _peak_rss_bytes()) - before
+        print(json.dumps(answer), flush=True)
+
+
+def _start_counting(on_gpu: bool) -> int:
+    """Bytes that are taken before the first step."""
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what making the task freed must not serve the steps unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _peak_rss_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,206 @@
+"""What a training step of the draft cannot do without, in FLOPs and memory traffic, and how fast hardware could do it at best.
+
+A FLOP is one multiplication or one addition: a product [M, K] x [K, N] takes 2 M K N. Element-wise work counts nothing. A part
+reads each input and weight once a pass and writes each output and gradient once, over all TTT steps together; logits, the MLP's
+inner states and attention's scores need not exist in memory at all. What a step need not do twice, or at all:
+
+- `fc` and the token embedding's half of q, k and v multiply what is frozen, so they have no input gradient. A norm in front of
+  them needs none for its own weight `w`: with `W` the map's weight, that gradient is `(W * dW).sum(0) / w`.
+- Rows `(t, i)` with equal `t + i` read the same token. The embedding's half of their q, k and v is formed once, and so is the
+  gradient of its weight, from the sum of the rows' gradients. Where `(t, i)` runs, so does `(t + i, 0)`, whose chain learns the
+  same slots. So step 0 holds every token that asks, and since all tokens give keys there, every one that is asked.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.batch import PackedBatch
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """Sizes of a draft, in order D, F, H, G, E and U, and D and V of the target it reads."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    draft_vocab_size: int
+    target_hidden_size: int
+    target_vocab_size: int
+    num_layers: int = 1
+    num_aux: int = 3
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """How much of everything one step of a micro-batch runs.
+
+    num_tokens: T. rows_S, pairs_S: rows of each TTT step, and the keys that they attend to, summed over the rows.
+    prefix_pairs: those of step 0 if every token asked, as it does in all layers but the last. num_loss_rows: R.
+    num_slots: slots the target's head reads. num_learned: those of them that a row learns.
+    """
+
+    num_tokens: int
+    rows_S: tuple[int, ...]
+    pairs_S: tuple[int, ...]
+    prefix_pairs: int
+    num_loss_rows: int
+    num_slots: int
+    num_learned: int
+
+    @classmethod
+    def needed(cls, batch: PackedBatch, carries_loss_ST: torch.Tensor, num_slots: int) -> "StepCounts":
+        """Those of the rows that a loss depends on; carries_loss_ST: bool [S, T], rows with loss."""
+        alive_ST = carries_loss_ST.flip(0).cummax(0).values.flip(0)
+        seen_T, steps = batch.position_T + 1, range(carries_loss_ST.shape[0])
+        return cls(
+            num_tokens=batch.num_tokens,
+            rows_S=tuple(alive_ST.sum(1).tolist()),
+            pairs_S=tuple(((seen_T + step) * alive_ST[step]).sum().item() for step in steps),
+            prefix_pairs=seen_T.sum().item(),
+            num_loss_rows=carries_loss_ST.sum().item(),
+            num_slots=num_slots,
+            num_learned=carries_loss_ST[0].sum().item(),  # a slot that any row learns, its own row of step 0 learns
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """elements: numbers read from memory or written to it; weights, states and gradients all have one precision."""
+
+    flops: int = 0
+    elements: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.elements + other.elements)
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        return self.elements * dtype.itemsize
+
+    def floor_s(self, peak: "HardwarePeak", dtype: torch.dtype) -> float:
+        return max(self.flops / peak.flops_per_s[dtype], self.bytes(dtype) / peak.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the step, by pass."""
+
+    forward: Cost
+    backward: Cost = Cost()
+
+    def __add__(self, other: "Part") -> "Part":
+        return Part(self.forward + other.forward, self.backward + other.backward)
+
+    @property
+    def flops(self) -> int:
+        return self.forward.flops + self.backward.flops
+
+
+def map_part(num_rows: int, num_in: int, num_weights: int, num_out: int, input_gradient: bool = True) -> Part:
+    """A trained linear map of rows, or a chain of them (`num_weights` in all) whose inner states stay on the chip."""
+    flops, read, written = 2 * num_rows * num_weights, num_rows * num_in, num_rows * num_out
+    once = Cost(flops, read + num_weights + written)  # forward, and likewise the gradient of the weight
+    return Part(once, once + Cost(flops, num_weights + read) if input_gradient else once)
+
+
+def attention_part(num_rows: int, num_keys: int, num_pairs: int, heads: tuple[int, int, int]) -> Part:
+    """Two products for each pair of row and key forward, scores and outputs; four backward. heads: (H, G, E).
+
+    A kernel that keeps no scores forms them again in its backward pass: a fifth product, which a floor does not count.
+    """
+    num_heads, num_groups, head_dim = heads
+    flops = 4 * num_pairs * num_heads * head_dim
+    queries, keys_and_values = num_rows * num_heads * head_dim, 2 * num_keys * num_groups * head_dim
+    return Part(Cost(flops, 2 * queries + keys_and_values), Cost(2 * flops, 4 * queries + 2 * keys_and_values))
+
+
+def head_part(num_rows: int, size: int, vocab_size: int) -> Part:
+    """The draft's head and the loss, taken together: backward writes the gradients of what forward read."""
+    flops, once = 2 * num_rows * size * vocab_size, (num_rows + vocab_size) * size
+    return Part(Cost(flops, once), Cost(2 * flops, once))
+
+
+def frozen_head_part(num_slots: int, size: int, vocab_size: int) -> Part:
+    """A head of the target: forward alone."""
+    return Part(Cost(2 * num_slots * size * vocab_size, (num_slots + vocab_size) * size))
+
+
+def step_parts(shape: DraftShape, counts: StepCounts) -> dict[str, Part]:
+    """Every part of one training step of the draft, with the target's head and without its body."""
+    size, target_size = shape.hidden_size, shape.target_hidden_size
+    aux_size = shape.num_aux * target_size
+    parts = {"fc": map_part(counts.num_tokens, aux_size, aux_size * size, size, input_gradient=False)}
+    if size != target_size:
+        parts["embed_projection"] = Part(map_part(counts.num_tokens, target_size, target_size * size, size).forward)
+    for layer in range(shape.num_layers):
+        for name, part in _layer_parts(shape, counts, layer).items():
+            parts[name] = parts.get(name, Part(Cost())) + part
+    parts["head"] = head_part(counts.num_loss_rows, size, shape.draft_vocab_size)
+    parts["teacher"] = frozen_head_part(counts.num_learned, target_size, shape.draft_vocab_size)
+    parts["target_head"] = frozen_head_part(counts.num_slots, target_size, shape.target_vocab_size)
+    return parts
+
+
+def _layer_parts(shape: DraftShape, counts: StepCounts, layer: int) -> dict[str, Part]:
+    """Layers below the last run step 0 for every token: the next one needs a key of each."""
+    size, is_last = shape.hidden_size, layer == shape.num_layers - 1
+    query_size, key_value_size = shape.num_heads * shape.head_dim, 2 * shape.num_groups * shape.head_dim
+    asking = counts.rows_S[0] if is_last else counts.num_tokens
+    num_pairs = (counts.pairs_S[0] if is_last else counts.prefix_pairs) + sum(counts.pairs_S[1:])
+    later = sum(counts.rows_S[1:])
+    num_rows, num_keys = asking + later, counts.num_tokens + later
+    qkv = map_part(num_rows, size, size * query_size, query_size)
+    qkv += map_part(num_keys, size, size * key_value_size, key_value_size)
+    if layer == 0:  # the embedding's half is added to the state's: it writes nothing of its own
+        qkv += map_part(asking, size, size * query_size, 0, input_gradient=False)
+        qkv += map_part(counts.num_tokens, size, size * key_value_size, 0, input_gradient=False)
+    return {
+        "qkv": qkv,
+        "attention": attention_part(num_rows, num_keys, num_pairs, (shape.num_heads, shape.num_groups, shape.head_dim)),
+        "o": map_part(num_rows, query_size, query_size * size, size),
+        "mlp": map_part(num_rows, size, 3 * size * shape.intermediate_size, size),
+    }
+
+
+@dataclass(frozen=True)
+class HardwarePeak:
+    """The most that a device can do: FLOP/s of dense matrix products by the dtype of their operands, and memory bytes/s."""
+
+    name: str
+    flops_per_s: dict[torch.dtype, float]
+    bytes_per_s: float
+
+
+def _peak(name: str, half: float, full: float, terabytes_per_s: float) -> HardwarePeak:
+    rates = {torch.bfloat16: half * 1e12, torch.float16: half * 1e12, torch.float32: full * 1e12}
+    return HardwarePeak(name, rates, terabytes_per_s * 1e12)
+
+
+# NVIDIA's datasheets "H100 Tensor Core GPU" and "H200 Tensor Core GPU" (SXM columns), "A100 Tensor Core GPU", "DGX B200" (an
+# eighth of it). Figures with sparsity are halved; float32 is without TF32, as PyTorch has it.
+_PEAKS = {
+    peak.name: peak
+    for peak in (
+        _peak("NVIDIA H100 80GB HBM3", 989.4, 66.9, 3.35),
+        _peak("NVIDIA H200", 989.4, 66.9, 4.8),
+        _peak("NVIDIA A100-SXM4-40GB", 312, 19.5, 1.555),
+        _peak("NVIDIA A100-SXM4-80GB", 312, 19.5, 2.039),
+        _peak("NVIDIA B200", 2250, 75, 8.0),
+    )
+}
+
+
+def peak_of(device: torch.device) -> HardwarePeak:
+    """Of a known GPU, by its name. Raises ValueError for any other device."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if name not in _PEAKS:
+        raise ValueError(f"no datasheet for {name!r}; known are {sorted(_PEAKS)}; measure its rates, or add them here")
+    return _PEAKS[name]
+
+
+def floor_s(parts: dict[str, Part], peak: HardwarePeak, dtype: torch.dtype) -> float:
+    """The least time the parts can take one after the other, each pass of each bound by its FLOPs or by its bytes."""
+    return sum(part.forward.floor_s(peak, dtype) + part.backward.floor_s(peak, dtype) for part in parts.values())

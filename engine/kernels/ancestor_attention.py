@@ -1,0 +1,348 @@
+"""Ancestor attention as Triton kernels: blocks of scores that never leave the chip, formed again for the gradient.
+
+Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, R of the former to one of the latter, E head dim, A
+ancestors. Of one program: B rows, M members (a row with one of its R heads of a group: they share keys), K keys. R and E are
+padded to powers of two; a member that does not exist repeats one that does and is dropped where it would count.
+
+For a row and head, over its prefix and its ancestors alike, with scores s_j = E**-0.5 q . k_j, weights w_j = exp(s_j - lse) and
+output o = sum_j w_j v_j; given the gradient do of o, and delta = do . o:
+
+    dv_j = sum w_j do        ds_j = w_j (do . v_j - delta)        dq = E**-0.5 sum_j ds_j k_j        dk_j = E**-0.5 sum ds_j q
+
+A program of rows sums over keys, one of keys over the rows that see them. Nobody else sees a row's ancestors, so the program of
+that row writes their gradients where they belong; in a tree it writes them by row, and PyTorch adds up rows in a fixed order.
+
+Rows ascend by position. So the keys of a block of rows run from the first row's document start to the last row's position, and
+if these rows share a document, all of them see all keys up to the first row's position; there nothing is masked.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from engine.kernels.interface import AttentionRows
+from engine.kernels.rows import add_rows
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Less than any score, yet finite: minus infinity less itself is no number, and a block may hold no key that a row sees.
+NO_SCORE = tl.constexpr(-1e38)
+
+
+class _View(NamedTuple):
+    """A tensor [rows, heads, E] whose last dimension is dense."""
+
+    pointer: Tensor
+    row_stride: int
+    head_stride: int
+
+
+@triton.jit
+def _members(first, end, R: tl.constexpr, R_PAD: tl.constexpr, M: tl.constexpr):
+    """Row and query head of each member of a block that begins at row `first`, and whether it exists."""
+    member_M = tl.arange(0, M)
+    row_M, head_M = first + member_M // R_PAD, member_M % R_PAD
+    exists_M = (row_M < end) & (head_M < R)
+    return tl.minimum(row_M, end - 1), tl.program_id(1) * R + tl.minimum(head_M, R - 1), exists_M
+
+
+@triton.jit
+def _beside(first, end, num_rows, R_PAD: tl.constexpr, M: tl.constexpr):
+    """Where [G, Q, R_PAD] holds the members of a block, so that a thread reads neighbours, and whether their rows exist."""
+    member_M = tl.arange(0, M)
+    return (tl.program_id(1).to(tl.int64) * num_rows + first) * R_PAD + member_M, member_M < (end - first) * R_PAD
+
+
+@triton.jit
+def _pointers(view, row_N, head, E_PAD: tl.constexpr):
+    offset_N = row_N.to(tl.int64) * view.row_stride + head.to(tl.int64) * view.head_stride
+    return view.pointer + offset_N[:, None] + tl.arange(0, E_PAD)[None, :]
+
+
+@triton.jit
+def _load(view, row_N, head, E: tl.constexpr, E_PAD: tl.constexpr):
+    """[N, E_PAD], zero from E on."""
+    pointer_NE, exists_1E = _pointers(view, row_N, head, E_PAD), tl.arange(0, E_PAD)[None, :] < E
+    return tl.load(pointer_NE) if E == E_PAD else tl.load(pointer_NE, mask=exists_1E, other=0.0)
+
+
+@triton.jit
+def _store(view, row_N, head, x_NE, exists_N, E: tl.constexpr, E_PAD: tl.constexpr):
+    exists_NE = exists_N[:, None] & (tl.arange(0, E_PAD)[None, :] < E)
+    tl.store(_pointers(view, row_N, head, E_PAD), x_NE.to(view.pointer.dtype.element_ty), mask=exists_NE)
+
+
+@triton.jit
+def _keys_of_rows(position, start, first, num_rows, B: tl.constexpr, K: tl.constexpr):
+    """Keys of a block of rows: from the first, blocks that all rows see whole up to the second, the rest up to the third."""
+    last = tl.minimum(first + B, num_rows) - 1
+    begin = tl.load(start + first)
+    is_one_document = begin == tl.load(start + last)
+    num_whole = tl.where(is_one_document, (tl.load(position + first) + 1 - begin) // K, 0)
+    return begin.to(tl.int32), (begin + num_whole * K).to(tl.int32), (tl.load(position + last) + 1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward(
+    query, key, value, extra_keys, extra_values, ancestors, position, start, num_rows, scale, output, lse,
+    A: tl.constexpr, IS_TREE: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    B: tl.constexpr = M // R_PAD
+    first, group = (tl.num_programs(0) - 1 - tl.program_id(0)) * B, tl.program_id(1)  # later rows see more: they go first
+    row_M, head_M, exists_M = _members(first, num_rows, R, R_PAD, M)
+    scale2 = scale * LOG2_E
+    query_ME = _load(query, row_M, head_M, E, E_PAD)
+    most_M, total_M = tl.full((M,), NO_SCORE, tl.float32), tl.zeros((M,), tl.float32)
+    sum_ME = tl.zeros((M, E_PAD), tl.float32)
+    for a in tl.static_range(A):
+        ancestor_M = tl.load(ancestors[a] + row_M)
+        key_ME = _load(extra_keys[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
+        score_M = tl.sum(query_ME.to(tl.float32) * key_ME, 1) * scale2
+        score_M = tl.where(ancestor_M >= 0, score_M, float("-inf")) if IS_TREE else score_M
+        value_ME = _load(extra_values[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
+        new_M = tl.maximum(most_M, score_M)
+        weight_M, shrink_M = tl.exp2(score_M - new_M), tl.exp2(most_M - new_M)
+        most_M, total_M = new_M, total_M * shrink_M + weight_M
+        sum_ME = sum_ME * shrink_M[:, None] + weight_M[:, None] * value_ME
+
+    begin, masked, end = _keys_of_rows(position, start, first, num_rows, B, K)
+    position_M, start_M = tl.load(position + row_M).to(tl.int32), tl.load(start + row_M).to(tl.int32)
+    for IS_MASKED in tl.static_range(2):
+        for k in range(masked if IS_MASKED else begin, end if IS_MASKED else masked, K):
+            key_K = k + tl.arange(0, K)
+            is_seen_MK = (key_K[None, :] >= start_M[:, None]) & (key_K[None, :] <= position_M[:, None]) if IS_MASKED else None
+            key_K = tl.minimum(key_K, end - 1)
+            key_KE, value_KE = _load(key, key_K, group, E, E_PAD), _load(value, key_K, group, E, E_PAD)
+            score_MK = tl.dot(query_ME, tl.trans(key_KE), input_precision="ieee") * scale2
+            score_MK = tl.where(is_seen_MK, score_MK, float("-inf")) if IS_MASKED else score_MK
+            new_M = tl.maximum(most_M, tl.max(score_MK, 1))
+            weight_MK, shrink_M = tl.exp2(score_MK - new_M[:, None]), tl.exp2(most_M - new_M)
+            most_M, total_M = new_M, total_M * shrink_M + tl.sum(weight_MK, 1)
+            sum_ME = tl.dot(weight_MK.to(value_KE.dtype), value_KE, sum_ME * shrink_M[:, None], input_precision="ieee")
+
+    _store(output, row_M, head_M, sum_ME / total_M[:, None], exists_M, E, E_PAD)
+    lse_M = (most_M + tl.log2(total_M)) / LOG2_E
+    tl.store(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, lse_M, mask=exists_M)
+
+
+@triton.jit
+def _weigh(query_NE, key_PE, grad_NE, value_PE, is_seen_NP, scale2, lse2, delta):
+    """Weights and the gradients of scores, [N, P]: of queries and keys, or of keys and queries, grads and values alike."""
+    score_NP = tl.dot(query_NE, tl.trans(key_PE), input_precision="ieee") * scale2
+    if is_seen_NP is not None:
+        score_NP = tl.where(is_seen_NP, score_NP, float("-inf"))
+    weight_NP = tl.exp2(score_NP - lse2)
+    score_grad_NP = weight_NP * (tl.dot(grad_NE, tl.trans(value_PE), input_precision="ieee") - delta)
+    return weight_NP, score_grad_NP
+
+
+@triton.jit
+def _store_own(view, row_B, x_ME, num_exist, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr):
+    """What the heads of a group add up to, for the row's own ancestor."""
+    B: tl.constexpr = x_ME.shape[0] // R_PAD
+    x_BE = tl.sum(tl.reshape(x_ME, (B, R_PAD, E_PAD)), 1)
+    _store(view, row_B, tl.program_id(1), x_BE, tl.arange(0, B) < num_exist, E, E_PAD)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _backward_rows(
+    query, key, value, extra_keys, extra_values, ancestors, position, start, num_rows, scale, output, lse,
+    grad, lse2, delta, query_grad, extra_key_grads, extra_value_grads,
+    A: tl.constexpr, IS_TREE: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    B: tl.constexpr = M // R_PAD
+    first, group = (tl.num_programs(0) - 1 - tl.program_id(0)) * B, tl.program_id(1)
+    row_M, head_M, exists_M = _members(first, num_rows, R, R_PAD, M)
+    row_B = tl.minimum(first + tl.arange(0, B), num_rows - 1)
+    scale2 = scale * LOG2_E
+    query_ME, grad_ME = _load(query, row_M, head_M, E, E_PAD), _load(grad, row_M, head_M, E, E_PAD)
+    delta_M = tl.sum(grad_ME.to(tl.float32) * _load(output, row_M, head_M, E, E_PAD).to(tl.float32), 1)
+    # An infinite log-sum-exp leaves no weight to members that do not exist.
+    lse2_M = tl.load(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, mask=exists_M, other=float("inf")) * LOG2_E
+    member_M, is_kept_M = _beside(first, num_rows, num_rows, R_PAD, M)
+    tl.store(lse2 + member_M, lse2_M, mask=is_kept_M)
+    tl.store(delta + member_M, delta_M, mask=is_kept_M)
+    sum_ME = tl.zeros((M, E_PAD), tl.float32)
+    for a in tl.static_range(A):
+        ancestor_M = tl.load(ancestors[a] + row_M)
+        key_ME = _load(extra_keys[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
+        score_M = tl.sum(query_ME.to(tl.float32) * key_ME, 1) * scale2
+        score_M = tl.where(ancestor_M >= 0, score_M, float("-inf")) if IS_TREE else score_M
+        weight_M = tl.exp2(score_M - lse2_M)
+        value_ME = _load(extra_values[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
+        score_grad_M = weight_M * (tl.sum(grad_ME.to(tl.float32) * value_ME, 1) - delta_M)
+        sum_ME += score_grad_M[:, None] * key_ME
+        target_B = row_B if IS_TREE else tl.load(ancestors[a] + row_B)
+        score_grad_M1, weight_M1, num_left = (score_grad_M * scale)[:, None], weight_M[:, None], num_rows - first
+        _store_own(extra_key_grads[a], target_B, score_grad_M1 * query_ME.to(tl.float32), num_left, R_PAD, E, E_PAD)
+        _store_own(extra_value_grads[a], target_B, weight_M1 * grad_ME.to(tl.float32), num_left, R_PAD, E, E_PAD)
+
+    lse2_M1, delta_M1 = lse2_M[:, None], delta_M[:, None]
+    begin, masked, end = _keys_of_rows(position, start, first, num_rows, B, K)
+    position_M, start_M = tl.load(position + row_M).to(tl.int32), tl.load(start + row_M).to(tl.int32)
+    for IS_MASKED in tl.static_range(2):
+        for k in range(masked if IS_MASKED else begin, end if IS_MASKED else masked, K):
+            key_K = k + tl.arange(0, K)
+            is_seen_MK = (key_K[None, :] >= start_M[:, None]) & (key_K[None, :] <= position_M[:, None]) if IS_MASKED else None
+            key_K = tl.minimum(key_K, end - 1)
+            key_KE, value_KE = _load(key, key_K, group, E, E_PAD), _load(value, key_K, group, E, E_PAD)
+            _, score_grad_MK = _weigh(query_ME, key_KE, grad_ME, value_KE, is_seen_MK, scale2, lse2_M1, delta_M1)
+            sum_ME = tl.dot(score_grad_MK.to(key_KE.dtype), key_KE, sum_ME, input_precision="ieee")
+    _store(query_grad, row_M, head_M, sum_ME * scale, exists_M, E, E_PAD)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
+def _backward_keys(
+    query, key, value, position, start, row_bounds, num_rows, num_keys, scale, grad, lse2, delta, key_grad, value_grad,
+    R: tl.constexpr, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    B: tl.constexpr = M // R_PAD
+    block, num_blocks, group = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    scale2 = scale * LOG2_E
+    key_K = block * K + tl.arange(0, K)
+    exists_K, key_K = key_K < num_keys, tl.minimum(key_K, num_keys - 1)
+    key_KE, value_KE = _load(key, key_K, group, E, E_PAD), _load(value, key_K, group, E, E_PAD)
+    key_sum_KE, value_sum_KE = tl.zeros((K, E_PAD), tl.float32), tl.zeros((K, E_PAD), tl.float32)
+    begin, whole = tl.load(row_bounds + block), tl.load(row_bounds + num_blocks + block)
+    end = tl.load(row_bounds + 2 * num_blocks + block)
+    for IS_MASKED in tl.static_range(2):
+        stop = whole if IS_MASKED else end
+        for row in range(begin if IS_MASKED else whole, stop, B):
+            row_M, head_M, _ = _members(row, stop, R, R_PAD, M)
+            member_M, exists_M = _beside(row, stop, num_rows, R_PAD, M)
+            query_ME, grad_ME = _load(query, row_M, head_M, E, E_PAD), _load(grad, row_M, head_M, E, E_PAD)
+            lse2_1M = tl.load(lse2 + member_M, mask=exists_M, other=float("inf"))[None, :]
+            delta_1M = tl.load(delta + member_M, mask=exists_M, other=0.0)[None, :]
+            position_M, start_M = tl.load(position + row_M).to(tl.int32), tl.load(start + row_M).to(tl.int32)
+            is_seen_KM = (key_K[:, None] >= start_M[None, :]) & (key_K[:, None] <= position_M[None, :]) if IS_MASKED else None
+            weight_KM, score_grad_KM = _weigh(key_KE, query_ME, value_KE, grad_ME, is_seen_KM, scale2, lse2_1M, delta_1M)
+            value_sum_KE = tl.dot(weight_KM.to(grad_ME.dtype), grad_ME, value_sum_KE, input_precision="ieee")
+            key_sum_KE = tl.dot(score_grad_KM.to(query_ME.dtype), query_ME, key_sum_KE, input_precision="ieee")
+    _store(key_grad, key_K, group, key_sum_KE * scale, exists_K, E, E_PAD)
+    _store(value_grad, key_K, group, value_sum_KE, exists_K, E, E_PAD)
+
+
+class Tile(NamedTuple):
+    """Members M and keys K of a program's blocks, powers of two; warps and stages it is compiled for."""
+
+    members: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_of(kernel: str, head_dim: int, element_size: int) -> Tile:
+    """kernel: forward, rows or keys, the last two those of the backward pass. head_dim: a power of two."""
+    if head_dim > 256:
+        raise ValueError(f"a head dim padded to {head_dim} is more than these kernels hold; use one of at most 256")
+    if element_size == 4:  # no tensor core multiplies fp32: a thread's share of all operands must fit its 255 registers
+        return Tile(32, 32, 8, 1) if head_dim <= 64 else Tile(16, 16, 8, 1)
+    # The largest whose sums stay in registers, with stages that fit 227 KiB of shared memory; ancestors cost `rows` the most.
+    tiles = {
+        "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
+        "rows": {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+        "keys": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
+    }
+    return tiles[kernel][max(head_dim, 64)]
+
+
+def _view(x: Tensor) -> _View:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return _View(x, x.stride(0), x.stride(1))
+
+
+class _Attention(NamedTuple):
+    """Arguments of an attention, and the launching of its kernels."""
+
+    query_QHE: Tensor
+    key_TGE: Tensor
+    value_TGE: Tensor
+    extras: tuple[Tensor, ...]
+    rows: AttentionRows
+
+    def sizes(self, kernel: str) -> dict[str, int]:
+        """Compile-time constants of a kernel."""
+        (_, num_heads, head_dim), num_groups = self.query_QHE.shape, self.key_TGE.shape[1]
+        padded_heads, padded_head_dim = map(triton.next_power_of_2, (num_heads // num_groups, max(head_dim, 16)))
+        tile = tile_of(kernel, padded_head_dim, self.query_QHE.element_size())
+        sizes = {"R": num_heads // num_groups, "R_PAD": padded_heads, "E": head_dim, "E_PAD": padded_head_dim}
+        sizes |= {"M": max(tile.members, padded_heads), "K": tile.keys}
+        return sizes | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+    def launch_for_rows(self, kernel: Any, name: str, *arguments: Any) -> None:
+        rows, sizes, (num_rows, _, head_dim) = self.rows, self.sizes(name), self.query_QHE.shape
+        num_extra, views, extras = len(rows.ancestors), map(_view, self[:3]), tuple(map(_view, self.extras))
+        index = tuple(x.contiguous() for x in rows.ancestors), rows.position_Q.contiguous(), rows.start_Q
+        arguments = *views, extras[:num_extra], extras[num_extra:], *index, num_rows, head_dim**-0.5, *arguments
+        if num_rows:
+            grid = triton.cdiv(num_rows, sizes["M"] // sizes["R_PAD"]), self.key_TGE.shape[1]
+            kernel[grid](*arguments, A=num_extra, IS_TREE=rows.is_tree, **sizes)
+
+    def launch_for_keys(self, *arguments: Any) -> None:
+        sizes, num_rows, num_keys = self.sizes("keys"), len(self.query_QHE), len(self.key_TGE)
+        index = self.rows.position_Q.contiguous(), self.rows.start_Q, self.row_bounds(sizes["K"])
+        arguments = *map(_view, self[:3]), *index, num_rows, num_keys, self.query_QHE.shape[2] ** -0.5, *arguments
+        if num_keys:
+            _backward_keys[triton.cdiv(num_keys, sizes["K"]), self.key_TGE.shape[1]](*arguments, **sizes)
+
+    def row_bounds(self, keys_per_block: int) -> Tensor:
+        """Of each block of keys: the first row to see one of them, the first to see all, and the end. int32 [3, N]."""
+        position_Q, start_Q, num_keys = self.rows.position_Q, self.rows.start_Q, len(self.key_TGE)
+        first_N = torch.arange(0, num_keys, keys_per_block, device=position_Q.device)
+        last_N = (first_N + keys_per_block - 1).clamp_max(num_keys - 1)
+        end_N = torch.searchsorted(start_Q, last_N, right=True)
+        is_one_document_N = torch.searchsorted(start_Q, first_N, right=True) == end_N
+        whole_N = torch.where(is_one_document_N, torch.searchsorted(position_Q, last_N), end_N)
+        return torch.stack((torch.searchsorted(position_Q, first_N), whole_N, end_N)).int()
+
+
+class _AncestorAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_QHE: Tensor, key_TGE: Tensor, value_TGE: Tensor, rows: AttentionRows, *extras: Tensor):
+        output_QHE = torch.empty_like(query_QHE, memory_format=torch.contiguous_format)
+        lse_QH = query_QHE.new_empty(query_QHE.shape[:2], dtype=torch.float32)
+        _Attention(query_QHE, key_TGE, value_TGE, extras, rows).launch_for_rows(_forward, "forward", _view(output_QHE), lse_QH)
+        ctx.rows = rows
+        ctx.save_for_backward(query_QHE, key_TGE, value_TGE, output_QHE, lse_QH, *extras)
+        ctx.mark_non_differentiable(lse_QH)
+        return output_QHE, lse_QH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_QHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        query_QHE, key_TGE, value_TGE, output_QHE, lse_QH, *extras = ctx.saved_tensors
+        attention, is_tree = _Attention(query_QHE, key_TGE, value_TGE, extras, ctx.rows), ctx.rows.is_tree
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query_QHE, key_TGE, value_TGE)]
+        dtype = torch.float32 if is_tree else query_QHE.dtype
+        extra_grads = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in extras]
+        own_grads = [x.new_empty(len(query_QHE), *x.shape[1:]) for x in extra_grads] if is_tree else extra_grads
+        (query_grad, *shared_grads), own = map(_view, grads), tuple(map(_view, own_grads))
+        grad, num_extra = _view(grad_QHE), len(extras) // 2
+        lse2, delta = lse_QH.new_empty(2, key_TGE.shape[1], len(query_QHE), attention.sizes("rows")["R_PAD"])
+        inside = _view(output_QHE), lse_QH, grad, lse2, delta, query_grad
+        attention.launch_for_rows(_backward_rows, "rows", *inside, own[:num_extra], own[num_extra:])
+        attention.launch_for_keys(grad, lse2, delta, *shared_grads)
+        if is_tree:
+            for extra_grad, ancestor_Q, own_QGE in zip(extra_grads, 2 * ctx.rows.ancestors, own_grads, strict=True):
+                add_rows(extra_grad, ancestor_Q, own_QGE, is_tree)
+        return *grads, None, *(extra_grad.to(query_QHE.dtype) for extra_grad in extra_grads)
+
+
+def ancestor_attention(
+    query_QHE: Tensor,
+    key_TGE: Tensor,
+    value_TGE: Tensor,
+    extra_keys: list[Tensor],
+    extra_values: list[Tensor],
+    rows: AttentionRows,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.ancestor_attention`, on a GPU, without a tensor of scores and without waiting for the device.
+
+    All tensors are of one dtype, bf16, fp16 or fp32, with E at most 256. The same inputs give the same bits.
+    """
+    return _AncestorAttention.apply(query_QHE, key_TGE, value_TGE, rows, *extra_keys, *extra_values)

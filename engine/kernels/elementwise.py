@@ -1,0 +1,61 @@
+"""RMSNorm, SwiGLU and rotary embedding: plain, and liger-kernel's for a GPU.
+
+Shapes: Q rows, H and G heads, E head dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CosSin = tuple[Tensor, Tensor]  # fp32 [Q, 1, E] each
+
+
+def rotate(x_QHE: Tensor, cos_sin: CosSin) -> Tensor:
+    """Rotary embedding of the pairs (e, e + E/2), in fp32."""
+    cos, sin = cos_sin
+    first, second = x_QHE.float().chunk(2, -1)
+    return (x_QHE.float() * cos + torch.cat((-second, first), -1) * sin).to(x_QHE.dtype)
+
+
+def rotate_both(query_QHE: Tensor, key_QGE: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys that stand at the same positions."""
+    return rotate(query_QHE, cos_sin), rotate(key_QGE, cos_sin)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension."""
+    return torch.nn.functional.rms_norm(x, weight_D.shape, weight_D, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return torch.nn.functional.silu(gate) * up
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """One implementation of each, as the functions above have it."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
+    rotate_both: Callable[[Tensor, Tensor, CosSin], tuple[Tensor, Tensor]] = rotate_both
+
+
+def liger_elementwise() -> Elementwise:
+    """Those of liger-kernel. Raises ImportError where it is not installed."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.rope import LigerRopeFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    def norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        return LigerRMSNormFunction.apply(x, weight_D, eps, 0.0, "llama", False)
+
+    def rope(query_QHE: Tensor, key_QGE: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor]:
+        # it rotates in place, in its own layout [1, heads, Q, E]
+        heads_first = (x.transpose(0, 1)[None] for x in (query_QHE, key_QGE))
+        rotated = LigerRopeFunction.apply(*heads_first, *(table_Q1E.transpose(0, 1) for table_Q1E in cos_sin))
+        return tuple(x[0].transpose(0, 1) for x in rotated)
+
+    return Elementwise(norm, LigerSiLUMulFunction.apply, rope)
