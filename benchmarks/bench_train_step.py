@@ -21,6 +21,7 @@ from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
 from engine.config import TttSection
 from engine.flops import DraftShape, Part, StepCounts, step_parts
+from engine.kernels import Kernels, choose_kernels
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
@@ -35,6 +36,8 @@ MODELS, SHARES, PACKED_TOKENS = ("llama3.1-8b", "llama3.3-70b", "qwen3-30b-a3b",
 OPTIONS = {  # provider -> what it changes, by the dotted key of a recipe
     "compacted": {},
     "uncompacted": {"ttt.compaction": "false"},
+    "recompute mlp": {"ttt.recompute": "mlp"},
+    "recompute step": {"ttt.recompute": "step"},
 }
 
 
@@ -109,10 +112,10 @@ def prepare(shape: StepShape, place: Place) -> StepTensors:
     return StepTensors(place, config, TargetHead(head_VD), VocabMap(chosen_U, in_draft_V), batch, *states)
 
 
-def _random_draft(config: DraftConfig, place: Place) -> Eagle3Draft:
+def _random_draft(config: DraftConfig, kernels: Kernels, place: Place) -> Eagle3Draft:
     torch.manual_seed(1)
     with place.device:
-        draft = Eagle3Draft(config).to(place.dtype)
+        draft = Eagle3Draft(config, kernels).to(place.dtype)
     if draft.embed_projection is not None:
         draft.embed_projection.requires_grad_(False)
     return draft
@@ -120,7 +123,10 @@ def _random_draft(config: DraftConfig, place: Place) -> Eagle3Draft:
 
 def setup(options: dict[str, str], tensors: StepTensors) -> Callable[[], object]:
     config = load_config(None, [f"{key}={value}" for key, value in options.items()])
-    head, batch, draft = tensors.head, tensors.batch, _random_draft(tensors.config, tensors.place)
+    head, batch, place = tensors.head, tensors.batch, tensors.place
+    own = Kernels(recompute=config.ttt.recompute)
+    kernels = choose_kernels(config.kernels, place.device, place.dtype, tensors.config.head_dim, own)
+    draft = _random_draft(tensors.config, kernels, place)
     teacher = Teacher(head.rows(tensors.vocab_map.target_ids_U).logits, tensors.vocab_map)
     test = TrainingTimeTest(config.ttt, config.loss, teacher)
     num_allowed_S = allowed_rows(batch, config.ttt).sum(1)

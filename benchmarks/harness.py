@@ -245,22 +245,24 @@ def _describe(benchmark: Benchmark, options: argparse.Namespace, place: Place, p
     """Machine, versions, commit and command, without any path of this machine."""
     chosen = {"device": [options.device], "dtype": [options.dtype], "shapes": options.shapes, "providers": options.providers}
     words = [word for name, values in chosen.items() for word in (f"--{name}", *values)]
+    rates = {"source": peak.name, "flops_per_s": peak.flops_per_s[place.dtype], "bytes_per_s": peak.bytes_per_s}
+    command = shlex.join(["python", "-m", benchmark.module, *words, "--repeat", str(options.repeat)])
+    return {"command": command} | machine_and_versions(place.device) | {"peak": rates}
+
+
+def machine_and_versions(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on beside its command: commit, machine and versions."""
     git = ["git", "describe", "--always", "--exclude=*", "--dirty"]
     described = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    machine = {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()}
-    machine |= {"threads": torch.get_num_threads(), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
-    if place.device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(place.device)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = {"processor": _processor(), "cores": os.cpu_count(), "memory_bytes": memory_bytes}
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
         machine |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory}
-    return {
-        "command": shlex.join(["python", "-m", benchmark.module, *words, "--repeat", str(options.repeat)]),
-        "commit": described.removesuffix("-dirty") or None,
-        "dirty": described.endswith("-dirty"),
-        "machine": machine,
-        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
-        | {name: _version(name) for name in ("torch", "triton", "transformers")},
-        "peak": {"source": peak.name, "flops_per_s": peak.flops_per_s[place.dtype], "bytes_per_s": peak.bytes_per_s},
-    }
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    versions |= {name: _version(name) for name in ("torch", "triton", "transformers")}
+    commit, dirty = described.removesuffix("-dirty") or None, described.endswith("-dirty")
+    return {"commit": commit, "dirty": dirty, "machine": machine, "versions": versions}
 
 
 def _processor() -> str:

@@ -19,7 +19,7 @@ from engine.flops import Part, frozen_head_part, head_part
 from engine.kernels import reference
 from engine.kernels.interface import LossRows, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.matmul import product
-from engine.kernels.vocab_loss import vocab_loss
+from engine.kernels.vocab_loss import Walk, vocab_loss
 from engine.models.vocab_map import VocabMap
 from engine.rows import plan_rows
 from engine.target.head import TargetHead
@@ -127,6 +127,12 @@ def figures(shape: LossShape, seconds: float) -> dict[str, float]:
     return {"rows/s": shape.num_rows / seconds}
 
 
+def _fused() -> Callable[..., VocabLoss]:
+    from engine.kernels.row_loss import row_loss  # it needs Triton and a GPU
+
+    return partial(vocab_loss, walk=Walk(row_loss))
+
+
 BENCHMARK = Benchmark(
     module="benchmarks.kernels.bench_vocab_loss",
     shapes=_shapes(),
@@ -134,6 +140,7 @@ BENCHMARK = Benchmark(
     providers={
         "reference": Provider(lambda: partial(_with_gradients, reference.vocab_loss)),
         "deferred": Provider(lambda: partial(_with_gradients, vocab_loss)),
+        "fused": Provider(lambda: partial(_with_gradients, _fused())),
         "products": Provider(lambda: _products),
     },
     prepare=prepare,

@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-machine_and_versions = dict
+from benchmarks.harness import machine_and_versions
 from benchmarks.peers.task import Task, task_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,8 @@ def main() -> None:
     show(cases)
     if options.json:
         options.json.write_text(json.dumps(cases, indent=1) + "\n", encoding="utf-8")
-        about = machine_and_versions() | {"shape": options.shape, "backend": options.backend, "rounds": options.rounds}
+        about = {"command": shlex.join(["python", "benchmarks/peers/bench_specforge.py", *command_words(options)])}
+        about |= machine_and_versions(torch.device(options.device)) | {"peer": PEER}
         options.json.with_suffix(".machine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
@@ -86,6 +88,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for the figures, one object a case; machine and versions lie beside it")
     parser.add_argument("--peer-folder", type=Path, default=ROOT / "outputs/peers/specforge-0.2.0", help="where SpecForge lies")
     return parser.parse_args()
+
+
+def command_words(options: argparse.Namespace) -> list[str]:
+    words = [f"--{name}={getattr(options, name)}" for name in ("shape", "device", "dtype", "backend", "rounds", "threads")]
+    return [*words, "--mask", *map(str, options.mask), "--hits", *options.hits]
 
 
 def install_peer(folder: Path) -> None:
