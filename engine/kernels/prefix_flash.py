@@ -1,0 +1,347 @@
+"""Ancestor attention whose causal prefix runs in flash attention; a small Triton kernel merges in the rows' ancestors.
+
+Shapes: Q query rows, T packed tokens, D documents, H query heads, G key/value heads, R of the former to one of the latter, E
+head dim, A ancestors. Of one program: B rows, M members (a row with one of its R heads of a group: they share ancestors). R and
+E are padded to powers of two; a member that does not exist repeats one that does and is dropped where it would count.
+
+Flash attention gives a row and head its output o_p and log-sum-exp lse_p over the prefix. With s_a = E**-0.5 q . k_a:
+
+    lse = log(exp(lse_p) + sum_a exp(s_a))        o = exp(lse_p - lse) o_p + sum_a exp(s_a - lse) v_a
+
+For any key j of this one softmax, of the prefix or an ancestor, with w_j = exp(s_j - lse), the gradient do of o, and
+delta = do . o:
+
+    dv_j = sum w_j do        ds_j = w_j (do . v_j - delta)        dq = E**-0.5 sum_j ds_j k_j        dk_j = E**-0.5 sum ds_j q
+
+Flash attention's backward pass keeps no weights: it forms w_j and delta from the log-sum-exp and the output that it is handed.
+Handed the merged ones, it gives what the prefix adds to dq, and all of the prefix's dk and dv. A second small kernel adds what
+the ancestors add to dq, and forms their own dk and dv, of which a row's share is nobody else's.
+
+The rows of a document [s, e) stand at successive positions a .. b - 1. Its queries are those rows and its keys are [s, b), so a
+causal mask aligned to the bottom right lets the row at position a + i see [s, a + i]. The keys [b, e), seen by none, are a
+segment without queries; else nobody would write their gradients. Segments number 2 D, whatever the rows are, and are found on
+the device. Checked in the sources of flash-attn 2.7.0 and 2.8.3 and of PyTorch's copy of it: the mask is so aligned (flash-attn
+since 2.1), segments without queries get zero gradients, and the log-sum-exp is [H, Q] (flash-attn since 2.7; PyTorch for CUDA).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from engine.kernels.interface import AttentionRows
+from engine.kernels.rows import add_rows
+
+# Eight numbers a thread: 16 bytes a load, and for ptxas at most 128 registers (sm_90, six ancestors), so that two programs
+# share a multiprocessor and one computes while the other waits.
+TILE, NUMBERS_PER_WARP, MAX_WARPS = 2048, 256, 16
+MAX_HEAD_DIM, HEAD_DIM_GRANULE, LEAST_CAPABILITY = 256, 8, (8, 0)  # of flash attention 2
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _members(num_rows, R: tl.constexpr, R_PAD: tl.constexpr, M: tl.constexpr):
+    """Row and query head of each member of this program, and whether it exists."""
+    member_M = tl.arange(0, M)
+    row_M, head_M = tl.program_id(0) * (M // R_PAD) + member_M // R_PAD, member_M % R_PAD
+    exists_M = (row_M < num_rows) & (head_M < R)
+    head_M = tl.program_id(1) * R + tl.minimum(head_M, R - 1)
+    return tl.minimum(row_M, num_rows - 1).to(tl.int64), head_M.to(tl.int64), exists_M
+
+
+@triton.jit
+def _load(x, index_N, E: tl.constexpr, E_PAD: tl.constexpr):
+    """Rows of [any, E] in fp32, zero from E on."""
+    e_1E = tl.arange(0, E_PAD)[None, :]
+    return tl.load(x + index_N[:, None] * E + e_1E, mask=e_1E < E, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(x, index_N, x_NE, exists_N, E: tl.constexpr, E_PAD: tl.constexpr):
+    e_1E = tl.arange(0, E_PAD)[None, :]
+    tl.store(x + index_N[:, None] * E + e_1E, x_NE.to(x.dtype.element_ty), mask=exists_N[:, None] & (e_1E < E))
+
+
+@triton.jit
+def _ancestor(query_ME, key, value, ancestor_M, scale2, IS_TREE: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr):
+    """Key and value of the members' ancestors, and their scores to base 2, minus infinity where a row lacks the ancestor."""
+    index_M = tl.maximum(ancestor_M, 0) * tl.num_programs(1) + tl.program_id(1)
+    key_ME, value_ME = _load(key, index_M, E, E_PAD), _load(value, index_M, E, E_PAD)
+    score_M = tl.sum(query_ME * key_ME, 1) * scale2
+    return key_ME, value_ME, tl.where(ancestor_M >= 0, score_M, float("-inf")) if IS_TREE else score_M
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _merge_kernel(
+    query, keys, values, ancestors, num_rows, scale, prefix_output, prefix_lse, output, lse,
+    A: tl.constexpr, IS_TREE: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
+    M: tl.constexpr,
+):  # fmt: skip
+    row_M, head_M, exists_M = _members(num_rows, R, R_PAD, M)
+    index_M, lse_index_M = row_M * (tl.num_programs(1) * R) + head_M, head_M * num_rows + row_M
+    query_ME, sum_ME = _load(query, index_M, E, E_PAD), _load(prefix_output, index_M, E, E_PAD)
+    most_M, total_M = tl.load(prefix_lse + lse_index_M) * LOG2_E, tl.full([M], 1.0, tl.float32)
+    for a in tl.static_range(A):
+        ancestor_M = tl.load(ancestors[a] + row_M)
+        _, value_ME, score_M = _ancestor(query_ME, keys[a], values[a], ancestor_M, scale * LOG2_E, IS_TREE, E, E_PAD)
+        new_M = tl.maximum(most_M, score_M)
+        weight_M, shrink_M = tl.exp2(score_M - new_M), tl.exp2(most_M - new_M)
+        most_M, total_M = new_M, total_M * shrink_M + weight_M
+        sum_ME = sum_ME * shrink_M[:, None] + weight_M[:, None] * value_ME
+    _store(output, index_M, sum_ME / total_M[:, None], exists_M, E, E_PAD)
+    tl.store(lse + lse_index_M, (most_M + tl.log2(total_M)) / LOG2_E, mask=exists_M)
+
+
+@triton.jit
+def _store_own(x, row_B, x_ME, exists_B, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr):
+    """What the heads of a group add up to, for the row's own ancestor."""
+    x_BE = tl.sum(tl.reshape(x_ME, (x_ME.shape[0] // R_PAD, R_PAD, E_PAD)), 1)
+    _store(x, row_B * tl.num_programs(1) + tl.program_id(1), x_BE, exists_B, E, E_PAD)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _merge_backward_kernel(
+    query, keys, values, ancestors, num_rows, scale, output, lse, grad, prefix_query_grad, query_grad, key_grads, value_grads,
+    A: tl.constexpr, IS_TREE: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
+    M: tl.constexpr,
+):  # fmt: skip
+    """key_grads, value_grads: by ancestor, [any, G, E], or in a tree by row, [Q, G, E]."""
+    B: tl.constexpr = M // R_PAD
+    row_M, head_M, exists_M = _members(num_rows, R, R_PAD, M)
+    row_B = tl.program_id(0) * B + tl.arange(0, B)
+    exists_B, row_B = row_B < num_rows, tl.minimum(row_B, num_rows - 1).to(tl.int64)
+    index_M = row_M * (tl.num_programs(1) * R) + head_M
+    query_ME, grad_ME = _load(query, index_M, E, E_PAD), _load(grad, index_M, E, E_PAD)
+    delta_M = tl.sum(grad_ME * _load(output, index_M, E, E_PAD), 1)
+    # An infinite log-sum-exp leaves no weight to members that do not exist.
+    lse2_M = tl.load(lse + head_M * num_rows + row_M, mask=exists_M, other=float("inf")) * LOG2_E
+    sum_ME = tl.zeros([M, E_PAD], tl.float32)
+    for a in tl.static_range(A):
+        ancestor_M = tl.load(ancestors[a] + row_M)
+        key_ME, value_ME, score_M = _ancestor(query_ME, keys[a], values[a], ancestor_M, scale * LOG2_E, IS_TREE, E, E_PAD)
+        weight_M = tl.exp2(score_M - lse2_M)
+        score_grad_M = weight_M * (tl.sum(grad_ME * value_ME, 1) - delta_M) * scale
+        sum_ME += score_grad_M[:, None] * key_ME
+        target_B = row_B if IS_TREE else tl.load(ancestors[a] + row_B)
+        _store_own(key_grads[a], target_B, score_grad_M[:, None] * query_ME, exists_B, R_PAD, E, E_PAD)
+        _store_own(value_grads[a], target_B, weight_M[:, None] * grad_ME, exists_B, R_PAD, E, E_PAD)
+    _store(query_grad, index_M, sum_ME + _load(prefix_query_grad, index_M, E, E_PAD), exists_M, E, E_PAD)
+
+
+class PrefixInputs(NamedTuple):
+    """What flash attention reads, all of it dense; cu_queries, cu_keys: starts of segments and their end, int32 [2 D + 1]."""
+
+    query_QHE: Tensor
+    key_TGE: Tensor
+    value_TGE: Tensor
+    cu_queries: Tensor
+    cu_keys: Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.query_QHE.shape[2] ** -0.5
+
+    @property
+    def segments(self) -> tuple[Tensor, Tensor, int, int]:
+        """Starts of queries and of keys, and most of each in a segment: bounds, for the device alone knows the lengths.
+
+        Never one query at most: from that, flash attention concludes that every segment has one.
+        """
+        return self.cu_queries, self.cu_keys, max(len(self.query_QHE), 2), len(self.key_TGE)
+
+
+@dataclass(frozen=True)
+class PrefixAttention:
+    """An implementation of causal attention in segments, aligned to their bottom right corner.
+
+    forward: inputs -> output [Q, H, E] and its log-sum-exp, fp32 [H, Q], both dense. backward: inputs, gradient of the output,
+    output, log-sum-exp -> gradients of queries, keys and values; the last two may be those of a softmax over further keys too.
+    """
+
+    name: str
+    forward: Callable[[PrefixInputs], tuple[Tensor, Tensor]]
+    backward: Callable[[PrefixInputs, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@cache
+def flash_attn_prefix() -> PrefixAttention | None:
+    """That of the package flash-attn from 2.7 on; dq has the same bits each time under torch.use_deterministic_algorithms."""
+    try:
+        import flash_attn
+        from flash_attn import flash_attn_interface as flash
+    except ImportError:
+        return None
+    if tuple(map(int, flash_attn.__version__.split(".")[:2])) < (2, 7):
+        return None
+
+    def forward(inputs: PrefixInputs) -> tuple[Tensor, Tensor]:
+        output_QHE, lse_HQ, *_ = flash._flash_attn_varlen_forward(*inputs[:3], *inputs.segments, 0.0, inputs.scale, True)
+        return output_QHE, lse_HQ
+
+    def backward(inputs: PrefixInputs, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor) -> tuple[Tensor, ...]:
+        grads = [torch.empty_like(x) for x in inputs[:3]]
+        options = {"dropout_p": 0.0, "softmax_scale": inputs.scale, "causal": True, "softcap": 0.0, "alibi_slopes": None}
+        options |= {"window_size_left": -1, "window_size_right": -1}
+        options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        forward_pass = *inputs[:3], output_QHE, lse_HQ
+        flash._flash_attn_varlen_backward(grad_QHE, *forward_pass, *grads, *inputs.segments, **options)
+        return tuple(grads)
+
+    return PrefixAttention("flash-attn", forward, backward)
+
+
+@cache
+def torch_prefix() -> PrefixAttention | None:
+    """That of PyTorch for CUDA; for ROCm its log-sum-exp is padded. As to bits, the same holds as for flash-attn."""
+    if torch.version.cuda is None or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    return PrefixAttention("torch", _torch_forward, _torch_backward)
+
+
+def _torch_forward(inputs: PrefixInputs) -> tuple[Tensor, Tensor]:
+    output_QHE, lse_HQ, *_ = torch.ops.aten._flash_attention_forward(
+        *inputs[:3], *inputs.segments, 0.0, True, False, scale=inputs.scale
+    )
+    return output_QHE, lse_HQ
+
+
+def _torch_backward(inputs: PrefixInputs, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor) -> tuple[Tensor, ...]:
+    unread = lse_HQ.new_empty(2, dtype=torch.uint64)  # the state of a dropout that there is not
+    return torch.ops.aten._flash_attention_backward(
+        grad_QHE, *inputs[:3], output_QHE, lse_HQ, *inputs.segments, 0.0, True, unread, unread, scale=inputs.scale
+    )
+
+
+def _nothing(inputs: PrefixInputs) -> tuple[Tensor, Tensor]:
+    query_QHE = inputs.query_QHE
+    return torch.empty_like(query_QHE), query_QHE.new_empty(query_QHE.shape[1::-1], dtype=torch.float32)
+
+
+_NO_ROWS = PrefixAttention("no rows", _nothing, lambda inputs, *_: tuple(map(torch.zeros_like, inputs[:3])))
+
+
+def available_prefix() -> PrefixAttention | None:
+    """flash-attn's where it is installed, else PyTorch's own, else None."""
+    return flash_attn_prefix() or torch_prefix()
+
+
+def refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+    """Why this attention cannot run there, in one sentence; None where it can."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"flash attention needs a CUDA device, not {'ROCm' if torch.version.hip else device.type}"
+    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"flash attention needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))}, of the A100, or later"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention computes in bf16 or fp16, not in {dtype}"
+    if head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_GRANULE:
+        return f"flash attention needs a head dim of at most {MAX_HEAD_DIM}, a multiple of {HEAD_DIM_GRANULE}, not {head_dim}"
+    if available_prefix() is None:
+        return "neither flash-attn from 2.7 on nor a PyTorch for CUDA with flash attention is installed"
+    return None
+
+
+def _segments(rows: AttentionRows) -> tuple[Tensor, Tensor]:
+    """Starts of queries and of keys: of each document, what its rows see, then the rest of its keys. int32 [2 D + 1] each."""
+    start_D, position_Q = rows.cu_seqlens.long(), rows.position_Q.contiguous()
+    row_D = torch.searchsorted(position_Q, start_D)
+    last_D = torch.nn.functional.pad(position_Q, (1, 0))[row_D[1:]]
+    seen_D = torch.where(row_D[1:] > row_D[:-1], last_D + 1, start_D[:-1])
+    cu_queries = torch.cat((torch.stack((row_D[:-1], row_D[1:]), 1).flatten(), row_D[-1:]))
+    cu_keys = torch.cat((torch.stack((start_D[:-1], seen_D), 1).flatten(), start_D[-1:]))
+    return cu_queries.int(), cu_keys.int()
+
+
+class _Merge(NamedTuple):
+    """Arguments of a merge, and the launching of its kernels; extras: the ancestors' keys, then their values, dense."""
+
+    inputs: PrefixInputs
+    rows: AttentionRows
+    extras: tuple[Tensor, ...]
+
+    def launch(self, kernel: Any, *arguments: Any) -> None:
+        (num_rows, num_heads, head_dim), num_groups = self.inputs.query_QHE.shape, self.inputs.key_TGE.shape[1]
+        num_extra, heads_per_group = len(self.rows.ancestors), num_heads // num_groups
+        padded_heads, padded_head_dim = map(triton.next_power_of_2, (heads_per_group, head_dim))
+        members = max(padded_heads, TILE // padded_head_dim)
+        sizes = {"R": heads_per_group, "R_PAD": padded_heads, "E": head_dim, "E_PAD": padded_head_dim, "M": members}
+        num_warps = min(max(members * padded_head_dim // NUMBERS_PER_WARP, 1), MAX_WARPS)
+        ancestors = tuple(ancestor_Q.contiguous() for ancestor_Q in self.rows.ancestors)
+        extras = tuple(self.extras[:num_extra]), tuple(self.extras[num_extra:])
+        shared = self.inputs.query_QHE, *extras, ancestors, num_rows, self.inputs.scale
+        grid = triton.cdiv(num_rows, members // padded_heads), num_groups
+        if num_rows:
+            kernel[grid](*shared, *arguments, A=num_extra, IS_TREE=self.rows.is_tree, **sizes, num_warps=num_warps)
+
+    def forward(self, prefix_output_QHE: Tensor, prefix_lse_HQ: Tensor) -> tuple[Tensor, Tensor]:
+        # Not in place: a number that two threads read may be written by one before the other has read it.
+        output_QHE, lse_HQ = torch.empty_like(self.inputs.query_QHE), torch.empty_like(prefix_lse_HQ)
+        self.launch(_merge_kernel, prefix_output_QHE, prefix_lse_HQ, output_QHE, lse_HQ)
+        return output_QHE, lse_HQ
+
+    def backward(self, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor, prefix_query_grad_QHE: Tensor) -> list[Tensor]:
+        """Gradients of queries and of the extras."""
+        query_QHE, is_tree, num_extra = self.inputs.query_QHE, self.rows.is_tree, len(self.rows.ancestors)
+        dtype = torch.float32 if is_tree else query_QHE.dtype
+        extra_grads = [torch.zeros_like(x, dtype=dtype) for x in self.extras]
+        own_grads = [x.new_empty(len(query_QHE), *x.shape[1:]) for x in extra_grads] if is_tree else extra_grads
+        query_grad_QHE, own = torch.empty_like(query_QHE), tuple(own_grads)
+        results = output_QHE, lse_HQ, grad_QHE, prefix_query_grad_QHE, query_grad_QHE, own[:num_extra], own[num_extra:]
+        self.launch(_merge_backward_kernel, *results)
+        if is_tree:
+            for extra_grad, ancestor_Q, own_QGE in zip(extra_grads, 2 * self.rows.ancestors, own_grads, strict=True):
+                add_rows(extra_grad, ancestor_Q, own_QGE, is_tree)
+        return [query_grad_QHE, *(extra_grad.to(query_QHE.dtype) for extra_grad in extra_grads)]
+
+
+class _PrefixFlash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, prefix: PrefixAttention, rows: AttentionRows, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        query_QHE, key_TGE, value_TGE, *extras = (x.contiguous() for x in tensors)
+        inputs = PrefixInputs(query_QHE, key_TGE, value_TGE, *_segments(rows))
+        output_QHE, lse_HQ = prefix.forward(inputs)
+        if extras:
+            output_QHE, lse_HQ = _Merge(inputs, rows, tuple(extras)).forward(output_QHE, lse_HQ)
+        ctx.prefix, ctx.rows = prefix, rows
+        ctx.save_for_backward(*inputs, output_QHE, lse_HQ, *extras)
+        lse_QH = lse_HQ.t()
+        ctx.mark_non_differentiable(lse_QH)
+        return output_QHE, lse_QH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_QHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, (output_QHE, lse_HQ, *extras) = PrefixInputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        results = grad_QHE.contiguous(), output_QHE, lse_HQ
+        query_grad_QHE, key_grad_TGE, value_grad_TGE = ctx.prefix.backward(inputs, *results)
+        extra_grads = []
+        if extras:
+            merge = _Merge(inputs, ctx.rows, tuple(extras))
+            query_grad_QHE, *extra_grads = merge.backward(*results, query_grad_QHE.contiguous())
+        return None, None, query_grad_QHE, key_grad_TGE, value_grad_TGE, *extra_grads
+
+
+def ancestor_attention(
+    query_QHE: Tensor,
+    key_TGE: Tensor,
+    value_TGE: Tensor,
+    extra_keys: list[Tensor],
+    extra_values: list[Tensor],
+    rows: AttentionRows,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.ancestor_attention`, where in each document the rows stand at successive positions; never waits for a GPU.
+
+    Tensors are of one dtype, bf16 or fp16; `refusal` says what else flash attention asks for.
+    Raises ValueError where none is installed.
+    """
+    prefix = available_prefix()
+    if prefix is None:
+        raise ValueError("expected flash-attn from 2.7 on or PyTorch for CUDA with flash attention, found neither; install one")
+    prefix = prefix if len(query_QHE) else _NO_ROWS
+    return _PrefixFlash.apply(prefix, rows, query_QHE, key_TGE, value_TGE, *extra_keys, *extra_values)

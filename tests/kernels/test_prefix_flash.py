@@ -1,0 +1,289 @@
+"""Flash attention over the prefix merged with the rows' ancestors is softmax attention written out in float64, gradients too.
+
+On a CPU Triton's interpreter runs the merge, see conftest.py, and plain PyTorch stands in for flash attention: as exacting, it
+wants every key in a segment and leaves the gradients of others undefined.
+"""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from engine.kernels import reference
+from tests.kernels.attention_cases import ANCESTORS, HEADS, AttentionCase, make_case, with_gradients, written_out
+
+kernels = pytest.importorskip("engine.kernels.prefix_flash", reason="the merge is written in Triton, which is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# documents: tokens, the first row's place among them, rows
+LAYOUTS = {
+    "every row": ((13, 0, 13),),
+    "starting late, ending early": ((13, 4, 6),),
+    "several": ((1, 0, 1), (6, 0, 0), (1, 0, 0), (11, 3, 8), (2, 0, 1), (5, 1, 3)),
+    "one row of several": ((3, 0, 0), (7, 5, 1), (2, 0, 0)),
+    "one token": ((1, 0, 1),),
+    "no row": ((4, 0, 0), (1, 0, 0)),
+}
+# blocks of flash attention are of 128 at most
+LONG = {"long": ((200, 37, 150), (1, 0, 1), (129, 0, 0), (300, 0, 300), (65, 64, 1), (131, 0, 130))}
+
+
+def case_of(layout, heads="GQA", ancestors="chains", head_dim=16, scale=1.0) -> AttentionCase:
+    positions, start = [], 0
+    for length, first, count in (documents := (LAYOUTS | LONG)[layout]):
+        positions += range(start + first, start + first + count)
+        start += length
+    return make_case(
+        [length for length, *_ in documents],
+        HEADS[heads],
+        torch.tensor(positions).long(),
+        ANCESTORS[ancestors],
+        head_dim,
+        scale,
+    )
+
+
+def segments_of(inputs):
+    """Slices of queries and keys of each segment, and the keys that each query sees, aligned to the bottom right corner."""
+    cu_queries, cu_keys, max_queries, max_keys = inputs.segments
+    assert cu_queries.dtype == cu_keys.dtype == torch.int32 and len(cu_queries) == len(cu_keys)
+    assert cu_keys[0] == 0 and cu_keys[-1] == len(inputs.key_TGE) and cu_queries[-1] == len(inputs.query_QHE)
+    for cu_seqlens, most in ((cu_queries, max_queries), (cu_keys, max_keys)):
+        assert cu_seqlens.diff().min() >= 0 and cu_seqlens.diff().max() <= most
+    assert max_queries > 1  # else flash attention believes that every segment has one
+    bounds = zip(cu_queries.tolist(), cu_queries.tolist()[1:], cu_keys.tolist(), cu_keys.tolist()[1:], strict=False)
+    for first, end, start, stop in bounds:
+        is_seen_qk = torch.ones(end - first, stop - start, dtype=torch.bool, device=cu_keys.device)
+        yield slice(first, end), slice(start, stop), is_seen_qk.tril((stop - start) - (end - first))
+
+
+def scores_of(inputs, queries: slice, keys: slice, is_seen_qk) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64 [H, q, k], and the group of each head."""
+    num_heads = inputs.query_QHE.shape[1]
+    group_H = torch.arange(num_heads, device=is_seen_qk.device) // (num_heads // inputs.key_TGE.shape[1])
+    key_kHE = inputs.key_TGE[keys][:, group_H].double()
+    scores_Hqk = torch.einsum("qhe,khe->hqk", inputs.query_QHE[queries].double(), key_kHE) * inputs.scale
+    return scores_Hqk.masked_fill(~is_seen_qk, -torch.inf), group_H
+
+
+def plain_forward(inputs):
+    output_QHE = torch.full_like(inputs.query_QHE, torch.nan)
+    lse_HQ = output_QHE.new_full(output_QHE.shape[1::-1], torch.nan, dtype=torch.float32)
+    for queries, keys, is_seen_qk in segments_of(inputs):
+        scores_Hqk, group_H = scores_of(inputs, queries, keys, is_seen_qk)
+        value_kHE = inputs.value_TGE[keys][:, group_H].double()
+        output_QHE[queries] = torch.einsum("hqk,khe->qhe", scores_Hqk.softmax(-1), value_kHE).to(output_QHE.dtype)
+        lse_HQ[:, queries] = scores_Hqk.logsumexp(-1).float()
+    return output_QHE, lse_HQ
+
+
+def plain_backward(inputs, grad_QHE, output_QHE, lse_HQ):
+    assert all(x.is_contiguous() for x in (grad_QHE, output_QHE, lse_HQ))
+    grads = [torch.full_like(x, torch.nan) for x in inputs[:3]]
+    delta_HQ = (grad_QHE.double() * output_QHE.double()).sum(-1).t()
+    for queries, keys, is_seen_qk in segments_of(inputs):
+        scores_Hqk, group_H = scores_of(inputs, queries, keys, is_seen_qk)
+        weights_Hqk = (scores_Hqk - lse_HQ[:, queries, None].double()).exp()
+        grad_qHE, (key_kHE, value_kHE) = grad_QHE[queries].double(), (x[keys][:, group_H].double() for x in inputs[1:3])
+        scores_grad_Hqk = torch.einsum("qhe,khe->hqk", grad_qHE, value_kHE) - delta_HQ[:, queries, None]
+        scores_grad_Hqk *= weights_Hqk * inputs.scale
+        query_kHE = torch.einsum("hqk,qhe->khe", scores_grad_Hqk, inputs.query_QHE[queries].double())
+        shape = (-1, inputs.key_TGE.shape[1], len(group_H) // inputs.key_TGE.shape[1], key_kHE.shape[-1])
+        grads[0][queries] = torch.einsum("hqk,khe->qhe", scores_grad_Hqk, key_kHE).to(grad_QHE.dtype)
+        grads[1][keys] = query_kHE.reshape(shape).sum(2).to(grad_QHE.dtype)
+        grads[2][keys] = torch.einsum("hqk,qhe->khe", weights_Hqk, grad_qHE).reshape(shape).sum(2).to(grad_QHE.dtype)
+    return tuple(grads)
+
+
+PLAIN = kernels.PrefixAttention("plain", plain_forward, plain_backward)
+
+
+@pytest.fixture
+def plain_prefix(monkeypatch):
+    monkeypatch.setattr(kernels, "available_prefix", lambda: PLAIN)
+
+
+def assert_equals_written_out(case: AttentionCase, tolerance: float = 1e-5) -> None:
+    result = with_gradients(kernels.ancestor_attention, case, device=DEVICE)
+    expected = with_gradients(written_out, case, torch.float64)
+    for ours, theirs in zip((*result[:2], *result[2]), (*expected[:2], *expected[2]), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+def assert_errs_at_most_twice_as_plain_pytorch(case: AttentionCase, dtype: torch.dtype) -> None:
+    case = AttentionCase(*case.arguments(dtype)[0])  # with the values that this precision can hold
+    exact = with_gradients(written_out, case, torch.float64)
+    plain = with_gradients(written_out, case, dtype)
+    ours = with_gradients(kernels.ancestor_attention, case, dtype, DEVICE)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-5, atol=1e-5)
+    for mine, plainly, theirs in zip(*([output, *grads] for output, _, grads in (ours, plain, exact)), strict=True):
+        assert mine.dtype == dtype
+        # where plain PyTorch subtracts a number from itself, kernels may round it in fp32 twice
+        floor = 1e-6 * theirs.numel() ** 0.5
+        assert (mine - theirs).norm() <= 2 * (plainly - theirs).norm() + floor
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several programs for a dozen rows, the last of them not full."""
+    monkeypatch.setattr(kernels, "TILE", 128)
+
+
+@pytest.mark.parametrize("ancestors", ANCESTORS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prefix_and_ancestors_share_one_softmax(plain_prefix, small_tiles, layout, ancestors):
+    assert_equals_written_out(case_of(layout, ancestors=ancestors))
+
+
+@pytest.mark.parametrize("ancestors", ANCESTORS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_heads_of_a_group_share_keys(plain_prefix, heads, ancestors):
+    assert_equals_written_out(case_of("several", heads, ancestors))
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 128])
+def test_any_head_dim_that_flash_attention_takes(plain_prefix, head_dim):
+    assert_equals_written_out(case_of("several", head_dim=head_dim))
+
+
+@pytest.mark.parametrize("ancestors", ANCESTORS)
+@pytest.mark.parametrize("layout", ["starting late, ending early", "several", "one token"])
+def test_in_fp16_it_errs_at_most_twice_as_much_as_plain_pytorch(plain_prefix, layout, ancestors):
+    assert_errs_at_most_twice_as_plain_pytorch(case_of(layout, ancestors=ancestors, head_dim=64), torch.float16)
+
+
+@pytest.mark.parametrize("ancestors", ["chains", "a tree"])
+def test_what_is_returned_is_what_the_reference_returns(plain_prefix, ancestors):
+    arguments, _ = case_of("several", ancestors=ancestors).arguments(device=DEVICE)
+    for ours, theirs in zip(kernels.ancestor_attention(*arguments), reference.ancestor_attention(*arguments), strict=True):
+        assert (ours.shape, ours.dtype, ours.requires_grad) == (theirs.shape, theirs.dtype, theirs.requires_grad)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ancestors", ["chains", "a tree"])
+def test_scores_of_a_thousand_stay_finite(plain_prefix, ancestors):
+    case = case_of("several", ancestors=ancestors, scale=32.0)
+    output, lse, grads = with_gradients(kernels.ancestor_attention, case, device=DEVICE)
+    exact, exact_lse, _ = with_gradients(written_out, case, torch.float64)
+    assert exact_lse.max() > 1000 and all(x.isfinite().all() for x in (output, lse, *grads))
+    # a score of 4000 is rounded by 2e-4, its weight by as much of itself
+    torch.testing.assert_close(output.double(), exact, rtol=1e-3, atol=32e-3)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=0)
+
+
+def test_inputs_need_not_be_dense(plain_prefix):
+    case = case_of("several")
+    strided = AttentionCase(*(torch.stack((x, x), -1)[..., 0] if torch.is_tensor(x) else x for x in vars(case).values()))
+    arguments = [x.detach() if torch.is_tensor(x) else x for x in vars(strided).values()]
+    for ours, theirs in zip(kernels.ancestor_attention(*arguments), written_out(*vars(case).values()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_without_ancestors_no_kernel_is_launched(plain_prefix, monkeypatch):
+    monkeypatch.setattr(kernels, "_merge_kernel", None)
+    monkeypatch.setattr(kernels, "_merge_backward_kernel", None)
+    assert_equals_written_out(case_of("several", ancestors="no ancestor"))
+
+
+def test_refusals_say_why(monkeypatch):
+    def refusal(dtype=torch.bfloat16, head_dim=64, device="cuda"):
+        return kernels.refusal(dtype, head_dim, torch.device(device))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "available_prefix", lambda: PLAIN)
+    assert refusal() is None and refusal(torch.float16, 256) is None
+    assert "not cpu" in refusal(device="cpu")
+    assert "not in torch.float32" in refusal(torch.float32)
+    assert "not 264" in refusal(head_dim=264) and "not 60" in refusal(head_dim=60)
+    monkeypatch.setattr(kernels, "available_prefix", lambda: None)
+    assert "neither" in refusal()
+    with pytest.raises(ValueError, match="neither"):
+        kernels.ancestor_attention(*case_of("several").arguments()[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0" in refusal()
+
+
+def varlen_forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left=-1
+):  # fmt: skip
+    """flash-attn's function as of 2.7.0 and 2.8.3, as far as arguments without defaults go."""
+    inputs = kernels.PrefixInputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    assert inputs.segments[2:] == (max_seqlen_q, max_seqlen_k)
+    assert (dropout_p, softmax_scale, causal, window_size_left) == (0, inputs.scale, True, -1)
+    return *plain_forward(inputs), torch.empty(0), torch.empty(2)
+
+
+def varlen_backward(
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+):  # fmt: skip
+    """Likewise."""
+    inputs = kernels.PrefixInputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    assert inputs.segments[2:] == (max_seqlen_q, max_seqlen_k) and not deterministic and rng_state is None
+    assert (dropout_p, softmax_scale, causal, softcap, alibi_slopes) == (0, inputs.scale, True, 0, None)
+    assert window_size_left == window_size_right == -1
+    for grad, result in zip((dq, dk, dv), plain_backward(inputs, dout, out, softmax_lse), strict=True):
+        grad.copy_(result)
+    return torch.empty(0)
+
+
+def test_the_package_gets_its_arguments_in_its_order(monkeypatch):
+    package = ModuleType("flash_attn")
+    functions = {"_flash_attn_varlen_forward": varlen_forward, "_flash_attn_varlen_backward": varlen_backward}
+    package.__version__, package.flash_attn_interface = "2.8.3", SimpleNamespace(**functions)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    prefix = kernels.flash_attn_prefix.__wrapped__()
+    monkeypatch.setattr(kernels, "available_prefix", lambda: prefix)
+    assert_equals_written_out(case_of("several"))
+    package.__version__ = "2.6.3"  # its log-sum-exp is padded
+    assert kernels.flash_attn_prefix.__wrapped__() is None
+
+
+def test_pytorchs_operators_take_these_arguments_and_return_these_shapes():
+    query_QHE, key_TGE = torch.empty(5, 4, 16, device="meta"), torch.empty(7, 2, 16, device="meta")
+    starts = torch.empty(3, dtype=torch.int32, device="meta")
+    inputs = kernels.PrefixInputs(query_QHE, key_TGE, key_TGE, starts, starts)
+    output_QHE, lse_HQ = kernels._torch_forward(inputs)
+    grads = kernels._torch_backward(inputs, output_QHE, output_QHE, lse_HQ)
+    assert output_QHE.shape == query_QHE.shape and lse_HQ.shape == (4, 5) and lse_HQ.dtype == torch.float32
+    assert [grad.shape for grad in grads] == [x.shape for x in inputs[:3]]
+
+
+@pytest.fixture(params=[kernels.flash_attn_prefix, kernels.torch_prefix], ids=["flash-attn", "torch"])
+def real_prefix(request, monkeypatch):
+    if DEVICE == "cpu":
+        pytest.skip("needs a CUDA device")
+    prefix = request.param()
+    if prefix is None:
+        pytest.skip(f"{request.param.__name__}() finds none installed")
+    monkeypatch.setattr(kernels, "available_prefix", lambda: prefix)
+    reason = kernels.refusal(torch.bfloat16, 64, torch.device(DEVICE))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("ancestors", ANCESTORS)
+@pytest.mark.parametrize("layout", ["long", "several", "one row of several", "one token"])
+def test_on_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(real_prefix, layout, ancestors, dtype):
+    assert_errs_at_most_twice_as_plain_pytorch(case_of(layout, ancestors=ancestors, head_dim=128), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 256])
+@pytest.mark.parametrize("heads", HEADS)
+def test_on_a_gpu_any_heads_and_head_dim(real_prefix, heads, head_dim):
+    assert_errs_at_most_twice_as_plain_pytorch(case_of("long", heads, head_dim=head_dim), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_device(real_prefix):
+    arguments, leaves = case_of("long", head_dim=64).arguments(torch.bfloat16, DEVICE)
+    torch.autograd.grad(kernels.ancestor_attention(*arguments)[0].sum(), leaves)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(kernels.ancestor_attention(*arguments)[0].sum(), leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
