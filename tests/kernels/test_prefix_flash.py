@@ -52,6 +52,7 @@ def segments_of(inputs):
     for cu_seqlens, most in ((cu_queries, max_queries), (cu_keys, max_keys)):
         assert cu_seqlens.diff().min() >= 0 and cu_seqlens.diff().max() <= most
     assert max_queries > 1  # else flash attention believes that every segment has one
+    assert len(inputs.query_QHE)  # flash attention is not asked about no row at all
     bounds = zip(cu_queries.tolist(), cu_queries.tolist()[1:], cu_keys.tolist(), cu_keys.tolist()[1:], strict=False)
     for first, end, start, stop in bounds:
         is_seen_qk = torch.ones(end - first, stop - start, dtype=torch.bool, device=cu_keys.device)
