@@ -133,10 +133,11 @@ def setup(options: dict[str, str], tensors: StepTensors) -> Callable[[], object]
     norms = LossNorms(num_allowed_S[0].float().clamp_min(1), num_allowed_S.float())
 
     def step() -> None:
-        slots_N = slots_of(allowed_rows(batch, config.ttt))
+        allowed_ST = allowed_rows(batch, config.ttt)
+        slots_N = slots_of(allowed_ST)
         last_hidden_ND = tensors.last_hidden_TD[slots_N]
         target = TargetOutput(tensors.aux_TA, slots_N, last_hidden_ND, *head.argmax_and_lse(last_hidden_ND))
-        test(draft, MicroBatch(batch, target, tensors.embed_TD), norms).loss.backward()
+        test(draft, MicroBatch(batch, target, tensors.embed_TD, allowed_ST), norms).loss.backward()
         draft.zero_grad()
 
     return step

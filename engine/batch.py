@@ -1,6 +1,6 @@
 """The nouns that travel between rooms: a packed batch, what the target says of it, what the draft makes of both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,11 +12,17 @@ class PackedBatch:
     input_ids_T: int64 [T], as tokenised, nothing shifted.
     assistant_mask_T: bool [T], true where the token is the assistant's.
     cu_seqlens: int32 [num_documents + 1], starts of documents and T at the end.
+    host_lengths: tokens of each document, on the host: reading them from a device would wait for all it has to do.
     """
 
     input_ids_T: torch.Tensor
     assistant_mask_T: torch.Tensor
     cu_seqlens: torch.Tensor
+    host_lengths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.host_lengths:
+            object.__setattr__(self, "host_lengths", tuple(self.cu_seqlens.diff().tolist()))
 
     @property
     def num_tokens(self) -> int:
@@ -34,11 +40,8 @@ class PackedBatch:
         return torch.arange(self.num_tokens, device=starts_T.device) - starts_T
 
     def to(self, device: torch.device) -> "PackedBatch":
-        return PackedBatch(
-            self.input_ids_T.to(device, non_blocking=True),
-            self.assistant_mask_T.to(device, non_blocking=True),
-            self.cu_seqlens.to(device, non_blocking=True),
-        )
+        names = ("input_ids_T", "assistant_mask_T", "cu_seqlens")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,15 @@ class TargetOutput:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """All that one draft step reads: documents, the target's view of them, and their token embeddings.
+    """All that one draft step reads: documents, the target's view of them, their token embeddings, and the rows allowed.
 
-    embed_TD: [T, D], rows of the target's embedding, in the target's width.
+    embed_TD: [T, D], rows of the target's embedding, in the target's width. allowed_ST: bool [S, T], `rows.allowed_rows`.
     """
 
     batch: PackedBatch
     target: TargetOutput
     embed_TD: torch.Tensor
+    allowed_ST: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from engine.batch import LossNorms, MicroBatch
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
-from engine.rows import allowed_rows, loss_rows
+from engine.rows import loss_rows
 
 
 class Normaliser:
@@ -21,9 +21,9 @@ class Normaliser:
         rows_per_micro = [self._loss_rows(micro) for micro in micros]
         if self._test.loss.normaliser == "positions":
             positions = [float(micro.batch.num_tokens) for micro in micros]
-            return [LossNorms(rows_S.new_tensor(n), rows_S) for n, rows_S in zip(positions, rows_per_micro, strict=True)]
+            return [LossNorms(rows_S.new_full((), n), rows_S) for n, rows_S in zip(positions, rows_per_micro, strict=True)]
         rows_S = torch.stack(rows_per_micro).sum(0)
-        num_slots = rows_S.new_tensor([sum(micro.target.slots_N.numel() for micro in micros)])
+        num_slots = rows_S.new_full((1,), sum(micro.target.slots_N.numel() for micro in micros))
         totals = self._world.sum(torch.cat((num_slots, rows_S)))
         norms = LossNorms(totals[0].clamp_min(1), totals[1:])
         if self._test.loss.kind == "lk_lambda":
@@ -31,8 +31,7 @@ class Normaliser:
         return [norms] * len(micros)
 
     def _loss_rows(self, micro: MicroBatch) -> torch.Tensor:
-        allowed_ST = allowed_rows(micro.batch, self._test.ttt)
-        return loss_rows(allowed_ST, micro.target, self._test.teacher.vocab_map).sum(1).float()
+        return loss_rows(micro.allowed_ST, micro.target, self._test.teacher.vocab_map).sum(1).float()
 
     @torch.no_grad()
     def _acceptance(self, micros: list[MicroBatch], norms: LossNorms) -> torch.Tensor:

@@ -192,10 +192,11 @@ class Trainer:
         """The target's half of a step: the packed batches of one -> what the draft reads, in the draft's precision."""
 
         def forward(batch: PackedBatch) -> MicroBatch:
-            batch = batch.to(self.world.device)
-            output = target(batch, slots_of(allowed_rows(batch, self.config.ttt)))
-            embed_TD = torch.nn.functional.embedding(batch.input_ids_T, target.embed_weight_VD)
-            return MicroBatch(batch, replace(output, aux_TA=output.aux_TA.to(dtype)), embed_TD.to(dtype))
+            device, allowed_ST = self.world.device, allowed_rows(batch, self.config.ttt)
+            batch, slots_N = batch.to(device), slots_of(allowed_ST).to(device)  # counted before the move: nothing to wait for
+            output = target(batch, slots_N)
+            embed_TD = torch.nn.functional.embedding(batch.input_ids_T, target.embed_weight_VD).to(dtype)
+            return MicroBatch(batch, replace(output, aux_TA=output.aux_TA.to(dtype)), embed_TD, allowed_ST.to(device))
 
         return lambda item: ([forward(batch) for batch in item[0]], item[1])
 

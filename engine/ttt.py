@@ -19,7 +19,7 @@ from engine.kernels.recompute import recomputed
 from engine.kernels.rows import take_rows
 from engine.models.eagle3 import Eagle3Draft, LayerKeys
 from engine.models.vocab_map import VocabMap
-from engine.rows import RowPlan, allowed_rows, loss_rows, plan_rows, row_slots
+from engine.rows import RowPlan, loss_rows, plan_rows, row_slots
 
 CHUNK_MB = {"cpu": 64, "cuda": 1024}  # near a CPU's caches; on a GPU enough rows that adding up the head's gradient is cheap
 
@@ -83,6 +83,10 @@ class TrainingTimeTest:
         return list(self.loss.step_weights or (self.loss.step_decay**step for step in range(self.ttt.steps)))
 
     @cached_property
+    def _weight_S(self) -> torch.Tensor:
+        return torch.tensor(self.step_weights, device=self.teacher.vocab_map.in_draft_V.device)
+
+    @cached_property
     def slots_per_chunk(self) -> int:
         """Slots whose rows' logits and gradients, in fp32 and twice in all, fit `loss.chunk_mb`."""
         bytes_per_slot = 4 * self.teacher.vocab_map.size * (2 * self.ttt.steps + 2)
@@ -91,8 +95,7 @@ class TrainingTimeTest:
 
     def __call__(self, draft: Eagle3Draft, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         """Loss and counts of each TTT step."""
-        target, vocab_map = micro.target, self.teacher.vocab_map
-        allowed_ST = allowed_rows(micro.batch, self.ttt)
+        target, allowed_ST, vocab_map = micro.target, micro.allowed_ST, self.teacher.vocab_map
         carries_loss_ST = loss_rows(allowed_ST, target, vocab_map)
         slot_ST = row_slots(target.slots_N, allowed_ST)
         plan = plan_rows(carries_loss_ST, slot_ST, micro.batch.cu_seqlens, self.slots_per_chunk, self.ttt.compaction)
@@ -107,8 +110,7 @@ class TrainingTimeTest:
                 ahead = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, nothing, kernels.walk)
             acceptance_S = ahead.acceptance_S / norms.loss_rows_S.clamp_min(1)
         parts = self._row_weights(norms, acceptance_S)
-        weight_S = parts.cross_entropy_S.new_tensor(self.step_weights)
-        result = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, parts.scaled(weight_S), kernels.walk)
+        result = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, parts.scaled(self._weight_S), kernels.walk)
         num_loss_rows_S = carries_loss_ST.sum(1)
         return DraftOutput(
             loss=result.total,

@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.paths import PATHS, ComputePath
+
 WORDS = ["<unk>", "<user>", "<assistant>", "<end>", *(f"w{index}" for index in range(60))]
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {% if m['role'] == 'assistant' %}"
@@ -22,6 +24,19 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 LAYERS, HIDDEN, AUX_LAYERS = 5, 16, (0, 1, 3)
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch) -> ComputePath:
+    """One way to compute a training-time test; on a CPU plain PyTorch takes flash attention's place."""
+    chosen = PATHS[request.param]
+    if chosen.needs_triton:
+        pytest.importorskip("triton", reason="Triton is not installed")
+        from engine.kernels import prefix_flash
+        from tests.kernels.plain_flash import PLAIN
+
+        monkeypatch.setattr(prefix_flash, "available_prefix", lambda: PLAIN)
+    return chosen
 
 
 class TinyCorpus(NamedTuple):

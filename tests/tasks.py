@@ -58,9 +58,10 @@ class Task:
     ttt: TttSection = TttSection(steps=3)
     loss: LossSection = LossSection()
     seed: int = 1
+    device: torch.device = torch.device("cpu")
 
     def tensor(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(self.seed)) * scale
+        return (torch.randn(*shape, generator=torch.Generator().manual_seed(self.seed)) * scale).to(self.device)
 
     @property
     def embed_VD(self) -> torch.Tensor:
@@ -72,7 +73,8 @@ class Task:
 
     @property
     def vocab_map(self) -> VocabMap:
-        return VocabMap.most_frequent(torch.randint(9, (VOCAB,), generator=torch.Generator().manual_seed(5)), DRAFT_VOCAB)
+        counts_V = torch.randint(9, (VOCAB,), generator=torch.Generator().manual_seed(5))
+        return VocabMap.most_frequent(counts_V, DRAFT_VOCAB).to(self.device)
 
     @property
     def test(self) -> TrainingTimeTest:
@@ -82,8 +84,10 @@ class Task:
 
     def micro(self, documents: list[Document]) -> MicroBatch:
         batch = make_batch(documents)
-        slots_N = slots_of(allowed_rows(batch, self.ttt))
-        hidden_ND = torch.cat([document.hidden_TD for document in documents])[slots_N]
-        aux_TA = torch.cat([document.aux_TA for document in documents])
-        target = TargetOutput(aux_TA, slots_N, hidden_ND, *self.head.argmax_and_lse(hidden_ND))
-        return MicroBatch(batch, target, self.embed_VD[batch.input_ids_T])
+        allowed_ST = allowed_rows(batch, self.ttt)
+        slots_N = slots_of(allowed_ST)
+        hidden_ND = torch.cat([document.hidden_TD for document in documents])[slots_N].to(self.device)
+        aux_TA = torch.cat([document.aux_TA for document in documents]).to(self.device)
+        target = TargetOutput(aux_TA, slots_N.to(self.device), hidden_ND, *self.head.argmax_and_lse(hidden_ND))
+        batch = batch.to(self.device)
+        return MicroBatch(batch, target, self.embed_VD[batch.input_ids_T], allowed_ST.to(self.device))

@@ -1,4 +1,4 @@
-"""What must not change a result shown on whole runs of a tiny target and its draft.
+"""What must not change a result: every path of the training-time test, and whole runs of a tiny target and its draft.
 
 Part by part these equalities stand beside the code: the unroll in test_ttt.py, exported tensors in test_export.py, decoding in
 test_decode.py, ZeRO stages and ranks in tests/parallel/, resuming in test_checkpoint.py.
@@ -14,6 +14,7 @@ from engine.batch import LossNorms, MicroBatch, PackedBatch
 from engine.config import DraftSection, LossSection, TargetSection, TttSection
 from engine.decode import ChainDrafter, greedy_decode, speculative_decode
 from engine.export import export_draft, load_draft
+from engine.kernels import Kernels, reference
 from engine.models.draft_config import derive_draft_config
 from engine.models.eagle3 import Eagle3Draft, ServedDraft
 from engine.models.vocab_map import VocabMap
@@ -21,6 +22,8 @@ from engine.overlap import run_ahead
 from engine.rows import allowed_rows, slots_of
 from engine.target.frozen import FrozenTarget
 from engine.ttt import Teacher, TrainingTimeTest
+from tests.tasks import MASKS, Task, make_documents
+from tests.test_ttt import SHAPES, draft_with, gradients
 
 CPU = torch.device("cpu")
 VOCAB_MAP = VocabMap.most_frequent(torch.arange(64), 40)
@@ -52,8 +55,9 @@ def packs(*lengths: tuple[int, ...]) -> Iterator[PackedBatch]:
 
 
 def prepare(target: FrozenTarget, batch: PackedBatch) -> MicroBatch:
-    output = target(batch, slots_of(allowed_rows(batch, TttSection(steps=3))))
-    return MicroBatch(batch, output, torch.nn.functional.embedding(batch.input_ids_T, target.embed_weight_VD))
+    allowed_ST = allowed_rows(batch, TttSection(steps=3))
+    embed_TD = torch.nn.functional.embedding(batch.input_ids_T, target.embed_weight_VD)
+    return MicroBatch(batch, target(batch, slots_of(allowed_ST)), embed_TD, allowed_ST)
 
 
 def train(target: FrozenTarget, draft: Eagle3Draft, run_ahead_depth: int) -> list[float]:
@@ -91,6 +95,33 @@ def test_packed_documents_through_target_and_draft_are_one_document_at_a_time(ta
         together, *apart = (getattr(output, name).detach() for output in outputs)
         assert together.any(), name
         torch.testing.assert_close(sum(apart), together, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["one layer", "two layers, normed output"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_packed_documents_on_every_path_are_one_document_at_a_time_on_the_plain_one(path, mask, shape):
+    """The plain one runs all rows through the specification. Either may be 2e-5 from float64, see test_ttt.py."""
+    plain, documents = draft_with(**SHAPES[shape]), make_documents((21, 1, 12), mask, 4)
+    specification, norms = Kernels(reference.ancestor_attention, reference.vocab_loss), (torch.tensor(9.0), torch.ones(7))
+    alone = Eagle3Draft(plain.config, specification)
+    alone.load_state_dict(plain.state_dict())
+    task = Task(TttSection(steps=7, compaction=False))
+    apart = [task.test(alone, task.micro([document]), LossNorms(*norms)) for document in documents]
+    sum(output.loss for output in apart).backward()
+
+    draft = Eagle3Draft(plain.config, path.kernels()).to(path.device)
+    draft.load_state_dict(plain.state_dict())
+    task = Task(TttSection(steps=7, compaction=path.compaction), device=path.device)
+    test = task.test
+    if path.slots_per_chunk:
+        vars(test)["slots_per_chunk"] = path.slots_per_chunk
+    packed = test(draft, task.micro(documents), LossNorms(*(norm.to(path.device) for norm in norms)))
+    packed.loss.backward()
+    for name, column in vars(packed).items():
+        torch.testing.assert_close(sum(getattr(output, name) for output in apart), column.cpu(), rtol=1e-5, atol=1e-6)
+    together = gradients(draft)
+    for name, gradient in gradients(alone).items():
+        assert (together[name].cpu() - gradient).norm() <= 4e-5 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "fc_norm": True, "norm_output": True}, {"hidden_size": 12}])

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import export
-from engine.batch import MicroBatch
 from engine.export import export_draft, load_draft, load_vocab_map, save_vocab_map
 from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
@@ -92,7 +91,7 @@ def test_reloaded_it_gives_the_same_logits(shape, dtype, tmp_path):
     micro = make_micro(make_test(), seed=0, dtype=getattr(torch, dtype))
     if draft.embed_projection is not None:
         draft.embed_projection = None
-    micro = MicroBatch(micro.batch, micro.target, served.embed(micro.batch.input_ids_T))
+    micro = replace(micro, embed_TD=served.embed(micro.batch.input_ids_T))
     for ours, reloaded in zip(unroll(draft, micro, 3), unroll(served.model, micro, 3), strict=True):
         assert torch.equal(draft.logits(ours), served.model.logits(reloaded))
 

@@ -52,8 +52,8 @@ def make_plan(compaction: bool) -> tuple[MicroBatch, RowPlan, flops.StepCounts]:
     task = Task(TttSection(steps=TTT_STEPS))
     micro = task.micro(make_documents((40, 1, 90), "reply"))
     target = TargetOutput(micro.target.aux_TA.double(), *list(vars(micro.target).values())[1:])
-    micro = MicroBatch(micro.batch, target, micro.embed_TD.double())
     allowed_ST = slow_allowed(micro.batch, task.ttt)
+    micro = MicroBatch(micro.batch, target, micro.embed_TD.double(), allowed_ST)
     carries_loss_ST = loss_rows(allowed_ST, target, task.vocab_map)
     plan = plan_rows(carries_loss_ST, row_slots(target.slots_N, allowed_ST), micro.batch.cu_seqlens, 1000, compaction)
     rows = [micro.batch.num_tokens]

@@ -1,4 +1,4 @@
-"""The draft's losses, rates and gradients against cases computed by a published trainer (see tests/golden/README.md)."""
+"""On every path the draft's losses, rates and gradients are those of a published trainer (see tests/golden/README.md)."""
 
 import json
 import os
@@ -15,14 +15,15 @@ from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
 from engine.rows import allowed_rows, loss_rows, slots_of
 from engine.ttt import Teacher, TrainingTimeTest
+from tests.paths import ComputePath
 
 FOLDER = Path(os.environ.get("DRAFTSPEED_GOLDEN", Path(__file__).parent / "golden"))
 CASES = sorted(FOLDER.glob("*.safetensors"))
 LOSS_KINDS = {"None": "kl", "alpha": "lk_alpha", "lambda": "lk_lambda"}
 
 
-def read(path: Path) -> tuple[dict, dict]:
-    with safe_open(path, "pt") as file:
+def read(case: Path, device: torch.device) -> tuple[dict, dict]:
+    with safe_open(case, "pt", str(device)) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (not a dict)
 
 
@@ -34,17 +35,16 @@ def packed(tensors: dict) -> tuple[PackedBatch, torch.Tensor]:
     return PackedBatch(tensors["in.input_ids"][keep_BT], tensors["in.loss_mask"][keep_BT].bool(), cu_seqlens), keep_BT
 
 
-def load_draft(tensors: dict, metadata: dict) -> Eagle3Draft:
+def load_draft(tensors: dict, metadata: dict, path: ComputePath) -> Eagle3Draft:
     config = DraftConfig.from_dict(json.loads(metadata["config"]) | {"num_hidden_layers": 1})
-    draft = Eagle3Draft(config)
+    draft = Eagle3Draft(config, path.kernels()).to(path.device)
     weights = {key.removeprefix("draft."): value for key, value in tensors.items() if key.startswith("draft.")}
     outside = {"embed_tokens.weight", "d2t", "t2d"}
     draft.load_state_dict({key: value for key, value in weights.items() if key not in outside})
     return draft
 
 
-def target_output(tensors: dict, batch: PackedBatch, keep_BT: torch.Tensor, ttt: TttSection) -> TargetOutput:
-    slots_N = slots_of(allowed_rows(batch, ttt))
+def target_output(tensors: dict, keep_BT: torch.Tensor, slots_N: torch.Tensor) -> TargetOutput:
     last_hidden_ND = tensors["in.last_hidden_state"][keep_BT][slots_N]
     logits_NV = last_hidden_ND @ tensors["in.target_lm_head"].T
     aux_TA = tensors["in.aux_hidden_states"][keep_BT]
@@ -55,21 +55,24 @@ def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
     return ((value - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_losses_rates_and_gradients_match(path):
-    tensors, metadata = read(path)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
+def test_losses_rates_and_gradients_match(case, path):
+    tensors, metadata = read(case, path.device)
     assert metadata["normaliser"] == "positions"
-    draft, (batch, keep_BT) = load_draft(tensors, metadata), packed(tensors)
-    ttt = TttSection(steps=int(metadata["ttt_steps"]), mask_alignment=metadata["mask_alignment"])
+    draft, (batch, keep_BT) = load_draft(tensors, metadata, path), packed(tensors)
+    ttt = TttSection(int(metadata["ttt_steps"]), mask_alignment=metadata["mask_alignment"], compaction=path.compaction)
     loss = LossSection(kind=LOSS_KINDS[metadata["lk"]], normaliser="positions")
     vocab_map = VocabMap.from_tables(tensors["draft.d2t"], tensors["draft.t2d"])
-    target = target_output(tensors, batch, keep_BT, ttt)
+    allowed_ST = allowed_rows(batch, ttt)
+    target = target_output(tensors, keep_BT, slots_of(allowed_ST))
     head_UD = tensors["in.target_lm_head"][vocab_map.target_ids_U]
     test = TrainingTimeTest(ttt, loss, Teacher(lambda hidden_QD: hidden_QD @ head_UD.T, vocab_map))
-    rows_S = loss_rows(allowed_rows(batch, ttt), target, vocab_map).sum(1).float()
-    norms = LossNorms(torch.tensor(float(keep_BT.numel())), rows_S)
+    if path.slots_per_chunk:
+        vars(test)["slots_per_chunk"] = path.slots_per_chunk
+    rows_S = loss_rows(allowed_ST, target, vocab_map).sum(1).float()
+    norms = LossNorms(rows_S.new_tensor(keep_BT.numel()), rows_S)
 
-    micro = MicroBatch(batch, target, tensors["draft.embed_tokens.weight"][batch.input_ids_T])
+    micro = MicroBatch(batch, target, tensors["draft.embed_tokens.weight"][batch.input_ids_T], allowed_ST)
     output = test(draft, micro, norms)
     output.loss.backward()
 

@@ -8,7 +8,7 @@ import torch
 from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.normaliser import Normaliser
 from engine.parallel.mesh import World
-from engine.rows import allowed_rows, loss_rows
+from engine.rows import loss_rows
 from engine.ttt import TrainingTimeTest
 from tests.distributed import run_ranks
 from tests.tiny import make_draft, make_micro, make_test
@@ -37,7 +37,7 @@ def norms_of(test: TrainingTimeTest, *micros: MicroBatch) -> list[LossNorms]:
 
 def rows_of(test: TrainingTimeTest, *micros: MicroBatch) -> torch.Tensor:
     """Rows with loss of each step over several micro-batches, [S]."""
-    rows = [loss_rows(allowed_rows(micro.batch, test.ttt), micro.target, test.teacher.vocab_map) for micro in micros]
+    rows = [loss_rows(micro.allowed_ST, micro.target, test.teacher.vocab_map) for micro in micros]
     return torch.cat(rows, 1).sum(1)
 
 

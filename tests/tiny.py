@@ -4,6 +4,7 @@ import torch
 
 from engine.batch import MicroBatch, PackedBatch, TargetOutput
 from engine.config import LossSection, TttSection
+from engine.kernels import PLAIN, Kernels
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
@@ -13,7 +14,7 @@ from engine.ttt import Teacher, TrainingTimeTest
 VOCAB, DRAFT_VOCAB, HIDDEN = 96, 64, 32
 
 
-def make_draft(*, hidden_size: int = HIDDEN, seed: int = 0) -> Eagle3Draft:
+def make_draft(*, hidden_size: int = HIDDEN, seed: int = 0, kernels: Kernels = PLAIN) -> Eagle3Draft:
     """A draft with random weights; narrower than its target if `hidden_size` is below 32, with a frozen projection then."""
     config = DraftConfig(
         hidden_size=hidden_size,
@@ -38,7 +39,7 @@ def make_draft(*, hidden_size: int = HIDDEN, seed: int = 0) -> Eagle3Draft:
         dtype="float32",
     )
     torch.manual_seed(seed)
-    draft = Eagle3Draft(config)
+    draft = Eagle3Draft(config, kernels)
     if draft.embed_projection is not None:
         draft.embed_projection.requires_grad_(False)
     return draft
@@ -62,13 +63,14 @@ def make_micro(
     num_tokens = sum(lengths)
     mask_T = torch.cat([torch.arange(length) >= length // 3 for length in lengths]) & (not masked)
     batch = PackedBatch(torch.randint(VOCAB, (num_tokens,), generator=generator), mask_T, cu_seqlens)
-    slots_N = slots_of(allowed_rows(batch, test.ttt))
+    allowed_ST = allowed_rows(batch, test.ttt)
+    slots_N = slots_of(allowed_ST)
     last_hidden_ND = torch.randn(slots_N.numel(), HIDDEN, generator=generator)
     logits_NV = last_hidden_ND @ _head_VD().T
     aux_TA = torch.randn(num_tokens, 3 * HIDDEN, generator=generator)
     embed_TD = torch.randn(num_tokens, HIDDEN, generator=generator)
     target = TargetOutput(aux_TA.to(dtype), slots_N, last_hidden_ND, logits_NV.argmax(-1).int(), logits_NV.logsumexp(-1))
-    return MicroBatch(batch, target, embed_TD.to(dtype))
+    return MicroBatch(batch, target, embed_TD.to(dtype), allowed_ST)
 
 
 def _head_VD() -> torch.Tensor:

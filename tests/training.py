@@ -9,11 +9,12 @@ import torch
 
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
 from engine.ds_config import load_ds_config, resolve_ds_config
+from engine.kernels import Kernels
 from engine.models.eagle3 import Eagle3Draft
 from engine.normaliser import Normaliser
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
-from engine.rows import allowed_rows, loss_rows
+from engine.rows import loss_rows
 from engine.ttt import TrainingTimeTest
 from tests.tiny import make_draft, make_micro, make_test
 
@@ -38,11 +39,15 @@ class Job:
     num_steps: int = 20
     accumulation: int = 1
     bf16: bool = False
+    recompute: str = "none"
     sgd: bool = False
     empty: tuple[tuple[int, int], ...] = ()
 
     def test(self) -> TrainingTimeTest:
         return make_test(steps=self.ttt_steps, kind=self.kind, normaliser=self.normaliser)
+
+    def draft(self) -> Eagle3Draft:
+        return make_draft(kernels=Kernels(recompute=self.recompute))
 
     def ds_config(self) -> dict[str, Any]:
         """The shipped configuration with a constant learning rate, and no weight small enough to be left whole at stage 3."""
@@ -73,7 +78,7 @@ class Job:
 
 def zero_run(world: World, job: Job) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Global loss of each step, and on rank 0 the final weights, whole."""
-    zero = ZeroDraft(make_draft(), job.test(), job.ds_config())
+    zero = ZeroDraft(job.draft(), job.test(), job.ds_config())
     normalise = Normaliser(zero, world)
     losses = [zero_step(zero, normalise, world, job.micros(step, world.rank)) for step in range(job.num_steps)]
     return losses, {name: weight.float() for name, weight in zero.gathered_weights()}
@@ -110,7 +115,7 @@ def plain_loss(draft: Eagle3Draft, test: TrainingTimeTest, micros: list[MicroBat
     """
 
     def loss_of(micro: MicroBatch, divisor: int) -> torch.Tensor:
-        rows_S = loss_rows(allowed_rows(micro.batch, test.ttt), micro.target, test.teacher.vocab_map).sum(1).float()
+        rows_S = loss_rows(micro.allowed_ST, micro.target, test.teacher.vocab_map).sum(1).float()
         return test(draft, micro, LossNorms(torch.tensor(float(divisor)), rows_S)).loss
 
     if test.loss.normaliser == "slots":
@@ -132,4 +137,5 @@ def merged(micros: list[MicroBatch]) -> MicroBatch:
         torch.cat((bounds[0].new_zeros(1), *bounds)),
     )
     target = TargetOutput(slots_N=torch.cat(slots), **columns)
-    return MicroBatch(batch, target, torch.cat([micro.embed_TD for micro in micros]))
+    embed_TD, allowed_ST = torch.cat([micro.embed_TD for micro in micros]), torch.cat([micro.allowed_ST for micro in micros], 1)
+    return MicroBatch(batch, target, embed_TD, allowed_ST)

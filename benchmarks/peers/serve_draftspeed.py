@@ -30,10 +30,11 @@ def main() -> None:
     norms = LossNorms(torch.tensor(float(task.num_tokens), device=task.device), torch.ones(STEPS, device=task.device))
 
     def forward() -> tuple[Tensor, Tensor]:
-        slots_N = slots_of(allowed_rows(batch, ttt))
+        allowed_ST = allowed_rows(batch, ttt)
+        slots_N = slots_of(allowed_ST)
         last_hidden_ND = tensors.last_hidden_TD[slots_N]
         target = TargetOutput(tensors.aux_TA, slots_N, last_hidden_ND, *head.argmax_and_lse(last_hidden_ND))
-        output = test(draft, MicroBatch(batch, target, tensors.embed_VD[batch.input_ids_T]), norms)
+        output = test(draft, MicroBatch(batch, target, tensors.embed_VD[batch.input_ids_T], allowed_ST), norms)
         return output.loss, output.loss_S
 
     if task.device == "cpu":

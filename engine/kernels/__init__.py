@@ -56,30 +56,32 @@ def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_d
         if wanted != "auto":
             raise ValueError(f"kernels={wanted} needs Triton, which is not installed; pip install triton, or use kernels=auto")
         return replace(own, attention=reference.ancestor_attention, reason="plain PyTorch, since Triton is not installed")
-    fused = _fused(own)
     if wanted == "flash":
-        return _with_flash(fused, device, dtype, head_dim)
+        from engine.kernels import prefix_flash  # it needs Triton
+
+        refusal = prefix_flash.refusal(dtype, head_dim, device)
+        if refusal:
+            raise ValueError(f"kernels=flash cannot run: {refusal}; use kernels=auto")
+        return flash_where_dense(fused(own))
     asked = "as asked" if wanted == "triton" else "since this is a GPU"
-    return replace(fused, reason=f"{fused.reason}, {asked}")
+    chosen = fused(own)
+    return replace(chosen, reason=f"{chosen.reason}, {asked}")
 
 
-def _fused(own: Kernels) -> Kernels:
+def fused(own: Kernels) -> Kernels:
+    """Triton's attention and loss, and liger-kernel's norms where it is installed."""
     from engine.kernels import ancestor_attention, row_loss  # they need Triton
 
     walk = replace(own.walk, row_loss=row_loss.row_loss)
-    fused = replace(own, attention=ancestor_attention.ancestor_attention, walk=walk, reason="Triton attention and loss")
+    chosen = replace(own, attention=ancestor_attention.ancestor_attention, walk=walk, reason="Triton attention and loss")
     if importlib.util.find_spec("liger_kernel") is None:
-        return replace(fused, reason=f"{fused.reason}, PyTorch norms (pip install liger-kernel for faster ones)")
-    return replace(fused, elementwise=liger_elementwise(), reason=f"{fused.reason}, liger-kernel norms")
+        return replace(chosen, reason=f"{chosen.reason}, PyTorch norms (pip install liger-kernel for faster ones)")
+    return replace(chosen, elementwise=liger_elementwise(), reason=f"{chosen.reason}, liger-kernel norms")
 
 
-def _with_flash(fused: Kernels, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
+def flash_where_dense(fused: Kernels) -> Kernels:
     """With flash attention for the prefix wherever the rows of each document stand at successive positions."""
-    from engine.kernels import prefix_flash  # it needs Triton
-
-    refusal = prefix_flash.refusal(dtype, head_dim, device)
-    if refusal:
-        raise ValueError(f"kernels=flash cannot run: {refusal}; use kernels=auto")
+    from engine.kernels import prefix_flash
 
     def attention(*arguments) -> tuple[Tensor, Tensor]:
         dense = arguments[-1].is_dense

@@ -97,7 +97,7 @@ class _DeferredLoss(torch.autograd.Function):
         sums_4S = torch.stack([stats_4R[:, step[0] : step[-1]].sum(1) for step in bounds], 1)
         result = VocabLoss(sums_4S.new_zeros(()), *sums_4S.unbind())
         ctx.mark_non_differentiable(*result.sums)
-        num_rows_S = sums_4S.new_tensor([step[-1] - step[0] for step in bounds])
+        num_rows_S = torch.stack([sums_4S.new_full((), step[-1] - step[0]) for step in bounds])
         return result.per_step(weights, num_rows_S).sum(), *result.sums
 
     @staticmethod

@@ -1,5 +1,6 @@
 """The frozen target, run online: packed documents in, what the draft learns from out."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -118,7 +119,7 @@ class FrozenTarget:
         for start, end in self._forwards(batch):
             with capture(self.model, self.aux_layers) as seen:
                 self._forward(batch, start, end)
-            in_range_N = slots_N[(slots_N >= start) & (slots_N < end)]
+            in_range_N = slots_N if self.packs else slots_N[(slots_N >= start) & (slots_N < end)]
             aux.append(seen.aux()[0])
             last_hidden.append(seen.last_hidden()[0, in_range_N - start])
         last_hidden_ND = torch.cat(last_hidden)
@@ -128,15 +129,15 @@ class FrozenTarget:
     def _forwards(self, batch: PackedBatch) -> list[tuple[int, int]]:
         if self.packs:
             return [(0, batch.num_tokens)]
-        bounds = batch.cu_seqlens.tolist()
-        return list(zip(bounds, bounds[1:], strict=False))
+        ends = itertools.accumulate(batch.host_lengths)
+        return [(end - length, end) for end, length in zip(ends, batch.host_lengths, strict=True)]
 
     def _forward(self, batch: PackedBatch, start: int, end: int) -> None:
         ids_1T = batch.input_ids_T[None, start:end]
         if not self.packs:
             self.decoder(input_ids=ids_1T, use_cache=False)
             return
-        with packed_attention(self.decoder, tuple(batch.lengths.tolist())):
+        with packed_attention(self.decoder, batch.host_lengths):
             self.decoder(input_ids=ids_1T, position_ids=batch.position_T[None], use_cache=False)
 
     @torch.no_grad()

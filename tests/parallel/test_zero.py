@@ -23,6 +23,7 @@ OFFLOADS = ("zero2_offload", "zero3_offload")
 EMPTY = ((0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1))
 ACCUMULATED = [Job(config, accumulation=2, normaliser=how) for config, how in product(STAGES, ("slots", "positions"))]
 FP32 = [Job(config) for config in STAGES + OFFLOADS] + [replace(job, num_steps=6) for job in ACCUMULATED]
+FP32 += [Job("zero3", recompute=what, num_steps=6) for what in ("mlp", "step")]
 BF16 = [Job(config, bf16=True) for config in STAGES + OFFLOADS]
 GRADIENT = [replace(job, sgd=True, num_steps=1) for job in ACCUMULATED]
 SPARSE = [Job(config, kind=kind, num_steps=6, empty=EMPTY) for config, kind in product(STAGES, ("kl", "lk_lambda"))]
@@ -30,6 +31,7 @@ COUNTED = [
     Job("zero3", kind=kind, ttt_steps=steps, bf16=bf16, num_steps=4, accumulation=2, empty=((1, 0), (2, 1)))
     for kind, steps, bf16 in [("kl", 1, False), ("kl", 3, False), ("kl", 7, False), ("kl", 7, True), ("lk_lambda", 7, False)]
 ]
+COUNTED.append(replace(COUNTED[2], recompute="step"))
 
 
 def name(job: Job) -> str:
@@ -39,7 +41,7 @@ def name(job: Job) -> str:
 
 def count_run(world: World, job: Job) -> list[Issued]:
     """What each optimizer step issues, the first two included, in which DeepSpeed still learns the order of modules."""
-    zero = ZeroDraft(make_draft(), job.test(), job.ds_config())
+    zero = ZeroDraft(job.draft(), job.test(), job.ds_config())
     normalise, steps = Normaliser(zero, world), []
     for step in range(job.num_steps):
         micros, counter = job.micros(step, world.rank), CountCollectives()
