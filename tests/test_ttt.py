@@ -1,5 +1,6 @@
 """The training-time test against docs/ttt.md, written out row by row in float64 (see slow_ttt.py)."""
 
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from engine.models.eagle3 import Eagle3Draft
 from engine.normaliser import Normaliser
 from engine.parallel.mesh import World
 from engine.rows import loss_rows
+from tests.paths import triton_kernels
 from tests.slow_ttt import slow_allowed, slow_losses
 from tests.tasks import ALIGNMENTS, MASKS, Task, make_documents
 from tests.tiny import make_draft
@@ -175,6 +177,25 @@ def test_a_micro_batch_without_loss_gives_zero_gradients_and_no_missing_ones(sha
         assert torch.equal(column, torch.zeros_like(column))
     for name, gradient in gradients(draft).items():
         assert gradient is not None and not gradient.any(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["kl", "lk_alpha"])
+def test_on_a_gpu_a_step_waits_for_the_device_once(kind):
+    task = Task(TttSection(steps=7), LossSection(kind=kind), device=torch.device("cuda"))
+    plain, test, norms = draft_with(), task.test, LossNorms(*(torch.ones(shape, device="cuda") for shape in ((), (7,))))
+    draft = Eagle3Draft(plain.config, triton_kernels()).to("cuda")
+    micro = task.micro(make_documents((90, 1, 50), "reply", 4))
+    test(draft, micro, norms).loss.backward()  # kernels are compiled, constants are made
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            test(draft, micro, norms).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1, [str(wait.message) for wait in waits]
 
 
 @pytest.mark.parametrize("kind", ["kl", "lk_alpha", "lk_lambda"])
