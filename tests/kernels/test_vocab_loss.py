@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from engine.kernels import LossRows, RowWeights, SlotTargets, VocabLoss, reference
 from engine.kernels.vocab_loss import Walk, vocab_loss
+from tests.live_bytes import LiveBytes
 
 STEPS, SLOTS, HIDDEN, DRAFT_VOCAB, VOCAB = 3, 23, 12, 37, 61
 WEIGHTS = {
@@ -138,6 +139,22 @@ def test_the_head_s_gradient_adds_up_in_the_precision_asked_for(gradient_dtype):
     written_out(*wide, rows, targets, WEIGHTS["kl"])[0].backward()
     error = (draft[1].grad - wide[1].grad).norm() / wide[1].grad.norm()
     assert error < 2**-8 * (1 if gradient_dtype == torch.float32 else 4)  # eight chunks add up, each sum rounded
+
+
+@pytest.mark.parametrize("parts", ["kl", "lambda"])
+def test_beyond_a_gradient_and_16_bytes_a_row_its_memory_is_that_of_a_chunk(parts):
+    head_UD, slots_per_chunk, peaks = torch.randn(DRAFT_VOCAB, HIDDEN), 8, {}
+    for num_chunks in (4, 40):
+        num_slots = num_chunks * slots_per_chunk
+        bounds = [[step * num_slots + slots_per_chunk * chunk for chunk in range(num_chunks + 1)] for step in range(STEPS)]
+        rows = LossRows(torch.arange(num_slots).repeat(STEPS), bounds, slots_per_chunk)
+        hidden_ND, lse_N = torch.randn(num_slots, HIDDEN), torch.full((num_slots,), 9.0)
+        targets = SlotTargets(hidden_ND, lambda hidden_nD: hidden_nD @ head_UD.mT, lse_N, torch.zeros(num_slots).long())
+        draft = make_draft(STEPS * num_slots)
+        with LiveBytes() as live:
+            vocab_loss(*draft, rows, targets, WEIGHTS[parts]).total.backward()
+        peaks[num_chunks] = live.peak - STEPS * num_slots * (4 * HIDDEN + 16)
+    assert peaks[40] == peaks[4]
 
 
 @pytest.mark.parametrize("implementation", ["deferred", "fused"])
