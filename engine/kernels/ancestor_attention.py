@@ -244,9 +244,9 @@ def tile_of(kernel: str, head_dim: int, element_size: int) -> Tile:
         return Tile(32, 32, 8, 1) if head_dim <= 64 else Tile(16, 16, 8, 1)
     # The largest whose sums stay in registers, with stages that fit 227 KiB of shared memory; ancestors cost `rows` the most.
     tiles = {
-        "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
+        "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
         "rows": {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
-        "keys": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
+        "keys": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 32, 8, 2)},
     }
     return tiles[kernel][max(head_dim, 64)]
 

@@ -14,6 +14,7 @@ from tests.kernels.attention_cases import (
     with_gradients,
     written_out,
 )
+from tests.kernels.compile_only import SHARED_BYTES, compiled_for
 
 kernels = pytest.importorskip("engine.kernels.ancestor_attention", reason="the kernel is written in Triton, which is missing")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it, see conftest.py
@@ -161,3 +162,8 @@ def test_nothing_waits_for_the_device(ancestors):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_it_compiles_for_a_gpu_within_its_shared_memory(capability):
+    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled_for(capability, "ancestor_attention"))

@@ -1,0 +1,99 @@
+"""Compiles the Triton kernels that a call would launch for a GPU that is not there, and launches none.
+
+    python -m tests.kernels.compile_only 90 ancestor_attention
+
+Prints a JSON list of [kernel, bytes of shared memory]. A process of its own, for elsewhere in the tests Triton interprets.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+
+SHARED_BYTES = {86: 99 << 10, 90: 227 << 10}  # that a program may use: CUDA C++ programming guide, compute capabilities
+
+
+def compiled_for(capability: int, name: str) -> list[tuple[str, int]]:
+    """What a case of `CASES` launches, and the shared memory it takes, on a GPU of this compute capability times ten."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.compile_only", str(capability), name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+class AbsentGpu:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def attend(attention: Callable, head_dims: dict[torch.dtype, tuple[int, ...]]) -> None:
+    from tests.kernels.attention_cases import make_case, with_gradients
+
+    for dtype, sizes in head_dims.items():
+        for head_dim in sizes:
+            with_gradients(attention, make_case((64, 33), (8, 2), torch.arange(97), (6, False), head_dim), dtype)
+    with_gradients(attention, make_case((64, 33), (8, 2), torch.arange(97), (3, True), 128), torch.bfloat16)
+
+
+def ancestor_attention() -> None:
+    from engine.kernels.ancestor_attention import ancestor_attention
+
+    attend(ancestor_attention, {torch.bfloat16: (64, 128, 256), torch.float32: (128,)})
+
+
+def prefix_flash() -> None:
+    from engine.kernels import prefix_flash
+    from tests.kernels.plain_flash import PLAIN
+
+    prefix_flash.available_prefix = lambda: PLAIN
+    attend(prefix_flash.ancestor_attention, {torch.bfloat16: (64, 128, 256)})
+
+
+def row_loss() -> None:
+    from engine.kernels.interface import LossChunk
+    from engine.kernels.row_loss import row_loss
+
+    for dtype, vocab, mixes in ((torch.bfloat16, 32000, False), (torch.bfloat16, 201088, True), (torch.float32, 500, True)):
+        slot_r, lse_n = torch.arange(3), torch.zeros(3)
+        logits_rU, target_nU = torch.zeros(3, vocab, dtype=dtype), torch.zeros(3, vocab)
+        row_loss(LossChunk(logits_rU, target_nU, slot_r, lse_n, slot_r, torch.zeros(3, 3), [3], mixes), True)
+
+
+CASES = {case.__name__: case for case in (ancestor_attention, prefix_flash, row_loss)}
+
+
+def main() -> None:
+    from triton.runtime import driver, jit
+
+    run, compiled = jit.JITFunction.run, []
+
+    def compile_alone(self, *arguments, grid, warmup, **options):
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, kernel.metadata.shared))
+        return kernel
+
+    jit.JITFunction.run = compile_alone
+    driver.set_active(AbsentGpu(int(sys.argv[1])))
+    CASES[sys.argv[2]]()
+    print(json.dumps(compiled))
+
+
+if __name__ == "__main__":
+    main()
