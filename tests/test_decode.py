@@ -202,7 +202,7 @@ def test_drafting_with_caches_is_the_training_time_test(target, options, monkeyp
     none = torch.empty(0)
     garbage_QA = torch.full((1 + count, 3 * WIDTH), 9.0)
     features = TargetOutput(torch.cat((aux_TA[:18], garbage_QA)), none, none, none, none)
-    outputs = unroll(draft.model, MicroBatch(batch, features, draft.embed(all_ids)), count)
+    outputs = unroll(draft.model, MicroBatch(batch, features, draft.embed(all_ids), none), count)
     for served, trained in zip([newest, *(output for output, _ in rows[-count + 1 :])], outputs, strict=True):
         assert (served.reshape(-1) - trained[17]).abs().max() < 1e-5 * trained[17].abs().max()
     assert drafted == [draft.propose_id(output[17:18]).item() for output in outputs]
