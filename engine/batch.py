@@ -5,6 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 
 
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a tensor of the host there, which the host does not wait for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Documents laid end to end; no position is padding.
@@ -41,7 +46,7 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         names = ("input_ids_T", "assistant_mask_T", "cu_seqlens")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,9 @@ class TttSection:
     )
 
 
+CHUNK_MB = {"cpu": 64, "cuda": 1024}  # near a CPU's caches; on a GPU enough rows that adding up the head's gradient is cheap
+
+
 @dataclass(frozen=True)
 class LossSection:
     """Cross-entropy against the target over the draft vocabulary, or an acceptance-rate (LK) loss."""
@@ -145,7 +148,10 @@ class LossSection:
     step_weights: tuple[float, ...] | None = option(None, "explicit weights, one a TTT step; replaces step_decay")
     temperature: float = option(1.0, "softens (above 1) or sharpens (below 1) the target's distribution", at_least=1e-3)
     chunk_mb: int | None = option(
-        None, "memory that one chunk of the loss may take; null = 64 on a CPU, 1024 on a GPU", unit="MiB", at_least=1
+        None,
+        f"memory that one chunk of the loss may take; null = {CHUNK_MB['cpu']} on a CPU, {CHUNK_MB['cuda']} on a GPU",
+        unit="MiB",
+        at_least=1,
     )
     gradient_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "precision in which the draft head's gradient adds up over the chunks of the loss"
@@ -211,7 +217,8 @@ class Config:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     kernels: Literal["auto", "triton", "flash", "reference"] = option(
-        "auto", "attention and loss: 'auto' = the fastest for the device; 'flash' = flash attention for the packed prefix"
+        "auto",
+        "attention and loss; auto = Triton on a GPU, blocks of PyTorch on a CPU; flash = flash attention for the prefix",
     )
     output_dir: str = option("outputs/run", "folder for the draft, checkpoints, metrics and the resolved configuration")
     seed: int = option(0, "seed of shuffling and initialisation", at_least=0)
@@ -238,7 +245,7 @@ class Config:
     def kept_on_resume(self) -> dict[str, Any]:
         """Options by dotted key that a resumed run must share with the one that it continues: what its result depends on."""
         values = {f"{name}.{key}": x for name in ("draft", "ttt", "loss") for key, x in vars(getattr(self, name)).items()}
-        for cost in ("ttt.compaction", "ttt.recompute", "loss.chunk_mb", "loss.gradient_dtype"):
+        for cost in ("ttt.compaction", "ttt.recompute", "loss.chunk_mb"):
             del values[cost]
         return {"target.aux_layers": self.target.aux_layers} | values
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from engine.kernels import PLAIN, Kernels
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft, RotaryTable, ServedDraft
 from engine.models.vocab_map import VocabMap
@@ -71,7 +72,11 @@ def _replace_folder(folder: Path, tensors: dict[str, torch.Tensor], config: Draf
 
 
 def load_draft(
-    folder: Path, *, embed_weight_VD: torch.Tensor | None, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: Path,
+    embed_weight_VD: torch.Tensor | None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    kernels: Kernels = PLAIN,
 ) -> ServedDraft:
     """Load an exported folder as a server does. embed_weight_VD: the target's embedding, used where the draft ships none.
 
@@ -90,7 +95,7 @@ def load_draft(
         raise ValueError(f"{folder} ships no embedding: it shares its target's, so name the target")
     _check_embedding(embed_weight_VD, config.vocab_size, config.hidden_size)
     with torch.device("meta"):
-        model = Eagle3Draft(config)
+        model = Eagle3Draft(config, kernels)
     model.embed_projection, model.rotary = None, RotaryTable(config)
     _check_names(tensors, dict(model.state_dict()))
     model.load_state_dict(tensors, assign=True)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from engine.batch import DraftOutput, MicroBatch, PackedBatch
+from engine.batch import DraftOutput, MicroBatch, PackedBatch, to_device
 from engine.checkpoint import Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, Config
 from engine.data.dataset import count_assistant_tokens, load_documents
@@ -75,13 +75,14 @@ class Trainer:
         tokenizer = AutoTokenizer.from_pretrained(section.path, **section.hub_arguments)
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         draft_config = derive_draft_config(target_config, self.config.draft, section.aux_layers)
+        kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
             corpus = self.read_corpus(tokenizer, draft_config)
             first_step = self.resume(corpus.loader, position)
             prompts = self.read_prompts(tokenizer)
         with self.telemetry.stage("Loading the target"):
             target = FrozenTarget.load(section, self.world.device, draft_config.aux_layers, self.config.loss.temperature)
-        draft = self.new_draft(draft_config, corpus.vocab_map, target)
+        draft = self.new_draft(draft_config, kernels, corpus.vocab_map, target)
         held_out = HeldOut(self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry)
         with self.telemetry.stage("Measuring acceptance before training"):
             before = held_out.measure_draft(self.served(draft, corpus.vocab_map, target))
@@ -134,8 +135,8 @@ class Trainer:
         self.num_steps = min(step + loader.num_steps, self.config.max_steps or step + loader.num_steps)
         return step
 
-    def new_draft(self, draft_config: DraftConfig, vocab_map: VocabMap, target: FrozenTarget) -> Eagle3Draft:
-        draft = Eagle3Draft(draft_config, self.choose_kernels(draft_config)).to(self.world.device)
+    def new_draft(self, config: DraftConfig, kernels: Kernels, vocab_map: VocabMap, target: FrozenTarget) -> Eagle3Draft:
+        draft = Eagle3Draft(config, kernels).to(self.world.device)
         head_UD = target.head.rows(vocab_map.target_ids_U).weight_VD if self.config.draft.init_head == "target" else None
         start_from_target(draft, target.embed_weight_VD, head_UD)
         if draft.embed_projection is not None:
@@ -147,7 +148,7 @@ class Trainer:
         own = Kernels(walk=walk, recompute=self.config.ttt.recompute)
         dtype = getattr(torch, compute_dtype(self.ds_config))
         kernels = choose_kernels(self.config.kernels, self.world.device, dtype, draft_config.head_dim, own)
-        self.telemetry.note(f"  kernels: {kernels.reason}")
+        self.telemetry.note(f"Kernels: {kernels.reason}")
         return kernels
 
     def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: FrozenTarget, first_step: int) -> ZeroDraft:
@@ -192,11 +193,11 @@ class Trainer:
         """The target's half of a step: the packed batches of one -> what the draft reads, in the draft's precision."""
 
         def forward(batch: PackedBatch) -> MicroBatch:
-            device, allowed_ST = self.world.device, allowed_rows(batch, self.config.ttt)
-            batch, slots_N = batch.to(device), slots_of(allowed_ST).to(device)  # counted before the move: nothing to wait for
+            device, allowed_ST = self.world.device, allowed_rows(batch, self.config.ttt)  # on the host, which waits for nothing
+            batch, slots_N = batch.to(device), to_device(slots_of(allowed_ST), device)
             output = target(batch, slots_N)
             embed_TD = torch.nn.functional.embedding(batch.input_ids_T, target.embed_weight_VD).to(dtype)
-            return MicroBatch(batch, replace(output, aux_TA=output.aux_TA.to(dtype)), embed_TD, allowed_ST.to(device))
+            return MicroBatch(batch, replace(output, aux_TA=output.aux_TA.to(dtype)), embed_TD, to_device(allowed_ST, device))
 
         return lambda item: ([forward(batch) for batch in item[0]], item[1])
 
@@ -208,7 +209,7 @@ class Trainer:
         else:
             collections.deque(weights, maxlen=0)
         self.world.barrier()
-        exported = load_draft(folder, embed_weight_VD=target.embed_weight_VD, dtype=zero.dtype, device=self.world.device)
+        exported = load_draft(folder, target.embed_weight_VD, zero.dtype, self.world.device, zero.kernels)
         (micro,), _ = self.prepare(target, zero.dtype)(([corpus.sample], None))
         difference = reload_difference(zero, exported, micro)
         self.telemetry.note(f"  {folder}, reloaded: largest logit difference {difference:.1e}")

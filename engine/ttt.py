@@ -13,15 +13,14 @@ from typing import Any
 import torch
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
-from engine.config import LossSection, TttSection
+from engine.config import CHUNK_MB, LossSection, TttSection
 from engine.kernels import RowWeights, SlotTargets
 from engine.kernels.recompute import recomputed
 from engine.kernels.rows import take_rows
+from engine.kernels.vocab_loss import Walk
 from engine.models.eagle3 import Eagle3Draft, LayerKeys
 from engine.models.vocab_map import VocabMap
 from engine.rows import RowPlan, loss_rows, plan_rows, row_slots
-
-CHUNK_MB = {"cpu": 64, "cuda": 1024}  # near a CPU's caches; on a GPU enough rows that adding up the head's gradient is cheap
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,15 @@ def _at_once(function: Callable, *arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainingTimeTest:
-    """The loss of a draft on a micro-batch: which rows count, what they learn, how they are weighed."""
+    """The loss of a draft on a micro-batch: which rows count, what they learn, how they are weighed.
+
+    slots_per_chunk: of the loss; None = as many as fit `loss.chunk_mb`.
+    """
 
     ttt: TttSection
     loss: LossSection
     teacher: Teacher
+    slots_per_chunk: int | None = None
 
     @property
     def step_weights(self) -> list[float]:
@@ -86,19 +89,13 @@ class TrainingTimeTest:
     def _weight_S(self) -> torch.Tensor:
         return torch.tensor(self.step_weights, device=self.teacher.vocab_map.in_draft_V.device)
 
-    @cached_property
-    def slots_per_chunk(self) -> int:
-        """Slots whose rows' logits and gradients, in fp32 and twice in all, fit `loss.chunk_mb`."""
-        bytes_per_slot = 4 * self.teacher.vocab_map.size * (2 * self.ttt.steps + 2)
-        chunk_mb = self.loss.chunk_mb or CHUNK_MB[self.teacher.vocab_map.in_draft_V.device.type]
-        return max(1, chunk_mb * 2**20 // bytes_per_slot)
-
     def __call__(self, draft: Eagle3Draft, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         """Loss and counts of each TTT step."""
         target, allowed_ST, vocab_map = micro.target, micro.allowed_ST, self.teacher.vocab_map
         carries_loss_ST = loss_rows(allowed_ST, target, vocab_map)
         slot_ST = row_slots(target.slots_N, allowed_ST)
-        plan = plan_rows(carries_loss_ST, slot_ST, micro.batch.cu_seqlens, self.slots_per_chunk, self.ttt.compaction)
+        chunk = self.slots_per_chunk or self.slots_within_budget(draft.kernels.walk, draft.lm_head.weight.dtype)
+        plan = plan_rows(carries_loss_ST, slot_ST, micro.batch.cu_seqlens, chunk, self.ttt.compaction)
         outputs = unroll(draft, micro, self.ttt.steps, plan)
         hidden_RD = draft.norm(torch.cat([take_rows(*rows) for rows in zip(outputs, plan.loss_rows, strict=True)]))
         kernels, weight_UD = draft.kernels, draft.lm_head.weight
@@ -120,6 +117,11 @@ class TrainingTimeTest:
             num_correct_S=result.correct_S,
             accepted_S=result.acceptance_S,
         )
+
+    def slots_within_budget(self, walk: Walk, dtype: torch.dtype) -> int:
+        """Slots whose rows' logits of all steps fit `loss.chunk_mb`."""
+        chunk_mb = self.loss.chunk_mb or CHUNK_MB[self.teacher.vocab_map.in_draft_V.device.type]
+        return max(1, chunk_mb * 2**20 // walk.bytes_per_slot(self.ttt.steps, self.teacher.vocab_map.size, dtype))
 
     def _row_weights(self, norms: LossNorms, acceptance_S: torch.Tensor | None) -> RowWeights:
         """Weights before those of the steps. `lk_lambda` mixes KL and 1 - alpha by exp(-decay * mean alpha)."""

@@ -22,6 +22,7 @@ from engine.decode import Generation
 from engine.evaluate import AcceptanceReport, Prompt, held_out_prompts
 from engine.export import CONFIG, load_draft
 from engine.held_out import HeldOut
+from engine.kernels import choose_kernels
 from engine.models.draft_config import DraftConfig
 from engine.models.registry import check_aux_layers, text_config
 from engine.parallel.mesh import World
@@ -130,7 +131,8 @@ def measure(arguments: argparse.Namespace, telemetry: Telemetry) -> dict[str, Ac
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     target = FrozenTarget.load(run.target, world.device, aux_layers=draft_config.aux_layers)
     dtype = target.embed_weight_VD.dtype
-    draft = load_draft(arguments.draft, embed_weight_VD=target.embed_weight_VD, dtype=dtype, device=world.device)
+    kernels = choose_kernels(run.kernels, world.device, dtype, draft_config.head_dim)
+    draft = load_draft(arguments.draft, target.embed_weight_VD, dtype, world.device, kernels)
 
     def show(prompt: Prompt, generation: Generation) -> None:
         per_forward = (len(generation.token_ids) - 1) / max(1, generation.num_target_forwards)

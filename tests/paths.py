@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.kernels import PLAIN, Kernels, flash_where_dense, reference
+from engine.kernels import PLAIN, Kernels, flash_where_dense, fused, reference
 from engine.kernels.vocab_loss import Walk
 
 
@@ -20,10 +20,11 @@ class ComputePath:
     compaction: bool = True
     slots_per_chunk: int | None = None
     needs_triton: bool = False
+    needs_gpu: bool = False
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda" if self.needs_triton and torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if (self.needs_triton or self.needs_gpu) and torch.cuda.is_available() else "cpu")
 
 
 def triton_kernels(recompute: str = "none") -> Kernels:
@@ -42,6 +43,7 @@ PATHS = {
     "triton": ComputePath(triton_kernels, needs_triton=True),
     "triton, uncompacted": ComputePath(triton_kernels, compaction=False, needs_triton=True),
     "triton, small chunks, recompute step": ComputePath(lambda: triton_kernels("step"), slots_per_chunk=3, needs_triton=True),
+    "as a GPU runs it": ComputePath(lambda: fused(PLAIN), needs_gpu=True),
     "flash": ComputePath(lambda: flash_where_dense(triton_kernels()), needs_triton=True),
     "flash, uncompacted": ComputePath(lambda: flash_where_dense(triton_kernels()), compaction=False, needs_triton=True),
 }

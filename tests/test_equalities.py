@@ -112,10 +112,9 @@ def test_packed_documents_on_every_path_are_one_document_at_a_time_on_the_plain_
     draft = Eagle3Draft(plain.config, path.kernels()).to(path.device)
     draft.load_state_dict(plain.state_dict())
     task = Task(TttSection(steps=7, compaction=path.compaction), device=path.device)
-    test = task.test
-    if path.slots_per_chunk:
-        vars(test)["slots_per_chunk"] = path.slots_per_chunk
-    packed = test(draft, task.micro(documents), LossNorms(*(norm.to(path.device) for norm in norms)))
+    packed = replace(task.test, slots_per_chunk=path.slots_per_chunk)(
+        draft, task.micro(documents), LossNorms(*(norm.to(path.device) for norm in norms))
+    )
     packed.loss.backward()
     for name, column in vars(packed).items():
         torch.testing.assert_close(sum(getattr(output, name) for output in apart), column.cpu(), rtol=1e-5, atol=1e-6)

@@ -66,9 +66,7 @@ def test_losses_rates_and_gradients_match(case, path):
     allowed_ST = allowed_rows(batch, ttt)
     target = target_output(tensors, keep_BT, slots_of(allowed_ST))
     head_UD = tensors["in.target_lm_head"][vocab_map.target_ids_U]
-    test = TrainingTimeTest(ttt, loss, Teacher(lambda hidden_QD: hidden_QD @ head_UD.T, vocab_map))
-    if path.slots_per_chunk:
-        vars(test)["slots_per_chunk"] = path.slots_per_chunk
+    test = TrainingTimeTest(ttt, loss, Teacher(lambda hidden_QD: hidden_QD @ head_UD.T, vocab_map), path.slots_per_chunk)
     rows_S = loss_rows(allowed_ST, target, vocab_map).sum(1).float()
     norms = LossNorms(rows_S.new_tensor(keep_BT.numel()), rows_S)
 

@@ -125,8 +125,7 @@ def test_the_size_of_a_chunk_changes_nothing(kind):
     for slots_per_chunk in (1, 5, 1000):
         task = Task(loss=LossSection(kind=kind, normaliser="positions"))
         draft, micro = draft_with(), task.micro(make_documents((40, 1, 50), "random", 4))
-        test = task.test
-        vars(test)["slots_per_chunk"] = slots_per_chunk
+        test = replace(task.test, slots_per_chunk=slots_per_chunk)
         output = test(draft, micro, LossNorms(torch.tensor(9.0), torch.full((3,), 30.0)))
         output.loss.backward()
         results.append((output.loss, gradients(draft)))

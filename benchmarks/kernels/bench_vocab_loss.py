@@ -88,7 +88,7 @@ def prepare(shape: LossShape, place: Place) -> LossTensors:
         draw(shape.num_rows, size).requires_grad_(),
         draw(vocab_size, size, scale=3 * size**-0.5).requires_grad_(),
         teacher,
-        plan_rows(carries_loss_ST, slot_ST, cu_seqlens, test.slots_per_chunk, compaction=True).loss,
+        plan_rows(carries_loss_ST, slot_ST, cu_seqlens, test.slots_within_budget(Walk(), place.dtype), compaction=True).loss,
         SlotTargets(hidden_ND, teacher.logits, lse_N + 0.1, draft_id_N.long()),  # a tenth of the mass lies outside
         RowWeights(per_row_S) if is_kl else RowWeights(torch.zeros_like(per_row_S), log_acceptance_S=per_row_S),
     )

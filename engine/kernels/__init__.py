@@ -59,32 +59,43 @@ def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_d
     if wanted == "flash":
         from engine.kernels import prefix_flash  # it needs Triton
 
-        refusal = prefix_flash.refusal(dtype, head_dim, device)
-        if refusal:
-            raise ValueError(f"kernels=flash cannot run: {refusal}; use kernels=auto")
+        refused = prefix_flash.refusal(dtype, head_dim, device)
+        if refused:
+            raise ValueError(f"kernels=flash cannot run: {refused}; use kernels=auto")
         return flash_where_dense(fused(own))
-    asked = "as asked" if wanted == "triton" else "since this is a GPU"
+    refused = _refusal(head_dim, device)
+    if refused and wanted == "triton":
+        raise ValueError(f"kernels=triton cannot run: {refused}; use kernels=auto")
+    if refused:
+        return replace(own, attention=reference.ancestor_attention, reason=f"plain PyTorch, since {refused}")
     chosen = fused(own)
-    return replace(chosen, reason=f"{chosen.reason}, {asked}")
+    return replace(chosen, reason=f"{chosen.reason}, {'as asked' if wanted == 'triton' else 'since this is a GPU'}")
+
+
+def _refusal(head_dim: int, device: torch.device) -> str | None:
+    """Why Triton's attention cannot run there, None where it can; its tiles need the shared memory of an A100 or later."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton's attention needs a CUDA device of compute capability 8.0, the A100's, or later"
+    return f"Triton's attention holds head dims of at most 256, not {head_dim}" if head_dim > 256 else None
 
 
 def fused(own: Kernels) -> Kernels:
     """Triton's attention and loss, and liger-kernel's norms where it is installed."""
     from engine.kernels import ancestor_attention, row_loss  # they need Triton
 
-    walk = replace(own.walk, row_loss=row_loss.row_loss)
+    walk = replace(own.walk, row_loss=row_loss.row_loss, in_place=True)
     chosen = replace(own, attention=ancestor_attention.ancestor_attention, walk=walk, reason="Triton attention and loss")
     if importlib.util.find_spec("liger_kernel") is None:
         return replace(chosen, reason=f"{chosen.reason}, PyTorch norms (pip install liger-kernel for faster ones)")
     return replace(chosen, elementwise=liger_elementwise(), reason=f"{chosen.reason}, liger-kernel norms")
 
 
-def flash_where_dense(fused: Kernels) -> Kernels:
+def flash_where_dense(otherwise: Kernels) -> Kernels:
     """With flash attention for the prefix wherever the rows of each document stand at successive positions."""
     from engine.kernels import prefix_flash
 
     def attention(*arguments) -> tuple[Tensor, Tensor]:
         dense = arguments[-1].is_dense
-        return prefix_flash.ancestor_attention(*arguments) if dense else fused.attention(*arguments)
+        return prefix_flash.ancestor_attention(*arguments) if dense else otherwise.attention(*arguments)
 
-    return replace(fused, attention=attention, reason=f"flash attention for the prefix, as asked; else {fused.reason}")
+    return replace(otherwise, attention=attention, reason=f"flash attention for the prefix, as asked; else {otherwise.reason}")

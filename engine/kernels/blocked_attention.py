@@ -67,7 +67,7 @@ class _BlockedAttention(torch.autograd.Function):
         inputs = _Inputs(query_QHE, key_TGE, value_TGE, ctx.rows, extras)
         query_grad_QHE = torch.empty_like(query_QHE, memory_format=torch.contiguous_format)
         key_grad_GTE, value_grad_GTE = torch.zeros_like(inputs.key_GTE), torch.zeros_like(inputs.value_GTE)
-        extra_grads = [torch.zeros_like(extra, memory_format=torch.contiguous_format) for extra in extras]
+        extra_grad_AGQE = torch.empty_like(inputs.extra_AGQE)
         for block in ctx.blocks:
             rows, keys = block
             grad_GRnE, output_GRnE = inputs.grouped(grad_QHE[rows]), inputs.grouped(output_QHE[rows])
@@ -75,14 +75,19 @@ class _BlockedAttention(torch.autograd.Function):
             query_grad_QHE[rows] = inputs.ungrouped(grads.query_GRnE)
             key_grad_GTE[:, keys] += grads.key_GkE
             value_grad_GTE[:, keys] += grads.value_GkE
-            for extra_grad, ancestor_Q, own_nGE in zip(extra_grads, 2 * ctx.rows.ancestors, grads.extras, strict=True):
-                add_rows(extra_grad, ancestor_Q[rows], own_nGE, ctx.rows.is_tree)
+            extra_grad_AGQE[:, :, rows] = grads.extra_AGnE
+        extra_grads = [torch.zeros_like(extra, memory_format=torch.contiguous_format) for extra in extras]
+        for extra_grad, ancestor_Q, own_GQE in zip(extra_grads, 2 * ctx.rows.ancestors, extra_grad_AGQE, strict=True):
+            add_rows(extra_grad, ancestor_Q, own_GQE.transpose(0, 1), ctx.rows.is_tree)
         shared = (x_GTE.transpose(0, 1).to(key_TGE.dtype) for x_GTE in (key_grad_GTE, value_grad_GTE))
         return query_grad_QHE, *shared, None, None, *extra_grads
 
 
 class _Inputs:
-    """Keys and values in fp32 by group; queries of a block with the heads of a group `R` beside each other."""
+    """Keys and values in fp32 by group, the rows' ancestors' too; queries of a block with a group's heads `R` side by side.
+
+    extra_AGQE: keys of the rows' ancestors, then their values.
+    """
 
     def __init__(self, query_QHE, key_TGE, value_TGE, rows: AttentionRows, extras) -> None:
         _, num_heads, head_dim = query_QHE.shape
@@ -90,7 +95,9 @@ class _Inputs:
         self.heads_per_group = num_heads // self.num_groups
         self.query_QHE, self.rows = query_QHE, rows
         self.key_GTE, self.value_GTE = (x_TGE.transpose(0, 1).float().contiguous() for x_TGE in (key_TGE, value_TGE))
-        self.extra_keys, self.extra_values = extras[: len(extras) // 2], extras[len(extras) // 2 :]
+        chosen = [extra[ancestor_Q] for extra, ancestor_Q in zip(extras, 2 * rows.ancestors, strict=True)]
+        shape = 0, len(query_QHE), *key_TGE.shape[1:]
+        self.extra_AGQE = (torch.stack(chosen) if chosen else key_TGE.new_empty(shape)).float().transpose(1, 2)
 
     def grouped(self, x_nHE: Tensor) -> Tensor:
         """fp32 [G, R, n, E]."""
@@ -110,10 +117,9 @@ class _Inputs:
         key_k = torch.arange(block.keys.start, block.keys.stop, device=scores_GRnk.device)
         return scores_GRnk.masked_fill_(key_k > self.rows.position_Q[block.rows, None], -torch.inf)
 
-    def ancestors(self, block: _Block, extras: tuple[Tensor, ...]) -> Tensor:
-        """fp32 [A, G, 1, n, E]."""
-        chosen = [extra[ancestor_Q[block.rows]] for extra, ancestor_Q in zip(extras, self.rows.ancestors, strict=True)]
-        return torch.stack(chosen).float().transpose(1, 2)[:, :, None]
+    def ancestors(self, block: _Block) -> tuple[Tensor, Tensor]:
+        """Keys and values, fp32 [A, G, 1, n, E] each."""
+        return self.extra_AGQE[:, :, None, block.rows].chunk(2)
 
     def ancestor_scores(self, block: _Block, query_GRnE: Tensor, key_AG1nE: Tensor) -> Tensor:
         """[A, G, R, n], minus infinity where a row lacks the ancestor."""
@@ -129,26 +135,27 @@ def _attend(inputs: _Inputs, block: _Block) -> tuple[Tensor, Tensor]:
     query_GRnE = inputs.queries(block)
     scores_GRnk = inputs.scores(block, query_GRnE)
     most_GRn = scores_GRnk.amax(-1)
-    if inputs.extra_keys:
-        extra_AGRn = inputs.ancestor_scores(block, query_GRnE, inputs.ancestors(block, inputs.extra_keys))
+    if inputs.rows.ancestors:
+        key_AG1nE, value_AG1nE = inputs.ancestors(block)
+        extra_AGRn = inputs.ancestor_scores(block, query_GRnE, key_AG1nE)
         most_GRn = torch.maximum(most_GRn, extra_AGRn.amax(0))
     weights_GRnk = scores_GRnk.sub_(most_GRn[..., None]).exp_()
     total_GRn = weights_GRnk.sum(-1)
     output_GRnE = batched_product(weights_GRnk.flatten(1, 2), inputs.value_GTE[:, block.keys]).view_as(query_GRnE)
-    if inputs.extra_keys:
+    if inputs.rows.ancestors:
         extra_AGRn = extra_AGRn.sub_(most_GRn).exp_()
         total_GRn += extra_AGRn.sum(0)
-        output_GRnE += (extra_AGRn[..., None] * inputs.ancestors(block, inputs.extra_values)).sum(0)
+        output_GRnE += (extra_AGRn[..., None] * value_AG1nE).sum(0)
     return output_GRnE.div_(total_GRn[..., None]), total_GRn.log_().add_(most_GRn)
 
 
 class _Gradients(NamedTuple):
-    """Of one block; extras: those of its ancestors' keys, then of their values, [n, G, E] each."""
+    """Of one block; extra_AGnE: those of its ancestors' keys, then of their values."""
 
     query_GRnE: Tensor
     key_GkE: Tensor
     value_GkE: Tensor
-    extras: list[Tensor]
+    extra_AGnE: Tensor
 
 
 def _attend_backward(inputs: _Inputs, block: _Block, grad_GRnE: Tensor, output_GRnE: Tensor, lse_GRn: Tensor) -> _Gradients:
@@ -159,13 +166,13 @@ def _attend_backward(inputs: _Inputs, block: _Block, grad_GRnE: Tensor, output_G
     scores_grad_GRnk = batched_product(grad_GmE, inputs.value_GTE[:, block.keys].mT).view_as(weights_GRnk)
     scores_grad_Gmk = scores_grad_GRnk.sub_(delta_GRn[..., None]).mul_(weights_GRnk).flatten(1, 2)
     query_grad_GRnE = batched_product(scores_grad_Gmk, inputs.key_GTE[:, block.keys]).view_as(query_GRnE)
-    key_GkE, extras = batched_product(scores_grad_Gmk.mT, query_GmE), []
-    if inputs.extra_keys:
-        key_AG1nE, value_AG1nE = (inputs.ancestors(block, own) for own in (inputs.extra_keys, inputs.extra_values))
+    key_GkE, extra_AGnE = batched_product(scores_grad_Gmk.mT, query_GmE), inputs.extra_AGQE[:, :, block.rows]
+    if inputs.rows.ancestors:
+        key_AG1nE, value_AG1nE = inputs.ancestors(block)
         weights_AGRn = inputs.ancestor_scores(block, query_GRnE, key_AG1nE).sub_(lse_GRn).exp_()
         scores_grad_AGRn1 = (grad_GRnE * value_AG1nE).sum(-1).sub_(delta_GRn).mul_(weights_AGRn)[..., None]
         query_grad_GRnE += (scores_grad_AGRn1 * key_AG1nE).sum(0)
         key_grad_AGnE = (scores_grad_AGRn1 * query_GRnE).sum(2)
         value_grad_AGnE = (weights_AGRn[..., None] * grad_GRnE).sum(2)
-        extras = [*key_grad_AGnE.transpose(1, 2), *value_grad_AGnE.transpose(1, 2)]
-    return _Gradients(query_grad_GRnE.mul_(inputs.scale), key_GkE, value_GkE, extras)
+        extra_AGnE = torch.cat((key_grad_AGnE, value_grad_AGnE))
+    return _Gradients(query_grad_GRnE.mul_(inputs.scale), key_GkE, value_GkE, extra_AGnE)

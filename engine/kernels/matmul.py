@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+LARGE_PRODUCT = 1 << 22  # multiplications above which oneDNN, called for each pair, beats one call of MKL for all
+
 
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     """`a @ b`, [M, N]; not differentiable."""
@@ -15,8 +17,8 @@ def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 
 
 def batched_product(a_GMK: Tensor, b_GKN: Tensor) -> Tensor:
-    """`product` of each of a few large pairs, [G, M, N]."""
-    if _through_onednn(a_GMK):
+    """`product` of each of a few pairs, [G, M, N]."""
+    if _through_onednn(a_GMK) and a_GMK[0].numel() * b_GKN.shape[2] >= LARGE_PRODUCT:
         return torch.stack([product(a_MK, b_KN) for a_MK, b_KN in zip(a_GMK, b_GKN, strict=True)])
     return torch.bmm(a_GMK, b_GKN)
 

@@ -1,4 +1,4 @@
-"""Each hot operation in plain PyTorch: the executable specification, and the path taken on CPU.
+"""Each hot operation in plain PyTorch: the executable specification.
 
 Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, R of the former to one of the latter, E head dim. Those
 of the loss are in interface.py.

@@ -63,16 +63,27 @@ def _score(logits_kU, p_kU, p_full_kU, draft_id_k, weight_3k1, mixes: bool) -> t
 
 @dataclass(frozen=True)
 class Walk:
-    """How the chunks are walked: what scores their rows, and the precision in which the head's gradient adds up over them."""
+    """How the chunks are walked.
+
+    row_loss: scores a chunk's rows. gradient_dtype: precision in which the head's gradient adds up over the chunks. in_place:
+    whether `row_loss` needs no memory of its own.
+    """
 
     row_loss: Callable[[LossChunk, bool], Tensor] = row_loss
     gradient_dtype: torch.dtype = torch.float32
+    in_place: bool = False
+
+    def bytes_per_slot(self, steps: int, vocab_size: int, dtype: torch.dtype) -> int:
+        """Memory of a slot in a chunk: its logits, and those of its row of each TTT step, in `dtype`, with their gradients."""
+        if self.in_place:
+            return vocab_size * ((steps + 1) * dtype.itemsize + 4)
+        return vocab_size * (2 * steps + 2) * 4
 
 
 def vocab_loss(
     hidden_RD: Tensor, weight_UD: Tensor, rows: LossRows, targets: SlotTargets, weights: RowWeights, walk: Walk = Walk()
 ) -> VocabLoss:
-    """As `reference.vocab_loss`. Beyond two gradients and 16 bytes a row, its memory is that of a chunk."""
+    """As `reference.vocab_loss`. Beyond both gradients, the head's twice, and 16 bytes a row, its memory is a chunk's."""
     inputs = _Inputs(hidden_RD, weight_UD, rows, targets, weights)
     return VocabLoss(*_DeferredLoss.apply(hidden_RD, weight_UD, inputs, walk, torch.is_grad_enabled()))
 
@@ -91,7 +102,8 @@ class _DeferredLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden_RD, weight_UD, inputs: _Inputs, walk: Walk, with_gradients: bool) -> tuple[Tensor, ...]:
         weights, bounds = inputs.weights, inputs.rows.bounds
         largest = torch.stack([part_S.max() for part_S in vars(weights).values() if part_S is not None]).max().clamp_min(TINY)
-        # weights of at most 1 keep fp16 gradients in range until the loss scale arrives in backward
+        # weights of at most 1, or 1024, keep fp16 gradients in range until the loss scale arrives in backward
+        largest = largest / (1024 if hidden_RD.dtype == torch.float16 else 1)
         stats_4R, *gradients = _walk(inputs, weights.scaled(1 / largest), walk, with_gradients)
         ctx.gradients, ctx.largest = gradients, largest
         sums_4S = torch.stack([stats_4R[:, step[0] : step[-1]].sum(1) for step in bounds], 1)

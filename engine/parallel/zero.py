@@ -22,6 +22,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.host_memory import keep_freed_memory
+from engine.kernels import Kernels
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
@@ -99,6 +100,10 @@ class ZeroDraft:
     @property
     def config(self) -> DraftConfig:
         return self.engine.module.draft.config
+
+    @property
+    def kernels(self) -> Kernels:
+        return self.engine.module.draft.kernels
 
     def forward(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         return DraftOutput(*self.engine(micro, norms))

@@ -59,14 +59,16 @@ def document_masks(*, q_length: int, mask_function, device: torch.device, **_) -
     lengths = _lengths.get()
     assert sum(lengths) == q_length, f"documents hold {sum(lengths)} tokens, the row {q_length}"
     first = torch.zeros((), dtype=torch.int64, device=device)
-    masks, start = [], 0
+    masks, differs, start = [], [], 0
     for length in lengths:
         position_L = torch.arange(start, start + length, device=device)
         allowed_LL = mask_function(first, first, position_L[:, None], position_L[None, :]).expand(length, length)
         causal_LL = position_L[:, None] >= position_L[None, :]
-        masks.append(None if torch.equal(allowed_LL, causal_LL) else allowed_LL)
+        masks.append(allowed_LL)
+        differs.append((allowed_LL != causal_LL).any())
         start += length
-    return DocumentMasks(tuple(masks))
+    pairs = zip(masks, torch.stack(differs).tolist(), strict=True)  # the device is waited for once
+    return DocumentMasks(tuple(allowed_LL if differs else None for allowed_LL, differs in pairs))
 
 
 def attend_documents(

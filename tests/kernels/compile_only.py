@@ -46,10 +46,10 @@ class AbsentGpu:
 def attend(attention: Callable, head_dims: dict[torch.dtype, tuple[int, ...]]) -> None:
     from tests.kernels.attention_cases import make_case, with_gradients
 
-    for dtype, sizes in head_dims.items():
-        for head_dim in sizes:
-            with_gradients(attention, make_case((64, 33), (8, 2), torch.arange(97), (6, False), head_dim), dtype)
-    with_gradients(attention, make_case((64, 33), (8, 2), torch.arange(97), (3, True), 128), torch.bfloat16)
+    cases = [(dtype, head_dim, (8, 2), (6, False)) for dtype, sizes in head_dims.items() for head_dim in sizes]
+    cases += [(torch.bfloat16, 128, (8, 2), (0, False)), (torch.float16, 128, (6, 2), (3, True))]
+    for dtype, head_dim, heads, ancestors in cases:
+        with_gradients(attention, make_case((64, 33), heads, torch.arange(97), ancestors, head_dim), dtype)
 
 
 def ancestor_attention() -> None:

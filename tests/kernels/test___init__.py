@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from engine.kernels import PLAIN, Kernels, choose_kernels, reference
-from engine.kernels.elementwise import liger_elementwise, rotate_both
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -28,7 +27,8 @@ def test_a_kernel_that_needs_a_gpu_is_refused_on_a_cpu(wanted):
 
 
 @pytest.mark.parametrize("wanted", ["auto", "triton"])
-def test_a_gpu_runs_triton_where_it_is_installed(wanted):
+def test_a_gpu_runs_triton_where_it_is_installed(wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     attention = pytest.importorskip("engine.kernels.ancestor_attention", reason="Triton is not installed")
     row_loss = pytest.importorskip("engine.kernels.row_loss")
     chosen = choose_kernels(wanted, GPU, torch.bfloat16, 128, Kernels(recompute="mlp"))
@@ -43,13 +43,12 @@ def test_without_triton_a_gpu_falls_back_or_refuses(monkeypatch):
         choose_kernels("triton", GPU, torch.bfloat16, 128)
 
 
-def test_liger_s_rotary_embedding_is_ours():
-    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
-    g = torch.Generator().manual_seed(0)
-    query_QHE, key_QGE = torch.randn(9, 4, 16, generator=g), torch.randn(9, 2, 16, generator=g)
-    angle_Q1E = torch.randn(9, 1, 8, generator=g).repeat(1, 1, 2)
-    cos_sin = angle_Q1E.cos(), angle_Q1E.sin()
-    expected = rotate_both(query_QHE, key_QGE, cos_sin)
-    ours = liger_elementwise().rotate_both(query_QHE.clone(), key_QGE.clone(), cos_sin)
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b)
+def test_what_triton_cannot_hold_is_refused_or_left_to_plain_pytorch():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    for device_capability, head_dim, problem in (((7, 5), 128, "8.0"), ((9, 0), 512, "at most 256")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "get_device_capability", lambda device, found=device_capability: found)
+            with pytest.raises(ValueError, match=f"kernels=triton cannot run.*{problem}.*kernels=auto"):
+                choose_kernels("triton", GPU, torch.bfloat16, head_dim)
+            chosen = choose_kernels("auto", GPU, torch.bfloat16, head_dim)
+        assert chosen.attention is reference.ancestor_attention and problem in chosen.reason
