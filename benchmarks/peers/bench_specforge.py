@@ -2,7 +2,8 @@
 
     python benchmarks/peers/bench_specforge.py [--shape cpu|llama-8b] [--backend sdpa] [--json FILE]
 
-Each side is a process of its own. SpecForge lies in a folder of its own, installed there from PyPI at the first run without
+Each side is a process of its own. Ours keeps freed host memory for the next step, as in every run (engine/host_memory.py);
+SpecForge runs with its own torch.compile and, on a CPU, its plain loss, since its Triton loss needs a GPU. SpecForge lies in a folder of its own, installed there from PyPI at the first run without
 what it depends on; it imports the torch and Transformers of this environment. A step is target head, forward and backward.
 """
 
@@ -31,6 +32,7 @@ from benchmarks.peers.task import Task, task_json
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = "specforge==0.2.0"
+WARM_UP_ROUNDS = 3  # beyond the check: SpecForge compiles, and both sides' allocators settle
 CPU_BAR = dict(hidden_size=512, intermediate_size=1792, num_heads=8, num_key_value_heads=2, head_dim=64)
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_heads=32, num_key_value_heads=8, head_dim=128)
 SHAPES = {
@@ -114,7 +116,7 @@ def compare(task: Task, options: argparse.Namespace) -> dict[str, float]:
                 side.ask(f"check {file}")
                 results.append(load_file(file))
         differences = check_equal(*results, TOLERANCE[task.dtype])
-        times = [[side.ask("time") for side in sides] for _ in range(1 + options.rounds)][1:]
+        times = [[side.ask("time") for side in sides] for _ in range(WARM_UP_ROUNDS + options.rounds)][WARM_UP_ROUNDS:]
         memory = [side.ask("memory") for side in sides]
     finally:
         for side in sides:
