@@ -19,6 +19,7 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "jinja2>=3.1",
+        "xxhash>=3.4",
     ],
     extras_require={
         "gpu": ["accelerate>=1.1", "liger-kernel>=0.6"],

@@ -6,8 +6,8 @@ import torch
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of a tensor of the host there, which the host does not wait for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    """A copy there of a tensor of the host, which the host does not wait for; one that is there already stays."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,14 @@ class PackedBatch:
     input_ids_T: int64 [T], as tokenised, nothing shifted.
     assistant_mask_T: bool [T], true where the token is the assistant's.
     cu_seqlens: int32 [num_documents + 1], starts of documents and T at the end.
-    host_lengths: tokens of each document, on the host: reading them from a device would wait for all it has to do.
+    document_ids: places of the documents in what was loaded; a store finds their hidden states by them. host_lengths: tokens of
+    each document, on the host: reading them from a device would wait for all it has to do.
     """
 
     input_ids_T: torch.Tensor
     assistant_mask_T: torch.Tensor
     cu_seqlens: torch.Tensor
+    document_ids: tuple[int, ...] = ()
     host_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -37,6 +37,9 @@ class TargetSection:
         None, "three 0-based layers whose outputs feed the draft; null = 1, L//2-1, L-4", unit="layers"
     )
     trust_remote_code: bool = option(False, "run Python code that the checkpoint ships")
+    store: str | None = option(
+        None, "folder of captured hidden states: capture_hidden_states.py writes it, train.py learns from it without the target"
+    )
 
     @property
     def hub_arguments(self) -> dict[str, Any]:
@@ -167,6 +170,18 @@ class LossSection:
 
 
 @dataclass(frozen=True)
+class StoreSection:
+    """How `target.store` is written and read."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float8_e4m3"] = option(
+        "auto", "precision of captured hidden states; auto = bfloat16 on a GPU, float32 on a CPU; fp8 has a scale a token"
+    )
+    shard_mb: int = option(2048, "size of a shard, which is written and kept whole", unit="MiB", at_least=1)
+    threads: int = option(4, "threads of a rank that write shards while the target runs on", unit="threads", at_least=1)
+    skip_bad: bool = option(False, "train without the shards that are missing or altered, instead of stopping")
+
+
+@dataclass(frozen=True)
 class ParallelSection:
     """Processes and their patience."""
 
@@ -212,6 +227,7 @@ class Config:
     draft: DraftSection = field(default_factory=DraftSection)
     ttt: TttSection = field(default_factory=TttSection)
     loss: LossSection = field(default_factory=LossSection)
+    store: StoreSection = field(default_factory=StoreSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     overlap: OverlapSection = field(default_factory=OverlapSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
@@ -235,7 +251,7 @@ class Config:
         if every % logged:
             problem = f"is no multiple of log_every_steps = {logged}, and a resumed run would log other means; use a multiple"
             raise ConfigError(problem, key="checkpoint.every_steps", value=every)
-        if self.evaluation.num_prompts and not self.data.held_out:
+        if self.evaluation.num_prompts and not self.data.held_out and self.target.store is None:
             problem = (
                 f"evaluation.num_prompts = {self.evaluation.num_prompts} needs held-out prompts; name a file or set it to 0"
             )

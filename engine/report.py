@@ -14,14 +14,17 @@ from engine.evaluate import AcceptanceReport
 
 @dataclass(frozen=True)
 class RunReport:
-    """Acceptance on held-out prompts before and after training and with prompt lookup; seconds a stage; the draft's place."""
+    """Acceptance on held-out prompts before and after training and with prompt lookup; seconds a stage; the draft's place.
+
+    before, after, prompt_lookup: None where the target was not loaded, so that nothing could be decoded.
+    """
 
     output_dir: Path
     stage_s: dict[str, float]
     vocab_coverage: float
-    before: AcceptanceReport
-    after: AcceptanceReport
-    prompt_lookup: AcceptanceReport
+    before: AcceptanceReport | None = None
+    after: AcceptanceReport | None = None
+    prompt_lookup: AcceptanceReport | None = None
 
     def save(self) -> None:
         """Write `summary.json` into the output folder."""
@@ -29,7 +32,7 @@ class RunReport:
         (self.output_dir / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def show(self, console: Console) -> None:
-        if self.after.num_prompts:
+        if self.after is not None and self.after.num_prompts:
             reports = {"untrained draft": self.before, "trained draft": self.after, "prompt lookup": self.prompt_lookup}
             console.print(acceptance_table(reports))
         times = ", ".join(f"{name[0].lower()}{name[1:]} {seconds:.0f} s" for name, seconds in self.stage_s.items())

@@ -4,7 +4,7 @@ import collections
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine.batch import DraftOutput, MicroBatch, PackedBatch, to_device
 from engine.checkpoint import Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, Config
+from engine.data.chat import Document
 from engine.data.dataset import count_assistant_tokens, load_documents
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
@@ -37,10 +38,13 @@ from engine.parallel.zero import ZeroDraft
 from engine.recipe import dump_config
 from engine.report import RunReport
 from engine.rows import allowed_rows, slots_of
+from engine.store.reader import OpenStore, open_store
 from engine.target.frozen import FrozenTarget
+from engine.target.stored import StoredTarget
 from engine.telemetry import Telemetry
 from engine.ttt import Teacher, TrainingTimeTest, unroll
 
+Target = FrozenTarget | StoredTarget
 RELOAD_TOLERANCE = 2**-5  # of the largest logit: a few bf16 roundings; a wrong tensor gives errors near 1
 
 
@@ -71,33 +75,59 @@ class Trainer:
         check_replaceable(self.output_dir / DRAFT)
         position = self.checkpoints.find(self.world) if self.config.checkpoint.resume else None
         torch.manual_seed(self.config.seed)
-        section = self.config.target
+        section, store = self.config.target, self.open_store()
         tokenizer = AutoTokenizer.from_pretrained(section.path, **section.hub_arguments)
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
-        draft_config = derive_draft_config(target_config, self.config.draft, section.aux_layers)
+        aux_layers = store.contents.aux_layers if store else section.aux_layers
+        draft_config = derive_draft_config(target_config, self.config.draft, aux_layers)
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
-            corpus = self.read_corpus(tokenizer, draft_config)
+            documents = store.documents if store else self.read_documents(tokenizer)
+            corpus = self.read_corpus(documents, draft_config)
             first_step = self.resume(corpus.loader, position)
             prompts = self.read_prompts(tokenizer)
         with self.telemetry.stage("Loading the target"):
-            target = FrozenTarget.load(section, self.world.device, draft_config.aux_layers, self.config.loss.temperature)
+            target = self.load_target(store, draft_config)
         draft = self.new_draft(draft_config, kernels, corpus.vocab_map, target)
-        held_out = HeldOut(self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry)
-        with self.telemetry.stage("Measuring acceptance before training"):
-            before = held_out.measure_draft(self.served(draft, corpus.vocab_map, target))
+        held_out = None if store else HeldOut(self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry)
+        report = RunReport(self.output_dir, self.telemetry.stage_s, corpus.coverage)
+        if held_out:
+            with self.telemetry.stage("Measuring acceptance before training"):
+                report = replace(report, before=held_out.measure_draft(self.served(draft, corpus.vocab_map, target)))
 
         zero = self.start_zero(draft, corpus, target, first_step)
         with self.telemetry.stage("Training"):
             self.train(zero, corpus, target, first_step)
         with self.telemetry.stage("Exporting"):
             exported = self.export(zero, corpus, target)
-        with self.telemetry.stage("Measuring acceptance after training"):
-            after = held_out.measure_draft(exported.to(target.embed_weight_VD.dtype))
-            lookup = held_out.measure_prompt_lookup()
-        return RunReport(self.output_dir, self.telemetry.stage_s, corpus.coverage, before, after, lookup)
+        if held_out:
+            with self.telemetry.stage("Measuring acceptance after training"):
+                after = held_out.measure_draft(exported.to(target.embed_weight_VD.dtype))
+                report = replace(report, after=after, prompt_lookup=held_out.measure_prompt_lookup())
+        return report
 
-    def read_corpus(self, tokenizer: PreTrainedTokenizerBase, draft_config: DraftConfig) -> Corpus:
+    def open_store(self) -> OpenStore | None:
+        """The captured hidden states to learn from, if there are any. Raises StoreError where they are of other options."""
+        if self.config.target.store is None:
+            return None
+        store = open_store(Path(self.config.target.store), self.config.store.skip_bad)
+        store.check(
+            aux_layers=self.config.target.aux_layers,
+            mask_alignment=self.config.ttt.mask_alignment,
+            temperature=self.config.loss.temperature,
+        )
+        for problem in store.problems:
+            self.telemetry.note(f"  left out: {problem}")
+        return store
+
+    def load_target(self, store: OpenStore | None, draft_config: DraftConfig) -> Target:
+        if store:
+            self.telemetry.note(f"  {len(store.documents):,} documents of {store.folder}; the target itself is not loaded")
+            return StoredTarget(store, self.world.device)
+        section, temperature = self.config.target, self.config.loss.temperature
+        return FrozenTarget.load(section, self.world.device, draft_config.aux_layers, temperature)
+
+    def read_documents(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Document]:
         num_bytes = sum(Path(path).stat().st_size for path in self.config.data.train)
         with self.telemetry.progress(num_bytes, "bytes") as progress:
             documents, report = load_documents(
@@ -107,6 +137,9 @@ class Trainer:
                 on_progress=lambda done, _: progress.move_to(done, "bytes of conversations"),
             )
         self.telemetry.note(report.summary())
+        return documents
+
+    def read_corpus(self, documents: Sequence[Document], draft_config: DraftConfig) -> Corpus:
         counts_V = count_assistant_tokens(documents, draft_config.vocab_size)
         vocab_map = VocabMap.most_frequent(counts_V, draft_config.draft_vocab_size)
         loader = PackedLoader(
@@ -121,11 +154,12 @@ class Trainer:
         )
         coverage = vocab_map.coverage(counts_V)
         self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of the assistant's")
-        return Corpus(loader, collate(documents[:1]), vocab_map.to(self.world.device), coverage)
+        return Corpus(loader, collate([documents[0]], [0]), vocab_map.to(self.world.device), coverage)
 
     def read_prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
         count, data = self.config.evaluation.num_prompts, self.config.data
-        return held_out_prompts(data.held_out, tokenizer, count, data.template_kwargs) if count else []
+        decodes = count and self.config.target.store is None
+        return held_out_prompts(data.held_out, tokenizer, count, data.template_kwargs) if decodes else []
 
     def resume(self, loader: PackedLoader, position: tuple[int, dict[str, Any]] | None) -> int:
         """Move the loader to where a checkpoint stands; returns the optimizer steps already taken."""
@@ -135,9 +169,9 @@ class Trainer:
         self.num_steps = min(step + loader.num_steps, self.config.max_steps or step + loader.num_steps)
         return step
 
-    def new_draft(self, config: DraftConfig, kernels: Kernels, vocab_map: VocabMap, target: FrozenTarget) -> Eagle3Draft:
+    def new_draft(self, config: DraftConfig, kernels: Kernels, vocab_map: VocabMap, target: Target) -> Eagle3Draft:
         draft = Eagle3Draft(config, kernels).to(self.world.device)
-        head_UD = target.head.rows(vocab_map.target_ids_U).weight_VD if self.config.draft.init_head == "target" else None
+        head_UD = target.head_rows(vocab_map.target_ids_U).weight_VD if self.config.draft.init_head == "target" else None
         start_from_target(draft, target.embed_weight_VD, head_UD)
         if draft.embed_projection is not None:
             draft.embed_projection.requires_grad_(self.config.draft.train_embedding_projection)
@@ -151,7 +185,7 @@ class Trainer:
         self.telemetry.note(f"Kernels: {kernels.reason}")
         return kernels
 
-    def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: FrozenTarget, first_step: int) -> ZeroDraft:
+    def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: Target, first_step: int) -> ZeroDraft:
         """The draft under DeepSpeed, as a checkpoint left it after `first_step` or as it is; the run's record is written."""
         resolved = resolve_ds_config(
             self.ds_config,
@@ -159,7 +193,7 @@ class Trainer:
             total_steps=self.num_steps,
             hidden_size=draft.config.hidden_size,
         )
-        teacher = Teacher(target.head.rows(corpus.vocab_map.target_ids_U).logits, corpus.vocab_map)
+        teacher = Teacher(target.head_rows(corpus.vocab_map.target_ids_U).logits, corpus.vocab_map)
         zero = ZeroDraft(draft, TrainingTimeTest(self.config.ttt, self.config.loss, teacher), resolved)
         self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {self.num_steps} steps")
         if first_step:
@@ -171,7 +205,7 @@ class Trainer:
             save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB)
         return zero
 
-    def train(self, zero: ZeroDraft, corpus: Corpus, target: FrozenTarget, first_step: int) -> None:
+    def train(self, zero: ZeroDraft, corpus: Corpus, target: Target, first_step: int) -> None:
         normalise, log = Normaliser(zero, self.world), TrainLog(self, zero, first_step)
         work = run_ahead(corpus.loader, self.prepare(target, zero.dtype), self.config.overlap.run_ahead, self.world.device)
         with self.telemetry.progress(self.num_steps, "steps") as progress:
@@ -189,19 +223,18 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         return every > 0 and (step % every == 0 or step == self.num_steps)
 
-    def prepare(self, target: FrozenTarget, dtype: torch.dtype) -> Callable[[tuple], tuple]:
+    def prepare(self, target: Target, dtype: torch.dtype) -> Callable[[tuple], tuple]:
         """The target's half of a step: the packed batches of one -> what the draft reads, in the draft's precision."""
 
         def forward(batch: PackedBatch) -> MicroBatch:
             device, allowed_ST = self.world.device, allowed_rows(batch, self.config.ttt)  # on the host, which waits for nothing
-            batch, slots_N = batch.to(device), to_device(slots_of(allowed_ST), device)
-            output = target(batch, slots_N)
+            output, batch = target(batch, slots_of(allowed_ST)), batch.to(device)
             embed_TD = torch.nn.functional.embedding(batch.input_ids_T, target.embed_weight_VD).to(dtype)
             return MicroBatch(batch, replace(output, aux_TA=output.aux_TA.to(dtype)), embed_TD, to_device(allowed_ST, device))
 
         return lambda item: ([forward(batch) for batch in item[0]], item[1])
 
-    def export(self, zero: ZeroDraft, corpus: Corpus, target: FrozenTarget) -> ServedDraft:
+    def export(self, zero: ZeroDraft, corpus: Corpus, target: Target) -> ServedDraft:
         """Write the draft's folder, load it again on every rank and compare its logits with the trained draft's."""
         folder, weights = self.output_dir / DRAFT, zero.gathered_weights()
         if self.world.is_main:
@@ -217,7 +250,7 @@ class Trainer:
             raise RuntimeError(f"the exported draft does not reproduce the trained one: logits differ by {difference:.3g}")
         return exported
 
-    def served(self, draft: Eagle3Draft, vocab_map: VocabMap, target: FrozenTarget) -> ServedDraft:
+    def served(self, draft: Eagle3Draft, vocab_map: VocabMap, target: Target) -> ServedDraft:
         """An untrained copy of the draft, in the target's precision, as a server would run it."""
         frozen = copy.deepcopy(draft).to(target.embed_weight_VD.dtype).eval().requires_grad_(False)
         return ServedDraft(frozen, vocab_map, frozen.embed(target.embed_weight_VD))

@@ -28,6 +28,7 @@ from engine.models.registry import check_aux_layers, text_config
 from engine.parallel.mesh import World
 from engine.recipe import load_config
 from engine.report import acceptance_table
+from engine.store.format import Manifest
 from engine.strict import parse_json, read_text
 from engine.target.frozen import FrozenTarget
 from engine.telemetry import Telemetry
@@ -68,6 +69,9 @@ def run_config(arguments: argparse.Namespace) -> Config:
         missing = "--data" if arguments.target else "--target"
         raise ValueError(f"{path} does not exist, so the draft's run is unknown; name its target and prompts: give {missing}")
     target, data = run.target, run.data
+    if target.store is not None and not arguments.target:
+        captured = Manifest.read(Path(target.store)).contents  # decoding needs the target itself
+        target = replace(target, path=captured.target, revision=captured.revision)
     if arguments.target:
         target = replace(target, path=arguments.target, revision=None)
     if arguments.dtype:

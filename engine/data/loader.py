@@ -103,15 +103,17 @@ class PackedLoader:
 
     def _micro_batch(self, first: int, index: int) -> PackedBatch:
         begin = first + (index * self._world_size + self._rank) * self._packs_per_batch
-        return collate([document for offset in range(self._packs_per_batch) for document in self._pack(begin + offset)])
+        packs = [self._pack(begin + offset) for offset in range(self._packs_per_batch)]
+        return collate(*([entry for pack in packs for entry in pack[column]] for column in (0, 1)))
 
-    def _pack(self, index: int) -> list[Document]:
-        """The documents of pack `index` of the whole stream; past its end, a silent one."""
+    def _pack(self, index: int) -> tuple[list[Document], list[int]]:
+        """The documents of pack `index` of the whole stream, and their places; past its end, a silent one."""
         if index >= self._epoch_ends[-1]:
-            return [self._silent_document]
+            return [self._silent_document], [self._shortest]
         epoch = int(np.searchsorted(self._epoch_ends, index, side="right"))
         before = self._epoch_ends[epoch - 1] if epoch else 0
-        return [self._documents[document] for document in self._packs_of(epoch)[index - before]]
+        places = self._packs_of(epoch)[index - before]
+        return [self._documents[place] for place in places], places
 
     def _packs_of(self, epoch: int) -> list[list[int]]:
         if self._packed[0] != epoch:
@@ -124,7 +126,11 @@ class PackedLoader:
         """Packs in the stream up to the end of each epoch."""
         return list(accumulate(len(self._packs_of(epoch)) for epoch in range(self._epochs)))
 
+    @property
+    def _shortest(self) -> int:
+        return int(self._lengths.argmin())
+
     @cached_property
     def _silent_document(self) -> Document:
-        shortest = self._documents[int(self._lengths.argmin())]
+        shortest = self._documents[self._shortest]
         return replace(shortest, assistant_mask=np.zeros_like(shortest.assistant_mask))

@@ -37,8 +37,8 @@ def pack(lengths: Sequence[int], max_tokens: int, order: Sequence[int]) -> list[
     return packs
 
 
-def collate(documents: Sequence[Document]) -> PackedBatch:
-    """One batch of whole documents, in the order given. Raises ValueError if there are none."""
+def collate(documents: Sequence[Document], document_ids: Sequence[int] = ()) -> PackedBatch:
+    """One batch of whole documents, in the order given. document_ids: as in it. Raises ValueError if there are none."""
     if not documents:
         raise ValueError("a batch needs at least one document, got none")
     lengths = [len(document) for document in documents]
@@ -46,4 +46,5 @@ def collate(documents: Sequence[Document]) -> PackedBatch:
         input_ids_T=torch.from_numpy(np.concatenate([document.input_ids for document in documents]).astype(np.int64)),
         assistant_mask_T=torch.from_numpy(np.concatenate([document.assistant_mask for document in documents])),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
+        document_ids=tuple(document_ids),
     )

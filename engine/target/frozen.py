@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from engine.batch import PackedBatch, TargetOutput
+from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.config import TargetSection
 from engine.models.registry import check_aux_layers, default_aux_layers, final_logits, runs_packed, text_config
 from engine.target.attention import packed_attention
@@ -112,10 +112,15 @@ class FrozenTarget:
     def embed_weight_VD(self) -> Tensor:
         return self.model.get_input_embeddings().weight
 
+    def head_rows(self, target_ids_U: Tensor) -> TargetHead:
+        """The head restricted to `target_ids_U`, int64 [U]."""
+        return self.head.rows(target_ids_U)
+
     @torch.no_grad()
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
         """Run the documents of `batch`, each seeing itself alone. slots_N: int64 [N], ascending positions to learn."""
-        aux, last_hidden = [], []
+        device, aux, last_hidden = self.embed_weight_VD.device, [], []
+        batch, slots_N = batch.to(device), to_device(slots_N, device)
         for start, end in self._forwards(batch):
             with capture(self.model, self.aux_layers) as seen:
                 self._forward(batch, start, end)

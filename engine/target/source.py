@@ -11,5 +11,5 @@ class TargetSource(Protocol):
     """Turns a packed batch into what the draft learns from; the target itself may run now or have run long ago."""
 
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
-        """slots_N: int64 [N], ascending positions whose target distribution is learned."""
+        """batch, slots_N: on the host. slots_N: int64 [N], ascending positions whose target distribution is learned."""
         ...

@@ -1,0 +1,247 @@
+"""The capture job, in order: data, plan, target, shards, manifest. What it leaves is what offline training reads."""
+
+import errno
+import hashlib
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from engine.batch import PackedBatch
+from engine.config import Config
+from engine.data.chat import Document
+from engine.data.dataset import load_documents
+from engine.data.packing import collate
+from engine.models.registry import check_aux_layers, default_aux_layers, text_config
+from engine.parallel.mesh import World
+from engine.rows import allowed_rows, slots_of
+from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, Shard, StoreError, plan_shards
+from engine.store.reader import MappedShard
+from engine.store.writer import PARTIAL, Piece, ShardFile, StoreWriter, stored_tensors, write_whole
+from engine.target.frozen import FrozenTarget
+from engine.target.stored import HEAD, save_head
+from engine.telemetry import Telemetry
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """num_documents, num_tokens, num_slots, num_bytes: of the whole store. new_bytes, seconds: of this run, all ranks."""
+
+    folder: Path
+    num_documents: int
+    num_tokens: int
+    num_slots: int
+    num_bytes: int
+    new_bytes: int
+    seconds: float
+
+    def summary(self) -> str:
+        per_token = self.num_bytes / max(1, self.num_tokens) / 1024
+        lines = [
+            f"{self.folder}: {self.num_documents:,} documents, {self.num_tokens:,} tokens, {self.num_slots:,} slots, "
+            f"{self.num_bytes / 2**20:,.1f} MiB, {per_token:.2f} KiB a token",
+            f"written now: {self.new_bytes / 2**20:,.1f} MiB in {self.seconds:.0f} s",
+            f"Next: deepspeed launcher/train.py --ds_config ds_configs/zero3.json target.store={self.folder}",
+        ]
+        return "\n".join(lines)
+
+
+class Capture:
+    """One rank's share of a store."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world, self.folder = config, world, Path(config.target.store)
+        self.telemetry = Telemetry(speaks=world.is_main)
+
+    def run(self) -> CaptureReport:
+        """The whole job; raises ValueError before the target is loaded where it can be, StoreError or OSError on a bad disk."""
+        section = self.config.target
+        tokenizer = AutoTokenizer.from_pretrained(section.path, **section.hub_arguments)
+        target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+        contents = self.contents(tokenizer, target_config)
+        with self.telemetry.stage("Reading the data"):
+            documents = self.read_documents(tokenizer)
+            manifest = self.plan(contents, documents)
+            missing = self.missing(manifest)
+            self.check_disk(manifest, missing)
+        self.world.barrier()  # every rank has the same plan, made from the same folder
+        if self.world.is_main:
+            self.begin(manifest, tokenizer, target_config)
+        self.world.barrier()
+        with self.telemetry.stage("Loading the target"):
+            target = FrozenTarget.load(section, self.world.device, contents.aux_layers, self.config.loss.temperature)
+            if self.world.is_main and not (self.folder / TARGET_FOLDER / HEAD).is_file():
+                head = self.folder / TARGET_FOLDER / HEAD
+                write_whole(head, lambda path: save_head(path, target.head, target.embed_weight_VD))
+        started = time.perf_counter()
+        with self.telemetry.stage("Capturing"):
+            new_bytes = self.capture(target, documents, manifest.contents, missing[self.world.rank :: self.world.size])
+        self.world.barrier()
+        manifest = self.complete(manifest)
+        num_tokens, num_slots = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("num_tokens", "num_slots"))
+        sizes = len(documents), num_tokens, num_slots, manifest.num_bytes
+        return CaptureReport(self.folder, *sizes, new_bytes, time.perf_counter() - started)
+
+    def contents(self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> Contents:
+        """What the store is to be of."""
+        config, text = self.config, text_config(target_config)
+        num_layers = text.num_hidden_layers
+        aux_layers = check_aux_layers(config.target.aux_layers or default_aux_layers(num_layers), num_layers)
+        chosen = "float32" if self.world.device.type == "cpu" else "bfloat16"
+        return Contents(
+            target=config.target.path,
+            revision=config.target.revision,
+            config_hash=hash_of(text.to_dict()),
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            template_hash=hash_of([tokenizer.chat_template, config.data.template_kwargs, config.data.turns]),
+            aux_layers=tuple(aux_layers),
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
+            mask_alignment=config.ttt.mask_alignment,
+            temperature=config.loss.temperature,
+            dtype=chosen if config.store.dtype == "auto" else config.store.dtype,
+        )
+
+    def read_documents(self, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+        num_bytes = sum(Path(path).stat().st_size for path in self.config.data.train)
+        with self.telemetry.progress(num_bytes, "bytes") as progress:
+            documents, report = load_documents(
+                self.config.data.train,
+                tokenizer,
+                self.config.data,
+                on_progress=lambda done, _: progress.move_to(done, "bytes of conversations"),
+            )
+        self.telemetry.note(report.summary())
+        return documents
+
+    def plan(self, contents: Contents, documents: Sequence[Document]) -> Manifest:
+        """That of the capture which this one continues, or a new one. Raises StoreError where it is another capture's."""
+        checksum = corpus_checksum(documents)
+        if not (self.folder / MANIFEST).exists():
+            lengths = [len(document) for document in documents]
+            slots = [len(slots_of(allowed_rows(collate([document]), self.config.ttt))) for document in documents]
+            return Manifest(contents, checksum, plan_shards(lengths, slots, contents, self.config.store.shard_mb << 20))
+        manifest = Manifest.read(self.folder)
+        differences = contents.differences(manifest.contents)
+        if manifest.corpus_checksum != checksum:
+            differences.append(f"conversations: {manifest.num_documents:,} documents, now {len(documents):,}, or other words")
+        if differences:
+            problem = f"{self.folder} holds another capture: " + "; ".join(differences)
+            raise StoreError(f"{problem}. Restore these to continue it, or name another folder in target.store")
+        return manifest
+
+    def missing(self, manifest: Manifest) -> list[Shard]:
+        """Shards that are still to be written; one that is there but not whole is among them."""
+        missing = []
+        for shard in manifest.shards:
+            try:
+                MappedShard(self.folder, manifest.contents, shard)
+            except StoreError:
+                missing.append(shard)
+        there = len(manifest.shards) - len(missing)
+        if there:
+            self.telemetry.note(f"  {there} of {len(manifest.shards)} shards are there already")
+        return missing
+
+    def check_disk(self, manifest: Manifest, missing: Sequence[Shard]) -> None:
+        """Raises StoreError if what is missing does not fit the free disk."""
+        needed = sum(Layout.of(manifest.contents, shard).num_bytes for shard in missing)
+        existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in self.folder.glob(f"*{PARTIAL}"))
+        self.telemetry.note(f"  {len(missing)} shards to write, {needed / 2**30:,.2f} GiB; {free / 2**30:,.2f} GiB are free")
+        if needed > free:
+            problem = f"{self.folder} needs {needed / 2**30:,.2f} GiB, its disk has {free / 2**30:,.2f} GiB free"
+            raise StoreError(
+                f"{problem}; free some, name another disk, or set store.dtype=float8_e4m3, which takes half of bfloat16"
+            )
+
+    def begin(self, manifest: Manifest, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> None:
+        """The folder, the plan, and the target's config and tokenizer, which offline training reads."""
+        (self.folder / TARGET_FOLDER).mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"*{PARTIAL}"):
+            leftover.unlink()
+        target_config.save_pretrained(self.folder / TARGET_FOLDER)
+        tokenizer.save_pretrained(self.folder / TARGET_FOLDER)
+        if not (self.folder / MANIFEST).exists():
+            self.write_manifest(manifest)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        write_whole(self.folder / MANIFEST, lambda path: path.write_text(manifest.to_json(), encoding="utf-8"))
+
+    def capture(self, target: FrozenTarget, documents: Sequence[Document], contents: Contents, shards: Sequence[Shard]) -> int:
+        """Write this rank's shards; returns the bytes."""
+        writer, files = StoreWriter(self.config.store.threads, depth=2 * self.config.store.threads), []
+        try:
+            with self.telemetry.progress(sum(shard.num_tokens for shard in shards), "tokens") as progress:
+                done = 0
+                for shard in shards:
+                    files.append(ShardFile(self.folder, contents, shard))
+                    for piece in self.pieces(target, documents, files[-1]):
+                        writer.put(piece)
+                        done += piece.batch.num_tokens
+                        progress.move_to(done, f"tokens, {writer.num_bytes / 2**20:,.0f} MiB written")
+            writer.close()
+        except OSError as error:
+            writer.stop()
+            for file in files:
+                file.abandon()
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            there = sum((self.folder / shard.name).is_file() for shard in shards)
+            problem = f"{self.folder}: the disk is full; {there} of this rank's {len(shards)} shards are written and whole"
+            raise StoreError(f"{problem}. Free some space and run the same command: it continues with the next one") from error
+        return writer.num_bytes
+
+    def pieces(self, target: FrozenTarget, documents: Sequence[Document], file: ShardFile) -> Iterator[Piece]:
+        """A shard's documents, some at a time through the target, on their way to the host."""
+        first_document = first_token = first_slot = 0
+        for batch in packed_in_order([documents[index] for index in file.shard.documents], self.config.data.max_tokens):
+            slots_N = slots_of(allowed_rows(batch, self.config.ttt))
+            tensors, ready = stored_tensors(target(batch, slots_N), file.contents.dtype)
+            yield Piece(file, first_document, first_token, first_slot, batch, slots_N, tensors, ready)
+            first_document += len(batch.host_lengths)
+            first_token, first_slot = first_token + batch.num_tokens, first_slot + len(slots_N)
+
+    def complete(self, manifest: Manifest) -> Manifest:
+        """The manifest with every shard's checksum, written by rank 0."""
+        shards = (replace(s, checksum=MappedShard(self.folder, manifest.contents, s).checksum) for s in manifest.shards)
+        manifest = replace(manifest, shards=tuple(shards))
+        if self.world.is_main:
+            self.write_manifest(manifest)
+        return manifest
+
+
+def packed_in_order(documents: Sequence[Document], max_tokens: int) -> Iterator[PackedBatch]:
+    """Documents that follow one another, as many at a time as fit."""
+    together: list[Document] = []
+    for document in documents:
+        if together and sum(map(len, together)) + len(document) > max_tokens:
+            yield collate(together)
+            together = []
+        together.append(document)
+    yield collate(together)
+
+
+def corpus_checksum(documents: Sequence[Document]) -> str:
+    """CRC-32 of all token ids and masks, document by document."""
+    checksum = 0
+    for document in documents:
+        checksum = zlib.crc32(document.assistant_mask.tobytes(), zlib.crc32(document.input_ids.tobytes(), checksum))
+    return f"{checksum:08x}"
+
+
+def hash_of(value: object) -> str:
+    """The first 16 digits of the SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what decides the ids of a text."""
+    if tokenizer.is_fast:
+        return hash_of(json.loads(tokenizer.backend_tokenizer.to_str()))
+    return hash_of([type(tokenizer).__name__, tokenizer.get_vocab()])

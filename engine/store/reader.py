@@ -1,0 +1,161 @@
+"""A store as training reads it: its documents, and the hidden states of any of them, straight from the mapped files."""
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.data.chat import Document
+from engine.store.format import MANIFEST, Contents, Layout, Manifest, Shard, StoreError, document_checksum
+from engine.store.writer import shard_checksum
+
+MEND = "copy it again, or delete it and run the capture again, which writes it anew"
+
+
+NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32, torch.bool: np.bool_}
+
+
+class MappedShard:
+    """A shard's tensors, mapped: what is not asked for is not read."""
+
+    def __init__(self, folder: Path, contents: Contents, shard: Shard) -> None:
+        """Raises StoreError, naming the file, if it is missing, cut off, or not the shard that the manifest means."""
+        self.path, self.shard, self.layout = folder / shard.name, shard, Layout.of(contents, shard)
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.path}: the shard is missing; {MEND}") from error
+        if size != self.layout.num_bytes:
+            raise StoreError(f"{self.path}: expected {self.layout.num_bytes:,} bytes, found {size:,}; {MEND}")
+        self._map = np.memmap(self.path, dtype=np.uint8, mode="r")
+        self.checksum = self._check_header()
+
+    def _check_header(self) -> str:
+        header = bytes(self._map[: self.layout.header_bytes])
+        at = self.layout.header("0" * 16).index(b'"checksum":"') + len('"checksum":"')
+        checksum = header[at : at + 16].decode("ascii", "replace")
+        if header != self.layout.header(checksum):
+            raise StoreError(f"{self.path}: its header is not that of this store's shard; {MEND}")
+        if self.shard.checksum not in (None, checksum) or checksum != shard_checksum(self.rows("checksums", 0, None)):
+            raise StoreError(f"{self.path}: its checksum is not the manifest's, so it was altered or belongs elsewhere; {MEND}")
+        return checksum
+
+    def rows(self, name: str, first: int, end: int | None) -> np.ndarray:
+        """Rows of a tensor; formats that numpy does not know, as bytes."""
+        place = self.layout.places[name]
+        end = place.shape[0] if end is None else end
+        data = self._map[place.offset + first * place.row_bytes : place.offset + end * place.row_bytes]
+        data = data.view(NUMPY.get(place.dtype, np.uint8))
+        return data.reshape(end - first, place.row_bytes // data.itemsize) if len(place.shape) > 1 else data
+
+    @cached_property
+    def token_bounds(self) -> np.ndarray:
+        return np.array(self.rows("token_bounds", 0, None))
+
+    @cached_property
+    def slot_bounds(self) -> np.ndarray:
+        return np.array(self.rows("slot_bounds", 0, None))
+
+    def document(self, index: int) -> Document:
+        first, end = self.token_bounds[index], self.token_bounds[index + 1]
+        return Document(self.rows("input_ids", first, end), self.rows("assistant_mask", first, end), turn_ends=())
+
+    def slots(self, index: int) -> np.ndarray:
+        """Positions in the document whose target distribution is stored, int32."""
+        first, end = self.slot_bounds[index : index + 2]
+        return self.rows("slots", first, end) - np.int32(self.token_bounds[index])
+
+    def span(self, name: str, index: int) -> tuple[int, int]:
+        """Rows of a tensor that are a document's."""
+        bounds = self.token_bounds if name in ("input_ids", "assistant_mask", "aux", "aux_scale") else self.slot_bounds
+        return int(bounds[index]), int(bounds[index + 1])
+
+    def will_need(self, index: int) -> None:
+        """Have the kernel read a document's hidden states before they are asked for."""
+        for name in ("aux", "last_hidden"):
+            (first, end), place = self.span(name, index), self.layout.places[name]
+            start = (place.offset + first * place.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            length = place.offset + end * place.row_bytes - start
+            if length > 0:
+                self._map._mmap.madvise(mmap.MADV_WILLNEED, start, length)
+
+    def verify(self, index: int) -> None:
+        """Raises StoreError if a document's bytes are not those that were written."""
+        parts = [
+            self.slots(index) if name == "slots" else self.rows(name, *self.span(name, index))
+            for name in self.layout.places
+            if name not in ("token_bounds", "slot_bounds", "checksums")
+        ]
+        if document_checksum(parts) != self.rows("checksums", 0, None)[index]:
+            document = self.shard.first_document + index
+            raise StoreError(f"{self.path}: document {document} was altered after it was written; {MEND}")
+
+
+@dataclass(frozen=True)
+class StoredDocuments(Sequence[Document]):
+    """The documents of a store's shards, in order; their tokens stay on the disk."""
+
+    shards: tuple[MappedShard, ...]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([shard.shard.num_documents for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Document:
+        shard, own = self.find(index)
+        return shard.document(own)
+
+    def find(self, index: int) -> tuple[MappedShard, int]:
+        """The shard that holds a document, and its place in there."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.shards[number], index - int(self._ends[number] - self.shards[number].shard.num_documents)
+
+
+@dataclass(frozen=True)
+class OpenStore:
+    """problems: what was wrong with the shards that were left out."""
+
+    folder: Path
+    contents: Contents
+    documents: StoredDocuments
+    problems: tuple[str, ...]
+
+    def check(self, **wanted: object) -> None:
+        """Raises StoreError unless the capture had these options: a dotted key's last name, and its value, None = any."""
+        for name, value in wanted.items():
+            stored = getattr(self.contents, name)
+            if value is not None and value != stored:
+                problem = f"{self.folder} was captured with {name} = {stored}, this run asks for {value}"
+                raise StoreError(f"{problem}; set it to {stored}, or capture anew")
+
+
+def open_store(folder: Path, skip_bad: bool) -> OpenStore:
+    """A store to train from. skip_bad: leave out shards that are missing, cut off or altered, else the first raises StoreError.
+
+    Raises StoreError too if the capture has not come to its end, or if nothing is left.
+    """
+    manifest = Manifest.read(folder)
+    if not manifest.is_complete and not skip_bad:
+        there = sum((folder / shard.name).is_file() for shard in manifest.shards)
+        problem = f"{folder / MANIFEST}: the capture is not complete, {there} of {len(manifest.shards)} shards are there"
+        raise StoreError(f"{problem}; run it again to continue it, or set store.skip_bad=true to train on what is there")
+    mapped, problems = [], []
+    for shard in manifest.shards:
+        try:
+            mapped.append(MappedShard(folder, manifest.contents, shard))
+        except StoreError as error:
+            if not skip_bad:
+                raise
+            problems.append(str(error))
+    if not mapped:
+        raise StoreError("\n".join([f"{folder}: no shard can be read", *problems[:5]]))
+    return OpenStore(folder, manifest.contents, StoredDocuments(tuple(mapped)), tuple(problems))

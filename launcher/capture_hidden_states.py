@@ -1,0 +1,69 @@
+"""Capture a target's hidden states: deepspeed launcher/capture_hidden_states.py [--recipe FILE] target.store=FOLDER [...]
+
+Runs the frozen target over the conversations of data.train and writes what a draft learns from into a store; train.py with the
+same target.store then needs no target. Takes train.py's recipes, and runs under `deepspeed`, `torchrun` and plain `python`, on
+any number of ranks. A capture that was stopped, however it was, goes on when it is run again.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from engine.config import Config, ConfigError
+from launcher.command import (
+    check_inputs,
+    join_environment,
+    make_parser,
+    name_source,
+    read_config,
+    stop,
+    with_paths,
+    write_embedded_corpus,
+)
+
+
+def check_files(config: Config) -> None:
+    """Raises ConfigError if there is nowhere to write to, or something to read does not exist."""
+    store = config.target.store
+    if store is None or (Path(store).exists() and not Path(store).is_dir()):
+        raise ConfigError("expected the folder that the store is to be written to", key="target.store", value=store)
+    check_inputs(config)
+
+
+def main() -> None:
+    arguments = make_parser(__doc__).parse_args()
+    environment = join_environment()
+    try:
+        config = read_config(arguments)
+        check_files(config)
+    except ConfigError as error:
+        name_source(error, arguments)
+        stop(error, environment["rank"])
+    corpus = Path(config.target.store).absolute() / "corpus"
+    resolved = with_paths(config, corpus, stored=False)
+
+    from engine.parallel.mesh import World
+    from engine.parallel.zero import connect, disconnect
+
+    world = World(**environment)
+    connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
+    if world.is_main:
+        write_embedded_corpus(config, corpus)
+    world.barrier()
+
+    from engine.capture import Capture
+
+    capture = Capture(resolved, world)
+    try:
+        report = capture.run()
+    except (ValueError, OSError, ImportError) as error:
+        stop(error, world.rank)
+    if world.is_main:
+        capture.telemetry.note(report.summary())
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()

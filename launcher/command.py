@@ -1,0 +1,124 @@
+"""What the launcher's commands share: options, the job's environment, the embedded target, and one clear error."""
+
+import argparse
+import os
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from engine.config import CHECKPOINTS, EMBEDDED, Config, ConfigError
+from engine.recipe import COMMAND_LINE, describe_options, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
+EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
+STORED_TARGET = "target"  # folder of a store with the target's config, tokenizer and embedding
+SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Options that every command of a job has."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="Options, as section.key=value or in a recipe:\n\n" + describe_options(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--recipe", type=Path, default=DEFAULT_RECIPE, help="YAML: target, data, draft, ...; default: embedded.yaml"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
+    return parser
+
+
+def join_environment() -> dict[str, int]:
+    """Rank and sizes as the launcher set them; a process started alone is a job of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    size = int(os.environ["WORLD_SIZE"])
+    return {
+        "rank": int(os.environ["RANK"]),
+        "size": size,
+        "local_rank": int(os.environ["LOCAL_RANK"]),
+        "local_size": int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size),
+    }
+
+
+def read_config(arguments: argparse.Namespace) -> Config:
+    """Raises ConfigError, which names the recipe or the command line as its source."""
+    return load_config(arguments.recipe, arguments.overrides)
+
+
+def name_source(error: ConfigError, arguments: argparse.Namespace) -> None:
+    """Where a value that was found wrong after reading came from."""
+    if not error.source:
+        on_command_line = any(override.startswith(f"{error.key}=") for override in arguments.overrides)
+        error.source = COMMAND_LINE if on_command_line else arguments.recipe
+
+
+def with_paths(config: Config, corpus: Path, stored: bool) -> Config:
+    """Replace each `embedded` by the folder or file it stands for, and a target folder by its absolute path.
+
+    corpus: folder of the embedded corpus. stored: whether the target's config and tokenizer are those of its store.
+    """
+
+    def files(paths: tuple[str, ...], name: str) -> tuple[str, ...]:
+        return tuple(str(corpus / name) if path == EMBEDDED else path for path in paths)
+
+    path = Path(EMBEDDED_TARGET if config.target.path == EMBEDDED else config.target.path)
+    path = str(path.absolute()) if path.exists() else config.target.path
+    store = config.target.store and str(Path(config.target.store).absolute())
+    target = replace(config.target, path=path, store=store)
+    if stored:
+        target = replace(target, path=str(Path(store) / STORED_TARGET), revision=None)
+    data = replace(
+        config.data, train=files(config.data.train, "train.jsonl"), held_out=files(config.data.held_out, "held_out.jsonl")
+    )
+    return replace(config, target=target, data=data)
+
+
+def check_inputs(config: Config) -> None:
+    """Raises ConfigError if a file or folder that the configuration reads does not exist."""
+    named = {"data.train": config.data.train, "data.held_out": config.data.held_out, "draft.config": (config.draft.config,)}
+    for key, paths in named.items():
+        for path in paths:
+            if path not in (EMBEDDED, None) and not Path(path).is_file():
+                raise ConfigError(f"no such file; expected one below {Path.cwd()} or an absolute path", key=key, value=path)
+    if config.target.path.startswith((".", "/", "~")) and not Path(config.target.path).is_dir():
+        raise ConfigError(
+            "no such folder; expected a Hugging Face folder or a hub id", key="target.path", value=config.target.path
+        )
+
+
+def check_output(config: Config) -> None:
+    """Raises ConfigError if `output_dir` cannot be written to, or holds a run that would be lost."""
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise ConfigError("is a file; name a folder", key="output_dir", value=config.output_dir)
+    if Path(config.output_dir, CHECKPOINTS, "latest").exists() and not config.checkpoint.resume:
+        problem = "holds checkpoints of an earlier run; set checkpoint.resume=true to continue it, or name another folder"
+        raise ConfigError(problem, key="output_dir", value=config.output_dir)
+
+
+def write_embedded_corpus(config: Config, corpus: Path) -> None:
+    """On rank 0: the embedded corpus, if it was asked for."""
+    from engine.data.cpython_corpus import write_corpus
+
+    corpus.parent.mkdir(parents=True, exist_ok=True)
+    if EMBEDDED in config.data.train + config.data.held_out:
+        write_corpus(corpus)
+
+
+def stop(error: Exception, rank: int) -> NoReturn:
+    """End this rank with one message. Ranks but the first wait: what ends them all is then said once, by rank 0."""
+    command = Path(sys.argv[0]).name
+    if rank == 0:
+        sys.exit(f"{command}: {error}")
+    time.sleep(SECONDS_FOR_RANK_0)
+    sys.exit(f"{command}: rank {rank}: {error}")

@@ -1,0 +1,68 @@
+"""Two commands: a capture on two ranks, then a draft trained from it without the target, as if the target had been there."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.test_trainer import DEEPSPEED, ENVIRONMENT, ROOT, arguments, metrics, run
+
+
+def capture(store: Path, target: Path, train: str, *overrides: str) -> list[str]:
+    options = [f"target.store={store}", f"target.path={target}", "target.aux_layers=[0,1,3]", f"data.train={train}"]
+    return ["launcher/capture_hidden_states.py", *options, "data.max_tokens=40", *overrides]
+
+
+def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus):
+    target = shutil.copytree(tiny_target, tmp_path / "target")
+    online = arguments(tmp_path / "online", target, tiny_corpus, "max_steps=6")
+    run([sys.executable, *online])
+    printed = run([*DEEPSPEED, *capture(tmp_path / "store", target, tiny_corpus.train)])
+    assert (
+        "40 documents, 600 tokens" in printed and "KiB a token" in printed and f"target.store={tmp_path / 'store'}" in printed
+    )
+    (target / "model.safetensors").unlink()  # nobody needs it any more
+    offline = [f"target.store={tmp_path / 'store'}", f"output_dir={tmp_path / 'offline'}", "data.max_tokens=40"]
+    options = ["draft.vocab_size=48", "ttt.steps=3", "max_steps=6", "data.train=gone.jsonl"]
+    printed = run([sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json", *offline, *options])
+    assert "the target itself is not loaded" in printed
+    ours, theirs = metrics(tmp_path / "offline"), metrics(tmp_path / "online")
+    assert len(ours) == 6
+    for line, expected in zip(ours, theirs, strict=True):
+        assert line["loss_per_step"] == pytest.approx(expected["loss_per_step"], rel=1e-4)
+    exported, expected = (load_file(tmp_path / name / "draft" / "model.safetensors") for name in ("offline", "online"))
+    for name, tensor in exported.items():
+        assert (tensor.float() - expected[name].float()).norm() <= 1e-2 * expected[name].float().norm(), name
+    config = json.loads((tmp_path / "offline" / "draft" / "config.json").read_text())
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "overrides, problem",
+    [
+        ([], "target.store = null: expected the folder"),
+        (["target.store={tmp}/file"], "expected the folder that the store is to be written to"),
+        (["target.store={tmp}/x", "data.train=nowhere.jsonl"], "data.train = .*nowhere.jsonl.*: no such file"),
+        (["target.stor={tmp}/x"], "target.store"),
+    ],
+)
+def test_a_wrong_option_is_named_before_anything_is_loaded(overrides, problem, tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, "launcher/capture_hidden_states.py", *(text.format(tmp=tmp_path) for text in overrides)]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert re.search(problem, result.stderr), result.stderr
+
+
+def test_training_from_a_folder_that_is_no_store_ends_with_one_line(tmp_path):
+    command = [sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"target.store={tmp_path}"]
+    result = subprocess.run(
+        [*command, f"output_dir={tmp_path / 'out'}"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "manifest.json" in result.stderr.splitlines()[-1] and "capture_hidden_states.py" in result.stderr

@@ -1,0 +1,170 @@
+"""A capture survives whatever ends it, and what it leaves is what the target said."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import Config
+from engine.data.loader import PackedLoader
+from engine.parallel.mesh import World
+from engine.rows import allowed_rows, slots_of
+from engine.store.format import MANIFEST, StoreError
+from engine.store.reader import open_store
+from engine.target.frozen import FrozenTarget
+from engine.target.stored import StoredTarget
+from tests.captures import capture_config, run_capture
+from tests.distributed import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def files(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+def capture_alone(config: Config) -> None:
+    run_capture(config)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_target, tiny_corpus) -> dict[str, bytes]:
+    """The files of a capture that nothing interrupted."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    run_capture(capture_config(store, tiny_target, tiny_corpus.train))
+    return files(store)
+
+
+def test_killed_twenty_times_it_still_leaves_the_same_store(whole, tmp_path, tiny_target, tiny_corpus):
+    config, generator = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train), random.Random(0)
+    kills, seen = 0, set()
+    while True:
+        # before a shard is written, within one, between two: wherever the process is by then
+        process = multiprocessing.get_context("forkserver").Process(target=capture_alone, args=(config,))
+        process.start()
+        store, deadline = tmp_path / "store", time.monotonic() + 60
+        count = len(list(store.glob("shard-*"))) if store.exists() else 0
+        while kills < 20 and process.is_alive() and time.monotonic() < deadline:
+            if store.exists() and len(list(store.glob("shard-*"))) > count and generator.random() < 0.3:
+                process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        kills += 1
+        seen.add(len(list(store.glob("*.safetensors"))))
+    assert kills >= 5 and len(seen) > 3, "it was stopped at several places"
+    assert files(tmp_path / "store") == whole
+
+
+def capture_on_ranks(world: World, config: Config) -> int:
+    return run_capture(config, world).new_bytes
+
+
+def test_any_number_of_ranks_leaves_the_same_store_and_may_continue_anothers(whole, tmp_path, tiny_target, tiny_corpus):
+    config = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train)
+    assert all(run_ranks(capture_on_ranks, 2, config))
+    assert files(tmp_path / "store") == whole
+    for path in list((tmp_path / "store").glob("*.safetensors"))[::2]:
+        path.unlink()
+    run_capture(config)
+    assert files(tmp_path / "store") == whole
+    assert run_capture(config).new_bytes == 0
+
+
+def test_a_disk_that_fills_up_ends_it_cleanly_and_it_goes_on(whole, tmp_path, tiny_target, tiny_corpus, monkeypatch):
+    config, reserve = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train), os.posix_fallocate
+
+    def full(file: int, offset: int, length: int) -> None:
+        if len(list((tmp_path / "store").glob("shard-*"))) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(file, offset, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(StoreError, match="the disk is full; [23] of this rank's .* same command"):
+            run_capture(config)
+    assert not list((tmp_path / "store").glob("*.partial"))
+    run_capture(config)
+    assert files(tmp_path / "store") == whole
+
+
+def test_a_writer_that_fails_ends_it(tmp_path, tiny_target, tiny_corpus, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        run_capture(capture_config(tmp_path / "store", tiny_target, tiny_corpus.train))
+
+
+def test_a_store_that_does_not_fit_is_refused_before_the_first_byte(tmp_path, tiny_target, tiny_corpus, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(StoreError, match=r"needs .* GiB, its disk has .* GiB free; .*float8_e4m3"):
+        run_capture(capture_config(tmp_path / "store", tiny_target, tiny_corpus.train))
+    assert not (tmp_path / "store").exists()
+
+
+def test_another_capture_is_not_continued(tmp_path, tiny_target, tiny_corpus):
+    run_capture(capture_config(tmp_path / "store", tiny_target, tiny_corpus.train))
+    before = files(tmp_path / "store")
+    with pytest.raises(StoreError, match="mask_alignment: 'inference', now 'specforge'.*Restore these"):
+        run_capture(capture_config(tmp_path / "store", tiny_target, tiny_corpus.train, "ttt.mask_alignment=specforge"))
+    with pytest.raises(StoreError, match="conversations: 40 documents, now 4, or other words"):
+        run_capture(capture_config(tmp_path / "store", tiny_target, tiny_corpus.held_out))
+    assert files(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize("alignment", ["inference", "specforge"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3"])
+def test_what_is_read_is_what_the_target_says(dtype, alignment, tmp_path, tiny_target, tiny_corpus):
+    options = f"store.dtype={dtype}", f"ttt.mask_alignment={alignment}", "loss.temperature=0.7"
+    config = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train, *options)
+    run_capture(config)
+    opened = open_store(tmp_path / "store", skip_bad=False)
+    stored = StoredTarget(opened, CPU)
+    online = FrozenTarget.load(config.target, CPU, temperature=0.7)
+    assert torch.equal(stored.embed_weight_VD, online.embed_weight_VD)
+    ids_U = torch.tensor([3, 5, 40])
+    assert torch.equal(stored.head_rows(ids_U).weight_VD, online.head_rows(ids_U).weight_VD)
+    assert stored.head_rows(ids_U).temperature == 0.7
+    sizes = {"max_tokens": 60, "packs_per_batch": 3, "rank": 0, "world_size": 1, "accumulation_steps": 1}
+    tolerance = {"float32": 1e-5, "bfloat16": 2**-8, "float8_e4m3": 2**-4}[dtype]
+    silent = 0
+    for (batch,), _ in PackedLoader(opened.documents, **sizes, seed=3, epochs=1):
+        slots_N = slots_of(allowed_rows(batch, config.ttt))
+        silent += not batch.assistant_mask_T[-batch.host_lengths[-1] :].any()
+        ours, theirs = stored(batch, slots_N), online(batch, slots_N)
+        assert torch.equal(ours.slots_N, theirs.slots_N) and torch.equal(ours.argmax_N, theirs.argmax_N)
+        torch.testing.assert_close(ours.lse_N, theirs.lse_N, rtol=1e-5, atol=1e-5)
+        for name in ("aux_TA", "last_hidden_ND"):
+            mine, truth = (getattr(output, name).float() for output in (ours, theirs))
+            assert (mine - truth).norm() <= tolerance * truth.norm(), name
+    assert silent, "the last step is filled up with packs that carry no loss"
+
+
+def test_slots_that_were_not_captured_are_refused(tmp_path, tiny_target, tiny_corpus):
+    config = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train)
+    run_capture(config)
+    opened = open_store(tmp_path / "store", skip_bad=False)
+    loader = PackedLoader(
+        opened.documents, max_tokens=60, packs_per_batch=1, rank=0, world_size=1, accumulation_steps=1, seed=0, epochs=1
+    )
+    (batch,), _ = next(iter(loader))
+    with pytest.raises(StoreError, match="captured without all of the slots"):
+        StoredTarget(opened, CPU)(batch, torch.arange(1, batch.num_tokens))
+
+
+def test_the_manifest_says_what_serving_must_match(whole):
+    manifest = json.loads(whole[MANIFEST])
+    contents = manifest["contents"]
+    assert contents["aux_layers"] == [0, 1, 3] and contents["dtype"] == "float32"
+    assert all(len(contents[name]) == 16 for name in ("config_hash", "tokenizer_hash", "template_hash"))
+    assert all(shard["checksum"] for shard in manifest["shards"])
+    assert {"target/config.json", "target/tokenizer.json", "target/head.safetensors"} <= whole.keys()
