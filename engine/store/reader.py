@@ -40,7 +40,8 @@ class MappedShard:
         checksum = header[at : at + 16].decode("ascii", "replace")
         if header != self.layout.header(checksum):
             raise StoreError(f"{self.path}: its header is not that of this store's shard; {MEND}")
-        if self.shard.checksum not in (None, checksum) or checksum != shard_checksum(self.rows("checksums", 0, None)):
+        own = (self.rows(name, 0, None) for name in ("checksums", "token_bounds", "slot_bounds"))
+        if self.shard.checksum not in (None, checksum) or checksum != shard_checksum(*own):
             raise StoreError(f"{self.path}: its checksum is not the manifest's, so it was altered or belongs elsewhere; {MEND}")
         return checksum
 

@@ -4,6 +4,7 @@ A shard grows in `NAME.partial`, whose size is reserved at once, so a full disk 
 its name when it is whole and on the disk: whatever has the name is complete, whenever the process was killed.
 """
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -33,9 +34,11 @@ class ShardFile:
         self._file: int | None = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             os.posix_fallocate(self._file, 0, self.layout.num_bytes)
-        except OSError:
-            self.abandon()
-            raise
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve room
+                self.abandon()
+                raise
+            os.ftruncate(self._file, self.layout.num_bytes)
 
     @property
     def _partial(self) -> Path:
@@ -63,7 +66,8 @@ class ShardFile:
         """Give the shard its name, once it is on the disk."""
         for name, values in (self._bounds | {"checksums": self._checksums}).items():
             self.write(name, 0, values)
-        os.pwrite(self._file, self.layout.header(shard_checksum(self._checksums)), 0)
+        checksum = shard_checksum(self._checksums, *self._bounds.values())
+        os.pwrite(self._file, self.layout.header(checksum), 0)
         os.fsync(self._file)
         self._close()
         os.replace(self._partial, self._path)
@@ -80,9 +84,9 @@ class ShardFile:
         self._file = None
 
 
-def shard_checksum(checksums: np.ndarray) -> str:
-    """Of the checksums of a shard's documents, int64 [n]."""
-    return xxhash.xxh3_64(np.ascontiguousarray(checksums).view(np.uint8).data).hexdigest()
+def shard_checksum(checksums: np.ndarray, token_bounds: np.ndarray, slot_bounds: np.ndarray) -> str:
+    """Of the checksums of a shard's documents, int64 [n], and of where they lie, int64 [n + 1] each."""
+    return xxhash.xxh3_64(np.concatenate((checksums, token_bounds, slot_bounds)).tobytes()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

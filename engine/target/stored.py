@@ -57,13 +57,8 @@ class StoredTarget:
 
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
         """What the target made of the documents of `batch`. slots_N: on the host, int64 [N], ascending."""
-        parts = self._parts(batch, slots_N.numpy())
-        for shard, own, *_ in parts:
-            shard.will_need(own)
-        tokens = {name: self._room(parts, name, batch.num_tokens) for name in ("aux", "aux_scale")}
-        slots = {name: self._room(parts, name, len(slots_N)) for name in ("last_hidden", "last_hidden_scale", "argmax", "lse")}
-        list(self._threads.map(lambda part: self._read(*part, tokens, slots), parts))
-        moved = {name: None if room is None else to_device(room, self._device) for name, room in (tokens | slots).items()}
+        rooms = self.read(batch, slots_N).items()
+        moved = {name: None if room is None else to_device(room, self._device) for name, room in rooms}
         aux, last_hidden = (moved[name].view(self._dtype) for name in ("aux", "last_hidden"))
         return TargetOutput(
             aux_TA=from_stored(aux, moved["aux_scale"]),
@@ -72,6 +67,16 @@ class StoredTarget:
             argmax_N=moved["argmax"],
             lse_N=moved["lse"],
         )
+
+    def read(self, batch: PackedBatch, slots_N: Tensor) -> dict[str, Tensor | None]:
+        """The same on the host as it is stored: formats that numpy does not know as bytes, and None where there is no scale."""
+        parts = self._parts(batch, slots_N.numpy())
+        for shard, own, *_ in parts:
+            shard.will_need(own)
+        tokens = {name: self._room(parts, name, batch.num_tokens) for name in ("aux", "aux_scale")}
+        slots = {name: self._room(parts, name, len(slots_N)) for name in ("last_hidden", "last_hidden_scale", "argmax", "lse")}
+        list(self._threads.map(lambda part: self._read(*part, tokens, slots), parts))
+        return tokens | slots
 
     def _parts(self, batch: PackedBatch, slots_N: np.ndarray) -> list[tuple[MappedShard, int, slice, slice, np.ndarray]]:
         """For each document: its shard and place there, its tokens and slots in the batch, its slots' rows in the shard."""

@@ -1,0 +1,178 @@
+"""A store's writing and reading beside the disk's own rates, by precision, at the width of an 8B target.
+
+    python -m benchmarks.bench_store --folder /where/the/disk/is [--tokens 16384] [--json FILE]
+
+Run from the repository's root. Random hidden states are written through the queue and threads of a capture, fsync included,
+and read back in shuffled packs of 8192 tokens, checksums included, as training reads them to the host. `cold`: the files' pages
+are dropped from the page cache first. The disk's own rates are those of one thread that writes (then syncs) and reads as many
+bytes in order.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+from benchmarks.harness import machine_and_versions
+from engine.batch import TargetOutput
+from engine.config import TttSection
+from engine.data.chat import Document
+from engine.data.loader import PackedLoader
+from engine.data.packing import collate
+from engine.host_memory import keep_freed_memory
+from engine.rows import allowed_rows, slots_of
+from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, plan_shards
+from engine.store.reader import open_store
+from engine.store.writer import Piece, ShardFile, StoreWriter, stored_tensors
+from engine.target.stored import HEAD, StoredTarget
+
+HIDDEN, DOCUMENT_TOKENS, PACK_TOKENS, CHUNK = 4096, 512, 8192, 8 << 20
+PRECISIONS, THREADS, ROUNDS = ("bfloat16", "float8_e4m3"), 4, 3
+
+
+def make_documents(num_tokens: int) -> list[Document]:
+    """Of 512 tokens each, the second half the assistant's."""
+    ids_T = np.random.default_rng(0).integers(0, 1000, num_tokens).astype(np.int32)
+    mask_T = np.arange(DOCUMENT_TOKENS) >= DOCUMENT_TOKENS // 2
+    return [Document(ids_T[at : at + DOCUMENT_TOKENS], mask_T, ()) for at in range(0, num_tokens, DOCUMENT_TOKENS)]
+
+
+def make_contents(dtype: str) -> Contents:
+    hashes = {"config_hash": "", "tokenizer_hash": "", "template_hash": ""}
+    sizes = {"aux_layers": (1, 2, 3), "hidden_size": HIDDEN, "vocab_size": 1000}
+    return Contents("random", None, **hashes, **sizes, mask_alignment="inference", temperature=1.0, dtype=dtype)
+
+
+def make_pack(pack: list[Document], dtype: str) -> dict[str, torch.Tensor]:
+    """What a target's device hands over of a pack."""
+    slots_N = slots_of(allowed_rows(collate(pack), TttSection()))
+    states_TD, few_N = torch.randn(PACK_TOKENS, HIDDEN).bfloat16(), torch.zeros(len(slots_N))
+    output = TargetOutput(states_TD.repeat(1, 3), slots_N, states_TD[: len(slots_N)], few_N.int(), few_N)
+    return stored_tensors(output, dtype)[0]
+
+
+def write_store(folder: Path, documents: list[Document], contents: Contents, tensors: dict[str, torch.Tensor]) -> Manifest:
+    """Written as a capture does, but for the target: its output is there already."""
+    ttt, pack = TttSection(), documents[: PACK_TOKENS // DOCUMENT_TOKENS]
+    slots_N = slots_of(allowed_rows(collate(pack), ttt))
+    shards = plan_shards([DOCUMENT_TOKENS] * len(documents), [len(slots_N) // len(pack)] * len(documents), contents, 256 << 20)
+    writer = StoreWriter(THREADS, depth=2 * THREADS)
+    for shard in shards:
+        file = ShardFile(folder, contents, shard)
+        for first in range(0, shard.num_documents, len(pack)):
+            own = [documents[index] for index in shard.documents][first : first + len(pack)]
+            batch = collate(own)
+            own_slots_N = slots_of(allowed_rows(batch, ttt))
+            rows = {n: x[: batch.num_tokens if n.startswith("aux") else len(own_slots_N)] for n, x in tensors.items()}
+            start = first * DOCUMENT_TOKENS, first * len(slots_N) // len(pack)
+            writer.put(Piece(file, first, *start, batch, own_slots_N, rows))
+    writer.close()
+    return Manifest(contents, "", shards)
+
+
+def finish(folder: Path, manifest: Manifest) -> None:
+    """What makes the shards a store that opens."""
+    text = manifest.to_json()
+    (folder / TARGET_FOLDER).mkdir()
+    head = {"embed": torch.zeros(1000, HIDDEN).bfloat16()}
+    save_file(head, folder / TARGET_FOLDER / HEAD, metadata={"head": json.dumps({"scale": 1.0, "soft_cap": None})})
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_store(folder: Path) -> None:
+    opened = open_store(folder, skip_bad=True)
+    target = StoredTarget(opened, torch.device("cpu"))
+    sizes = {"packs_per_batch": 1, "rank": 0, "world_size": 1, "accumulation_steps": 1}
+    for (batch,), _ in PackedLoader(opened.documents, max_tokens=PACK_TOKENS, **sizes, seed=0, epochs=1):
+        target.read(batch, slots_of(allowed_rows(batch, TttSection())))
+
+
+def write_plainly(path: Path, num_bytes: int) -> None:
+    chunk = os.urandom(CHUNK)
+    with path.open("wb", buffering=0) as file:
+        for at in range(0, num_bytes, CHUNK):
+            file.write(chunk[: num_bytes - at])
+        os.fsync(file.fileno())
+
+
+def read_plainly(path: Path) -> None:
+    room = bytearray(CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(room):
+            pass
+
+
+def drop_from_cache(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def rate(work: Callable[[], object], num_bytes: int) -> float:
+    """MB/s."""
+    start = time.perf_counter()
+    work()
+    return num_bytes / (time.perf_counter() - start) / 1e6
+
+
+def measure(parent: Path, dtype: str, num_tokens: int) -> dict[str, float]:
+    """MB/s of one round, and the store's size."""
+    documents, contents = make_documents(num_tokens), make_contents(dtype)
+    with tempfile.TemporaryDirectory(dir=parent) as name:
+        folder, plain = Path(name) / "store", Path(name) / "plain"
+        folder.mkdir()
+        tensors = make_pack(documents[: PACK_TOKENS // DOCUMENT_TOKENS], dtype)
+        start = time.perf_counter()
+        manifest = write_store(folder, documents, contents, tensors)
+        seconds, num_bytes = time.perf_counter() - start, sum(Layout.of(contents, shard).num_bytes for shard in manifest.shards)
+        finish(folder, manifest)
+        rates = {
+            "store write": num_bytes / seconds / 1e6,
+            "disk write": rate(lambda: write_plainly(plain, num_bytes), num_bytes),
+        }
+        for where in ("cold", "warm"):
+            for what, work in (("store", lambda: read_store(folder)), ("disk", lambda: read_plainly(plain))):
+                if where == "cold":
+                    drop_from_cache(Path(name))
+                rates[f"{what} read, {where}"] = rate(work, num_bytes)
+    return rates | {"KiB a token": num_bytes / num_tokens / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk that is meant")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of the store, a multiple of 8192")
+    parser.add_argument("--json", type=Path, help="file to write the rates, machine, versions and commit to")
+    options = parser.parse_args()
+    keep_freed_memory()
+    largest = make_contents("bfloat16").bytes_per_token * 2 * options.tokens
+    if options.tokens % PACK_TOKENS or shutil.disk_usage(options.folder).free < largest:
+        parser.error(f"--tokens {options.tokens}: expected a multiple of {PACK_TOKENS} that fits {options.folder} twice")
+    rows = []
+    for dtype in PRECISIONS:
+        rounds = [measure(options.folder, dtype, options.tokens) for _ in range(ROUNDS)]
+        rows.append({"dtype": dtype} | {name: statistics.median(r[name] for r in rounds) for name in rounds[0]})
+    table = Table("precision", *list(rows[0])[1:], title="MB/s, medians")
+    for row in rows:
+        table.add_row(row["dtype"], *(f"{value:,.1f}" for value in list(row.values())[1:]))
+    Console(width=140).print(table)
+    if options.json:
+        about = {"command": f"python -m benchmarks.bench_store --tokens {options.tokens}"}
+        record = about | machine_and_versions(torch.device("cpu")) | {"rows": rows}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Stores checked byte by byte, and several captures made into one."""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import xxhash
+
+from engine.store.format import MANIFEST, TARGET_FOLDER, Manifest, Shard, StoreError
+from engine.store.reader import MappedShard
+from engine.store.writer import PARTIAL, sync_folder, write_whole
+
+OnProgress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class StoreCheck:
+    """What a store holds, and what is wrong with it: one line a shard, `problems`, none of them if all is well.
+
+    missing: shards that the capture has still to write. seen: shards of which every byte was read and found right.
+    """
+
+    manifest: Manifest
+    problems: tuple[str, ...]
+    missing: int
+    seen: int
+
+
+def check_store(folder: Path, on_progress: OnProgress = lambda num_bytes: None) -> StoreCheck:
+    """Read every byte of a store. on_progress: is called with the bytes read so far. Raises StoreError without a manifest."""
+    manifest, problems, missing, done = Manifest.read(folder), [], 0, 0
+    for shard in manifest.shards:
+        if shard.checksum is None and not (folder / shard.name).exists():
+            missing += 1
+            continue
+        try:
+            mapped = MappedShard(folder, manifest.contents, shard)
+            for document in range(shard.num_documents):
+                mapped.verify(document)
+            done += mapped.layout.num_bytes
+            on_progress(done)
+        except StoreError as error:
+            problems.append(str(error))
+    return StoreCheck(manifest, tuple(problems), missing, len(manifest.shards) - missing - len(problems))
+
+
+@dataclass(frozen=True)
+class Merge:
+    """doubled_shards: left out, since an earlier store has the same. doubled_documents: that several shards hold."""
+
+    manifest: Manifest
+    doubled_shards: int
+    doubled_documents: int
+
+
+def merge_stores(folders: Sequence[Path], into: Path) -> Merge:
+    """One store of the shards of several, which stay as they are: hard links, or copies where they lie on another disk.
+
+    Raises StoreError, before it writes anything, if `into` exists, a capture is not complete or they are of different contents.
+    """
+    if into.exists():
+        raise StoreError(f"{into} exists; name a folder that does not")
+    manifests = [Manifest.read(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        differences = manifest.contents.differences(manifests[0].contents)
+        if differences:
+            raise StoreError(
+                f"{folder} is not of what {folders[0]} is: {'; '.join(differences)}; stores so different stay apart"
+            )
+        if not manifest.is_complete:
+            raise StoreError(f"{folder}: the capture is not complete; run it again to continue it, then merge")
+    chosen: list[tuple[MappedShard, Shard]] = []
+    checksums: set[str] = set()
+    documents: dict[int, int] = {}
+    first = 0
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for shard in manifest.shards:
+            mapped = MappedShard(folder, manifest.contents, shard)
+            if shard.checksum in checksums:
+                continue
+            checksums.add(shard.checksum)
+            chosen.append((mapped, replace(shard, name=f"shard-{len(chosen):05d}.safetensors", first_document=first)))
+            first += shard.num_documents
+            for digest in map(_content, map(mapped.document, range(shard.num_documents))):
+                documents[digest] = documents.get(digest, 0) + 1
+    corpus = xxhash.xxh3_64("".join(manifest.corpus_checksum for manifest in manifests).encode()).hexdigest()
+    merged = Manifest(manifests[0].contents, corpus, tuple(shard for _, shard in chosen))
+    _write_merged(folders[0], chosen, merged, into)
+    doubled_shards = sum(len(manifest.shards) for manifest in manifests) - len(chosen)
+    return Merge(merged, doubled_shards, sum(count - 1 for count in documents.values()))
+
+
+def _content(document) -> int:
+    return xxhash.xxh3_64_intdigest(document.assistant_mask.tobytes(), xxhash.xxh3_64_intdigest(document.input_ids.tobytes()))
+
+
+def _write_merged(first: Path, chosen: list[tuple[MappedShard, Shard]], merged: Manifest, into: Path) -> None:
+    partial = into.with_name(f"{into.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(first / TARGET_FOLDER, partial / TARGET_FOLDER)
+    for mapped, shard in chosen:
+        try:
+            os.link(mapped.path, partial / shard.name)
+        except OSError:
+            shutil.copyfile(mapped.path, partial / shard.name)
+    write_whole(partial / MANIFEST, lambda path: path.write_text(merged.to_json(), encoding="utf-8"))
+    os.replace(partial, into)
+    sync_folder(into.parent)

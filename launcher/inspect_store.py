@@ -1,0 +1,82 @@
+"""Show, check or merge stores of hidden states: python launcher/inspect_store.py FOLDER [FOLDER ... --merge_into FOLDER]
+
+Reads every byte and compares it with the checksums that were written with it; --quick looks at sizes and headers alone.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rich.table import Table
+
+from engine.store.format import Manifest, StoreError
+from engine.store.reader import MappedShard
+from engine.store.upkeep import check_store, merge_stores
+from engine.telemetry import Telemetry
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("stores", nargs="+", type=Path, metavar="FOLDER", help="written by capture_hidden_states.py")
+    parser.add_argument("--merge_into", type=Path, metavar="FOLDER", help="a new store of all of theirs; they stay as they are")
+    parser.add_argument("--quick", action="store_true", help="sizes and headers alone")
+    return parser.parse_args()
+
+
+def facts(manifest: Manifest) -> Table:
+    """What a store is of, and how large."""
+    num_tokens, num_slots = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("num_tokens", "num_slots"))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in vars(manifest.contents).items():
+        table.add_row(name, str(value))
+    table.add_row("documents", f"{manifest.num_documents:,} in {len(manifest.shards):,} shards")
+    table.add_row("tokens", f"{num_tokens:,}, {num_slots:,} of them slots ({num_slots / max(1, num_tokens):.0%})")
+    per_token = manifest.num_bytes / max(1, num_tokens) / 1024
+    table.add_row("size", f"{manifest.num_bytes / 2**30:,.2f} GiB, {per_token:.2f} KiB a token")
+    return table
+
+
+def inspect(folder: Path, quick: bool, telemetry: Telemetry) -> bool:
+    """Print what a store holds and what is wrong with it; whether nothing is."""
+    manifest = Manifest.read(folder)
+    telemetry.note(str(folder), style="bold")
+    telemetry.console.print(facts(manifest))
+    if quick:
+        for shard in manifest.shards:
+            MappedShard(folder, manifest.contents, shard)
+        return True
+    with telemetry.progress(manifest.num_bytes, "bytes") as progress:
+        check = check_store(folder, lambda done: progress.move_to(done, "bytes"))
+    for problem in check.problems:
+        telemetry.note(f"  {problem}")
+    if check.missing:
+        telemetry.note(f"  {check.missing} shards are still to be captured; run the same capture again")
+    telemetry.note(f"  {check.seen} of {len(manifest.shards)} shards are whole, every byte as written")
+    return not check.problems and not check.missing
+
+
+def main() -> None:
+    arguments, telemetry = parse_arguments(), Telemetry(speaks=True)
+    try:
+        if arguments.merge_into:
+            merge = merge_stores(arguments.stores, arguments.merge_into)
+            telemetry.note(f"{arguments.merge_into}: {merge.manifest.num_documents:,} documents")
+            if merge.doubled_shards:
+                telemetry.note(f"  {merge.doubled_shards} shards left out: an earlier store has the same")
+            if merge.doubled_documents:
+                telemetry.note(f"  {merge.doubled_documents:,} documents are there more than once and will be learned as often")
+            return
+        whole = [inspect(folder, arguments.quick, telemetry) for folder in arguments.stores]
+    except (StoreError, OSError) as error:
+        sys.exit(f"inspect_store.py: {error}")
+    if not all(whole):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
