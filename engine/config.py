@@ -71,6 +71,12 @@ class DataSection:
     long_documents: Literal["cut", "split"] = option(
         "cut", "a document above max_tokens: 'cut' it at its last whole turn, or 'split' it into several at turns"
     )
+    balance_steps: int = option(
+        8,
+        "steps whose packs are sorted so that those of a step cost alike and ranks wait less for each other; 0 = as drawn",
+        unit="steps",
+        at_least=0,
+    )
     template_kwargs: dict[str, Any] | None = option(None, "extra arguments of the chat template, e.g. {enable_thinking: false}")
     max_bad_share: float = option(0.05, "share of unusable samples above which the run stops", at_least=0.0, at_most=1.0)
 

@@ -151,6 +151,7 @@ class Trainer:
             accumulation_steps=accumulation_steps(self.ds_config, self.world.size),
             seed=self.config.seed,
             epochs=self.config.epochs,
+            balance_steps=self.config.data.balance_steps,
         )
         coverage = vocab_map.coverage(counts_V)
         self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of the assistant's")

@@ -5,21 +5,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.batch import PackedBatch
 from engine.data.chat import Document
-from engine.data.packing import collate, pack
+from engine.data.packing import alike_steps, collate, pack
+
+
+class Plan(NamedTuple):
+    """How packs were gathered into steps: of `packs_per_step` each, counted from pack `origin` of the stream."""
+
+    packs_per_step: int
+    origin: int
 
 
 class PackedLoader:
     """One rank's micro-batches, grouped by optimizer step.
 
     Each epoch is shuffled by (seed, epoch) and packed; the epochs follow each other as one stream of packs. A step takes
-    world_size * packs_per_batch * accumulation_steps packs of it. The last step is filled up with silent packs, which carry
-    no loss, so that every rank issues the same collectives; nothing is dropped or repeated.
+    world_size * packs_per_batch * accumulation_steps packs of it, which cost alike, so the stream does not depend on how a step
+    is cut over ranks. The last step is filled up with silent packs, which carry no loss, so that every rank issues the same
+    collectives; nothing is dropped or repeated, also not where a run goes on with other ranks in the middle of an epoch.
     """
 
     def __init__(
@@ -33,13 +41,18 @@ class PackedLoader:
         accumulation_steps: int,
         seed: int,
         epochs: int,
+        balance_steps: int = 8,
     ):
-        """max_tokens: of a pack; packs_per_batch: packs in a rank's micro-batch. Raises ValueError without documents."""
+        """max_tokens: of a pack; packs_per_batch: packs in a rank's micro-batch; balance_steps: as `data.balance_steps`.
+
+        Raises ValueError without documents.
+        """
         if not documents:
             raise ValueError("nothing to load: there are no documents")
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self._documents = documents
         self._lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        self._said = np.array([document.assistant_mask.sum() for document in documents], dtype=np.int64)
         self._max_tokens = max_tokens
         self._packs_per_batch = packs_per_batch
         self._rank = rank
@@ -47,8 +60,11 @@ class PackedLoader:
         self._accumulation_steps = accumulation_steps
         self._seed = seed
         self._epochs = epochs
-        self._packed: tuple[int, list[list[int]]] = (-1, [])
+        self._balance_steps = balance_steps
+        self._packed: tuple[int, list[np.ndarray]] = (-1, [])
         self._first_pack = 0
+        self._plan = Plan(self._packs_per_step, 0)
+        self._begun: dict[int, Plan] = {}  # epochs that a run with another global batch began
 
     @property
     def num_steps(self) -> int:
@@ -65,7 +81,15 @@ class PackedLoader:
                 + "; ".join(changes)
                 + ". Restore these settings, or start a new run in another output_dir"
             )
-        self._first_pack = state["packs"]
+        self._first_pack = first = state["packs"]
+        plan = Plan(*state["plan"])
+        if plan.packs_per_step != self._packs_per_step:
+            self._plan = Plan(self._packs_per_step, first)
+        else:
+            self._plan = plan
+        epoch = self._epoch_of(first)
+        if first > self._start_of(epoch):
+            self._begun[epoch] = Plan(*state["epoch_plan"])
 
     def __iter__(self) -> Iterator[tuple[list[PackedBatch], dict[str, Any]]]:
         """One item an optimizer step: this rank's micro-batches, and the state that continues after them."""
@@ -85,9 +109,7 @@ class PackedLoader:
             "num_tokens": int(self._lengths.sum()),
             "checksum": self._checksum(),
             "max_tokens": self._max_tokens,
-            "packs_per_batch": self._packs_per_batch,
-            "world_size": self._world_size,
-            "accumulation_steps": self._accumulation_steps,
+            "balance_steps": self._balance_steps,
             "seed": self._seed,
         }
 
@@ -99,7 +121,8 @@ class PackedLoader:
         return checksum
 
     def _state_at(self, num_packs: int) -> dict[str, Any]:
-        return {"packs": num_packs, "stream": self._stream}
+        epoch_plan = self._plan_of(self._epoch_of(num_packs))
+        return {"packs": num_packs, "plan": list(self._plan), "epoch_plan": list(epoch_plan), "stream": self._stream}
 
     def _micro_batch(self, first: int, index: int) -> PackedBatch:
         begin = first + (index * self._world_size + self._rank) * self._packs_per_batch
@@ -110,21 +133,36 @@ class PackedLoader:
         """The documents of pack `index` of the whole stream, and their places; past its end, a silent one."""
         if index >= self._epoch_ends[-1]:
             return [self._silent_document], [self._shortest]
-        epoch = int(np.searchsorted(self._epoch_ends, index, side="right"))
-        before = self._epoch_ends[epoch - 1] if epoch else 0
-        places = self._packs_of(epoch)[index - before]
+        epoch = self._epoch_of(index)
+        places = self._packs_of(epoch)[index - self._start_of(epoch)]
         return [self._documents[place] for place in places], places
 
-    def _packs_of(self, epoch: int) -> list[list[int]]:
+    def _packs_of(self, epoch: int) -> list[np.ndarray]:
+        """An epoch's packs, in the order of its steps."""
         if self._packed[0] != epoch:
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._lengths))
-            self._packed = epoch, pack(self._lengths, self._max_tokens, order)
+            packs, plan = self._drawn(epoch), self._plan_of(epoch)
+            said_P, begun = np.array([self._said[places].sum() for places in packs]), self._start_of(epoch) - plan.origin
+            generator = np.random.default_rng([self._seed, epoch, 1])
+            steps = alike_steps(said_P, begun, plan.packs_per_step, self._balance_steps, generator)
+            self._packed = epoch, [packs[index] for index in np.concatenate(list(steps))]
         return self._packed[1]
+
+    def _drawn(self, epoch: int) -> list[np.ndarray]:
+        return pack(self._lengths, self._said, self._max_tokens, np.random.default_rng([self._seed, epoch]))
+
+    def _plan_of(self, epoch: int) -> "Plan":
+        return self._begun.get(epoch, self._plan)
+
+    def _epoch_of(self, index: int) -> int:
+        return int(np.searchsorted(self._epoch_ends, index, side="right"))
+
+    def _start_of(self, epoch: int) -> int:
+        return self._epoch_ends[epoch - 1] if epoch else 0
 
     @cached_property
     def _epoch_ends(self) -> list[int]:
         """Packs in the stream up to the end of each epoch."""
-        return list(accumulate(len(self._packs_of(epoch)) for epoch in range(self._epochs)))
+        return list(accumulate(len(self._drawn(epoch)) for epoch in range(self._epochs)))
 
     @property
     def _shortest(self) -> int:

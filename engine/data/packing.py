@@ -1,7 +1,10 @@
-"""Documents laid end to end in packs of at most `max_tokens` tokens."""
+"""Documents laid end to end in packs of at most `max_tokens` tokens: full ones that cost alike, and alike ones in a step.
+
+Ranks wait for each other at every step, and a step costs what its rows with loss do, which follow from the assistant's tokens.
+"""
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,32 +12,99 @@ import torch
 from engine.batch import PackedBatch
 from engine.data.chat import Document
 
-OPEN_PACKS = 512
+WINDOW = 4096  # documents that are packed together
+NEIGHBOURS, PASSES = 8, 4  # in order of length, with whom a document may trade places, and how often
 
 
-def pack(lengths: Sequence[int], max_tokens: int, order: Sequence[int]) -> list[list[int]]:
-    """Packs of document indices, each of at most `max_tokens` tokens; every index of `order` lands in exactly one.
+def pack(lengths: np.ndarray, said: np.ndarray, max_tokens: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Packs of document indices, each of at most `max_tokens` tokens, in random order; every document lies in exactly one.
 
-    Best fit over the `OPEN_PACKS` emptiest packs: a document joins the open pack it fills best, or opens a new one.
-    Packs come in the order they were opened. Raises ValueError if a document is longer than a pack.
+    lengths, said: int64 [n], tokens of each document, and the assistant's among them. Documents are drawn into windows. Within
+    one, the longest first, each joins the fullest pack that has room; then documents of like length trade places, until the
+    packs' assistant tokens are as even as that makes them. Raises ValueError if a document is longer than a pack.
     """
-    packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, pack) of the open packs, ascending
-    for document in order:
-        length = int(lengths[document])
-        if length > max_tokens:
-            raise ValueError(f"document {document} has {length} tokens, a pack holds {max_tokens}; cut or split it first")
+    longest = int(lengths.argmax())
+    if lengths[longest] > max_tokens:
+        problem = f"document {longest} has {lengths[longest]} tokens, a pack holds {max_tokens}"
+        raise ValueError(f"{problem}; cut or split it, or raise data.max_tokens")
+    drawn, packs = generator.permutation(len(lengths)), []
+    for start in range(0, len(drawn), WINDOW):
+        window = drawn[start : start + WINDOW]
+        window = window[np.argsort(-lengths[window], kind="stable")]
+        owner, num_packs = _best_fit(lengths[window].tolist(), max_tokens)
+        _even_out(lengths[window], said[window], owner, num_packs, max_tokens)
+        by_owner = np.argsort(owner, kind="stable")
+        packs += np.split(window[by_owner], np.cumsum(np.bincount(owner, minlength=num_packs))[:-1])
+    return [packs[index] for index in generator.permutation(len(packs))]
+
+
+def _best_fit(lengths: Sequence[int], max_tokens: int) -> tuple[np.ndarray, int]:
+    """The pack of each document, and how many packs there are."""
+    owner = np.empty(len(lengths), dtype=np.int64)
+    room: list[tuple[int, int]] = []  # (free tokens, pack), ascending
+    num_packs = 0
+    for document, length in enumerate(lengths):
         best = bisect_left(room, (length, -1))
         if best < len(room):
             free, index = room.pop(best)
-            packs[index].append(int(document))
         else:
-            free, index = max_tokens, len(packs)
-            packs.append([int(document)])
-        insort(room, (free - length, index))
-        if len(room) > OPEN_PACKS:
-            room.pop(0)
-    return packs
+            free, index, num_packs = max_tokens, num_packs, num_packs + 1
+        owner[document] = index
+        if free > length:
+            insort(room, (free - length, index))
+    return owner, num_packs
+
+
+def _even_out(lengths: np.ndarray, said: np.ndarray, owner: np.ndarray, num_packs: int, max_tokens: int) -> None:
+    """Let neighbours in length trade packs, in place, where that brings both closer to the mean and the longer one has room."""
+    free_P = max_tokens - np.bincount(owner, weights=lengths, minlength=num_packs)
+    excess_P = np.bincount(owner, weights=said, minlength=num_packs)
+    excess_P -= excess_P.mean()
+    for reach in [distance for _ in range(PASSES) for distance in range(1, NEIGHBOURS + 1)]:
+        longer = np.arange(len(lengths) - reach)
+        for first in (0, reach):  # pairs that share no document
+            a = longer[((longer - first) // reach) % 2 == 0]
+            a = a[a >= first]
+            b, from_a, from_b = a + reach, owner[a], owner[a + reach]
+            more_tokens, more_said = lengths[a] - lengths[b], said[a] - said[b]
+            before = excess_P[from_a] ** 2 + excess_P[from_b] ** 2
+            gain = before - (excess_P[from_a] - more_said) ** 2 - (excess_P[from_b] + more_said) ** 2
+            chosen = np.flatnonzero((from_a != from_b) & (free_P[from_b] >= more_tokens) & (gain > 0))
+            chosen = _each_pack_once(chosen[np.argsort(-gain[chosen], kind="stable")], from_a, from_b, num_packs)
+            p, q = from_a[chosen], from_b[chosen]
+            owner[a[chosen]], owner[b[chosen]] = q, p
+            free_P[p], free_P[q] = free_P[p] + more_tokens[chosen], free_P[q] - more_tokens[chosen]
+            excess_P[p], excess_P[q] = excess_P[p] - more_said[chosen], excess_P[q] + more_said[chosen]
+
+
+def _each_pack_once(trades: np.ndarray, from_a: np.ndarray, from_b: np.ndarray, num_packs: int) -> np.ndarray:
+    """The trades, best first, without those that touch a pack which a better one touches."""
+    both = np.stack((from_a[trades], from_b[trades]), 1)
+    best_P = np.full(num_packs, len(trades))
+    np.minimum.at(best_P, both, np.arange(len(trades))[:, None])
+    return trades[(best_P[both] == np.arange(len(trades))[:, None]).all(1)]
+
+
+def alike_steps(
+    said_P: np.ndarray, begun: int, packs_per_step: int, window: int, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Packs in an order in which those of a step cost alike, a step at a time.
+
+    said_P: assistant tokens of each pack. begun: packs that the first of these steps has already. Packs of `window` steps are
+    sorted, cut into steps, and the steps shuffled; 0 = as they come.
+    """
+    packs_P = np.arange(len(said_P))
+    first = -begun % packs_per_step
+    yield packs_P[:first]
+    size = max(window, 1) * packs_per_step
+    for start in range(first, len(packs_P), size):
+        several = packs_P[start : start + size]
+        if window:
+            several = several[np.argsort(said_P[several], kind="stable")]
+        whole = len(several) // packs_per_step
+        steps = several[: whole * packs_per_step].reshape(whole, packs_per_step)
+        yield from steps[generator.permutation(whole)] if window else steps
+        yield several[whole * packs_per_step :]
 
 
 def collate(documents: Sequence[Document], document_ids: Sequence[int] = ()) -> PackedBatch:
@@ -46,5 +116,5 @@ def collate(documents: Sequence[Document], document_ids: Sequence[int] = ()) -> 
         input_ids_T=torch.from_numpy(np.concatenate([document.input_ids for document in documents]).astype(np.int64)),
         assistant_mask_T=torch.from_numpy(np.concatenate([document.assistant_mask for document in documents])),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
-        document_ids=tuple(document_ids),
+        document_ids=tuple(int(index) for index in document_ids),
     )

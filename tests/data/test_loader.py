@@ -99,6 +99,41 @@ def test_resuming_from_any_state_continues_exactly(make_loader, rank):
         assert [state for _, state in continued] == states[step:]
 
 
+OTHER_CUTS = [
+    {"world_size": 6, "accumulation_steps": 1},
+    {"world_size": 4},
+    {"world_size": 1, "packs_per_batch": 1},
+    {"packs_per_batch": 5, "accumulation_steps": 3},
+]
+
+
+@pytest.mark.parametrize("cut", OTHER_CUTS)
+@pytest.mark.parametrize("steps", [1, 3, 5, 7])
+def test_going_on_with_other_ranks_repeats_and_skips_nothing(make_loader, cut, steps):
+    """Then once more with others again, in whichever epoch that is."""
+    states, seen = [], Counter()
+    for settings, count in (({}, steps), (cut, 2), ({"world_size": 5}, None)):
+        world_size = settings.get("world_size", 3)
+        ranks = [make_loader(**settings | {"rank": rank}) for rank in range(world_size)]
+        for loader in ranks:
+            if states:
+                loader.load_state(json.loads(json.dumps(states[-1])))
+        items = [list(loader)[:count] for loader in ranks]
+        seen.update(document for ranked in items for batches, _ in ranked for batch in contents(batches) for document in batch)
+        states += [state for _, state in items[0]]
+        assert all([state for _, state in ranked] == [state for _, state in items[0]] for ranked in items)
+    assert seen == {document: 2 for document in range(97)}
+
+
+def test_the_packs_of_a_step_cost_alike(make_loader):
+    def spread(balance_steps: int) -> float:
+        loaders = [make_loader(rank=rank, balance_steps=balance_steps) for rank in range(3)]
+        said = np.array([[[int(b.assistant_mask_T.sum()) for b in batches] for batches, _ in loader] for loader in loaders])
+        return float((said.max(0) - said.min(0))[:-1].mean())
+
+    assert spread(8) < 0.7 * spread(0)
+
+
 def test_more_epochs_continue_after_the_last_real_pack(make_loader):
     items = list(make_loader(world_size=1, epochs=1))
     longer = make_loader(world_size=1, epochs=2)
@@ -118,9 +153,7 @@ def first_state(loader: PackedLoader) -> dict:
     return next(iter(loader))[1]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"max_tokens": 65}, {"world_size": 4}, {"packs_per_batch": 1}, {"accumulation_steps": 1}]
-)
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"max_tokens": 65}, {"balance_steps": 3}])
 def test_a_state_of_other_settings_is_refused_by_name(make_loader, changes):
     (name, value), *_ = changes.items()
     with pytest.raises(ValueError, match=rf"{name} was \d+, now {value}"):

@@ -1,0 +1,62 @@
+"""How full packs are, and how long ranks wait for each other, at the document lengths of three kinds of data.
+
+    python -m benchmarks.bench_packing [--documents 40000] [--json FILE]
+
+Run from the repository's root. Lengths and shares are drawn from distributions that look like each of them, see
+tests/data/test_packing.py. `wait`: assistant tokens of the rank that a step waits for, as a multiple of the mean over ranks, a
+pack a rank; compaction makes a pack's cost follow from them. `as drawn`: full packs, in the order of the draw. `alike`: as
+training takes them.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import machine_and_versions
+from engine.config import DataSection
+from engine.data.packing import alike_steps, pack
+from tests.data.test_packing import MIXES, mix, wait
+
+RANKS = (8, 64)
+
+
+def measure(name: str, count: int) -> dict[str, float | str]:
+    lengths, said, max_tokens = mix(name, count)
+    start = time.perf_counter()
+    packs = pack(lengths, said, max_tokens, np.random.default_rng(1))
+    row = {"data": name, "seconds": time.perf_counter() - start, "packs": len(packs)}
+    row |= {"documents a pack": count / len(packs), "waste": 1 - lengths.sum() / (len(packs) * max_tokens)}
+    said_P, window = np.array([said[members].sum() for members in packs]), DataSection().balance_steps
+    for num_ranks in RANKS:
+        order = np.concatenate(list(alike_steps(said_P, 0, num_ranks, window, np.random.default_rng(2))))
+        row |= {
+            f"wait of {num_ranks}, as drawn": wait(said_P, num_ranks),
+            f"wait of {num_ranks}, alike": wait(said_P[order], num_ranks),
+        }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=40_000)
+    parser.add_argument("--json", type=Path, help="file to write the figures, machine, versions and commit to")
+    options = parser.parse_args()
+    rows = [measure(name, options.documents) for name in MIXES]
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else f"{value:,.3f}" for value in row.values()))
+    Console(width=160).print(table)
+    if options.json:
+        about = {"command": f"python -m benchmarks.bench_packing --documents {options.documents}"}
+        record = about | machine_and_versions(torch.device("cpu")) | {"rows": rows}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
