@@ -1,8 +1,6 @@
 """The capture job, in order: data, plan, target, shards, manifest. What it leaves is what offline training reads."""
 
 import errno
-import hashlib
-import json
 import shutil
 import time
 import zlib
@@ -16,6 +14,7 @@ from engine.batch import PackedBatch
 from engine.config import Config
 from engine.data.chat import Document
 from engine.data.dataset import load_documents
+from engine.data.fingerprint import hash_of, tokenizer_hash
 from engine.data.packing import collate
 from engine.models.registry import check_aux_layers, default_aux_layers, text_config
 from engine.parallel.mesh import World
@@ -233,15 +232,3 @@ def corpus_checksum(documents: Sequence[Document]) -> str:
     for document in documents:
         checksum = zlib.crc32(document.assistant_mask.tobytes(), zlib.crc32(document.input_ids.tobytes(), checksum))
     return f"{checksum:08x}"
-
-
-def hash_of(value: object) -> str:
-    """The first 16 digits of the SHA-256 of a value as JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of what decides the ids of a text."""
-    if tokenizer.is_fast:
-        return hash_of(json.loads(tokenizer.backend_tokenizer.to_str()))
-    return hash_of([type(tokenizer).__name__, tokenizer.get_vocab()])

@@ -101,6 +101,10 @@ class DraftSection:
 
     config: str | None = option(None, "draft config.json that fixes every shape; null = derived from the target's config")
     vocab_size: int = option(32000, "draft vocabulary U: the most frequent assistant tokens", unit="tokens", at_least=1)
+    vocab_from: Literal["assistant", "argmax"] = option(
+        "assistant", "what is counted for it: the assistant's tokens, or, with target.store, the target's most likely ones"
+    )
+    vocab_map: str | None = option(None, "vocab_map.safetensors of an earlier run to take the draft vocabulary from, uncounted")
     num_layers: int = option(1, "decoder layers", unit="layers", at_least=1)
     hidden_size: int | None = option(None, "hidden size D; null = the target's", unit="features", at_least=1)
     intermediate_size: int | None = option(None, "MLP width F; null = the target's dense width", unit="features", at_least=1)
@@ -113,7 +117,7 @@ class DraftSection:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            is_shape = name not in ("config", "train_embedding_projection", "init_head")
+            is_shape = name not in ("config", "vocab_from", "vocab_map", "train_embedding_projection", "init_head")
             if self.config is not None and is_shape and value != getattr(type(self), name):
                 problem = f"draft.config = {self.config} fixes every shape; delete one of the two"
                 raise ConfigError(problem, key=f"draft.{name}", value=value)
@@ -253,6 +257,9 @@ class Config:
         if weights is not None and len(weights) != self.ttt.steps:
             problem = f"has {len(weights)} weights for ttt.steps = {self.ttt.steps}; give one weight a step"
             raise ConfigError(problem, key="loss.step_weights", value=weights)
+        if self.draft.vocab_from == "argmax" and self.target.store is None:
+            problem = "needs target.store, where the target's most likely tokens are; count the assistant's, or capture first"
+            raise ConfigError(problem, key="draft.vocab_from", value="argmax")
         every, logged = self.checkpoint.every_steps, self.log_every_steps
         if every % logged:
             problem = f"is no multiple of log_every_steps = {logged}, and a resumed run would log other means; use a multiple"

@@ -7,11 +7,12 @@ here, before anything is written.
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from engine.kernels import PLAIN, Kernels
@@ -105,13 +106,25 @@ def load_draft(
     )
 
 
-def save_vocab_map(vocab_map: VocabMap, path: Path) -> None:
-    save_file({"d2t": vocab_map.d2t.contiguous(), "t2d": vocab_map.in_draft_V.contiguous()}, path)
+def save_vocab_map(vocab_map: VocabMap, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """facts: plain values that say what it was counted from; by `tokenizer_hash` others see whether it is for them."""
+    tables = {"d2t": vocab_map.d2t.contiguous(), "t2d": vocab_map.in_draft_V.contiguous()}
+    save_file(tables, path, metadata={"facts": json.dumps(dict(facts or {}))})
 
 
-def load_vocab_map(path: Path) -> VocabMap:
-    with safe_open(path, "pt") as file:
-        return VocabMap.from_tables(file.get_tensor("d2t"), file.get_tensor("t2d"))
+def load_vocab_map(path: Path, tokenizer_hash: str | None = None) -> VocabMap:
+    """tokenizer_hash: of the tokenizer that it is wanted for. Raises ValueError if it was made for another one."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+            vocab_map = VocabMap.from_tables(file.get_tensor("d2t"), file.get_tensor("t2d"))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a draft vocabulary ({error}); a run writes one as {VOCAB}") from error
+    if tokenizer_hash is not None and facts.get("tokenizer_hash") != tokenizer_hash:
+        made_for = facts.get("tokenizer_hash", "none that it names")
+        problem = f"{path} was counted with another tokenizer ({made_for}, this one is {tokenizer_hash})"
+        raise ValueError(f"{problem}: its ids mean other tokens; leave draft.vocab_map out to count anew")
+    return vocab_map
 
 
 def _check_finite(tensors: dict[str, torch.Tensor]) -> None:

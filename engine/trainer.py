@@ -16,13 +16,14 @@ from transformers.utils.logging import disable_progress_bar
 from engine.batch import DraftOutput, MicroBatch, PackedBatch, to_device
 from engine.checkpoint import Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, Config
-from engine.data.chat import Document
+from engine.data.chat import Document, template_token_ids
 from engine.data.dataset import count_assistant_tokens, load_documents
+from engine.data.fingerprint import tokenizer_hash
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
 from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config
 from engine.evaluate import Prompt, held_out_prompts
-from engine.export import VOCAB, check_replaceable, export_draft, load_draft, save_vocab_map
+from engine.export import VOCAB, check_replaceable, export_draft, load_draft, load_vocab_map, save_vocab_map
 from engine.held_out import HeldOut
 from engine.kernels import Kernels, choose_kernels
 from engine.kernels.vocab_loss import Walk
@@ -50,12 +51,15 @@ RELOAD_TOLERANCE = 2**-5  # of the largest logit: a few bf16 roundings; a wrong 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training side of a run: its stream of batches, one document of it, and the draft vocabulary counted from it."""
+    """The training side of a run: its stream of batches, one document of it, and the draft vocabulary.
+
+    vocab_facts: what that was counted with, and its coverage of it.
+    """
 
     loader: PackedLoader
     sample: PackedBatch
     vocab_map: VocabMap
-    coverage: float
+    vocab_facts: dict[str, Any]
 
 
 class Trainer:
@@ -83,14 +87,14 @@ class Trainer:
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
             documents = store.documents if store else self.read_documents(tokenizer)
-            corpus = self.read_corpus(documents, draft_config)
+            corpus = self.read_corpus(documents, tokenizer, draft_config)
             first_step = self.resume(corpus.loader, position)
             prompts = self.read_prompts(tokenizer)
         with self.telemetry.stage("Loading the target"):
             target = self.load_target(store, draft_config)
         draft = self.new_draft(draft_config, kernels, corpus.vocab_map, target)
         held_out = None if store else HeldOut(self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry)
-        report = RunReport(self.output_dir, self.telemetry.stage_s, corpus.coverage)
+        report = RunReport(self.output_dir, self.telemetry.stage_s, corpus.vocab_facts["coverage"])
         if held_out:
             with self.telemetry.stage("Measuring acceptance before training"):
                 report = replace(report, before=held_out.measure_draft(self.served(draft, corpus.vocab_map, target)))
@@ -139,9 +143,12 @@ class Trainer:
         self.telemetry.note(report.summary())
         return documents
 
-    def read_corpus(self, documents: Sequence[Document], draft_config: DraftConfig) -> Corpus:
-        counts_V = count_assistant_tokens(documents, draft_config.vocab_size)
-        vocab_map = VocabMap.most_frequent(counts_V, draft_config.draft_vocab_size)
+    def read_corpus(self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
+        by_argmax = self.config.draft.vocab_from == "argmax"
+        counts_V = (
+            documents.count_argmax(config.vocab_size) if by_argmax else count_assistant_tokens(documents, config.vocab_size)
+        )
+        vocab_map = self.draft_vocabulary(counts_V, tokenizer, config)
         loader = PackedLoader(
             documents,
             max_tokens=self.config.data.max_tokens,
@@ -154,8 +161,20 @@ class Trainer:
             balance_steps=self.config.data.balance_steps,
         )
         coverage = vocab_map.coverage(counts_V)
-        self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of the assistant's")
-        return Corpus(loader, collate([documents[0]], [0]), vocab_map.to(self.world.device), coverage)
+        whose = "the target's most likely" if by_argmax else "the assistant's"
+        self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of {whose}")
+        facts = {"tokenizer_hash": tokenizer_hash(tokenizer), "coverage": coverage, "counted": self.config.draft.vocab_from}
+        return Corpus(loader, collate([documents[0]], [0]), vocab_map.to(self.world.device), facts)
+
+    def draft_vocabulary(self, counts_V: torch.Tensor, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> VocabMap:
+        path = self.config.draft.vocab_map
+        if path is None:
+            return VocabMap.most_frequent(counts_V, config.draft_vocab_size, template_token_ids(tokenizer))
+        vocab_map = load_vocab_map(Path(path), tokenizer_hash(tokenizer))
+        if vocab_map.size != config.draft_vocab_size:
+            problem = f"{path} holds {vocab_map.size} tokens, draft.vocab_size is {config.draft_vocab_size}"
+            raise ValueError(f"{problem}; set draft.vocab_size={vocab_map.size}")
+        return vocab_map
 
     def read_prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
         count, data = self.config.evaluation.num_prompts, self.config.data
@@ -203,7 +222,7 @@ class Trainer:
         if self.world.is_main:
             (self.output_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
             (self.output_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
-            save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB)
+            save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB, corpus.vocab_facts)
         return zero
 
     def train(self, zero: ZeroDraft, corpus: Corpus, target: Target, first_step: int) -> None:

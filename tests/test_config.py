@@ -15,7 +15,7 @@ REFUSED_OVERRIDES = {
     "tt.steps=7": ["tt.steps", "'ttt.steps'"],
     "ttt.max_tokens=512": ["ttt.max_tokens = 512", "'data.max_tokens'"],
     "max_token=512": ["'data.max_tokens'"],
-    "draft.vocab=100": ["'draft.vocab_size'"],
+    "draft.vocabsize=100": ["'draft.vocab_size'"],
     "output_dirr=x": ["'output_dir'"],
     "zeroo.x=1": ["unknown", "valid are target, data, draft"],
     "ttt.qqqq=1": ["valid are ttt.steps, ttt.mask_alignment"],

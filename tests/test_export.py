@@ -205,3 +205,17 @@ def test_a_vocabulary_map_survives_its_file(tmp_path):
     save_vocab_map(VOCAB_MAP, tmp_path / "map.safetensors")
     again = load_vocab_map(tmp_path / "map.safetensors")
     assert torch.equal(again.target_ids_U, VOCAB_MAP.target_ids_U) and torch.equal(again.in_draft_V, VOCAB_MAP.in_draft_V)
+
+
+def test_a_draft_vocabulary_of_another_tokenizer_is_refused(tmp_path):
+    path = tmp_path / "map.safetensors"
+    save_vocab_map(VOCAB_MAP, path, {"tokenizer_hash": "abc", "coverage": 0.5})
+    assert torch.equal(load_vocab_map(path, "abc").target_ids_U, VOCAB_MAP.target_ids_U)
+    with pytest.raises(ValueError, match="counted with another tokenizer .abc, this one is def.*draft.vocab_map"):
+        load_vocab_map(path, "def")
+    save_vocab_map(VOCAB_MAP, path)
+    with pytest.raises(ValueError, match="none that it names"):
+        load_vocab_map(path, "def")
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="is not a draft vocabulary"):
+        load_vocab_map(path)

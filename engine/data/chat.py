@@ -109,6 +109,13 @@ def render_turns(
     return documents
 
 
+def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special tokens that a reply may hold or end with: those that the chat template writes, and the end of text."""
+    template = tokenizer.get_chat_template()
+    written = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in template]
+    return sorted({*written, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+
+
 def _read_turn(turn: Any, name: str) -> Message:
     if not isinstance(turn, dict):
         raise BadSample("not a conversation", f"{name} is a {type(turn).__name__}, expected an object")

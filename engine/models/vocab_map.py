@@ -1,5 +1,6 @@
 """The draft vocabulary: which target tokens the draft can propose, and the two tables that map between the vocabularies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +22,19 @@ class VocabMap:
             raise ValueError("t2d and d2t describe different draft vocabularies: nonzero(t2d) must equal d2t + arange(U)")
 
     @classmethod
-    def most_frequent(cls, counts_V: torch.Tensor, size: int) -> "VocabMap":
-        """The `size` most frequent target tokens; ties go to the lower id. counts_V: int64 [V].
+    def most_frequent(cls, counts_V: torch.Tensor, size: int, always: Sequence[int] = ()) -> "VocabMap":
+        """Target tokens `always` and the most frequent others, `size` in all; ties go to the lower id. counts_V: int64 [V].
 
-        Raises ValueError if `size` exceeds the target vocabulary.
+        Raises ValueError if `size` exceeds the target vocabulary, or is less than `always` needs.
         """
+        always = sorted({token for token in always if token < counts_V.numel()})
+        if size < len(always):
+            raise ValueError(f"draft.vocab_size={size} is less than the template's {len(always)} special tokens; use more")
         if size > counts_V.numel():
             raise ValueError(f"draft.vocab_size={size} exceeds the target's vocabulary of {counts_V.numel()}; use at most that")
-        order_V = torch.sort(counts_V, descending=True, stable=True).indices
+        ranks_V = counts_V.clone()
+        ranks_V[always] = torch.iinfo(torch.int64).max
+        order_V = torch.sort(ranks_V, descending=True, stable=True).indices
         in_draft_V = torch.zeros(counts_V.numel(), dtype=torch.bool)
         in_draft_V[order_V[:size]] = True
         return cls(in_draft_V.nonzero().flatten(), in_draft_V)

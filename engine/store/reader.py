@@ -113,6 +113,11 @@ class StoredDocuments(Sequence[Document]):
         shard, own = self.find(index)
         return shard.document(own)
 
+    def count_argmax(self, vocab_size: int) -> torch.Tensor:
+        """How often each token is the target's most likely one, over all slots: int64 [V]."""
+        counts = (np.bincount(shard.rows("argmax", 0, None), minlength=vocab_size) for shard in self.shards)
+        return torch.from_numpy(sum(counts).astype(np.int64))
+
     def find(self, index: int) -> tuple[MappedShard, int]:
         """The shard that holds a document, and its place in there."""
         if not 0 <= index < len(self):

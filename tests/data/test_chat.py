@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
-from engine.data.chat import BadSample, read_messages, render, render_turns
+from engine.data.chat import BadSample, read_messages, render, render_turns, template_token_ids
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -252,3 +254,12 @@ ANSWER = {"role": "assistant", "content": "a"}
 )
 def test_unusable_samples_are_refused_by_category(sample, reason):
     assert reason_of(read_messages, sample) == reason
+
+
+def test_special_tokens_of_the_template_are_those_that_it_writes():
+    words = {"<unk>": 0, "<|user|>": 1, "<|end|>": 2, "<|reserved|>": 3, "hello": 4, "<eos>": 5}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.add_special_tokens(["<|user|>", "<|end|>", "<|reserved|>", "<eos>"])
+    template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", chat_template=template)
+    assert template_token_ids(tokenizer) == [1, 2, 5]

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from engine.store.reader import open_store
 from tests.test_trainer import DEEPSPEED, ENVIRONMENT, ROOT, arguments, metrics, run
 
 
@@ -66,3 +68,20 @@ def test_training_from_a_folder_that_is_no_store_ends_with_one_line(tmp_path):
     )
     assert result.returncode == 1
     assert "manifest.json" in result.stderr.splitlines()[-1] and "capture_hidden_states.py" in result.stderr
+
+
+def test_the_draft_vocabulary_may_be_the_target_s_likeliest_tokens_or_an_earlier_run_s(tmp_path, tiny_target, tiny_corpus):
+    run([sys.executable, *capture(tmp_path / "store", tiny_target, tiny_corpus.train)])
+    train = [sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"target.store={tmp_path / 'store'}"]
+    train += ["data.max_tokens=40", "draft.vocab_size=20", "ttt.steps=2", "max_steps=1"]
+    printed = run([*train, "draft.vocab_from=argmax", f"output_dir={tmp_path / 'a'}"])
+    assert "of the target's most likely" in printed
+    counts_V = open_store(tmp_path / "store", skip_bad=False).documents.count_argmax(64)
+    vocabulary = load_file(tmp_path / "a" / "vocab_map.safetensors")
+    chosen_U = vocabulary["t2d"].nonzero().flatten()
+    assert 3 in chosen_U, "the end of a turn, whatever is counted"
+    others_V = counts_V.clone().index_fill(0, chosen_U, -1)
+    assert sorted(counts_V[chosen_U].tolist())[3:] and counts_V[chosen_U].sum() >= 0.5 * counts_V.sum()
+    assert others_V.max() <= counts_V[[token for token in chosen_U.tolist() if token > 3]].min()
+    run([*train, f"draft.vocab_map={tmp_path / 'a' / 'vocab_map.safetensors'}", f"output_dir={tmp_path / 'b'}"])
+    assert torch.equal(load_file(tmp_path / "b" / "vocab_map.safetensors")["t2d"], vocabulary["t2d"])

@@ -31,6 +31,13 @@ def test_tokens_never_seen_fill_up_from_the_lowest_id():
     assert VocabMap.most_frequent(counts_V, 5).target_ids_U.tolist() == [0, 1, 2, 4, 7]
 
 
+def test_tokens_that_the_template_needs_are_always_there():
+    counts_V = torch.arange(9)
+    assert VocabMap.most_frequent(counts_V, 4, always=[1, 0, 1, 99]).target_ids_U.tolist() == [0, 1, 7, 8]
+    with pytest.raises(ValueError, match="draft.vocab_size=1 is less than the template's 2 special tokens"):
+        VocabMap.most_frequent(counts_V, 1, always=[1, 0])
+
+
 def test_tables_of_a_checkpoint_give_the_map_back():
     vocab_map = VocabMap.most_frequent(counts(), 23)
     again = VocabMap.from_tables(vocab_map.d2t, vocab_map.in_draft_V)
