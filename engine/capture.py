@@ -14,7 +14,7 @@ from engine.batch import PackedBatch
 from engine.config import Config
 from engine.data.chat import Document
 from engine.data.dataset import load_documents
-from engine.data.fingerprint import hash_of, tokenizer_hash
+from engine.data.fingerprint import hash_of, trained_with
 from engine.data.packing import collate
 from engine.models.registry import check_aux_layers, default_aux_layers, text_config
 from engine.parallel.mesh import World
@@ -96,8 +96,7 @@ class Capture:
             target=config.target.path,
             revision=config.target.revision,
             config_hash=hash_of(text.to_dict()),
-            tokenizer_hash=tokenizer_hash(tokenizer),
-            template_hash=hash_of([tokenizer.chat_template, config.data.template_kwargs, config.data.turns]),
+            **trained_with(tokenizer, config.data),
             aux_layers=tuple(aux_layers),
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,

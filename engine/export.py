@@ -112,11 +112,17 @@ def save_vocab_map(vocab_map: VocabMap, path: Path, facts: Mapping[str, Any] | N
     save_file(tables, path, metadata={"facts": json.dumps(dict(facts or {}))})
 
 
+def load_vocab_facts(path: Path) -> dict[str, Any]:
+    """What `save_vocab_map` was told."""
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("facts", "{}"))
+
+
 def load_vocab_map(path: Path, tokenizer_hash: str | None = None) -> VocabMap:
     """tokenizer_hash: of the tokenizer that it is wanted for. Raises ValueError if it was made for another one."""
     try:
+        facts = load_vocab_facts(path)
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
             vocab_map = VocabMap.from_tables(file.get_tensor("d2t"), file.get_tensor("t2d"))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is not a draft vocabulary ({error}); a run writes one as {VOCAB}") from error

@@ -18,7 +18,7 @@ from engine.checkpoint import Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, Config
 from engine.data.chat import Document, template_token_ids
 from engine.data.dataset import count_assistant_tokens, load_documents
-from engine.data.fingerprint import tokenizer_hash
+from engine.data.fingerprint import tokenizer_hash, trained_with
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
 from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config
@@ -83,7 +83,9 @@ class Trainer:
         tokenizer = AutoTokenizer.from_pretrained(section.path, **section.hub_arguments)
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         aux_layers = store.contents.aux_layers if store else section.aux_layers
+        origin = store.trained_with if store else trained_with(tokenizer, self.config.data)
         draft_config = derive_draft_config(target_config, self.config.draft, aux_layers)
+        draft_config = replace(draft_config, trained_with=origin)
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
             documents = store.documents if store else self.read_documents(tokenizer)
@@ -164,6 +166,7 @@ class Trainer:
         whose = "the target's most likely" if by_argmax else "the assistant's"
         self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of {whose}")
         facts = {"tokenizer_hash": tokenizer_hash(tokenizer), "coverage": coverage, "counted": self.config.draft.vocab_from}
+        facts["trained_with"] = config.trained_with
         return Corpus(loader, collate([documents[0]], [0]), vocab_map.to(self.world.device), facts)
 
     def draft_vocabulary(self, counts_V: torch.Tensor, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> VocabMap:

@@ -84,6 +84,14 @@ def with_paths(config: Config, corpus: Path, stored: bool) -> Config:
     return replace(config, target=target, data=data)
 
 
+def with_layers_of_store(config: Config) -> Config:
+    """The auxiliary layers that were captured, unless the configuration names its own. Raises ValueError without a store."""
+    from engine.store.format import Manifest  # it imports torch
+
+    layers = config.target.aux_layers or Manifest.read(Path(config.target.store)).contents.aux_layers
+    return replace(config, target=replace(config.target, aux_layers=layers))
+
+
 def check_inputs(config: Config) -> None:
     """Raises ConfigError if a file or folder that the configuration reads does not exist."""
     named = {"data.train": config.data.train, "data.held_out": config.data.held_out, "draft.config": (config.draft.config,)}

@@ -8,6 +8,7 @@ The run's `config.yaml` says what the draft looks like, its `vocab_map.safetenso
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.checkpoint import TAG, Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, TargetSection
-from engine.export import VOCAB, WEIGHTS, check_replaceable, export_draft, load_vocab_map
+from engine.export import VOCAB, WEIGHTS, check_replaceable, export_draft, load_vocab_facts, load_vocab_map
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.parallel.zero import consolidated_weights
 from engine.recipe import load_config
@@ -97,6 +98,7 @@ def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:
     recipe = load_config(run / RECIPE)
     target = AutoConfig.from_pretrained(recipe.target.path, **recipe.target.hub_arguments)
     config = derive_draft_config(target, recipe.draft, recipe.target.aux_layers)
+    config = replace(config, trained_with=load_vocab_facts(run / VOCAB).get("trained_with"))
     embed_weight_VD = None if config.hidden_size == config.target_hidden_size else read_embedding(recipe.target, config)
     weights = consolidated_weights(run / CHECKPOINTS, tag)
     export_draft(folder, weights.items(), config, load_vocab_map(run / VOCAB), embed_weight_VD)

@@ -22,6 +22,7 @@ from launcher.command import (
     name_source,
     read_config,
     stop,
+    with_layers_of_store,
     with_paths,
     write_embedded_corpus,
 )
@@ -60,6 +61,11 @@ def main() -> None:
     corpus = Path(config.output_dir).absolute() / "corpus"
     is_online = config.target.store is None
     resolved = with_paths(config, corpus, stored=not is_online)
+    if not is_online:
+        try:
+            resolved = with_layers_of_store(resolved)
+        except ValueError as error:
+            stop(error, environment["rank"])
 
     from engine.parallel.mesh import World
     from engine.parallel.zero import connect, disconnect

@@ -33,7 +33,8 @@ class DraftConfig:
     vocab_size V, hidden size and max_position_embeddings of the target are `vocab_size`, `target_hidden_size` and
     `max_position_embeddings`; draft_vocab_size is U. rope_parameters: rope_type, rope_theta and the keys of its scaling.
     aux_layers: 0-based ids of the target's layers the draft reads; None = the file it came from does not say.
-    fc_norm, norm_output: EAGLE-3.1. Raises ValueError for shapes that no draft can have.
+    fc_norm, norm_output: EAGLE-3.1. trained_with: hashes of the tokenizer and the template, for whoever serves it.
+    Raises ValueError for shapes that no draft can have.
     """
 
     hidden_size: int
@@ -56,6 +57,7 @@ class DraftConfig:
     fc_norm: bool
     norm_output: bool
     dtype: str
+    trained_with: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.draft_vocab_size > self.vocab_size:
@@ -79,7 +81,7 @@ class DraftConfig:
     def to_dict(self) -> dict[str, Any]:
         """The exported config.json, keys sorted; RoPE and dtype are spelt for old and for new readers."""
         shape = asdict(self)
-        layers = list(shape.pop("aux_layers"))
+        layers, trained_with = list(shape.pop("aux_layers")), shape.pop("trained_with")
         rope = self.rope_parameters
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         exported = shape | {
@@ -92,6 +94,8 @@ class DraftConfig:
             "torch_dtype": self.dtype,
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers, "use_aux_hidden_state": True},
         }
+        if trained_with:
+            exported["draftspeed"] = trained_with
         if self.target_hidden_size == self.hidden_size:
             del exported["target_hidden_size"]
         for option in ("fc_norm", "norm_output"):
@@ -133,6 +137,7 @@ class DraftConfig:
             fc_norm=bool(exported.get("fc_norm")),
             norm_output=bool(exported.get("norm_output")),
             dtype=exported.get("dtype") or exported.get("torch_dtype") or "bfloat16",
+            trained_with=exported.get("draftspeed"),
         )
 
 

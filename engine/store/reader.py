@@ -135,6 +135,11 @@ class OpenStore:
     documents: StoredDocuments
     problems: tuple[str, ...]
 
+    @property
+    def trained_with(self) -> dict[str, str]:
+        """As `fingerprint.trained_with`."""
+        return {"tokenizer_hash": self.contents.tokenizer_hash, "template_hash": self.contents.template_hash}
+
     def check(self, **wanted: object) -> None:
         """Raises StoreError unless the capture had these options: a dotted key's last name, and its value, None = any."""
         for name, value in wanted.items():

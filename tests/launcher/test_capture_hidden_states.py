@@ -42,6 +42,9 @@ def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus)
         assert (tensor.float() - expected[name].float()).norm() <= 1e-2 * expected[name].float().norm(), name
     config = json.loads((tmp_path / "offline" / "draft" / "config.json").read_text())
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 3]
+    contents = json.loads((tmp_path / "store" / "manifest.json").read_text())["contents"]
+    assert config["draftspeed"] == {name: contents[name] for name in ("tokenizer_hash", "template_hash")}
+    assert config["draftspeed"] == json.loads((tmp_path / "online" / "draft" / "config.json").read_text())["draftspeed"]
 
 
 @pytest.mark.parametrize(
