@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from engine.batch import PackedBatch
-from engine.config import Config
+from engine.config import Config, TttSection
+from engine.corpus import read_documents
 from engine.data.chat import Document
-from engine.data.dataset import load_documents
 from engine.data.fingerprint import hash_of, trained_with
 from engine.data.packing import collate
 from engine.models.registry import check_aux_layers, default_aux_layers, text_config
@@ -25,6 +26,9 @@ from engine.store.writer import PARTIAL, Piece, ShardFile, StoreWriter, stored_t
 from engine.target.frozen import FrozenTarget
 from engine.target.stored import HEAD, save_head
 from engine.telemetry import Telemetry
+
+SHARDS_PER_RANK = 4  # at least, so that all have work to the end
+DOCUMENTS_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Capture:
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         contents = self.contents(tokenizer, target_config)
         with self.telemetry.stage("Reading the data"):
-            documents = self.read_documents(tokenizer)
+            documents = read_documents(self.config.data, tokenizer, self.telemetry)
             manifest = self.plan(contents, documents)
             missing = self.missing(manifest)
             self.check_disk(manifest, missing)
@@ -84,6 +88,7 @@ class Capture:
         manifest = self.complete(manifest)
         num_tokens, num_slots = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("num_tokens", "num_slots"))
         sizes = len(documents), num_tokens, num_slots, manifest.num_bytes
+        new_bytes = int(self.world.sum(torch.tensor(new_bytes, device=self.world.device)).item())
         return CaptureReport(self.folder, *sizes, new_bytes, time.perf_counter() - started)
 
     def contents(self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> Contents:
@@ -105,25 +110,15 @@ class Capture:
             dtype=chosen if config.store.dtype == "auto" else config.store.dtype,
         )
 
-    def read_documents(self, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-        num_bytes = sum(Path(path).stat().st_size for path in self.config.data.train)
-        with self.telemetry.progress(num_bytes, "bytes") as progress:
-            documents, report = load_documents(
-                self.config.data.train,
-                tokenizer,
-                self.config.data,
-                on_progress=lambda done, _: progress.move_to(done, "bytes of conversations"),
-            )
-        self.telemetry.note(report.summary())
-        return documents
-
     def plan(self, contents: Contents, documents: Sequence[Document]) -> Manifest:
         """That of the capture which this one continues, or a new one. Raises StoreError where it is another capture's."""
         checksum = corpus_checksum(documents)
         if not (self.folder / MANIFEST).exists():
-            lengths = [len(document) for document in documents]
-            slots = [len(slots_of(allowed_rows(collate([document]), self.config.ttt))) for document in documents]
-            return Manifest(contents, checksum, plan_shards(lengths, slots, contents, self.config.store.shard_mb << 20))
+            lengths, slots = [len(document) for document in documents], count_slots(documents, self.config.ttt)
+            total = sum(lengths) * contents.bytes_per_token + sum(slots) * contents.bytes_per_slot
+            at_most = total // (SHARDS_PER_RANK * self.world.size) if self.world.size > 1 else total
+            shards = plan_shards(lengths, slots, contents, min(self.config.store.shard_mb << 20, at_most))
+            return Manifest(contents, checksum, shards)
         manifest = Manifest.read(self.folder)
         differences = contents.differences(manifest.contents)
         if manifest.corpus_checksum != checksum:
@@ -212,6 +207,16 @@ class Capture:
         if self.world.is_main:
             self.write_manifest(manifest)
         return manifest
+
+
+def count_slots(documents: Sequence[Document], ttt: TttSection) -> list[int]:
+    """Slots of each document."""
+    counts: list[int] = []
+    for start in range(0, len(documents), DOCUMENTS_AT_A_TIME):
+        batch = collate(documents[start : start + DOCUMENTS_AT_A_TIME])
+        bounds = torch.searchsorted(slots_of(allowed_rows(batch, ttt)), batch.cu_seqlens.long())
+        counts += bounds.diff().tolist()
+    return counts
 
 
 def packed_in_order(documents: Sequence[Document], max_tokens: int) -> Iterator[PackedBatch]:

@@ -16,8 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 from engine.batch import DraftOutput, MicroBatch, PackedBatch, to_device
 from engine.checkpoint import Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, Config
+from engine.corpus import read_documents
 from engine.data.chat import Document, template_token_ids
-from engine.data.dataset import count_assistant_tokens, load_documents
+from engine.data.dataset import count_assistant_tokens
 from engine.data.fingerprint import tokenizer_hash, trained_with
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
@@ -88,7 +89,7 @@ class Trainer:
         draft_config = replace(draft_config, trained_with=origin)
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
-            documents = store.documents if store else self.read_documents(tokenizer)
+            documents = store.documents if store else read_documents(self.config.data, tokenizer, self.telemetry)
             corpus = self.read_corpus(documents, tokenizer, draft_config)
             first_step = self.resume(corpus.loader, position)
             prompts = self.read_prompts(tokenizer)
@@ -132,18 +133,6 @@ class Trainer:
             return StoredTarget(store, self.world.device)
         section, temperature = self.config.target, self.config.loss.temperature
         return FrozenTarget.load(section, self.world.device, draft_config.aux_layers, temperature)
-
-    def read_documents(self, tokenizer: PreTrainedTokenizerBase) -> Sequence[Document]:
-        num_bytes = sum(Path(path).stat().st_size for path in self.config.data.train)
-        with self.telemetry.progress(num_bytes, "bytes") as progress:
-            documents, report = load_documents(
-                self.config.data.train,
-                tokenizer,
-                self.config.data,
-                on_progress=lambda done, _: progress.move_to(done, "bytes of conversations"),
-            )
-        self.telemetry.note(report.summary())
-        return documents
 
     def read_corpus(self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
         by_argmax = self.config.draft.vocab_from == "argmax"

@@ -31,6 +31,7 @@ FLOORS = (
     "evaluate",
     "metrics",
     "telemetry",
+    "corpus",
     "held_out",
     "report",
     "capture",
