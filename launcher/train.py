@@ -74,8 +74,7 @@ def main() -> None:
     connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
     if world.is_main:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        if is_online:
-            write_embedded_corpus(config, corpus)
+        write_embedded_corpus(config, corpus)
     world.barrier()
 
     from engine.trainer import Trainer
