@@ -13,7 +13,7 @@ from engine.store.format import plan_shards
 
 torch.set_num_threads(1)  # as ranks have: another number of threads may round the target's sums differently
 
-SHARD_BYTES = 12_000  # four or five of the corpus's documents in fp32
+SHARD_BYTES = 5_000  # one or two of the corpus's documents in fp32
 
 
 def capture_config(store: Path, target: Path, train: str, *overrides: str) -> Config:
