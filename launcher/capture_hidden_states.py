@@ -49,14 +49,13 @@ def main() -> None:
 
     world = World(**environment)
     connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
-    if world.is_main:
-        write_embedded_corpus(config, corpus)
-    world.barrier()
-
     from engine.capture import Capture
 
     capture = Capture(resolved, world)
     try:
+        if world.is_main:
+            write_embedded_corpus(config, corpus)
+        world.barrier()
         report = capture.run()
     except (ValueError, OSError, ImportError) as error:
         stop(error, world.rank)

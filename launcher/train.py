@@ -72,15 +72,14 @@ def main() -> None:
 
     world = World(**environment)
     connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
-    if world.is_main:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        write_embedded_corpus(config, corpus)
-    world.barrier()
-
     from engine.trainer import Trainer
 
     trainer = Trainer(resolved, ds_config, world)
     try:
+        if world.is_main:
+            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+            write_embedded_corpus(config, corpus)
+        world.barrier()
         report = trainer.run()
     except (ValueError, OSError, ImportError) as error:
         stop(error, world.rank)

@@ -54,6 +54,7 @@ def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus)
         (["target.store={tmp}/file"], "expected the folder that the store is to be written to"),
         (["target.store={tmp}/x", "data.train=nowhere.jsonl"], "data.train = .*nowhere.jsonl.*: no such file"),
         (["target.stor={tmp}/x"], "target.store"),
+        (["target.store=/proc/x"], "/proc/x"),
     ],
 )
 def test_a_wrong_option_is_named_before_anything_is_loaded(overrides, problem, tmp_path):
