@@ -93,7 +93,7 @@ def finish(folder: Path, manifest: Manifest) -> None:
 def read_store(folder: Path) -> None:
     opened = open_store(folder, skip_bad=True)
     target = StoredTarget(opened, torch.device("cpu"))
-    sizes = {"packs_per_batch": 1, "rank": 0, "world_size": 1, "accumulation_steps": 1}
+    sizes = {"packs_per_batch": 1, "rank": 0, "world_size": 1, "accumulation_steps": 1, "balance_steps": 8}
     for (batch,), _ in PackedLoader(opened.documents, max_tokens=PACK_TOKENS, **sizes, seed=0, epochs=1):
         target.read(batch, slots_of(allowed_rows(batch, TttSection())))
 

@@ -3,7 +3,6 @@
 import errno
 import shutil
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from engine.batch import PackedBatch
 from engine.config import Config, TttSection
 from engine.corpus import read_documents
 from engine.data.chat import Document
-from engine.data.fingerprint import hash_of, trained_with
+from engine.data.fingerprint import corpus_checksum, hash_of, trained_with
 from engine.data.packing import collate
 from engine.models.registry import check_aux_layers, default_aux_layers, text_config
 from engine.parallel.mesh import World
@@ -112,7 +111,7 @@ class Capture:
 
     def plan(self, contents: Contents, documents: Sequence[Document]) -> Manifest:
         """That of the capture which this one continues, or a new one. Raises StoreError where it is another capture's."""
-        checksum = corpus_checksum(documents)
+        checksum = f"{corpus_checksum(documents):08x}"
         if not (self.folder / MANIFEST).exists():
             lengths, slots = [len(document) for document in documents], count_slots(documents, self.config.ttt)
             total = sum(lengths) * contents.bytes_per_token + sum(slots) * contents.bytes_per_slot
@@ -228,11 +227,3 @@ def packed_in_order(documents: Sequence[Document], max_tokens: int) -> Iterator[
             together = []
         together.append(document)
     yield collate(together)
-
-
-def corpus_checksum(documents: Sequence[Document]) -> str:
-    """CRC-32 of all token ids and masks, document by document."""
-    checksum = 0
-    for document in documents:
-        checksum = zlib.crc32(document.assistant_mask.tobytes(), zlib.crc32(document.input_ids.tobytes(), checksum))
-    return f"{checksum:08x}"

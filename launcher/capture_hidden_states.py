@@ -12,15 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.config import Config, ConfigError
+from engine.recipe import load_config
 from launcher.command import (
     check_inputs,
     join_environment,
     make_parser,
-    name_source,
-    read_config,
     stop,
     with_paths,
     write_embedded_corpus,
+    wrong_options,
 )
 
 
@@ -35,14 +35,11 @@ def check_files(config: Config) -> None:
 def main() -> None:
     arguments = make_parser(__doc__).parse_args()
     environment = join_environment()
-    try:
-        config = read_config(arguments)
+    with wrong_options(arguments, environment["rank"]):
+        config = load_config(arguments.recipe, arguments.overrides)
         check_files(config)
-    except ConfigError as error:
-        name_source(error, arguments)
-        stop(error, environment["rank"])
     corpus = Path(config.target.store).absolute() / "corpus"
-    resolved = with_paths(config, corpus, stored=False)
+    resolved = with_paths(config, corpus)
 
     from engine.parallel.mesh import World
     from engine.parallel.zero import connect, disconnect

@@ -5,17 +5,18 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from engine.config import CHECKPOINTS, EMBEDDED, Config, ConfigError
-from engine.recipe import COMMAND_LINE, describe_options, load_config
+from engine.recipe import COMMAND_LINE, describe_options
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
 EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
-STORED_TARGET = "target"  # folder of a store with the target's config, tokenizer and embedding
 SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure
 
 
@@ -51,22 +52,22 @@ def join_environment() -> dict[str, int]:
     }
 
 
-def read_config(arguments: argparse.Namespace) -> Config:
-    """Raises ConfigError, which names the recipe or the command line as its source."""
-    return load_config(arguments.recipe, arguments.overrides)
+@contextmanager
+def wrong_options(arguments: argparse.Namespace, rank: int) -> Iterator[None]:
+    """A ConfigError raised within ends this rank; it names the recipe or the command line, wherever its value came from."""
+    try:
+        yield
+    except ConfigError as error:
+        if not error.source:
+            on_command_line = any(override.startswith(f"{error.key}=") for override in arguments.overrides)
+            error.source = COMMAND_LINE if on_command_line else arguments.recipe
+        stop(error, rank)
 
 
-def name_source(error: ConfigError, arguments: argparse.Namespace) -> None:
-    """Where a value that was found wrong after reading came from."""
-    if not error.source:
-        on_command_line = any(override.startswith(f"{error.key}=") for override in arguments.overrides)
-        error.source = COMMAND_LINE if on_command_line else arguments.recipe
+def with_paths(config: Config, corpus: Path) -> Config:
+    """Replace each `embedded` by the folder or file it stands for, and folders of a target by their absolute paths.
 
-
-def with_paths(config: Config, corpus: Path, stored: bool) -> Config:
-    """Replace each `embedded` by the folder or file it stands for, and a target folder by its absolute path.
-
-    corpus: folder of the embedded corpus. stored: whether the target's config and tokenizer are those of its store.
+    corpus: folder of the embedded corpus.
     """
 
     def files(paths: tuple[str, ...], name: str) -> tuple[str, ...]:
@@ -75,21 +76,22 @@ def with_paths(config: Config, corpus: Path, stored: bool) -> Config:
     path = Path(EMBEDDED_TARGET if config.target.path == EMBEDDED else config.target.path)
     path = str(path.absolute()) if path.exists() else config.target.path
     store = config.target.store and str(Path(config.target.store).absolute())
-    target = replace(config.target, path=path, store=store)
-    if stored:
-        target = replace(target, path=str(Path(store) / STORED_TARGET), revision=None)
     data = replace(
         config.data, train=files(config.data.train, "train.jsonl"), held_out=files(config.data.held_out, "held_out.jsonl")
     )
-    return replace(config, target=target, data=data)
+    return replace(config, target=replace(config.target, path=path, store=store), data=data)
 
 
-def with_layers_of_store(config: Config) -> Config:
-    """The auxiliary layers that were captured, unless the configuration names its own. Raises ValueError without a store."""
-    from engine.store.format import Manifest  # it imports torch
+def with_store(config: Config) -> Config:
+    """The target as its store has it: config, tokenizer, and the layers captured, unless the configuration names its own.
 
-    layers = config.target.aux_layers or Manifest.read(Path(config.target.store)).contents.aux_layers
-    return replace(config, target=replace(config.target, aux_layers=layers))
+    Raises ValueError if `target.store` is no store.
+    """
+    from engine.store.format import TARGET_FOLDER, Manifest  # it imports torch
+
+    store = Path(config.target.store)
+    layers = config.target.aux_layers or Manifest.read(store).contents.aux_layers
+    return replace(config, target=replace(config.target, path=str(store / TARGET_FOLDER), revision=None, aux_layers=layers))
 
 
 def check_inputs(config: Config) -> None:
@@ -115,7 +117,7 @@ def check_output(config: Config) -> None:
 
 
 def write_embedded_corpus(config: Config, corpus: Path) -> None:
-    """On rank 0: the embedded corpus, if it was asked for."""
+    """On rank 0: the folder that `corpus` is to lie in, and the embedded corpus, if it was asked for."""
     from engine.data.cpython_corpus import write_corpus
 
     corpus.parent.mkdir(parents=True, exist_ok=True)

@@ -14,17 +14,17 @@ sys.path.insert(0, str(ROOT))
 
 from engine.config import Config, ConfigError
 from engine.ds_config import accumulation_steps, load_ds_config
+from engine.recipe import load_config
 from launcher.command import (
     check_inputs,
     check_output,
     join_environment,
     make_parser,
-    name_source,
-    read_config,
     stop,
-    with_layers_of_store,
     with_paths,
+    with_store,
     write_embedded_corpus,
+    wrong_options,
 )
 
 
@@ -50,20 +50,16 @@ def check_files(config: Config) -> None:
 def main() -> None:
     arguments = parse_arguments()
     environment = join_environment()
-    try:
-        config = read_config(arguments)
+    with wrong_options(arguments, environment["rank"]):
+        config = load_config(arguments.recipe, arguments.overrides)
         ds_config = load_ds_config(arguments.ds_config)
         accumulation_steps(ds_config, environment["size"])
         check_files(config)
-    except ConfigError as error:
-        name_source(error, arguments)
-        stop(error, environment["rank"])
     corpus = Path(config.output_dir).absolute() / "corpus"
-    is_online = config.target.store is None
-    resolved = with_paths(config, corpus, stored=not is_online)
-    if not is_online:
+    resolved = with_paths(config, corpus)
+    if config.target.store is not None:
         try:
-            resolved = with_layers_of_store(resolved)
+            resolved = with_store(resolved)
         except ValueError as error:
             stop(error, environment["rank"])
 
@@ -77,7 +73,6 @@ def main() -> None:
     trainer = Trainer(resolved, ds_config, world)
     try:
         if world.is_main:
-            Path(config.output_dir).mkdir(parents=True, exist_ok=True)
             write_embedded_corpus(config, corpus)
         world.barrier()
         report = trainer.run()

@@ -144,7 +144,7 @@ def test_what_is_read_is_what_the_target_says(dtype, alignment, tmp_path, tiny_t
     ids_U = torch.tensor([3, 5, 40])
     assert torch.equal(stored.head_rows(ids_U).weight_VD, online.head_rows(ids_U).weight_VD)
     assert stored.head_rows(ids_U).temperature == 0.7
-    sizes = {"max_tokens": 60, "packs_per_batch": 3, "rank": 0, "world_size": 1, "accumulation_steps": 1}
+    sizes = {"max_tokens": 60, "packs_per_batch": 3, "rank": 0, "world_size": 1, "accumulation_steps": 1, "balance_steps": 8}
     tolerance = {"float32": 1e-5, "bfloat16": 2**-8, "float8_e4m3": 2**-4}[dtype]
     silent = 0
     for (batch,), _ in PackedLoader(opened.documents, **sizes, seed=3, epochs=1):
@@ -164,7 +164,15 @@ def test_slots_that_were_not_captured_are_refused(tmp_path, tiny_target, tiny_co
     run_capture(config)
     opened = open_store(tmp_path / "store", skip_bad=False)
     loader = PackedLoader(
-        opened.documents, max_tokens=60, packs_per_batch=1, rank=0, world_size=1, accumulation_steps=1, seed=0, epochs=1
+        opened.documents,
+        max_tokens=60,
+        packs_per_batch=1,
+        rank=0,
+        world_size=1,
+        accumulation_steps=1,
+        seed=0,
+        epochs=1,
+        balance_steps=8,
     )
     (batch,), _ = next(iter(loader))
     with pytest.raises(StoreError, match="captured without all of the slots"):

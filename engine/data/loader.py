@@ -1,6 +1,5 @@
 """The stream of packs, shared out over ranks, optimizer step by optimizer step."""
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,6 +10,7 @@ import numpy as np
 
 from engine.batch import PackedBatch
 from engine.data.chat import Document
+from engine.data.fingerprint import corpus_checksum
 from engine.data.packing import alike_steps, collate, pack
 
 
@@ -41,7 +41,7 @@ class PackedLoader:
         accumulation_steps: int,
         seed: int,
         epochs: int,
-        balance_steps: int = 8,
+        balance_steps: int,
     ):
         """max_tokens: of a pack; packs_per_batch: packs in a rank's micro-batch; balance_steps: as `data.balance_steps`.
 
@@ -51,8 +51,8 @@ class PackedLoader:
             raise ValueError("nothing to load: there are no documents")
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self._documents = documents
-        self._lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        self._said = np.array([document.assistant_mask.sum() for document in documents], dtype=np.int64)
+        sizes = [(len(document), document.assistant_mask.sum()) for document in documents]
+        self._lengths, self._said = np.array(sizes, dtype=np.int64).T
         self._max_tokens = max_tokens
         self._packs_per_batch = packs_per_batch
         self._rank = rank
@@ -107,18 +107,11 @@ class PackedLoader:
         return {
             "num_documents": len(self._lengths),
             "num_tokens": int(self._lengths.sum()),
-            "checksum": self._checksum(),
+            "checksum": corpus_checksum(self._documents),
             "max_tokens": self._max_tokens,
             "balance_steps": self._balance_steps,
             "seed": self._seed,
         }
-
-    def _checksum(self) -> int:
-        """CRC-32 of all token ids and masks, document by document."""
-        checksum = 0
-        for document in self._documents:
-            checksum = zlib.crc32(document.assistant_mask.tobytes(), zlib.crc32(document.input_ids.tobytes(), checksum))
-        return checksum
 
     def _state_at(self, num_packs: int) -> dict[str, Any]:
         epoch_plan = self._plan_of(self._epoch_of(num_packs))

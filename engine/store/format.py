@@ -22,6 +22,8 @@ import xxhash
 MANIFEST, TARGET_FOLDER, VERSION = "manifest.json", "target", 1
 NO_CHECKSUM = "0" * 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
+BY_SLOT = {"slots", "argmax", "lse", "last_hidden", "last_hidden_scale"}  # tensors with a row a slot; others have one a token
+OF_SHARD = ("checksums", "token_bounds", "slot_bounds")  # but for these, which say where the documents' rows are
 SAFETENSORS = {
     torch.int64: "I64",
     torch.int32: "I32",

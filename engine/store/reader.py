@@ -10,7 +10,18 @@ import numpy as np
 import torch
 
 from engine.data.chat import Document
-from engine.store.format import MANIFEST, Contents, Layout, Manifest, Shard, StoreError, document_checksum
+from engine.store.format import (
+    BY_SLOT,
+    MANIFEST,
+    NO_CHECKSUM,
+    OF_SHARD,
+    Contents,
+    Layout,
+    Manifest,
+    Shard,
+    StoreError,
+    document_checksum,
+)
 from engine.store.writer import shard_checksum
 
 MEND = "copy it again, or delete it and run the capture again, which writes it anew"
@@ -36,11 +47,11 @@ class MappedShard:
 
     def _check_header(self) -> str:
         header = bytes(self._map[: self.layout.header_bytes])
-        at = self.layout.header("0" * 16).index(b'"checksum":"') + len('"checksum":"')
+        at = self.layout.header(NO_CHECKSUM).index(b'"checksum":"') + len('"checksum":"')
         checksum = header[at : at + 16].decode("ascii", "replace")
         if header != self.layout.header(checksum):
             raise StoreError(f"{self.path}: its header is not that of this store's shard; {MEND}")
-        own = (self.rows(name, 0, None) for name in ("checksums", "token_bounds", "slot_bounds"))
+        own = (self.rows(name, 0, None) for name in OF_SHARD)
         if self.shard.checksum not in (None, checksum) or checksum != shard_checksum(*own):
             raise StoreError(f"{self.path}: its checksum is not the manifest's, so it was altered or belongs elsewhere; {MEND}")
         return checksum
@@ -62,17 +73,16 @@ class MappedShard:
         return np.array(self.rows("slot_bounds", 0, None))
 
     def document(self, index: int) -> Document:
-        first, end = self.token_bounds[index], self.token_bounds[index + 1]
-        return Document(self.rows("input_ids", first, end), self.rows("assistant_mask", first, end), turn_ends=())
+        ids, mask = (self.rows(name, *self.span(name, index)) for name in ("input_ids", "assistant_mask"))
+        return Document(ids, mask, turn_ends=())
 
     def slots(self, index: int) -> np.ndarray:
         """Positions in the document whose target distribution is stored, int32."""
-        first, end = self.slot_bounds[index : index + 2]
-        return self.rows("slots", first, end) - np.int32(self.token_bounds[index])
+        return self.rows("slots", *self.span("slots", index)) - np.int32(self.token_bounds[index])
 
     def span(self, name: str, index: int) -> tuple[int, int]:
         """Rows of a tensor that are a document's."""
-        bounds = self.token_bounds if name in ("input_ids", "assistant_mask", "aux", "aux_scale") else self.slot_bounds
+        bounds = self.slot_bounds if name in BY_SLOT else self.token_bounds
         return int(bounds[index]), int(bounds[index + 1])
 
     def will_need(self, index: int) -> None:
@@ -89,7 +99,7 @@ class MappedShard:
         parts = [
             self.slots(index) if name == "slots" else self.rows(name, *self.span(name, index))
             for name in self.layout.places
-            if name not in ("token_bounds", "slot_bounds", "checksums")
+            if name not in OF_SHARD
         ]
         if document_checksum(parts) != self.rows("checksums", 0, None)[index]:
             document = self.shard.first_document + index

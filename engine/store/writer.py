@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from engine.batch import PackedBatch, TargetOutput
-from engine.store.format import Contents, Layout, Shard, document_checksum, to_stored
+from engine.store.format import BY_SLOT, Contents, Layout, Shard, document_checksum, to_stored
 
 PARTIAL = ".partial"
 
@@ -199,15 +199,14 @@ def _write_piece(piece: Piece) -> int:
         "slots": slots_N + np.int32(piece.first_token),
         "assistant_mask": piece.batch.assistant_mask_T.numpy(),
     }
-    by_slot = {"slots", "argmax", "lse", "last_hidden", "last_hidden_scale"}
     for name, values in rows.items():
-        piece.file.write(name, piece.first_slot if name in by_slot else piece.first_token, values)
+        piece.file.write(name, piece.first_slot if name in BY_SLOT else piece.first_token, values)
     token_ends = np.cumsum(piece.batch.host_lengths)
     slot_ends = np.searchsorted(slots_N, token_ends)
     token_starts, slot_starts = (np.concatenate(([0], ends[:-1])) for ends in (token_ends, slot_ends))
     checksums = []
     for tokens, slots in zip(zip(token_starts, token_ends, strict=True), zip(slot_starts, slot_ends, strict=True), strict=True):
-        own = {name: rows[name][slice(*(slots if name in by_slot else tokens))] for name in rows}
+        own = {name: rows[name][slice(*(slots if name in BY_SLOT else tokens))] for name in rows}
         own["slots"] = own["slots"] - np.int32(piece.first_token + tokens[0])
         checksums.append(document_checksum([own[name] for name in piece.file.layout.places if name in own]))
     ends = [(first + own_ends).tolist() for first, own_ends in ((piece.first_token, token_ends), (piece.first_slot, slot_ends))]

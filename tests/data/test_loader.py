@@ -22,7 +22,16 @@ def documents(make_document):
 @pytest.fixture
 def make_loader(documents):
     def make(**changes):
-        settings = dict(max_tokens=MAX_TOKENS, packs_per_batch=2, rank=0, world_size=3, accumulation_steps=2, seed=0, epochs=2)
+        settings = dict(
+            max_tokens=MAX_TOKENS,
+            packs_per_batch=2,
+            rank=0,
+            world_size=3,
+            accumulation_steps=2,
+            seed=0,
+            epochs=2,
+            balance_steps=8,
+        )
         return PackedLoader(changes.pop("documents", documents), **settings | changes)
 
     return make
