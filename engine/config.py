@@ -5,23 +5,14 @@ What DeepSpeed's JSON owns (batch sizes, optimizer, schedule, precision, clippin
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.strict import ConfigError, bounded
+from engine.data_config import EMBEDDED, DataSection, PrepareSection, RegenerateSection
+from engine.strict import ConfigError, bounded, option
 
-EMBEDDED = "embedded"
 CHECKPOINTS, DRAFT = "checkpoints", "draft"  # folders in a run's output_dir
-
-
-def option(default: Any, text: str, *, unit: str = "", at_least: float | None = None, at_most: float | None = None) -> Any:
-    """A field of a section: its default, one line of help, its unit and its bounds."""
-    metadata = {"text": text, "unit": unit, "at_least": at_least, "at_most": at_most}
-    if isinstance(default, list | dict):
-        raise TypeError("defaults are immutable: use a tuple")
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -54,40 +45,6 @@ class TargetSection:
         if self.revision is not None and self.path == EMBEDDED:
             problem = "the embedded target has no revisions; set target.path to a hub id, or leave target.revision null"
             raise ConfigError(problem, key="target.revision", value=self.revision)
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """Conversations, and how they become packed batches."""
-
-    train: tuple[str, ...] = option((EMBEDDED,), "JSONL conversation files to train on; 'embedded' is CPython's documentation")
-    held_out: tuple[str, ...] = option((EMBEDDED,), "JSONL conversation files for evaluation; never trained on")
-    max_tokens: int = option(4096, "length documents are packed to", unit="tokens", at_least=8)
-    turns: Literal["auto", "whole", "each"] = option(
-        "auto",
-        "'whole' = one document a conversation, refused where the chat template rewrites earlier turns; 'each' = one per "
-        "assistant turn, as served; 'auto' = whole where it can be verified, else each",
-    )
-    long_documents: Literal["cut", "split"] = option(
-        "cut", "a document above max_tokens: 'cut' it at its last whole turn, or 'split' it into several at turns"
-    )
-    balance_steps: int = option(
-        8,
-        "steps whose packs are sorted so that those of a step cost alike and ranks wait less for each other; 0 = as drawn",
-        unit="steps",
-        at_least=0,
-    )
-    template_kwargs: dict[str, Any] | None = option(None, "extra arguments of the chat template, e.g. {enable_thinking: false}")
-    max_bad_share: float = option(0.05, "share of unusable samples above which the run stops", at_least=0.0, at_most=1.0)
-
-    def __post_init__(self):
-        if not self.train:
-            raise ConfigError("nothing to train on; name at least one file", key="data.train", value=self.train)
-        trained_on = {os.path.realpath(path) for path in self.train if path != EMBEDDED}
-        for path in self.held_out:
-            if os.path.realpath(path) in trained_on:
-                problem = f"'{path}' is also in data.train; hold out a file that is never trained on"
-                raise ConfigError(problem, key="data.held_out", value=self.held_out)
 
 
 def divisors(number: int) -> list[int]:
@@ -234,6 +191,8 @@ class Config:
 
     target: TargetSection = field(default_factory=TargetSection)
     data: DataSection = field(default_factory=DataSection)
+    prepare: PrepareSection = field(default_factory=PrepareSection)
+    regenerate: RegenerateSection = field(default_factory=RegenerateSection)
     draft: DraftSection = field(default_factory=DraftSection)
     ttt: TttSection = field(default_factory=TttSection)
     loss: LossSection = field(default_factory=LossSection)

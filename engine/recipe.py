@@ -92,9 +92,10 @@ def dump_config(config: Config) -> str:
     return dump_yaml(dataclasses.asdict(config, dict_factory=plain), width=120)
 
 
-def describe_options() -> str:
-    """Every option with type, default and unit, and its line of help below, grouped by section; for --help."""
-    columns = {key: (key, type_name(kind_of(f)), as_yaml(f.default), f.metadata["unit"]) for key, f in OPTIONS.items()}
+def describe_options(sections: Sequence[str] = ()) -> str:
+    """Options with type, default and unit, and their line of help below, by section; for --help. sections: () = all."""
+    shown = {key: f for key, f in OPTIONS.items() if not sections or key.rpartition(".")[0] in sections}
+    columns = {key: (key, type_name(kind_of(f)), as_yaml(f.default), f.metadata["unit"]) for key, f in shown.items()}
     key_width, type_width, default_width = (max(len(row[i]) for row in columns.values()) for i in range(3))
     titles = {section: f"{section}: {kind.__doc__}" for section, kind in SECTIONS.items()}
     lines: list[str] = []

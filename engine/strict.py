@@ -6,6 +6,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -49,6 +50,13 @@ def type_name(kind: Any) -> str:
     if origin is tuple:
         return f"list of {type_name(args[0])}"
     return TYPE_NAMES.get(origin or kind) or kind.__name__
+
+
+def option(default: Any, text: str, *, unit: str = "", at_least: float | None = None, at_most: float | None = None) -> Any:
+    """A field of a section: its default, one line of help, its unit and its bounds."""
+    metadata = {"text": text, "unit": unit, "at_least": at_least, "at_most": at_most}
+    assert not isinstance(default, list | dict), "defaults are immutable: use a tuple"
+    return field(default=default, metadata=metadata)
 
 
 def bounded(kind: Any, at_least: float | None, at_most: float | None) -> Any:
@@ -109,14 +117,14 @@ def checked(value: Any, kind: Any, *, key: str, source: str | Path) -> Any:
 def nearest(key: str, valid: Iterable[str]) -> str | None:
     """The valid dotted key most like this one, sought in every section: the name counts most, then the section."""
 
-    def likeness(candidate: str) -> tuple[float, float]:
+    def likeness(candidate: str) -> tuple[float, float, bool]:
         (section, _, name), (other_section, _, other_name) = key.rpartition("."), candidate.rpartition(".")
         same_name = difflib.SequenceMatcher(None, name.lower(), other_name.lower()).ratio()
         same_section = difflib.SequenceMatcher(None, section.lower(), other_section.lower()).ratio() if section else 0.0
-        return same_name, same_name + 0.3 * same_section
+        return same_name, same_name + 0.3 * same_section, section == other_section
 
     scored = [(likeness(candidate), candidate) for candidate in valid]
-    plausible = [(total, candidate) for (same_name, total), candidate in scored if same_name >= 0.6]
+    plausible = [(rest, candidate) for (same_name, *rest), candidate in scored if same_name >= 0.6]
     return max(plausible, key=lambda pair: pair[0])[1] if plausible else None
 
 

@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +20,11 @@ EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
 SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """Options that every command of a job has."""
+def make_parser(description: str, sections: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Options that every command with a recipe has. sections: those that --help describes; () = all."""
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="Options, as section.key=value or in a recipe:\n\n" + describe_options(),
+        epilog="Options, as section.key=value or in a recipe:\n\n" + describe_options(sections),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     "strict",
     "ds_keys",
+    "data_config",
     "config",
     "recipe",
     "ds_config",
