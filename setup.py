@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+DATA = ["datasets>=4", "matplotlib>=3.9", "openai>=2"]  # prepare_data.py, inspect_data.py, regenerate_data.py
+
 setup(
     name="draftspeed",
     version="0.1.0",
@@ -9,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["engine", "engine.*"]),
+    package_data={"engine.data": ["chat_templates/*.jinja"]},
     install_requires=[
         "torch>=2.8",
         "transformers>=5.20,<6",
@@ -23,7 +26,8 @@ setup(
     ],
     extras_require={
         "gpu": ["accelerate>=1.1", "liger-kernel>=0.6"],
-        "dev": ["pytest>=8", "ruff>=0.12", "tensorboard>=2.17", "triton>=3.3"],
+        "data": DATA,
+        "dev": [*DATA, "pytest>=8", "ruff>=0.12", "tensorboard>=2.17", "triton>=3.3"],
         "wandb": ["wandb>=0.18"],
     },
 )

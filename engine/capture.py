@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from engine.batch import PackedBatch
 from engine.config import Config, TttSection
@@ -16,6 +16,7 @@ from engine.corpus import read_documents
 from engine.data.chat import Document
 from engine.data.fingerprint import corpus_checksum, hash_of, trained_with
 from engine.data.packing import collate
+from engine.data.templates import load_tokenizer
 from engine.models.registry import check_aux_layers, default_aux_layers, text_config
 from engine.parallel.mesh import World
 from engine.rows import allowed_rows, slots_of
@@ -63,7 +64,7 @@ class Capture:
     def run(self) -> CaptureReport:
         """The whole job; raises ValueError before the target is loaded where it can be, StoreError or OSError on a bad disk."""
         section = self.config.target
-        tokenizer = AutoTokenizer.from_pretrained(section.path, **section.hub_arguments)
+        tokenizer = load_tokenizer(section, self.config.data)
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         contents = self.contents(tokenizer, target_config)
         with self.telemetry.stage("Reading the data"):

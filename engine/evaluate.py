@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.data.chat import BadSample, Message, on_sample, read_messages
+from engine.data.messages import BadSample, Message, on_sample, read_messages
 from engine.decode import Drafter, Generation, speculative_decode
 from engine.target.frozen import FrozenTarget
 

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import DraftOutput, MicroBatch, PackedBatch, to_device
 from engine.checkpoint import Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, Config
 from engine.corpus import read_documents
-from engine.data.chat import Document, template_token_ids
+from engine.data.chat import Document
 from engine.data.dataset import count_assistant_tokens
 from engine.data.fingerprint import tokenizer_hash, trained_with
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
+from engine.data.templates import load_tokenizer, template_token_ids
 from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config
 from engine.evaluate import Prompt, held_out_prompts
 from engine.export import VOCAB, check_replaceable, export_draft, load_draft, load_vocab_map, save_vocab_map
@@ -81,7 +82,7 @@ class Trainer:
         position = self.checkpoints.find(self.world) if self.config.checkpoint.resume else None
         torch.manual_seed(self.config.seed)
         section, store = self.config.target, self.open_store()
-        tokenizer = AutoTokenizer.from_pretrained(section.path, **section.hub_arguments)
+        tokenizer = load_tokenizer(section, self.config.data)
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         aux_layers = store.contents.aux_layers if store else section.aux_layers
         origin = store.trained_with if store else trained_with(tokenizer, self.config.data)

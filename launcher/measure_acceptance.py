@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from rich.text import Text
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config import Config, EvaluationSection, TargetSection
+from engine.data.templates import load_tokenizer
 from engine.decode import Generation
 from engine.evaluate import AcceptanceReport, Prompt, held_out_prompts
 from engine.export import CONFIG, load_draft
@@ -131,7 +132,7 @@ def measure(arguments: argparse.Namespace, telemetry: Telemetry) -> dict[str, Ac
     run, world, console = run_config(arguments), World.alone(), telemetry.console
     hub = run.target.hub_arguments
     check_target(draft_config, run.target.path, hub)
-    tokenizer = AutoTokenizer.from_pretrained(run.target.path, **hub)
+    tokenizer = load_tokenizer(run.target, run.data)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     target = FrozenTarget.load(run.target, world.device, aux_layers=draft_config.aux_layers)
     dtype = target.embed_weight_VD.dtype

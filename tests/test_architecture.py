@@ -25,6 +25,7 @@ FLOORS = (
     "parallel",
     "normaliser",
     "data",
+    "conversations",
     "store",
     "target",
     "overlap",

@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import DataSection
-from engine.data.chat import UNVERIFIED, BadSample, Document, Message, read_messages, render, render_turns
+from engine.data.chat import Document, render, render_turns
+from engine.data.messages import BadSample, Message, read_messages
+from engine.data.templates import UNVERIFIED
 
 MIN_TOKENS = 3  # row (0, 0) learns slot 1, which predicts token 2
 NAMED_SAMPLES = 5

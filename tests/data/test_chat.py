@@ -3,7 +3,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from engine.data.chat import BadSample, read_messages, render, render_turns, template_token_ids
+from engine.data.chat import render, render_turns
+from engine.data.messages import BadSample, read_messages
+from engine.data.templates import template_token_ids
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

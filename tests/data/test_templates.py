@@ -1,0 +1,143 @@
+from pathlib import Path
+
+import pytest
+
+from engine.config import DataSection, TargetSection
+from engine.data.chat import render, render_turns
+from engine.data.messages import BadSample
+from engine.data.templates import NAMED, ChatTemplate, load_tokenizer, read_template, template_token_ids
+from engine.strict import ConfigError
+from tests.data.chat_formats import CONVERSATIONS, REFUSED, SPECIAL_TOKENS, TABLE, documents_of, make_tokenizer, said, table
+
+CASES = [(name, kind) for name in NAMED for kind in CONVERSATIONS if (name, kind) not in REFUSED]
+# what ends a reply, and a tool call where that is another
+ENDS = {
+    "chatml": "<|im_end|>",
+    "deepseek-r1": "<｜end▁of▁sentence｜>",
+    "deepseek-v3": "<｜end▁of▁sentence｜>",
+    "gemma": "<end_of_turn>",
+    "glm-4": ("<|user|>", "<|observation|>"),
+    "glm-4.5": ("<|user|>", "<|observation|>"),
+    "gpt-oss": ("<|return|>", "<|call|>"),
+    "kimi-k2": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "llama4": "<|eot|>",
+    "mistral": "</s>",
+    "phi-3": "<|end|>",
+    "phi-4": "<|im_end|>",
+    "qwen2.5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+}
+KEEP_REASONING = {"deepseek-r1", "glm-4.5", "gpt-oss", "qwen3"}
+
+
+def test_every_named_template_says_where_its_format_is_published():
+    assert set(NAMED) == set(SPECIAL_TOKENS) == set(ENDS)
+    for path in NAMED.values():
+        assert "Source: " in path.read_text(encoding="utf-8").partition("-#}")[0]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_the_mask_is_each_reply_with_its_end_token_and_nothing_behind(name, kind):
+    tokenizer, documents = documents_of(name, kind)
+    replies = [message for message in CONVERSATIONS[kind][0] if message["role"] == "assistant"]
+    masked = [text for document in documents for text in said(document, tokenizer)]
+    assert len(masked) == len(replies)
+    ends = ENDS[name] if isinstance(ENDS[name], tuple) else (ENDS[name], ENDS[name])
+    for reply, text in zip(replies, masked, strict=True):
+        calls = reply.get("tool_calls")
+        assert text.endswith(ends[1] if calls else reply["content"] + ends[0])
+        assert not calls or ("search" in text and "a café" in text)
+        assert ("Two and two." in text or "Three and three." in text) is (kind == "thinking" and name in KEEP_REASONING)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_what_precedes_a_reply_is_what_a_server_reads_there(name, kind):
+    tokenizer, documents = documents_of(name, kind)
+    messages, extra = CONVERSATIONS[kind]
+    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    documents = documents if len(documents) == len(replies) else documents * len(replies)
+    for number, (index, document) in enumerate(zip(replies, documents, strict=True)):
+        served = ChatTemplate(tokenizer, extra).text(messages[:index], add_generation_prompt=True)
+        first = [f for f, masked in enumerate(document.assistant_mask) if masked and not document.assistant_mask[f - 1]]
+        before = tokenizer.decode(
+            document.input_ids[: first[number if len(first) > 1 else 0]], clean_up_tokenization_spaces=False
+        )
+        opened = (
+            "<think>\n" if name == "deepseek-r1" and kind == "several turns" else ""
+        )  # replies without reasoning have no block
+        assert before + opened == served
+
+
+@pytest.mark.parametrize(("name", "kind"), sorted(REFUSED))
+def test_what_a_format_has_no_words_for_is_refused(name, kind):
+    with pytest.raises(BadSample):
+        documents_of(name, kind)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm-4.5"])
+def test_with_thinking_off_the_prompt_holds_the_empty_block(name):
+    tokenizer, (messages, extra) = make_tokenizer(name), CONVERSATIONS["several turns"]
+    documents = render_turns(messages, extra, tokenizer, {"enable_thinking": False})
+    assert [said(document, tokenizer)[0].strip() for document in documents] == [
+        message["content"] + (ENDS[name] if name == "qwen3" else ENDS[name][0])
+        for message in messages
+        if message["role"] == "assistant"
+    ]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_trained_on_the_last_turn_only_that_is_marked(name):
+    tokenizer, (messages, extra) = make_tokenizer(name), CONVERSATIONS["several turns"]
+    (by_turn,) = render_turns(messages, extra, tokenizer, None, "last")
+    everything = [text for document in documents_of(name, "several turns")[1] for text in said(document, tokenizer)]
+    assert said(by_turn, tokenizer) == everything[-1:]
+    assert said(render(messages, extra, tokenizer, None, "last"), tokenizer) == everything[-1:]
+
+
+def test_the_published_table_is_what_the_masks_are():
+    assert TABLE.read_text(encoding="utf-8") == "\n".join(table()) + "\n"
+
+
+def test_tags_that_do_not_hold_the_reply_are_refused(make_tokenizer):
+    tokenizer = make_tokenizer("tagged")
+    whole = tokenizer.chat_template
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "A list."}]
+    tokenizer.chat_template = whole.replace(
+        "{% generation %}{{ message['content'] }}", "{{ message['content'] }}{% generation %}"
+    )
+    with pytest.raises(BadSample, match="does not hold its words"):
+        render(messages, {}, tokenizer, None)
+    tokenizer.chat_template = whole.replace("{% generation %}", "{% if loop.last %}{% generation %}").replace(
+        "{% endgeneration %}", "{% endgeneration %}{% endif %}"
+    )
+    with pytest.raises(BadSample, match="marks 1 replies of 2"):
+        render(messages * 2, {}, tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    "spoiled", ["{{ message['content'] | upper }}", "{{ message['content'] }} Yours.", "{{ message['content'][:3] }}"]
+)
+def test_a_template_that_alters_a_reply_is_refused(make_tokenizer, spoiled):
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ message['content'] }}", spoiled)
+    with pytest.raises(BadSample) as error:
+        render([{"role": "user", "content": "q"}, {"role": "assistant", "content": "A list."}], {}, tokenizer, None)
+    assert error.value.reason == "mask cannot be verified"
+
+
+def test_a_template_is_chosen_by_name_or_file(tmp_path):
+    section = TargetSection(path=str(Path(__file__).resolve().parents[2] / "launcher" / "embedded" / "target"))
+    own = load_tokenizer(section, DataSection()).chat_template
+    (tmp_path / "mine.jinja").write_text(own + "{# mine #}", encoding="utf-8")
+    assert load_tokenizer(section, DataSection(template=str(tmp_path / "mine.jinja"))).chat_template == own + "{# mine #}"
+    assert load_tokenizer(section, DataSection(template="llama3")).chat_template == NAMED["llama3"].read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean 'qwen3'"):
+        read_template("qwen33")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_ends_a_reply_is_among_the_templates_special_tokens(name):
+    tokenizer = make_tokenizer(name)
+    ends = {tokenizer.convert_tokens_to_ids(end) for end in ([ENDS[name]] if isinstance(ENDS[name], str) else ENDS[name])}
+    assert ends <= set(template_token_ids(tokenizer))
