@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from benchmarks.harness import machine_and_versions
 from engine.batch import TargetOutput
 from engine.config import TttSection
-from engine.data.chat import Document
+from engine.data.documents import Document
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
 from engine.host_memory import keep_freed_memory

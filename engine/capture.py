@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from engine.batch import PackedBatch
 from engine.config import Config, TttSection
 from engine.corpus import read_documents
-from engine.data.chat import Document
-from engine.data.fingerprint import corpus_checksum, hash_of, trained_with
+from engine.data.documents import Document, Documents
+from engine.data.fingerprint import hash_of, trained_with
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer
 from engine.models.registry import check_aux_layers, default_aux_layers, text_config
@@ -68,7 +68,7 @@ class Capture:
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         contents = self.contents(tokenizer, target_config)
         with self.telemetry.stage("Reading the data"):
-            documents = read_documents(self.config.data, tokenizer, self.telemetry)
+            documents = read_documents(self.config.data, tokenizer, self.world, self.telemetry)
             manifest = self.plan(contents, documents)
             missing = self.missing(manifest)
             self.check_disk(manifest, missing)
@@ -110,11 +110,11 @@ class Capture:
             dtype=chosen if config.store.dtype == "auto" else config.store.dtype,
         )
 
-    def plan(self, contents: Contents, documents: Sequence[Document]) -> Manifest:
+    def plan(self, contents: Contents, documents: Documents) -> Manifest:
         """That of the capture which this one continues, or a new one. Raises StoreError where it is another capture's."""
-        checksum = f"{corpus_checksum(documents):08x}"
+        checksum = f"{documents.checksum:08x}"
         if not (self.folder / MANIFEST).exists():
-            lengths, slots = [len(document) for document in documents], count_slots(documents, self.config.ttt)
+            lengths, slots = documents.lengths.tolist(), count_slots(documents, self.config.ttt)
             total = sum(lengths) * contents.bytes_per_token + sum(slots) * contents.bytes_per_slot
             at_most = total // (SHARDS_PER_RANK * self.world.size) if self.world.size > 1 else total
             shards = plan_shards(lengths, slots, contents, min(self.config.store.shard_mb << 20, at_most))
@@ -166,7 +166,7 @@ class Capture:
     def write_manifest(self, manifest: Manifest) -> None:
         write_whole(self.folder / MANIFEST, lambda path: path.write_text(manifest.to_json(), encoding="utf-8"))
 
-    def capture(self, target: FrozenTarget, documents: Sequence[Document], contents: Contents, shards: Sequence[Shard]) -> int:
+    def capture(self, target: FrozenTarget, documents: Documents, contents: Contents, shards: Sequence[Shard]) -> int:
         """Write this rank's shards; returns the bytes."""
         writer, files = StoreWriter(self.config.store.threads, depth=2 * self.config.store.threads), []
         try:
@@ -190,7 +190,7 @@ class Capture:
             raise StoreError(f"{problem}. Free some space and run the same command: it continues with the next one") from error
         return writer.num_bytes
 
-    def pieces(self, target: FrozenTarget, documents: Sequence[Document], file: ShardFile) -> Iterator[Piece]:
+    def pieces(self, target: FrozenTarget, documents: Documents, file: ShardFile) -> Iterator[Piece]:
         """A shard's documents, some at a time through the target, on their way to the host."""
         first_document = first_token = first_slot = 0
         for batch in packed_in_order([documents[index] for index in file.shard.documents], self.config.data.max_tokens):
@@ -209,11 +209,11 @@ class Capture:
         return manifest
 
 
-def count_slots(documents: Sequence[Document], ttt: TttSection) -> list[int]:
+def count_slots(documents: Documents, ttt: TttSection) -> list[int]:
     """Slots of each document."""
     counts: list[int] = []
     for start in range(0, len(documents), DOCUMENTS_AT_A_TIME):
-        batch = collate(documents[start : start + DOCUMENTS_AT_A_TIME])
+        batch = collate([documents[index] for index in range(start, min(start + DOCUMENTS_AT_A_TIME, len(documents)))])
         bounds = torch.searchsorted(slots_of(allowed_rows(batch, ttt)), batch.cu_seqlens.long())
         counts += bounds.diff().tolist()
     return counts

@@ -5,20 +5,28 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import DataSection
-from engine.data.chat import Document
 from engine.data.dataset import load_documents
+from engine.data.documents import Documents
+from engine.data.tokenised import tokenise
+from engine.parallel.mesh import World
 from engine.telemetry import Telemetry
 
 
-def read_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase, telemetry: Telemetry) -> list[Document]:
-    """The documents of `section.train`. Raises ValueError as `load_documents` does."""
-    num_bytes = sum(Path(path).stat().st_size for path in section.train)
+def read_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> Documents:
+    """The documents of `section.train`: out of `cache_dir`, or in memory where that is null.
+
+    Raises ValueError as `load_documents` does.
+    """
+    num_bytes = sum(Path(path).stat().st_size for path in section.train if Path(path).is_file())
     with telemetry.progress(num_bytes, "bytes") as progress:
-        documents, report = load_documents(
-            section.train,
-            tokenizer,
-            section,
-            on_progress=lambda done, _: progress.move_to(done, "bytes of conversations"),
-        )
+
+        def show(done: int, total: int) -> None:
+            progress.move_to(done, "bytes of conversations")
+
+        if section.cache_dir is None:
+            documents, report = load_documents(section.train, tokenizer, section, on_progress=show)
+        else:
+            builds = world.local_rank == 0
+            documents, report = tokenise(section.train, tokenizer, section, builds=builds, on_progress=show)
     telemetry.note(report.summary())
     return documents

@@ -2,11 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from engine.strict import ConfigError, option
+from engine.strict import ConfigError, nearest, option
 
 EMBEDDED = "embedded"
+TEMPLATES = sorted(Path(__file__).parent.glob("data/chat_templates/*.jinja"), key=lambda path: path.stem)
+NAMED_TEMPLATES = {path.stem: path for path in TEMPLATES}
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class DataSection:
     held_out: tuple[str, ...] = option((EMBEDDED,), "JSONL conversation files for evaluation; never trained on")
     max_tokens: int = option(4096, "length documents are packed to", unit="tokens", at_least=8)
     template: str | None = option(
-        None, "chat template: a name (launcher/inspect_data.py --templates lists them) or a .jinja file; null = the tokenizer's"
+        None, f"chat template: one of {', '.join(NAMED_TEMPLATES)}, or a .jinja file; null = the tokenizer's own"
     )
     template_kwargs: dict[str, Any] | None = option(None, "extra arguments of the chat template, e.g. {enable_thinking: false}")
     train_on: Literal["all", "last"] = option("all", "the assistant's turns that carry loss: all, or a conversation's last")
@@ -46,6 +49,12 @@ class DataSection:
     def __post_init__(self):
         if not self.train:
             raise ConfigError("nothing to train on; name at least one file", key="data.train", value=self.train)
+        if self.template is not None and self.template not in NAMED_TEMPLATES and not Path(self.template).is_file():
+            guess = nearest(self.template, NAMED_TEMPLATES)
+            problem = f"no such file, and no name among {', '.join(NAMED_TEMPLATES)}" + (
+                f"; did you mean '{guess}'?" if guess else ""
+            )
+            raise ConfigError(problem, key="data.template", value=self.template)
         trained_on = {os.path.realpath(path) for path in self.train if path != EMBEDDED}
         for path in self.held_out:
             if os.path.realpath(path) in trained_on:

@@ -1,6 +1,6 @@
 """How much a draft helps: acceptance length by real speculative decoding on held-out prompts."""
 
-import json
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from engine.data.messages import BadSample, Message, on_sample, read_messages
+from engine.data.messages import BadSample, on_sample, parse, read_messages, written_text
+from engine.data.preformatted import Markers
+from engine.data.templates import ChatTemplate
 from engine.decode import Drafter, Generation, speculative_decode
 from engine.target.frozen import FrozenTarget
 
@@ -171,32 +173,46 @@ def held_out_prompts(
             f"{', '.join(map(str, paths))}: no conversation with a turn before the assistant's first; nothing to ask"
         )
     count, prompts, problem = min(count, len(openings)), [], None
-    for source, messages, extra in (openings[index * len(openings) // count] for index in range(count)):
-        arguments = {**extra, **(template_kwargs or {})}
+    for source, sample in (openings[index * len(openings) // count] for index in range(count)):
         try:
-            ids = on_sample(tokenizer.apply_chat_template, messages, add_generation_prompt=True, return_dict=False, **arguments)
+            text = _prompt_text(sample, tokenizer, template_kwargs)
+            prompts.append(Prompt(source, on_sample(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"]))
         except BadSample as error:
             problem = f"{source} {error}"
-        else:
-            prompts.append(Prompt(source, list(ids)))
     if not prompts:
         advice = "mend them or data.template_kwargs"
         raise ValueError(f"none of {count} held-out prompts fits the chat template: {problem}; {advice}")
     return prompts
 
 
-def _openings(path: Path) -> Iterator[tuple[str, list[Message], dict[str, Any]]]:
+def _openings(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file:line, sample) of each conversation whose first reply answers somebody."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected JSONL with one conversation a line")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                messages, extra = read_messages(json.loads(line))
-            except (BadSample, json.JSONDecodeError, UnicodeDecodeError):
+                sample = parse(line)
+                if written_text(sample) is None:
+                    before = itertools.takewhile(lambda message: message["role"] != "assistant", read_messages(sample)[0])
+                    if all(message["role"] != "user" for message in before):
+                        continue
+            except BadSample:
                 continue
-            first_reply = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-            if any(message["role"] == "user" for message in messages[:first_reply]):
-                yield f"{path}:{number}", messages[:first_reply], extra
+            yield f"{path}:{number}", sample
+
+
+def _prompt_text(sample: Any, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> str:
+    """What a server reads before the first reply. Raises BadSample."""
+    text = written_text(sample)
+    if text is None:
+        messages, extra = read_messages(sample)
+        before = list(itertools.takewhile(lambda message: message["role"] != "assistant", messages))
+        return ChatTemplate(tokenizer, {**extra, **(template_kwargs or {})}).text(before, add_generation_prompt=True)
+    replies = Markers.of(tokenizer, template_kwargs).find(text)
+    if not replies:
+        raise BadSample("no assistant turn", "the text holds nothing that opens a reply")
+    return text[: replies[0][0]]
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -4,7 +4,7 @@ import collections
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,7 @@ from engine.batch import DraftOutput, MicroBatch, PackedBatch, to_device
 from engine.checkpoint import Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, Config
 from engine.corpus import read_documents
-from engine.data.chat import Document
-from engine.data.dataset import count_assistant_tokens
+from engine.data.documents import Documents
 from engine.data.fingerprint import tokenizer_hash, trained_with
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
@@ -90,7 +89,7 @@ class Trainer:
         draft_config = replace(draft_config, trained_with=origin)
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
-            documents = store.documents if store else read_documents(self.config.data, tokenizer, self.telemetry)
+            documents = store.documents if store else read_documents(self.config.data, tokenizer, self.world, self.telemetry)
             corpus = self.read_corpus(documents, tokenizer, draft_config)
             first_step = self.resume(corpus.loader, position)
             prompts = self.read_prompts(tokenizer)
@@ -135,11 +134,10 @@ class Trainer:
         section, temperature = self.config.target, self.config.loss.temperature
         return FrozenTarget.load(section, self.world.device, draft_config.aux_layers, temperature)
 
-    def read_corpus(self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
+    def read_corpus(self, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
         by_argmax = self.config.draft.vocab_from == "argmax"
-        counts_V = (
-            documents.count_argmax(config.vocab_size) if by_argmax else count_assistant_tokens(documents, config.vocab_size)
-        )
+        count = documents.count_argmax if by_argmax else documents.count_assistant_tokens
+        counts_V = torch.from_numpy(count(config.vocab_size))
         vocab_map = self.draft_vocabulary(counts_V, tokenizer, config)
         loader = PackedLoader(
             documents,

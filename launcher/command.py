@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.config import CHECKPOINTS, EMBEDDED, Config, ConfigError
+from engine.data_config import NAMED_TEMPLATES
 from engine.recipe import COMMAND_LINE, describe_options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +66,7 @@ def wrong_options(arguments: argparse.Namespace, rank: int) -> Iterator[None]:
 
 
 def with_paths(config: Config, corpus: Path) -> Config:
-    """Replace each `embedded` by the folder or file it stands for, and folders of a target by their absolute paths.
+    """Replace each `embedded` by the folder or file it stands for, and folders by their absolute paths.
 
     corpus: folder of the embedded corpus.
     """
@@ -76,10 +77,18 @@ def with_paths(config: Config, corpus: Path) -> Config:
     path = Path(EMBEDDED_TARGET if config.target.path == EMBEDDED else config.target.path)
     path = str(path.absolute()) if path.exists() else config.target.path
     store = config.target.store and str(Path(config.target.store).absolute())
-    data = replace(
-        config.data, train=files(config.data.train, "train.jsonl"), held_out=files(config.data.held_out, "held_out.jsonl")
-    )
+    files = {name: files(getattr(config.data, name), f"{name}.jsonl") for name in ("train", "held_out")}
+    cache_dir = Path(config.data.cache_dir or user_cache()).expanduser().absolute()
+    template = config.data.template
+    if template is not None and template not in NAMED_TEMPLATES:
+        template = str(Path(template).absolute())
+    data = replace(config.data, template=template, cache_dir=str(cache_dir), **files)
     return replace(config, target=replace(config.target, path=path, store=store), data=data)
+
+
+def user_cache() -> Path:
+    """Where tokenised conversations are kept if nobody says where."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftspeed"
 
 
 def with_store(config: Config) -> Config:

@@ -26,6 +26,14 @@ TEMPLATE = (
 LAYERS, HIDDEN, AUX_LAYERS = 5, 16, (0, 1, 3)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """Commands that the tests start keep tokenised conversations here, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch) -> ComputePath:
     """One way to compute a training-time test; on a CPU plain PyTorch takes flash attention's place."""

@@ -158,3 +158,11 @@ def test_end_tokens_are_all_that_anyone_names(tokenizer, generation_eos, config_
     config = LlamaConfig(vocab_size=20, eos_token_id=config_eos)
     model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=generation_eos), config=config)
     assert eos_ids(model, tokenizer) == expected
+
+
+def test_a_prompt_of_formatted_text_is_that_of_its_messages(tokenizer, tmp_path):
+    messages = conversation("user: q1", "assistant: q2", "user: q3")
+    written = tokenizer.apply_chat_template(messages["conversations"], tokenize=False)
+    paths = [write(tmp_path / "a.jsonl", [messages]), write(tmp_path / "b.jsonl", [{"text": written}])]
+    asked, of_text = held_out_prompts(paths, tokenizer, 2, None)
+    assert asked.token_ids == of_text.token_ids

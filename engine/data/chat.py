@@ -8,34 +8,17 @@ is searched for what the template puts around replies.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from engine.data.documents import Document
 from engine.data.messages import BadSample, Message, on_sample
 from engine.data.preformatted import Markers, Span
 from engine.data.templates import UNVERIFIED, ChatTemplate
 
 TrainOn = Literal["all", "last"]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A rendered conversation, or a piece of one.
-
-    input_ids: int32 [T].
-    assistant_mask: bool [T], true for the assistant's replies with their end-of-turn tokens.
-    turn_ends: ascending token indices, each just after an assistant turn.
-    """
-
-    input_ids: np.ndarray
-    assistant_mask: np.ndarray
-    turn_ends: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
 
 
 def render(

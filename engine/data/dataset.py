@@ -1,26 +1,147 @@
 """JSONL conversations become documents of at most `max_tokens` tokens; whatever is cut or refused is counted and named."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import DataSection
-from engine.data.chat import Document, render, render_turns
-from engine.data.messages import BadSample, Message, read_messages
+from engine.data.chat import render, render_text, render_turns
+from engine.data.documents import Document, DocumentList
+from engine.data.messages import BadSample, Message, parse, read_messages, written_text
+from engine.data.preformatted import Markers
 from engine.data.templates import UNVERIFIED
 
 MIN_TOKENS = 3  # row (0, 0) learns slot 1, which predicts token 2
 NAMED_SAMPLES = 5
+CHUNK_BYTES = 1 << 20
 
 Bad = tuple[str, str, str]
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole lines of a file. file: its number. offset, size: in bytes; first_line: its number, from 1."""
+
+    path: str
+    file: int
+    offset: int
+    size: int
+    first_line: int
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Lines that are not blank, with their numbers."""
+        with Path(self.path).open("rb") as file:
+            file.seek(self.offset)
+            for number, line in enumerate(file.read(self.size).split(b"\n"), start=self.first_line):
+                if line.strip():
+                    yield number, line
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Files of conversations as they are on the disk. content: hash of each one's bytes."""
+
+    chunks: tuple[Chunk, ...]
+    content: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(chunk.size for chunk in self.chunks)
+
+    @classmethod
+    def of(cls, paths: Sequence[str], chunk_bytes: int = CHUNK_BYTES) -> "Scan":
+        """Read files through, once. Raises ValueError for a missing or empty one."""
+        chunks, content = [], []
+        for number, path in enumerate(paths):
+            digest, offset, size, first_line, num_lines = xxhash.xxh3_128(), 0, 0, 1, 0
+            with _existing(path).open("rb") as file:
+                for line in file:
+                    digest.update(line)
+                    size, num_lines = size + len(line), num_lines + 1
+                    if size >= chunk_bytes:
+                        chunks.append(Chunk(path, number, offset, size, first_line))
+                        offset, size, first_line, num_lines = offset + size, 0, first_line + num_lines, 0
+            if size:
+                chunks.append(Chunk(path, number, offset, size, first_line))
+            content.append(digest.hexdigest())
+        return cls(tuple(chunks), tuple(content))
+
+
+@dataclass
+class Rendered:
+    """What became of some lines.
+
+    bad: (file number, line, reason, detail) of each refused conversation. long: (file number, line, tokens) of each that became
+    a document above max_tokens. counts: `samples`, `by_turn`, `cut`, `split` and `dropped`, as in `DataReport`.
+    """
+
+    documents: list[Document] = field(default_factory=list)
+    bad: list[tuple[int, int, str, str]] = field(default_factory=list)
+    long: list[tuple[int, int, int]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Lines of conversation files to documents, as `section` has it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    section: DataSection
+
+    def __call__(self, chunk: Chunk) -> Rendered:
+        rendered = Rendered()
+        for number, line in chunk.lines():
+            rendered.counts["samples"] += 1
+            try:
+                documents = self.documents_of(line, rendered.counts)
+            except BadSample as error:
+                rendered.bad.append((chunk.file, number, error.reason, error.detail))
+                continue
+            longest = max(map(len, documents))
+            if longest > self.section.max_tokens:
+                rendered.long.append((chunk.file, number, longest))
+            for document in documents:
+                self._keep(document, rendered)
+        return rendered
+
+    def documents_of(self, line: bytes, counts: Counter[str]) -> list[Document]:
+        """The documents of a conversation, however long: one, or one per assistant turn, as `turns` has it."""
+        sample = parse(line)
+        if (text := written_text(sample)) is not None:
+            return [render_text(text, self._markers, self.tokenizer, self.section.train_on)]
+        return self._render(*read_messages(sample), counts)
+
+    @cached_property
+    def _markers(self) -> Markers:
+        return Markers.of(self.tokenizer, self.section.template_kwargs)
+
+    def _render(self, messages: list[Message], extra: dict[str, Any], counts: Counter[str]) -> list[Document]:
+        arguments = messages, extra, self.tokenizer, self.section.template_kwargs, self.section.train_on
+        if self.section.turns != "each":
+            try:
+                return [render(*arguments)]
+            except BadSample as error:
+                if self.section.turns == "whole" or error.reason != UNVERIFIED:
+                    raise
+        documents = render_turns(*arguments)
+        counts["by_turn"] += 1
+        return documents
+
+    def _keep(self, document: Document, rendered: Rendered) -> None:
+        if len(document) > self.section.max_tokens:
+            rendered.counts[self.section.long_documents] += 1
+        for piece in fit(document, self.section.max_tokens, self.section.long_documents):
+            if len(piece) < MIN_TOKENS or not piece.assistant_mask.any():
+                rendered.counts["dropped"] += 1
+            else:
+                rendered.documents.append(piece)
 
 
 @dataclass(frozen=True)
@@ -31,7 +152,7 @@ class DataReport:
     by_turn: conversations that became a document per assistant turn.
     cut, split: documents above max_tokens that were shortened, or made into several.
     dropped: documents and pieces that can carry no loss: under 3 tokens, or no assistant token left.
-    bad: (file:line, reason, detail) of each refused conversation.
+    bad: (file:line, reason, detail) of each refused conversation. long: (file:line, tokens) of each that was cut or split.
     """
 
     num_samples: int
@@ -43,9 +164,10 @@ class DataReport:
     split: int
     dropped: int
     bad: tuple[Bad, ...]
+    long: tuple[tuple[str, int], ...]
 
     def summary(self) -> str:
-        """A few lines: totals, what was cut, and the first refused conversations by name."""
+        """A few lines: totals, what was cut, and the first of those that were refused or too long, by name."""
         share = self.num_assistant_tokens / max(1, self.num_tokens)
         lines = [
             f"{self.num_samples:,} conversations -> {self.num_documents:,} documents, {self.num_tokens:,} tokens, "
@@ -55,63 +177,42 @@ class DataReport:
             lines.append(f"{self.by_turn:,} conversations taken turn by turn")
         if self.cut or self.split or self.dropped:
             lines.append(f"{self.cut:,} cut and {self.split:,} split at max_tokens, {self.dropped:,} without loss dropped")
+        if self.long:
+            first = ", ".join(f"{place} ({tokens:,} tokens)" for place, tokens in self.long[:NAMED_SAMPLES])
+            lines.append(f"  too long: {first}" + (", ..." if len(self.long) > NAMED_SAMPLES else ""))
         return "\n".join(lines + _bad_lines(self.bad))
 
 
-@dataclass
-class _Collection:
-    """Documents gathered so far, with the counts of `DataReport`."""
+class Tally:
+    """A report in the making: `add` what became of each chunk, in order."""
 
-    tokenizer: PreTrainedTokenizerBase
-    section: DataSection
-    documents: list[Document] = field(default_factory=list)
-    bad: list[Bad] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+        self._counts: Counter[str] = Counter()
+        self._usable: Counter[int] = Counter()
+        self._bad: list[Bad] = []
+        self._long: list[tuple[str, int]] = []
 
-    def add(self, line: bytes, place: str) -> None:
-        self.counts["samples"] += 1
-        try:
-            messages, extra = read_messages(_parse(line))
-            documents = self.render(messages, extra)
-        except BadSample as error:
-            self.bad.append((place, error.reason, error.detail))
-            return
-        for document in documents:
-            self.keep(document)
+    def add(self, chunk: Chunk, rendered: Rendered) -> None:
+        self._counts += rendered.counts
+        self._usable[chunk.file] += len(rendered.documents)
+        self._counts["documents"] += len(rendered.documents)
+        self._counts["tokens"] += sum(map(len, rendered.documents))
+        self._counts["assistant_tokens"] += sum(int(document.assistant_mask.sum()) for document in rendered.documents)
+        self._bad += [(f"{self._paths[file]}:{line}", *rest) for file, line, *rest in rendered.bad]
+        self._long += [(f"{self._paths[file]}:{line}", tokens) for file, line, tokens in rendered.long]
 
-    def render(self, messages: list[Message], extra: dict[str, Any]) -> list[Document]:
-        """The documents of a conversation: one, or one per assistant turn, as `section.turns` has it."""
-        if self.section.turns != "each":
-            try:
-                return [render(messages, extra, self.tokenizer, self.section.template_kwargs)]
-            except BadSample as error:
-                if self.section.turns == "whole" or error.reason != UNVERIFIED:
-                    raise
-        documents = render_turns(messages, extra, self.tokenizer, self.section.template_kwargs)
-        self.counts["by_turn"] += 1
-        return documents
-
-    def keep(self, document: Document) -> None:
-        if len(document) > self.section.max_tokens:
-            self.counts[self.section.long_documents] += 1
-        for piece in fit(document, self.section.max_tokens, self.section.long_documents):
-            if len(piece) < MIN_TOKENS or not piece.assistant_mask.any():
-                self.counts["dropped"] += 1
-            else:
-                self.documents.append(piece)
-
+    @property
     def report(self) -> DataReport:
-        return DataReport(
-            num_samples=self.counts["samples"],
-            num_documents=len(self.documents),
-            num_tokens=sum(len(document) for document in self.documents),
-            num_assistant_tokens=sum(int(document.assistant_mask.sum()) for document in self.documents),
-            by_turn=self.counts["by_turn"],
-            cut=self.counts["cut"],
-            split=self.counts["split"],
-            dropped=self.counts["dropped"],
-            bad=tuple(self.bad),
-        )
+        """Raises ValueError, naming the first of its refused conversations, if a file gave no document."""
+        for number, path in enumerate(self._paths):
+            if not self._usable[number]:
+                own = [bad for bad in self._bad if bad[0].rpartition(":")[0] == path]
+                problem = "no conversation with an assistant token to train on; expected JSONL with one conversation a line"
+                raise ValueError("\n".join([f"{path}: {problem}", *_bad_lines(own)]))
+        counted = {f"num_{name}": self._counts[name] for name in ("samples", "documents", "tokens", "assistant_tokens")}
+        counted |= {name: self._counts[name] for name in ("by_turn", "cut", "split", "dropped")}
+        return DataReport(**counted, bad=tuple(self._bad), long=tuple(self._long))
 
 
 def load_documents(
@@ -120,31 +221,24 @@ def load_documents(
     section: DataSection,
     *,
     on_progress: Progress | None = None,
-) -> tuple[list[Document], DataReport]:
-    """Documents of JSONL files, one conversation a line, in the order of the files.
+) -> tuple[DocumentList, DataReport]:
+    """Documents of JSONL files, one conversation a line, in the order of the files; all in memory, by this process.
 
-    on_progress(bytes read, bytes in all) is called after every line.
-    Raises ValueError for a missing or empty file, a file without a usable conversation, more bad samples than
-    `section.max_bad_share` allows, or a tokenizer without chat template.
+    on_progress(bytes read, bytes in all) is called now and then. Raises ValueError for a missing or empty file, a file without
+    a usable conversation, more bad samples than `section.max_bad_share` allows, or a tokenizer without chat template.
     """
-    _check_template(tokenizer)
-    files = [_existing(path) for path in paths]
-    total_bytes, done_bytes = sum(path.stat().st_size for path in files), 0
-    collection = _Collection(tokenizer, section)
-    for path in files:
-        num_documents, num_bad = len(collection.documents), len(collection.bad)
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    collection.add(line, f"{path}:{number}")
-                done_bytes += len(line)
-                if on_progress is not None:
-                    on_progress(done_bytes, total_bytes)
-        if len(collection.documents) == num_documents:
-            raise ValueError("\n".join([_without_loss(path), *_bad_lines(collection.bad[num_bad:])]))
-    report = collection.report()
-    _check_bad_share(report, section.max_bad_share)
-    return collection.documents, report
+    check_template(tokenizer)
+    scan, tally, documents, done = Scan.of(paths), Tally(paths), [], 0
+    render_chunk = Renderer(tokenizer, section)
+    for chunk in scan.chunks:
+        rendered = render_chunk(chunk)
+        tally.add(chunk, rendered)
+        documents += rendered.documents
+        done += chunk.size
+        if on_progress is not None:
+            on_progress(done, scan.num_bytes)
+    check_bad_share(tally.report, section.max_bad_share)
+    return DocumentList(documents), tally.report
 
 
 def fit(document: Document, max_tokens: int, policy: Literal["cut", "split"]) -> Iterator[Document]:
@@ -164,33 +258,22 @@ def fit(document: Document, max_tokens: int, policy: Literal["cut", "split"]) ->
         start = stop
 
 
-def count_assistant_tokens(documents: Sequence[Document], vocab_size: int) -> torch.Tensor:
-    """How often the assistant says each token: int64 [V]. Raises ValueError if a token id is not below `vocab_size`."""
-    counts_V = np.zeros(vocab_size, dtype=np.int64)
-    for document in documents:
-        said = document.input_ids[document.assistant_mask]
-        if said.size and said.max() >= vocab_size:
-            raise ValueError(
-                f"token id {said.max()} is outside the target's vocabulary of {vocab_size}; use the target's own tokenizer"
-            )
-        np.add.at(counts_V, said, 1)
-    return torch.from_numpy(counts_V)
-
-
-def _parse(line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadSample("not UTF-8", f"byte {error.start} of the line; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise BadSample("not JSON", f"expected one JSON object on the line: {error}") from error
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; put chat_template.jinja into its folder"
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; name one in data.template, or put "
+            "chat_template.jinja into its folder"
         )
+
+
+def check_bad_share(report: DataReport, max_bad_share: float) -> None:
+    """Raises ValueError, naming the first of them, if more of the conversations are unusable."""
+    share = len(report.bad) / max(1, report.num_samples)
+    if share > max_bad_share:
+        mend = "mend or remove them, or raise data.max_bad_share to go on without them"
+        lines = [f"{share:.1%} of the conversations are unusable, data.max_bad_share allows {max_bad_share:.1%}; {mend}"]
+        raise ValueError("\n".join(lines + _bad_lines(report.bad)))
 
 
 def _existing(path: str) -> Path:
@@ -200,18 +283,6 @@ def _existing(path: str) -> Path:
     if file.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty; expected JSONL with one conversation a line")
     return file
-
-
-def _without_loss(path: Path) -> str:
-    return f"{path}: no conversation with an assistant token to train on; expected JSONL with one conversation a line"
-
-
-def _check_bad_share(report: DataReport, max_bad_share: float) -> None:
-    share = len(report.bad) / max(1, report.num_samples)
-    if share > max_bad_share:
-        mend = "mend or remove them, or raise data.max_bad_share to go on without them"
-        lines = [f"{share:.1%} of the conversations are unusable, data.max_bad_share allows {max_bad_share:.1%}; {mend}"]
-        raise ValueError("\n".join(lines + _bad_lines(report.bad)))
 
 
 def _bad_lines(bad: Sequence[Bad]) -> list[str]:

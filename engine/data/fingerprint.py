@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import DataSection
-from engine.data.chat import Document
 
 
 def hash_of(value: object) -> str:
@@ -27,11 +24,3 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.is_fast:
         return hash_of(json.loads(tokenizer.backend_tokenizer.to_str()))
     return hash_of([type(tokenizer).__name__, tokenizer.get_vocab()])
-
-
-def corpus_checksum(documents: Iterable[Document]) -> int:
-    """CRC-32 of all token ids and masks, document by document."""
-    checksum = 0
-    for document in documents:
-        checksum = zlib.crc32(document.assistant_mask.tobytes(), zlib.crc32(document.input_ids.tobytes(), checksum))
-    return checksum

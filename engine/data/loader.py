@@ -1,6 +1,6 @@
 """The stream of packs, shared out over ranks, optimizer step by optimizer step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.batch import PackedBatch
-from engine.data.chat import Document
-from engine.data.fingerprint import corpus_checksum
+from engine.data.documents import Document, Documents
 from engine.data.packing import alike_steps, collate, pack
 
 
@@ -32,7 +31,7 @@ class PackedLoader:
 
     def __init__(
         self,
-        documents: Sequence[Document],
+        documents: Documents,
         *,
         max_tokens: int,
         packs_per_batch: int,
@@ -51,8 +50,7 @@ class PackedLoader:
             raise ValueError("nothing to load: there are no documents")
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self._documents = documents
-        sizes = [(len(document), document.assistant_mask.sum()) for document in documents]
-        self._lengths, self._said = np.array(sizes, dtype=np.int64).T
+        self._lengths, self._said = documents.lengths, documents.said
         self._max_tokens = max_tokens
         self._packs_per_batch = packs_per_batch
         self._rank = rank
@@ -107,7 +105,7 @@ class PackedLoader:
         return {
             "num_documents": len(self._lengths),
             "num_tokens": int(self._lengths.sum()),
-            "checksum": corpus_checksum(self._documents),
+            "checksum": self._documents.checksum,
             "max_tokens": self._max_tokens,
             "balance_steps": self._balance_steps,
             "seed": self._seed,

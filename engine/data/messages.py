@@ -1,5 +1,6 @@
 """What a line of a conversation file says: its messages, or why it cannot be used."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,22 @@ class BadSample(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+def parse(line: bytes) -> Any:
+    """The JSON of a line. Raises BadSample."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadSample("not UTF-8", f"byte {error.start} of the line; save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise BadSample("not JSON", f"expected one JSON object on the line: {error}") from error
+
+
+def written_text(sample: Any) -> str | None:
+    """The text of a sample that was written with the chat template already; None if it is of messages."""
+    text = sample.get("text") if isinstance(sample, dict) and "conversations" not in sample else None
+    return text if isinstance(text, str) else None
 
 
 def read_messages(sample: Any) -> tuple[list[Message], dict[str, Any]]:

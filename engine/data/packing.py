@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engine.batch import PackedBatch
-from engine.data.chat import Document
+from engine.data.documents import Document
 
 WINDOW = 4096  # documents that are packed together
 NEIGHBOURS, PASSES = 8, 4  # in order of length, with whom a document may trade places, and how often

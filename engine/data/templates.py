@@ -17,16 +17,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from engine.config import DataSection, TargetSection
 from engine.data.messages import BadSample, Message, on_sample
-from engine.strict import ConfigError, nearest
+from engine.data_config import NAMED_TEMPLATES
 
-NAMED = {path.name.removesuffix(".jinja"): path for path in sorted(Path(__file__).with_name("chat_templates").glob("*.jinja"))}
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 OPENED_THINKING = re.compile(r"<think>\s*$")
 UNVERIFIED = "mask cannot be verified"
 
 
 def load_tokenizer(target: TargetSection, data: DataSection) -> PreTrainedTokenizerBase:
-    """The target's tokenizer, with `data.template` for its chat template. Raises ConfigError if there is no such template."""
+    """The target's tokenizer, with `data.template` for its chat template."""
     template = None if data.template is None else read_template(data.template)
     tokenizer = AutoTokenizer.from_pretrained(target.path, **target.hub_arguments)
     if template is not None:
@@ -35,13 +34,8 @@ def load_tokenizer(target: TargetSection, data: DataSection) -> PreTrainedTokeni
 
 
 def read_template(name: str) -> str:
-    """A template by its name, or of a file. Raises ConfigError, naming the nearest one, if there is neither."""
-    path = NAMED.get(name, Path(name))
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    guess = nearest(name, NAMED)
-    problem = f"no such file, and none of the named templates: {', '.join(NAMED)}"
-    raise ConfigError(problem + (f"; did you mean '{guess}'?" if guess else ""), key="data.template", value=name)
+    """A template by its name, or of a file."""
+    return NAMED_TEMPLATES.get(name, Path(name)).read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

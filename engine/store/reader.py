@@ -1,7 +1,6 @@
 """A store as training reads it: its documents, and the hidden states of any of them, straight from the mapped files."""
 
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.data.chat import Document
+from engine.data.documents import Document, Documents
 from engine.store.format import (
     BY_SLOT,
     MANIFEST,
@@ -107,7 +106,7 @@ class MappedShard:
 
 
 @dataclass(frozen=True)
-class StoredDocuments(Sequence[Document]):
+class StoredDocuments(Documents):
     """The documents of a store's shards, in order; their tokens stay on the disk."""
 
     shards: tuple[MappedShard, ...]
@@ -123,10 +122,10 @@ class StoredDocuments(Sequence[Document]):
         shard, own = self.find(index)
         return shard.document(own)
 
-    def count_argmax(self, vocab_size: int) -> torch.Tensor:
+    def count_argmax(self, vocab_size: int) -> np.ndarray:
         """How often each token is the target's most likely one, over all slots: int64 [V]."""
         counts = (np.bincount(shard.rows("argmax", 0, None), minlength=vocab_size) for shard in self.shards)
-        return torch.from_numpy(sum(counts).astype(np.int64))
+        return sum(counts).astype(np.int64)
 
     def find(self, index: int) -> tuple[MappedShard, int]:
         """The shard that holds a document, and its place in there."""

@@ -10,9 +10,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from engine.data.chat import Document, render, render_turns
+from engine.data.chat import render, render_turns
+from engine.data.documents import Document
 from engine.data.messages import BadSample
-from engine.data.templates import NAMED, UNVERIFIED
+from engine.data.templates import UNVERIFIED
+from engine.data_config import NAMED_TEMPLATES
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "masks.md"
 DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
@@ -102,7 +104,7 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerFast:
         (token for token in SPECIAL_TOKENS[name] if "begin" in token and "tool" not in token or token in ("<bos>", "<s>")), None
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=bos, chat_template=NAMED[name].read_text(encoding="utf-8")
+        tokenizer_object=backend, bos_token=bos, chat_template=NAMED_TEMPLATES[name].read_text(encoding="utf-8")
     )
 
 
@@ -133,7 +135,7 @@ def table() -> Iterator[str]:
     yield ""
     yield "| template | conversation | documents | the assistant's |"
     yield "|---|---|---|---|"
-    for name in NAMED:
+    for name in NAMED_TEMPLATES:
         for kind in CONVERSATIONS:
             try:
                 tokenizer, documents = documents_of(name, kind)

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from engine.data.chat import Document
+from engine.data.documents import Document
 
 TAGGED_CHATML = (
     "{% for message in messages %}"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine.data.chat import read_messages
 from engine.data.cpython_corpus import write_corpus
+from engine.data.messages import read_messages
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@ import pytest
 
 from engine.config import DataSection
 from engine.data.chat import render
-from engine.data.dataset import count_assistant_tokens, fit, load_documents
+from engine.data.dataset import fit, load_documents
+from engine.data.documents import DocumentList
 
 
 def chat(*turns):
@@ -32,7 +33,7 @@ def test_progress_ends_at_all_bytes(make_tokenizer, write_jsonl, tmp_path):
     paths = [write_jsonl(GOOD, GOOD, name="1.jsonl"), write_jsonl(GOOD, name="2.jsonl")]
     load_documents(paths, make_tokenizer("chatml"), DataSection(), on_progress=lambda *done: seen.append(done))
     total = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert len(seen) == 3 and seen[-1] == (total, total) and seen == sorted(seen)
+    assert len(seen) == 2 and seen[-1] == (total, total) and seen == sorted(seen)
 
 
 def test_bad_samples_are_counted_and_named(make_tokenizer, write_jsonl):
@@ -123,6 +124,7 @@ def test_cut_split_and_dropped_documents_are_counted(make_tokenizer, write_jsonl
     assert (report.cut, report.split, report.dropped) == (2, 0, 1)
     assert report.num_documents == len(cut) == 2
     assert "2 cut and 0 split at max_tokens, 1 without loss dropped" in report.summary()
+    assert [place for place, _ in report.long] == [f"{path}:1", f"{path}:2"] and f"too long: {path}:1 (" in report.summary()
     pieces, report = load_documents([path], tokenizer, DataSection(max_tokens=64, long_documents="split"))
     assert (report.cut, report.split) == (0, 2)
     assert len(pieces) > len(cut)
@@ -190,10 +192,26 @@ def test_a_tokenizer_without_offsets_is_read_too(make_slow_tokenizer, write_json
 
 def test_only_the_assistants_tokens_are_counted(make_document):
     documents = [make_document(2, 3), make_document(1, 4)]
-    counts_V = count_assistant_tokens(documents, 6)
+    counts_V = DocumentList(documents).count_assistant_tokens(6)
     assert counts_V.tolist() == [0, 1, 2, 2, 2, 0]
 
 
 def test_a_token_outside_the_vocabulary_is_refused(make_document):
     with pytest.raises(ValueError, match="token id 4 is outside the target's vocabulary of 4"):
-        count_assistant_tokens([make_document(2, 3)], 4)
+        DocumentList([make_document(2, 3)]).count_assistant_tokens(4)
+
+
+def test_text_that_is_already_formatted_is_read_beside_messages(make_tokenizer, write_jsonl):
+    tokenizer = make_tokenizer("llama3")
+    written = tokenizer.apply_chat_template(TWO_TURNS["conversations"], tokenize=False)
+    path = write_jsonl({"text": written}, TWO_TURNS, {"text": "no reply"})
+    (first, second), report = load_documents([path], tokenizer, DataSection(max_bad_share=0.4))
+    assert np.array_equal(first.input_ids, second.input_ids) and np.array_equal(first.assistant_mask, second.assistant_mask)
+    assert [(place, reason) for place, reason, _ in report.bad] == [(f"{path}:3", "no assistant turn")]
+
+
+@pytest.mark.parametrize("turns", ["whole", "each"])
+def test_only_the_last_turn_is_trained_on_where_asked(make_tokenizer, write_jsonl, turns):
+    tokenizer, path = make_tokenizer("chatml"), write_jsonl(TWO_TURNS)
+    (document,), _ = load_documents([path], tokenizer, DataSection(turns=turns, train_on="last"))
+    assert tokenizer.decode(document.input_ids[document.assistant_mask]) == "It has no order.<|im_end|>"

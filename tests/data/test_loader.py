@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.data.documents import DocumentList
 from engine.data.loader import PackedLoader
 
 MAX_TOKENS = 64
@@ -32,7 +33,7 @@ def make_loader(documents):
             epochs=2,
             balance_steps=8,
         )
-        return PackedLoader(changes.pop("documents", documents), **settings | changes)
+        return PackedLoader(DocumentList(changes.pop("documents", documents)), **settings | changes)
 
     return make
 

@@ -4,10 +4,11 @@ import pytest
 from engine.data.chat import render, render_text
 from engine.data.messages import BadSample
 from engine.data.preformatted import Markers
-from engine.data.templates import NAMED, ChatTemplate
+from engine.data.templates import ChatTemplate
+from engine.data_config import NAMED_TEMPLATES
 from tests.data.chat_formats import CONVERSATIONS, make_tokenizer, said
 
-WHOLE = sorted(set(NAMED) - {"qwen3", "gpt-oss"})  # those that write earlier turns as they were said
+WHOLE = sorted(set(NAMED_TEMPLATES) - {"qwen3", "gpt-oss"})  # those that write earlier turns as they were said
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -21,7 +22,7 @@ def test_text_gives_the_same_document_as_the_messages_it_was_written_from(name):
     assert np.array_equal(document.assistant_mask, whole.assistant_mask[:shared])
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
 def test_replies_are_found_in_text(name):
     tokenizer, (messages, extra) = make_tokenizer(name), CONVERSATIONS["several turns"]
     document = render_text(ChatTemplate(tokenizer, extra).text(messages), Markers.of(tokenizer, None), tokenizer)

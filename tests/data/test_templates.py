@@ -5,11 +5,12 @@ import pytest
 from engine.config import DataSection, TargetSection
 from engine.data.chat import render, render_turns
 from engine.data.messages import BadSample
-from engine.data.templates import NAMED, ChatTemplate, load_tokenizer, read_template, template_token_ids
+from engine.data.templates import ChatTemplate, load_tokenizer, template_token_ids
+from engine.data_config import NAMED_TEMPLATES
 from engine.strict import ConfigError
 from tests.data.chat_formats import CONVERSATIONS, REFUSED, SPECIAL_TOKENS, TABLE, documents_of, make_tokenizer, said, table
 
-CASES = [(name, kind) for name in NAMED for kind in CONVERSATIONS if (name, kind) not in REFUSED]
+CASES = [(name, kind) for name in NAMED_TEMPLATES for kind in CONVERSATIONS if (name, kind) not in REFUSED]
 # what ends a reply, and a tool call where that is another
 ENDS = {
     "chatml": "<|im_end|>",
@@ -32,8 +33,8 @@ KEEP_REASONING = {"deepseek-r1", "glm-4.5", "gpt-oss", "qwen3"}
 
 
 def test_every_named_template_says_where_its_format_is_published():
-    assert set(NAMED) == set(SPECIAL_TOKENS) == set(ENDS)
-    for path in NAMED.values():
+    assert set(NAMED_TEMPLATES) == set(SPECIAL_TOKENS) == set(ENDS)
+    for path in NAMED_TEMPLATES.values():
         assert "Source: " in path.read_text(encoding="utf-8").partition("-#}")[0]
 
 
@@ -86,7 +87,7 @@ def test_with_thinking_off_the_prompt_holds_the_empty_block(name):
     ]
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
 def test_trained_on_the_last_turn_only_that_is_marked(name):
     tokenizer, (messages, extra) = make_tokenizer(name), CONVERSATIONS["several turns"]
     (by_turn,) = render_turns(messages, extra, tokenizer, None, "last")
@@ -131,12 +132,14 @@ def test_a_template_is_chosen_by_name_or_file(tmp_path):
     own = load_tokenizer(section, DataSection()).chat_template
     (tmp_path / "mine.jinja").write_text(own + "{# mine #}", encoding="utf-8")
     assert load_tokenizer(section, DataSection(template=str(tmp_path / "mine.jinja"))).chat_template == own + "{# mine #}"
-    assert load_tokenizer(section, DataSection(template="llama3")).chat_template == NAMED["llama3"].read_text(encoding="utf-8")
+    assert load_tokenizer(section, DataSection(template="llama3")).chat_template == NAMED_TEMPLATES["llama3"].read_text(
+        encoding="utf-8"
+    )
     with pytest.raises(ConfigError, match="did you mean 'qwen3'"):
-        read_template("qwen33")
+        DataSection(template="qwen33")
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
 def test_what_ends_a_reply_is_among_the_templates_special_tokens(name):
     tokenizer = make_tokenizer(name)
     ends = {tokenizer.convert_tokens_to_ids(end) for end in ([ENDS[name]] if isinstance(ENDS[name], str) else ENDS[name])}

@@ -80,7 +80,7 @@ def test_the_draft_vocabulary_may_be_the_target_s_likeliest_tokens_or_an_earlier
     train += ["data.max_tokens=40", "draft.vocab_size=20", "ttt.steps=2", "max_steps=1"]
     printed = run([*train, "draft.vocab_from=argmax", f"output_dir={tmp_path / 'a'}"])
     assert "of the target's most likely" in printed
-    counts_V = open_store(tmp_path / "store", skip_bad=False).documents.count_argmax(64)
+    counts_V = torch.from_numpy(open_store(tmp_path / "store", skip_bad=False).documents.count_argmax(64))
     vocabulary = load_file(tmp_path / "a" / "vocab_map.safetensors")
     chosen_U = vocabulary["t2d"].nonzero().flatten()
     assert 3 in chosen_U, "the end of a turn, whatever is counted"

@@ -1,0 +1,235 @@
+"""Tokenised conversations on the disk: made once by several processes, mapped into memory by every rank and every later run.
+
+An entry of the cache is a folder under a name made of the conversations' bytes, the tokenizer, the template, the options and
+the code that they go through. One process of a machine makes it, under a lock that other machines and runs respect; the other
+ranks wait for the folder, not in a collective. It has its name once it is whole.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import tokenizers
+import transformers
+import xxhash
+from transformers import PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import init_hf_modules
+
+from engine.config import DataSection
+from engine.data import chat, dataset, messages, preformatted, templates
+from engine.data.dataset import Chunk, DataReport, Progress, Rendered, Renderer, Scan, Tally, check_bad_share, check_template
+from engine.data.documents import Document, Documents, add_counts, document_checksum
+from engine.data.fingerprint import hash_of, tokenizer_hash
+
+WORTH_PROCESSES_BYTES = 16 << 20  # below, one process is done before others have started
+SECONDS_BETWEEN_LOOKS = 0.2
+REPORT, IDS, MASK, ARRAYS = "report.json", "input_ids.int32", "assistant_mask.bool", "arrays.npz"
+MADE_BY = (chat, dataset, messages, preformatted, templates)
+
+_render: Renderer  # of a worker process
+
+
+class TokenisedDocuments(Documents):
+    """The documents of an entry; their tokens stay on the disk."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises OSError or ValueError if the entry is not there, or not whole."""
+        with np.load(folder / ARRAYS) as arrays:
+            self._token_bounds, self._turn_bounds, self._ends = (
+                arrays[name] for name in ("token_bounds", "turn_bounds", "ends")
+            )
+            self.said, self.token_counts, self.checksum = arrays["said"], arrays["token_counts"], int(arrays["checksum"])
+        self.lengths = np.diff(self._token_bounds)
+        num_tokens = int(self._token_bounds[-1])
+        self._ids = np.memmap(folder / IDS, dtype=np.int32, mode="r", shape=(num_tokens,))
+        self._mask = np.memmap(folder / MASK, dtype=np.bool_, mode="r", shape=(num_tokens,))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Document:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, stop = self._token_bounds[index : index + 2]
+        first, last = self._turn_bounds[index : index + 2]
+        return Document(self._ids[start:stop], self._mask[start:stop], tuple(self._ends[first:last].tolist()))
+
+
+class Writer:
+    """An entry in the making: documents as they come, the rest at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True)
+        self._ids, self._mask = (folder / IDS).open("wb"), (folder / MASK).open("wb")
+        self._lengths, self._said, self._num_turns, self._ends = [], [], [], []
+        self._counts, self._checksum = np.zeros(0, dtype=np.int64), 0
+
+    def add(self, documents: Sequence[Document]) -> None:
+        for document in documents:
+            self._ids.write(document.input_ids.tobytes())
+            self._mask.write(document.assistant_mask.tobytes())
+            self._lengths.append(len(document))
+            self._said.append(int(document.assistant_mask.sum()))
+            self._num_turns.append(len(document.turn_ends))
+            self._ends += document.turn_ends
+            self._checksum = document_checksum(document, self._checksum)
+            self._counts = add_counts(self._counts, document)
+
+    def close(self, paths: Sequence[str], report: DataReport) -> None:
+        self._ids.close()
+        self._mask.close()
+        bounds = {name: np.cumsum([0, *sizes]) for name, sizes in (("token", self._lengths), ("turn", self._num_turns))}
+        np.savez(
+            self._folder / ARRAYS,
+            token_bounds=bounds["token"],
+            turn_bounds=bounds["turn"],
+            ends=np.array(self._ends, dtype=np.int32),
+            said=np.array(self._said, dtype=np.int64),
+            token_counts=self._counts,
+            checksum=np.array(self._checksum),
+        )
+        facts = {"paths": list(paths), "report": asdict(report)}
+        (self._folder / REPORT).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def tokenise(
+    paths: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    section: DataSection,
+    *,
+    builds: bool,
+    on_progress: Progress | None = None,
+) -> tuple[TokenisedDocuments, DataReport]:
+    """What `load_documents` gives, out of `section.cache_dir`, where it is made first if it is not there.
+
+    builds: whether this process may make it; the others wait until one has. Raises ValueError as `load_documents` does.
+    """
+    check_template(tokenizer)
+    scan = Scan.of(paths)
+    entry = Path(section.cache_dir) / entry_name(scan, tokenizer, section)
+    found = open_entry(entry, paths)
+    while found is None and not builds:
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        found = open_entry(entry, paths)
+    if found is None:
+        try:
+            with _locked(entry):
+                found = open_entry(entry, paths)
+                if found is None:
+                    _build(entry, paths, scan, Renderer(tokenizer, section), on_progress)
+                    found = open_entry(entry, paths)
+        except OSError as error:
+            problem = f"{entry.parent}: tokenised conversations cannot be kept there: {error.strerror or error}"
+            raise ValueError(f"{problem}; free some space, or name another folder in data.cache_dir") from error
+    documents, report = found
+    check_bad_share(report, section.max_bad_share)
+    return documents, report
+
+
+def entry_name(scan: Scan, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> str:
+    """Of everything that decides what the conversations become."""
+    options = ("template_kwargs", "train_on", "turns", "long_documents", "max_tokens")
+    code = [xxhash.xxh3_64_hexdigest(Path(module.__file__).read_bytes()) for module in MADE_BY]
+    made_by = [*code, transformers.__version__, tokenizers.__version__]
+    rendered = [tokenizer_hash(tokenizer), tokenizer.chat_template, [getattr(section, name) for name in options]]
+    return hash_of([scan.content, rendered, made_by])
+
+
+def open_entry(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, DataReport] | None:
+    """The documents of an entry and their report, with these names of the files; None if it is not there, or not whole."""
+    try:
+        facts = json.loads((entry / REPORT).read_text(encoding="utf-8"))
+        documents = TokenisedDocuments(entry)
+    except (OSError, ValueError, EOFError, BadZipFile):
+        return None
+    named, report = dict(zip(facts["paths"], paths, strict=True)), facts["report"]
+
+    def placed(place: str) -> str:
+        path, _, line = place.rpartition(":")
+        return f"{named[path]}:{line}"
+
+    for kind in ("bad", "long"):
+        report[kind] = tuple((placed(place), *rest) for place, *rest in report[kind])
+    return documents, DataReport(**report)
+
+
+def _build(entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on_progress: Progress | None) -> None:
+    for leftover in entry.parent.glob(f"{entry.name}.partial-*"):
+        shutil.rmtree(leftover)
+    shutil.rmtree(entry, ignore_errors=True)  # one that is not whole
+    partial = entry.with_name(f"{entry.name}.partial-{os.getpid()}")
+    tally, done = Tally(paths), 0
+    try:
+        writer = Writer(partial)
+        for chunk, rendered in rendered_chunks(scan, renderer):
+            writer.add(rendered.documents)
+            tally.add(chunk, rendered)
+            done += chunk.size
+            if on_progress is not None:
+                on_progress(done, scan.num_bytes)
+        writer.close(paths, tally.report)
+        partial.rename(entry)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def rendered_chunks(scan: Scan, renderer: Renderer) -> Iterator[tuple[Chunk, Rendered]]:
+    """What becomes of each chunk, in order, by as many processes as are worth it; few chunks are under way at a time.
+
+    Raises ValueError if a process dies.
+    """
+    workers = renderer.section.workers or len(os.sched_getaffinity(0))
+    if workers == 1 or (not renderer.section.workers and scan.num_bytes < WORTH_PROCESSES_BYTES):
+        yield from ((chunk, renderer(chunk)) for chunk in scan.chunks)
+        return
+    context, pickled = multiprocessing.get_context("spawn"), pickle.dumps(renderer)
+    with ProcessPoolExecutor(workers, context, _start_worker, (pickled,)) as pool:
+        try:
+            under_way: deque = deque()
+            for chunk in scan.chunks:
+                under_way.append((chunk, pool.submit(_render_chunk, chunk)))
+                if len(under_way) > 2 * workers:
+                    first, future = under_way.popleft()
+                    yield first, future.result()
+            yield from ((chunk, future.result()) for chunk, future in under_way)
+        except BrokenProcessPool as error:
+            problem = "a process that tokenises died, perhaps for want of memory"
+            raise ValueError(f"{problem}; run again with a lower data.workers than {workers}") from error
+
+
+def _start_worker(pickled: bytes) -> None:
+    global _render
+    init_hf_modules()  # where tokenizers of remote code are imported from
+    _render = pickle.loads(pickled)
+
+
+def _render_chunk(chunk: Chunk) -> Rendered:
+    return _render(chunk)
+
+
+@contextmanager
+def _locked(entry: Path) -> Iterator[None]:
+    """Hold the entry's lock, which the system takes back from a process that dies."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with entry.with_suffix(".lock").open("w") as file:
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        yield
