@@ -76,7 +76,7 @@ class PrepareSection:
     held_out_share: float = option(
         0.02, "share of the conversations, drawn by their first question, that is held out", at_least=0.0, at_most=0.5
     )
-    output_dir: str = option("data", "folder for train.jsonl, held_out.jsonl and report.json")
+    output_dir: str = option("outputs/data", "folder for train.jsonl, held_out.jsonl and report.json")
 
     def __post_init__(self):
         weights = self.weights

@@ -28,7 +28,7 @@ def parse(line: bytes) -> Any:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadSample("not UTF-8", f"byte {error.start} of the line; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample("not JSON", f"expected one JSON object on the line: {error}") from error
 
 

@@ -1,0 +1,1 @@
+"""Files of conversations: made from published sets, and answered anew by the target itself."""

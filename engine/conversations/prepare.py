@@ -1,0 +1,346 @@
+"""Sources become one training and one held-out file of conversations; what is refused, doubled or left is counted and named.
+
+Every source is read once, into a working file beside the outputs; in memory stay a hash of each conversation, and where its
+line begins. The outputs are then written shuffled under other names and put in their places at the end, train.jsonl last.
+"""
+
+import json
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from fractions import Fraction
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from engine.config import Config, PrepareSection
+from engine.conversations.sources import Row, Rows, conversation_of, open_source
+from engine.data.messages import BadSample, Message
+
+TRAIN, HELD_OUT, REPORT = "train.jsonl", "held_out.jsonl", "report.json"
+PARTIAL = ".partial"
+NAMED_ROWS = 5
+MAX_DETAIL = 240
+ROWS_TO_JUDGE = 10_000
+ROWS_BETWEEN_SIGNS = 100
+
+
+class Bar(Protocol):
+    """Shows how far something is, as `telemetry.ProgressBar` does."""
+
+    def move_to(self, done: int, text: str) -> None: ...
+
+
+Progress = Callable[[int, str], AbstractContextManager[Bar]]
+
+
+@dataclass
+class SourceCounts:
+    """What became of a source's rows.
+
+    rows: read; of these `dropped`, by reason, cannot be used, `duplicates` say what an earlier row of any source said, and
+    `kept` are left. train, held_out: of the kept ones, in either file. turns, characters: of the kept ones, in all.
+    first_dropped: (place, reason, detail) of some.
+    """
+
+    name: str
+    rows: int = 0
+    duplicates: int = 0
+    kept: int = 0
+    train: int = 0
+    held_out: int = 0
+    turns: int = 0
+    characters: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    first_dropped: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(self.dropped.values())
+
+    def drop(self, place: str, error: BadSample) -> None:
+        self.dropped[error.reason] += 1
+        if len(self.first_dropped) < NAMED_ROWS:
+            detail = error.detail.encode(errors="backslashreplace").decode()  # it may quote what is no text
+            self.first_dropped.append((place, error.reason, detail[:MAX_DETAIL]))
+
+    def keep(self, messages: Sequence[Message]) -> None:
+        self.kept += 1
+        self.turns += len(messages)
+        self.characters += sum(len(message["content"]) for message in messages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts, what was taken in all, and the means of a kept conversation."""
+        kept = max(1, self.kept)
+        means = {"mean_turns": round(self.turns / kept, 2), "mean_characters": round(self.characters / kept, 1)}
+        return vars(self) | {"taken": self.train + self.held_out} | means
+
+    def dropped_lines(self) -> list[str]:
+        """Why rows were refused, and the first of them by name."""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+        first = [f"  {place}: {reason}: {detail}" for place, reason, detail in self.first_dropped]
+        return [f"{self.name}: {self.num_dropped:,} unusable: {reasons}", *first] if first else []
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What became of all sources, and how the choice was made; files: conversations and bytes of each file written."""
+
+    sources: Sequence[SourceCounts]
+    files: dict[str, dict[str, int]]
+    seed: int
+    weights: tuple[float, ...] | None
+    max_samples: int | None
+    held_out_share: float
+
+    def table(self) -> Table:
+        """A row a source; fits 80 columns."""
+        table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+        table.add_column("source", overflow="fold")
+        for heading in ("rows", "dropped", "doubled", "kept", "taken", "turns", "chars"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for source in self.sources:
+            figures = source.to_dict()
+            counts = (source.rows, source.num_dropped, source.duplicates, source.kept, figures["taken"])
+            means = f"{figures['mean_turns']:.1f}", f"{figures['mean_characters']:,.0f}"
+            table.add_row(Text(source.name), *(f"{count:,}" for count in counts), *means)
+        return table
+
+    def lines(self) -> list[str]:
+        """What was refused, with the first rows by name, and what the files hold."""
+        dropped = [line for source in self.sources for line in source.dropped_lines()]
+        files = [f"{name}: {of['conversations']:,} conversations, {of['bytes']:,} bytes" for name, of in self.files.items()]
+        if self.held_out_share > 0 and HELD_OUT not in self.files:
+            files.append(f"no {HELD_OUT}: too few conversations for prepare.held_out_share={self.held_out_share}")
+        return dropped + files
+
+    def to_json(self) -> str:
+        content = vars(self) | {"sources": [source.to_dict() for source in self.sources]}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+@dataclass
+class _Shelf:
+    """A source's conversations, as lines of a working file.
+
+    offsets, questions: uint64 a kept conversation, where its line begins and the hash of its first question.
+    """
+
+    counts: SourceCounts
+    path: Path
+    offsets: array = field(default_factory=lambda: array("Q"))
+    questions: array = field(default_factory=lambda: array("Q"))
+
+
+@dataclass
+class _Seen:
+    """Hashes, of 128 bits, of the conversations of all sources so far, and of the ids that they were given."""
+
+    conversations: set[bytes] = field(default_factory=set)
+    ids: set[bytes] = field(default_factory=set)
+
+
+def prepare(config: Config, progress: Progress) -> PrepareReport:
+    """Write train.jsonl, held_out.jsonl and report.json of `config.prepare`'s sources into its output folder.
+
+    progress: makes a bar over (units in all, name); 0 = nobody knows how many.
+    Raises ValueError for a source that cannot be read or holds nothing usable, for outputs that are there already, and for
+    more refused rows than `data.max_bad_share` allows; OSError if the folder cannot be written to. Either leaves no file.
+    """
+    section, folder = config.prepare, Path(config.prepare.output_dir)
+    for path in (folder / TRAIN, folder / HELD_OUT, folder / REPORT):
+        if path.exists():
+            raise ValueError(f"{path} exists already; name another prepare.output_dir or delete it")
+    sources = [open_source(name) for name in section.sources]
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_partials(folder)
+    try:
+        shelves = _gather(sources, folder, config.data.max_bad_share, progress)
+        sides = _sides(shelves, _choose(shelves, section, config.seed), section.held_out_share)
+        _write(folder, shelves, sides, progress)
+        report = _report(folder, shelves, sides, config)
+        _partial(folder / REPORT).write_text(report.to_json(), encoding="utf-8")
+        _put_in_place([folder / name for name in (REPORT, *sides)])
+        return report
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(folder)  # a full disk does not say which it is
+        raise
+    finally:
+        _remove_partials(folder)
+
+
+def num_taken(available: Sequence[int], weights: Sequence[float] | None, max_samples: int | None) -> list[int]:
+    """How many conversations of each source are taken, none of them twice and `max_samples` in all.
+
+    By weight, as many as the scarcest source allows; without weights all there are, or the same share of each. What rounding
+    leaves goes to the largest fractions.
+    """
+    parts = [Fraction(str(weight)) for weight in weights] if weights else [Fraction(count) for count in available]
+    scale = min(count / part for count, part in zip(available, parts, strict=True) if part)
+    if max_samples is not None:
+        scale = min(scale, max_samples / sum(parts))
+    exact = [part * scale for part in parts]
+    taken = [int(number) for number in exact]
+    by_fraction = sorted(range(len(exact)), key=lambda index: (taken[index] - exact[index], index))
+    for index in by_fraction[: int(sum(exact)) - sum(taken)]:
+        taken[index] += 1
+    return taken
+
+
+def question_hash(messages: Sequence[Message]) -> int:
+    """64 bits of the user's first message, alike for questions that differ in case and blanks alone."""
+    question = next(message["content"] for message in messages if message["role"] == "user")
+    return int.from_bytes(blake2b(" ".join(question.lower().split()).encode(), digest_size=8).digest(), "little")
+
+
+def _gather(sources: Sequence[Rows], folder: Path, max_bad_share: float, progress: Progress) -> list[_Shelf]:
+    """Read every source into its working file. Raises ValueError if one holds nothing usable, or too much is refused."""
+    shelves, seen = [], _Seen()
+    for index, rows in enumerate(sources):
+        shelf = _Shelf(SourceCounts(rows.name), folder / f"source_{index}.jsonl{PARTIAL}")
+        shelves.append(shelf)
+        _fill(shelf, rows, seen, max_bad_share, progress)
+        if shelf.counts.rows == shelf.counts.num_dropped:
+            raise ValueError("\n".join([f"{rows.name}: no row is usable", *shelf.counts.dropped_lines()]))
+    every = [shelf.counts for shelf in shelves]
+    share = sum(counts.num_dropped for counts in every) / sum(counts.rows for counts in every)
+    if share > max_bad_share:
+        mend = "mend or remove them, or raise data.max_bad_share to go on without them"
+        problem = f"{share:.1%} of the rows are unusable, data.max_bad_share allows {max_bad_share:.1%}; {mend}"
+        raise ValueError("\n".join([problem, *(line for counts in every for line in counts.dropped_lines())]))
+    return shelves
+
+
+def _fill(shelf: _Shelf, rows: Rows, seen: _Seen, max_bad_share: float, progress: Progress) -> None:
+    counts = shelf.counts
+    with shelf.path.open("wb") as file, progress(rows.total or 0, rows.name) as bar:
+        for place, row in rows:
+            counts.rows += 1
+            try:
+                line = _line_of(row, shelf, seen)
+            except BadSample as error:
+                counts.drop(place, error)
+            else:
+                if line:
+                    shelf.offsets.append(file.tell())
+                    file.write(line)
+            if counts.rows == ROWS_TO_JUDGE == counts.num_dropped and max_bad_share < 1:
+                mend = "leave the source out, or set data.max_bad_share=1 to read on"
+                problem = f"{rows.name}: none of its first {ROWS_TO_JUDGE:,} rows is usable; {mend}"
+                raise ValueError("\n".join([problem, *counts.dropped_lines()]))
+            if counts.rows % ROWS_BETWEEN_SIGNS == 0 and rows.done != rows.total:
+                bar.move_to(rows.done, f"{rows.name}: {counts.rows:,} rows, {counts.kept:,} kept")
+        bar.move_to(rows.done, f"{rows.name}: {counts.rows:,} rows, {counts.kept:,} kept")
+
+
+def _line_of(row: Row, shelf: _Shelf, seen: _Seen) -> bytes:
+    """The line that a row becomes, counted; nothing if an earlier row said the same. Raises BadSample."""
+    conversation = conversation_of(row)
+    messages = conversation["conversations"]
+    digest = _digest([messages, conversation.get("tools")])
+    if digest in seen.conversations:
+        shelf.counts.duplicates += 1
+        return b""
+    name = f"{shelf.counts.name}:{conversation.pop('id', shelf.counts.rows)}"
+    while _digest(name) in seen.ids:
+        name += f"#{shelf.counts.rows}"
+    line = _as_json({"id": name, **conversation, "source": shelf.counts.name}) + b"\n"
+    seen.conversations.add(digest)
+    seen.ids.add(_digest(name))
+    shelf.counts.keep(messages)
+    shelf.questions.append(question_hash(messages))
+    return line
+
+
+def _digest(value: Any) -> bytes:
+    return blake2b(_as_json(value, sort_keys=True), digest_size=16).digest()
+
+
+def _as_json(value: Any, sort_keys: bool = False) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, sort_keys=sort_keys).encode()
+    except UnicodeEncodeError as error:
+        raise BadSample("not UTF-8", "a text holds half of a surrogate pair, or bytes of another encoding") from error
+    except TypeError as error:
+        raise BadSample("not JSON", str(error)) from error
+
+
+def _choose(shelves: Sequence[_Shelf], section: PrepareSection, seed: int) -> np.ndarray:
+    """(shelf, conversation) of each one taken, in the order in which they are written: int64 [n, 2]."""
+    for shelf in shelves:
+        if section.weights and not shelf.offsets:
+            raise ValueError(f"{shelf.counts.name}: all of it is in earlier sources too; leave it and its weight out")
+    available = [len(shelf.offsets) for shelf in shelves]
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for index, taken in enumerate(num_taken(available, section.weights, section.max_samples)):
+        conversations = generator.permutation(available[index])[:taken]
+        drawn.append(np.stack([np.full_like(conversations, index), conversations], axis=1))
+    return generator.permutation(np.concatenate(drawn))
+
+
+def _sides(shelves: Sequence[_Shelf], chosen: np.ndarray, held_out_share: float) -> dict[str, np.ndarray]:
+    """The rows of `chosen` that each file gets, by its name; no file without any. Raises ValueError if none is for training."""
+    limit = int(held_out_share * 2**64)
+    held_out = np.zeros(len(chosen), dtype=bool)
+    for index, shelf in enumerate(shelves):
+        own = chosen[:, 0] == index
+        held_out[own] = np.frombuffer(shelf.questions, dtype=np.uint64)[chosen[own, 1]] < limit
+    if held_out.all():
+        problem = f"all {len(chosen):,} conversations are held out"
+        raise ValueError(f"{problem}; lower prepare.held_out_share={held_out_share} or give more sources")
+    sides = {HELD_OUT: chosen[held_out], TRAIN: chosen[~held_out]}
+    return {name: side for name, side in sides.items() if len(side)}
+
+
+def _write(folder: Path, shelves: Sequence[_Shelf], sides: dict[str, np.ndarray], progress: Progress) -> None:
+    """Each side into a file beside its place."""
+    total, written = sum(map(len, sides.values())), 0
+    with ExitStack() as stack, progress(total, "conversations written") as bar:
+        working = [stack.enter_context(shelf.path.open("rb")) for shelf in shelves]
+        for name, side in sides.items():
+            file = stack.enter_context(_partial(folder / name).open("wb"))
+            for index, conversation in zip(*side.T.tolist(), strict=True):
+                working[index].seek(shelves[index].offsets[conversation])
+                file.write(working[index].readline())
+                written += 1
+                if written % ROWS_BETWEEN_SIGNS == 0 or written == total:
+                    bar.move_to(written, "conversations written")
+
+
+def _report(folder: Path, shelves: Sequence[_Shelf], sides: dict[str, np.ndarray], config: Config) -> PrepareReport:
+    section, files = config.prepare, {}
+    for name, side in sides.items():
+        files[name] = {"conversations": len(side), "bytes": _partial(folder / name).stat().st_size}
+        for index, taken in enumerate(np.bincount(side[:, 0], minlength=len(shelves)).tolist()):
+            setattr(shelves[index].counts, "train" if name == TRAIN else "held_out", taken)
+    sources = [shelf.counts for shelf in shelves]
+    return PrepareReport(sources, files, config.seed, section.weights, section.max_samples, section.held_out_share)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def _put_in_place(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with _partial(path).open("rb") as file:
+            os.fsync(file.fileno())
+    for path in paths:
+        os.replace(_partial(path), path)
+
+
+def _remove_partials(folder: Path) -> None:
+    """Of this run or of one that was killed."""
+    for pattern in ("source_*.jsonl", TRAIN, HELD_OUT, REPORT):
+        for path in folder.glob(f"{pattern}{PARTIAL}"):
+            path.unlink()

@@ -1,0 +1,96 @@
+"""Make training data of published sets and of files: python launcher/prepare_data.py prepare.sources=[ultrachat,my.jsonl] [...]
+
+Writes train.jsonl, held_out.jsonl and report.json to prepare.output_dir. Every source is read once and never held in memory;
+what is said twice is taken once, and what cannot be used is counted by reason and named. Questions of held_out.jsonl are asked
+nowhere in train.jsonl. prepare.weights mixes the sources, prepare.max_samples bounds what is taken. --sources lists the named
+sets; those, hub ids and Parquet files need `pip install 'draftspeed[data]'`.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from rich import box
+from rich.table import Table
+
+from engine.config import Config, ConfigError
+from engine.conversations.prepare import HELD_OUT, TRAIN, prepare
+from engine.conversations.sources import SOURCES
+from engine.recipe import load_config
+from engine.telemetry import SECONDS_BETWEEN_LINES, ProgressBar, Telemetry
+from launcher.command import make_parser, stop, wrong_options
+
+
+class OpenEnd:
+    """Instead of a bar where nobody knows the end: a line now and then."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry, self._last_line = telemetry, time.perf_counter()
+
+    def move_to(self, done: int, text: str) -> None:
+        if time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.perf_counter()
+            self._telemetry.note(f"  {text}")
+
+
+@contextmanager
+def bar_over(telemetry: Telemetry, total: int, name: str) -> Iterator[ProgressBar | OpenEnd]:
+    telemetry.note(name, style="bold")
+    if not total:
+        yield OpenEnd(telemetry)
+        return
+    with telemetry.progress(total, name) as bar:
+        yield bar
+
+
+def named_sets() -> Table:
+    """What prepare.sources knows by name, and where on the hub it is; fits 80 columns."""
+    table = Table("source", "what it is", box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+    for source in SOURCES.values():
+        config = f"config {source.config}, " if source.config else ""
+        table.add_row(source.name, f"{source.about}\n{source.hub_id}, {config}split {source.split}")
+    return table
+
+
+def check_sources(config: Config) -> None:
+    """Raises ConfigError if there is nothing to prepare."""
+    if not config.prepare.sources:
+        problem = "expected what to make the data of, e.g. [ultrachat,my.jsonl]; --sources lists the named sets"
+        raise ConfigError(problem, key="prepare.sources", value=config.prepare.sources)
+
+
+def next_command(folder: Path, names: list[str]) -> str:
+    """How to train on what was written."""
+    options = {TRAIN: "data.train", HELD_OUT: "data.held_out"}
+    files = " ".join(f"'{option}=[{folder / name}]'" for name, option in options.items() if name in names)
+    return f"deepspeed launcher/train.py --ds_config ds_configs/zero3.json --recipe RECIPE.yaml {files}"
+
+
+def main() -> None:
+    parser = make_parser(__doc__, ("prepare", "data"))
+    parser.add_argument("--sources", action="store_true", help="list the sets that prepare.sources knows by name")
+    arguments, telemetry = parser.parse_args(), Telemetry(speaks=True)
+    if arguments.sources:
+        telemetry.console.print(named_sets())
+        return
+    with wrong_options(arguments, rank=0):
+        config = load_config(arguments.recipe, arguments.overrides)
+        check_sources(config)
+    try:
+        report = prepare(config, partial(bar_over, telemetry))
+    except (ValueError, OSError) as error:
+        stop(error, rank=0)
+    telemetry.console.print(report.table())
+    for line in report.lines():
+        telemetry.note(line)
+    telemetry.note(f"\nNext:\n  {next_command(Path(config.prepare.output_dir), list(report.files))}")
+
+
+if __name__ == "__main__":
+    main()
