@@ -1,0 +1,139 @@
+"""Look at conversations as training will: python launcher/inspect_data.py [--recipe FILE] data.train=chat.jsonl [--html FILE]
+
+Prints samples with the assistant's tokens in green, how long documents are, how many positions carry loss and what compaction
+saves by that, and how much a draft vocabulary covers. Reads the target's tokenizer and configuration, not its weights; with
+target.store=FOLDER it looks at a store's conversations.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from engine.config import Config
+from engine.corpus import read_documents
+from engine.data.documents import Document
+from engine.data.templates import load_tokenizer
+from engine.models.draft_config import derive_draft_config
+from engine.parallel.mesh import World
+from engine.portrait import VOCAB_SIZES, Portrait, histogram, portray
+from engine.portrait_page import Run, write_page
+from engine.recipe import load_config
+from engine.store.reader import open_store
+from engine.telemetry import Telemetry
+from launcher.command import check_inputs, make_parser, stop, with_paths, with_store, write_embedded_corpus, wrong_options
+
+BAR_CHARACTERS = 40
+
+Sample = tuple[str, list[Run]]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__, ("target", "data", "draft", "ttt"))
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="documents to print; default 3")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page with plots")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    return parser.parse_args()
+
+
+def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry) -> None:
+    """Read, count, show. Raises ValueError, OSError or ImportError for what a user can mend."""
+    tokenizer = load_tokenizer(config.target, config.data)
+    target = AutoConfig.from_pretrained(config.target.path, **config.target.hub_arguments)
+    draft = derive_draft_config(target, config.draft, config.target.aux_layers)
+    if config.target.store is None:
+        documents = read_documents(config.data, tokenizer, World.alone(), telemetry)
+    else:
+        documents = open_store(Path(config.target.store), config.store.skip_bad).documents
+    portrait = portray(documents, config.data, config.ttt, draft, config.seed)
+    count = max(0, min(arguments.samples, len(documents)))
+    chosen = [number * len(documents) // count for number in range(count)]
+    samples = [sample(index, documents[index], tokenizer) for index in chosen]
+    show_samples(samples, telemetry)
+    show_portrait(portrait, telemetry)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(portrait.facts(), indent=2) + "\n", encoding="utf-8")
+    if arguments.html:
+        title = config.target.store or ", ".join(Path(path).name for path in config.data.train)
+        write_page(arguments.html, title, portrait, samples)
+        telemetry.note(f"Page with plots: {arguments.html}")
+
+
+def sample(index: int, document: Document, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """A heading, and the document's text in runs that the assistant says, or does not."""
+    mask = document.assistant_mask
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(document)]
+    texts = [
+        tokenizer.decode(document.input_ids[start:stop].tolist(), clean_up_tokenization_spaces=False)
+        for start, stop in zip(edges, edges[1:], strict=False)
+    ]
+    heading = f"document {index}: {len(document):,} tokens, {int(mask.sum()):,} of them the assistant's"
+    return heading, list(zip(texts, mask[edges[:-1]].tolist(), strict=True))
+
+
+def show_samples(samples: Sequence[Sample], telemetry: Telemetry) -> None:
+    for heading, runs in samples:
+        telemetry.console.rule(heading)
+        telemetry.console.print(Text.assemble(*((text, "green" if is_said else "dim") for text, is_said in runs)))
+
+
+def show_portrait(portrait: Portrait, telemetry: Telemetry) -> None:
+    show_histogram("tokens of a document", portrait.lengths, "{:,.0f}", telemetry)
+    show_histogram("the assistant's share of a document", portrait.said / portrait.lengths, "{:.0%}", telemetry)
+    telemetry.console.rule()
+    share = portrait.said.sum() / portrait.num_tokens
+    telemetry.note(
+        f"{portrait.num_tokens:,} tokens in {len(portrait.lengths):,} documents, {share:.1%} of them the assistant's"
+    )
+    of = f" (of {portrait.num_sampled:,} documents)" if portrait.num_sampled < len(portrait.lengths) else ""
+    telemetry.note(f"positions with loss by TTT step{of}: {' '.join(f'{share:.1%}' for share in portrait.rows_S)}")
+    telemetry.note(f"so compaction saves the draft {portrait.saving:.2f}x of its FLOPs, most where few positions carry loss")
+    telemetry.note(
+        f"{portrait.num_packs:,} packs of {portrait.max_tokens:,} tokens an epoch, {portrait.waste:.2%} of them empty"
+    )
+    covered = ", ".join(f"{size // 1000}k: {portrait.coverage(size):.2%}" for size in VOCAB_SIZES)
+    telemetry.note(f"what the assistant says is covered by a draft vocabulary of {covered}")
+
+
+def show_histogram(title: str, values: np.ndarray, number: str, telemetry: Telemetry) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    bins = histogram(values)
+    for low, high, count in bins:
+        bar = "█" * round(BAR_CHARACTERS * count / max(count for *_, count in bins))
+        table.add_row(f"{number.format(low)} to {number.format(high)}", f"{count:,}", bar)
+    telemetry.console.rule()
+    telemetry.console.print(table)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with wrong_options(arguments, rank=0):
+        config = load_config(arguments.recipe, arguments.overrides)
+        if config.target.store is None:
+            check_inputs(config)
+    with TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus"
+        try:
+            resolved = with_paths(config, corpus)
+            if config.target.store is None:
+                write_embedded_corpus(config, corpus)
+            else:
+                resolved = with_store(resolved)
+            inspect(resolved, arguments, Telemetry(speaks=True))
+        except (ValueError, OSError, ImportError) as error:
+            stop(error, rank=0)
+
+
+if __name__ == "__main__":
+    main()

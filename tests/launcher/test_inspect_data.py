@@ -1,0 +1,46 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def inspect(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launcher/inspect_data.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_it_shows_samples_figures_and_a_page(tiny_target, tiny_corpus, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    sources = [
+        f"target.path={tiny_target}",
+        "target.aux_layers=[0,1,3]",
+        f"data.train={tiny_corpus.train}",
+        "data.max_tokens=40",
+    ]
+    options = ["--samples", 2, "--html", tmp_path / "a" / "page.html", "--json", tmp_path / "b" / "facts.json"]
+    done = inspect(*sources, "draft.vocab_size=48", *options)
+    assert done.returncode == 0, done.stderr
+    assert "document 0: " in done.stdout and "<assistant>" in done.stdout and "positions with loss by TTT step" in done.stdout
+    facts = json.loads((tmp_path / "b" / "facts.json").read_text())
+    assert f"{facts['tokens']:,} tokens in {facts['documents']:,} documents" in done.stdout
+    assert 0 < facts["positions with loss"] < facts["the assistant's share of tokens"] < 1
+    assert "<svg" in (tmp_path / "a" / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.trian=a.jsonl", "did you mean 'data.train'?"),
+        ("data.train=no_such.jsonl", "inspect_data.py: command line: data.train = no_such.jsonl: no such file"),
+        ("data.template=qwen33", "did you mean 'qwen3'?"),
+        ("target.store=no_such_store", "no_such_store"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(override, words):
+    done = inspect(override)
+    assert done.returncode != 0
+    assert words in done.stderr and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
