@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import distributed
 
+from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
-from engine.parallel.zero import ZeroDraft
+from engine.parallel.zero import ZeroDraft, consolidated_weights, is_sharded, remove_universal, to_universal
 
 TAG = re.compile(r"step_(\d+)")
 RUN = "run.json"
@@ -55,23 +56,15 @@ class Checkpoints:
         latest = self.folder / "latest"
         return latest.read_text(encoding="utf-8").strip() if latest.exists() else None
 
-    def find(self, world: World) -> tuple[int, dict[str, Any]] | None:
+    def find(self) -> tuple[int, dict[str, Any]] | None:
         """Step and data state of the newest checkpoint, or None if there is none; reads no weights.
 
-        Raises ValueError if it is not whole, or was written by another number of ranks or under other options.
+        Raises ValueError if it is not whole, or was written under other options.
         """
         tag = self.newest()
         if tag is None:
             return None
-        path = self.folder / tag / RUN
-        if not path.exists():
-            raise ValueError(
-                f"{self.folder / tag} is no complete checkpoint; delete {self.folder} or set checkpoint.resume=false"
-            )
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts["ranks"] != world.size:
-            written_by = f"{self.folder / tag} was written by {facts['ranks']} ranks"
-            raise ValueError(f"{written_by}, this run has {world.size}; resume with {facts['ranks']}")
+        facts = self._facts(tag)
         saved, current = facts["options"], json.loads(json.dumps(dict(self.options)))
         changes = [f"{key} was {saved.get(key)}, now {value}" for key, value in current.items() if saved.get(key) != value]
         if changes:
@@ -79,9 +72,43 @@ class Checkpoints:
             raise ValueError(f"{problem}. Restore them, or start a new run in another output_dir")
         return facts["step"], facts["data"]
 
+    def reshape(self, draft: Eagle3Draft, world: World) -> bool:
+        """Make the newest checkpoint fit this number of ranks, if another wrote it; whether that was so. A collective.
+
+        The draft gets what the checkpoint holds of its frozen weights, which that form leaves out.
+        """
+        tag = self.newest()
+        if self._facts(tag)["ranks"] == world.size or not is_sharded(self.folder, tag):
+            return False
+        if world.is_main:
+            to_universal(self.folder, tag)
+        world.barrier()
+        weights = consolidated_weights(self.folder, tag)
+        for name, parameter in draft.named_parameters():
+            if not parameter.requires_grad:
+                parameter.data.copy_(weights[name])
+        return True
+
     def load(self, draft: ZeroDraft, world: World) -> None:
-        """Restore the newest checkpoint and this rank's RNG; a collective. Raises ValueError if a part of it is missing."""
-        _restore_rng(draft.load(self.folder, self.newest())["rng"][world.rank])
+        """Restore the newest checkpoint, and this rank's RNG if as many ranks wrote it; a collective.
+
+        Raises ValueError if a part of it is missing.
+        """
+        tag = self.newest()
+        state = draft.load(self.folder, tag)
+        if len(state["rng"]) == world.size:
+            _restore_rng(state["rng"][world.rank])
+        world.barrier()
+        if world.is_main:
+            remove_universal(self.folder, tag)
+
+    def _facts(self, tag: str) -> dict[str, Any]:
+        """What `save` wrote of a checkpoint beside its weights. Raises ValueError if it is not there."""
+        path = self.folder / tag / RUN
+        if not path.exists():
+            mend = f"delete {self.folder} or set checkpoint.resume=false"
+            raise ValueError(f"{self.folder / tag} is no complete checkpoint; {mend}")
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def _name_newest(self, tag: str) -> None:
         """Write `latest`, the file DeepSpeed's tools read too, in one stroke: a kill leaves the old name or the new one."""

@@ -78,7 +78,7 @@ class Trainer:
     def run(self) -> RunReport:
         """The whole job; the same report on every rank. Raises ValueError, before any expensive work where it can be."""
         check_replaceable(self.output_dir / DRAFT)
-        position = self.checkpoints.find(self.world) if self.config.checkpoint.resume else None
+        position = self.checkpoints.find() if self.config.checkpoint.resume else None
         torch.manual_seed(self.config.seed)
         section, store = self.config.target, self.open_store()
         tokenizer = load_tokenizer(section, self.config.data)
@@ -205,11 +205,13 @@ class Trainer:
             hidden_size=draft.config.hidden_size,
         )
         teacher = Teacher(target.head_rows(corpus.vocab_map.target_ids_U).logits, corpus.vocab_map)
-        zero = ZeroDraft(draft, TrainingTimeTest(self.config.ttt, self.config.loss, teacher), resolved)
+        reshaped = first_step > 0 and self.checkpoints.reshape(draft, self.world)
+        zero = ZeroDraft(draft, TrainingTimeTest(self.config.ttt, self.config.loss, teacher), resolved, universal=reshaped)
         self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {self.num_steps} steps")
         if first_step:
             self.checkpoints.load(zero, self.world)
-            self.telemetry.note(f"  resumed after step {first_step}")
+            how = ", written by another number of ranks" if reshaped else ""
+            self.telemetry.note(f"  resumed after step {first_step}{how}")
         if self.world.is_main:
             (self.output_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
             (self.output_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")

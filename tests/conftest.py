@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined, so before Transformers imports Triton
+
+# Commands that the tests start keep tokenised conversations here, not in the user's cache; modules copy the environment early.
+CACHE = tempfile.TemporaryDirectory(prefix="draftspeed-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,14 +29,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 LAYERS, HIDDEN, AUX_LAYERS = 5, 16, (0, 1, 3)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory) -> None:
-    """Commands that the tests start keep tokenised conversations here, not in the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(params=PATHS)

@@ -156,3 +156,13 @@ def test_a_wrong_option_stops_the_run_with_one_line_before_anything_is_written(o
     assert result.returncode != 0 and time.perf_counter() - start < 20
     assert result.stderr.count("\n") == 1 and expected in result.stderr, result.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_goes_on_on_fewer_ranks_in_the_middle_of_an_epoch(tmp_path, tiny_target, tiny_corpus):
+    options = ("epochs=2", "checkpoint.every_steps=3")
+    run([*DEEPSPEED, *arguments(tmp_path, tiny_target, tiny_corpus, *options, "max_steps=3")])
+    printed = run([sys.executable, *arguments(tmp_path, tiny_target, tiny_corpus, *options, "checkpoint.resume=true")])
+    assert "resumed after step 3, written by another number of ranks" in printed
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > 3
+    assert "reloaded: largest logit difference 0.0e+00" in printed

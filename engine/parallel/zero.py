@@ -8,6 +8,9 @@ import contextlib
 import io
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -27,6 +30,8 @@ from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
 from engine.ttt import TrainingTimeTest, unroll
+
+UNIVERSAL = ".universal"  # behind a checkpoint's tag
 
 
 def connect(world: World, timeout_s: int, cpu_threads: int) -> None:
@@ -66,9 +71,11 @@ class _TttModule(nn.Module):
 class ZeroDraft:
     """The draft under DeepSpeed: forward, backward and optimizer step of micro-batches, checkpoints and gathered weights."""
 
-    def __init__(self, draft: Eagle3Draft, test: TrainingTimeTest, ds_config: dict[str, Any]) -> None:
-        """ds_config: a resolved DeepSpeed configuration; it is handed over as it is."""
-        self.test = test
+    def __init__(self, draft: Eagle3Draft, test: TrainingTimeTest, ds_config: dict[str, Any], universal: bool = False) -> None:
+        """ds_config: a resolved DeepSpeed configuration, handed over as it is. universal: load what `to_universal` wrote."""
+        self.test, self._universal = test, universal
+        if universal:
+            ds_config = ds_config | {"checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
         module = _TttModule(draft, test)
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
@@ -139,7 +146,7 @@ class ZeroDraft:
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
         """Restore weights, optimizer and schedule; returns the client state saved with them."""
-        path, client_state = self.engine.load_checkpoint(str(folder), tag=tag)
+        path, client_state = self.engine.load_checkpoint(str(folder), tag=tag + UNIVERSAL * self._universal)
         if path is None:
             raise ValueError(f"{folder / tag} is not a complete checkpoint; delete it or set checkpoint.resume=false")
         return client_state
@@ -185,6 +192,29 @@ def _forget_steps(optimizer: torch.optim.Optimizer) -> None:
     optimizer.state.clear()
     for group in optimizer.param_groups:
         group.pop("step", None)
+
+
+def is_sharded(folder: Path, tag: str) -> bool:
+    """Whether each rank wrote a part of a checkpoint, as above stage 0."""
+    return any((folder / tag).glob("*_optim_states.pt"))
+
+
+def to_universal(folder: Path, tag: str) -> None:
+    """Write a checkpoint of shards anew, beside it, as any number of ranks can load it. Raises ValueError if that fails."""
+    remove_universal(folder, tag)
+    paths = ("--input_folder", str(folder / tag), "--output_folder", str(folder / (tag + UNIVERSAL)))
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *paths, "--inject_missing_state"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        remove_universal(folder, tag)
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise ValueError(f"{folder / tag} cannot be rewritten for another number of ranks: {last}")
+
+
+def remove_universal(folder: Path, tag: str) -> None:
+    """What `to_universal` wrote, if anything."""
+    shutil.rmtree(folder / (tag + UNIVERSAL), ignore_errors=True)
+    (folder / "latest_universal").unlink(missing_ok=True)
 
 
 def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
