@@ -16,9 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine.batch import DraftOutput, MicroBatch, PackedBatch, to_device
 from engine.checkpoint import Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, Config
-from engine.corpus import read_documents
-from engine.data.documents import Documents
-from engine.data.fingerprint import tokenizer_hash, trained_with
+from engine.data.fingerprint import tokenizer_hash
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer, template_token_ids
@@ -34,19 +32,17 @@ from engine.models.eagle3 import Eagle3Draft, ServedDraft
 from engine.models.initial import start_from_target
 from engine.models.vocab_map import VocabMap
 from engine.normaliser import Normaliser
+from engine.origin import Offline, Online, Target, open_origin
 from engine.overlap import run_ahead
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
 from engine.recipe import dump_config
 from engine.report import RunReport
 from engine.rows import allowed_rows, slots_of
-from engine.store.reader import OpenStore, open_store
-from engine.target.frozen import FrozenTarget
-from engine.target.stored import StoredTarget
 from engine.telemetry import Telemetry
 from engine.ttt import Teacher, TrainingTimeTest, unroll
 
-Target = FrozenTarget | StoredTarget
+Origin = Online | Offline
 RELOAD_TOLERANCE = 2**-5  # of the largest logit: a few bf16 roundings; a wrong tensor gives errors near 1
 
 
@@ -80,23 +76,23 @@ class Trainer:
         check_replaceable(self.output_dir / DRAFT)
         position = self.checkpoints.find() if self.config.checkpoint.resume else None
         torch.manual_seed(self.config.seed)
-        section, store = self.config.target, self.open_store()
+        section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
-        aux_layers = store.contents.aux_layers if store else section.aux_layers
-        origin = store.trained_with if store else trained_with(tokenizer, self.config.data)
-        draft_config = derive_draft_config(target_config, self.config.draft, aux_layers)
-        draft_config = replace(draft_config, trained_with=origin)
+        origin = open_origin(self.config, tokenizer, self.world, self.telemetry)
+        draft_config = derive_draft_config(target_config, self.config.draft, origin.aux_layers)
+        draft_config = replace(draft_config, trained_with=origin.trained_with)
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
-            documents = store.documents if store else read_documents(self.config.data, tokenizer, self.world, self.telemetry)
-            corpus = self.read_corpus(documents, tokenizer, draft_config)
+            corpus = self.read_corpus(origin, tokenizer, draft_config)
             first_step = self.resume(corpus.loader, position)
-            prompts = self.read_prompts(tokenizer)
+            prompts = self.read_prompts(tokenizer) if origin.decodes else []
         with self.telemetry.stage("Loading the target"):
-            target = self.load_target(store, draft_config)
+            target = origin.load_target(draft_config.aux_layers)
         draft = self.new_draft(draft_config, kernels, corpus.vocab_map, target)
-        held_out = None if store else HeldOut(self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry)
+        held_out = None
+        if origin.decodes:
+            held_out = HeldOut(self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry)
         report = RunReport(self.output_dir, self.telemetry.stage_s, corpus.vocab_facts["coverage"])
         if held_out:
             with self.telemetry.stage("Measuring acceptance before training"):
@@ -113,31 +109,9 @@ class Trainer:
                 report = replace(report, after=after, prompt_lookup=held_out.measure_prompt_lookup())
         return report
 
-    def open_store(self) -> OpenStore | None:
-        """The captured hidden states to learn from, if there are any. Raises StoreError where they are of other options."""
-        if self.config.target.store is None:
-            return None
-        store = open_store(Path(self.config.target.store), self.config.store.skip_bad)
-        store.check(
-            aux_layers=self.config.target.aux_layers,
-            mask_alignment=self.config.ttt.mask_alignment,
-            temperature=self.config.loss.temperature,
-        )
-        for problem in store.problems:
-            self.telemetry.note(f"  left out: {problem}")
-        return store
-
-    def load_target(self, store: OpenStore | None, draft_config: DraftConfig) -> Target:
-        if store:
-            self.telemetry.note(f"  {len(store.documents):,} documents of {store.folder}; the target itself is not loaded")
-            return StoredTarget(store, self.world.device)
-        section, temperature = self.config.target, self.config.loss.temperature
-        return FrozenTarget.load(section, self.world.device, draft_config.aux_layers, temperature)
-
-    def read_corpus(self, documents: Documents, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
-        by_argmax = self.config.draft.vocab_from == "argmax"
-        count = documents.count_argmax if by_argmax else documents.count_assistant_tokens
-        counts_V = torch.from_numpy(count(config.vocab_size))
+    def read_corpus(self, origin: Origin, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
+        documents = origin.documents()
+        counts_V = origin.count_tokens(documents, config.vocab_size)
         vocab_map = self.draft_vocabulary(counts_V, tokenizer, config)
         loader = PackedLoader(
             documents,
@@ -151,8 +125,7 @@ class Trainer:
             balance_steps=self.config.data.balance_steps,
         )
         coverage = vocab_map.coverage(counts_V)
-        whose = "the target's most likely" if by_argmax else "the assistant's"
-        self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of {whose}")
+        self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of {origin.counted}")
         facts = {"tokenizer_hash": tokenizer_hash(tokenizer), "coverage": coverage, "counted": self.config.draft.vocab_from}
         facts["trained_with"] = config.trained_with
         return Corpus(loader, collate([documents[0]], [0]), vocab_map.to(self.world.device), facts)
@@ -169,8 +142,7 @@ class Trainer:
 
     def read_prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
         count, data = self.config.evaluation.num_prompts, self.config.data
-        decodes = count and self.config.target.store is None
-        return held_out_prompts(data.held_out, tokenizer, count, data.template_kwargs) if decodes else []
+        return held_out_prompts(data.held_out, tokenizer, count, data.template_kwargs) if count else []
 
     def resume(self, loader: PackedLoader, position: tuple[int, dict[str, Any]] | None) -> int:
         """Move the loader to where a checkpoint stands; returns the optimizer steps already taken."""

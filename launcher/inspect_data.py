@@ -21,15 +21,14 @@ from rich.text import Text
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from engine.config import Config
-from engine.corpus import read_documents
 from engine.data.documents import Document
 from engine.data.templates import load_tokenizer
 from engine.models.draft_config import derive_draft_config
+from engine.origin import open_origin
 from engine.parallel.mesh import World
 from engine.portrait import VOCAB_SIZES, Portrait, histogram, portray
 from engine.portrait_page import Run, write_page
 from engine.recipe import load_config
-from engine.store.reader import open_store
 from engine.telemetry import Telemetry
 from launcher.command import check_inputs, make_parser, stop, with_paths, with_store, write_embedded_corpus, wrong_options
 
@@ -51,10 +50,7 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
     tokenizer = load_tokenizer(config.target, config.data)
     target = AutoConfig.from_pretrained(config.target.path, **config.target.hub_arguments)
     draft = derive_draft_config(target, config.draft, config.target.aux_layers)
-    if config.target.store is None:
-        documents = read_documents(config.data, tokenizer, World.alone(), telemetry)
-    else:
-        documents = open_store(Path(config.target.store), config.store.skip_bad).documents
+    documents = open_origin(config, tokenizer, World.alone(), telemetry).documents()
     portrait = portray(documents, config.data, config.ttt, draft, config.seed)
     count = max(0, min(arguments.samples, len(documents)))
     chosen = [number * len(documents) // count for number in range(count)]

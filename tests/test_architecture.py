@@ -34,6 +34,7 @@ FLOORS = (
     "telemetry",
     "conversations",
     "corpus",
+    "origin",
     "held_out",
     "report",
     "portrait",

@@ -1,0 +1,82 @@
+"""Where a run learns from: the target itself, or what a capture left of it. All that differs between online and offline."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from engine.config import Config
+from engine.corpus import read_documents
+from engine.data.documents import Documents
+from engine.data.fingerprint import trained_with
+from engine.parallel.mesh import World
+from engine.store.reader import open_store
+from engine.target.frozen import FrozenTarget
+from engine.target.stored import StoredTarget
+from engine.telemetry import Telemetry
+
+Target = FrozenTarget | StoredTarget
+
+
+class Online:
+    """Conversations, and the frozen target that runs over them."""
+
+    decodes = True  # the target can be asked for replies
+    counted = "the assistant's"  # tokens, for the draft vocabulary
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> None:
+        self._config, self._tokenizer, self._world, self._telemetry = config, tokenizer, world, telemetry
+        self.aux_layers = config.target.aux_layers
+        self.trained_with = trained_with(tokenizer, config.data)
+
+    def documents(self) -> Documents:
+        return read_documents(self._config.data, self._tokenizer, self._world, self._telemetry)
+
+    def count_tokens(self, documents: Documents, vocab_size: int) -> torch.Tensor:
+        """int64 [V], how often each token is counted for the draft vocabulary."""
+        return torch.from_numpy(documents.count_assistant_tokens(vocab_size))
+
+    def load_target(self, aux_layers: tuple[int, ...]) -> Target:
+        return FrozenTarget.load(self._config.target, self._world.device, aux_layers, self._config.loss.temperature)
+
+
+class Offline:
+    """A store of captured hidden states."""
+
+    decodes = False
+
+    def __init__(self, config: Config, world: World, telemetry: Telemetry) -> None:
+        """Raises StoreError if the store cannot be read, or was captured with other options."""
+        self._world, self._telemetry = world, telemetry
+        self._by_argmax = config.draft.vocab_from == "argmax"
+        self.counted = "the target's most likely" if self._by_argmax else Online.counted
+        self._store = open_store(Path(config.target.store), config.store.skip_bad)
+        self._store.check(
+            aux_layers=config.target.aux_layers,
+            mask_alignment=config.ttt.mask_alignment,
+            temperature=config.loss.temperature,
+        )
+        for problem in self._store.problems:
+            telemetry.note(f"  left out: {problem}")
+        self.aux_layers = self._store.contents.aux_layers
+        self.trained_with = self._store.trained_with
+
+    def documents(self) -> Documents:
+        return self._store.documents
+
+    def count_tokens(self, documents: Documents, vocab_size: int) -> torch.Tensor:
+        """As `Online.count_tokens`."""
+        count = self._store.documents.count_argmax if self._by_argmax else documents.count_assistant_tokens
+        return torch.from_numpy(count(vocab_size))
+
+    def load_target(self, aux_layers: tuple[int, ...]) -> Target:
+        documents = len(self._store.documents)
+        self._telemetry.note(f"  {documents:,} documents of {self._store.folder}; the target itself is not loaded")
+        return StoredTarget(self._store, self._world.device)
+
+
+def open_origin(config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> Online | Offline:
+    """The one that `config.target.store` asks for."""
+    if config.target.store is None:
+        return Online(config, tokenizer, world, telemetry)
+    return Offline(config, world, telemetry)
