@@ -1,0 +1,161 @@
+"""A server of the target that speaks OpenAI's protocol, as SGLang's and vLLM's do: what it serves, and its replies."""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from engine.conversations.journal import as_line
+from engine.data.messages import BadSample, Message
+from engine.strict import ConfigError
+
+CHECK_ATTEMPTS, CHECK_TIMEOUT_S = 3, 30.0
+WHOLE = ("stop", "tool_calls", "function_call")  # how a reply ends that nothing cut short
+WORTH_ANOTHER_TRY = (408, 409, 429)  # and all from 500 on, as the client has it
+TOO_LONG = "reply longer than regenerate.max_new_tokens"
+NO_ANSWER, REFUSED, MALFORMED = "no answer from the server", "refused by the server", "malformed answer"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """message: the assistant's turn. num_tokens: generated for it, 0 where the server does not say."""
+
+    message: Message
+    num_tokens: int
+
+
+class Server:
+    """One server; it sends requests again, with growing pauses or those that the server asks for.
+
+    unanswered: requests given up since it last answered one.
+    """
+
+    def __init__(self, address: str, attempts: int, timeout_s: float, api_key: str) -> None:
+        """attempts: times that a request is sent. timeout_s: silence after which it counts as lost."""
+        self.address, self.unanswered = address, 0
+        self._openai = _import_openai()
+        self._client = self._openai.AsyncOpenAI(base_url=address, api_key=api_key, max_retries=attempts - 1, timeout=timeout_s)
+        self._check_client = self._client.with_options(
+            max_retries=min(attempts, CHECK_ATTEMPTS) - 1, timeout=min(timeout_s, CHECK_TIMEOUT_S)
+        )
+
+    async def models(self) -> list[str]:
+        """Names of what it serves. Raises ConfigError if it does not answer."""
+        try:
+            answer = await self._check_client.get("/models", cast_to=object)
+            return [str(model["id"]) for model in answer["data"]]
+        except self._openai.APIError as error:
+            came = self._words(error)
+        except (ValueError, LookupError, TypeError) as error:
+            came = f"expected a list of models, got {type(error).__name__}: {error}"
+        problem = f"{self.address}/models does not answer ({came}); start the server, or mend its address"
+        raise ConfigError(problem, key="regenerate.servers")
+
+    async def reply(self, request: dict[str, Any]) -> Reply:
+        """The answer to a request of /chat/completions. Raises BadSample if none comes, or none that can be used."""
+        try:
+            answer = await self._client.post("/chat/completions", body=request, cast_to=object)
+        except self._openai.APIError as error:
+            status = error.status_code if isinstance(error, self._openai.APIStatusError) else None
+            if status is None or status in WORTH_ANOTHER_TRY or status >= 500:
+                self.unanswered += 1
+                raise BadSample(NO_ANSWER, self._words(error)) from error
+            self.unanswered = 0
+            raise BadSample(REFUSED, self._words(error)) from error
+        except ValueError as error:
+            self.unanswered = 0
+            raise BadSample(MALFORMED, f"expected JSON: {error}") from error
+        self.unanswered = 0
+        return read_reply(answer, request["max_tokens"])
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._client.close()
+
+    def _words(self, error: Exception) -> str:
+        """What the server said, or what became of the connection to it, on one line."""
+        if isinstance(error, self._openai.APIStatusError):
+            body = error.body
+            text = f"{error.status_code}: {body['message'] if isinstance(body, dict) and 'message' in body else body}"
+        else:
+            text = f"{error} {error.__cause__ or ''}"
+        return " ".join(text.split())[:300]
+
+
+async def served_model(servers: Sequence[Server], wanted: str | None) -> str:
+    """The model that all servers serve; wanted: its name, None = the only one. Raises ConfigError if there is none."""
+    offers = await asyncio.gather(*(server.models() for server in servers))
+    for server, offered in zip(servers, offers, strict=True):
+        if wanted is None and len(offered) != 1 or wanted is not None and wanted not in offered:
+            problem = f"{server.address} serves {', '.join(offered) or 'nothing'}; name a model that it serves"
+            raise ConfigError(problem, key="regenerate.model", value=wanted)
+    found = {wanted} if wanted is not None else {offered[0] for offered in offers}
+    if len(found) > 1:
+        served = ", ".join(f"{server.address} {offered[0]}" for server, offered in zip(servers, offers, strict=True))
+        raise ConfigError(f"expected servers of one model; these serve {served}", key="regenerate.servers")
+    return found.pop()
+
+
+def as_sent(message: Message) -> Message:
+    """A message as the protocol has it: arguments of tool calls are text there. Raises BadSample for what is no tool call."""
+    if not message.get("tool_calls"):
+        return message
+    try:
+        return message | {"tool_calls": [_with_arguments(call, _as_text) for call in message["tool_calls"]]}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise BadSample("malformed tool call", f"{type(error).__name__}: {error} in {message['tool_calls']!r:.200}") from error
+
+
+def read_reply(answer: Any, max_new_tokens: int) -> Reply:
+    """The assistant's turn in an answer of /chat/completions; arguments of tool calls as chat templates read them: objects.
+
+    Raises BadSample if it is empty, was cut short, or is no such answer.
+    """
+    try:
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        said, ending = choice["message"], choice["finish_reason"]
+        parts = {
+            "content": said.get("content") or "",
+            "reasoning_content": said.get("reasoning_content") or said.get("reasoning") or "",
+            "tool_calls": [_with_arguments(call, _as_object) for call in said.get("tool_calls") or ()],
+        }
+        num_tokens = int(usage.get("completion_tokens") or 0)
+        empty = not (parts["content"] + parts["reasoning_content"]).strip() and not parts["tool_calls"]
+        as_line(parts)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadSample(MALFORMED, f"{type(error).__name__}: {error} in {str(answer)[:200]!r}") from error
+    if ending == "length":
+        raise BadSample(TOO_LONG, f"cut at {max_new_tokens} tokens")
+    if ending not in WHOLE:
+        raise BadSample("reply cut short", f"finish_reason {ending!r}")
+    if empty:
+        raise BadSample("empty reply", "no content, no reasoning, no tool call")
+    return Reply({"role": "assistant", **{key: part for key, part in parts.items() if part or key == "content"}}, num_tokens)
+
+
+def _with_arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    function = call["function"]
+    return call | {"function": function | {"arguments": change(function.get("arguments", {}))}}
+
+
+def _as_text(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
+def _as_object(arguments: Any) -> Any:
+    """What a model says there may be no JSON; then it stays as it was said."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, TypeError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _import_openai() -> ModuleType:
+    try:
+        import openai
+    except ImportError as error:
+        raise ValueError("regenerate_data.py needs the package openai: pip install 'draftspeed[data]'") from error
+    return openai

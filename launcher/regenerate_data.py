@@ -1,0 +1,90 @@
+"""Let the target itself answer: python launcher/regenerate_data.py regenerate.inputs=[chat.jsonl] regenerate.output=out.jsonl
+regenerate.servers=[http://localhost:30000/v1] [--recipe FILE] [...]
+
+Replaces the assistant turns of JSONL conversations by the target's own answers, which it asks for at servers of the target that
+speak OpenAI's protocol (SGLang, vLLM). A run that was stopped, however it was, goes on when it is run again: what is finished
+waits in OUTPUT.partial. Servers get the key in OPENAI_API_KEY. Needs no GPU here, and `pip install 'draftspeed[data]'`.
+"""
+
+import os
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.config import Config, ConfigError, RegenerateSection
+from engine.conversations.regenerate import Regeneration, partial_of
+from engine.recipe import load_config
+from engine.telemetry import Telemetry
+from launcher.command import make_parser, stop, wrong_options
+
+
+def check_inputs(section: RegenerateSection) -> None:
+    """Raises ConfigError if there is nothing to read, or one of the files holds nothing."""
+    key = "regenerate.inputs"
+    if not section.inputs:
+        raise ConfigError("expected JSONL files of conversations", key=key, value=section.inputs)
+    for name in section.inputs:
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"no such file; expected one below {Path.cwd()} or an absolute path", key=key, value=name)
+        with path.open("rb") as lines:
+            if not any(line.strip() for line in lines):
+                raise ConfigError("the file is empty; expected JSONL with one conversation a line", key=key, value=name)
+    if len({Path(name).resolve() for name in section.inputs}) < len(section.inputs):
+        raise ConfigError("names a file twice", key=key, value=section.inputs)
+
+
+def check_output(section: RegenerateSection) -> None:
+    """Raises ConfigError if there is nowhere to write to, or something would be lost."""
+    key, value = "regenerate.output", section.output
+    if not value:
+        raise ConfigError("expected the JSONL file that is to be written", key=key, value=value)
+    output = Path(value)
+    partial = partial_of(output)
+    if output.is_dir() or partial.is_dir():
+        raise ConfigError("is a folder; name a file in it", key=key, value=value)
+    if {output.resolve(), partial.resolve()} & {Path(name).resolve() for name in section.inputs}:
+        raise ConfigError("is one of regenerate.inputs; name another file", key=key, value=value)
+    if output.exists() and not partial.exists():
+        raise ConfigError("exists already; name another file or delete it", key=key, value=value)
+
+
+def check_servers(section: RegenerateSection) -> None:
+    """Raises ConfigError if there is none, or one's address is no URL."""
+    key, value = "regenerate.servers", section.servers
+    if not value:
+        raise ConfigError("expected addresses such as http://localhost:30000/v1", key=key, value=value)
+    for server in value:
+        try:
+            address = urlsplit(server)
+            is_url = bool(address.hostname) and address.port != 0
+        except ValueError:
+            is_url = False
+        if not is_url:
+            raise ConfigError("expected an address such as http://localhost:30000/v1", key=key, value=server)
+
+
+def run(config: Config) -> None:
+    telemetry = Telemetry(speaks=True)
+    try:
+        api_key = os.environ.get("OPENAI_API_KEY") or "none"
+        report = Regeneration(config.regenerate, config.data, telemetry, api_key).run()
+    except (ValueError, OSError) as error:
+        stop(error, rank=0)
+    telemetry.note(report.summary())
+
+
+def main() -> None:
+    arguments = make_parser(__doc__, ("regenerate", "data")).parse_args()
+    with wrong_options(arguments, rank=0):
+        config = load_config(arguments.recipe, arguments.overrides)
+        check_inputs(config.regenerate)
+        check_output(config.regenerate)
+        check_servers(config.regenerate)
+    run(config)
+
+
+if __name__ == "__main__":
+    main()
