@@ -68,7 +68,7 @@ class Capture:
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         contents = self.contents(tokenizer, target_config)
         with self.telemetry.stage("Reading the data"):
-            documents = read_documents(self.config.data, tokenizer, self.world, self.telemetry)
+            documents, _ = read_documents(self.config.data, tokenizer, self.world, self.telemetry)
             manifest = self.plan(contents, documents)
             missing = self.missing(manifest)
             self.check_disk(manifest, missing)

@@ -5,15 +5,17 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import DataSection
-from engine.data.dataset import load_documents
+from engine.data.dataset import DataReport, load_documents
 from engine.data.documents import Documents
 from engine.data.tokenised import tokenise
 from engine.parallel.mesh import World
 from engine.telemetry import Telemetry
 
 
-def read_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> Documents:
-    """The documents of `section.train`: out of `cache_dir`, or in memory where that is null.
+def read_documents(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry
+) -> tuple[Documents, DataReport]:
+    """The documents of `section.train`, and what became of its conversations: from `cache_dir`, or in memory if that is null.
 
     Raises ValueError as `load_documents` does.
     """
@@ -29,4 +31,4 @@ def read_documents(section: DataSection, tokenizer: PreTrainedTokenizerBase, wor
             builds = world.local_rank == 0
             documents, report = tokenise(section.train, tokenizer, section, builds=builds, on_progress=show)
     telemetry.note(report.summary())
-    return documents
+    return documents, report

@@ -30,7 +30,8 @@ class Online:
         self.trained_with = trained_with(tokenizer, config.data)
 
     def documents(self) -> Documents:
-        return read_documents(self._config.data, self._tokenizer, self._world, self._telemetry)
+        """Of `data.train`. Raises ValueError for conversations that cannot be used."""
+        return read_documents(self._config.data, self._tokenizer, self._world, self._telemetry)[0]
 
     def count_tokens(self, documents: Documents, vocab_size: int) -> torch.Tensor:
         """int64 [V], how often each token is counted for the draft vocabulary."""

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +22,8 @@ from rich.text import Text
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from engine.config import Config
+from engine.corpus import read_documents
+from engine.data.dataset import Bad
 from engine.data.documents import Document
 from engine.data.templates import load_tokenizer
 from engine.models.draft_config import derive_draft_config
@@ -41,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, ("target", "data", "draft", "ttt"))
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="documents to print; default 3")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page with plots")
+    parser.add_argument("--bad", type=Path, metavar="FILE", help="write a line for each conversation that cannot be used")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     return parser.parse_args()
 
@@ -50,7 +54,12 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
     tokenizer = load_tokenizer(config.target, config.data)
     target = AutoConfig.from_pretrained(config.target.path, **config.target.hub_arguments)
     draft = derive_draft_config(target, config.draft, config.target.aux_layers)
-    documents = open_origin(config, tokenizer, World.alone(), telemetry).documents()
+    if config.target.store is None:
+        data = replace(config.data, max_bad_share=1.0)  # a look costs nothing, whatever is found
+        documents, report = read_documents(data, tokenizer, World.alone(), telemetry)
+        write_bad(arguments.bad, report.bad, telemetry)
+    else:
+        documents = open_origin(config, tokenizer, World.alone(), telemetry).documents()
     portrait = portray(documents, config.data, config.ttt, draft, config.seed)
     count = max(0, min(arguments.samples, len(documents)))
     chosen = [number * len(documents) // count for number in range(count)]
@@ -64,6 +73,14 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
         title = config.target.store or ", ".join(Path(path).name for path in config.data.train)
         write_page(arguments.html, title, portrait, samples)
         telemetry.note(f"Page with plots: {arguments.html}")
+
+
+def write_bad(path: Path | None, bad: Sequence[Bad], telemetry: Telemetry) -> None:
+    """All refused conversations, a line each: file:line, reason, detail."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{place}: {reason}: {detail}\n" for place, reason, detail in bad), encoding="utf-8")
+        telemetry.note(f"{len(bad):,} unusable conversations listed: {path}")
 
 
 def sample(index: int, document: Document, tokenizer: PreTrainedTokenizerBase) -> Sample:

@@ -19,6 +19,7 @@ from engine.data.templates import UNVERIFIED
 
 MIN_TOKENS = 3  # row (0, 0) learns slot 1, which predicts token 2
 NAMED_SAMPLES = 5
+SHOW_ALL = "launcher/inspect_data.py --bad FILE lists all"
 CHUNK_BYTES = 1 << 20
 
 Bad = tuple[str, str, str]
@@ -167,7 +168,7 @@ class DataReport:
     long: tuple[tuple[str, int], ...]
 
     def summary(self) -> str:
-        """A few lines: totals, what was cut, and the first of those that were refused or too long, by name."""
+        """A few lines: totals, what was cut, and the first that were refused, for each reason, or too long, by name."""
         share = self.num_assistant_tokens / max(1, self.num_tokens)
         lines = [
             f"{self.num_samples:,} conversations -> {self.num_documents:,} documents, {self.num_tokens:,} tokens, "
@@ -286,9 +287,10 @@ def _existing(path: str) -> Path:
 
 
 def _bad_lines(bad: Sequence[Bad]) -> list[str]:
+    """How many were refused, and for each reason how many, and the first of them by name."""
     if not bad:
         return []
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(reason for _, reason, _ in bad).most_common())
-    return [f"{len(bad):,} unusable: {reasons}"] + [
-        f"  {place}: {reason}: {detail}" for place, reason, detail in bad[:NAMED_SAMPLES]
-    ]
+    first = {reason: f"{place}: {detail}" for place, reason, detail in reversed(bad)}
+    counts = Counter(reason for _, reason, _ in bad).most_common()
+    lines = [f"  {count:,} {reason}{', first' if count > 1 else ''}: {first[reason]}" for reason, count in counts]
+    return [f"{len(bad):,} unusable ({SHOW_ALL}):", *lines]

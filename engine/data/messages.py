@@ -83,6 +83,10 @@ def _read_content(content: Any, name: str) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise BadSample("not UTF-8", f"{name} holds half of a surrogate pair, which no text has") from error
         return content
     if not isinstance(content, list):
         raise BadSample("content is not text", f"{name} holds a {type(content).__name__}, expected a string")

@@ -248,6 +248,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"conversations": [ANSWER], "images": ["cat.png"]}, "has images"),
         ({"conversations": [ANSWER | {"image": "cat.png"}]}, "has images"),
         ({"conversations": [ANSWER | {"content": 7}]}, "content is not text"),
+        ({"conversations": [ANSWER | {"content": "\ud800"}]}, "not UTF-8"),
         ({"conversations": [ANSWER | {"content": [{"type": "text"}]}]}, "content is not text"),
         ({"conversations": ["hello"]}, "not a conversation"),
         ({"text": "hello"}, "not a conversation"),

@@ -46,14 +46,15 @@ def test_bad_samples_are_counted_and_named(make_tokenizer, write_jsonl):
         (f"{path}:4", "not UTF-8"),
         (f"{path}:5", "unknown role"),
     ]
-    assert "4 unusable: 2 unknown role, 1 not JSON, 1 not UTF-8" in report.summary()
-    assert f"{path}:2: not JSON" in report.summary()
+    assert "4 unusable" in report.summary()
+    assert f"  2 unknown role, first: {path}:3: " in report.summary() and f"  1 not JSON: {path}:2: " in report.summary()
 
 
-def test_summary_names_the_first_five_bad_samples(make_tokenizer, write_jsonl):
-    path = write_jsonl(GOOD, *[NO_ROLE] * 9)
+def test_summary_names_the_first_bad_sample_of_each_reason(make_tokenizer, write_jsonl):
+    path = write_jsonl(GOOD, *[NO_ROLE] * 1234, b"{")
     _, report = load_documents([path], make_tokenizer("chatml"), DataSection(max_bad_share=1.0))
-    assert f"{path}:6:" in report.summary() and f"{path}:7:" not in report.summary()
+    assert f"  1,234 unknown role, first: {path}:2: " in report.summary() and f"{path}:3:" not in report.summary()
+    assert f"  1 not JSON: {path}:1236: " in report.summary()
 
 
 def test_too_many_bad_samples_stop_the_run(make_tokenizer, write_jsonl):
@@ -61,7 +62,7 @@ def test_too_many_bad_samples_stop_the_run(make_tokenizer, write_jsonl):
     load_documents([path], make_tokenizer("chatml"), DataSection(max_bad_share=0.25))
     with pytest.raises(ValueError, match=r"25\.0% .* data\.max_bad_share allows 24\.0%") as error:
         load_documents([path], make_tokenizer("chatml"), DataSection(max_bad_share=0.24))
-    assert f"{path}:4: unknown role" in str(error.value)
+    assert f"1 unknown role: {path}:4: " in str(error.value)
 
 
 def test_unusable_files_are_named(make_tokenizer, write_jsonl):
@@ -74,7 +75,11 @@ def test_unusable_files_are_named(make_tokenizer, write_jsonl):
     assert "missing.jsonl: no such file" in message("missing.jsonl", tokenizer)
     assert "empty.jsonl: the file is empty" in message(write_jsonl(name="empty.jsonl"), tokenizer)
     only_bad = message(write_jsonl(NO_ROLE, name="bad.jsonl"), tokenizer)
-    assert "bad.jsonl: no conversation with an assistant token" in only_bad and "bad.jsonl:1: unknown role" in only_bad
+    assert (
+        "bad.jsonl: no conversation with an assistant token" in only_bad
+        and "1 unknown role: " in only_bad
+        and "bad.jsonl:1: " in only_bad
+    )
     tokenizer.chat_template = None
     assert "no chat template" in message(write_jsonl(GOOD), tokenizer)
 

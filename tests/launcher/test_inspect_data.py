@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,3 +45,34 @@ def test_what_is_wrong_is_said_in_one_line(override, words):
     done = inspect(override)
     assert done.returncode != 0
     assert words in done.stderr and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+ASKED, SAID = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+BAD_DATA = {
+    "not JSON": b'{"conversations": [{"role": "user"',
+    "not UTF-8": b'{"conversations": [{"role": "user", "content": "caf\xe9"}]}',
+    "not a conversation": ["hello"],
+    "unknown role": {"conversations": [{"role": "alien", "content": "w1"}, SAID]},
+    "empty turn": {"conversations": [{"role": "user", "content": "  "}, SAID]},
+    "no assistant turn": {"conversations": [ASKED]},
+    "has images": {"conversations": [ASKED, SAID], "images": ["cat.png"]},
+    "content is not text": {"conversations": [ASKED, SAID | {"content": 7}]},
+    "cannot be rendered": {"conversations": [ASKED, SAID], "tools": [{"name": "search"}]},
+    "too long": {"conversations": [ASKED, SAID | {"content": "w3 " * 60}]},
+}
+
+
+def test_ten_kinds_of_bad_data_are_each_named_by_line(tiny_target, tmp_path):
+    lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in BAD_DATA.values()]
+    path = tmp_path / "chat.jsonl"
+    path.write_bytes(b"\n".join([json.dumps({"conversations": [ASKED, SAID]}).encode(), *lines]) + b"\n")
+    template = "{{ raise_exception('no tools') if tools }}" + AutoTokenizer.from_pretrained(tiny_target).chat_template
+    (tmp_path / "mine.jinja").write_text(template)
+    options = [f"target.path={tiny_target}", "target.aux_layers=[0,1,3]", f"data.train={path}", "data.max_tokens=40"]
+    done = inspect(*options, "draft.vocab_size=48", f"data.template={tmp_path / 'mine.jinja'}", "--bad", tmp_path / "bad.txt")
+    assert done.returncode == 0, done.stderr
+    listed = (tmp_path / "bad.txt").read_text().splitlines()
+    for number, (reason, line) in enumerate(zip(list(BAD_DATA)[:-1], listed, strict=True), start=2):
+        assert line.startswith(f"{path}:{number}: {reason}: ")
+        assert f"1 {reason}: {path}:{number}: " in done.stdout
+    assert f"too long: {path}:11 (" in done.stdout
