@@ -83,10 +83,13 @@ class Checkpoints:
         if world.is_main:
             to_universal(self.folder, tag)
         world.barrier()
-        weights = consolidated_weights(self.folder, tag)
-        for name, parameter in draft.named_parameters():
-            if not parameter.requires_grad:
-                parameter.data.copy_(weights[name])
+        frozen = {name: parameter.data for name, parameter in draft.named_parameters() if not parameter.requires_grad}
+        if frozen and world.is_main:
+            weights = consolidated_weights(self.folder, tag)
+            for name, weight in frozen.items():
+                weight.copy_(weights[name])
+        for weight in frozen.values():
+            world.send_from_main(weight)
         return True
 
     def load(self, draft: ZeroDraft, world: World) -> None:

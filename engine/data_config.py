@@ -8,6 +8,14 @@ from typing import Any, Literal
 from engine.strict import ConfigError, nearest, option
 
 EMBEDDED = "embedded"
+RESERVED = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tools",
+}
 TEMPLATES = sorted(Path(__file__).parent.glob("data/chat_templates/*.jinja"), key=lambda path: path.stem)
 NAMED_TEMPLATES = {path.stem: path for path in TEMPLATES}
 
@@ -55,6 +63,9 @@ class DataSection:
                 f"; did you mean '{guess}'?" if guess else ""
             )
             raise ConfigError(problem, key="data.template", value=self.template)
+        for name in RESERVED & (self.template_kwargs or {}).keys():
+            problem = "is for whoever renders, not for the template; leave it out"
+            raise ConfigError(problem, key="data.template_kwargs", value=name)
         trained_on = {os.path.realpath(path) for path in self.train if path != EMBEDDED}
         for path in self.held_out:
             if os.path.realpath(path) in trained_on:

@@ -173,9 +173,12 @@ def held_out_prompts(
             f"{', '.join(map(str, paths))}: no conversation with a turn before the assistant's first; nothing to ask"
         )
     count, prompts, problem = min(count, len(openings)), [], None
-    for source, sample in (openings[index * len(openings) // count] for index in range(count)):
+    for path, number, offset in (openings[index * len(openings) // count] for index in range(count)):
+        source = f"{path}:{number}"
         try:
-            text = _prompt_text(sample, tokenizer, template_kwargs)
+            with path.open("rb") as file:
+                file.seek(offset)
+                text = _prompt_text(parse(file.readline()), tokenizer, template_kwargs)
             prompts.append(Prompt(source, on_sample(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"]))
         except BadSample as error:
             problem = f"{source} {error}"
@@ -185,12 +188,14 @@ def held_out_prompts(
     return prompts
 
 
-def _openings(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, sample) of each conversation whose first reply answers somebody."""
+def _openings(path: Path) -> Iterator[tuple[Path, int, int]]:
+    """(file, line, where it begins) of each conversation whose first reply answers somebody."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected JSONL with one conversation a line")
+    next_offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            offset, next_offset = next_offset, next_offset + len(line)
             try:
                 sample = parse(line)
                 if written_text(sample) is None:
@@ -199,7 +204,7 @@ def _openings(path: Path) -> Iterator[tuple[str, Any]]:
                         continue
             except BadSample:
                 continue
-            yield f"{path}:{number}", sample
+            yield path, number, offset
 
 
 def _prompt_text(sample: Any, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> str:

@@ -1,6 +1,5 @@
 """What conversations are like, as training will meet them: lengths, the assistant's share, rows, vocabulary, packs."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +16,8 @@ from engine.rows import allowed_rows, slots_of
 
 SAMPLED_DOCUMENTS = 4096  # for what needs the masks themselves
 VOCAB_SIZES = (8_000, 16_000, 32_000, 64_000)
+
+Bin = tuple[float, float, int]
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,10 @@ def _shares(rows_S: torch.Tensor, num_tokens: int) -> tuple[float, ...]:
     return tuple((rows_S / num_tokens).tolist())
 
 
-def histogram(values: Sequence[float] | np.ndarray, num_bins: int = 12) -> list[tuple[float, float, int]]:
-    """(from, to, how many) over even bins from the smallest to the largest value."""
-    counts, edges = np.histogram(values, bins=num_bins)
+def histogram(values: np.ndarray, num_bins: int = 12, within: tuple[float, float] | None = None) -> list[Bin]:
+    """(from, to, how many) over even bins from the smallest to the largest value, or over a range; none is within a number."""
+    if within is None and np.issubdtype(values.dtype, np.integer):
+        within = int(values.min()), int(values.max()) + 1
+        num_bins = min(num_bins, within[1] - within[0])
+    counts, edges = np.histogram(values, bins=num_bins, range=within)
     return [(float(low), float(high), int(count)) for low, high, count in zip(edges, edges[1:], counts, strict=False)]

@@ -66,7 +66,8 @@ class Trainer:
         """ds_config: as read from its file; what it leaves to be computed is computed here."""
         self.config, self.ds_config, self.world = config, ds_config, world
         self.output_dir = Path(config.output_dir)
-        self.checkpoints = Checkpoints(self.output_dir / CHECKPOINTS, config.checkpoint.keep, config.kept_on_resume)
+        kept = config.kept_on_resume | {"zero_optimization.stage": ds_config.get("zero_optimization", {}).get("stage", 0)}
+        self.checkpoints = Checkpoints(self.output_dir / CHECKPOINTS, config.checkpoint.keep, kept)
         self.telemetry = Telemetry(speaks=world.is_main)
         if not world.is_main:
             disable_progress_bar()

@@ -23,13 +23,13 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from engine.config import Config
 from engine.corpus import read_documents
-from engine.data.dataset import Bad
+from engine.data.dataset import Bad, UnusableData
 from engine.data.documents import Document
 from engine.data.templates import load_tokenizer
 from engine.models.draft_config import derive_draft_config
 from engine.origin import open_origin
 from engine.parallel.mesh import World
-from engine.portrait import VOCAB_SIZES, Portrait, histogram, portray
+from engine.portrait import VOCAB_SIZES, Bin, Portrait, histogram, portray
 from engine.portrait_page import Run, write_page
 from engine.recipe import load_config
 from engine.telemetry import Telemetry
@@ -56,7 +56,11 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
     draft = derive_draft_config(target, config.draft, config.target.aux_layers)
     if config.target.store is None:
         data = replace(config.data, max_bad_share=1.0)  # a look costs nothing, whatever is found
-        documents, report = read_documents(data, tokenizer, World.alone(), telemetry)
+        try:
+            documents, report = read_documents(data, tokenizer, World.alone(), telemetry)
+        except UnusableData as error:
+            write_bad(arguments.bad, error.bad, telemetry)
+            raise
         write_bad(arguments.bad, report.bad, telemetry)
     else:
         documents = open_origin(config, tokenizer, World.alone(), telemetry).documents()
@@ -102,8 +106,9 @@ def show_samples(samples: Sequence[Sample], telemetry: Telemetry) -> None:
 
 
 def show_portrait(portrait: Portrait, telemetry: Telemetry) -> None:
-    show_histogram("tokens of a document", portrait.lengths, "{:,.0f}", telemetry)
-    show_histogram("the assistant's share of a document", portrait.said / portrait.lengths, "{:.0%}", telemetry)
+    show_histogram("tokens of a document", histogram(portrait.lengths), "{:,.0f}", telemetry)
+    shares = histogram(portrait.said / portrait.lengths, within=(0, 1))
+    show_histogram("the assistant's share of a document", shares, "{:.0%}", telemetry)
     telemetry.console.rule()
     share = portrait.said.sum() / portrait.num_tokens
     telemetry.note(
@@ -119,9 +124,8 @@ def show_portrait(portrait: Portrait, telemetry: Telemetry) -> None:
     telemetry.note(f"what the assistant says is covered by a draft vocabulary of {covered}")
 
 
-def show_histogram(title: str, values: np.ndarray, number: str, telemetry: Telemetry) -> None:
+def show_histogram(title: str, bins: Sequence[Bin], number: str, telemetry: Telemetry) -> None:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    bins = histogram(values)
     for low, high, count in bins:
         bar = "█" * round(BAR_CHARACTERS * count / max(count for *_, count in bins))
         table.add_row(f"{number.format(low)} to {number.format(high)}", f"{count:,}", bar)

@@ -87,7 +87,8 @@ def test_packs_and_their_waste_are_those_of_an_epoch(documents, draft):
 
 
 def test_a_histogram_counts_everything_once():
-    bins = histogram([1.0, 1.0, 2.5, 9.0], num_bins=4)
+    bins = histogram(np.array([1.0, 1.0, 2.5, 9.0]), num_bins=4)
     assert [count for *_, count in bins] == [3, 0, 0, 1]
     assert (bins[0][0], bins[-1][1]) == (1, 9)
-    assert sum(count for *_, count in histogram([3, 3, 3])) == 3
+    assert histogram(np.array([3, 3, 3])) == [(3, 4, 3)]
+    assert [count for *_, count in histogram(np.array([0.5, 1.0]), num_bins=2, within=(0, 1))] == [0, 2]

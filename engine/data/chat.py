@@ -35,10 +35,10 @@ def render(
     cannot be derived.
     """
     template = ChatTemplate(tokenizer, {**extra, **(template_kwargs or {})})
-    if template.marks_replies:
-        text, spans = template.marked(messages)
-        return _document(text, _chosen(spans, train_on), tokenizer)
     replies = _chosen(_replies(messages), train_on)
+    if tokenizer.is_fast and template.format.marks:
+        text, spans = template.marked(messages)
+        return _document(text, spans[-len(replies) :], tokenizer)
     turns = [template.last_turn(messages[: index + 1]) for index in replies]
     text = turns[-1].text if replies[-1] == len(messages) - 1 else template.text(messages)
     for index, turn in zip(replies, turns, strict=True):
@@ -67,12 +67,17 @@ def render_text(text: str, markers: Markers, tokenizer: PreTrainedTokenizerBase,
     """A document of text that was written with the chat template already. Raises BadSample where it holds no reply."""
     spans = markers.find(text)
     if not spans:
-        raise BadSample("no assistant turn", f"the text holds no {markers.header!r}, which opens a reply")
+        raise BadSample("no assistant turn", f"the text holds nothing that opens a reply, as {markers.headers[0]!r} does")
     return _document(text, _chosen(spans, train_on), tokenizer)
 
 
 def _replies(messages: Sequence[Message]) -> list[int]:
-    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    """Turns of the assistant that answer somebody: what opens a conversation is read, not learned. Raises BadSample."""
+    asked = next((index for index, message in enumerate(messages) if message["role"] in ("user", "tool")), len(messages))
+    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > asked]
+    if not replies:
+        raise BadSample("no assistant turn", "the assistant answers nobody")
+    return replies
 
 
 def _chosen(replies: Sequence[Any], train_on: TrainOn) -> Sequence[Any]:
@@ -89,11 +94,26 @@ def _document(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBa
 
 
 def _by_offsets(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
-    """Token ids of `text`, and its `spans` from characters to tokens; a token across a bound belongs to the turn."""
-    encoding = on_sample(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    first_T, last_T = np.asarray(encoding["offset_mapping"]).T
+    """Token ids of `text`, and its `spans` from characters to tokens; a token across a turn's end belongs to the turn.
+
+    Where a token would cross a turn's start, the text is cut there: a server's prompt ends there too.
+    """
+    input_ids, first_T, last_T = _encoded(text, 0, tokenizer)
+    crossed = [start for start, _ in spans if ((first_T < start) & (start < last_T)).any()]
+    if crossed:
+        cuts = [0, *crossed, len(text)]
+        pieces = [_encoded(text[cut:stop], cut, tokenizer) for cut, stop in zip(cuts, cuts[1:], strict=False)]
+        input_ids = [token for ids, _, _ in pieces for token in ids]
+        first_T, last_T = (np.concatenate([piece[side] for piece in pieces]) for side in (1, 2))
     bounds = [(np.searchsorted(last_T, start, side="right"), np.searchsorted(first_T, stop)) for start, stop in spans]
-    return encoding["input_ids"], [(int(first), int(end)) for first, end in bounds]
+    return input_ids, [(int(first), int(end)) for first, end in bounds]
+
+
+def _encoded(text: str, offset: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Token ids, and the characters of each, counted from `offset`."""
+    encoding = on_sample(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    first_T, last_T = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T + offset
+    return encoding["input_ids"], first_T, last_T
 
 
 def _by_prefixes(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config import DataSection
 from engine.data.chat import render, render_text, render_turns
 from engine.data.documents import Document, DocumentList
-from engine.data.messages import BadSample, Message, parse, read_messages, written_text
+from engine.data.messages import BadSample, Message, parse, read_messages, with_text_arguments, written_text
 from engine.data.preformatted import Markers
 from engine.data.templates import UNVERIFIED
 
@@ -47,10 +47,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Scan:
-    """Files of conversations as they are on the disk. content: hash of each one's bytes."""
+    """Files of conversations as they are on the disk. content: hash of each one's bytes. stamps: time of change, and size."""
 
     chunks: tuple[Chunk, ...]
     content: tuple[str, ...]
+    stamps: tuple[tuple[int, int], ...]
 
     @property
     def num_bytes(self) -> int:
@@ -59,10 +60,11 @@ class Scan:
     @classmethod
     def of(cls, paths: Sequence[str], chunk_bytes: int = CHUNK_BYTES) -> "Scan":
         """Read files through, once. Raises ValueError for a missing or empty one."""
-        chunks, content = [], []
+        chunks, content, stamps = [], [], []
         for number, path in enumerate(paths):
+            stamps.append(stamp(_existing(path)))
             digest, offset, size, first_line, num_lines = xxhash.xxh3_128(), 0, 0, 1, 0
-            with _existing(path).open("rb") as file:
+            with Path(path).open("rb") as file:
                 for line in file:
                     digest.update(line)
                     size, num_lines = size + len(line), num_lines + 1
@@ -72,7 +74,13 @@ class Scan:
             if size:
                 chunks.append(Chunk(path, number, offset, size, first_line))
             content.append(digest.hexdigest())
-        return cls(tuple(chunks), tuple(content))
+        return cls(tuple(chunks), tuple(content), tuple(stamps))
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """By which a change of a file is noticed."""
+    facts = path.stat()
+    return facts.st_mtime_ns, facts.st_size
 
 
 @dataclass
@@ -117,7 +125,13 @@ class Renderer:
         sample = parse(line)
         if (text := written_text(sample)) is not None:
             return [render_text(text, self._markers, self.tokenizer, self.section.train_on)]
-        return self._render(*read_messages(sample), counts)
+        messages, extra = read_messages(sample)
+        try:
+            return self._render(messages, extra, counts)
+        except BadSample:
+            if not any(message.get("tool_calls") for message in messages):
+                raise
+            return self._render(with_text_arguments(messages), extra, counts)
 
     @cached_property
     def _markers(self) -> Markers:
@@ -143,6 +157,14 @@ class Renderer:
                 rendered.counts["dropped"] += 1
             else:
                 rendered.documents.append(piece)
+
+
+class UnusableData(ValueError):
+    """Too little of the conversations can be used. bad: as in `DataReport`."""
+
+    def __init__(self, message: str, bad: Sequence[Bad]) -> None:
+        super().__init__(message)
+        self.bad = tuple(bad)
 
 
 @dataclass(frozen=True)
@@ -210,7 +232,7 @@ class Tally:
             if not self._usable[number]:
                 own = [bad for bad in self._bad if bad[0].rpartition(":")[0] == path]
                 problem = "no conversation with an assistant token to train on; expected JSONL with one conversation a line"
-                raise ValueError("\n".join([f"{path}: {problem}", *_bad_lines(own)]))
+                raise UnusableData("\n".join([f"{path}: {problem}", *_bad_lines(own)]), self._bad)
         counted = {f"num_{name}": self._counts[name] for name in ("samples", "documents", "tokens", "assistant_tokens")}
         counted |= {name: self._counts[name] for name in ("by_turn", "cut", "split", "dropped")}
         return DataReport(**counted, bad=tuple(self._bad), long=tuple(self._long))
@@ -274,7 +296,7 @@ def check_bad_share(report: DataReport, max_bad_share: float) -> None:
     if share > max_bad_share:
         mend = "mend or remove them, or raise data.max_bad_share to go on without them"
         lines = [f"{share:.1%} of the conversations are unusable, data.max_bad_share allows {max_bad_share:.1%}; {mend}"]
-        raise ValueError("\n".join(lines + _bad_lines(report.bad)))
+        raise UnusableData("\n".join(lines + _bad_lines(report.bad)), report.bad)
 
 
 def _existing(path: str) -> Path:

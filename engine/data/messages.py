@@ -1,7 +1,7 @@
 """What a line of a conversation file says: its messages, or why it cannot be used."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -9,6 +9,9 @@ import jinja2
 ROLES = {"user", "assistant", "system", "tool"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+OPEN, CLOSE = "<think>", "</think>"
 
 Message = dict[str, Any]
 
@@ -41,16 +44,47 @@ def written_text(sample: Any) -> str | None:
 def read_messages(sample: Any) -> tuple[list[Message], dict[str, Any]]:
     """Messages (role, content, and every other key as it came) and template arguments (`tools`) of a JSON sample.
 
-    Accepts `role`/`content` and ShareGPT's `from`/`value`. Raises BadSample.
+    Accepts `role`/`content` and ShareGPT's `from`/`value`; arguments of tool calls that are JSON text become objects, as chat
+    templates want them. Raises BadSample.
     """
     turns = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(turns, list):
         raise BadSample("not a conversation", "expected an object whose key 'conversations' holds a list of turns")
     _refuse_media(sample, "the sample")
     messages = [_read_turn(turn, f"turn {index}") for index, turn in enumerate(turns)]
+    if sample.get("system") and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": _read_content(sample["system"], "the key 'system'")})
     if all(message["role"] != "assistant" for message in messages):
         raise BadSample("no assistant turn", f"none of the {len(messages)} turns is the assistant's")
     return messages, {"tools": sample["tools"]} if sample.get("tools") else {}
+
+
+def thinking_and_words(reply: Message) -> tuple[str, str]:
+    """What a reply thinks, and what it says then; a thinking block at the start of its content is thinking."""
+    content = reply["content"].strip()
+    for key in REASONING_KEYS:
+        if reply.get(key):
+            return reply[key], content
+    thinking, closed, words = content.partition(CLOSE)
+    if closed and (content.startswith(OPEN) or (OPEN not in content and words.startswith("\n"))):
+        return thinking.removeprefix(OPEN), words.strip()
+    return "", content
+
+
+def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Messages with the arguments of their tool calls as JSON text, as a few chat templates want them."""
+
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function", call)
+        arguments = function.get("arguments", {})
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        function = function | {"arguments": text}
+        return call | {"function": function} if "function" in call else function
+
+    return [
+        message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]} if message.get("tool_calls") else message
+        for message in messages
+    ]
 
 
 def on_sample(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -72,11 +106,42 @@ def _read_turn(turn: Any, name: str) -> Message:
         known = ", ".join(sorted(ROLES | SHAREGPT_ROLES.keys()))
         raise BadSample("unknown role", f"{name} has role {role!r}, expected one of {known}")
     content = _read_content(turn.get(content_key), name)
-    says_something = content.strip() or turn.get("tool_calls") or turn.get("reasoning_content")
+    rest = {key: value for key, value in turn.items() if key not in (role_key, content_key)}
+    if rest.get("tool_calls"):
+        rest["tool_calls"] = _read_calls(rest["tool_calls"], name)
+    for key in REASONING_KEYS:
+        if rest.get(key) is not None and not isinstance(rest[key], str):
+            raise BadSample(
+                "content is not text", f"{name} holds a {type(rest[key]).__name__} under {key!r}, expected a string"
+            )
+    says_something = content.strip() or rest.get("tool_calls") or any(rest.get(key) for key in REASONING_KEYS)
     if role in ("user", "assistant") and not says_something:
         raise BadSample("empty turn", f"{name} ({role}) has no content")
-    rest = {key: value for key, value in turn.items() if key not in (role_key, content_key)}
     return {"role": role, "content": content, **rest}
+
+
+def _read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
+    problem = f"{name}: expected a list of {{'function': {{'name': str, 'arguments': object}}}}, got {calls!r:.100}"
+    if not isinstance(calls, list):
+        raise BadSample("malformed tool call", problem)
+    read = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadSample("malformed tool call", problem)
+        if "arguments" in function:
+            function = function | {"arguments": _read_arguments(function["arguments"])}
+        read.append(call | {"function": function} if "function" in call else function)
+    return read
+
+
+def _read_arguments(arguments: Any) -> Any:
+    """What a model said may be no JSON; then it stays as it was said."""
+    try:
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
 
 
 def _read_content(content: Any, name: str) -> str:

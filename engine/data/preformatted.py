@@ -1,57 +1,115 @@
 """Text that was written with the chat template already: where the replies lie in it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from engine.data.templates import OPENED_THINKING, ChatTemplate
+from engine.data.messages import BadSample, Message
+from engine.data.templates import OPENED_THINKING, QUESTION, REPLY, UNVERIFIED, ChatTemplate, Span
 
-QUESTION, REPLY, NEXT_QUESTION, NEXT_REPLY = "First question.", "First reply.", "Second question.", "Second reply."
-
-Span = tuple[int, int]
+RESULT, NEXT_QUESTION, NEXT_REPLY = "First result.", "Second question.", "Second reply."
+CALL = {"id": "functions.search:0", "type": "function", "function": {"name": "search", "arguments": {"query": "it"}}}
+PLAIN = ((QUESTION, "user"), (REPLY, "assistant"), (NEXT_QUESTION, "user"), (NEXT_REPLY, "assistant"))
+WITH_TOOLS = ((QUESTION, "user"), ("", "assistant"), (RESULT, "tool"), (REPLY, "assistant"))
 
 
 @dataclass(frozen=True)
 class Markers:
     """What a template puts around replies.
 
-    header: before one. thinking: the thinking block that the generation prompt opens behind the header, "" if it does not.
-    ends: what may end a reply.
+    headers: before one, the longest first. thinking: the thinking block that the generation prompt opens behind it, "" if it
+    does not. ends: what may end a reply. others: special tokens that open what is not the assistant's.
     """
 
-    header: str
+    headers: tuple[str, ...]
     thinking: str
     ends: tuple[str, ...]
+    others: tuple[str, ...]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> "Markers":
-        """From a conversation whose words are known. Raises ValueError if they do not find its replies again."""
-        template = ChatTemplate(tokenizer, template_kwargs or {})
-        words = ((QUESTION, "user"), (REPLY, "assistant"), (NEXT_QUESTION, "user"), (NEXT_REPLY, "assistant"))
-        messages = [{"role": role, "content": content} for content, role in words]
-        first, last = template.last_turn(messages[:2]), template.last_turn(messages)
-        prompt, asked = first.text[: first.start], template.text(messages[:1])
-        header = prompt.removeprefix(asked) if prompt.startswith(asked) and prompt != asked else prompt.rpartition(QUESTION)[2]
-        opened = OPENED_THINKING.search(header)
-        thinking = opened[0] if opened else ""
-        ends = {first.text[: first.end].rpartition(REPLY)[2], last.text[: last.end].rpartition(NEXT_REPLY)[2]}
-        ends |= {token for token in template.special_tokens if last.text.partition(REPLY)[2].startswith(token)}
-        markers = cls(header.removesuffix(thinking), thinking, tuple(sorted(ends - {""})))
-        found = [last.text[start:end] for start, end in markers.find(last.text)] if markers.header else []
-        if len(found) != 2 or any(word not in reply for word, reply in zip((REPLY, NEXT_REPLY), found, strict=True)):
-            problem = "replies cannot be found in text that was written with this chat template"
-            raise ValueError(f"{problem}; give messages under 'conversations' instead of 'text'")
-        return markers
+        """From conversations whose words are known. Raises ValueError if they do not find its replies again."""
+        template, found = ChatTemplate(tokenizer, template_kwargs or {}), _Found()
+        messages = [_message(*turn) for turn in PLAIN]
+        found.learn(template, messages)
+        with suppress(BadSample):  # not every format has tools
+            found.learn(template, [_message(*turn) for turn in WITH_TOOLS])
+        opened = [match[0] for match in map(OPENED_THINKING.search, found.headers) if match]
+        thinking = max(opened, key=len, default="")
+        headers = {header.removesuffix(thinking) for header in found.headers} - {""}
+        others = {token for token in found.others - found.ends if token not in found.said}
+        markers = cls(tuple(sorted(headers, key=len, reverse=True)), thinking, tuple(sorted(found.ends)), tuple(sorted(others)))
+        text = template.last_turn(messages).text
+        with suppress(BadSample):
+            replies = [text[start:end] for start, end in markers.find(text)]
+            if len(replies) == 2 and REPLY in replies[0] and NEXT_REPLY in replies[1]:
+                return markers
+        problem = "replies cannot be found in text that was written with this chat template"
+        raise ValueError(f"{problem}; give messages under 'conversations' instead of 'text'")
 
     def find(self, text: str) -> list[Span]:
-        """Where the replies lie in a text, in characters, each with its end."""
-        spans, at = [], text.find(self.header)
-        while at >= 0:
-            start = at + len(self.header)
+        """Where the replies lie in a text, in characters, each with its end.
+
+        Raises BadSample if one holds what opens another's turn, so that its end is not known.
+        """
+        spans, at = [], 0
+        while found := [(place, -len(header)) for header in self.headers if (place := text.find(header, at)) >= 0]:
+            place, length = min(found)
+            start = place - length
             start += len(self.thinking) if text.startswith(self.thinking, start) else 0
             stops = [place + len(end) for end in self.ends if (place := text.find(end, start)) >= 0]
-            spans.append((start, min(stops, default=len(text))))
-            at = text.find(self.header, spans[-1][1])
-        return [(start, end) for start, end in spans if start < end]
+            at = max(min(stops, default=len(text)), start)
+            if start < at:
+                spans.append((start, at))
+            if foreign := next((token for token in self.others if token in text[start:at]), None):
+                raise BadSample(UNVERIFIED, f"a reply in the text holds {foreign!r}, which opens another's turn")
+        return spans
+
+
+def _message(words: str, role: str) -> Message:
+    message = {"role": role, "content": words}
+    if role == "tool":
+        message |= {"name": "search", "tool_call_id": CALL["id"]}
+    return message if words else message | {"tool_calls": [CALL]}
+
+
+@dataclass
+class _Found:
+    """What conversations whose words are known tell of a template. said: the replies themselves, one behind the other."""
+
+    headers: list[str] = field(default_factory=list)
+    ends: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
+    said: str = ""
+
+    def learn(self, template: ChatTemplate, messages: Sequence[Message]) -> None:
+        """Add the headers and ends of a conversation's replies, and the special tokens that open what is said to them."""
+        whole = template.text(messages)
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            turn, words = template.last_turn(messages[: index + 1]), messages[index - 1]["content"]
+            header = template.text(messages[:index], add_generation_prompt=True).rpartition(words)[2]
+            self.headers.append(_own_part(header, template.text(messages[:index]).rpartition(words)[2], template))
+            said = turn.text[turn.start : turn.end]
+            self.said += said
+            tokens = [token for token in template.special_tokens if said.endswith(token)]
+            self.ends |= set(tokens[:1]) or {said.rpartition(message["content"])[2]} - {""}
+            asked = turn.text.partition(words)[0]
+            self.others |= {token for _, token in [max((asked.rfind(token), token) for token in template.special_tokens)]}
+            history = whole.partition(message["content"])[2] if message["content"] else ""
+            self.ends |= {token for token in template.special_tokens if history.startswith(token)}
+
+
+def _own_part(header: str, unasked: str, template: ChatTemplate) -> str:
+    """What of a header asks for the reply: without the end of the turn before, which is there unasked too."""
+    kept = header
+    while token := next((token for token in template.special_tokens if kept.startswith(token)), ""):
+        if not unasked.startswith(token):
+            break
+        blank = len(kept[len(token) :]) - len(kept[len(token) :].lstrip())
+        kept, unasked = kept[len(token) + blank :], unasked[len(token) :].lstrip()
+    return kept or header

@@ -4,11 +4,12 @@ A template is the tokenizer's own, one of `chat_templates/` by name, or a user's
 published formats, for tokenizers that come without one.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from engine.config import DataSection, TargetSection
-from engine.data.messages import BadSample, Message, on_sample
+from engine.data.messages import BadSample, Message, on_sample, thinking_and_words
 from engine.data_config import NAMED_TEMPLATES
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-OPENED_THINKING = re.compile(r"<think>\s*$")
+OPENED_THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
 UNVERIFIED = "mask cannot be verified"
+QUESTION, REPLY, NEXT = "First question.", "First reply.", "Go on."
+ANCHORS = (16, 8)  # characters of a reply's end by which it is found again
+
+Span = tuple[int, int]
 
 
 def load_tokenizer(target: TargetSection, data: DataSection) -> PreTrainedTokenizerBase:
@@ -48,6 +53,24 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Format:
+    """What a template does to a reply whose words are known.
+
+    endings: the special tokens behind it, of which the first ends it. by_header: whether it ends by saying the special token
+    that opens the next speaker's turn (GLM). header: the generation prompt, "" if there is none; bare: whether nothing stands
+    between the turn before and the reply (Mistral). marks: whether `{% generation %}` tags mark replies; marks_more: also
+    their headers.
+    """
+
+    endings: tuple[str, ...]
+    by_header: bool
+    header: str
+    bare: bool
+    marks: bool
+    marks_more: bool
+
+
+@dataclass(frozen=True)
 class ChatTemplate:
     """A tokenizer's chat template with its arguments (`tools`, `enable_thinking`, ...)."""
 
@@ -55,32 +78,46 @@ class ChatTemplate:
     arguments: Mapping[str, Any]
 
     @cached_property
-    def marks_replies(self) -> bool:
-        """Whether it has `{% generation %}` tags."""
-        return bool(GENERATION_TAG.search(self.tokenizer.get_chat_template(tools=self.arguments.get("tools"))))
+    def format(self) -> Format:
+        """Found by rendering a question and a reply. Raises BadSample if the template cannot write these."""
+        arguments = {key: value for key, value in self.arguments.items() if key != "tools"}
+        return _format_of(self.tokenizer, self.tokenizer.chat_template, json.dumps(arguments, sort_keys=True, default=str))
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
-        return tuple(added.content for added in self.tokenizer.added_tokens_decoder.values() if added.special)
+        return special_tokens(self.tokenizer, self.tokenizer.chat_template)
 
     def text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Raises BadSample where the template fails."""
-        template = self.tokenizer.apply_chat_template
-        prompt = {"add_generation_prompt": add_generation_prompt}
+        template, prompt = self.tokenizer.apply_chat_template, {"add_generation_prompt": add_generation_prompt}
         return on_sample(template, list(messages), tokenize=False, **prompt, **self.arguments)
 
-    def marked(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and what its tags mark of each reply, in characters. Raises BadSample unless that holds the reply."""
+    def marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """The text, and what its tags mark of each reply with its end token, in characters.
+
+        Raises BadSample unless that holds the whole reply, and no header.
+        """
+        text, spans = self._tagged(messages)
+        replies = [message for message in messages if message["role"] == "assistant"]
+        if len(spans) != len(replies):
+            raise BadSample(UNVERIFIED, f"the chat template marks {len(spans)} replies of {len(replies)}")
+        if self.format.marks_more:
+            raise BadSample(UNVERIFIED, "the chat template's {% generation %} tags mark more than replies")
+        whole = []
+        for number, (reply, (start, end)) in enumerate(zip(replies, spans, strict=True)):
+            ending = next((token for token in self.special_tokens if text.startswith(token, end)), "")
+            if not text[start:end].rstrip().endswith(self.special_tokens) and ending in self.format.endings:
+                end += len(ending)  # tags that leave out the end token
+            if not self._holds(reply, text[start:end]):
+                raise BadSample(UNVERIFIED, f"what the chat template marks as reply {number} does not hold all of it")
+            whole.append((start, end))
+        return text, whole
+
+    def _tagged(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         arguments = {**self.tokenizer.special_tokens_map, **self.arguments}
         template = self.tokenizer.get_chat_template(tools=arguments.get("tools"))
         chats = {"conversations": [list(messages)], "chat_template": template, "return_assistant_tokens_mask": True}
         (text,), (spans,) = on_sample(render_jinja_template, **chats, **arguments)
-        replies = [message for message in messages if message["role"] == "assistant"]
-        if len(spans) != len(replies):
-            raise BadSample(UNVERIFIED, f"the chat template marks {len(spans)} replies of {len(replies)}")
-        for number, (reply, (start, end)) in enumerate(zip(replies, spans, strict=True)):
-            if spoken(reply) not in text[start:end]:
-                raise BadSample(UNVERIFIED, f"what the chat template marks as reply {number} does not hold its words")
         return text, spans
 
     def last_turn(self, messages: Sequence[Message]) -> Turn:
@@ -88,70 +125,129 @@ class ChatTemplate:
 
         The reply is what its turn adds to the prompt that asks for it, up to the token that ends it.
         """
+        text, start = self._reply_behind_prompt(messages)
         *before, reply = messages
-        prompt, text, index = self.text(before, add_generation_prompt=True), self.text(messages), len(before)
-        if not text.startswith(prompt):
-            text, prompt = self._with_thinking(prompt, text, reply, index)
-        if len(text) == len(prompt):
-            raise BadSample(UNVERIFIED, f"the chat template does not write turn {index} after its generation prompt")
-        opens_with_reply = text[len(prompt) :].lstrip().startswith(reply["content"].strip())
-        if not opens_with_reply and prompt == self.text(before):
-            problem = f"the chat template has no generation prompt, so the header of turn {index} cannot be told from the reply"
-            raise BadSample(UNVERIFIED, problem)
-        end = self._end_of(reply, text, len(prompt), index)
-        if end is None and (token := self._next_header(messages, text)):
-            text = text.rstrip() + token
-        return Turn(text, len(prompt), end or len(text))
+        said, plain = text[start:], self.format
+        if not self._holds(reply, said):
+            raise BadSample(UNVERIFIED, f"the chat template leaves out words of turn {len(before)}")
+        behind = self._behind(reply, said)
+        if plain.by_header:
+            token = self._next_header(messages, said)
+            text = text[: start + len(said.rstrip())] + token
+            return Turn(text, start, len(text))
+        if not plain.endings and not behind:
+            return Turn(text, start, len(text))
+        if not behind:
+            raise BadSample(UNVERIFIED, f"the chat template writes more than an end token behind turn {len(before)}")
+        return Turn(text, start, start + behind)
 
-    def _with_thinking(self, prompt: str, text: str, reply: Message, index: int) -> tuple[str, str]:
-        """Text and prompt where the prompt opens a thinking block that the template leaves out of replies (DeepSeek R1)."""
+    def _reply_behind_prompt(self, messages: Sequence[Message]) -> tuple[str, int]:
+        """The text up to a reply's end, and where in it the reply begins."""
+        *before, reply = messages
+        prompt, text, asked = self.text(before, add_generation_prompt=True), self.text(messages), self.text(before)
+        if not text.startswith(prompt):
+            return self._joined(prompt, text, messages)
+        words = thinking_and_words(reply)[1]
+        opens_with_words = words and text[len(prompt) :].lstrip().startswith(words)
+        if prompt == asked and not self.format.bare and not opens_with_words:
+            problem = f"there is no generation prompt, so the header of turn {len(before)} cannot be told from the reply"
+            raise BadSample(UNVERIFIED, problem)
+        return text, len(prompt)
+
+    def _joined(self, prompt: str, text: str, messages: Sequence[Message]) -> tuple[str, int]:
+        """The same where the template writes a reply otherwise than behind its prompt.
+
+        Either the prompt opens a thinking block that replies do not keep (DeepSeek), or what stands before is rewritten once
+        the reply is there (GPT-OSS): then the reply is cut out behind the last message before it.
+        """
+        *before, reply = messages
+        problem = f"the chat template does not write turn {len(before)} after its generation prompt"
         opened = OPENED_THINKING.search(prompt)
         header = prompt[: opened.start()] if opened else prompt
-        if not text.startswith(header):
-            raise BadSample(UNVERIFIED, f"the chat template does not write turn {index} after its generation prompt")
-        thinking = reply.get("reasoning_content") or reply["content"].rpartition("</think>")[0].replace("<think>", "")
-        if not thinking.strip():
-            return text, header
-        return f"{prompt}{thinking.strip()}\n</think>\n\n{text[len(header) :].lstrip()}", prompt
+        if opened and text.startswith(header):
+            thinking, rest = thinking_and_words(reply)[0].strip(), text[len(header) :]
+            if not thinking:
+                return text, len(header)
+            closing = "" if rest.lstrip().startswith("</think>") else "\n</think>\n\n"
+            return f"{prompt}{thinking}{closing}{rest if not closing else rest.lstrip()}", len(prompt)
+        header, last = self.format.header, before[-1]["content"] if before else ""
+        behind = text.rfind(last) + len(last) if last and last in text else len(text)
+        at = text.find(header, behind) if header and prompt.endswith(header) else -1
+        if at < 0:
+            raise BadSample(UNVERIFIED, problem)
+        return prompt + text[at + len(header) :], len(prompt)
 
-    def _end_of(self, reply: Message, text: str, start: int, index: int) -> int | None:
-        """Just after the reply's end token, in characters of `text`; None where its words end the text.
+    def _holds(self, reply: Message, said: str) -> bool:
+        """Whether all of a reply is in what was said: its words and calls, or else its thinking."""
+        thinking, words = thinking_and_words(reply)
+        calls = [call.get("function", call)["name"] for call in reply.get("tool_calls") or ()]
+        parts = [words, *calls] if words or calls else [thinking]
+        return all(part.strip() in said for part in parts) and any(part.strip() for part in parts)
 
-        Raises BadSample if there is more than special tokens and blanks behind its words, or they are not there.
-        """
-        end, following = len(text.rstrip()), None
-        while not self._is_all(reply, text[start:end]):
-            token = next((token for token in self.special_tokens if text.endswith(token, start, end)), None)
+    def _behind(self, reply: Message, said: str) -> int:
+        """Where the token that ends a reply ends, in characters of what was said; 0 = nothing but blanks is behind it."""
+        thinking, words = thinking_and_words(reply)
+        if words and not reply.get("tool_calls"):
+            return self._end_token_behind(words, said)
+        body = said.rstrip()
+        if self.format.endings:
+            tail = len(body)
+            for token in reversed(self.format.endings):
+                if not body.endswith(token, 0, tail):
+                    break
+                end, tail = tail, len(body[: tail - len(token)].rstrip())
+            else:
+                return end
+        return len(body) if reply.get("tool_calls") and body.endswith(self.special_tokens) else 0
+
+    def _end_token_behind(self, words: str, said: str) -> int:
+        """Raises BadSample if there is more than special tokens and blanks behind the words."""
+        end, first = len(said.rstrip()), 0
+        while not said[:end].endswith(words):
+            token = next((token for token in self.special_tokens if said.endswith(token, 0, end)), None)
             if token is None:
-                raise BadSample(UNVERIFIED, f"the chat template leaves out words of turn {index}, or writes more behind them")
-            following, end = end, len(text[: end - len(token)].rstrip())
-        return following
+                raise BadSample(UNVERIFIED, "the chat template writes more than special tokens behind a reply")
+            first, end = end, len(said[: end - len(token)].rstrip())
+        return first
 
-    def _is_all(self, reply: Message, said: str) -> bool:
-        """Whether nothing of a reply is missing from what was said, and nothing follows it."""
-        words, calls = spoken(reply), [call.get("function", call).get("name", "") for call in reply.get("tool_calls") or []]
-        if words and not calls:
-            return said.endswith(words)
-        return words in said and all(name in said for name in calls) and not said.endswith(self._closing_tokens)
-
-    @property
-    def _closing_tokens(self) -> tuple[str, ...]:
-        """Tokens that may end a turn but no tool call."""
-        return tuple(token for token in self.special_tokens if "tool_call" not in token and "tool▁call" not in token)
-
-    def _next_header(self, messages: Sequence[Message], text: str) -> str:
-        """The special token that opens the next speaker's turn: with some targets (GLM) a reply ends by saying it."""
-        role, question = "tool" if messages[-1].get("tool_calls") else "user", "Go on."
-        followed = self.text([*messages, {"role": role, "content": question}]).rpartition(question)[0]
-        last_words = (spoken(messages[-1]) or text.rstrip())[-16:]
-        after = followed.rpartition(last_words)[2].lstrip()
-        tokens = [token for token in self.special_tokens if after.startswith(token) and token != self.tokenizer.bos_token]
-        return max(tokens, key=len, default="")
+    def _next_header(self, messages: Sequence[Message], said: str) -> str:
+        """The special token that opens the turn behind a reply. Raises BadSample if it cannot be found."""
+        role = "tool" if messages[-1].get("tool_calls") else "user"
+        followed = self.text([*messages, {"role": role, "content": NEXT}]).rpartition(NEXT)[0]
+        for length in ANCHORS:
+            _, found, after = followed.rpartition(said.rstrip()[-length:])
+            tokens = [token for token in self.special_tokens if after.lstrip().startswith(token)] if found else []
+            if tokens:
+                return max(tokens, key=len)
+        raise BadSample(UNVERIFIED, f"what ends turn {len(messages) - 1} cannot be found")
 
 
-def spoken(reply: Message) -> str:
-    """What a reply says after its thinking."""
-    return reply["content"].rpartition("</think>")[2].strip()
+@lru_cache(maxsize=64)
+def special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
+    """Those of a tokenizer, longest first. template: of the tokenizer, so that a change is noticed."""
+    added = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
+    return tuple(sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True))
+
+
+@lru_cache(maxsize=64)
+def _format_of(tokenizer: PreTrainedTokenizerBase, template: str, arguments: str) -> Format:
+    plain, asked = ChatTemplate(tokenizer, json.loads(arguments)), [{"role": "user", "content": QUESTION}]
+    messages, marks = [*asked, {"role": "assistant", "content": REPLY}], bool(GENERATION_TAG.search(template))
+    behind, endings = plain.text(messages).rpartition(REPLY)[2].strip(), []
+    while token := next((token for token in plain.special_tokens if behind.startswith(token)), ""):
+        endings.append(token)
+        behind = behind[len(token) :].lstrip()
+    marked = [text[start:end] for text, spans in [plain._tagged(messages)] for start, end in spans] if marks else []
+    more = any(not span.strip().startswith(REPLY) and "<think>" not in span for span in marked)
+    by_header = False
+    if not endings:
+        after = plain.text([*messages, {"role": "user", "content": NEXT}]).rpartition(REPLY)[2].lstrip()
+        opening = [token for token in plain.special_tokens if after.startswith(token)]
+        by_header = bool(opening) and tokenizer.bos_token not in opening
+    question, prompt = plain.text(asked), plain.text(asked, add_generation_prompt=True)
+    header = prompt.removeprefix(question) if prompt.startswith(question) else ""
+    bare = plain.text(messages).removeprefix(question).lstrip().startswith(REPLY)
+    return Format(tuple(endings), by_header, header, bare, marks, more)
 
 
 def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
+from typing import BinaryIO
 from zipfile import BadZipFile
 
+import jinja2
 import numpy as np
 import tokenizers
 import transformers
@@ -29,15 +33,25 @@ from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import init_hf_modules
 
 from engine.config import DataSection
-from engine.data import chat, dataset, messages, preformatted, templates
-from engine.data.dataset import Chunk, DataReport, Progress, Rendered, Renderer, Scan, Tally, check_bad_share, check_template
+from engine.data.dataset import (
+    Chunk,
+    DataReport,
+    Progress,
+    Rendered,
+    Renderer,
+    Scan,
+    Tally,
+    check_bad_share,
+    check_template,
+    stamp,
+)
 from engine.data.documents import Document, Documents, add_counts, document_checksum
 from engine.data.fingerprint import hash_of, tokenizer_hash
 
 WORTH_PROCESSES_BYTES = 16 << 20  # below, one process is done before others have started
 SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_WITHOUT_SIGN = 300  # of the process that makes an entry, before those that wait for it give up
 REPORT, IDS, MASK, ARRAYS = "report.json", "input_ids.int32", "assistant_mask.bool", "arrays.npz"
-MADE_BY = (chat, dataset, messages, preformatted, templates)
 
 _render: Renderer  # of a worker process
 
@@ -90,8 +104,10 @@ class Writer:
             self._counts = add_counts(self._counts, document)
 
     def close(self, paths: Sequence[str], report: DataReport) -> None:
-        self._ids.close()
-        self._mask.close()
+        for file in (self._ids, self._mask):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         bounds = {name: np.cumsum([0, *sizes]) for name, sizes in (("token", self._lengths), ("turn", self._num_turns))}
         np.savez(
             self._folder / ARRAYS,
@@ -121,10 +137,7 @@ def tokenise(
     check_template(tokenizer)
     scan = Scan.of(paths)
     entry = Path(section.cache_dir) / entry_name(scan, tokenizer, section)
-    found = open_entry(entry, paths)
-    while found is None and not builds:
-        time.sleep(SECONDS_BETWEEN_LOOKS)
-        found = open_entry(entry, paths)
+    found = open_entry(entry, paths) or (None if builds else _await(entry, paths))
     if found is None:
         try:
             with _locked(entry):
@@ -143,9 +156,12 @@ def tokenise(
 def entry_name(scan: Scan, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> str:
     """Of everything that decides what the conversations become."""
     options = ("template_kwargs", "train_on", "turns", "long_documents", "max_tokens")
-    code = [xxhash.xxh3_64_hexdigest(Path(module.__file__).read_bytes()) for module in MADE_BY]
-    made_by = [*code, transformers.__version__, tokenizers.__version__]
-    rendered = [tokenizer_hash(tokenizer), tokenizer.chat_template, [getattr(section, name) for name in options]]
+    code = [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    made_by = [*code, transformers.__version__, tokenizers.__version__, jinja2.__version__]
+    template = [tokenizer.chat_template, tokenizer.special_tokens_map]
+    if "strftime_now" in tokenizer.chat_template:
+        template.append(date.today().isoformat())  # which it writes
+    rendered = [tokenizer_hash(tokenizer), template, [getattr(section, name) for name in options]]
     return hash_of([scan.content, rendered, made_by])
 
 
@@ -154,7 +170,7 @@ def open_entry(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, D
     try:
         facts = json.loads((entry / REPORT).read_text(encoding="utf-8"))
         documents = TokenisedDocuments(entry)
-    except (OSError, ValueError, EOFError, BadZipFile):
+    except (OSError, ValueError, LookupError, EOFError, BadZipFile):
         return None
     named, report = dict(zip(facts["paths"], paths, strict=True)), facts["report"]
 
@@ -168,10 +184,10 @@ def open_entry(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, D
 
 
 def _build(entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on_progress: Progress | None) -> None:
-    for leftover in entry.parent.glob(f"{entry.name}.partial-*"):
+    for leftover in entry.parent.glob(f"{entry.name}.partial-*"):  # of a process that died: this one holds the lock
         shutil.rmtree(leftover)
     shutil.rmtree(entry, ignore_errors=True)  # one that is not whole
-    partial = entry.with_name(f"{entry.name}.partial-{os.getpid()}")
+    partial = entry.with_name(f"{entry.name}.partial-{socket.gethostname()}-{os.getpid()}")
     tally, done = Tally(paths), 0
     try:
         writer = Writer(partial)
@@ -182,6 +198,8 @@ def _build(entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on
             if on_progress is not None:
                 on_progress(done, scan.num_bytes)
         writer.close(paths, tally.report)
+        if changed := [path for path, before in zip(paths, scan.stamps, strict=True) if stamp(Path(path)) != before]:
+            raise ValueError(f"{', '.join(changed)}: changed while it was read; start again when nobody writes to it")
         partial.rename(entry)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -222,14 +240,43 @@ def _render_chunk(chunk: Chunk) -> Rendered:
     return _render(chunk)
 
 
+def _await(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, DataReport]:
+    """What another process of this machine makes. Raises ValueError if nobody makes it any more, or ever began."""
+    last_sign = time.monotonic()
+    while (found := open_entry(entry, paths)) is None:
+        if any(entry.parent.glob(f"{entry.name}.partial-*")) and not _is_free(entry):
+            last_sign = time.monotonic()
+        if time.monotonic() - last_sign > SECONDS_WITHOUT_SIGN:
+            problem = f"nobody makes {entry}, which this rank waits for"
+            raise ValueError(f"{problem}; the first rank of this machine ended, or has another data.cache_dir")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return found
+
+
 @contextmanager
 def _locked(entry: Path) -> Iterator[None]:
     """Hold the entry's lock, which the system takes back from a process that dies."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with entry.with_suffix(".lock").open("w") as file:
-        while True:
-            with suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+    with _lock_file(entry) as file:
+        while not _take(file):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         yield
+
+
+def _is_free(entry: Path) -> bool:
+    """Whether no process holds the lock."""
+    with suppress(FileNotFoundError), _lock_file(entry) as file:
+        return _take(file)
+    return True
+
+
+def _lock_file(entry: Path) -> BinaryIO:
+    """Read only, so that users who share a folder share its locks."""
+    return os.fdopen(os.open(entry.with_suffix(".lock"), os.O_RDONLY | os.O_CREAT, 0o666), "rb")
+
+
+def _take(file: BinaryIO) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False

@@ -38,6 +38,11 @@ class World:
             distributed.all_reduce(values)
         return values
 
+    def send_from_main(self, values: torch.Tensor) -> None:
+        """Give every rank what rank 0 has, in place."""
+        if self.size > 1:
+            distributed.broadcast(values, src=0)
+
     def barrier(self) -> None:
         if self.size > 1:
             distributed.barrier()

@@ -174,7 +174,7 @@ def test_tools_and_calls_kept_as_json_text_are_parsed():
     calls, tools = [{"function": {"name": "f", "arguments": "{}"}}], [{"name": "f"}]
     messages = [user("Why?"), assistant("", tool_calls=json.dumps(calls)), {"role": "tool", "content": "3"}, assistant("So.")]
     found = conversation_of({"messages": messages, "tools": json.dumps(tools)})
-    assert found["tools"] == tools and found["conversations"][1]["tool_calls"] == calls
+    assert found["tools"] == tools and found["conversations"][1]["tool_calls"] == [{"function": {"name": "f", "arguments": {}}}]
     assert "tools" not in conversation_of({"messages": messages, "tools": ""})
     assert conversation_of({"messages": json.dumps(messages)})["conversations"] == found["conversations"]
     assert conversation_of({"messages": list(map(json.dumps, messages))})["conversations"] == found["conversations"]

@@ -34,6 +34,25 @@ def test_replies_are_found_in_text(name):
     assert replies[-1] in last
 
 
+WITH_TOOLS = ["glm-4", "glm-4.5", "gpt-oss", "kimi-k2", "llama3", "qwen2.5", "deepseek-v3", "mistral", "chatml"]
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_what_tools_say_is_not_the_assistants(name):
+    tokenizer, (messages, extra) = make_tokenizer(name), CONVERSATIONS["tools"]
+    text = ChatTemplate(tokenizer, extra).text([*messages, {"role": "user", "content": "Thanks."}])
+    replies = said(render_text(text, Markers.of(tokenizer, None), tokenizer), tokenizer)
+    assert len(replies) == 2 and "a café" in replies[0] and "It is here." in replies[1]
+    assert not any("place" in reply or "Thanks." in reply for reply in replies)
+
+
+def test_the_thinking_block_that_the_prompt_opens_is_the_prompts():
+    tokenizer = make_tokenizer("deepseek-r1")
+    text = "<｜User｜>q<｜Assistant｜><think>\nHm.\n</think>\n\nA.<｜end▁of▁sentence｜>"
+    document = render_text(text, Markers.of(tokenizer, None), tokenizer)
+    assert said(document, tokenizer) == ["Hm.\n</think>\n\nA.<｜end▁of▁sentence｜>"]
+
+
 def test_a_reply_whose_end_is_missing_runs_to_the_end(make_tokenizer):
     tokenizer = make_tokenizer("llama3")
     text = "<|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA list"
@@ -42,7 +61,7 @@ def test_a_reply_whose_end_is_missing_runs_to_the_end(make_tokenizer):
 
 def test_text_without_a_reply_is_refused_by_name(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    with pytest.raises(BadSample, match=r"no '<\|im_start\|>assistant\\n', which opens a reply"):
+    with pytest.raises(BadSample, match=r"nothing that opens a reply, as '<\|im_start\|>assistant\\n' does"):
         render_text("A list is a sequence.", Markers.of(tokenizer, None), tokenizer)
     with pytest.raises(BadSample, match="no assistant turn"):
         render_text("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", Markers.of(tokenizer, None), tokenizer)

@@ -1,3 +1,4 @@
+import datetime
 import json
 import multiprocessing
 import os
@@ -142,6 +143,40 @@ def test_an_entry_that_is_not_whole_is_made_again(paths, section):
         path = Path(section.cache_dir, entry, name)
         path.write_bytes(path.read_bytes()[:-7])
         assert_same(tokenise(paths, tokenizer, section, builds=True)[0], load_documents(paths, tokenizer, section)[0])
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_nothing(paths, section, monkeypatch):
+    def rewritten(scan, renderer):
+        Path(paths[0]).write_bytes(Path(paths[0]).read_bytes())
+        yield from ((chunk, renderer(chunk)) for chunk in scan.chunks)
+
+    monkeypatch.setattr(tokenised, "rendered_chunks", rewritten)
+    with pytest.raises(ValueError, match=r"a\.jsonl: changed while it was read"):
+        tokenise(paths, make_tokenizer(NAME), section, builds=True)
+    assert entries(section) == []
+
+
+def test_special_tokens_and_the_day_that_a_template_writes_decide_the_name(paths, section, monkeypatch):
+    scan, tokenizer = Scan.of(paths), make_tokenizer("llama3")
+    other = make_tokenizer("llama3")
+    other.bos_token = "<|end_of_text|>"
+    assert entry_name(scan, tokenizer, section) != entry_name(scan, other, section)
+    tokenizer.chat_template += "{{ strftime_now('%d') }}"
+    today = entry_name(scan, tokenizer, section)
+
+    class Tomorrow(tokenised.date):
+        @classmethod
+        def today(cls):
+            return datetime.date(2999, 1, 1)
+
+    monkeypatch.setattr(tokenised, "date", Tomorrow)
+    assert entry_name(scan, tokenizer, section) != today
+
+
+def test_a_rank_does_not_wait_for_ever_for_one_that_is_gone(paths, section, monkeypatch):
+    monkeypatch.setattr(tokenised, "SECONDS_WITHOUT_SIGN", 0.5)
+    with pytest.raises(ValueError, match="nobody makes .* which this rank waits for"):
+        tokenise(paths, make_tokenizer(NAME), section, builds=False)
 
 
 def test_a_file_without_a_usable_conversation_leaves_nothing(paths, section, write_jsonl):

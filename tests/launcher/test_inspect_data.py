@@ -76,3 +76,7 @@ def test_ten_kinds_of_bad_data_are_each_named_by_line(tiny_target, tmp_path):
         assert line.startswith(f"{path}:{number}: {reason}: ")
         assert f"1 {reason}: {path}:{number}: " in done.stdout
     assert f"too long: {path}:11 (" in done.stdout
+    path.write_bytes(b"\n".join(lines[:3]) + b"\n")
+    done = inspect(*options, "draft.vocab_size=48", "--bad", tmp_path / "all_bad.txt")
+    assert done.returncode != 0 and "no conversation with an assistant token" in done.stderr
+    assert len((tmp_path / "all_bad.txt").read_text().splitlines()) == 3

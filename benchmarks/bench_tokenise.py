@@ -1,0 +1,85 @@
+"""How fast conversations become tokens, by number of processes, and how fast a later run finds them.
+
+    python -m benchmarks.bench_tokenise [--megabytes 40] [--json FILE]
+
+Run from the repository's root. Conversations of the embedded corpus are shuffled together to a file of that size; the tokenizer
+is the embedded target's. `plain` renders in one process into memory. The floor is the tokenizer's own rate: the rendered texts
+through `encode_batch_fast`, a text at a time as rendering has them, in one process.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from benchmarks.harness import machine_and_versions
+from engine.config import DataSection
+from engine.data.cpython_corpus import cpython_conversations
+from engine.data.dataset import load_documents
+from engine.data.tokenised import tokenise
+from launcher.command import EMBEDDED_TARGET
+
+
+def write_conversations(path: Path, num_bytes: int) -> None:
+    conversations, generator = [conversation for conversation, _ in cpython_conversations()], random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        while file.tell() < num_bytes:
+            turns = [turn for _ in range(4) for turn in generator.choice(conversations)["conversations"][:2]]
+            file.write(json.dumps({"conversations": turns}) + "\n")
+
+
+def measure(folder: Path, num_bytes: int, workers: tuple[int, ...]) -> list[dict[str, float | str]]:
+    path, tokenizer = folder / "chat.jsonl", AutoTokenizer.from_pretrained(EMBEDDED_TARGET)
+    write_conversations(path, num_bytes)
+    section, rows = DataSection(), []
+
+    def row(name: str, call) -> None:
+        start = time.perf_counter()
+        documents, report = call()
+        seconds = time.perf_counter() - start
+        rows.append({"how": name, "seconds": seconds, "tokens/s": report.num_tokens / seconds})
+        rows[-1]["MB/s"] = path.stat().st_size / seconds / 1e6
+
+    row("plain", lambda: load_documents([str(path)], tokenizer, section))
+    for count in workers:
+        cached = replace(section, cache_dir=str(folder / str(count)), workers=count)
+        row(f"{count} processes", lambda cached=cached: tokenise([str(path)], tokenizer, cached, builds=True))
+    row("found", lambda: tokenise([str(path)], tokenizer, cached, builds=True))
+    texts = [tokenizer.apply_chat_template(json.loads(line)["conversations"], tokenize=False) for line in path.open()]
+    start = time.perf_counter()
+    num_tokens = sum(len(tokenizer.backend_tokenizer.encode_batch_fast([text])[0].ids) for text in texts)
+    seconds = time.perf_counter() - start
+    rows.append(
+        {"how": "floor", "seconds": seconds, "tokens/s": num_tokens / seconds, "MB/s": path.stat().st_size / seconds / 1e6}
+    )
+    return [{**row, "over floor": row["seconds"] / seconds} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=40)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--json", type=Path, help="file to write the figures, machine, versions and commit to")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(Path(folder), options.megabytes * 10**6, tuple(options.workers))
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else f"{value:,.2f}" for value in row.values()))
+    Console(width=120).print(table)
+    if options.json:
+        about = {"command": f"python -m benchmarks.bench_tokenise --megabytes {options.megabytes}"}
+        record = about | machine_and_versions(torch.device("cpu")) | {"rows": rows}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
