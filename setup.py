@@ -11,7 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["engine", "engine.*"]),
-    package_data={"engine.data": ["chat_templates/*.jinja"]},
+    package_data={"engine.data": ["chat_templates/*.jinja"], "engine.parallel": ["proofs.json"]},
     install_requires=[
         "torch>=2.8",
         "transformers>=5.20,<6",

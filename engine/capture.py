@@ -18,7 +18,7 @@ from engine.data.fingerprint import hash_of, trained_with
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer
 from engine.models.registry import check_aux_layers, default_aux_layers, text_config
-from engine.parallel.mesh import World
+from engine.parallel.mesh import TargetMesh, World
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, Shard, StoreError, plan_shards
 from engine.store.reader import MappedShard
@@ -67,6 +67,7 @@ class Capture:
         tokenizer = load_tokenizer(section, self.config.data)
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         contents = self.contents(tokenizer, target_config)
+        mesh = TargetMesh.make(self.world, self.config.parallel.tp_size, self.config.parallel.ep_size)
         with self.telemetry.stage("Reading the data"):
             documents, _ = read_documents(self.config.data, tokenizer, self.world, self.telemetry)
             manifest = self.plan(contents, documents)
@@ -77,7 +78,8 @@ class Capture:
             self.begin(manifest, tokenizer, target_config)
         self.world.barrier()
         with self.telemetry.stage("Loading the target"):
-            target = FrozenTarget.load(section, self.world.device, contents.aux_layers, self.config.loss.temperature)
+            of = self.config.loss.temperature, mesh, self.config.parallel.unproven
+            target = FrozenTarget.load(section, self.world.device, contents.aux_layers, *of)
             if self.world.is_main and not (self.folder / TARGET_FOLDER / HEAD).is_file():
                 head = self.folder / TARGET_FOLDER / HEAD
                 write_whole(head, lambda path: save_head(path, target.head, target.embed_weight_VD))
@@ -178,6 +180,7 @@ class Capture:
                         writer.put(piece)
                         done += piece.batch.num_tokens
                         progress.move_to(done, f"tokens, {writer.num_bytes / 2**20:,.0f} MiB written")
+            target.rest()
             writer.close()
         except OSError as error:
             writer.stop()

@@ -28,6 +28,7 @@ class TargetSection:
         None, "three 0-based layers whose outputs feed the draft; null = 1, L//2-1, L-4", unit="layers"
     )
     trust_remote_code: bool = option(False, "run Python code that the checkpoint ships")
+    plugins: tuple[str, ...] = option((), "Python files run at the start, which may register target families (docs/targets.md)")
     store: str | None = option(
         None, "folder of captured hidden states: capture_hidden_states.py writes it, train.py learns from it without the target"
     )
@@ -150,8 +151,15 @@ class StoreSection:
 
 @dataclass(frozen=True)
 class ParallelSection:
-    """Processes and their patience."""
+    """How ranks share the target, and how patient they are."""
 
+    tp_size: int = option(
+        1, "ranks that share each layer of the target, head by head (tensor parallelism)", unit="ranks", at_least=1
+    )
+    ep_size: int = option(1, "ranks that share the experts of a mixture (expert parallelism)", unit="ranks", at_least=1)
+    unproven: bool = option(
+        False, "share also a target whose family was not shown to give the same results shared (docs/targets.md)"
+    )
     timeout_s: int = option(1800, "seconds after which a stuck collective ends the job", unit="s", at_least=1)
     cpu_threads: int = option(
         0, "compute threads a rank on CPU; 0 = cores shared evenly by the local ranks", unit="threads", at_least=0

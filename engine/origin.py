@@ -9,7 +9,7 @@ from engine.config import Config
 from engine.corpus import read_documents
 from engine.data.documents import Documents
 from engine.data.fingerprint import trained_with
-from engine.parallel.mesh import World
+from engine.parallel.mesh import TargetMesh, World
 from engine.store.reader import open_store
 from engine.target.frozen import FrozenTarget
 from engine.target.stored import StoredTarget
@@ -21,13 +21,20 @@ Target = FrozenTarget | StoredTarget
 class Online:
     """Conversations, and the frozen target that runs over them."""
 
-    decodes = True  # the target can be asked for replies
     counted = "the assistant's"  # tokens, for the draft vocabulary
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> None:
         self._config, self._tokenizer, self._world, self._telemetry = config, tokenizer, world, telemetry
+        self.mesh = TargetMesh.make(world, config.parallel.tp_size, config.parallel.ep_size)
         self.aux_layers = config.target.aux_layers
         self.trained_with = trained_with(tokenizer, config.data)
+        if not self.decodes and config.evaluation.num_prompts:
+            telemetry.note("A shared target is not decoded with; measure_acceptance.py measures the draft afterwards")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the target can be asked for replies."""
+        return self.mesh.size == 1
 
     def documents(self) -> Documents:
         """Of `data.train`. Raises ValueError for conversations that cannot be used."""
@@ -38,7 +45,13 @@ class Online:
         return torch.from_numpy(documents.count_assistant_tokens(vocab_size))
 
     def load_target(self, aux_layers: tuple[int, ...]) -> Target:
-        return FrozenTarget.load(self._config.target, self._world.device, aux_layers, self._config.loss.temperature)
+        section, temperature = self._config.target, self._config.loss.temperature
+        target = FrozenTarget.load(
+            section, self._world.device, aux_layers, temperature, self.mesh, self._config.parallel.unproven
+        )
+        for line in target.plan.summary(self.mesh):
+            self._telemetry.note(f"  {line}")
+        return target
 
 
 class Offline:

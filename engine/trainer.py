@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -193,7 +194,8 @@ class Trainer:
 
     def train(self, zero: ZeroDraft, corpus: Corpus, target: Target, first_step: int) -> None:
         normalise, log = Normaliser(zero, self.world), TrainLog(self, zero, first_step)
-        work = run_ahead(corpus.loader, self.prepare(target, zero.dtype), self.config.overlap.run_ahead, self.world.device)
+        batches = itertools.islice(corpus.loader, self.num_steps - first_step)
+        work = run_ahead(batches, self.prepare(target, zero.dtype), self.config.overlap.run_ahead, self.world.device)
         with self.telemetry.progress(self.num_steps, "steps") as progress:
             progress.start_at(first_step)
             for step, (micros, data_state) in zip(range(first_step + 1, self.num_steps + 1), work, strict=False):

@@ -17,6 +17,7 @@ from launcher.command import (
     check_inputs,
     join_environment,
     make_parser,
+    run_plugins,
     stop,
     with_paths,
     write_embedded_corpus,
@@ -50,6 +51,7 @@ def main() -> None:
 
     capture = Capture(resolved, world)
     try:
+        run_plugins(config.target.plugins)
         if world.is_main:
             write_embedded_corpus(config, corpus)
         world.barrier()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import runpy
 import socket
 import sys
 import time
@@ -86,6 +87,15 @@ def with_paths(config: Config, corpus: Path) -> Config:
     return replace(config, target=replace(config.target, path=path, store=store), data=data)
 
 
+def run_plugins(paths: Sequence[str]) -> None:
+    """Run a user's Python files, which register what they like. Raises ValueError, naming the file, for whatever they raise."""
+    for path in paths:
+        try:
+            runpy.run_path(path)
+        except Exception as error:
+            raise ValueError(f"target.plugins: {path}: {type(error).__name__}: {error}") from error
+
+
 def user_cache() -> Path:
     """Where tokenised conversations are kept if nobody says where."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftspeed"
@@ -106,6 +116,7 @@ def with_store(config: Config) -> Config:
 def check_inputs(config: Config) -> None:
     """Raises ConfigError if a file or folder that the configuration reads does not exist."""
     named = {"data.train": config.data.train, "data.held_out": config.data.held_out, "draft.config": (config.draft.config,)}
+    named["target.plugins"] = config.target.plugins
     for key, paths in named.items():
         for path in paths:
             if path not in (EMBEDDED, None) and not Path(path).is_file():

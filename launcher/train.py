@@ -20,6 +20,7 @@ from launcher.command import (
     check_output,
     join_environment,
     make_parser,
+    run_plugins,
     stop,
     with_paths,
     with_store,
@@ -72,6 +73,7 @@ def main() -> None:
 
     trainer = Trainer(resolved, ds_config, world)
     try:
+        run_plugins(config.target.plugins)
         if world.is_main:
             write_embedded_corpus(config, corpus)
         world.barrier()

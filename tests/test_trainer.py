@@ -158,6 +158,31 @@ def test_a_wrong_option_stops_the_run_with_one_line_before_anything_is_written(o
     assert not (tmp_path / "x").exists()
 
 
+def test_a_target_that_ranks_share_teaches_the_same(tmp_path, tiny_target, tiny_corpus):
+    losses = []
+    for number, options in enumerate([(), ("parallel.tp_size=2",), ("parallel.tp_size=2", "overlap.run_ahead=1")]):
+        folder = tmp_path / str(number)
+        printed = run([*DEEPSPEED, *arguments(folder, tiny_target, tiny_corpus, "max_steps=4", *options)])
+        assert ("shared by 2 ranks: 10 modules, 5 of them attention" in printed) is bool(options)
+        assert ("A shared target is not decoded with" in printed) is bool(options)
+        losses.append([line["loss"] for line in metrics(folder)])
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4), "the draft rounds to bf16, other sums of the target another way"
+    assert losses[2] == losses[1]
+
+
+def test_a_plugin_that_fails_and_sizes_that_do_not_fit_are_named(tmp_path, tiny_target, tiny_corpus):
+    (tmp_path / "mine.py").write_text("raise KeyError('no such family')")
+    for option, problem in {
+        f"target.plugins=[{tmp_path / 'mine.py'}]": "mine.py: KeyError: 'no such family'",
+        f"target.plugins=[{tmp_path / 'none.py'}]": "none.py: no such file",
+        "parallel.tp_size=3": "parallel.tp_size=3 does not divide 1 ranks; use one of [1]",
+    }.items():
+        command = [sys.executable, *arguments(tmp_path / "run", tiny_target, tiny_corpus, option)]
+        stopped = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert stopped.returncode != 0 and problem in stopped.stderr and "Traceback" not in stopped.stderr, stopped.stderr
+
+
 def test_a_run_goes_on_on_fewer_ranks_in_the_middle_of_an_epoch(tmp_path, tiny_target, tiny_corpus):
     options = ("epochs=2", "checkpoint.every_steps=3")
     run([*DEEPSPEED, *arguments(tmp_path, tiny_target, tiny_corpus, *options, "max_steps=3")])

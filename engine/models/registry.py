@@ -29,7 +29,7 @@ _SOFT_CAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_
 # Kinds of layer whose tokens meet in attention only, under a mask that Transformers lets others build.
 _ISOLATED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Families that attend under masks of their own making.
-_ONE_BY_ONE = {"doge"}
+_ONE_BY_ONE = {"doge", "gemma4_unified_text"}
 # Families that SGLang runs on its DeepSeek-V2 code.
 _SERVED_AS_DEEPSEEK = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "kimi_k2", "kimi_k25"}
 _REFUSED = {

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-NAME = "document_by_document"
+from engine.parallel.tokens import ByDocument
+
+NAME, ONE = "document_by_document", "one_document"
 _MAX_SCORES = 1 << 26
 _lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths of the packed documents")
 
@@ -32,21 +34,45 @@ _IGNORED = {
 
 
 @dataclass(frozen=True)
-class DocumentMasks:
-    """One mask a document, bool [L, L], true where a query (row) may read a key (column); None = plainly causal."""
+class DocumentMasks(ByDocument):
+    """lengths: of the documents. allowed_LL: a mask for each, bool [L, L], true where a query (row) may read a key (column);
+    None = plainly causal.
+    """
 
+    lengths: tuple[int, ...]
     allowed_LL: tuple[Tensor | None, ...]
+
+    def of(self, documents: slice) -> "DocumentMasks":
+        return DocumentMasks(self.lengths[documents], self.allowed_LL[documents])
+
+
+@dataclass(frozen=True)
+class WholeMasks(ByDocument):
+    """The same masks as tensors [1, 1, L, L], for modules that are run on one document and make more of them (indexers)."""
+
+    masks: DocumentMasks
+    device: torch.device
+
+    def of(self, documents: slice) -> "WholeMasks | Tensor":
+        masks = self.masks.of(documents)
+        if documents.stop - documents.start != 1:
+            return WholeMasks(masks, self.device)
+        (length,), (allowed_LL,) = masks.lengths, masks.allowed_LL
+        if allowed_LL is None:
+            allowed_LL = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        return allowed_LL[None, None]
 
 
 @contextmanager
-def packed_attention(decoder: PreTrainedModel, lengths: tuple[int, ...]) -> Iterator[None]:
+def packed_attention(decoder: PreTrainedModel, lengths: tuple[int, ...], packs: bool = True) -> Iterator[None]:
     """Within it, forwards of `decoder` on one row of `sum(lengths)` tokens attend document by document.
 
+    packs: whether modules take all documents at once, or are run on one after the other by whoever wrapped them.
     The attention implementation of before is restored on the way out, so ordinary forwards with a cache stay possible.
     """
     before = decoder.config._attn_implementation
     token = _lengths.set(lengths)
-    decoder.set_attn_implementation(NAME)
+    decoder.set_attn_implementation(NAME if packs else ONE)
     try:
         yield
     finally:
@@ -55,9 +81,12 @@ def packed_attention(decoder: PreTrainedModel, lengths: tuple[int, ...]) -> Iter
 
 
 def document_masks(*, q_length: int, mask_function, device: torch.device, **_) -> DocumentMasks:
-    """Evaluate a layer's mask rule on each document's own square of the packed row."""
+    """Evaluate a layer's mask rule on each document's own square of the packed row.
+
+    q_length: tokens of that row, or, where ranks run the target together, this rank's part of it.
+    """
     lengths = _lengths.get()
-    assert sum(lengths) == q_length, f"documents hold {sum(lengths)} tokens, the row {q_length}"
+    assert sum(lengths) >= q_length, f"documents hold {sum(lengths)} tokens, the row {q_length}"
     first = torch.zeros((), dtype=torch.int64, device=device)
     masks, differs, start = [], [], 0
     for length in lengths:
@@ -68,7 +97,28 @@ def document_masks(*, q_length: int, mask_function, device: torch.device, **_) -
         differs.append((allowed_LL != causal_LL).any())
         start += length
     pairs = zip(masks, torch.stack(differs).tolist(), strict=True)  # the device is waited for once
-    return DocumentMasks(tuple(allowed_LL if differs else None for allowed_LL, differs in pairs))
+    return DocumentMasks(lengths, tuple(allowed_LL if differs else None for allowed_LL, differs in pairs))
+
+
+def whole_masks(*, device: torch.device, **arguments) -> WholeMasks:
+    """`document_masks`, as tensors once a document is taken out."""
+    return WholeMasks(document_masks(device=device, **arguments), device)
+
+
+def attend_one(
+    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **others
+) -> tuple[Tensor, None]:
+    """`attend_documents` for one document, with a mask of its family's own making: bool, or added to the scores."""
+    allowed = (
+        attention_mask if attention_mask.dtype == torch.bool else attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    )
+    chosen_1LK, length = others.pop("indices", None), query.shape[2]
+    if chosen_1LK is not None:  # the keys that an indexer lets each query read
+        allowed = allowed & torch.zeros_like(allowed).scatter(-1, chosen_1LK[:, None].long(), True)
+    masks = DocumentMasks((length,), (allowed[0, 0, :, -length:],)) if allowed.shape[1] == 1 else None
+    if masks is None:
+        raise ValueError(f"{type(module).__name__} attends under a mask a head, which is not known here")
+    return attend_documents(module, query, key, value, masks, scaling, softcap, s_aux, **others)
 
 
 def attend_documents(
@@ -88,7 +138,8 @@ def attend_documents(
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    documents = zip(*(x[0].split(_lengths.get(), dim=1) for x in (query, key, value)), attention_mask.allowed_LL, strict=True)
+    split = (x[0].split(attention_mask.lengths, dim=1) for x in (query, key, value))
+    documents = zip(*split, attention_mask.allowed_LL, strict=True)
     attended = [_attend(q, k, v, allowed_LL, scale, softcap, s_aux) for q, k, v, allowed_LL in documents]
     return torch.cat(attended, dim=1).transpose(0, 1)[None].contiguous(), None
 
@@ -121,3 +172,5 @@ def _attend_rows(query_HQE, key_HLE, value_HLE, allowed_QL, scale, softcap, sink
 
 AttentionInterface.register(NAME, attend_documents)
 AttentionMaskInterface.register(NAME, document_masks)
+AttentionInterface.register(ONE, attend_one)
+AttentionMaskInterface.register(ONE, whole_masks)

@@ -19,7 +19,12 @@ from transformers import (
 from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.config import TargetSection
 from engine.models.registry import check_aux_layers, default_aux_layers, final_logits, runs_packed, text_config
-from engine.target.attention import packed_attention
+from engine.parallel.collectives import gather_objects
+from engine.parallel.mesh import TargetMesh
+from engine.parallel.plan import TargetPlan, share_decoder
+from engine.parallel.rules import check_proven
+from engine.parallel.tokens import Tokens, tokens_of_forward
+from engine.target.attention import NAME, ONE, packed_attention
 from engine.target.head import TargetHead
 
 
@@ -74,8 +79,17 @@ class FrozenTarget:
     packs: whether documents share a forward; families in which one document would disturb another run them one by one.
     """
 
-    def __init__(self, model: PreTrainedModel, aux_layers: tuple[int, ...] | None, temperature: float = 1.0) -> None:
-        """Raises ValueError if the family's head or layers cannot be read, or the layers named are not there."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        aux_layers: tuple[int, ...] | None,
+        temperature: float = 1.0,
+        mesh: TargetMesh = TargetMesh(),  # noqa: B008 (frozen)
+    ) -> None:
+        """mesh: with whom the target is shared; a model that is whole is cut.
+
+        Raises ValueError if the family's head or layers cannot be read, or the layers named are not there.
+        """
         self.model = model.eval().requires_grad_(False)
         self.config = text_config(model.config)
         num_layers = self.config.num_hidden_layers
@@ -88,6 +102,10 @@ class FrozenTarget:
         self.packs = self.decoder._supports_attention_backend and runs_packed(self.config)
         self.head = replace(_head(model), temperature=temperature)
         self._check_head()
+        self.mesh, self.plan = mesh, TargetPlan()
+        if mesh.size > 1:
+            self.decoder.set_attn_implementation(NAME if self.packs else ONE)  # also for configs that modules copy
+            self.plan = share_decoder(self.decoder, mesh, self.packs)
 
     @classmethod
     def load(
@@ -96,17 +114,30 @@ class FrozenTarget:
         device: torch.device,
         aux_layers: tuple[int, ...] | None = None,
         temperature: float = 1.0,
+        mesh: TargetMesh = TargetMesh(),  # noqa: B008 (frozen)
+        unproven: bool = False,
     ) -> "FrozenTarget":
-        """The target of a recipe, on `device`, in `section.dtype`. aux_layers: None = the section's, or the default rule."""
+        """The target of a recipe, on `device`, in `section.dtype`. aux_layers: None = the section's, or the default rule.
+
+        mesh: with whom it is shared; each rank reads it whole into host memory first, and keeps its part. unproven: whether it
+        may be of a family that was not shown to give the same results then.
+        """
         config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         if config.is_encoder_decoder:
             raise ValueError(f"target.path={section.path}: {config.model_type!r} is an encoder-decoder; expected a causal LM")
+        if mesh.size > 1 and not unproven:
+            check_proven(text_config(config))
         wrapper_only = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
         auto = AutoModelForImageTextToText if wrapper_only else AutoModelForCausalLM
         chosen = "float32" if device.type == "cpu" else "bfloat16"
         dtype = getattr(torch, chosen if section.dtype == "auto" else section.dtype)
         model = auto.from_pretrained(section.path, dtype=dtype, **section.hub_arguments)
-        return cls(model.to(device), aux_layers or section.aux_layers, temperature)
+        return cls(model if mesh.size > 1 else model.to(device), aux_layers or section.aux_layers, temperature, mesh).to(device)
+
+    def to(self, device: torch.device) -> "FrozenTarget":
+        self.model.to(device)
+        self.head = replace(_head(self.model), temperature=self.head.temperature)
+        return self
 
     @property
     def embed_weight_VD(self) -> Tensor:
@@ -121,6 +152,8 @@ class FrozenTarget:
         """Run the documents of `batch`, each seeing itself alone. slots_N: int64 [N], ascending positions to learn."""
         device, aux, last_hidden = self.embed_weight_VD.device, [], []
         batch, slots_N = batch.to(device), to_device(slots_N, device)
+        if self.mesh.size > 1:
+            return self._shared(batch, slots_N)
         for start, end in self._forwards(batch):
             with capture(self.model, self.aux_layers) as seen:
                 self._forward(batch, start, end)
@@ -130,6 +163,33 @@ class FrozenTarget:
         last_hidden_ND = torch.cat(last_hidden)
         argmax_N, lse_N = self.head.argmax_and_lse(last_hidden_ND)
         return TargetOutput(torch.cat(aux), slots_N, last_hidden_ND, argmax_N, lse_N)
+
+    def _shared(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
+        """The same with the mesh's other ranks, which bring batches of their own, or `rest`; a collective of all of them."""
+        seen = self._run_shared(batch.input_ids_T, gather_objects(batch.host_lengths, self.mesh.whole))
+        last_hidden_ND = seen.last_hidden()[0, slots_N]
+        return TargetOutput(seen.aux()[0], slots_N, last_hidden_ND, *self.head.argmax_and_lse(last_hidden_ND))
+
+    @torch.no_grad()
+    def rest(self) -> None:
+        """Take part in the forwards of the mesh's other ranks until all of them rest."""
+        one_T = torch.zeros(1, dtype=torch.long, device=self.embed_weight_VD.device)
+        while self.mesh.size > 1 and any(everyone := gather_objects((), self.mesh.whole)):
+            self._run_shared(one_T, everyone)
+
+    def _run_shared(self, input_ids_T: Tensor, everyone: list[tuple[int, ...]]) -> Capture:
+        """everyone: lengths of the documents of each rank of the mesh, none where it rests."""
+        tp = self.mesh.tp
+        first = self.mesh.whole.rank // tp.size * tp.size
+        tokens = Tokens(tuple(documents or (1,) for documents in everyone[first : first + tp.size]), tp.rank)
+        position_T = torch.cat([torch.arange(length) for length in tokens.documents]).to(self.embed_weight_VD.device)
+        with (
+            capture(self.model, self.aux_layers) as seen,
+            tokens_of_forward(tokens),
+            packed_attention(self.decoder, tokens.documents, self.packs),
+        ):
+            self.decoder(input_ids=input_ids_T[None], position_ids=position_T[None], use_cache=False)
+        return seen
 
     def _forwards(self, batch: PackedBatch) -> list[tuple[int, int]]:
         if self.packs:

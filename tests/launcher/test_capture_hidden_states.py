@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,20 @@ from tests.test_trainer import DEEPSPEED, ENVIRONMENT, ROOT, arguments, metrics,
 def capture(store: Path, target: Path, train: str, *overrides: str) -> list[str]:
     options = [f"target.store={store}", f"target.path={target}", "target.aux_layers=[0,1,3]", f"data.train={train}"]
     return ["launcher/capture_hidden_states.py", *options, "data.max_tokens=40", *overrides]
+
+
+def test_a_target_that_ranks_share_captures_the_same(tmp_path, tiny_target, tiny_corpus):
+    stores = []
+    for name, options in (("alone", []), ("shared", ["parallel.tp_size=2"])):
+        stores.append(tmp_path / name)
+        run([*DEEPSPEED, *capture(stores[-1], tiny_target, tiny_corpus.train), *options])
+    alone, shared = (open_store(store, skip_bad=False).documents for store in stores)
+    for one, other in zip(alone.shards, shared.shards, strict=True):
+        assert one.shard.num_tokens == other.shard.num_tokens
+        for name in ("input_ids", "slots", "argmax"):
+            assert np.array_equal(one.rows(name, 0, None), other.rows(name, 0, None))
+        for name in ("aux", "last_hidden", "lse"):
+            np.testing.assert_allclose(one.rows(name, 0, None), other.rows(name, 0, None), rtol=1e-4, atol=1e-5)
 
 
 def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from engine.parallel.mesh import World
+from engine.parallel.mesh import TargetMesh, World, check_sizes
 from tests.distributed import run_ranks
 
 ALONE = World.alone()
@@ -57,3 +57,26 @@ def test_a_process_alone_needs_no_process_group():
 def test_a_failing_rank_names_itself_and_ends_the_others():
     with pytest.raises(Exception, match="rank 1 has had enough"):
         run_ranks(fail_on_the_second, 2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tp", "ep", "words"),
+    [
+        (8, 3, 1, r"parallel.tp_size=3 does not divide 8 ranks; use one of \[1, 2, 4, 8\]"),
+        (8, 1, 6, r"parallel.ep_size=6 does not divide 8 ranks"),
+        (12, 4, 6, r"parallel.ep_size=6 and tp_size=4: one must divide the other; use one of \[1, 2, 4, 12\]"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_those_that_would(ranks, tp, ep, words):
+    with pytest.raises(ValueError, match=words):
+        check_sizes(ranks, tp, ep)
+
+
+def groups(world) -> list[tuple[int, int, int]]:
+    meshes = [TargetMesh.make(world, tp, ep) for tp, ep in ((1, 1), (2, 1), (2, 4), (4, 2))]
+    return [(mesh.size, mesh.tp.rank, mesh.ep.rank) for mesh in meshes]
+
+
+def test_ranks_of_a_group_follow_one_another():
+    for rank, found in enumerate(run_ranks(groups, 4)):
+        assert found == [(1, 0, 0), (2, rank % 2, 0), (4, rank % 2, rank), (4, rank, rank % 2)]

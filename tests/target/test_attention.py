@@ -66,7 +66,7 @@ def test_plainly_causal_documents_carry_no_mask():
     masks = document_masks(q_length=17, mask_function=MASKS["window"], device=torch.device("cpu"))
     assert [mask is None for mask in masks.allowed_LL] == [False, True, False]
     masks = document_masks(q_length=17, mask_function=MASKS["causal"], device=torch.device("cpu"))
-    assert masks == DocumentMasks((None, None, None))
+    assert masks == DocumentMasks(LENGTHS, (None, None, None))
 
 
 def test_what_would_change_the_result_is_refused():

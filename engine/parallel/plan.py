@@ -1,0 +1,188 @@
+"""A target shared by the ranks of a mesh: which weights are cut, and which modules exchange tokens.
+
+What no rule of `rules.py` fits stays replicated, runs on own tokens, and is reported with the reason.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engine.parallel.blocks import by_document, keep_own, share
+from engine.parallel.collectives import sum_over
+from engine.parallel.experts import dispatch, dispatch_dense
+from engine.parallel.mesh import Group, TargetMesh
+from engine.parallel.rules import (
+    AttentionHeads,
+    Cut,
+    Unshardable,
+    attention_cuts,
+    expert_cuts,
+    expert_slices,
+    is_attention,
+    is_experts,
+    is_mlp,
+    mlp_cuts,
+    names_of,
+)
+
+MIXER_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "cache_params"}
+
+
+@dataclass
+class TargetPlan:
+    """What becomes of a decoder, by the names of its parameters and modules.
+
+    cuts: what a rank holds of a parameter. shared: modules that see all ranks' tokens. experts: modules that tokens are
+    dispatched to, with the number of experts. norms: those over a width that is shared. counts: attributes to set. heads: of an
+    attention module, its own query and key heads.
+    replicated: modules that might have been shared, and why they are not.
+    """
+
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    shared: list[str] = field(default_factory=list)
+    experts: dict[str, int] = field(default_factory=dict)
+    norms: list[str] = field(default_factory=list)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    heads: dict[str, tuple[int, int]] = field(default_factory=dict)
+    replicated: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, decoder: PreTrainedModel, mesh: TargetMesh) -> "TargetPlan":
+        """That of a decoder whose weights are whole, or on the meta device."""
+        plan = cls()
+        stacks = tuple(f"{name}." for name, child in decoder.named_children() if isinstance(child, nn.ModuleList))
+        for name, module in decoder.named_modules():
+            if not name.startswith(stacks) or any(name.startswith(f"{done}.") for done in plan.shared):
+                continue
+            try:
+                plan._add(decoder, name, module, mesh)
+            except Unshardable as error:
+                plan.replicated[name] = str(error)
+        for name, module in _mixers(decoder) if mesh.tp.size > 1 else ():
+            if name not in plan.shared:
+                plan.replicated.setdefault(name, f"no rule shares a {type(module).__name__}")
+        return plan
+
+    def summary(self, mesh: TargetMesh) -> list[str]:
+        """For a person: what is shared by how many, and what is not."""
+        if mesh.size == 1:
+            return []
+        lines = [
+            f"shared by {mesh.tp.size} ranks: {len(self.shared)} modules, {len(self.heads)} of them attention; "
+            f"experts of {len(self.experts)} layers by {mesh.ep.size}"
+        ]
+        reasons = Counter(self.replicated.values())
+        return lines + [f"{count} modules on every rank: {reason}" for reason, count in reasons.most_common()]
+
+    def _add(self, decoder: PreTrainedModel, name: str, module: nn.Module, mesh: TargetMesh) -> None:
+        cuts, names = {}, names_of(decoder.config)
+        if is_experts(module, names):
+            self._add_experts(decoder, name, module, mesh)
+        elif mesh.tp.size > 1 and is_attention(module, names):
+            heads = AttentionHeads.of(module, decoder.config, mesh.tp)
+            cuts, norms = attention_cuts(module, heads, names)
+            self.norms += [f"{name}.{norm}" for norm in norms]
+            self.counts[name] = {key: n for key, n in heads.counts.items() if isinstance(getattr(module, key, None), int)}
+            self.heads[name] = heads.counts["num_heads"], heads.counts["num_kv_heads"]
+            self.shared.append(name)
+        elif mesh.tp.size > 1 and is_mlp(module, names):
+            if ".experts." in name:
+                raise Unshardable("it is called with an expert's tokens alone")
+            cuts = mlp_cuts(module, mesh.tp, names)
+            self.shared.append(name)
+        self.cuts |= {f"{name}.{leaf}": cut for leaf, cut in cuts.items()}
+
+    def _add_experts(self, decoder: PreTrainedModel, name: str, module: nn.Module, mesh: TargetMesh) -> None:
+        takes_choices = _takes_choices(module)
+        if mesh.ep.size > 1:
+            num_experts = module.num_experts
+            cuts = expert_cuts(module, num_experts, mesh.ep)
+            self.experts[name] = num_experts
+            self.counts[name] = {"num_experts": num_experts // mesh.ep.size}
+        elif mesh.tp.size > 1:
+            cuts = expert_slices(module, decoder.config.hidden_size, mesh.tp, names_of(decoder.config))
+            if takes_choices:
+                self.shared.append(name)
+            else:  # their inputs are no tokens any more, so the whole block is shared
+                self._add_block(decoder, name.rpartition(".")[0], mesh)
+        else:
+            return
+        self.cuts |= {f"{name}.{leaf}": cut for leaf, cut in cuts.items()}
+
+    def _add_block(self, decoder: PreTrainedModel, name: str, mesh: TargetMesh) -> None:
+        names = names_of(decoder.config)
+        for child_name, child in decoder.get_submodule(name).named_children():
+            if is_mlp(child, names):
+                self.cuts |= {f"{name}.{child_name}.{leaf}": cut for leaf, cut in mlp_cuts(child, mesh.tp, names).items()}
+        self.shared.append(name)
+
+
+def share_decoder(decoder: PreTrainedModel, mesh: TargetMesh, packs: bool) -> TargetPlan:
+    """Cut the weights of a whole decoder and let its modules exchange tokens. packs: whether documents share a forward."""
+    plan, modules = TargetPlan.of(decoder, mesh), dict(decoder.named_modules())
+    for name, cut in plan.cuts.items():
+        owner, _, leaf = name.rpartition(".")
+        own = cut.of(getattr(modules[owner], leaf).data).clone()
+        modules[owner]._parameters[leaf] = nn.Parameter(own, requires_grad=False)
+    let_exchange(decoder, plan, mesh, packs)
+    return plan
+
+
+def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, packs: bool) -> None:
+    """Make the modules of a decoder whose weights are cut exchange tokens."""
+    modules, names = dict(decoder.named_modules()), names_of(decoder.config)
+    for name, attributes in plan.counts.items():
+        for attribute, value in attributes.items():
+            setattr(modules[name], attribute, value)
+        if name in plan.heads and any(fused in dict(modules[name].named_children()) for fused in names.fused):
+            # such a module asks its config for the counts
+            modules[name].config = config = copy.copy(modules[name].config)
+            config.num_attention_heads, config.num_key_value_heads = plan.heads[name]
+    for name in plan.norms:
+        _norm_over(modules[name], mesh.tp)
+    for name, num_experts in plan.experts.items():
+        if _takes_choices(modules[name]):
+            dispatch(modules[name], num_experts, mesh.ep)
+        else:
+            dispatch_dense(modules[name.rpartition(".")[0]], num_experts, mesh.ep)
+    for name, module in _mixers(decoder):
+        if not packs:
+            by_document(module, shared=name in plan.shared)
+        if name not in plan.shared:
+            keep_own(module)
+    for name in plan.shared:
+        share(modules[name], mesh.tp, rows=is_experts(modules[name], names))
+    for name, module in modules.items():
+        if not packs and name.endswith("rotary_emb"):
+            by_document(module, shared=True)
+
+
+def _takes_choices(experts: nn.Module) -> bool:
+    """Whether experts are called with tokens and each one's choice of experts and weights, not with tokens sorted by expert."""
+    return len(signature(experts.forward).parameters) > 1
+
+
+def _mixers(decoder: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Parts of decoder layers in which tokens meet."""
+    for stack_name, stack in decoder.named_modules():
+        for name, layer in stack.named_children() if isinstance(stack, nn.ModuleList) else ():
+            for part_name, part in layer.named_children():
+                if MIXER_ARGUMENTS & signature(part.forward).parameters.keys():
+                    yield f"{stack_name}.{name}.{part_name}", part
+
+
+def _norm_over(norm: nn.Module, group: Group) -> None:
+    """An RMSNorm over features that a group shares: the mean of squares is over all ranks' parts."""
+    epsilon = next(value for key in ("variance_epsilon", "eps", "epsilon") if (value := getattr(norm, key, None)) is not None)
+
+    def forward(hidden_TF: Tensor) -> Tensor:
+        square_T1 = sum_over(hidden_TF.float().pow(2).sum(-1, keepdim=True), group) / (hidden_TF.shape[-1] * group.size)
+        return (norm.weight * (hidden_TF.float() * torch.rsqrt(square_T1 + epsilon)).to(hidden_TF.dtype)).to(hidden_TF.dtype)
+
+    norm.forward = forward

@@ -1,0 +1,296 @@
+"""Which part of each weight a rank holds: heads of attention, columns and rows of MLPs, whole experts or slices of all.
+
+Names say what is a query, a gate or an expert, shapes say how many heads and segments there are. A family that uses other names
+is taught with `register_family`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import getsource
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from engine.parallel.mesh import Group
+
+QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+
+PROOFS = Path(__file__).with_name("proofs.json")
+
+Intervals = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family calls its linear maps.
+
+    queries, keys, values, outputs: of attention. latent_queries: instead of `queries` where both are there (MLA).
+    latent_keys_values: keys and values of all heads. fused: queries, keys and values in one map, segment by segment, or head
+    by head (`fused_by_head`). gates: of attention, some features a head. up, down: of MLPs; fused_up: gate and up in one.
+    """
+
+    queries: tuple[str, ...] = ("q_proj",)
+    keys: tuple[str, ...] = ("k_proj",)
+    values: tuple[str, ...] = ("v_proj",)
+    latent_queries: tuple[str, ...] = ("q_b_proj",)
+    latent_keys_values: tuple[str, ...] = ("kv_b_proj",)
+    fused: tuple[str, ...] = ("qkv_proj", "query_key_value")
+    fused_by_head: bool = False
+    outputs: tuple[str, ...] = ("o_proj", "out_proj", "dense")
+    gates: tuple[str, ...] = ("gate_proj", "g_proj")
+    up: tuple[str, ...] = ("gate_proj", "up_proj", "fc1", "c_fc", "dense_h_to_4h")
+    fused_up: tuple[str, ...] = ("gate_up_proj", "input_linear")
+    down: tuple[str, ...] = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "output_linear")
+
+
+_FAMILIES = {
+    "gpt_neox": Names(fused_by_head=True),
+    "zaya": Names(outputs=(), down=()),  # convolves the queries and keys of all heads together; its routers are MLPs
+}
+
+
+def register_family(model_type: str, names: Names) -> None:
+    """Teach what a family calls its maps. model_type: of its text config."""
+    _FAMILIES[model_type] = names
+
+
+def proof_of(model_type: str) -> dict[str, Any] | None:
+    """What tests/parallel/family_matrix.py found of a family: `tp`, `ep`, `error`, or `reason` if it cannot be shared."""
+    return json.loads(PROOFS.read_text(encoding="utf-8")).get(model_type)
+
+
+def check_proven(config: PreTrainedConfig) -> None:
+    """Raises ValueError unless a family was shown to give the same results when it is shared."""
+    family, proof = config.model_type, proof_of(config.model_type)
+    if proof is None:
+        mend = "add it to tests/parallel/family_matrix.py, or set parallel.unproven=true"
+        raise ValueError(f"target family {family!r} was not shown to give the same results when ranks share it; {mend}")
+    if proof["reason"] is not None:
+        raise ValueError(f"target family {family!r} cannot be shared: {proof['reason']}; set parallel.tp_size=1 and ep_size=1")
+
+
+def names_of(config: PreTrainedConfig) -> Names:
+    return _FAMILIES.get(config.model_type, Names())
+
+
+class Unshardable(Exception):
+    """A module that no rule can share; str() says why."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a rank holds of a parameter: intervals along a dimension, one behind the other.
+
+    zeros: of a bias that is added once: all of it on the first rank, zeros on the others.
+    """
+
+    dim: int = 0
+    intervals: Intervals = ()
+    zeros: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        if self.zeros:
+            return torch.zeros_like(tensor)
+        return torch.cat([tensor.narrow(self.dim, start, stop - start) for start, stop in self.intervals], dim=self.dim)
+
+
+def is_attention(module: nn.Module, names: Names) -> bool:
+    """Whether it is softmax attention through Transformers' interface, with maps that we know."""
+    children = dict(module.named_children())
+    knows = [names.outputs, (*names.queries, *names.latent_queries, *names.fused)]
+    knows.append((*names.keys, *names.latent_keys_values, *names.fused))
+    return all(any(name in children for name in some) for some in knows) and "attention_interface" in getsource(
+        type(module).forward
+    )
+
+
+def is_mlp(module: nn.Module, names: Names) -> bool:
+    maps = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+    return bool(maps & {*names.up, *names.fused_up}) and bool(maps & set(names.down))
+
+
+def is_experts(module: nn.Module, names: Names) -> bool:
+    weights = dict(module.named_parameters(recurse=False))
+    return "down_proj" in weights and any(
+        weight.ndim == 3 and name in (*names.up, *names.fused_up) for name, weight in weights.items()
+    )
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """Query and key heads of an attention module, and those of a rank: `queries`, `keys`, as intervals of head numbers.
+
+    Key heads that are fewer than ranks are held by several.
+    """
+
+    num_queries: int
+    num_keys: int
+    tp: Group
+
+    @classmethod
+    def of(cls, module: nn.Module, config: PreTrainedConfig, tp: Group) -> "AttentionHeads":
+        """Raises Unshardable, naming sizes that would do, if the ranks cannot share them."""
+        queries = _count(module, QUERY_COUNTS, config, "num_attention_heads")
+        keys = queries if any(hasattr(module, name) for name in names_of(config).latent_keys_values) else None
+        keys = keys or _count(module, KEY_COUNTS, config, "num_key_value_heads")
+        fitting = [size for size in divisors(queries) if keys % size == 0 or size % keys == 0]
+        if tp.size not in fitting:
+            problem = f"{queries} heads and {keys} key/value heads cannot be shared by {tp.size} ranks"
+            raise Unshardable(f"{problem}; use a parallel.tp_size of {fitting}")
+        return cls(queries, keys, tp)
+
+    @property
+    def queries(self) -> Intervals:
+        return (part_of(self.num_queries, self.tp),)
+
+    @property
+    def keys(self) -> Intervals:
+        if self.num_keys % self.tp.size == 0:
+            return (part_of(self.num_keys, self.tp),)
+        head = self.tp.rank * self.num_keys // self.tp.size
+        return ((head, head + 1),)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What a module that holds these heads alone calls their numbers."""
+        queries, keys = (sum(stop - start for start, stop in heads) for heads in (self.queries, self.keys))
+        counts = dict.fromkeys(QUERY_COUNTS, queries) | dict.fromkeys(KEY_COUNTS, keys)
+        return counts | {"num_key_value_groups": queries // keys}
+
+
+def attention_cuts(module: nn.Module, heads: AttentionHeads, names: Names) -> tuple[dict[str, Cut], list[str]]:
+    """Cuts by parameter name, and the norms over all heads together. Raises Unshardable for a part that no rule knows."""
+    children, cuts, norms = dict(module.named_children()), {}, []
+    for name, child in children.items():
+        cut = _attention_map(name, child, children, heads, names) if isinstance(child, nn.Linear) else None
+        if cut is None and isinstance(child, nn.Linear) and name in names.outputs:
+            raise Unshardable(f"{name} reads {child.in_features} features, which {heads.num_queries} heads do not divide")
+        if cut is not None:
+            cuts |= {f"{name}.{leaf}": leaf_cut for leaf, leaf_cut in linear_cuts(child, cut, heads.tp).items()}
+        weight = getattr(child, "weight", None)
+        if "norm" in name and weight is not None:
+            normed = children.get(names.queries[0] if name.startswith("q") else names.keys[0])
+            own, count = (heads.queries, heads.num_queries) if name.startswith("q") else (heads.keys, heads.num_keys)
+            if isinstance(normed, nn.Linear) and weight.shape == (normed.out_features,) and count > 1:
+                cuts[f"{name}.weight"] = Cut(0, scaled(own, normed.out_features // count))
+                norms.append(name)
+            elif weight.ndim == 2 and weight.shape[0] == count:
+                cuts[f"{name}.weight"] = Cut(0, own)
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if parameter.shape[0] != heads.num_queries:
+            raise Unshardable(f"its parameter {leaf} of shape {list(parameter.shape)} is not one a head")
+        cuts[leaf] = Cut(0, heads.queries)
+    return cuts, norms
+
+
+def _attention_map(
+    name: str, child: nn.Linear, siblings: dict[str, nn.Module], heads: AttentionHeads, names: Names
+) -> Cut | None:
+    """Rows or columns of a linear map that a rank holds; None = all of it."""
+    queries, keys, features = heads.num_queries, heads.num_keys, child.out_features
+    if name in names.outputs:
+        return Cut(1, scaled(heads.queries, child.in_features // queries)) if child.in_features % queries == 0 else None
+    is_query = name in names.queries and not any(latent in siblings for latent in names.latent_queries)
+    of_all_heads = is_query or name in (*names.latent_queries, *names.latent_keys_values)
+    if of_all_heads or (name in names.gates and features % queries == 0) or (name in names.fused and names.fused_by_head):
+        return Cut(0, scaled(heads.queries, features // queries))
+    if name in (*names.keys, *names.values):
+        return Cut(0, scaled(heads.keys, features // keys))
+    if name in names.fused:
+        unit = features // (queries + 2 * keys)
+        offsets = ((heads.queries, 0), (heads.keys, queries), (heads.keys, queries + keys))
+        return Cut(0, tuple(((start + at) * unit, (stop + at) * unit) for own, at in offsets for start, stop in own))
+    return None
+
+
+def mlp_cuts(module: nn.Module, tp: Group, names: Names) -> dict[str, Cut]:
+    """Cuts by parameter name. Raises Unshardable if its width cannot be shared."""
+    cuts = {}
+    for name, child in module.named_children():
+        if not isinstance(child, nn.Linear) or name not in (*names.up, *names.fused_up, *names.down):
+            continue
+        if name in names.down:
+            cut = Cut(1, _segments(child.in_features, 1, tp))
+        else:
+            cut = Cut(0, _segments(child.out_features, 2 if name in names.fused_up else 1, tp))
+        cuts |= {f"{name}.{leaf}": leaf_cut for leaf, leaf_cut in linear_cuts(child, cut, tp).items()}
+    return cuts
+
+
+def expert_cuts(module: nn.Module, num_experts: int, ep: Group) -> dict[str, Cut]:
+    """A rank's experts, whole. Raises Unshardable if there are no equal parts."""
+    if num_experts % ep.size:
+        raise Unshardable(f"{num_experts} experts cannot be shared by {ep.size} ranks; use one of {divisors(num_experts)}")
+    own = (part_of(num_experts, ep),)
+    return {name: Cut(0, own) for name, weight in module.named_parameters(recurse=False) if weight.shape[0] == num_experts}
+
+
+def expert_slices(module: nn.Module, hidden_size: int, tp: Group, names: Names) -> dict[str, Cut]:
+    """A slice of every expert's width: columns of the maps up, rows of the map down; biases of that once."""
+    transposed, cuts = getattr(module, "is_transposed", False), {}
+    down = dict(module.named_parameters(recurse=False))["down_proj"]
+    if not hasattr(module, "is_transposed"):
+        transposed = down.shape[2] == hidden_size and down.shape[1] != hidden_size
+    interleaved = not getattr(module, "is_concatenated", True)
+    for name, weight in module.named_parameters(recurse=False):
+        stem = name.removesuffix("_bias")
+        if stem == "down_proj":
+            cut = Cut(1 if transposed else 2, _segments(weight.shape[1 if transposed else 2], 1, tp)) if stem == name else None
+            if cut is None and tp.rank:
+                cuts[name] = Cut(zeros=True)
+        else:
+            dim = weight.ndim - 1 if transposed or stem != name else 1
+            cut = Cut(dim, _segments(weight.shape[dim], 2 if stem in names.fused_up and not interleaved else 1, tp))
+        if cut is not None:
+            cuts[name] = cut
+    return cuts
+
+
+def linear_cuts(linear: nn.Linear, cut: Cut, tp: Group) -> dict[str, Cut]:
+    """Those of a linear map's parameters. The bias of one that is cut by columns is added by one rank."""
+    cuts = {"weight": cut}
+    if linear.bias is not None and cut.dim == 0:
+        cuts["bias"] = cut
+    elif linear.bias is not None and tp.rank:
+        cuts["bias"] = Cut(zeros=True)
+    return cuts
+
+
+def part_of(total: int, group: Group) -> tuple[int, int]:
+    """A rank's equal part of `total`."""
+    size = total // group.size
+    return group.rank * size, (group.rank + 1) * size
+
+
+def scaled(intervals: Intervals, unit: int) -> Intervals:
+    return tuple((start * unit, stop * unit) for start, stop in intervals)
+
+
+def divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _segments(total: int, count: int, tp: Group) -> Intervals:
+    """A rank's part of each of `count` equal segments."""
+    size = total // count
+    if size % tp.size:
+        raise Unshardable(
+            f"a width of {size} cannot be shared by {tp.size} ranks; use a parallel.tp_size of {divisors(size)[:9]}"
+        )
+    start, stop = part_of(size, tp)
+    return tuple((start + at * size, stop + at * size) for at in range(count))
+
+
+def _count(module: nn.Module, names: Sequence[str], config: PreTrainedConfig, field: str) -> int:
+    own = next((value for name in names if isinstance(value := getattr(module, name, None), int)), None)
+    if own is not None:
+        return own
+    if field == "num_key_value_heads" and isinstance(groups := getattr(module, "num_key_value_groups", None), int):
+        return _count(module, QUERY_COUNTS, config, "num_attention_heads") // groups
+    value = getattr(config, field, None)
+    return _count(module, QUERY_COUNTS, config, "num_attention_heads") if value is None else value

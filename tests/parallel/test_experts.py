@@ -1,0 +1,57 @@
+"""Dispatch of tokens to experts: the same sums as one process gives, however tokens fall."""
+
+import pytest
+import torch
+from torch import nn
+
+from engine.parallel.experts import dispatch
+from engine.parallel.mesh import TargetMesh
+from tests.distributed import run_ranks
+
+EXPERTS, WIDTH, RANKS = 8, 6, 4
+COUNTS = (5, 0, 9, 1)
+
+
+class Experts(nn.Module):
+    """Experts as Transformers calls them, written out; counts how many tokens each computes."""
+
+    def __init__(self, weights_EDD: torch.Tensor) -> None:
+        super().__init__()
+        self.weights_EDD, self.computed = weights_EDD, 0
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        self.computed += top_k_index.numel()
+        picked = self.weights_EDD[top_k_index]
+        return torch.einsum("td,tkdf,tk->tf", hidden_states, picked, top_k_weights)
+
+
+def choices(kind: str, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    count = COUNTS[rank]
+    scores = torch.rand(count, EXPERTS, generator=generator)
+    if kind == "all to one rank":
+        scores[:, 2:4] += 10
+    if kind == "some empty":
+        scores[:, ::2] -= 10
+    weights, index = scores.topk(2, dim=-1)
+    return torch.randn(count, WIDTH, generator=generator), index, weights
+
+
+def run(world, kind: str, ep: int) -> tuple[torch.Tensor, int]:
+    mesh = TargetMesh.make(world, 1, ep)
+    weights_EDD = torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(9))
+    local = EXPERTS // ep
+    experts = Experts(weights_EDD[mesh.ep.rank * local : (mesh.ep.rank + 1) * local])
+    dispatch(experts, EXPERTS, mesh.ep)
+    hidden, index, top = choices(kind, world.rank)
+    return experts.forward(hidden, index, top), experts.computed
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+@pytest.mark.parametrize("kind", ["even", "all to one rank", "some empty"])
+def test_no_token_is_dropped_and_none_computed_twice(kind, ep):
+    whole = Experts(torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(9)))
+    results = run_ranks(run, RANKS, kind, ep)
+    for rank, (found, _) in enumerate(results):
+        torch.testing.assert_close(found, whole(*choices(kind, rank)))
+    assert sum(computed for _, computed in results) == 2 * sum(COUNTS)

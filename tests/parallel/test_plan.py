@@ -1,0 +1,129 @@
+"""Targets that ranks share give what they give alone; see family_matrix.py for all of them."""
+
+from contextlib import nullcontext
+from unittest import mock
+
+import pytest
+import torch
+from transformers import AttentionMaskInterface
+
+from engine.parallel.mesh import Group, TargetMesh
+from engine.parallel.plan import TargetPlan
+from engine.target import attention, frozen
+from tests.distributed import run_ranks
+from tests.parallel.families import tiny_model
+from tests.parallel.family_matrix import CASES, RANKS, TOLERANCE, in_step, reference, relative, run_all, run_own, shared
+
+# One of each kind: plain, fused, sinks and window, latent keys, dense experts, chunks, full-width norms, soft caps, linear
+# attention, an indexer, a recurrence.
+SAMPLE = ["llama", "phi3", "gpt_oss", "deepseek_v3", "llama4_text", "olmoe", "gemma2", "qwen3_next", "deepseek_v32", "jamba"]
+SAMPLE += ["qwen3_moe", "minimax", "granitemoe", "gpt_neox"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row["family"]: row for row in run_ranks(run_all, RANKS, SAMPLE)[0]}
+
+
+@pytest.mark.parametrize("family", SAMPLE)
+def test_shared_targets_give_what_they_give_alone_a_document_at_a_time(rows, family):
+    row = rows[family]
+    assert row["reason"] is None, row.get("trace")
+    assert row["tp"] and 0 < row["error"] <= TOLERANCE
+    has_experts = any(part in family for part in ("moe", "deepseek", "gpt_oss", "llama4", "next", "jamba", "minimax"))
+    assert row["ep"] is has_experts and len(row["errors"]) == len(CASES) - (not has_experts)
+
+
+def without_masks(**arguments) -> attention.DocumentMasks:
+    masks = attention.document_masks(**arguments)
+    return attention.DocumentMasks(masks.lengths, (None,) * len(masks.lengths))
+
+
+def spoil(world, family: str, kind: str) -> float:
+    """The error once documents see each other, a window is as wide as the document, or sinks are gone."""
+    torch.set_num_threads(1)
+    mesh = TargetMesh.make(world, 2, 1)
+    expected = reference(family, world.rank)
+    if kind == "mask":
+
+        def together(decoder, lengths, packs):
+            return attention.packed_attention(decoder, (sum(lengths),), packs)
+
+        patch = mock.patch.object(frozen, "packed_attention", together)
+        AttentionMaskInterface.register(attention.NAME, without_masks)
+    elif kind == "window":
+        patch = nullcontext()
+        AttentionMaskInterface.register(attention.NAME, without_masks)
+    else:
+        whole = attention._attend
+
+        def without(query, key, value, allowed, scale, softcap, sinks_H):
+            return whole(query, key, value, allowed, scale, softcap, None)
+
+        patch = mock.patch.object(attention, "_attend", without)
+    with patch:
+        found, _ = in_step(world, lambda: shared(family, world.rank, mesh))
+    return relative(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", "mask"), ("gpt_oss", "mask"), ("gpt_oss", "window"), ("gemma3_text", "window"), ("gpt_oss", "sinks")],
+)
+def test_without_masks_windows_or_sinks_the_result_is_another(family, kind):
+    assert max(run_ranks(spoil, RANKS, family, kind)) > 1e-2
+
+
+def resting(world, family: str) -> float:
+    """Ranks bring one, two or no batches; those that have none rest. The largest error of any batch."""
+    torch.set_num_threads(1)
+    mesh = TargetMesh.make(world, 2, 4)
+    expected = reference(family, world.rank)
+    found, target = shared(family, world.rank, mesh)
+    errors = [relative(found, expected)]
+    if world.rank % 2:
+        errors.append(relative(run_own(target, world.rank), expected))
+    target.rest()
+    return max(errors)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_ranks_without_a_batch_rest_while_others_run(family):
+    assert max(run_ranks(resting, RANKS, family)) <= TOLERANCE
+
+
+def plan(family: str, tp: int = 1, ep: int = 1, rank: int = 0) -> TargetPlan:
+    model = tiny_model(family)
+    return TargetPlan.of(frozen._decoder(model), TargetMesh(Group(tp, rank), Group(ep, rank)))
+
+
+def test_the_parts_of_all_ranks_make_up_every_weight():
+    for family in ("llama", "phi3", "gpt_oss", "qwen3_moe"):
+        weights = dict(frozen._decoder(tiny_model(family)).named_parameters())
+        plans = [plan(family, tp=2, rank=rank) for rank in range(2)]
+        for name, cut in plans[0].cuts.items():
+            if not cut.intervals:
+                continue
+            held = sum(stop - start for shares in plans for start, stop in shares.cuts[name].intervals)
+            assert held == weights[name].shape[cut.dim], (family, name)
+
+
+def test_heads_that_cannot_be_shared_stay_and_are_reported_with_sizes_that_would_do():
+    found = plan("llama", tp=3)
+    reasons = {why for name, why in found.replicated.items() if name.endswith("self_attn")}
+    assert reasons == {"4 heads and 2 key/value heads cannot be shared by 3 ranks; use a parallel.tp_size of [1, 2, 4]"}
+
+
+def test_key_heads_fewer_than_ranks_are_held_by_several():
+    cuts = [plan("llama", tp=4, rank=rank).cuts["layers.0.self_attn.k_proj.weight"].intervals for rank in range(4)]
+    assert cuts == [((0, 8),), ((0, 8),), ((8, 16),), ((8, 16),)]
+
+
+def test_experts_that_cannot_be_shared_are_reported():
+    assert "4 experts cannot be shared by 3 ranks; use one of [1, 2, 4]" in plan("qwen3_moe", ep=3).replicated.values()
+
+
+def test_the_plan_of_weights_on_the_meta_device_is_that_of_real_ones():
+    model = tiny_model("gpt_oss")
+    real = TargetPlan.of(frozen._decoder(model), TargetMesh(Group(2, 1), Group()))
+    assert TargetPlan.of(frozen._decoder(model.to("meta")), TargetMesh(Group(2, 1), Group())) == real
