@@ -78,7 +78,7 @@ class Capture:
             self.begin(manifest, tokenizer, target_config)
         self.world.barrier()
         with self.telemetry.stage("Loading the target"):
-            of = self.config.loss.temperature, mesh, self.config.parallel.unproven
+            of = self.config.loss.temperature, mesh, self.config.parallel.unproven, self.telemetry.progress
             target = FrozenTarget.load(section, self.world.device, contents.aux_layers, *of)
             if self.world.is_main and not (self.folder / TARGET_FOLDER / HEAD).is_file():
                 head = self.folder / TARGET_FOLDER / HEAD

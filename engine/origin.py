@@ -47,7 +47,13 @@ class Online:
     def load_target(self, aux_layers: tuple[int, ...]) -> Target:
         section, temperature = self._config.target, self._config.loss.temperature
         target = FrozenTarget.load(
-            section, self._world.device, aux_layers, temperature, self.mesh, self._config.parallel.unproven
+            section,
+            self._world.device,
+            aux_layers,
+            temperature,
+            self.mesh,
+            self._config.parallel.unproven,
+            self._telemetry.progress,
         )
         for line in target.plan.summary(self.mesh):
             self._telemetry.note(f"  {line}")

@@ -123,19 +123,18 @@ class TargetPlan:
         self.shared.append(name)
 
 
-def share_decoder(decoder: PreTrainedModel, mesh: TargetMesh, packs: bool) -> TargetPlan:
-    """Cut the weights of a whole decoder and let its modules exchange tokens. packs: whether documents share a forward."""
+def cut_decoder(decoder: PreTrainedModel, mesh: TargetMesh) -> TargetPlan:
+    """Keep a rank's part of a whole decoder's weights; `let_exchange` is to follow."""
     plan, modules = TargetPlan.of(decoder, mesh), dict(decoder.named_modules())
     for name, cut in plan.cuts.items():
         owner, _, leaf = name.rpartition(".")
         own = cut.of(getattr(modules[owner], leaf).data).clone()
         modules[owner]._parameters[leaf] = nn.Parameter(own, requires_grad=False)
-    let_exchange(decoder, plan, mesh, packs)
     return plan
 
 
 def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, packs: bool) -> None:
-    """Make the modules of a decoder whose weights are cut exchange tokens."""
+    """Make the modules of a decoder whose weights are cut exchange tokens. packs: whether documents share a forward."""
     modules, names = dict(decoder.named_modules()), names_of(decoder.config)
     for name, attributes in plan.counts.items():
         for attribute, value in attributes.items():

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
@@ -20,8 +20,9 @@ from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.config import TargetSection
 from engine.models.registry import check_aux_layers, default_aux_layers, final_logits, runs_packed, text_config
 from engine.parallel.collectives import gather_objects
+from engine.parallel.loader import Bar, Checkpoint, load_cut
 from engine.parallel.mesh import TargetMesh
-from engine.parallel.plan import TargetPlan, share_decoder
+from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
 from engine.parallel.rules import check_proven
 from engine.parallel.tokens import Tokens, tokens_of_forward
 from engine.target.attention import NAME, ONE, packed_attention
@@ -85,8 +86,9 @@ class FrozenTarget:
         aux_layers: tuple[int, ...] | None,
         temperature: float = 1.0,
         mesh: TargetMesh = TargetMesh(),  # noqa: B008 (frozen)
+        plan: TargetPlan | None = None,
     ) -> None:
-        """mesh: with whom the target is shared; a model that is whole is cut.
+        """mesh: with whom the target is shared. plan: how its weights are cut already; None = they are whole, and cut here.
 
         Raises ValueError if the family's head or layers cannot be read, or the layers named are not there.
         """
@@ -101,11 +103,13 @@ class FrozenTarget:
             model.set_attn_implementation("eager")
         self.packs = self.decoder._supports_attention_backend and runs_packed(self.config)
         self.head = replace(_head(model), temperature=temperature)
-        self._check_head()
-        self.mesh, self.plan = mesh, TargetPlan()
+        self.mesh, self.plan = mesh, plan or TargetPlan()
         if mesh.size > 1:
             self.decoder.set_attn_implementation(NAME if self.packs else ONE)  # also for configs that modules copy
-            self.plan = share_decoder(self.decoder, mesh, self.packs)
+            if plan is None:
+                self.plan = cut_decoder(self.decoder, mesh)
+            let_exchange(self.decoder, self.plan, mesh, self.packs)
+        self._check_head()
 
     @classmethod
     def load(
@@ -116,11 +120,12 @@ class FrozenTarget:
         temperature: float = 1.0,
         mesh: TargetMesh = TargetMesh(),  # noqa: B008 (frozen)
         unproven: bool = False,
+        bar: Bar | None = None,
     ) -> "FrozenTarget":
         """The target of a recipe, on `device`, in `section.dtype`. aux_layers: None = the section's, or the default rule.
 
-        mesh: with whom it is shared; each rank reads it whole into host memory first, and keeps its part. unproven: whether it
-        may be of a family that was not shown to give the same results then.
+        mesh: with whom it is shared; each rank then reads its part alone. unproven: whether it may be of a family that was not
+        shown to give the same results then. bar: shows the reading of a part.
         """
         config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         if config.is_encoder_decoder:
@@ -131,13 +136,22 @@ class FrozenTarget:
         auto = AutoModelForImageTextToText if wrapper_only else AutoModelForCausalLM
         chosen = "float32" if device.type == "cpu" else "bfloat16"
         dtype = getattr(torch, chosen if section.dtype == "auto" else section.dtype)
-        model = auto.from_pretrained(section.path, dtype=dtype, **section.hub_arguments)
-        return cls(model if mesh.size > 1 else model.to(device), aux_layers or section.aux_layers, temperature, mesh).to(device)
-
-    def to(self, device: torch.device) -> "FrozenTarget":
-        self.model.to(device)
-        self.head = replace(_head(self.model), temperature=self.head.temperature)
-        return self
+        aux_layers = aux_layers or section.aux_layers
+        if mesh.size == 1:
+            return cls(
+                auto.from_pretrained(section.path, dtype=dtype, **section.hub_arguments).to(device), aux_layers, temperature
+            )
+        if getattr(config, "quantization_config", None) is not None:
+            problem = "is quantised, and only plain checkpoints can be shared"
+            raise ValueError(f"target.path={section.path}: {problem}; name a bfloat16 checkpoint, or set parallel.tp_size=1")
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
+        decoder = _decoder(model)
+        plan = TargetPlan.of(decoder, mesh)
+        prefix = next(name for name, module in model.named_modules() if module is decoder)
+        cuts = {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
+        load_cut(model, cuts, Checkpoint(section.path, section.revision), device, bar)
+        return cls(model, aux_layers, temperature, mesh, plan)
 
     @property
     def embed_weight_VD(self) -> Tensor:
@@ -209,8 +223,14 @@ class FrozenTarget:
     def _check_head(self) -> None:
         """Compare our head with the model's own logits on two tokens: remote families may do more than we know."""
         ids_1T = torch.arange(2, device=self.embed_weight_VD.device)[None]
-        with capture(self.model, self.aux_layers) as seen:
-            expected = self.model(input_ids=ids_1T, use_cache=False).logits.float()
+        with capture(self.model, self.aux_layers) as seen, ExitStack() as stack:
+            shared = {}
+            if self.mesh.size > 1:
+                tokens = Tokens(((2,),) * self.mesh.tp.size, self.mesh.tp.rank)
+                stack.enter_context(tokens_of_forward(tokens))
+                stack.enter_context(packed_attention(self.decoder, tokens.documents, self.packs))
+                shared["position_ids"] = ids_1T.repeat(1, self.mesh.tp.size)
+            expected = self.model(input_ids=ids_1T, use_cache=False, **shared).logits.float()
         ours = replace(self.head, temperature=1.0).logits(seen.last_hidden())
         aux = seen.aux()
         family, width = self.config.model_type, self.config.hidden_size
