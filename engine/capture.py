@@ -80,9 +80,9 @@ class Capture:
         with self.telemetry.stage("Loading the target"):
             of = self.config.loss.temperature, mesh, self.config.parallel.unproven, self.telemetry.progress
             target = FrozenTarget.load(section, self.world.device, contents.aux_layers, *of)
-            if self.world.is_main and not (self.folder / TARGET_FOLDER / HEAD).is_file():
-                head = self.folder / TARGET_FOLDER / HEAD
-                write_whole(head, lambda path: save_head(path, target.head, target.embed_weight_VD))
+            path, head = self.folder / TARGET_FOLDER / HEAD, target.whole_head()
+            if self.world.is_main and not path.is_file():
+                write_whole(path, lambda place: save_head(place, head, target.embed_weight_VD))
         started = time.perf_counter()
         with self.telemetry.stage("Capturing"):
             new_bytes = self.capture(target, documents, manifest.contents, missing[self.world.rank :: self.world.size])

@@ -39,7 +39,7 @@ def sum_rows(partial: Tensor, dim: int, counts: Sequence[int], group: Group) -> 
 def sum_over(values: Tensor, group: Group) -> Tensor:
     """The sum of all ranks' values, on every rank."""
     if group.size > 1:
-        values = values.contiguous()
+        values = values.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(values, group=group.process_group)
     return values
 
@@ -47,7 +47,7 @@ def sum_over(values: Tensor, group: Group) -> Tensor:
 def max_over(values: Tensor, group: Group) -> Tensor:
     """The largest of all ranks' values, element by element, on every rank."""
     if group.size > 1:
-        values = values.contiguous()
+        values = values.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(values, op=distributed.ReduceOp.MAX, group=group.process_group)
     return values
 

@@ -27,6 +27,7 @@ from engine.parallel.rules import check_proven
 from engine.parallel.tokens import Tokens, tokens_of_forward
 from engine.target.attention import NAME, ONE, packed_attention
 from engine.target.head import TargetHead
+from engine.target.shared_head import SharedHead
 
 
 class Capture:
@@ -110,6 +111,12 @@ class FrozenTarget:
                 self.plan = cut_decoder(self.decoder, mesh)
             let_exchange(self.decoder, self.plan, mesh, self.packs)
         self._check_head()
+        if mesh.tp.size > 1 and not self._is_tied():
+            self.head = SharedHead.of(self.head, mesh.tp)
+            model.get_output_embeddings().weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def _is_tied(self) -> bool:
+        return self.head.weight_VD.data_ptr() == self.embed_weight_VD.data_ptr()
 
     @classmethod
     def load(
@@ -157,8 +164,12 @@ class FrozenTarget:
     def embed_weight_VD(self) -> Tensor:
         return self.model.get_input_embeddings().weight
 
+    def whole_head(self) -> TargetHead:
+        """The head with all its rows; a collective where ranks share it."""
+        return self.head.whole() if isinstance(self.head, SharedHead) else self.head
+
     def head_rows(self, target_ids_U: Tensor) -> TargetHead:
-        """The head restricted to `target_ids_U`, int64 [U]."""
+        """The head restricted to `target_ids_U`, int64 [U]; a collective where ranks share it."""
         return self.head.rows(target_ids_U)
 
     @torch.no_grad()
@@ -189,7 +200,9 @@ class FrozenTarget:
         """Take part in the forwards of the mesh's other ranks until all of them rest."""
         one_T = torch.zeros(1, dtype=torch.long, device=self.embed_weight_VD.device)
         while self.mesh.size > 1 and any(everyone := gather_objects((), self.mesh.whole)):
-            self._run_shared(one_T, everyone)
+            seen = self._run_shared(one_T, everyone)
+            if isinstance(self.head, SharedHead):
+                self.head.argmax_and_lse(seen.last_hidden()[0, :0])
 
     def _run_shared(self, input_ids_T: Tensor, everyone: list[tuple[int, ...]]) -> Capture:
         """everyone: lengths of the documents of each rank of the mesh, none where it rests."""

@@ -46,15 +46,20 @@ class TargetHead:
 
     def argmax_and_lse(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """hidden_ND: [N, D] -> int32 [N] first most likely token, fp32 [N] log-sum-exp over the whole vocabulary."""
-        num_slots = hidden_ND.shape[0]
-        argmax_N = torch.empty(num_slots, dtype=torch.int32, device=hidden_ND.device)
-        lse_N = torch.empty(num_slots, dtype=torch.float32, device=hidden_ND.device)
+        _, argmax_N, lse_N = self.best_argmax_and_lse(hidden_ND)
+        return argmax_N.to(torch.int32), lse_N
+
+    def best_argmax_and_lse(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same behind the largest logit, fp32 [N]; the token as int64."""
+        num_slots, device = hidden_ND.shape[0], hidden_ND.device
+        best_N, lse_N = (torch.empty(num_slots, dtype=torch.float32, device=device) for _ in range(2))
+        argmax_N = torch.empty(num_slots, dtype=torch.int64, device=device)
         for start in range(0, num_slots, _SLOTS_PER_CHUNK):
             chunk = slice(start, start + _SLOTS_PER_CHUNK)
-            argmax_N[chunk], lse_N[chunk] = self._walk_vocabulary(hidden_ND[chunk])
-        return argmax_N, lse_N
+            best_N[chunk], argmax_N[chunk], lse_N[chunk] = self._walk_vocabulary(hidden_ND[chunk])
+        return best_N, argmax_N, lse_N
 
-    def _walk_vocabulary(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def _walk_vocabulary(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         best_N = torch.full(hidden_ND.shape[:1], -torch.inf, device=hidden_ND.device)
         lse_N = best_N.clone()
         argmax_N = torch.zeros_like(best_N, dtype=torch.int64)
@@ -66,7 +71,7 @@ class TargetHead:
             best_N = torch.maximum(best_N, block_best_N)
             above_N = logits_NV.sub_(block_best_N[:, None]).exp_().sum(dim=-1)
             lse_N = torch.logaddexp(lse_N, above_N.log_() + block_best_N)
-        return argmax_N.to(torch.int32), lse_N
+        return best_N, argmax_N, lse_N
 
     def _block(self, block: slice) -> "TargetHead":
         bias_V = None if self.bias_V is None else self.bias_V[block]

@@ -55,14 +55,15 @@ def reference(family: str, rank: int) -> list[torch.Tensor]:
 def shared(family: str, rank: int, mesh: TargetMesh) -> tuple[list[torch.Tensor], FrozenTarget]:
     """The same of a target that ranks share, and that target."""
     target = FrozenTarget(tiny_model(family), AUX, mesh=mesh)
-    return run_own(target, rank), target
+    states = run_own(target, rank)
+    return [*states, target.whole_head().logits(states[-1])], target
 
 
 def run_own(target: FrozenTarget, rank: int) -> list[torch.Tensor]:
-    """A collective of the target's mesh."""
+    """Auxiliary and last states of a rank's documents; a collective of the target's mesh."""
     own = [Document(ids.numpy().astype("int32"), np.ones(len(ids), dtype=bool), ()) for ids in documents(rank)]
     output = target(collate(own), torch.arange(sum(LENGTHS[rank])))
-    return [output.aux_TA, output.last_hidden_ND, target.head.logits(output.last_hidden_ND)]
+    return [output.aux_TA, output.last_hidden_ND]
 
 
 def relative(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

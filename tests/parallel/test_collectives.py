@@ -25,12 +25,15 @@ def collect(world) -> dict:
     gathered = gather_rows(own, -2, COUNTS, group)
     counts_R = torch.tensor([(world.rank + other) % 3 for other in range(4)])
     received = exchange_counts(counts_R, group).tolist()
+    kept = torch.tensor([float(world.rank)])
+    sum_over(kept, group), max_over(kept, group)
     rows = torch.repeat_interleave(torch.arange(4.0), counts_R)[:, None] + 10 * world.rank
     return {
         "gathered": gathered,
         "summed": sum_rows(gathered * (world.rank + 1), 1, COUNTS, group),
         "sum": sum_over(torch.tensor([1.0, world.rank]), group),
         "max": max_over(torch.tensor([1.0, -world.rank]), group),
+        "kept": kept.item(),
         "received": received,
         "rows": exchange_rows(rows, counts_R.tolist(), received, group),
         "objects": gather_objects((world.rank,) * world.rank, group),
@@ -43,6 +46,7 @@ def test_rows_in_different_numbers_are_gathered_summed_and_exchanged():
         assert torch.equal(result["gathered"], everyone)
         assert torch.equal(result["summed"], own_rows(rank) * 10)
         assert result["sum"].tolist() == [4, 6] and result["max"].tolist() == [1, 0]
+        assert result["kept"] == rank, "what is summed stays as it was"
         assert result["received"] == [(rank + other) % 3 for other in range(4)]
         assert result["rows"].flatten().tolist() == [10 * other + rank for other in range(4) for _ in range((rank + other) % 3)]
         assert result["objects"] == [(), (1,), (2, 2), (3, 3, 3)]

@@ -1,0 +1,60 @@
+"""An LM head whose vocabulary ranks share: argmax and log-sum-exp of all ranks' slots, without gathering a logit."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from engine.parallel.collectives import gather_objects, gather_rows, max_over, sum_over
+from engine.parallel.mesh import Group
+from engine.target.head import TargetHead
+
+
+@dataclass(frozen=True)
+class SharedHead:
+    """own: the head's rows first .. first + n - 1, of vocab_size in all. Every method is a collective of the group."""
+
+    own: TargetHead
+    first: int
+    vocab_size: int
+    group: Group
+
+    @classmethod
+    def of(cls, whole: TargetHead, group: Group) -> "SharedHead":
+        """A rank's part of a head; parts differ by one row where the vocabulary does not divide."""
+        vocab_size = whole.weight_VD.shape[0]
+        first, end = (vocab_size * rank // group.size for rank in (group.rank, group.rank + 1))
+        bias_V = None if whole.bias_V is None else whole.bias_V[first:end].clone()
+        return cls(replace(whole, weight_VD=whole.weight_VD[first:end].clone(), bias_V=bias_V), first, vocab_size, group)
+
+    def rows(self, target_ids_U: Tensor) -> TargetHead:
+        """The head restricted to `target_ids_U`, int64 [U], on every rank."""
+        own_U = (target_ids_U >= self.first) & (target_ids_U < self.first + self.own.weight_VD.shape[0])
+        place_U = torch.where(own_U, target_ids_U - self.first, 0)
+
+        def picked(values: Tensor) -> Tensor:
+            mine = values[place_U] * own_U.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+            return sum_over(mine, self.group)
+
+        bias_U = None if self.own.bias_V is None else picked(self.own.bias_V)
+        return replace(self.own, weight_VD=picked(self.own.weight_VD), bias_V=bias_U)
+
+    def whole(self) -> TargetHead:
+        """All rows, on every rank."""
+        return self.rows(torch.arange(self.vocab_size, device=self.own.weight_VD.device))
+
+    def argmax_and_lse(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """As `TargetHead.argmax_and_lse`, for own slots; ranks may bring none."""
+        counts_R = gather_objects(len(hidden_ND), self.group)
+        if not any(counts_R):
+            return hidden_ND.new_empty(0, dtype=torch.int32), hidden_ND.new_empty(0, dtype=torch.float32)
+        all_MD = gather_rows(hidden_ND, 0, counts_R, self.group)
+        best_M, argmax_M, lse_M = self.own.best_argmax_and_lse(all_MD)
+        highest_M = max_over(best_M, self.group)
+        mine_M = torch.where(best_M == highest_M, argmax_M + self.first, self.vocab_size)
+        first_M = -max_over(-mine_M, self.group)  # of tokens that tie, the one with the lowest id
+        largest_M = max_over(lse_M, self.group)
+        lse_M = largest_M + sum_over((lse_M - largest_M).exp(), self.group).log()
+        start = sum(counts_R[: self.group.rank])
+        own = slice(start, start + len(hidden_ND))
+        return first_M[own].to(torch.int32), lse_M[own]
