@@ -9,16 +9,12 @@ training takes them.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.harness import machine_and_versions
+from benchmarks.record import show, write_record
 from engine.config import DataSection
 from engine.data.packing import alike_steps, pack
 from tests.data.test_packing import MIXES, mix, wait
@@ -48,14 +44,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures, machine, versions and commit to")
     options = parser.parse_args()
     rows = [measure(name, options.documents) for name in MIXES]
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(value if isinstance(value, str) else f"{value:,.3f}" for value in row.values()))
-    Console(width=160).print(table)
-    if options.json:
-        about = {"command": f"python -m benchmarks.bench_packing --documents {options.documents}"}
-        record = about | machine_and_versions(torch.device("cpu")) | {"rows": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    show(rows)
+    write_record(options.json, f"python -m benchmarks.bench_packing --documents {options.documents}", rows)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 
-from benchmarks.harness import machine_and_versions
+from benchmarks.record import show, write_record
 from engine.batch import TargetOutput
 from engine.config import TttSection
 from engine.data.documents import Document
@@ -164,14 +162,8 @@ def main() -> None:
     for dtype in PRECISIONS:
         rounds = [measure(options.folder, dtype, options.tokens) for _ in range(ROUNDS)]
         rows.append({"dtype": dtype} | {name: statistics.median(r[name] for r in rounds) for name in rounds[0]})
-    table = Table("precision", *list(rows[0])[1:], title="MB/s, medians")
-    for row in rows:
-        table.add_row(row["dtype"], *(f"{value:,.1f}" for value in list(row.values())[1:]))
-    Console(width=140).print(table)
-    if options.json:
-        about = {"command": f"python -m benchmarks.bench_store --tokens {options.tokens}"}
-        record = about | machine_and_versions(torch.device("cpu")) | {"rows": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    show(rows, "{:,.1f}")
+    write_record(options.json, f"python -m benchmarks.bench_store --tokens {options.tokens}", rows)
 
 
 if __name__ == "__main__":

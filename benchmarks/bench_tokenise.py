@@ -15,12 +15,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.harness import machine_and_versions
+from benchmarks.record import show, write_record
 from engine.config import DataSection
 from engine.data.cpython_corpus import cpython_conversations
 from engine.data.dataset import load_documents
@@ -71,14 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), options.megabytes * 10**6, tuple(options.workers))
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(value if isinstance(value, str) else f"{value:,.2f}" for value in row.values()))
-    Console(width=120).print(table)
-    if options.json:
-        about = {"command": f"python -m benchmarks.bench_tokenise --megabytes {options.megabytes}"}
-        record = about | machine_and_versions(torch.device("cpu")) | {"rows": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    show(rows, "{:,.2f}")
+    write_record(options.json, f"python -m benchmarks.bench_tokenise --megabytes {options.megabytes}", rows)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,13 @@ import ctypes
 import fnmatch
 import gc
 import json
-import os
-import platform
 import re
 import resource
 import shlex
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +33,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import machine_and_versions
 from engine.flops import HardwarePeak, Part, floor_s, peak_of
 from engine.host_memory import keep_freed_memory
 from engine.kernels.matmul import product
@@ -248,34 +245,6 @@ def _describe(benchmark: Benchmark, options: argparse.Namespace, place: Place, p
     rates = {"source": peak.name, "flops_per_s": peak.flops_per_s[place.dtype], "bytes_per_s": peak.bytes_per_s}
     command = shlex.join(["python", "-m", benchmark.module, *words, "--repeat", str(options.repeat)])
     return {"command": command} | machine_and_versions(place.device) | {"peak": rates}
-
-
-def machine_and_versions(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside its command: commit, machine and versions."""
-    git = ["git", "describe", "--always", "--exclude=*", "--dirty"]
-    described = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    machine = {"processor": _processor(), "cores": os.cpu_count(), "memory_bytes": memory_bytes}
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        machine |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory}
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    versions |= {name: _version(name) for name in ("torch", "triton", "transformers")}
-    commit, dirty = described.removesuffix("-dirty") or None, described.endswith("-dirty")
-    return {"commit": commit, "dirty": dirty, "machine": machine, "versions": versions}
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError, TypeError):
-        return re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)[1]
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 _COLUMNS = {

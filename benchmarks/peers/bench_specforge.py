@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from benchmarks.harness import machine_and_versions
 from benchmarks.peers.task import Task, task_json
+from benchmarks.record import machine_and_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = "specforge==0.2.0"
