@@ -1,9 +1,12 @@
 """Dispatch of tokens to experts: the same sums as one process gives, however tokens fall."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 
+from engine.parallel import experts as module
 from engine.parallel.experts import dispatch
 from engine.parallel.mesh import TargetMesh
 from tests.distributed import run_ranks
@@ -37,14 +40,21 @@ def choices(kind: str, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return torch.randn(count, WIDTH, generator=generator), index, weights
 
 
-def run(world, kind: str, ep: int) -> tuple[torch.Tensor, int]:
+def run(world, kind: str, ep: int) -> tuple[torch.Tensor, int, int]:
     mesh = TargetMesh.make(world, 1, ep)
     weights_EDD = torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(9))
     local = EXPERTS // ep
     experts = Experts(weights_EDD[mesh.ep.rank * local : (mesh.ep.rank + 1) * local])
     dispatch(experts, EXPERTS, mesh.ep)
     hidden, index, top = choices(kind, world.rank)
-    return experts.forward(hidden, index, top), experts.computed
+    exchange, moved = module.exchange_rows, []
+
+    def counted(rows, *arguments):
+        moved.append(rows.shape[0] if rows.shape[-1] == WIDTH else 0)
+        return exchange(rows, *arguments)
+
+    with mock.patch.object(module, "exchange_rows", counted):
+        return experts.forward(hidden, index, top), experts.computed, sum(moved)
 
 
 @pytest.mark.parametrize("ep", [2, 4])
@@ -52,6 +62,9 @@ def run(world, kind: str, ep: int) -> tuple[torch.Tensor, int]:
 def test_no_token_is_dropped_and_none_computed_twice(kind, ep):
     whole = Experts(torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(9)))
     results = run_ranks(run, RANKS, kind, ep)
-    for rank, (found, _) in enumerate(results):
+    for rank, (found, *_) in enumerate(results):
         torch.testing.assert_close(found, whole(*choices(kind, rank)))
-    assert sum(computed for _, computed in results) == 2 * sum(COUNTS)
+    assert sum(computed for _, computed, _ in results) == 2 * sum(COUNTS)
+    owners = [choices(kind, rank)[1] // (EXPERTS // ep) for rank in range(RANKS)]
+    once_a_rank = sum(len(set(row.tolist())) for owner_TK in owners for row in owner_TK)
+    assert sum(moved for *_, moved in results) == 2 * once_a_rank, "there and back, however many experts of a rank it chose"

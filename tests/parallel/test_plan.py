@@ -7,12 +7,24 @@ import pytest
 import torch
 from transformers import AttentionMaskInterface
 
+from engine.parallel import blocks
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
 from engine.target import attention, frozen
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
-from tests.parallel.family_matrix import CASES, RANKS, TOLERANCE, in_step, reference, relative, run_all, run_own, shared
+from tests.parallel.family_matrix import (
+    CASES,
+    LENGTHS,
+    RANKS,
+    TOLERANCE,
+    in_step,
+    reference,
+    relative,
+    run_all,
+    run_own,
+    shared,
+)
 
 # One of each kind: plain, fused, sinks and window, latent keys, dense experts, chunks, full-width norms, soft caps, linear
 # attention, an indexer, a recurrence.
@@ -127,3 +139,32 @@ def test_the_plan_of_weights_on_the_meta_device_is_that_of_real_ones():
     model = tiny_model("gpt_oss")
     real = TargetPlan.of(frozen._decoder(model), TargetMesh(Group(2, 1), Group()))
     assert TargetPlan.of(frozen._decoder(model.to("meta")), TargetMesh(Group(2, 1), Group())) == real
+
+
+def moved(world, family: str) -> tuple[list[int], list[int], int]:
+    """Elements of the tensors that a forward gathers and sums, on this rank, and tokens times width of the group."""
+    torch.set_num_threads(1)
+    mesh, gathered, summed = TargetMesh.make(world, 2, 1), [], []
+    target = frozen.FrozenTarget(tiny_model(family), (0, 1, 2), mesh=mesh)
+    gather, scatter = blocks.gather_rows, blocks.sum_rows
+
+    def counted_gather(*arguments):
+        gathered.append((result := gather(*arguments)).numel())
+        return result
+
+    def counted_sum(partial, *arguments):
+        summed.append(partial.numel())
+        return scatter(partial, *arguments)
+
+    with mock.patch.object(blocks, "gather_rows", counted_gather), mock.patch.object(blocks, "sum_rows", counted_sum):
+        run_own(target, world.rank)
+    pair = LENGTHS[world.rank // 2 * 2], LENGTHS[world.rank // 2 * 2 + 1]
+    return gathered, summed, sum(map(sum, pair)) * target.config.hidden_size
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", 4), ("gpt_oss", 4)])
+def test_a_layer_moves_each_state_into_and_out_of_two_blocks_and_nothing_else(family, layers):
+    for gathered, summed, states in run_ranks(moved, RANKS, family):
+        choices = [count for count in gathered if count != states]  # of experts, with their weights
+        assert gathered.count(states) == summed.count(states) == len(summed) == 2 * layers
+        assert len(choices) == (2 * layers if family == "gpt_oss" else 0) and all(count <= states / 8 for count in choices)
