@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -148,16 +149,14 @@ class FrozenTarget:
             return cls(
                 auto.from_pretrained(section.path, dtype=dtype, **section.hub_arguments).to(device), aux_layers, temperature
             )
-        if getattr(config, "quantization_config", None) is not None:
-            problem = "is quantised, and only plain checkpoints can be shared"
-            raise ValueError(f"target.path={section.path}: {problem}; name a bfloat16 checkpoint, or set parallel.tp_size=1")
+        block = fp8_block(config, section.path)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
         decoder = _decoder(model)
         plan = TargetPlan.of(decoder, mesh)
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         cuts = {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
-        load_cut(model, cuts, Checkpoint(section.path, section.revision), device, bar)
+        load_cut(model, cuts, Checkpoint(section.path, section.revision, block), device, bar)
         return cls(model, aux_layers, temperature, mesh, plan)
 
     @property
@@ -252,6 +251,23 @@ class FrozenTarget:
         tolerance = 1e-4 if self.embed_weight_VD.dtype == torch.float32 else 2e-2
         if ours.shape != expected.shape or not (ours - expected).abs().max() <= tolerance * expected.abs().max():
             raise ValueError(f"target family {family!r} changes its logits after the head in an unknown way; use another")
+
+
+def fp8_block(config: PreTrainedConfig, path: str) -> tuple[int, int] | None:
+    """Rows and columns of the blocks that a checkpoint's fp8 weights have a scale for, None if it is not quantised.
+
+    The config forgets it: the weights are read as what they mean. Raises ValueError for other quantisations.
+    """
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return None
+    facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    block = facts.get("weight_block_size")
+    if facts.get("quant_method") != "fp8" or not block:
+        problem = f"is quantised by {facts.get('quant_method')!r}, and only fp8 with a scale a block can be shared"
+        raise ValueError(f"target.path={path}: {problem}; name a bfloat16 checkpoint, or set parallel.tp_size=1 and ep_size=1")
+    del config.quantization_config
+    return tuple(block)
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:
