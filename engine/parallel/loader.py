@@ -24,7 +24,6 @@ from transformers.utils import cached_file
 
 from engine.parallel.rules import Cut
 
-SCALE = "_scale_inv"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 THREADS = 2  # each holds a tensor beside those that are in their place
@@ -34,13 +33,10 @@ Bar = Callable[[int, str], AbstractContextManager]  # over so many units: an obj
 
 
 class Checkpoint:
-    """The tensors of a folder or hub repository, by name; nothing is read until it is asked for.
+    """The tensors of a folder or hub repository, by name; nothing is read until it is asked for."""
 
-    A weight in fp8 with a scale a block (DeepSeek-V3, Kimi-K2, Qwen3-FP8: `NAME_scale_inv`) is read as the product of the two.
-    """
-
-    def __init__(self, path: str, revision: str | None = None, block: tuple[int, int] | None = None) -> None:
-        """block: rows and columns that a scale is of, None = there are none. Raises ValueError without safetensors files."""
+    def __init__(self, path: str, revision: str | None = None) -> None:
+        """Raises ValueError if it holds no safetensors file."""
 
         def find(name: str) -> str | None:
             return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -57,11 +53,10 @@ class Checkpoint:
         else:
             raise ValueError(f"target.path={path}: neither {SINGLE} nor {INDEX} is there; a shared target is read from these")
         self._open = {name: safe_open(file, "pt") for name, file in files.items()}
-        self._by_name, self._block = by_name, block
+        self._by_name = by_name
 
     def __iter__(self) -> Iterator[str]:
-        """Names of weights; scales belong to them."""
-        return (name for name in sorted(self._by_name) if not (self._block and name.endswith(SCALE)))
+        return iter(sorted(self._by_name))
 
     def shape(self, name: str) -> list[int]:
         return self._open[self._by_name[name]].get_slice(name).get_shape()
@@ -70,22 +65,10 @@ class Checkpoint:
         """A tensor, or a rank's part of it."""
         file = self._open[self._by_name[name]]
         if cut is None or cut.zeros:
-            tensor = file.get_tensor(name)
-        else:
-            lazy, before = file.get_slice(name), (slice(None),) * cut.dim
-            parts = [lazy[(*before, slice(start, stop))] for start, stop in cut.intervals]
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
-        return tensor if name + SCALE not in self._by_name or not self._block else self._scaled(name, tensor, cut)
-
-    def _scaled(self, name: str, tensor: Tensor, cut: Cut | None) -> Tensor:
-        """fp32: each value times the scale of its block."""
-        scale, shape = self._open[self._by_name[name + SCALE]].get_tensor(name + SCALE).float(), self.shape(name)
-        for dim, (size, block) in enumerate(zip(shape, self._block, strict=True)):
-            index = torch.arange(size) // block
-            if cut is not None and not cut.zeros and cut.dim == dim:
-                index = cut.of(index) if dim == 0 else Cut(0, cut.intervals).of(index)
-            scale = scale.index_select(dim, index)
-        return tensor.float() * scale
+            return file.get_tensor(name)
+        lazy, before = file.get_slice(name), (slice(None),) * cut.dim
+        parts = [lazy[(*before, slice(start, stop))] for start, stop in cut.intervals]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
 
 
 @dataclass(frozen=True)

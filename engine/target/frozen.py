@@ -13,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -21,9 +20,10 @@ from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.config import TargetSection
 from engine.models.registry import check_aux_layers, default_aux_layers, final_logits, runs_packed, text_config
 from engine.parallel.collectives import gather_objects
-from engine.parallel.loader import Bar, Checkpoint, load_cut
+from engine.parallel.loader import Bar, load_cut
 from engine.parallel.mesh import TargetMesh
 from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
+from engine.parallel.quantised import open_checkpoint
 from engine.parallel.rules import check_proven
 from engine.parallel.tokens import Tokens, tokens_of_forward
 from engine.target.attention import NAME, ONE, packed_attention
@@ -149,14 +149,14 @@ class FrozenTarget:
             return cls(
                 auto.from_pretrained(section.path, dtype=dtype, **section.hub_arguments).to(device), aux_layers, temperature
             )
-        block = fp8_block(config, section.path)
+        checkpoint = open_checkpoint(config, section.path, section.revision)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
         decoder = _decoder(model)
         plan = TargetPlan.of(decoder, mesh)
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         cuts = {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
-        load_cut(model, cuts, Checkpoint(section.path, section.revision, block), device, bar)
+        load_cut(model, cuts, checkpoint, device, bar)
         return cls(model, aux_layers, temperature, mesh, plan)
 
     @property
@@ -251,23 +251,6 @@ class FrozenTarget:
         tolerance = 1e-4 if self.embed_weight_VD.dtype == torch.float32 else 2e-2
         if ours.shape != expected.shape or not (ours - expected).abs().max() <= tolerance * expected.abs().max():
             raise ValueError(f"target family {family!r} changes its logits after the head in an unknown way; use another")
-
-
-def fp8_block(config: PreTrainedConfig, path: str) -> tuple[int, int] | None:
-    """Rows and columns of the blocks that a checkpoint's fp8 weights have a scale for, None if it is not quantised.
-
-    The config forgets it: the weights are read as what they mean. Raises ValueError for other quantisations.
-    """
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is None:
-        return None
-    facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    block = facts.get("weight_block_size")
-    if facts.get("quant_method") != "fp8" or not block:
-        problem = f"is quantised by {facts.get('quant_method')!r}, and only fp8 with a scale a block can be shared"
-        raise ValueError(f"target.path={path}: {problem}; name a bfloat16 checkpoint, or set parallel.tp_size=1 and ep_size=1")
-    del config.quantization_config
-    return tuple(block)
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from engine.parallel.loader import Checkpoint, load_cut
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
 from engine.parallel.rules import Cut
-from engine.target.frozen import FrozenTarget, _decoder, fp8_block
+from engine.target.frozen import FrozenTarget, _decoder
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import AUX, TOLERANCE, reference, relative, run_own
@@ -91,55 +91,6 @@ def test_a_folder_without_weights_and_one_that_lacks_a_file_are_named(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(ValueError, match=r"are missing: model-00002-of-00002\.safetensors"):
         Checkpoint(str(tmp_path))
-
-
-def quantise(folder: Path, block: tuple[int, int]) -> None:
-    """A checkpoint's projections to fp8 with a scale a block, in the layout of DeepSeek-V3."""
-    weights = load_file(folder / "model.safetensors")
-    for name, weight in list(weights.items()):
-        if name.endswith("_proj.weight") and weight.ndim == 2:
-            rows, columns = (torch.arange(size) // step for size, step in zip(weight.shape, block, strict=True))
-            scale = torch.zeros(rows[-1] + 1, columns[-1] + 1)
-            flat = (rows[:, None] * scale.shape[1] + columns).flatten()
-            scale.view(-1).scatter_reduce_(0, flat, weight.abs().flatten(), "amax")
-            scale /= torch.finfo(torch.float8_e4m3fn).max
-            weights[name] = (weight / scale[rows][:, columns]).to(torch.float8_e4m3fn)
-            weights[f"{name}_scale_inv"] = scale
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
-def test_fp8_weights_are_read_as_value_times_scale(family, tmp_path):
-    tiny_model(family).save_pretrained(tmp_path)
-    plain = load_file(tmp_path / "model.safetensors")
-    quantise(tmp_path, (12, 20))  # blocks that neither weights nor ranks' parts are multiples of
-    models = []
-    for tp, ep, rank in ((1, 1, 0), (2, 1, 1), (2, 2, 1)):
-        config = AutoConfig.from_pretrained(tmp_path)
-        checkpoint = Checkpoint(str(tmp_path), block=fp8_block(config, str(tmp_path)))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        cuts = cuts_of(model, tp, ep, rank)
-        load_cut(model, cuts, checkpoint, torch.device("cpu"))
-        models.append((model, cuts))
-    weights = models[0][0].state_dict()
-    changed = [name for name in plain if name in weights and not torch.equal(weights[name], plain[name])]
-    assert any("self_attn" in name for name in changed)
-    for name in changed:
-        assert (weights[name] - plain[name]).abs().max() <= plain[name].abs().max() / 16, "e4m3 has 3 bits of fraction"
-    for model, cuts in models[1:]:
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, cuts[name].of(weights[name]) if name in cuts else weights[name]), name
-
-
-def test_other_quantisations_are_refused_by_name(tmp_path):
-    config = AutoConfig.for_model("llama")
-    config.quantization_config = {"quant_method": "mxfp4"}
-    with pytest.raises(ValueError, match="is quantised by 'mxfp4', and only fp8 with a scale a block can be shared"):
-        fp8_block(config, "here")
 
 
 def anonymous_bytes() -> int:

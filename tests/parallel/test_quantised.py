@@ -1,0 +1,99 @@
+"""Quantised checkpoints in the layouts that they are published in, whole and by the parts of a rank."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine.parallel.loader import load_cut
+from engine.parallel.quantised import open_checkpoint
+from engine.parallel.rules import Cut
+from tests.parallel.families import tiny_model
+from tests.parallel.test_loader import cuts_of
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # and their negatives, by the highest bit
+
+
+def to_fp8(folder: Path, block: tuple[int, int]) -> None:
+    """A checkpoint's projections to fp8 with a scale a block, in the layout of DeepSeek-V3."""
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in list(weights.items()):
+        if name.endswith("_proj.weight") and weight.ndim == 2:
+            rows, columns = (torch.arange(size) // step for size, step in zip(weight.shape, block, strict=True))
+            scale = torch.zeros(rows[-1] + 1, columns[-1] + 1)
+            flat = (rows[:, None] * scale.shape[1] + columns).flatten()
+            scale.view(-1).scatter_reduce_(0, flat, weight.abs().flatten(), "amax")
+            scale /= torch.finfo(torch.float8_e4m3fn).max
+            weights[name] = (weight / scale[rows][:, columns]).to(torch.float8_e4m3fn)
+            weights[f"{name}_scale_inv"] = scale
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def to_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's experts to random MXFP4 in the layout of GPT-OSS; what they mean, written out."""
+    weights, meant, generator = load_file(folder / "model.safetensors"), {}, torch.Generator().manual_seed(0)
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, out = weights.pop(name).shape
+        codes = torch.randint(0, 16, (experts, out, inputs), generator=generator)
+        scales = torch.randint(124, 130, (experts, out, -(-inputs // 32)), generator=generator)
+        pairs = codes.view(experts, out, inputs // 32, 16, 2)
+        weights[f"{name}_blocks"] = (pairs[..., 0] + 16 * pairs[..., 1]).to(torch.uint8)
+        weights[f"{name}_scales"] = scales.to(torch.uint8)
+        values = FP4[codes % 8] * (1 - 2 * (codes // 8)) * torch.exp2(scales.float() - 127).repeat_interleave(32, -1)
+        meant[name] = values.transpose(1, 2).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
+
+
+def load(folder: Path, tp: int, ep: int, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Cut]]:
+    config = AutoConfig.from_pretrained(folder)
+    checkpoint = open_checkpoint(config, str(folder), None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    cuts = cuts_of(model, tp, ep, rank)
+    load_cut(model, cuts, checkpoint, torch.device("cpu"))
+    return model.state_dict(), cuts
+
+
+def test_mxfp4_experts_are_read_as_what_they_mean(tmp_path):
+    config = tiny_model("gpt_oss").config
+    config.intermediate_size = 64
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    meant = to_mxfp4(tmp_path)
+    assert len(meant) == 2 * config.num_hidden_layers
+    for tp, ep, rank in ((1, 1, 0), (2, 1, 1), (1, 2, 1)):
+        weights, cuts = load(tmp_path, tp, ep, rank)
+        for name, tensor in meant.items():
+            assert torch.equal(weights[name], cuts[name].of(tensor) if name in cuts else tensor), name
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_fp8_weights_are_read_as_value_times_scale(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
+    plain = load_file(tmp_path / "model.safetensors")
+    to_fp8(tmp_path, (12, 20))  # blocks that neither weights nor ranks' parts are multiples of
+    models = [load(tmp_path, *sizes) for sizes in ((1, 1, 0), (2, 1, 1), (2, 2, 1))]
+    weights = models[0][0]
+    changed = [name for name in plain if name in weights and not torch.equal(weights[name], plain[name])]
+    assert any("self_attn" in name for name in changed)
+    for name in changed:
+        assert (weights[name] - plain[name]).abs().max() <= plain[name].abs().max() / 16, "e4m3 has 3 bits of fraction"
+    for loaded, cuts in models[1:]:
+        for name, tensor in loaded.items():
+            assert torch.equal(tensor, cuts[name].of(weights[name]) if name in cuts else weights[name]), name
+
+
+def test_other_quantisations_are_refused_by_name(tmp_path):
+    config = AutoConfig.for_model("llama")
+    config.quantization_config = {"quant_method": "compressed-tensors"}
+    with pytest.raises(ValueError, match="is quantised by 'compressed-tensors', and only fp8 with a scale a block and mxfp4"):
+        open_checkpoint(config, "here", None)
