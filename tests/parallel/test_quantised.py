@@ -54,6 +54,42 @@ def to_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
     return meant
 
 
+def to_int4(folder: Path, group: int) -> dict[str, torch.Tensor]:
+    """A checkpoint's experts to random packed int4 in the layout of compressed-tensors; what they mean, written out."""
+    weights, meant, generator = load_file(folder / "model.safetensors"), {}, torch.Generator().manual_seed(0)
+    for name in [name for name in weights if ".experts." in name and name.endswith("_proj.weight")]:
+        rows, columns = weights.pop(name).shape
+        values = torch.randint(-8, 8, (rows, columns), generator=generator)
+        scale = torch.rand(rows, columns // group, generator=generator) + 0.1
+        shifted = torch.nn.functional.pad(values + 8, (0, -columns % 8)).view(rows, -1, 8)
+        packed = (shifted * 16 ** torch.arange(8)).sum(-1)
+        weights[f"{name}_packed"] = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+        weights[f"{name}_scale"], weights[f"{name}_shape"] = scale, torch.tensor([rows, columns])
+        meant[name] = values * scale.repeat_interleave(group, 1)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    groups = {"group_0": {"weights": {"num_bits": 4, "type": "int", "symmetric": True, "group_size": group}}}
+    facts = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": facts}))
+    return meant
+
+
+def test_int4_experts_are_read_as_what_they_mean(tmp_path):
+    model = tiny_model("deepseek_v3")
+    model.save_pretrained(tmp_path)
+    meant = to_int4(tmp_path, group=8)
+    for tp, ep, rank in ((1, 1, 0), (2, 1, 1), (1, 2, 1)):
+        weights, cuts = load(tmp_path, tp, ep, rank)
+        fused = [name for name in weights if name.endswith("experts.gate_up_proj")]
+        assert fused
+        for name in fused:
+            stem = name.removesuffix("gate_up_proj")
+            count = sum(key.startswith(stem) and key.endswith("gate_proj.weight") for key in meant)
+            halves = [torch.stack([meant[f"{stem}{e}.{half}_proj.weight"] for e in range(count)]) for half in ("gate", "up")]
+            whole = torch.cat(halves, dim=1)
+            assert torch.equal(weights[name], cuts[name].of(whole) if name in cuts else whole), name
+
+
 def load(folder: Path, tp: int, ep: int, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Cut]]:
     config = AutoConfig.from_pretrained(folder)
     checkpoint = open_checkpoint(config, str(folder), None)
@@ -95,5 +131,5 @@ def test_fp8_weights_are_read_as_value_times_scale(family, tmp_path):
 def test_other_quantisations_are_refused_by_name(tmp_path):
     config = AutoConfig.for_model("llama")
     config.quantization_config = {"quant_method": "compressed-tensors"}
-    with pytest.raises(ValueError, match="is quantised by 'compressed-tensors', and only fp8 with a scale a block and mxfp4"):
+    with pytest.raises(ValueError, match="is quantised by 'compressed-tensors', and only fp8 with a scale a block, mxfp4"):
         open_checkpoint(config, "here", None)
