@@ -5,6 +5,7 @@ of tokens, as experts are, the first ([T, D], [T, K]).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,10 +43,7 @@ def keep_own(module: nn.Module) -> None:
 
     def forward(*args, **kwargs):
         tokens = current_tokens()
-
-        def own(x: Tensor, dim: int) -> Tensor:
-            return x.movedim(dim, 0)[tokens.own].movedim(0, dim)
-
+        own = partial(_cut, rows=tokens.own)
         if tokens.num_own < tokens.num_all:
             args, kwargs = (_changed(value, tokens.num_all, own, tokens.own_documents) for value in (args, kwargs))
         return inner(*args, **kwargs)
@@ -65,10 +63,7 @@ def by_document(module: nn.Module, shared: bool) -> None:
         lengths = tokens.documents if shared else tokens.documents[tokens.own_documents]
         results = []
         for index, (start, stop) in enumerate(bounds(lengths)):
-
-            def piece(x: Tensor, dim: int, rows: slice = slice(start, stop)) -> Tensor:
-                return x.movedim(dim, 0)[rows].movedim(0, dim)
-
+            piece = partial(_cut, rows=slice(start, stop))
             pieces = [_changed(value, sum(lengths), piece, slice(index, index + 1)) for value in (args, kwargs)]
             results.append(inner(*pieces[0], **pieces[1]))
         return _joined(results)
@@ -96,6 +91,10 @@ def _changed(value: Any, count: int, change: Change, documents: slice | None = N
     if isinstance(value, dict):
         return {key: _changed(item, count, change, documents, rows) for key, item in value.items()}
     return value
+
+
+def _cut(x: Tensor, dim: int, rows: slice) -> Tensor:
+    return x.narrow(dim, rows.start, rows.stop - rows.start)
 
 
 def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -24,8 +24,8 @@ def dispatch(experts: nn.Module, num_experts: int, group: Group) -> None:
         index_TK, weights_TK = (choice.reshape(-1, choice.shape[-1]) for choice in (top_k_index, top_k_weights))
         sent = _Sent.of(index_TK // num_local, group)
         rows_ND = exchange_rows(hidden_TD[sent.token_N], sent.counts, sent.received, group)
-        local_TK = torch.where(index_TK < num_experts, index_TK % num_local, ABSENT)
-        chosen_NK = torch.where(index_TK[sent.token_N] // num_local == sent.rank_N[:, None], local_TK[sent.token_N], ABSENT)
+        index_NK = index_TK[sent.token_N]
+        chosen_NK = torch.where(index_NK // num_local == sent.rank_N[:, None], index_NK % num_local, ABSENT)
         chosen_NK = exchange_rows(chosen_NK, sent.counts, sent.received, group)
         weights_NK = exchange_rows(weights_TK[sent.token_N], sent.counts, sent.received, group)
         result_ND = _run(inner, rows_ND, chosen_NK, weights_NK)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
+from engine.config import divisors
+
 
 @dataclass(frozen=True)
 class World:
@@ -91,7 +93,7 @@ class TargetMesh:
 
 def check_sizes(num_ranks: int, tp_size: int, ep_size: int) -> None:
     """Raises ValueError, naming sizes that would do, unless both divide the ranks and one of them the other."""
-    fitting = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
+    fitting = divisors(num_ranks)
     for name, size in (("tp_size", tp_size), ("ep_size", ep_size)):
         if size not in fitting:
             raise ValueError(f"parallel.{name}={size} does not divide {num_ranks} ranks; use one of {fitting}")

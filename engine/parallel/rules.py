@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from engine.config import divisors
 from engine.parallel.mesh import Group
 
 QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
@@ -232,22 +233,21 @@ def expert_cuts(module: nn.Module, num_experts: int, ep: Group) -> dict[str, Cut
 
 def expert_slices(module: nn.Module, hidden_size: int, tp: Group, names: Names) -> dict[str, Cut]:
     """A slice of every expert's width: columns of the maps up, rows of the map down; biases of that once."""
-    transposed, cuts = getattr(module, "is_transposed", False), {}
-    down = dict(module.named_parameters(recurse=False))["down_proj"]
-    if not hasattr(module, "is_transposed"):
-        transposed = down.shape[2] == hidden_size and down.shape[1] != hidden_size
+    weights, cuts = dict(module.named_parameters(recurse=False)), {}
+    down = weights["down_proj"]
+    transposed = getattr(module, "is_transposed", down.shape[2] == hidden_size and down.shape[1] != hidden_size)
     interleaved = not getattr(module, "is_concatenated", True)
-    for name, weight in module.named_parameters(recurse=False):
+    for name, weight in weights.items():
         stem = name.removesuffix("_bias")
-        if stem == "down_proj":
-            cut = Cut(1 if transposed else 2, _segments(weight.shape[1 if transposed else 2], 1, tp)) if stem == name else None
-            if cut is None and tp.rank:
-                cuts[name] = Cut(zeros=True)
-        else:
-            dim = weight.ndim - 1 if transposed or stem != name else 1
-            cut = Cut(dim, _segments(weight.shape[dim], 2 if stem in names.fused_up and not interleaved else 1, tp))
-        if cut is not None:
-            cuts[name] = cut
+        is_bias = stem != name
+        if stem != "down_proj":
+            dim = weight.ndim - 1 if transposed or is_bias else 1
+            cuts[name] = Cut(dim, _segments(weight.shape[dim], 2 if stem in names.fused_up and not interleaved else 1, tp))
+        elif not is_bias:
+            dim = 1 if transposed else 2
+            cuts[name] = Cut(dim, _segments(weight.shape[dim], 1, tp))
+        elif tp.rank:
+            cuts[name] = Cut(zeros=True)
     return cuts
 
 
@@ -269,10 +269,6 @@ def part_of(total: int, group: Group) -> tuple[int, int]:
 
 def scaled(intervals: Intervals, unit: int) -> Intervals:
     return tuple((start * unit, stop * unit) for start, stop in intervals)
-
-
-def divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 def _segments(total: int, count: int, tp: Group) -> Intervals:
