@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
 from engine.config import TttSection
-from engine.flops import DraftShape, Part, StepCounts, step_parts
+from engine.flops import Part, StepCounts, step_parts
 from engine.kernels import Kernels, choose_kernels
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.models.eagle3 import Eagle3Draft
@@ -144,20 +144,9 @@ def setup(options: dict[str, str], tensors: StepTensors) -> Callable[[], object]
 
 
 def parts(shape: StepShape) -> dict[str, Part]:
-    config, batch = shape.draft, shape.batch
+    batch = shape.batch
     allowed_ST = allowed_rows(batch, TttSection())
-    draft = DraftShape(
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        config.draft_vocab_size,
-        config.target_hidden_size,
-        config.vocab_size,
-        config.num_hidden_layers,
-    )
-    return step_parts(draft, StepCounts.needed(batch, allowed_ST, slots_of(allowed_ST).numel()))
+    return step_parts(shape.draft.shape, StepCounts.needed(batch, allowed_ST, slots_of(allowed_ST).numel()))
 
 
 def figures(shape: StepShape, seconds: float) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What conversations are like, as training will meet them: lengths, the assistant's share, rows, vocabulary, packs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from engine.config import DataSection, TttSection
 from engine.data.documents import Documents
 from engine.data.packing import collate, pack
-from engine.flops import DraftShape, StepCounts, step_parts
+from engine.flops import StepCounts, step_parts
 from engine.models.draft_config import DraftConfig
 from engine.rows import allowed_rows, slots_of
 
@@ -94,9 +94,8 @@ def portray(documents: Documents, data: DataSection, ttt: TttSection, draft: Dra
     for start in range(0, len(chosen), 256):
         batch = collate([documents[index] for index in chosen[start : start + 256]])
         allowed_ST = allowed_rows(batch, ttt)
-        alive_ST = allowed_ST.flip(0).cummax(0).values.flip(0)
-        allowed, alive = allowed + allowed_ST.sum(1), alive + alive_ST.sum(1)
         counts = StepCounts.needed(batch, allowed_ST, len(slots_of(allowed_ST)))
+        allowed, alive = allowed + allowed_ST.sum(1), alive + torch.tensor(counts.rows_S)
         needed, dense = needed + draft_flops(draft, counts), dense + draft_flops(draft, without_compaction(counts))
     sampled_tokens = int(documents.lengths[chosen].sum())
     packs = pack(documents.lengths, documents.said, data.max_tokens, np.random.default_rng([seed, 0]))
@@ -118,31 +117,13 @@ def without_compaction(counts: StepCounts) -> StepCounts:
     """What the same micro-batch runs where every row of every step does."""
     steps, num_tokens = len(counts.rows_S), counts.num_tokens
     pairs_S = tuple(counts.prefix_pairs + step * num_tokens for step in range(steps))
-    return StepCounts(num_tokens, (num_tokens,) * steps, pairs_S, counts.prefix_pairs, *_of_loss(counts))
+    return replace(counts, rows_S=(num_tokens,) * steps, pairs_S=pairs_S)
 
 
 def draft_flops(draft: DraftConfig, counts: StepCounts) -> int:
     """Of a training step of the draft, the rows of the target's head that it learns from included, the full head not."""
-    parts = step_parts(draft_shape(draft), counts)
+    parts = step_parts(draft.shape, counts)
     return sum(part.flops for name, part in parts.items() if name != "target_head")
-
-
-def draft_shape(draft: DraftConfig) -> DraftShape:
-    return DraftShape(
-        draft.hidden_size,
-        draft.intermediate_size,
-        draft.num_attention_heads,
-        draft.num_key_value_heads,
-        draft.head_dim,
-        draft.draft_vocab_size,
-        draft.target_hidden_size,
-        draft.vocab_size,
-        draft.num_hidden_layers,
-    )
-
-
-def _of_loss(counts: StepCounts) -> tuple[int, int, int]:
-    return counts.num_loss_rows, counts.num_slots, counts.num_learned
 
 
 def _shares(rows_S: torch.Tensor, num_tokens: int) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from engine.config import DraftSection
+from engine.flops import DraftShape
 from engine.models.registry import check_aux_layers, check_served_aux_layers, default_aux_layers, text_config
 from engine.strict import parse_json, read_text
 
@@ -77,6 +78,21 @@ class DraftConfig:
             raise ValueError(f"hidden_act={self.hidden_act!r}: an EAGLE-3 draft has SwiGLU; use 'silu'")
         if self.rope_parameters["rope_type"] not in _ROPE_KEYS:
             raise ValueError(f"rope_type={self.rope_parameters['rope_type']!r}: a draft can have one of {sorted(_ROPE_KEYS)}")
+
+    @property
+    def shape(self) -> DraftShape:
+        """The sizes that its FLOPs depend on."""
+        return DraftShape(
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+            self.draft_vocab_size,
+            self.target_hidden_size,
+            self.vocab_size,
+            self.num_hidden_layers,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The exported config.json, keys sorted; RoPE and dtype are spelt for old and for new readers."""
