@@ -144,12 +144,12 @@ class ChatTemplate:
     def _reply_behind_prompt(self, messages: Sequence[Message]) -> tuple[str, int]:
         """The text up to a reply's end, and where in it the reply begins."""
         *before, reply = messages
-        prompt, text, asked = self.text(before, add_generation_prompt=True), self.text(messages), self.text(before)
+        prompt, text = self.text(before, add_generation_prompt=True), self.text(messages)
         if not text.startswith(prompt):
             return self._joined(prompt, text, messages)
         words = thinking_and_words(reply)[1]
         opens_with_words = words and text[len(prompt) :].lstrip().startswith(words)
-        if prompt == asked and not self.format.bare and not opens_with_words:
+        if not opens_with_words and not self.format.bare and prompt == self.text(before):
             problem = f"there is no generation prompt, so the header of turn {len(before)} cannot be told from the reply"
             raise BadSample(UNVERIFIED, problem)
         return text, len(prompt)
@@ -186,7 +186,7 @@ class ChatTemplate:
 
     def _behind(self, reply: Message, said: str) -> int:
         """Where the token that ends a reply ends, in characters of what was said; 0 = nothing but blanks is behind it."""
-        thinking, words = thinking_and_words(reply)
+        words = thinking_and_words(reply)[1]
         if words and not reply.get("tool_calls"):
             return self._end_token_behind(words, said)
         body = said.rstrip()
