@@ -16,8 +16,7 @@ RESERVED = {
     "return_assistant_tokens_mask",
     "tools",
 }
-TEMPLATES = sorted(Path(__file__).parent.glob("data/chat_templates/*.jinja"), key=lambda path: path.stem)
-NAMED_TEMPLATES = {path.stem: path for path in TEMPLATES}
+NAMED_TEMPLATES = dict(sorted((path.stem, path) for path in Path(__file__).parent.glob("data/chat_templates/*.jinja")))
 
 
 @dataclass(frozen=True)

@@ -207,10 +207,11 @@ class DataReport:
 
 
 class Tally:
-    """A report in the making: `add` what became of each chunk, in order."""
+    """A report in the making: `add` what became of each chunk of a scan, in order; on_progress as in `load_documents`."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = paths
+    def __init__(self, paths: Sequence[str], scan: Scan, on_progress: Progress | None) -> None:
+        self._paths, self._on_progress = paths, on_progress
+        self._bytes_done, self._num_bytes = 0, scan.num_bytes
         self._counts: Counter[str] = Counter()
         self._usable: Counter[int] = Counter()
         self._bad: list[Bad] = []
@@ -224,6 +225,9 @@ class Tally:
         self._counts["assistant_tokens"] += sum(int(document.assistant_mask.sum()) for document in rendered.documents)
         self._bad += [(f"{self._paths[file]}:{line}", *rest) for file, line, *rest in rendered.bad]
         self._long += [(f"{self._paths[file]}:{line}", tokens) for file, line, tokens in rendered.long]
+        self._bytes_done += chunk.size
+        if self._on_progress is not None:
+            self._on_progress(self._bytes_done, self._num_bytes)
 
     @property
     def report(self) -> DataReport:
@@ -251,17 +255,15 @@ def load_documents(
     a usable conversation, more bad samples than `section.max_bad_share` allows, or a tokenizer without chat template.
     """
     check_template(tokenizer)
-    scan, tally, documents, done = Scan.of(paths), Tally(paths), [], 0
-    render_chunk = Renderer(tokenizer, section)
+    scan, documents = Scan.of(paths), []
+    tally, render_chunk = Tally(paths, scan, on_progress), Renderer(tokenizer, section)
     for chunk in scan.chunks:
         rendered = render_chunk(chunk)
         tally.add(chunk, rendered)
         documents += rendered.documents
-        done += chunk.size
-        if on_progress is not None:
-            on_progress(done, scan.num_bytes)
-    check_bad_share(tally.report, section.max_bad_share)
-    return DocumentList(documents), tally.report
+    report = tally.report
+    check_bad_share(report, section.max_bad_share)
+    return DocumentList(documents), report
 
 
 def fit(document: Document, max_tokens: int, policy: Literal["cut", "split"]) -> Iterator[Document]:

@@ -188,15 +188,12 @@ def _build(entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on
         shutil.rmtree(leftover)
     shutil.rmtree(entry, ignore_errors=True)  # one that is not whole
     partial = entry.with_name(f"{entry.name}.partial-{socket.gethostname()}-{os.getpid()}")
-    tally, done = Tally(paths), 0
+    tally = Tally(paths, scan, on_progress)
     try:
         writer = Writer(partial)
         for chunk, rendered in rendered_chunks(scan, renderer):
             writer.add(rendered.documents)
             tally.add(chunk, rendered)
-            done += chunk.size
-            if on_progress is not None:
-                on_progress(done, scan.num_bytes)
         writer.close(paths, tally.report)
         if changed := [path for path, before in zip(paths, scan.stamps, strict=True) if stamp(Path(path)) != before]:
             raise ValueError(f"{', '.join(changed)}: changed while it was read; start again when nobody writes to it")
