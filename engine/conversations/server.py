@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from engine.conversations.journal import as_line
-from engine.data.messages import BadSample, Message
+from engine.data.messages import BadSample, Message, as_object, with_arguments
 from engine.strict import ConfigError
 
 CHECK_ATTEMPTS, CHECK_TIMEOUT_S = 3, 30.0
@@ -100,12 +100,13 @@ async def served_model(servers: Sequence[Server], wanted: str | None) -> str:
 
 def as_sent(message: Message) -> Message:
     """A message as the protocol has it: arguments of tool calls are text there. Raises BadSample for what is no tool call."""
-    if not message.get("tool_calls"):
+    calls = message.get("tool_calls")
+    if not calls:
         return message
     try:
-        return message | {"tool_calls": [_with_arguments(call, _as_text) for call in message["tool_calls"]]}
+        return message | {"tool_calls": [call | {"function": with_arguments(call["function"], _as_text)} for call in calls]}
     except (LookupError, TypeError, AttributeError) as error:
-        raise BadSample("malformed tool call", f"{type(error).__name__}: {error} in {message['tool_calls']!r:.200}") from error
+        raise BadSample("malformed tool call", f"{type(error).__name__}: {error} in {calls!r:.200}") from error
 
 
 def read_reply(answer: Any, max_new_tokens: int) -> Reply:
@@ -116,10 +117,11 @@ def read_reply(answer: Any, max_new_tokens: int) -> Reply:
     try:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         said, ending = choice["message"], choice["finish_reason"]
+        calls = said.get("tool_calls") or ()
         parts = {
             "content": said.get("content") or "",
             "reasoning_content": said.get("reasoning_content") or said.get("reasoning") or "",
-            "tool_calls": [_with_arguments(call, _as_object) for call in said.get("tool_calls") or ()],
+            "tool_calls": [call | {"function": with_arguments(call["function"], as_object)} for call in calls],
         }
         num_tokens = int(usage.get("completion_tokens") or 0)
         empty = not (parts["content"] + parts["reasoning_content"]).strip() and not parts["tool_calls"]
@@ -135,22 +137,8 @@ def read_reply(answer: Any, max_new_tokens: int) -> Reply:
     return Reply({"role": "assistant", **{key: part for key, part in parts.items() if part or key == "content"}}, num_tokens)
 
 
-def _with_arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    function = call["function"]
-    return call | {"function": function | {"arguments": change(function.get("arguments", {}))}}
-
-
 def _as_text(arguments: Any) -> Any:
     return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
-
-
-def _as_object(arguments: Any) -> Any:
-    """What a model says there may be no JSON; then it stays as it was said."""
-    try:
-        value = json.loads(arguments)
-    except (ValueError, TypeError):
-        return arguments
-    return value if isinstance(value, dict) else arguments
 
 
 def _import_openai() -> ModuleType:

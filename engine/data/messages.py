@@ -74,17 +74,31 @@ def thinking_and_words(reply: Message) -> tuple[str, str]:
 def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
     """Messages with the arguments of their tool calls as JSON text, as a few chat templates want them."""
 
-    def as_text(call: dict[str, Any]) -> dict[str, Any]:
-        function = call.get("function", call)
-        arguments = function.get("arguments", {})
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        function = function | {"arguments": text}
-        return call | {"function": function} if "function" in call else function
+    def as_text(arguments: Any) -> str:
+        return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
     return [
-        message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]} if message.get("tool_calls") else message
+        message | {"tool_calls": [with_arguments(call, as_text) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
         for message in messages
     ]
+
+
+def with_arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A tool call with its arguments changed, {} where it has none. It holds its function, or is one itself."""
+    function = call.get("function", call)
+    function = function | {"arguments": change(function.get("arguments", {}))}
+    return call | {"function": function} if "function" in call else function
+
+
+def as_object(arguments: Any) -> Any:
+    """Arguments of a tool call as chat templates want them. What a model said may be no JSON; then it stays as it was said."""
+    try:
+        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
 
 
 def on_sample(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -129,19 +143,8 @@ def _read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadSample("malformed tool call", problem)
-        if "arguments" in function:
-            function = function | {"arguments": _read_arguments(function["arguments"])}
-        read.append(call | {"function": function} if "function" in call else function)
+        read.append(with_arguments(call, as_object) if "arguments" in function else call)
     return read
-
-
-def _read_arguments(arguments: Any) -> Any:
-    """What a model said may be no JSON; then it stays as it was said."""
-    try:
-        value = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments
 
 
 def _read_content(content: Any, name: str) -> str:

@@ -144,7 +144,7 @@ def test_a_reply_keeps_reasoning_and_tool_calls(name):
 
 
 def test_arguments_that_are_no_object_stay_as_they_were_said():
-    for arguments in ('{"at": ', "[1]", "5", ""):
+    for arguments in ('{"at": ', "[1]", "5", "", "[" * 100_000):
         call = {"function": {"name": "look", "arguments": arguments}}
         assert read_reply(completion("", tool_calls=[call]), 8).message["tool_calls"] == [call]
         assert as_sent({"role": "assistant", "tool_calls": [call]})["tool_calls"] == [call]
