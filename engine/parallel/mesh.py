@@ -91,6 +91,9 @@ class TargetMesh:
         return self.whole.size
 
 
+ALONE = TargetMesh()
+
+
 def check_sizes(num_ranks: int, tp_size: int, ep_size: int) -> None:
     """Raises ValueError, naming sizes that would do, unless both divide the ranks and one of them the other."""
     fitting = divisors(num_ranks)

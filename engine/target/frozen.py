@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -21,7 +21,7 @@ from engine.config import TargetSection
 from engine.models.registry import check_aux_layers, default_aux_layers, final_logits, runs_packed, text_config
 from engine.parallel.collectives import gather_objects
 from engine.parallel.loader import Bar, load_cut
-from engine.parallel.mesh import TargetMesh
+from engine.parallel.mesh import ALONE, TargetMesh
 from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
 from engine.parallel.quantised import open_checkpoint
 from engine.parallel.rules import check_proven
@@ -87,7 +87,7 @@ class FrozenTarget:
         model: PreTrainedModel,
         aux_layers: tuple[int, ...] | None,
         temperature: float = 1.0,
-        mesh: TargetMesh = TargetMesh(),  # noqa: B008 (frozen)
+        mesh: TargetMesh = ALONE,
         plan: TargetPlan | None = None,
     ) -> None:
         """mesh: with whom the target is shared. plan: how its weights are cut already; None = they are whole, and cut here.
@@ -126,7 +126,7 @@ class FrozenTarget:
         device: torch.device,
         aux_layers: tuple[int, ...] | None = None,
         temperature: float = 1.0,
-        mesh: TargetMesh = TargetMesh(),  # noqa: B008 (frozen)
+        mesh: TargetMesh = ALONE,
         unproven: bool = False,
         bar: Bar | None = None,
     ) -> "FrozenTarget":
@@ -165,7 +165,7 @@ class FrozenTarget:
 
     def whole_head(self) -> TargetHead:
         """The head with all its rows; a collective where ranks share it."""
-        return self.head.whole() if isinstance(self.head, SharedHead) else self.head
+        return self.head.whole()
 
     def head_rows(self, target_ids_U: Tensor) -> TargetHead:
         """The head restricted to `target_ids_U`, int64 [U]; a collective where ranks share it."""
@@ -200,22 +200,23 @@ class FrozenTarget:
         one_T = torch.zeros(1, dtype=torch.long, device=self.embed_weight_VD.device)
         while self.mesh.size > 1 and any(everyone := gather_objects((), self.mesh.whole)):
             seen = self._run_shared(one_T, everyone)
-            if isinstance(self.head, SharedHead):
-                self.head.argmax_and_lse(seen.last_hidden()[0, :0])
+            self.head.argmax_and_lse(seen.last_hidden()[0, :0])
 
     def _run_shared(self, input_ids_T: Tensor, everyone: list[tuple[int, ...]]) -> Capture:
         """everyone: lengths of the documents of each rank of the mesh, none where it rests."""
         tp = self.mesh.tp
         first = self.mesh.whole.rank // tp.size * tp.size
         tokens = Tokens(tuple(documents or (1,) for documents in everyone[first : first + tp.size]), tp.rank)
-        position_T = torch.cat([torch.arange(length) for length in tokens.documents]).to(self.embed_weight_VD.device)
-        with (
-            capture(self.model, self.aux_layers) as seen,
-            tokens_of_forward(tokens),
-            packed_attention(self.decoder, tokens.documents, self.packs),
-        ):
-            self.decoder(input_ids=input_ids_T[None], position_ids=position_T[None], use_cache=False)
+        with capture(self.model, self.aux_layers) as seen, self._forward_of(tokens) as arguments:
+            self.decoder(input_ids=input_ids_T[None], use_cache=False, **arguments)
         return seen
+
+    @contextmanager
+    def _forward_of(self, tokens: Tokens) -> Iterator[dict[str, Tensor]]:
+        """Within it, the mesh's ranks run a forward of these tokens; gives the arguments that it takes beside own token ids."""
+        position_T = torch.cat([torch.arange(length) for length in tokens.documents]).to(self.embed_weight_VD.device)
+        with tokens_of_forward(tokens), packed_attention(self.decoder, tokens.documents, self.packs):
+            yield {"position_ids": position_T[None]}
 
     def _forwards(self, batch: PackedBatch) -> list[tuple[int, int]]:
         if self.packs:
@@ -235,14 +236,10 @@ class FrozenTarget:
     def _check_head(self) -> None:
         """Compare our head with the model's own logits on two tokens: remote families may do more than we know."""
         ids_1T = torch.arange(2, device=self.embed_weight_VD.device)[None]
-        with capture(self.model, self.aux_layers) as seen, ExitStack() as stack:
-            shared = {}
-            if self.mesh.size > 1:
-                tokens = Tokens(((2,),) * self.mesh.tp.size, self.mesh.tp.rank)
-                stack.enter_context(tokens_of_forward(tokens))
-                stack.enter_context(packed_attention(self.decoder, tokens.documents, self.packs))
-                shared["position_ids"] = ids_1T.repeat(1, self.mesh.tp.size)
-            expected = self.model(input_ids=ids_1T, use_cache=False, **shared).logits.float()
+        tp = self.mesh.tp
+        shared = self._forward_of(Tokens(((2,),) * tp.size, tp.rank)) if self.mesh.size > 1 else nullcontext({})
+        with capture(self.model, self.aux_layers) as seen, shared as arguments:
+            expected = self.model(input_ids=ids_1T, use_cache=False, **arguments).logits.float()
         ours = replace(self.head, temperature=1.0).logits(seen.last_hidden())
         aux = seen.aux()
         family, width = self.config.model_type, self.config.hidden_size

@@ -44,6 +44,10 @@ class TargetHead:
         bias_U = None if self.bias_V is None else self.bias_V[target_ids_U]
         return replace(self, weight_VD=self.weight_VD[target_ids_U], bias_V=bias_U)
 
+    def whole(self) -> "TargetHead":
+        """Itself; of a head that ranks share, all rows."""
+        return self
+
     def argmax_and_lse(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """hidden_ND: [N, D] -> int32 [N] first most likely token, fp32 [N] log-sum-exp over the whole vocabulary."""
         _, argmax_N, lse_N = self.best_argmax_and_lse(hidden_ND)
