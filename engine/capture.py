@@ -80,9 +80,7 @@ class Capture:
         with self.telemetry.stage("Loading the target"):
             of = self.config.loss.temperature, mesh, self.config.parallel.unproven, self.telemetry.progress
             target = FrozenTarget.load(section, self.world.device, contents.aux_layers, *of)
-            path, head = self.folder / TARGET_FOLDER / HEAD, target.whole_head()
-            if self.world.is_main and not path.is_file():
-                write_whole(path, lambda place: save_head(place, head, target.embed_weight_VD))
+            self.keep_head(target)
         started = time.perf_counter()
         with self.telemetry.stage("Capturing"):
             new_bytes = self.capture(target, documents, manifest.contents, missing[self.world.rank :: self.world.size])
@@ -164,6 +162,12 @@ class Capture:
         tokenizer.save_pretrained(self.folder / TARGET_FOLDER)
         if not (self.folder / MANIFEST).exists():
             self.write_manifest(manifest)
+
+    def keep_head(self, target: FrozenTarget) -> None:
+        """Its head and embedding, written by rank 0; a collective where ranks share the head, which is whole only in here."""
+        path, head = self.folder / TARGET_FOLDER / HEAD, target.whole_head()
+        if self.world.is_main and not path.is_file():
+            write_whole(path, lambda place: save_head(place, head, target.embed_weight_VD))
 
     def write_manifest(self, manifest: Manifest) -> None:
         write_whole(self.folder / MANIFEST, lambda path: path.write_text(manifest.to_json(), encoding="utf-8"))
