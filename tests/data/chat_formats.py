@@ -108,6 +108,12 @@ def make_tokenizer(name: str) -> PreTrainedTokenizerFast:
     )
 
 
+def chat(*turns: str) -> dict:
+    """A sample of what the user and the assistant say in turn."""
+    roles = ("user", "assistant") * len(turns)
+    return {"conversations": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]}
+
+
 def documents_of(name: str, kind: str, template_kwargs: dict | None = None) -> tuple[PreTrainedTokenizerFast, list[Document]]:
     """As `data.turns: auto` makes them. Raises BadSample where the format has no such conversations."""
     tokenizer, (messages, extra) = make_tokenizer(name), CONVERSATIONS[kind]

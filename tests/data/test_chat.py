@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.data.chat import render, render_turns
 from engine.data.messages import BadSample, read_messages
 from engine.data.templates import template_token_ids
+from tests.data.chat_formats import said
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -15,12 +16,6 @@ CHAT = [
     {"role": "assistant", "content": "A 🦊 in a café"},
 ]
 END_TOKENS = {"tagged": "<|im_end|>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>", "no end token": "\n"}
-
-
-def said(document, tokenizer):
-    """What the mask covers, turn by turn."""
-    edges = np.flatnonzero(np.diff(document.assistant_mask, prepend=False, append=False)).reshape(-1, 2)
-    return [tokenizer.decode(document.input_ids[first:end], clean_up_tokenization_spaces=False) for first, end in edges]
 
 
 def reason_of(call, *args):

@@ -5,12 +5,7 @@ from engine.config import DataSection
 from engine.data.chat import render
 from engine.data.dataset import fit, load_documents
 from engine.data.documents import DocumentList
-
-
-def chat(*turns):
-    roles = ("user", "assistant") * len(turns)
-    return {"conversations": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]}
-
+from tests.data.chat_formats import chat
 
 GOOD = chat("What is a list?", "A mutable sequence.")
 NO_ROLE = {"conversations": [{"role": "alien", "content": "q"}, {"role": "assistant", "content": "a"}]}

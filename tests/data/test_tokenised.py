@@ -14,15 +14,9 @@ from engine.config import DataSection
 from engine.data import tokenised
 from engine.data.dataset import Scan, load_documents
 from engine.data.tokenised import IDS, entry_name, tokenise
-from tests.data.chat_formats import make_tokenizer
+from tests.data.chat_formats import chat, make_tokenizer
 
 NAME = "qwen3"  # conversations of several turns become several documents
-
-
-def chat(*turns):
-    return {
-        "conversations": [{"role": role, "content": turn} for role, turn in zip(("user", "assistant") * 9, turns, strict=False)]
-    }
 
 
 @pytest.fixture
