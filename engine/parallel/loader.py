@@ -106,7 +106,7 @@ def load_cut(
             num_bytes += tensor.nbytes
         return num_bytes
 
-    total, done, start = sum(_own_bytes(whole[name], cuts.get(name)) for p in plan for name in p.names), 0, time.perf_counter()
+    total, done, start = sum(own_bytes(whole[name], cuts.get(name)) for p in plan for name in p.names), 0, time.perf_counter()
     with bar(total, "bytes") if bar else nullcontext() as progress, ThreadPoolExecutor(THREADS) as pool:
         for num_bytes in pool.map(load, plan):
             done += num_bytes
@@ -127,7 +127,8 @@ def _put(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
     tensor._is_hf_initialized = True
 
 
-def _own_bytes(tensor: Tensor, cut: Cut | None) -> int:
+def own_bytes(tensor: Tensor, cut: Cut | None) -> int:
+    """Of a rank's part."""
     if cut is None or cut.zeros:
         return tensor.nbytes
     return tensor.nbytes * sum(stop - start for start, stop in cut.intervals) // tensor.shape[cut.dim]

@@ -7,18 +7,11 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 
 from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.config import TargetSection
-from engine.models.registry import check_aux_layers, default_aux_layers, final_logits, runs_packed, text_config
+from engine.models.registry import check_aux_layers, default_aux_layers, runs_packed, text_config
 from engine.parallel.collectives import gather_objects
 from engine.parallel.loader import Bar, load_cut
 from engine.parallel.mesh import ALONE, TargetMesh
@@ -26,6 +19,7 @@ from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
 from engine.parallel.quantised import open_checkpoint
 from engine.parallel.rules import check_proven
 from engine.parallel.tokens import Tokens, tokens_of_forward
+from engine.target.anatomy import auto_class, decoder_of, drop_other_towers, dtype_of, head_of, layers_of, without_weights
 from engine.target.attention import NAME, ONE, packed_attention
 from engine.target.head import TargetHead
 from engine.target.shared_head import SharedHead
@@ -62,8 +56,8 @@ class Capture:
 @contextmanager
 def capture(model: PreTrainedModel, aux_layers: tuple[int, ...]) -> Iterator[Capture]:
     """Within it, every forward of the causal LM `model` leaves its aux layers' outputs and its last hidden state."""
-    decoder = _decoder(model)
-    layers = _layers(decoder)
+    decoder = decoder_of(model)
+    layers = layers_of(decoder)
     seen = Capture(aux_layers)
     hooks = [layers[layer].register_forward_hook(seen._hook(layer)) for layer in aux_layers]
     hooks.append(decoder.register_forward_hook(seen._keep_last))
@@ -98,13 +92,13 @@ class FrozenTarget:
         self.config = text_config(model.config)
         num_layers = self.config.num_hidden_layers
         self.aux_layers = check_aux_layers(aux_layers or default_aux_layers(num_layers), num_layers)
-        self.decoder = _decoder(model)
-        _drop_other_towers(model, self.decoder)
+        self.decoder = decoder_of(model)
+        drop_other_towers(model, self.decoder)
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
             # Transformers' sdpa leaves out the cap of the scores.
             model.set_attn_implementation("eager")
         self.packs = self.decoder._supports_attention_backend and runs_packed(self.config)
-        self.head = replace(_head(model), temperature=temperature)
+        self.head = replace(head_of(model), temperature=temperature)
         self.mesh, self.plan = mesh, plan or TargetPlan()
         if mesh.size > 1:
             self.decoder.set_attn_implementation(NAME if self.packs else ONE)  # also for configs that modules copy
@@ -140,19 +134,13 @@ class FrozenTarget:
             raise ValueError(f"target.path={section.path}: {config.model_type!r} is an encoder-decoder; expected a causal LM")
         if mesh.size > 1 and not unproven:
             check_proven(text_config(config))
-        wrapper_only = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        auto = AutoModelForImageTextToText if wrapper_only else AutoModelForCausalLM
-        chosen = "float32" if device.type == "cpu" else "bfloat16"
-        dtype = getattr(torch, chosen if section.dtype == "auto" else section.dtype)
         aux_layers = aux_layers or section.aux_layers
         if mesh.size == 1:
-            return cls(
-                auto.from_pretrained(section.path, dtype=dtype, **section.hub_arguments).to(device), aux_layers, temperature
-            )
+            model = auto_class(config).from_pretrained(section.path, dtype=dtype_of(section, device), **section.hub_arguments)
+            return cls(model.to(device), aux_layers, temperature)
         checkpoint = open_checkpoint(config, section.path, section.revision)
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
-        decoder = _decoder(model)
+        model = without_weights(config, section, device)
+        decoder = decoder_of(model)
         plan = TargetPlan.of(decoder, mesh)
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         cuts = {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
@@ -248,38 +236,3 @@ class FrozenTarget:
         tolerance = 1e-4 if self.embed_weight_VD.dtype == torch.float32 else 2e-2
         if ours.shape != expected.shape or not (ours - expected).abs().max() <= tolerance * expected.abs().max():
             raise ValueError(f"target family {family!r} changes its logits after the head in an unknown way; use another")
-
-
-def _decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The stack from token ids to the state after the final norm; Llama 4's text class hides it from `get_decoder`."""
-    decoder = model.get_decoder()
-    if decoder is not model:
-        return decoder
-    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
-
-
-def _layers(decoder: nn.Module) -> nn.ModuleList:
-    count = decoder.config.num_hidden_layers
-    for child in decoder.children():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return child
-    raise ValueError(f"target family {decoder.config.model_type!r} keeps no list of {count} decoder layers; use another target")
-
-
-def _head(model: PreTrainedModel) -> TargetHead:
-    final = final_logits(model.config)
-    linear = model.get_output_embeddings()
-    if not isinstance(linear, nn.Linear):
-        family = model.config.model_type
-        raise ValueError(f"target family {family!r} has a {type(linear).__name__} for a head; expected one linear map")
-    bias_V = None if linear.bias is None else linear.bias.detach()
-    return TargetHead(linear.weight.detach(), final.scale, final.soft_cap, bias_V=bias_V)
-
-
-def _drop_other_towers(model: PreTrainedModel, decoder: nn.Module) -> None:
-    """Free the vision and audio towers of a multimodal wrapper: its text runs without them."""
-    needed = {decoder, model.get_output_embeddings()}
-    for owner in (model, model.base_model):
-        for name, child in list(owner.named_children()):
-            if owner is not decoder and needed.isdisjoint(child.modules()):
-                setattr(owner, name, None)

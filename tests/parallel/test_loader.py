@@ -15,7 +15,8 @@ from engine.parallel.loader import Checkpoint, load_cut
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
 from engine.parallel.rules import Cut
-from engine.target.frozen import FrozenTarget, _decoder
+from engine.target.anatomy import decoder_of
+from engine.target.frozen import FrozenTarget
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import AUX, TOLERANCE, reference, relative, run_own
@@ -31,7 +32,7 @@ def on_meta(folder: Path) -> PreTrainedModel:
 
 
 def cuts_of(model: PreTrainedModel, tp: int, ep: int, rank: int) -> dict[str, Cut]:
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     plan = TargetPlan.of(decoder, TargetMesh(Group(tp, rank % tp), Group(ep, rank % ep)))
     return {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}

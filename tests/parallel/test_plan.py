@@ -11,6 +11,7 @@ from engine.parallel import blocks
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
 from engine.target import attention, frozen
+from engine.target.anatomy import decoder_of
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import (
@@ -106,12 +107,12 @@ def test_ranks_without_a_batch_rest_while_others_run(family):
 
 def plan(family: str, tp: int = 1, ep: int = 1, rank: int = 0) -> TargetPlan:
     model = tiny_model(family)
-    return TargetPlan.of(frozen._decoder(model), TargetMesh(Group(tp, rank), Group(ep, rank)))
+    return TargetPlan.of(decoder_of(model), TargetMesh(Group(tp, rank), Group(ep, rank)))
 
 
 def test_the_parts_of_all_ranks_make_up_every_weight():
     for family in ("llama", "phi3", "gpt_oss", "qwen3_moe"):
-        weights = dict(frozen._decoder(tiny_model(family)).named_parameters())
+        weights = dict(decoder_of(tiny_model(family)).named_parameters())
         plans = [plan(family, tp=2, rank=rank) for rank in range(2)]
         for name, cut in plans[0].cuts.items():
             if not cut.intervals:
@@ -137,8 +138,8 @@ def test_experts_that_cannot_be_shared_are_reported():
 
 def test_the_plan_of_weights_on_the_meta_device_is_that_of_real_ones():
     model = tiny_model("gpt_oss")
-    real = TargetPlan.of(frozen._decoder(model), TargetMesh(Group(2, 1), Group()))
-    assert TargetPlan.of(frozen._decoder(model.to("meta")), TargetMesh(Group(2, 1), Group())) == real
+    real = TargetPlan.of(decoder_of(model), TargetMesh(Group(2, 1), Group()))
+    assert TargetPlan.of(decoder_of(model.to("meta")), TargetMesh(Group(2, 1), Group())) == real
 
 
 def moved(world, family: str) -> tuple[list[int], list[int], int]:

@@ -1,0 +1,73 @@
+"""Where the parts of a Transformers causal LM lie, and such a model without weights."""
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from engine.config import TargetSection
+from engine.models.registry import final_logits
+from engine.target.head import TargetHead
+
+AutoClass = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
+
+
+def auto_class(config: PreTrainedConfig) -> AutoClass:
+    """What builds the model of a config: its text alone where Transformers has a class for that, else its wrapper."""
+    is_wrapper = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
+
+
+def dtype_of(section: TargetSection, device: torch.device) -> torch.dtype:
+    """The precision that a target runs in on a device."""
+    chosen = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, chosen if section.dtype == "auto" else section.dtype)
+
+
+def without_weights(config: PreTrainedConfig, section: TargetSection, device: torch.device) -> PreTrainedModel:
+    """The model that `device` is to run, on the meta device."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(
+            config, dtype=dtype_of(section, device), trust_remote_code=section.trust_remote_code
+        )
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The stack from token ids to the state after the final norm; Llama 4's text class hides it from `get_decoder`."""
+    decoder = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
+
+
+def layers_of(decoder: nn.Module) -> nn.ModuleList:
+    count = decoder.config.num_hidden_layers
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise ValueError(f"target family {decoder.config.model_type!r} keeps no list of {count} decoder layers; use another target")
+
+
+def head_of(model: PreTrainedModel) -> TargetHead:
+    final = final_logits(model.config)
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        family = model.config.model_type
+        raise ValueError(f"target family {family!r} has a {type(linear).__name__} for a head; expected one linear map")
+    bias_V = None if linear.bias is None else linear.bias.detach()
+    return TargetHead(linear.weight.detach(), final.scale, final.soft_cap, bias_V=bias_V)
+
+
+def drop_other_towers(model: PreTrainedModel, decoder: nn.Module) -> None:
+    """Free the vision and audio towers of a multimodal wrapper: its text runs without them."""
+    needed = {decoder, model.get_output_embeddings()}
+    for owner in (model, model.base_model):
+        for name, child in list(owner.named_children()):
+            if owner is not decoder and needed.isdisjoint(child.modules()):
+                setattr(owner, name, None)
