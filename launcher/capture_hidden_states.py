@@ -34,7 +34,7 @@ def check_files(config: Config) -> None:
 
 
 def main() -> None:
-    arguments = make_parser(__doc__).parse_args()
+    arguments = make_parser(__doc__).parse_intermixed_args()
     environment = join_environment()
     with wrong_options(arguments, environment["rank"]):
         config = load_config(arguments.recipe, arguments.overrides)

@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page with plots")
     parser.add_argument("--bad", type=Path, metavar="FILE", help="write a line for each conversation that cannot be used")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry) -> None:

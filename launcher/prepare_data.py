@@ -75,7 +75,7 @@ def next_command(folder: Path, names: list[str]) -> str:
 def main() -> None:
     parser = make_parser(__doc__, ("prepare", "data"))
     parser.add_argument("--sources", action="store_true", help="list the sets that prepare.sources knows by name")
-    arguments, telemetry = parser.parse_args(), Telemetry(speaks=True)
+    arguments, telemetry = parser.parse_intermixed_args(), Telemetry(speaks=True)
     if arguments.sources:
         telemetry.console.print(named_sets())
         return

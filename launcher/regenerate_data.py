@@ -77,7 +77,7 @@ def run(config: Config) -> None:
 
 
 def main() -> None:
-    arguments = make_parser(__doc__, ("regenerate", "data")).parse_args()
+    arguments = make_parser(__doc__, ("regenerate", "data")).parse_intermixed_args()
     with wrong_options(arguments, rank=0):
         config = load_config(arguments.recipe, arguments.overrides)
         check_inputs(config.regenerate)

@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--ds_config", type=Path, required=True, help="DeepSpeed's JSON: batch sizes, optimizer, precision, ZeRO"
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def check_files(config: Config) -> None:
