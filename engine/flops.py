@@ -181,7 +181,7 @@ def _peak(name: str, half: float, full: float, terabytes_per_s: float) -> Hardwa
 
 # NVIDIA's datasheets "H100 Tensor Core GPU" and "H200 Tensor Core GPU" (SXM columns), "A100 Tensor Core GPU", "DGX B200" (an
 # eighth of it). Figures with sparsity are halved; float32 is without TF32, as PyTorch has it.
-_PEAKS = {
+PEAKS = {
     peak.name: peak
     for peak in (
         _peak("NVIDIA H100 80GB HBM3", 989.4, 66.9, 3.35),
@@ -196,9 +196,9 @@ _PEAKS = {
 def peak_of(device: torch.device) -> HardwarePeak:
     """Of a known GPU, by its name. Raises ValueError for any other device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    if name not in _PEAKS:
-        raise ValueError(f"no datasheet for {name!r}; known are {sorted(_PEAKS)}; measure its rates, or add them here")
-    return _PEAKS[name]
+    if name not in PEAKS:
+        raise ValueError(f"no datasheet for {name!r}; known are {sorted(PEAKS)}; measure its rates, or add them here")
+    return PEAKS[name]
 
 
 def floor_s(parts: dict[str, Part], peak: HardwarePeak, dtype: torch.dtype) -> float:

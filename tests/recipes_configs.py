@@ -1,4 +1,4 @@
-"""What the targets of launcher/recipes publish in their config.json, as far as a draft's shape depends on it."""
+"""What the targets of launcher/recipes publish in their config.json, as far as drafts and the memory of jobs depend on it."""
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -65,6 +65,8 @@ _DEEPSEEK_V3 = dict(
     hidden_size=7168,
     intermediate_size=18432,
     moe_intermediate_size=2048,
+    num_experts_per_tok=8,
+    n_shared_experts=1,
     num_hidden_layers=61,
     kv_lora_rank=512,
     q_lora_rank=1536,
@@ -102,13 +104,18 @@ _PUBLISHED = {
         num_attention_heads=32,
         num_key_value_heads=8,
     ),
-    "qwen3-30b-a3b": _QWEN3_MOE | dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32),
+    "qwen3-30b-a3b": _QWEN3_MOE
+    | dict(hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32),
     "qwen3-235b-a22b": _QWEN3_MOE
-    | dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=94, num_attention_heads=64),
+    | dict(hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94, num_attention_heads=64),
     "gpt-oss-20b": _GPT_OSS | dict(num_hidden_layers=24, num_local_experts=32),
     "gpt-oss-120b": _GPT_OSS | dict(num_hidden_layers=36, num_local_experts=128),
     "deepseek-v3": _DEEPSEEK_V3
     | dict(
+        n_routed_experts=256,
+        n_group=8,
+        topk_group=4,
+        first_k_dense_replace=3,
         vocab_size=129280,
         num_attention_heads=128,
         num_key_value_heads=128,
@@ -120,6 +127,10 @@ _PUBLISHED = {
     ),
     "kimi-k2": _DEEPSEEK_V3
     | dict(
+        n_routed_experts=384,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
         vocab_size=163840,
         num_attention_heads=64,
         num_key_value_heads=64,

@@ -27,6 +27,7 @@ FLOORS = (
     "data",
     "store",
     "target",
+    "planning",
     "overlap",
     "decode",
     "evaluate",

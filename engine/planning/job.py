@@ -1,0 +1,303 @@
+"""A whole job on a number of GPUs: what every rank holds at most, how fast it could be, and the smallest number that fits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from engine.batch import PackedBatch
+from engine.config import Config, divisors
+from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size
+from engine.flops import PEAKS, HardwarePeak, StepCounts, step_parts
+from engine.models.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3 import Eagle3Draft
+from engine.parallel.mesh import Group, TargetMesh
+from engine.planning.draft_memory import DraftStates, Sharing
+from engine.planning.target_cost import Forward, TargetCost
+from engine.rows import allowed_rows, slots_of
+
+ENOUGH_TOKENS = 32_768  # of a micro-batch: with more, products gain nothing
+
+# NVIDIA's datasheets (see engine/flops.py): memory, and what NVLink carries each way, in units of 1e9 bytes.
+_MEMORY_AND_LINK = {
+    "NVIDIA A100-SXM4-40GB": (40, 300),
+    "NVIDIA A100-SXM4-80GB": (80, 300),
+    "NVIDIA H100 80GB HBM3": (80, 450),
+    "NVIDIA H200": (141, 450),
+    "NVIDIA B200": (180, 900),
+}
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """What a job may run on. memory_bytes: of one. link, network: bytes/s that one sends within a node, and out of it."""
+
+    peak: HardwarePeak
+    memory_bytes: float
+    link_bytes_per_s: float
+    network_bytes_per_s: float
+    per_node: int = 8
+
+    @classmethod
+    def named(cls, name: str, memory_gb: float | None, network_gb_per_s: float, per_node: int) -> "Gpus":
+        """memory_gb: instead of the datasheet's. Raises ValueError for a GPU that is not known."""
+        if name not in _MEMORY_AND_LINK:
+            raise ValueError(f"no datasheet for {name!r}; known are {sorted(_MEMORY_AND_LINK)}")
+        memory, link = _MEMORY_AND_LINK[name]
+        return cls(PEAKS[name], (memory_gb or memory) * 1e9, link * 1e9, network_gb_per_s * 1e9, per_node)
+
+    def rate(self, num_ranks: int) -> float:
+        """Bytes/s that a rank sends to the others of a group; where they span nodes, as if all did."""
+        return self.link_bytes_per_s if num_ranks <= self.per_node else self.network_bytes_per_s
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What micro-batches are supposed to hold: documents of so many tokens, of which the last part is the assistant's."""
+
+    num_tokens: int
+    said: float
+
+    def batch(self, num_tokens: int) -> PackedBatch:
+        """One micro-batch."""
+        lengths = [self.num_tokens] * (num_tokens // self.num_tokens)
+        lengths += [rest] if (rest := num_tokens - sum(lengths)) else []
+        mask_T = torch.cat([torch.arange(length) >= round(length * (1 - self.said)) for length in lengths])
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        return PackedBatch(torch.zeros(num_tokens, dtype=torch.long), mask_T, cu_seqlens)
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What nobody knows before: documents by which speed is judged, share of the peak that products reach, memory left free."""
+
+    documents: Documents
+    share_of_peak: float
+    headroom: float
+
+
+class JobPlan:
+    """A job of `num_ranks` ranks, each of which holds a part of the target and of the draft.
+
+    target: as the mesh of `ranks` shares it. fused: whether the ranks have GPU kernels.
+    """
+
+    def __init__(
+        self, config: Config, ds_config: dict[str, Any], draft: DraftConfig, target: TargetCost, ranks: "Ranks", fused: bool
+    ) -> None:
+        self.config, self.draft, self.target, self.ranks, self.fused = config, draft, target, ranks, fused
+        self.sharing = Sharing.of(ds_config, ranks.size)
+        self.accumulation = accumulation_steps(ds_config, ranks.size)
+        self.draft_dtype = getattr(torch, compute_dtype(ds_config))
+        self.num_tokens = ranks.micro_batch * config.data.max_tokens
+
+    def counts(self, documents: Documents) -> StepCounts:
+        """Rows of a micro-batch, by TTT step."""
+        batch = documents.batch(self.num_tokens)
+        allowed_ST = allowed_rows(batch, self.config.ttt)
+        return StepCounts.needed(batch, allowed_ST, len(slots_of(allowed_ST)))
+
+    def bytes_by_part(self, counts: StepCounts) -> dict[str, int]:
+        """The most that lives at once on a rank, by what it is."""
+        num_weights, sharing, ahead = self.num_draft_weights, self.sharing, self.config.overlap.run_ahead
+        forward = self._forward(counts)
+        states = DraftStates(
+            self.draft.shape, counts, self.config.loss, sharing.itemsize, self.fused, self.config.ttt.recompute
+        )
+        output, passing = self.target.output_bytes(forward), self.target.passing_bytes(forward)
+        held = output * self.accumulation
+        drafting = states.kept() + states.on_top() + sharing.gathered(num_weights) + sharing.gradients(num_weights)
+        drafting += sharing.buckets() + ahead * held + (passing if ahead else 0)
+        stepping = sharing.gradients(num_weights) + sharing.step(num_weights, self.fused) + ahead * held
+        head_rows = self.draft.draft_vocab_size * self.draft.target_hidden_size * self.target.itemsize
+        return {
+            "target": self.target.weight_bytes + head_rows,
+            "draft": sharing.weights(num_weights),
+            "optimizer": sharing.optimizer(num_weights),
+            "buffers": sharing.buffers(num_weights),
+            "hidden states": held,
+            "activations": max(
+                drafting, stepping, held + passing
+            ),  # the next batch's states come while the last ones are there
+        }
+
+    def step_s(self, counts: StepCounts, gpus: Gpus, share_of_peak: float) -> dict[str, float]:
+        """Seconds of a micro-batch, by what takes them, if products run at a share of the peak and links at their own rate."""
+        rate = gpus.peak.flops_per_s
+        parts = step_parts(self.draft.shape, counts)
+        draft = sum(part.flops for name, part in parts.items() if name != "target_head")
+        dtype = torch.bfloat16 if self.target.itemsize < 4 else torch.float32
+        return {
+            "target": self.target.flops(self._forward(counts)) / (rate[dtype] * share_of_peak),
+            "draft": draft / (rate[self.draft_dtype] * share_of_peak),
+            "traffic": sum(sent / gpus.rate(self._group(name)) for name, sent in self.traffic(counts).items()),
+        }
+
+    def traffic(self, counts: StepCounts) -> dict[str, int]:
+        """Bytes that a rank sends for a micro-batch, by collective."""
+        sent, others = self.target.traffic(self._forward(counts)), self.sharing.num_ranks - 1
+        whole = self.num_draft_weights * self.sharing.itemsize * others // self.sharing.num_ranks
+        if others and self.sharing.stage == 3:
+            sent["all-gather of weights (ZeRO)"] = whole
+        if others and self.sharing.stage >= 2:
+            sent["reduce-scatter of gradients (ZeRO)"] = whole
+        elif others:
+            sent["all-reduce of gradients (ZeRO)"] = 2 * whole // self.accumulation
+        if others and self.sharing.stage in (1, 2):
+            sent["all-gather of weights (ZeRO)"] = whole // self.accumulation
+        return sent
+
+    @property
+    def is_sensible(self) -> bool:
+        """Whether every size asked for shares something."""
+        return self.ranks.ep_size == 1 or bool(self.target.plan.experts)
+
+    @cached_property
+    def num_draft_weights(self) -> int:
+        """Trained ones."""
+        with torch.device("meta"):
+            return sum(weight.numel() for name, weight in Eagle3Draft(self.draft).named_parameters() if "embed_p" not in name)
+
+    def _forward(self, counts: StepCounts) -> Forward:
+        return Forward(counts.num_tokens, counts.num_slots, counts.prefix_pairs)
+
+    def _group(self, collective: str) -> int:
+        """Ranks of the group that a collective runs over."""
+        if "ZeRO" in collective:
+            return self.ranks.size
+        return self.ranks.ep_size if "EP" in collective else self.ranks.tp_size
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many there are, how they share the target, and how many packs of `data.max_tokens` tokens a micro-batch has."""
+
+    size: int
+    tp_size: int
+    ep_size: int
+    micro_batch: int
+
+    @classmethod
+    def of(cls, config: Config, ds_config: dict[str, Any], size: int) -> "Ranks":
+        """As the configurations say."""
+        return cls(size, config.parallel.tp_size, config.parallel.ep_size, micro_batch_size(ds_config, size))
+
+    def shared_otherwise(self) -> Iterator["Ranks"]:
+        """The same ranks, sharing the target in every way that their number allows."""
+        for tp_size in divisors(self.size):
+            for ep_size in divisors(self.size):
+                if tp_size % ep_size == 0 or ep_size % tp_size == 0:
+                    yield replace(self, tp_size=tp_size, ep_size=ep_size)
+
+    @property
+    def mesh(self) -> TargetMesh:
+        """That of the first rank, without process groups."""
+        return TargetMesh(Group(self.tp_size, 0), Group(self.ep_size, 0))
+
+
+class Planner:
+    """Plans of one job for GPUs of a kind.
+
+    model: the target on the meta device. may_share: whether ranks may share it. speed: documents by which speed is judged;
+    memory is judged by micro-batches that the assistant says alone. headroom: share of a GPU's memory that stays free.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ds_config: dict[str, Any],
+        model: PreTrainedModel,
+        gpus: Gpus,
+        assumed: Assumed,
+        may_share: bool = True,
+    ) -> None:
+        self.config, self.ds_config, self.model = config, ds_config, model
+        self.gpus, self.assumed, self.may_share = gpus, assumed, may_share
+        self.draft = derive_draft_config(model.config, config.draft, config.target.aux_layers)
+        self._costs: dict[tuple[int, int], TargetCost] = {}
+
+    def plan(self, ranks: Ranks) -> "JobPlan":
+        sizes = ranks.tp_size, ranks.ep_size
+        if sizes not in self._costs:
+            self._costs[sizes] = TargetCost(self.model, ranks.mesh, self.model.dtype.itemsize)
+        return JobPlan(self.config, self.ds_config, self.draft, self._costs[sizes], ranks, fused=True)
+
+    def smallest(self, limit: int) -> list["JobPlan"]:
+        """Plans of the smallest number of GPUs that fits, the fastest first; none where even `limit` GPUs do not.
+
+        Their micro-batches are as large as fits, up to `ENOUGH_TOKENS`, in powers of two of what the configuration has.
+        """
+        for size in _sizes(limit, self.gpus.per_node):
+            ways = Ranks.of(self.config, self.ds_config, size).shared_otherwise()
+            plans = [self.plan(ranks) for ranks in ways if self.may_share or ranks.mesh.size == 1]
+            fitting = [plan for plan in plans if not plan.target.misfits and plan.is_sensible and self.fits(plan)]
+            if fitting:
+                return sorted(map(self.with_largest_micro_batch, fitting), key=self.tokens_per_s, reverse=True)
+        return []
+
+    def with_largest_micro_batch(self, plan: "JobPlan") -> "JobPlan":
+        """The same with twice the packs a micro-batch, and twice again, as long as it fits."""
+        more = self.plan(replace(plan.ranks, micro_batch=2 * plan.ranks.micro_batch))
+        if more.num_tokens > ENOUGH_TOKENS or not self.fits(more):
+            return plan
+        return self.with_largest_micro_batch(more)
+
+    def why_nothing_fits(self, limit: int) -> str:
+        """After `smallest` found nothing: what would be needed, and what stands in the way."""
+        ways = Ranks.of(self.config, self.ds_config, _sizes(limit, self.gpus.per_node)[-1]).shared_otherwise()
+        plans = [self.plan(ranks) for ranks in ways if self.may_share or ranks.mesh.size == 1]
+        best = min((plan for plan in plans if not plan.target.misfits), key=self.bytes_of)
+        need, usable = self.bytes_of(best) / 1e9, self.usable_bytes / 1e9
+        why = "" if self.may_share else "; its family was not shown to be the same when ranks share it"
+        return (
+            f"needs {need:,.0f} GB a rank on {best.ranks.size} {self.gpus.peak.name}, and {usable:,.0f} GB may be used{why}; "
+            "give more with --gpus, lower data.max_tokens, or offload the optimizer (ds_configs/zero3_offload.json)"
+        )
+
+    def target_line(self) -> str:
+        """What the target is."""
+        cost = self.plan(Ranks(1, 1, 1, 1)).target
+        total, active = cost.num_weights / 1e9, cost.num_active_weights / 1e9
+        size = f"{total:,.2f} billion weights, {active:,.2f} billion of its layers' active for a token"
+        return f"{self.config.target.path}: {size}, {cost.weight_bytes / 1e9:,.1f} GB"
+
+    def facts(self, plan: "JobPlan") -> dict[str, Any]:
+        """A plan in plain values, for JSON."""
+        counts = plan.counts(self.assumed.documents)
+        return {
+            "target": self.config.target.path,
+            "gpus": plan.ranks.size,
+            "tp_size": plan.ranks.tp_size,
+            "ep_size": plan.ranks.ep_size,
+            "micro_batch": plan.ranks.micro_batch,
+            "tokens": plan.num_tokens,
+            "bytes": plan.bytes_by_part(plan.counts(Documents(self.config.data.max_tokens, 1.0))),
+            "traffic_bytes": plan.traffic(counts),
+            "seconds": plan.step_s(counts, self.gpus, self.assumed.share_of_peak),
+            "tokens_per_s": self.tokens_per_s(plan),
+            "fits": self.fits(plan),
+        }
+
+    def fits(self, plan: "JobPlan") -> bool:
+        return self.bytes_of(plan) <= self.usable_bytes
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of one GPU."""
+        return self.gpus.memory_bytes * (1 - self.assumed.headroom)
+
+    def bytes_of(self, plan: "JobPlan") -> int:
+        return sum(plan.bytes_by_part(plan.counts(Documents(self.config.data.max_tokens, 1.0))).values())
+
+    def tokens_per_s(self, plan: "JobPlan") -> float:
+        """Of all ranks."""
+        seconds = plan.step_s(plan.counts(self.assumed.documents), self.gpus, self.assumed.share_of_peak)
+        return plan.ranks.size * plan.num_tokens / sum(seconds.values())
+
+
+def _sizes(limit: int, per_node: int) -> list[int]:
+    """Numbers of GPUs that jobs have: parts of a node, then whole nodes."""
+    return [size for size in divisors(per_node) if size < min(limit + 1, per_node)] + list(range(per_node, limit + 1, per_node))

@@ -1,0 +1,180 @@
+"""What a target costs a rank: bytes of its weights, FLOPs of a token, traffic and passing memory of a forward.
+
+All of it is read from the modules of a model on the meta device and from how `TargetPlan` shares them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import comb
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from engine.parallel.loader import own_bytes
+from engine.parallel.mesh import TargetMesh
+from engine.parallel.plan import TargetPlan
+from engine.parallel.rules import is_experts, names_of
+from engine.target.anatomy import decoder_of
+
+CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "num_selected_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
+PASSING_TENSORS = 3  # [T, D] beside a block's own: the residual stream, its norm, and the block's result
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of the target on a rank: its own tokens, slots that the head reads, and pairs of query and key, summed."""
+
+    num_tokens: int
+    num_slots: int
+    num_pairs: int
+
+
+class TargetCost:
+    """A target whose weights are on the meta device, shared by a mesh. itemsize: bytes of a number that it computes with."""
+
+    def __init__(self, model: PreTrainedModel, mesh: TargetMesh, itemsize: int) -> None:
+        self.model, self.mesh, self.itemsize = model, mesh, itemsize
+        self.decoder = decoder_of(model)
+        self.config = self.decoder.config
+        self.plan = TargetPlan.of(self.decoder, mesh)
+        self._names = {module: name for name, module in self.decoder.named_modules()}
+
+    @property
+    def misfits(self) -> list[str]:
+        """Why modules that could be shared are not, by so many ranks."""
+        return sorted({reason for reason in self.plan.replicated.values() if "cannot be shared by" in reason})
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Of a rank's part; a head that is not tied to the embedding is shared by vocabulary."""
+        head, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
+        total = sum(own_bytes(weight, self.plan.cuts.get(name)) for name, weight in self.decoder.named_parameters())
+        return total + (0 if head is embedding else -(-head.nbytes // self.mesh.tp.size))
+
+    def flops(self, forward: Forward) -> int:
+        """Of a rank's own tokens: what a replicated target would take for them, since all ranks bring as many."""
+        width, vocab_size = self.config.hidden_size, self.model.get_output_embeddings().weight.shape[0]
+        of_heads = forward.num_pairs * sum(self.pair_flops for _ in self._attentions())
+        return 2 * forward.num_tokens * self.num_active_weights + of_heads + 2 * forward.num_slots * width * vocab_size
+
+    def traffic(self, forward: Forward) -> dict[str, int]:
+        """Bytes that a rank sends, by collective."""
+        tokens_bytes = forward.num_tokens * self.config.hidden_size * self.itemsize
+        others, sent = self.mesh.tp.size - 1, {}
+        if others:
+            sent["all-gather of tokens (TP)"] = sent["reduce-scatter of tokens (TP)"] = (
+                others * tokens_bytes * len(self.plan.shared)
+            )
+            sent["all-gather of slots (head)"] = others * forward.num_slots * self.config.hidden_size * self.itemsize
+        if self.plan.experts:
+            rows = sum(self._ranks_of_a_token(count) for count in self.plan.experts.values())
+            sent["all-to-all of tokens (EP)"] = sent["all-to-all back (EP)"] = round(rows * tokens_bytes)
+        return sent
+
+    def passing_bytes(self, forward: Forward) -> int:
+        """The most that a forward has in memory beside weights and what it captures."""
+        width, own = self.config.hidden_size * self.itemsize, forward.num_tokens
+        most = 0
+        for name, block in self._blocks():
+            shared = any(part == name or part.startswith(f"{name}.") for part in self.plan.shared)
+            tokens = own * (self.mesh.tp.size if shared else 1)
+            features = self._own_features(name, block)
+            most = max(most, tokens * (2 * width + 2 * features * self.itemsize))
+            if any(is_experts(module, names_of(self.config)) for module in block.modules()):
+                most = max(most, self._passing_experts(block, own))
+        return most + PASSING_TENSORS * own * width
+
+    def output_bytes(self, forward: Forward) -> int:
+        """Of what a forward hands to the draft, the tokens' embeddings included."""
+        states = 4 * forward.num_tokens + forward.num_slots
+        return states * self.config.hidden_size * self.itemsize
+
+    @property
+    def _chosen(self) -> int:
+        """Experts that a token goes to."""
+        return next((value for name in CHOSEN if isinstance(value := getattr(self.config, name, None), int)), 1)
+
+    @property
+    def num_weights(self) -> int:
+        """Of the whole target."""
+        head, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
+        return sum(weight.numel() for weight in self.decoder.parameters()) + (0 if head is embedding else head.numel())
+
+    @cached_property
+    def num_active_weights(self) -> float:
+        """Weights of the layers that multiply a token."""
+        total = 0.0
+        for name, module in self.decoder.named_modules():
+            if is_experts(module, names_of(self.config)):
+                weights = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
+                total += sum(weight[0].numel() for weight in weights) * self._chosen
+            elif isinstance(module, nn.Linear):
+                total += module.weight.numel() * self._share_of(name)
+            elif not isinstance(module, nn.Embedding):  # routers keep a matrix of their own
+                total += sum(weight.numel() for weight in module.parameters(recurse=False) if weight.ndim == 2)
+        return total
+
+    def _share_of(self, name: str) -> float:
+        """Of the tokens, those that a linear map reads: fewer where it is one expert's."""
+        owner, _, rest = name.partition(".experts.")
+        return self._chosen / len(self.decoder.get_submodule(f"{owner}.experts")) if rest else 1.0
+
+    @property
+    def pair_flops(self) -> int:
+        """Scores and outputs of one layer for a pair of query and key."""
+        config, heads = self.config, self.config.num_attention_heads
+        value = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+        latent = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+        return 2 * heads * ((sum(latent) if all(latent) else value) + value)
+
+    def _attentions(self) -> Iterator[nn.Module]:
+        names = names_of(self.config)
+        for _, block in self._blocks():
+            if any(hasattr(block, name) for name in names.outputs) and not hasattr(block, "experts"):
+                yield block
+
+    def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Parts of decoder layers."""
+        for stack_name, stack in self.decoder.named_children():
+            for number, layer in stack.named_children() if isinstance(stack, nn.ModuleList) else ():
+                for name, block in layer.named_children():
+                    yield f"{stack_name}.{number}.{name}", block
+
+    def _own_features(self, name: str, block: nn.Module) -> int:
+        """What a token becomes within a block, on this rank."""
+        features = 0
+        for inner, module in block.named_modules():
+            if isinstance(module, nn.Linear) and ".experts." not in f".{inner}.":
+                cut = self.plan.cuts.get(f"{name}.{inner}.weight")
+                whole = module.out_features
+                features += whole if cut is None or cut.dim else sum(stop - start for start, stop in cut.intervals)
+        return features
+
+    def _passing_experts(self, block: nn.Module, own: int) -> int:
+        """With tokens spread evenly: rows that come and go, and each chosen expert's copy of them."""
+        width, ranks = self.config.hidden_size, self.mesh.ep.size
+        inner = next(
+            max(weight.shape[1:]) if max(weight.shape[1:]) != width else 2 * min(weight.shape[1:])
+            for module in block.modules()
+            if is_experts(module, names_of(self.config))
+            for name, weight in module.named_parameters(recurse=False)
+            if name in (*names_of(self.config).fused_up, *names_of(self.config).up)
+        )
+        split = self.mesh.tp.size if ranks == 1 else 1
+        rows, choices = own * min(self._chosen, ranks) * split, own * self._chosen * split
+        return (4 * rows * width + choices * (2 * width + 2 * inner // split)) * self.itemsize
+
+    def _ranks_of_a_token(self, num_experts: int) -> float:
+        """Other ranks that a token is sent to, if each expert is as likely."""
+        ranks, held = self.mesh.ep.size, num_experts // self.mesh.ep.size
+        missed = comb(num_experts - held, self._chosen) / comb(num_experts, self._chosen)
+        return (ranks - 1) * (1 - missed)

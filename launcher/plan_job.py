@@ -1,0 +1,156 @@
+"""What a job will need: python launcher/plan_job.py --recipe FILE [--gpus N] [--gpu NAME] [section.key=value ...]
+
+Reads the target's config.json alone. Says what each rank will hold, the smallest number of GPUs that can, how they should share
+the target, how large a micro-batch may be, what each collective sends, and how fast it might be.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from rich.table import Table
+from transformers import AutoConfig
+
+from engine.config import Config, ConfigError
+from engine.ds_config import load_ds_config
+from engine.flops import PEAKS
+from engine.models.registry import text_config
+from engine.parallel.mesh import check_sizes
+from engine.parallel.rules import check_proven
+from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Ranks
+from engine.recipe import load_config
+from engine.target.anatomy import without_weights
+from engine.telemetry import Telemetry
+from launcher.command import make_parser, run_plugins, stop, with_paths, wrong_options
+
+SHOWN = 5
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__, ("target", "data", "draft", "ttt", "parallel", "overlap"))
+    add = parser.add_argument
+    add("--ds_config", type=Path, default=ROOT / "ds_configs" / "zero3.json", help="DeepSpeed's JSON; default: zero3.json")
+    add("--gpus", type=int, default=32, metavar="N", help="GPUs there are; default 32")
+    add("--gpu", default="NVIDIA H200", metavar="NAME", help=f"their kind: {', '.join(PEAKS)}; default: NVIDIA H200")
+    add("--gpus_per_node", type=int, default=8, metavar="N", help="of them in a node; default 8")
+    add("--memory_gb", type=float, metavar="GB", help="memory of one; default: its datasheet's")
+    add("--network_gb_per_s", type=float, default=50, metavar="GB/S", help="what one sends out of its node; default 50")
+    add("--headroom", type=float, default=0.1, metavar="SHARE", help="of its memory that stays free; default 0.1")
+    add("--document_tokens", type=int, default=2048, metavar="N", help="tokens of a document, for the speed; default 2048")
+    add("--said", type=float, default=0.5, metavar="SHARE", help="of them that the assistant says; default 0.5")
+    add("--share_of_peak", type=float, default=0.4, metavar="SHARE", help="of a GPU's peak that products reach; default 0.4")
+    add("--fixed", action="store_true", help="plan for --gpus and the recipe's own parallel sizes and micro-batch alone")
+    add("--json", type=Path, metavar="FILE", help="write the figures")
+    arguments = parser.parse_intermixed_args()
+    for name in ("said", "headroom", "share_of_peak"):
+        if not 0 <= getattr(arguments, name) <= 1 or (name == "share_of_peak" and not arguments.share_of_peak):
+            parser.error(f"--{name} {getattr(arguments, name)}: expected a share between 0 and 1")
+    for name in ("gpus", "gpus_per_node", "document_tokens"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)}: expected at least 1")
+    return arguments
+
+
+def make_planner(config: Config, ds_config: dict[str, Any], arguments: argparse.Namespace) -> Planner:
+    """Raises ValueError or OSError for what a user can mend."""
+    section = config.target
+    target = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+    may_share = config.parallel.unproven
+    try:
+        check_proven(text_config(target))
+        may_share = True
+    except ValueError:
+        if config.parallel.tp_size > 1 or config.parallel.ep_size > 1:
+            raise
+    gpus = Gpus.named(arguments.gpu, arguments.memory_gb, arguments.network_gb_per_s, arguments.gpus_per_node)
+    documents = Documents(min(arguments.document_tokens, config.data.max_tokens), arguments.said)
+    assumed = Assumed(documents, arguments.share_of_peak, arguments.headroom)
+    return Planner(config, ds_config, without_weights(target, section, torch.device("cuda")), gpus, assumed, may_share)
+
+
+def plans(planner: Planner, arguments: argparse.Namespace) -> list[JobPlan]:
+    """The best first; one alone with --fixed. Raises ValueError where nothing fits."""
+    if arguments.fixed:
+        ranks = Ranks.of(planner.config, planner.ds_config, arguments.gpus)
+        check_sizes(ranks.size, ranks.tp_size, ranks.ep_size)
+        return [planner.plan(ranks)]
+    found = planner.smallest(arguments.gpus)
+    if not found:
+        raise ValueError(f"{planner.config.target.path} {planner.why_nothing_fits(arguments.gpus)}")
+    return found
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.2f}"
+
+
+def show_ways(planner: Planner, found: list[JobPlan], telemetry: Telemetry) -> None:
+    """A line for each way that fits."""
+    table = Table(box=None, padding=(0, 2, 0, 0), title=f"ways to share the target on {found[0].ranks.size} GPUs")
+    for heading in ("tp_size", "ep_size", "tokens a micro-batch", "GB a rank", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for plan in found[:SHOWN]:
+        ranks, used = plan.ranks, gigabytes(planner.bytes_of(plan))
+        row = (ranks.tp_size, ranks.ep_size, f"{plan.num_tokens:,}", used, f"{planner.tokens_per_s(plan):,.0f}")
+        table.add_row(*map(str, row))
+    telemetry.console.print(table)
+
+
+def show_plan(planner: Planner, plan: JobPlan, telemetry: Telemetry) -> None:
+    """Memory, time and traffic of one plan."""
+    facts = planner.facts(plan)
+    for title, values, show in (
+        ("GB on each rank, at most", facts["bytes"] | {"in all": sum(facts["bytes"].values())}, gigabytes),
+        ("GB that a rank sends for a micro-batch", facts["traffic_bytes"], gigabytes),
+        ("ms of a micro-batch", {name: 1e3 * seconds for name, seconds in facts["seconds"].items()}, "{:,.1f}".format),
+    ):
+        table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", show_header=False)
+        for name, value in values.items():
+            table.add_row(name, show(value))
+        telemetry.console.print(table)
+
+
+def show_advice(planner: Planner, plan: JobPlan, arguments: argparse.Namespace, telemetry: Telemetry) -> None:
+    ranks, share = plan.ranks, f"{planner.assumed.share_of_peak:.0%} of a {planner.gpus.peak.name}'s peak"
+    telemetry.note(
+        f"{planner.tokens_per_s(plan):,.0f} tokens/s, if products reach {share} and links their own, one after the other: "
+        "an estimate, nothing was run"
+    )
+    if not planner.fits(plan):
+        usable = gigabytes(planner.usable_bytes)
+        telemetry.note(f"This does not fit {usable} GB a GPU; leave out --fixed to look for ways that do", style="bold red")
+    telemetry.note(
+        f"Set train_micro_batch_size_per_gpu to {ranks.micro_batch} in {arguments.ds_config.name}, start {ranks.size} ranks, "
+        f"and set parallel.tp_size={ranks.tp_size} parallel.ep_size={ranks.ep_size}"
+    )
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with wrong_options(arguments, rank=0):
+        config = load_config(arguments.recipe, arguments.overrides)
+        ds_config = load_ds_config(arguments.ds_config)
+    telemetry = Telemetry(speaks=True)
+    try:
+        run_plugins(config.target.plugins)
+        planner = make_planner(with_paths(config, Path(config.output_dir)), ds_config, arguments)
+        found = plans(planner, arguments)
+    except (ConfigError, ValueError, OSError, ImportError) as error:
+        stop(error, rank=0)
+    telemetry.note(planner.target_line(), style="bold")
+    show_ways(planner, found, telemetry)
+    show_plan(planner, found[0], telemetry)
+    show_advice(planner, found[0], arguments, telemetry)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(planner.facts(found[0]), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The command, on the embedded target and on one that no GPU holds."""
+
+import json
+import sys
+
+import pytest
+
+from launcher.plan_job import main
+from tests.recipes_configs import target_config
+
+
+def run(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan_job.py", *arguments])
+    main()
+
+
+def test_the_embedded_job_fits_one_gpu(monkeypatch, capsys, tmp_path):
+    run(monkeypatch, "--json", str(tmp_path / "plan" / "job.json"), "output_dir=" + str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "on 1 GPUs" in printed and "an estimate, nothing was run" in printed and "parallel.tp_size=1" in printed
+    facts = json.loads((tmp_path / "plan" / "job.json").read_text())
+    assert facts["fits"] and facts["gpus"] == 1 and sum(facts["bytes"].values()) > 1e9
+
+
+def test_a_large_target_is_planned_from_its_config_alone(monkeypatch, capsys, tmp_path):
+    target_config("llama3.3-70b").save_pretrained(tmp_path)
+    options = ("--recipe", "launcher/recipes/llama3.3-70b.yaml", f"target.path={tmp_path}", "--gpu", "NVIDIA H100 80GB HBM3")
+    run(monkeypatch, *options)
+    printed = capsys.readouterr().out
+    assert "70.55 billion weights" in printed and "all-gather of tokens (TP)" in printed
+    run(monkeypatch, *options, "--fixed", "--gpus", "4")
+    assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (("--gpus", "1"), "needs"),
+        (("--gpu", "GeForce"), "no datasheet for 'GeForce'; known are"),
+        (("--fixed", "--gpus", "6", "parallel.tp_size=4"), "parallel.tp_size=4 does not divide 6 ranks"),
+        (("--gpus", "0"), "--gpus"),
+        (("--said", "1.5"), "--said"),
+        (("parallel.tpsize=4",), "tp_size"),
+        (("--ds_config", "nowhere.json"), "nowhere.json"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(arguments, problem, monkeypatch, capsys, tmp_path):
+    target_config("llama3.3-70b").save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, f"target.path={tmp_path}", *arguments)
+    assert problem in str(stopped.value) + capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""A draft and its target, trained for two steps on a few ranks, and how many bytes live meanwhile."""
+
+import gc
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import embedding
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.batch import MicroBatch
+from engine.config import DraftSection, LossSection, TttSection
+from engine.ds_config import load_ds_config, resolve_ds_config
+from engine.kernels import Kernels
+from engine.models.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3 import Eagle3Draft
+from engine.models.vocab_map import VocabMap
+from engine.normaliser import Normaliser
+from engine.parallel.mesh import TargetMesh, World
+from engine.parallel.zero import ZeroDraft
+from engine.planning.job import Documents
+from engine.rows import allowed_rows, slots_of
+from engine.target.frozen import FrozenTarget
+from engine.ttt import Teacher, TrainingTimeTest
+from tests.live_bytes import LiveBytes
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=4)
+TARGET = LlamaConfig(**SHAPE, head_dim=16, vocab_size=4096)
+LAYERS, DRAFT_VOCAB, TOKENS, RANKS = (1, 2, 4), 2048, 1024, 2
+LOSS, TTT = LossSection(chunk_mb=4), TttSection()
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained: at a ZeRO stage, on documents of which the assistant says a share, with a target shared by tp_size."""
+
+    stage: int = 3
+    bf16: bool = True
+    said: float = 1.0
+    num_layers: int = 1
+    recompute: str = "none"
+    tp_size: int = 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def documents(self) -> Documents:
+        return Documents(TOKENS // 2, self.said)
+
+    @property
+    def draft(self) -> DraftConfig:
+        return derive_draft_config(TARGET, DraftSection(vocab_size=DRAFT_VOCAB, num_layers=self.num_layers), LAYERS)
+
+    def ds_config(self) -> dict[str, Any]:
+        """A shipped one, with buckets no larger than a draft this small needs."""
+        raw = load_ds_config(FOLDER / f"zero{self.stage}.json")
+        raw["bf16"]["enabled"] = self.bf16
+        raw["zero_optimization"]["reduce_bucket_size"] = 1_000_000
+        return resolve_ds_config(raw, world_size=RANKS, total_steps=10, hidden_size=128)
+
+
+def train(world: World, training: Training) -> dict[str, int]:
+    """Most bytes that live while the target runs, while the draft trains and in the optimizer's step; those of the target."""
+    live, peaks = LiveBytes(), {}
+
+    def end_of(phase: str) -> None:
+        peaks[phase], live.peak = live.peak, 0
+        gc.collect()
+
+    with live:
+        mesh = TargetMesh.make(world, training.tp_size, 1)
+        target = FrozenTarget(LlamaForCausalLM(TARGET).to(training.dtype), LAYERS, mesh=mesh)
+        ids_U = torch.arange(DRAFT_VOCAB)
+        vocab_map, head_rows = VocabMap(ids_U, torch.arange(TARGET.vocab_size) < DRAFT_VOCAB), target.head_rows(ids_U)
+        test = TrainingTimeTest(TTT, LOSS, Teacher(head_rows.logits, vocab_map))
+        draft = Eagle3Draft(training.draft, Kernels(recompute=training.recompute))
+        count = sum(weight.numel() for weight in draft.parameters())
+        zero = ZeroDraft(draft, test, training.ds_config())
+        del draft
+        normalise = Normaliser(zero, world)
+        batch = replace(training.documents.batch(TOKENS), input_ids_T=torch.randint(DRAFT_VOCAB, (TOKENS,)))
+        for _ in range(2):  # Adam's moments are there from the first step's end
+            end_of("between")
+            allowed_ST = allowed_rows(batch, TTT)
+            output = target(batch, slots_of(allowed_ST))
+            output = replace(output, argmax_N=output.argmax_N % DRAFT_VOCAB)
+            micro = MicroBatch(batch, output, embedding(batch.input_ids_T, target.embed_weight_VD), allowed_ST)
+            del output
+            end_of("target")
+            loss = zero.forward(micro, normalise([micro])[0]).loss
+            zero.engine.backward(loss)
+            del loss
+            end_of("draft")
+            zero.engine.step()
+            end_of("step")
+            del micro
+    held = sum(weight.nbytes for weight in target.model.parameters()) + head_rows.weight_VD.nbytes
+    return peaks | {"weights of the target": held, "weights of the draft": count}

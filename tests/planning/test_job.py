@@ -1,0 +1,125 @@
+"""Plans of whole jobs: what they say lives lives, and the largest recipes fit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import Config, DataSection, DraftSection, TargetSection
+from engine.ds_config import load_ds_config
+from engine.models.registry import text_config
+from engine.parallel.rules import check_proven
+from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Ranks
+from engine.planning.target_cost import TargetCost
+from engine.recipe import load_config
+from engine.target.anatomy import without_weights
+from tests.distributed import run_ranks
+from tests.planning.measured import LOSS, RANKS, TARGET, TOKENS, Training, train
+from tests.recipes_configs import RECIPES, target_config
+
+ROOT = Path(__file__).resolve().parents[2]
+ASSUMED = Assumed(Documents(2048, 0.5), share_of_peak=0.4, headroom=0.1)
+# Weights of the language model, in billions, as their publishers give them.
+PUBLISHED = {
+    "llama3.1-8b": 8.03,
+    "llama3.3-70b": 70.6,
+    "llama4-scout": 107.8,
+    "llama4-maverick": 400.7,
+    "qwen3-8b": 8.19,
+    "qwen3-30b-a3b": 30.5,
+    "qwen3-235b-a22b": 235.1,
+    "gpt-oss-20b": 20.9,
+    "gpt-oss-120b": 116.8,
+    "deepseek-v3": 671.0,
+    "kimi-k2": 1026.4,
+}
+LARGE = ("llama4-maverick", "qwen3-235b-a22b", "deepseek-v3", "kimi-k2")
+
+
+def planner(recipe: str, *overrides: str, gpu: str = "NVIDIA H200", may_share: bool = True) -> Planner:
+    config = load_config(ROOT / "launcher" / "recipes" / f"{recipe}.yaml", list(overrides))
+    model = without_weights(target_config(recipe), config.target, torch.device("cuda"))
+    gpus = Gpus.named(gpu, memory_gb=None, network_gb_per_s=50, per_node=8)
+    return Planner(config, load_ds_config(ROOT / "ds_configs" / "zero3.json"), model, gpus, ASSUMED, may_share)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_run_holds_what_its_plan_says(tp_size):
+    training = Training(tp_size=tp_size)
+    measured = run_ranks(train, RANKS, training)[0]
+    config = Config(
+        target=TargetSection(dtype="bfloat16"),
+        draft=DraftSection(vocab_size=2048),
+        data=DataSection(max_tokens=TOKENS),
+        loss=LOSS,
+    )
+    model = without_weights(TARGET, config.target, torch.device("cpu"))
+    ranks = Ranks(RANKS, tp_size, 1, 1)
+    plan = JobPlan(config, training.ds_config(), training.draft, TargetCost(model, ranks.mesh, 2), ranks, fused=False)
+    by_part = plan.bytes_by_part(plan.counts(training.documents))
+    assert sum(by_part.values()) == pytest.approx(max(measured[phase] for phase in ("target", "draft", "step")), rel=0.1)
+    assert by_part["target"] == measured["weights of the target"] + (0 if tp_size == 1 else 4096 * 128 * 2 // 2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_targets_have_as_many_weights_as_published(recipe):
+    model = without_weights(target_config(recipe), TargetSection(), torch.device("cuda"))
+    billions = TargetCost(model, Ranks(1, 1, 1, 1).mesh, 2).num_weights / 1e9
+    assert billions == pytest.approx(PUBLISHED[recipe], rel=2e-3)
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_the_largest_targets_fit_8_to_32_gpus(recipe):
+    plans = planner(recipe)
+    best = plans.smallest(32)[0]
+    assert 8 <= best.ranks.size <= 32 and best.num_tokens >= 4096
+    assert plans.bytes_of(best) < 141e9
+    facts = plans.facts(best)
+    row = "| {} | {} | {} | {} | {:,} | {:.0f} | {:.0f} |".format(
+        recipe,
+        *(facts[name] for name in ("gpus", "tp_size", "ep_size", "tokens")),
+        facts["bytes"]["target"] / 1e9,
+        plans.bytes_of(best) / 1e9,
+    )
+    assert row in (ROOT / "docs" / "targets.md").read_text(encoding="utf-8"), row
+
+
+def test_fewer_gpus_than_needed_are_refused_with_what_is_missing():
+    assert planner("deepseek-v3").smallest(4) == []
+    assert "needs" in planner("deepseek-v3").why_nothing_fits(4) and "--gpus" in planner("deepseek-v3").why_nothing_fits(4)
+
+
+def test_a_family_that_was_not_proven_is_not_shared():
+    assert {plan.ranks.mesh.size for plan in planner("llama3.1-8b", may_share=False).smallest(8)} == {1}
+    assert planner("llama3.3-70b", may_share=False).smallest(8) == []
+
+
+def test_the_best_micro_batch_is_the_largest_that_fits():
+    plans = planner("llama3.1-8b")
+    best = plans.smallest(8)[0]
+    more = plans.plan(replace(best.ranks, micro_batch=2 * best.ranks.micro_batch))
+    assert plans.fits(best) and (not plans.fits(more) or more.num_tokens > 32768)
+
+
+def test_what_is_asked_for_costs_what_it_should():
+    plain, ahead = (planner("llama3.1-8b", f"overlap.run_ahead={depth}").plan(Ranks(8, 1, 1, 1)) for depth in (0, 1))
+    counts = plain.counts(ASSUMED.documents)
+    assert sum(ahead.bytes_by_part(counts).values()) > sum(plain.bytes_by_part(counts).values())
+    assert plain.traffic(counts).keys() == {"all-gather of weights (ZeRO)", "reduce-scatter of gradients (ZeRO)"}
+    weights = plain.num_draft_weights * 2
+    assert plain.traffic(counts)["all-gather of weights (ZeRO)"] == weights * 7 // 8
+    quick, slow = (
+        plain.step_s(counts, planner("llama3.1-8b", gpu=gpu).gpus, 0.4) for gpu in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB")
+    )
+    assert slow["target"] == pytest.approx(quick["target"] * 989.4 / 312)
+
+
+def test_an_unknown_gpu_is_refused_by_name():
+    with pytest.raises(ValueError, match="NVIDIA H200"):
+        Gpus.named("GeForce", None, 50, 8)
+
+
+def test_proofs_cover_the_largest_targets():
+    for recipe in LARGE:
+        check_proven(text_config(target_config(recipe)))

@@ -1,0 +1,128 @@
+"""What is computed for a target from its configuration is what a rank really holds, multiplies and sends."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.batch import PackedBatch
+from engine.config import TargetSection
+from engine.parallel.mesh import Group, TargetMesh
+from engine.planning.target_cost import Forward, TargetCost
+from engine.target.anatomy import without_weights
+from engine.target.frozen import FrozenTarget
+from tests.collectives import CountCollectives
+from tests.distributed import run_ranks
+from tests.live_bytes import LiveBytes
+from tests.parallel.families import tiny_config, tiny_model
+
+LENGTHS = (9, 7)
+TOKENS, SLOTS = sum(LENGTHS), torch.tensor([3, 4, 11])
+FAMILIES = ("llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "phi3", "gemma2", "mixtral")
+MESHES = {"tp 2": (2, 1), "ep 2": (1, 2), "tp 2, ep 2": (2, 2)}
+AUX_LAYERS = (0, 1, 2)
+
+
+def forward() -> Forward:
+    return Forward(TOKENS, len(SLOTS), sum(length * (length + 1) // 2 for length in LENGTHS))
+
+
+def cost(family: str, tp_size: int = 1, ep_size: int = 1) -> TargetCost:
+    mesh = TargetMesh(Group(tp_size, 0), Group(ep_size, 0))
+    return TargetCost(without_weights(tiny_config(family), TargetSection(), torch.device("cpu")), mesh, itemsize=4)
+
+
+def batch() -> PackedBatch:
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    return PackedBatch(torch.arange(TOKENS) % 32, torch.ones(TOKENS, dtype=torch.bool), cu_seqlens)
+
+
+def shared_forward(world, families: tuple[str, ...], sizes: tuple[int, int]) -> dict[str, tuple[int, dict[str, int]]]:
+    """Bytes of a rank's weights, and bytes that it sends in a forward by kind of collective."""
+    found, mesh = {}, TargetMesh.make(world, *sizes)
+    for family in families:
+        target = FrozenTarget(tiny_model(family), AUX_LAYERS, mesh=mesh)
+        held = sum(weight.nbytes for weight in {*target.model.parameters()})
+        head = target.head.own.weight_VD if hasattr(target.head, "own") else None
+        held += 0 if head is None else head.nbytes
+        with CountCollectives() as count:
+            target(batch(), SLOTS)
+        large = [(name, size) for _, name, size in count.issued.calls if size >= TOKENS * target.config.hidden_size]
+        sent = {}
+        for name, size in large:
+            sent[name] = sent.get(name, 0) + size
+        found[family] = held, sent
+    return found
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_weights_are_those_a_rank_holds(sizes):
+    families = (
+        FAMILIES if MESHES[sizes][1] == 1 else tuple(name for name in FAMILIES if cost(name, *MESHES[sizes]).plan.experts)
+    )
+    found = run_ranks(shared_forward, 2, families, MESHES[sizes])[0]
+    for family, (held, _) in found.items():
+        assert cost(family, *MESHES[sizes]).weight_bytes == held, family
+
+
+def causal_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of PyTorch's attention on a CPU, which its counter does not know: scores and outputs of the keys that are not masked."""
+    batch_size, heads, length, width = query_shape
+    return 2 * batch_size * heads * length * (length + 1) // 2 * (width + value_shape[-1])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3", "mixtral"])
+def test_flops_are_those_that_products_take(family):
+    model = tiny_model(family).to(torch.bfloat16)  # in fp32 the head's product goes to oneDNN, unseen
+    model.set_experts_implementation("eager")
+    target = FrozenTarget(model, AUX_LAYERS)
+    known = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: causal_flops}
+    with FlopCounterMode(display=False, custom_mapping=known) as counted, torch.no_grad():
+        target(batch(), SLOTS)
+    planned = cost(family).flops(forward())
+    if family == "deepseek_v3":  # its keys are wider than its values, for which PyTorch on a CPU forms all scores
+        masked = sum(length * (length - 1) // 2 for length in LENGTHS)
+        planned += masked * cost(family).pair_flops * target.config.num_hidden_layers
+    assert counted.get_total_flops() == planned
+
+
+def test_traffic_of_tensor_parallelism_is_what_is_sent():
+    (_, sent), planned = run_ranks(shared_forward, 2, ("llama",), (2, 1))[0]["llama"], cost("llama", 2).traffic(forward())
+    scattered = planned["reduce-scatter of tokens (TP)"]
+    # the whole of both ranks' rows is counted at the call, of which each sends the other's half, or its own half
+    assert sum(size for name, size in sent.items() if "reduce_scatter" in name) == 2 * scattered
+    gathered = planned["all-gather of tokens (TP)"] + planned["all-gather of slots (head)"]
+    assert sum(size for name, size in sent.items() if "allgather" in name or "all_gather" in name) >= 2 * gathered * 0.99
+
+
+def test_traffic_of_experts_is_what_an_even_router_sends():
+    planned = cost("qwen3_moe", 1, 2)
+    config = tiny_config("qwen3_moe")
+    held, chosen = config.num_experts // 2, config.num_experts_per_tok
+    missed = 1.0
+    for place in range(chosen):
+        missed *= (config.num_experts - held - place) / (config.num_experts - place)
+    layers = len(planned.plan.experts)
+    expected = layers * TOKENS * (1 - missed) * config.hidden_size * 4
+    assert planned.traffic(forward())["all-to-all of tokens (EP)"] == pytest.approx(expected, abs=1)
+
+
+def test_passing_memory_is_near_what_a_forward_takes():
+    torch.manual_seed(0)
+    target, live, peaks = FrozenTarget(tiny_model("llama"), AUX_LAYERS), LiveBytes(), []
+    with live:
+        for _ in range(2):
+            gc.collect()
+            live.peak = 0
+            output = target(batch(), SLOTS)
+            peaks.append(live.peak)
+            del output
+    planned = cost("llama")
+    most = planned.passing_bytes(forward()) + planned.output_bytes(forward())
+    assert peaks[-1] / 2 < most < 2 * peaks[-1]
+
+
+def test_sizes_that_do_not_fit_are_named():
+    assert not cost("llama", 2).misfits
+    assert "cannot be shared by 3 ranks" in cost("llama", 3).misfits[0]
