@@ -1,4 +1,4 @@
-"""The hot operations of draft training; which implementation of each runs is decided here and nowhere else."""
+"""The hot operations, of draft training and of targets in fp8; which implementation of each runs is decided here alone."""
 
 import importlib.util
 from collections.abc import Callable
@@ -12,7 +12,17 @@ from engine.kernels.elementwise import Elementwise, liger_elementwise
 from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.vocab_loss import Walk, vocab_loss
 
-__all__ = ["PLAIN", "AttentionRows", "Kernels", "LossRows", "RowWeights", "SlotTargets", "VocabLoss", "choose_kernels"]
+__all__ = [
+    "PLAIN",
+    "AttentionRows",
+    "Kernels",
+    "LossRows",
+    "RowWeights",
+    "SlotTargets",
+    "VocabLoss",
+    "choose_fp8_linear",
+    "choose_kernels",
+]
 
 
 def plain_attention(query_QHE: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
@@ -72,9 +82,23 @@ def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_d
     return replace(chosen, reason=f"{chosen.reason}, {'as asked' if wanted == 'triton' else 'since this is a GPU'}")
 
 
+def choose_fp8_linear(device: torch.device) -> Callable[..., Tensor] | None:
+    """`reference.fp8_linear` on the chip, where Triton runs; elsewhere None, and weights have to be dequantised first."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None or _is_too_old(device):
+        return None
+    from engine.kernels import fp8_linear  # it needs Triton
+
+    return fp8_linear.fp8_linear
+
+
+def _is_too_old(device: torch.device) -> bool:
+    """Tiles of our Triton kernels need the shared memory of an A100 or later."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def _refusal(head_dim: int, device: torch.device) -> str | None:
-    """Why Triton's attention cannot run there, None where it can; its tiles need the shared memory of an A100 or later."""
-    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+    """Why Triton's attention cannot run there, None where it can."""
+    if _is_too_old(device):
         return "Triton's attention needs a CUDA device of compute capability 8.0, the A100's, or later"
     return f"Triton's attention holds head dims of at most 256, not {head_dim}" if head_dim > 256 else None
 

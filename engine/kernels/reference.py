@@ -4,6 +4,8 @@ Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, R of th
 of the loss are in interface.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets, VocabLoss
@@ -76,3 +78,32 @@ def vocab_loss(
     result = VocabLoss(torch.zeros(()), cross_entropy_S, log_acceptance_S, acceptance_S, sums(correct_R))
     total = result.per_step(weights, sums(torch.ones_like(acceptance_R))).sum()
     return VocabLoss(total, *(sum_S.detach() for sum_S in result.sums))
+
+
+def dequantised(codes: torch.Tensor, scale: torch.Tensor, block: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Every value times the scale of its block, formed in fp32. block: values that share a scale, along each dimension."""
+    for dim, size in enumerate(block):
+        if size > 1:
+            scale = scale.repeat_interleave(size, dim).narrow(dim, 0, codes.shape[dim])
+    return (codes.float() * scale.float()).to(dtype)
+
+
+def fp8_linear(
+    rows_MK: torch.Tensor,
+    codes_XNK: torch.Tensor,
+    scale_XGJ: torch.Tensor,
+    block: tuple[int, int],
+    ends_X: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows [M, K], sorted by expert, times the transposes of their experts' weights [X, N, K]: [M, N].
+
+    codes_XNK: fp8, with a scale for each block of `block` rows and columns, fp32 [X, ceil(N / rows), ceil(K / columns)].
+    ends_X: of each expert's rows, ascending; None = all are of the only one. Rows behind the last end give anything.
+    """
+    ends = [len(rows_MK)] if ends_X is None else ends_X.tolist()
+    out_MN = rows_MK.new_zeros(len(rows_MK), codes_XNK.shape[1])
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if start < end:
+            weight_NK = dequantised(codes_XNK[expert], scale_XGJ[expert], block, rows_MK.dtype)
+            out_MN[start:end] = torch.nn.functional.linear(rows_MK[start:end], weight_NK)
+    return out_MN

@@ -76,7 +76,22 @@ def row_loss() -> None:
         row_loss(LossChunk(logits_rU, target_nU, slot_r, lse_n, slot_r, torch.zeros(3, 3), [3], mixes), True)
 
 
-CASES = {case.__name__: case for case in (ancestor_attention, prefix_flash, row_loss)}
+def fp8_linear() -> None:
+    from triton.runtime import driver
+
+    from engine.kernels import fp8_linear
+
+    fp8_linear._reads_fp8 = lambda device: driver.active.get_current_target().arch >= 89
+    for dtype, num_rows, columns in ((torch.bfloat16, 8, 128), (torch.bfloat16, 4096, 96), (torch.float32, 300, 128)):
+        codes_XNK = torch.zeros(3, 256, 384, dtype=torch.float8_e4m3fn)
+        scale_XGJ, ends_X = torch.zeros(3, 2, 384 // columns), torch.tensor([0, num_rows, num_rows], dtype=torch.int32)
+        rows_MK = torch.zeros(num_rows, 384, dtype=dtype)
+        fp8_linear.fp8_linear(rows_MK, codes_XNK, scale_XGJ, (128, columns), ends_X)
+        for ends_of_one in (None, ends_X[:1]):
+            fp8_linear.fp8_linear(rows_MK, codes_XNK[:1], scale_XGJ[:1], (128, columns), ends_of_one)
+
+
+CASES = {case.__name__: case for case in (ancestor_attention, prefix_flash, row_loss, fp8_linear)}
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.kernels import PLAIN, Kernels, choose_kernels, reference
+from engine.kernels import PLAIN, Kernels, choose_fp8_linear, choose_kernels, reference
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -52,3 +52,13 @@ def test_what_triton_cannot_hold_is_refused_or_left_to_plain_pytorch():
                 choose_kernels("triton", GPU, torch.bfloat16, head_dim)
             chosen = choose_kernels("auto", GPU, torch.bfloat16, head_dim)
         assert chosen.attention is reference.ancestor_attention and problem in chosen.reason
+
+
+def test_weights_in_fp8_stay_so_on_a_gpu_that_triton_runs_on(monkeypatch):
+    fused = pytest.importorskip("engine.kernels.fp8_linear", reason="Triton is not installed")
+    for device_capability, expected in (((8, 0), fused.fp8_linear), ((9, 0), fused.fp8_linear), ((7, 5), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=device_capability: found)
+        assert choose_fp8_linear(GPU) is expected
+    assert choose_fp8_linear(CPU) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_fp8_linear(GPU) is None

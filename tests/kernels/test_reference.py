@@ -1,9 +1,10 @@
-"""The specification of attention, and what must equal it on a CPU, against softmax attention written out in float64."""
+"""The specifications of attention, with what must equal it on a CPU, and of fp8 weights, against what is written out."""
 
 import pytest
 import torch
 
 from engine.kernels import AttentionRows, blocked_attention, reference
+from engine.kernels.reference import dequantised, fp8_linear
 from tests.kernels.attention_cases import ANCESTORS, HEADS, LENGTHS, QUERIES, make_case, with_gradients, written_out
 
 
@@ -55,3 +56,18 @@ def test_bf16_attention_errs_no_more_than_its_rounding(ancestor_attention):
     assert ours.dtype == torch.bfloat16
     # all but the result is in fp32
     assert (ours.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+
+
+def test_a_value_is_multiplied_by_the_scale_of_its_block():
+    codes = torch.randn(2, 5, 7).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 3, 2)
+    written = [[[codes[x, n, k].float() * scale[x, n // 2, k // 4] for k in range(7)] for n in range(5)] for x in range(2)]
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(dequantised(codes, scale, (1, 2, 4), dtype), torch.tensor(written).to(dtype))
+
+
+def test_rows_meet_the_weight_of_their_own_expert():
+    codes, scale, rows = torch.randn(3, 5, 7).to(torch.float8_e4m3fn), torch.rand(3, 3, 2), torch.randn(6, 7)
+    weights = dequantised(codes, scale, (1, 2, 4), torch.float32)
+    expected = [rows[row] @ weights[expert].T for row, expert in enumerate((0, 0, 2, 2, 2, 2))]
+    torch.testing.assert_close(fp8_linear(rows, codes, scale, (2, 4), torch.tensor([2, 2, 6])), torch.stack(expected))

@@ -1,0 +1,134 @@
+"""Rows times the transposes of experts' fp8 weights, dequantised tile by tile on the chip; a linear map is one expert's.
+
+M rows sorted by expert, X experts, K inputs, N outputs; a weight has a scale for every block of b rows and c columns, the last
+blocks of both cut short. With e the expert of row m, and `round` that to the precision of the rows,
+
+    weight[e, n, k] = round(fp32(codes[e, n, k]) * scale[e, n // b, k // c])
+    out[m, n]       = round(sum_k rows[m, k] weight[e, n, k])            the sum in fp32
+
+so it is the product with the weight that was dequantised beforehand, but for the order of the sum. A weight is read from memory
+in a byte a value, which pays where reading it is what takes the time: few rows an expert. Where there are many, tensor cores at
+the rows' precision are the limit, as they are of a dense weight.
+
+A program computes a tile of the transpose, weight [N, K] times rows [K, M]: what is dequantised lies in registers, and from
+there Hopper's tensor cores take the left operand alone. A tile of rows is one expert's, so there are at most M // BLOCK_M + X;
+which expert's follows from the ends of the experts' rows, on the device, and programs behind the last tile do nothing.
+
+e4m3, of bias 7, lies in the bits of an fp32, of bias 127, as its sign, four bits of exponent and, from bit 22 on, three of
+fraction; 2**120 makes up for the bias, and is exact for subnormal values too. GPUs before compute capability 8.9 read it so,
+and NaN, which published weights do not hold, as 480.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS_TOGETHER = 8  # tiles of rows that walk over the outputs side by side, so that both operands are found in L2
+
+_SIGN_EXPONENT_FRACTION = tl.constexpr(-(1 << 31) + (((1 << 7) - 1) << 20))
+_OF_BIAS = tl.constexpr(2.0**120)
+
+
+@triton.jit
+def _decode(codes):
+    if codes.dtype == tl.float8e4nv:
+        return codes.to(tl.float32)
+    spread = (codes.to(tl.int8, bitcast=True).to(tl.int32) << 20) & _SIGN_EXPONENT_FRACTION
+    return spread.to(tl.float32, bitcast=True) * _OF_BIAS
+
+
+@triton.jit
+def _rows_of(tile, ends_X, X: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Expert of a tile of rows, at least X if there is no such tile; its first row, and the end of the expert's."""
+    x_B = tl.arange(0, BLOCK_X)
+    end_B = tl.load(ends_X + x_B, mask=x_B < X, other=0)
+    start_B = tl.load(ends_X + x_B - 1, mask=(x_B > 0) & (x_B < X), other=0)
+    tiles_B = tl.where(x_B < X, tl.cdiv(end_B - start_B, BLOCK_M), 0)
+    expert = tl.sum((tl.cumsum(tiles_B, 0) <= tile).to(tl.int32), 0)
+    tile -= tl.sum(tl.where(x_B < expert, tiles_B, 0), 0)
+    start = tl.sum(tl.where(x_B == expert, start_B, 0), 0)
+    end = tl.sum(tl.where(x_B == expert, end_B, 0), 0)
+    return expert.to(tl.int64), start + tile * BLOCK_M, end
+
+
+@triton.jit(do_not_specialize=["num_rows", "row_tiles"])
+def _product_kernel(
+    rows_MK, codes_XNK, scale_XGJ, ends_X, out_MN,
+    rows_stride, codes_stride_x, codes_stride_n, codes_stride_k, scale_stride_x, scale_stride_g, scale_stride_j,
+    num_rows, row_tiles,
+    X: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    first_tile = program // (TOGETHER * tl.cdiv(N, BLOCK_N)) * TOGETHER
+    beside = tl.minimum(row_tiles - first_tile, TOGETHER)
+    within = program % (TOGETHER * tl.cdiv(N, BLOCK_N))
+    tile = first_tile + within % beside
+    expert, first_row, end = tl.full([], 0, tl.int64), tile * BLOCK_M, num_rows
+    if ends_X is not None:
+        expert, first_row, end = _rows_of(tile, ends_X, X, BLOCK_X, BLOCK_M)
+        if expert >= X:
+            return
+    m_M = first_row + tl.arange(0, BLOCK_M)
+    n_N = within // beside * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Past the ends the last row, output or input is read once more: a load without a mask costs no registers for it.
+    rows_1M = rows_MK + tl.minimum(m_M, num_rows - 1).to(tl.int64)[None, :] * rows_stride
+    near_N1 = tl.minimum(n_N, N - 1).to(tl.int64)[:, None]
+    codes_N1 = codes_XNK + expert * codes_stride_x + near_N1 * codes_stride_n
+    scale_N1 = scale_XGJ + expert * scale_stride_x + near_N1 // BLOCK_ROWS * scale_stride_g
+    sum_NM = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k_K = start + tl.arange(0, BLOCK_K)
+        near_1K = k_K[None, :]
+        if K % BLOCK_K == 0:
+            rows_KM = tl.load(rows_1M + k_K[:, None])
+        else:
+            rows_KM = tl.load(rows_1M + k_K[:, None], mask=k_K[:, None] < K, other=0.0)
+            near_1K = tl.minimum(near_1K, K - 1)
+        codes_NK = tl.load(codes_N1 + near_1K * codes_stride_k)
+        if BLOCK_COLUMNS % BLOCK_K == 0:
+            scale_NK = tl.load(scale_N1 + start // BLOCK_COLUMNS * scale_stride_j)
+        else:
+            scale_NK = tl.load(scale_N1 + near_1K // BLOCK_COLUMNS * scale_stride_j)
+        weight_NK = (_decode(codes_NK) * scale_NK).to(rows_KM.dtype)
+        sum_NM = tl.dot(weight_NK, rows_KM, sum_NM, input_precision="ieee")
+    out_NM = out_MN + m_M.to(tl.int64)[None, :] * N + n_N[:, None]
+    tl.store(out_NM, sum_NM.to(out_MN.dtype.element_ty), mask=(m_M[None, :] < end) & (n_N[:, None] < N))
+
+
+def _reads_fp8(device: torch.device) -> bool:
+    """Whether a GPU has instructions for e4m3."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _tile(rows_an_expert: int, block_columns: int, dtype: torch.dtype) -> dict[str, int]:
+    """Sizes of a program's tile, where possible of columns that share a scale."""
+    is_wide = dtype.itemsize > 2
+    block_m = min(64 if is_wide else 128, max(16, triton.next_power_of_2(rows_an_expert)))
+    shared = block_columns & -block_columns  # the largest power of two that divides it
+    block_k = min(32 if is_wide else 64, shared if shared >= 16 else 64)
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": 64 if is_wide else 128, "BLOCK_K": block_k}
+    return sizes | {"num_warps": 8 if block_m == 128 else 4, "num_stages": 3}
+
+
+def fp8_linear(
+    rows_MK: Tensor, codes_XNK: Tensor, scale_XGJ: Tensor, block: tuple[int, int], ends_X: Tensor | None = None
+) -> Tensor:
+    """As `reference.fp8_linear`, without a weight that is dequantised in memory and without waiting for the device."""
+    assert codes_XNK.dtype == torch.float8_e4m3fn and scale_XGJ.dtype == torch.float32
+    (num_rows, num_inputs), (num_experts, num_outputs, _) = rows_MK.shape, codes_XNK.shape
+    assert ends_X is not None or num_experts == 1, "which rows are whose?"
+    rows_MK = rows_MK if rows_MK.stride(1) == 1 else rows_MK.contiguous()
+    out_MN = rows_MK.new_empty(num_rows, num_outputs)
+    if out_MN.numel() == 0:
+        return out_MN
+    tile = _tile(triton.cdiv(num_rows, num_experts), block[1], rows_MK.dtype)
+    row_tiles = triton.cdiv(num_rows, tile["BLOCK_M"]) if ends_X is None else num_rows // tile["BLOCK_M"] + num_experts
+    _product_kernel[(row_tiles * triton.cdiv(num_outputs, tile["BLOCK_N"]),)](
+        rows_MK, codes_XNK if _reads_fp8(rows_MK.device) else codes_XNK.view(torch.uint8), scale_XGJ, ends_X, out_MN,
+        rows_MK.stride(0), *codes_XNK.stride(), *scale_XGJ.stride(), num_rows, row_tiles,
+        X=num_experts, N=num_outputs, K=num_inputs, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1],
+        BLOCK_X=triton.next_power_of_2(num_experts), TOGETHER=ROWS_TOGETHER, **tile,
+    )  # fmt: skip
+    return out_MN

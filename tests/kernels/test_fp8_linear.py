@@ -1,0 +1,126 @@
+"""Rows times fp8 weights, dequantised on the chip, are rows times those weights, whatever the sizes, blocks and experts."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.kernels import reference
+from tests.kernels.compile_only import SHARED_BYTES, compiled_for
+
+kernel = pytest.importorskip("engine.kernels.fp8_linear", reason="the kernel is written in Triton, which is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it, see conftest.py
+
+# Outputs, inputs, and the block of a scale: whole blocks of the published size, and cut short; what a cut by ranks may leave of
+# them; blocks that no tile divides into; a scale for each value; one output.
+WEIGHTS = {
+    "published": (256, 256, (128, 128)),
+    "cut short": (131, 197, (128, 128)),
+    "halved": (96, 160, (32, 32)),
+    "odd": (37, 61, (12, 20)),
+    "by value": (17, 19, (1, 1)),
+    "row": (1, 64, (128, 128)),
+}
+COUNTS = {"one": [1], "several": [70], "experts": [3, 0, 40, 1, 0], "none of some": [0, 0, 5], "none": [0, 0]}
+
+
+class Case(NamedTuple):
+    """The arguments of `fp8_linear`."""
+
+    rows_MK: Tensor
+    codes_XNK: Tensor
+    scale_XGJ: Tensor
+    block: tuple[int, int]
+    ends_X: Tensor | None
+
+    def exact(self) -> Tensor:
+        """In float64, of the weight that was dequantised to the precision of the rows."""
+        weight_XNK = reference.dequantised(self.codes_XNK, self.scale_XGJ, (1, *self.block), self.rows_MK.dtype).double()
+        ends = [len(self.rows_MK)] if self.ends_X is None else self.ends_X.tolist()
+        parts = [self.rows_MK[a:b].double() @ w.mT for a, b, w in zip([0, *ends], ends, weight_XNK, strict=False)]
+        return torch.cat(parts)
+
+
+def make_case(weight: str, counts: list[int], dtype: torch.dtype = torch.float32) -> Case:
+    g = torch.Generator().manual_seed(3)
+    (num_outputs, num_inputs, block), num_experts = WEIGHTS[weight], len(counts)
+    blocks = [-(-size // step) for size, step in zip((num_outputs, num_inputs), block, strict=True)]
+    codes = torch.randint(0, 256, (num_experts, num_outputs, num_inputs), generator=g, dtype=torch.uint8)
+    codes = torch.where(codes % 128 == 127, 0, codes)  # NaN
+    scale = torch.rand(num_experts, *blocks, generator=g) * 1e-3 + 1e-4
+    rows = torch.randn(sum(counts), num_inputs, generator=g).to(dtype)
+    ends = None if num_experts == 1 else torch.tensor(counts).cumsum(0).int().to(DEVICE)
+    return Case(rows.to(DEVICE), codes.view(torch.float8_e4m3fn).to(DEVICE), scale.to(DEVICE), block, ends)
+
+
+def errors(case: Case) -> tuple[float, float, float]:
+    """Ours, that of plain PyTorch, and the size of what is computed, each the root of a sum of squares."""
+    exact_MN = case.exact()
+    return (
+        (kernel.fp8_linear(*case) - exact_MN).norm().item(),
+        (reference.fp8_linear(*case) - exact_MN).norm().item(),
+        exact_MN.norm().item(),
+    )
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_it_errs_at_most_twice_as_much_as_plain_pytorch(weight, counts):
+    ours, plain, size = errors(make_case(weight, COUNTS[counts]))
+    # one row of 19 products may round luckily: a rounding of fp32 beside it
+    assert ours <= 2 * plain + 2**-24 * size
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_in_fp16_it_errs_at_most_twice_as_much_as_plain_pytorch(weight):
+    # in bf16 the interpreter multiplies raw bits
+    ours, plain, size = errors(make_case(weight, COUNTS["experts"], torch.float16))
+    assert ours <= 2 * plain + 1e-6 * size
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_gpus_without_fp8_read_its_bits_as_the_same_numbers(weight, monkeypatch):
+    case = make_case(weight, COUNTS["experts"])
+    expected = kernel.fp8_linear(*case)
+    monkeypatch.setattr(kernel, "_reads_fp8", lambda device: False)
+    assert torch.equal(kernel.fp8_linear(*case), expected)
+
+
+def test_every_code_means_what_pytorch_says():
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[codes % 128 != 127].view(torch.float8_e4m3fn).to(DEVICE)
+    case = Case(torch.eye(len(codes), device=DEVICE), codes[None, None], torch.ones(1, 1, 2, device=DEVICE), (128, 128), None)
+    for reads_fp8 in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "_reads_fp8", lambda device, reads=reads_fp8: reads)
+            assert torch.equal(kernel.fp8_linear(*case)[:, 0], codes.float())
+
+
+def test_weights_may_be_views_and_rows_lie_apart():
+    case = make_case("odd", COUNTS["experts"])
+    apart_MK = torch.nn.functional.pad(case.rows_MK, (0, 3), value=torch.nan)[:, :-3]
+    codes_XNK, scale_XGJ = (tensor.mT.contiguous().mT for tensor in (case.codes_XNK, case.scale_XGJ))
+    other = case._replace(rows_MK=apart_MK, codes_XNK=codes_XNK, scale_XGJ=scale_XGJ)
+    assert torch.equal(kernel.fp8_linear(*other), kernel.fp8_linear(*case))
+
+
+def test_rows_behind_the_last_end_change_nothing():
+    case = make_case("odd", COUNTS["experts"])
+    more = case._replace(rows_MK=torch.cat((case.rows_MK, torch.full_like(case.rows_MK[:3], torch.nan))))
+    assert torch.equal(kernel.fp8_linear(*more)[:-3], kernel.fp8_linear(*case))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device: the kernel is interpreted above, not compiled")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiled_for_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(dtype):
+    for weight in WEIGHTS:
+        for counts in ([1], [300], [3, 0, 400, 1, 0], [20] * 256):
+            ours, plain, size = errors(make_case(weight, counts, dtype))
+            assert ours <= 2 * plain + 1e-6 * size
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_it_compiles_for_a_gpu_within_its_shared_memory(capability):
+    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled_for(capability, "fp8_linear"))
