@@ -24,6 +24,9 @@ class TargetSection:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "precision the target runs in; auto = bfloat16 on a GPU, float32 on a CPU"
     )
+    keep_quantised: Literal["none", "fp8", "all"] = option(
+        "fp8", "which weights of a quantised target stay so in memory and are dequantised at use; all = MXFP4 and int4 too"
+    )
     aux_layers: tuple[int, ...] | None = option(
         None, "three 0-based layers whose outputs feed the draft; null = 1, L//2-1, L-4", unit="layers"
     )

@@ -4,7 +4,7 @@ Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, R of th
 of the loss are in interface.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -100,10 +100,20 @@ def fp8_linear(
     codes_XNK: fp8, with a scale for each block of `block` rows and columns, fp32 [X, ceil(N / rows), ceil(K / columns)].
     ends_X: of each expert's rows, ascending; None = all are of the only one. Rows behind the last end give anything.
     """
+
+    def weight_NK(expert: int) -> torch.Tensor:
+        return dequantised(codes_XNK[expert], scale_XGJ[expert], block, rows_MK.dtype)
+
+    return grouped_linear(rows_MK, weight_NK, codes_XNK.shape[1], ends_X)
+
+
+def grouped_linear(
+    rows_MK: torch.Tensor, weight_NK: Callable[[int], torch.Tensor], num_outputs: int, ends_X: torch.Tensor | None
+) -> torch.Tensor:
+    """The same of weights that a function gives by expert, one at a time, of those with rows."""
     ends = [len(rows_MK)] if ends_X is None else ends_X.tolist()
-    out_MN = rows_MK.new_zeros(len(rows_MK), codes_XNK.shape[1])
+    out_MN = rows_MK.new_zeros(len(rows_MK), num_outputs)
     for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if start < end:
-            weight_NK = dequantised(codes_XNK[expert], scale_XGJ[expert], block, rows_MK.dtype)
-            out_MN[start:end] = torch.nn.functional.linear(rows_MK[start:end], weight_NK)
+            out_MN[start:end] = torch.nn.functional.linear(rows_MK[start:end], weight_NK(expert))
     return out_MN

@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
+from engine.parallel.quantised_weight import QuantisedWeight
 from engine.parallel.rules import Cut
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -33,7 +34,12 @@ Bar = Callable[[int, str], AbstractContextManager]  # over so many units: an obj
 
 
 class Checkpoint:
-    """The tensors of a folder or hub repository, by name; nothing is read until it is asked for."""
+    """The tensors of a folder or hub repository, by name; nothing is read until it is asked for.
+
+    stays_quantised: whether linear maps and experts are held as quantised as they are read.
+    """
+
+    stays_quantised = False
 
     def __init__(self, path: str, revision: str | None = None) -> None:
         """Raises ValueError if it holds no safetensors file."""
@@ -51,7 +57,8 @@ class Checkpoint:
             with safe_open(single, "pt") as file:
                 by_name = dict.fromkeys(file.keys(), SINGLE)
         else:
-            raise ValueError(f"target.path={path}: neither {SINGLE} nor {INDEX} is there; a shared target is read from these")
+            problem = f"neither {SINGLE} nor {INDEX} is there; a target that is shared or quantised is read from these"
+            raise ValueError(f"target.path={path}: {problem}")
         self._open = {name: safe_open(file, "pt") for name, file in files.items()}
         self._by_name = by_name
 
@@ -87,7 +94,7 @@ def load_cut(
     device: torch.device,
     bar: Bar | None = None,
 ) -> None:
-    """Give a model on the meta device its weights, those with a cut in part, in the precision they have there.
+    """Give a model on the meta device its weights, those with a cut in part, in the precision they have there, or quantised.
 
     Beside what stays, the host holds two tensors of the checkpoint at most. Raises ValueError that lists all tensors that are
     missing, misshaped or not known, before any is read.
@@ -101,17 +108,18 @@ def load_cut(
     def load(parameter: _Parameter) -> int:
         num_bytes = 0
         for name, tensor in _read(parameter, cuts, checkpoint, model, device).items():
-            tensor = tensor.to(device, whole[name].dtype).contiguous()
+            tensor = _held(tensor, name, checkpoint, model, device).contiguous()
             _put(model, name, tensor)
             num_bytes += tensor.nbytes
         return num_bytes
 
-    total, done, start = sum(own_bytes(whole[name], cuts.get(name)) for p in plan for name in p.names), 0, time.perf_counter()
-    with bar(total, "bytes") if bar else nullcontext() as progress, ThreadPoolExecutor(THREADS) as pool:
-        for num_bytes in pool.map(load, plan):
-            done += num_bytes
+    sizes = [sum(own_bytes(whole[name], cuts.get(name)) for name in parameter.names) for parameter in plan]
+    done, held, start = 0, 0, time.perf_counter()
+    with bar(sum(sizes), "bytes") if bar else nullcontext() as progress, ThreadPoolExecutor(THREADS) as pool:
+        for size, num_bytes in zip(sizes, pool.map(load, plan), strict=True):
+            done, held = done + size, held + num_bytes  # fewer are held than the model has where they stay quantised
             if progress:
-                rate = done / (time.perf_counter() - start) / 1e9
+                rate = held / (time.perf_counter() - start) / 1e9
                 progress.move_to(done, f"bytes of weights, {rate:.2f} GB/s")
     _complete(model, device)
 
@@ -185,9 +193,8 @@ def _read(
     for place, expert in enumerate(own):
         part = _converted(parameter, experts[expert], checkpoint, model)[first]
         part = cut.of(part) if cut is not None and not of_experts else part
-        if together is None:
-            dtype = model.get_parameter(first).dtype
-            together = torch.empty(len(own), *part.shape[1:], dtype=dtype, device=device)
+        part = _held(part, first, checkpoint, model, device)
+        together = part.new_empty(len(own), *part.shape[1:]) if together is None else together
         together[place] = part[0]
     return {first: together}
 
@@ -201,6 +208,17 @@ def _converted(
         rule.add_tensor(parameter.names[0], key, pattern, checkpoint.read(key))
     made = rule.convert(parameter.names[0], model=model, config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _held(tensor: Tensor, name: str, checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> Tensor:
+    """A weight as it stays: in its parameter's precision, or quantised where a product is all that is made of it."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if isinstance(tensor, QuantisedWeight):
+        is_factor = tensor.ndim == 3 or (isinstance(owner, nn.Linear) and owner is not model.get_output_embeddings())
+        tensor = tensor.to(device)
+        tensor = tensor if checkpoint.stays_quantised and is_factor else tensor.dequantised()
+    return tensor.to(device, getattr(owner, leaf).dtype)
 
 
 def _complete(model: PreTrainedModel, device: torch.device) -> None:

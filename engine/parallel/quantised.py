@@ -1,4 +1,4 @@
-"""Quantised checkpoints, read as what they mean: each value times its scale, for the part that a rank holds."""
+"""Checkpoints in the quantised layouts that they are published in: a quantised weight is read where it is quantised."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,15 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from engine.parallel.loader import Checkpoint
+from engine.parallel.quantised_weight import QuantisedWeight
 from engine.parallel.rules import Cut
 
 SCALE = "_scale_inv"
 BLOCKS, SCALES = "_blocks", "_scales"
 PACKED, SCALE_4 = "_packed", "_scale"
 PER_BYTE = 2  # values of 4 bits
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FP4 = (*E2M1, *(-value for value in E2M1))
+INT4 = tuple(float(code - 8) for code in range(16))
+
+
+def _part(weight: QuantisedWeight, cut: Cut | None) -> Tensor:
+    """Of files that are mapped, no more is read than it takes."""
+    return weight if cut is None or cut.zeros else cut.of(weight)
 
 
 class Fp8Checkpoint(Checkpoint):
@@ -29,23 +37,16 @@ class Fp8Checkpoint(Checkpoint):
         return (name for name in super().__iter__() if not name.endswith(SCALE))
 
     def read(self, name: str, cut: Cut | None = None) -> Tensor:
-        """fp32 where it was quantised."""
-        tensor = super().read(name, cut)
         if name + SCALE not in self._by_name:
-            return tensor
-        scale = super().read(name + SCALE).float()
-        for dim, (size, block) in enumerate(zip(self.shape(name), self._block, strict=True)):
-            index = torch.arange(size) // block
-            if cut is not None and not cut.zeros and cut.dim == dim:
-                index = Cut(0, cut.intervals).of(index)
-            scale = scale.index_select(dim, index)
-        return tensor.float() * scale
+            return super().read(name, cut)
+        codes, scale = super().read(name), super().read(name + SCALE).float()
+        return _part(QuantisedWeight(codes, scale, (1,) * (codes.ndim - 2) + self._block), cut)
 
 
 class Mxfp4Checkpoint(Checkpoint):
     """Experts in MXFP4 (GPT-OSS): of NAME, `NAME_blocks` uint8 [E, out, in / 32, 16] and `NAME_scales` uint8 [E, out, in / 32].
 
-    NAME itself is [E, in, out], as the model has it.
+    NAME itself is [E, in, out], as the model has it. A scale is a power of two, its exponent 127 above what it means.
     """
 
     def __iter__(self) -> Iterator[str]:
@@ -58,17 +59,13 @@ class Mxfp4Checkpoint(Checkpoint):
         return [experts, groups * packed * PER_BYTE, out]
 
     def read(self, name: str, cut: Cut | None = None) -> Tensor:
-        """bf16, which holds every value of it, where it was quantised; an expert at a time."""
         if name in self._by_name:
             return super().read(name, cut)
-        of_experts = cut is not None and not cut.zeros and cut.dim == 0
-        intervals = cut.intervals if of_experts else ((0, self.shape(name)[0]),)
-        parts = []
-        for expert in (expert for start, stop in intervals for expert in range(start, stop)):
-            one = Cut(0, ((expert, expert + 1),))
-            part = convert_moe_packed_tensors(super().read(name + BLOCKS, one), super().read(name + SCALES, one))
-            parts.append(part if of_experts or cut is None or cut.zeros else cut.of(part))
-        return torch.cat(parts)
+        blocks, exponent = super().read(name + BLOCKS), super().read(name + SCALES)
+        scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.bfloat16), exponent.int() - 127)
+        block, packing = (1, 1, blocks.shape[-1] * PER_BYTE), (1, 1, PER_BYTE)
+        weight = QuantisedWeight(blocks.flatten(2), scale, block, meanings=FP4, packing=packing)
+        return _part(weight.transpose(1, 2), cut)
 
 
 class Int4Checkpoint(Checkpoint):
@@ -88,14 +85,12 @@ class Int4Checkpoint(Checkpoint):
         return super().read(f"{name}_shape").tolist()
 
     def read(self, name: str, cut: Cut | None = None) -> Tensor:
-        """fp32 where it was quantised."""
         if name in self._by_name:
             return super().read(name, cut)
-        packed, scale, (rows, columns) = super().read(name + PACKED), super().read(name + SCALE_4).float(), self.shape(name)
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-        values = ((packed[..., None] >> shifts & 15) - 8).reshape(rows, -1)[:, :columns].float()
-        tensor = values * scale.repeat_interleave(-(-columns // scale.shape[1]), dim=1)[:, :columns]
-        return tensor if cut is None or cut.zeros else cut.of(tensor)
+        packed, scale, columns = super().read(name + PACKED), super().read(name + SCALE_4), self.shape(name)[1]
+        block, packing = (1, -(-columns // scale.shape[1])), (1, PER_BYTE)
+        weight = QuantisedWeight(packed.view(torch.uint8), scale, block, meanings=INT4, packing=packing)
+        return _part(weight[:, :columns], cut)
 
 
 def _is_packed_int4(facts: dict[str, Any]) -> bool:
@@ -105,18 +100,32 @@ def _is_packed_int4(facts: dict[str, Any]) -> bool:
     return bool(groups) and plain and facts.get("format") == "pack-quantized"
 
 
-def open_checkpoint(config: PreTrainedConfig, path: str, revision: str | None) -> Checkpoint:
-    """The checkpoint of a config, which forgets that it is quantised. Raises ValueError for other quantisations."""
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is None:
-        return Checkpoint(path, revision)
+def layout_of(config: PreTrainedConfig) -> tuple[str | None, dict[str, Any]]:
+    """ "fp8", "mxfp4" or "int4" where a config's checkpoint is in a layout of ours, else None; and what it says of it."""
+    quantised = getattr(config, "quantization_config", None) or {}
     facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    method, block = facts.get("quant_method"), facts.get("weight_block_size")
-    int4 = method == "compressed-tensors" and _is_packed_int4(facts)
-    if method != "mxfp4" and not int4 and not (method == "fp8" and block):
+    method = facts.get("quant_method")
+    if method == "compressed-tensors" and _is_packed_int4(facts):
+        return "int4", facts
+    return method if method == "mxfp4" or (method == "fp8" and facts.get("weight_block_size")) else None, facts
+
+
+def open_checkpoint(config: PreTrainedConfig, path: str, revision: str | None, keep: str = "fp8") -> Checkpoint:
+    """The checkpoint of a config, which forgets that it is quantised. keep: as `target.keep_quantised`.
+
+    Raises ValueError for quantisations of no layout of ours.
+    """
+    layout, facts = layout_of(config)
+    if not facts:
+        return Checkpoint(path, revision)
+    if layout is None:
+        method = facts.get("quant_method")
         problem = f"is quantised by {method!r}, and only fp8 with a scale a block, mxfp4 and packed int4 can be shared"
         raise ValueError(f"target.path={path}: {problem}; name a bfloat16 checkpoint, or set parallel.tp_size=1 and ep_size=1")
     del config.quantization_config
-    if int4:
-        return Int4Checkpoint(path, revision)
-    return Mxfp4Checkpoint(path, revision) if method == "mxfp4" else Fp8Checkpoint(path, revision, tuple(block))
+    if layout == "fp8":
+        checkpoint: Checkpoint = Fp8Checkpoint(path, revision, tuple(facts["weight_block_size"]))
+    else:
+        checkpoint = {"mxfp4": Mxfp4Checkpoint, "int4": Int4Checkpoint}[layout](path, revision)
+    checkpoint.stays_quantised = keep in (layout, "all")
+    return checkpoint

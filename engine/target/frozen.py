@@ -16,7 +16,7 @@ from engine.parallel.collectives import gather_objects
 from engine.parallel.loader import Bar, load_cut
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
-from engine.parallel.quantised import open_checkpoint
+from engine.parallel.quantised import layout_of, open_checkpoint
 from engine.parallel.rules import check_proven
 from engine.parallel.tokens import Tokens, tokens_of_forward
 from engine.target.anatomy import auto_class, decoder_of, drop_other_towers, dtype_of, head_of, layers_of, without_weights
@@ -127,7 +127,7 @@ class FrozenTarget:
         """The target of a recipe, on `device`, in `section.dtype`. aux_layers: None = the section's, or the default rule.
 
         mesh: with whom it is shared; each rank then reads its part alone. unproven: whether it may be of a family that was not
-        shown to give the same results then. bar: shows the reading of a part.
+        shown to give the same results then. bar: shows the reading of a part, or of what `layout_of` says is quantised.
         """
         config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         if config.is_encoder_decoder:
@@ -135,10 +135,10 @@ class FrozenTarget:
         if mesh.size > 1 and not unproven:
             check_proven(text_config(config))
         aux_layers = aux_layers or section.aux_layers
-        if mesh.size == 1:
+        if mesh.size == 1 and layout_of(config)[0] is None:
             model = auto_class(config).from_pretrained(section.path, dtype=dtype_of(section, device), **section.hub_arguments)
             return cls(model.to(device), aux_layers, temperature)
-        checkpoint = open_checkpoint(config, section.path, section.revision)
+        checkpoint = open_checkpoint(config, section.path, section.revision, section.keep_quantised)
         model = without_weights(config, section, device)
         decoder = decoder_of(model)
         plan = TargetPlan.of(decoder, mesh)

@@ -8,12 +8,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.config import TargetSection
+from engine.decode import greedy_decode
+from engine.parallel import quantised_weight
 from engine.parallel.loader import load_cut
+from engine.parallel.mesh import TargetMesh
 from engine.parallel.quantised import open_checkpoint
+from engine.parallel.quantised_weight import QuantisedWeight
 from engine.parallel.rules import Cut
+from engine.target.frozen import FrozenTarget
+from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
+from tests.parallel.family_matrix import AUX, TOLERANCE, relative, run_own
 from tests.parallel.test_loader import cuts_of
 
+CPU = torch.device("cpu")
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # and their negatives, by the highest bit
 
 
@@ -90,9 +99,9 @@ def test_int4_experts_are_read_as_what_they_mean(tmp_path):
             assert torch.equal(weights[name], cuts[name].of(whole) if name in cuts else whole), name
 
 
-def load(folder: Path, tp: int, ep: int, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Cut]]:
+def load(folder: Path, tp: int, ep: int, rank: int, keep: str = "none") -> tuple[dict[str, torch.Tensor], dict[str, Cut]]:
     config = AutoConfig.from_pretrained(folder)
-    checkpoint = open_checkpoint(config, str(folder), None)
+    checkpoint = open_checkpoint(config, str(folder), None, keep)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     cuts = cuts_of(model, tp, ep, rank)
@@ -133,3 +142,98 @@ def test_other_quantisations_are_refused_by_name(tmp_path):
     config.quantization_config = {"quant_method": "compressed-tensors"}
     with pytest.raises(ValueError, match="is quantised by 'compressed-tensors', and only fp8 with a scale a block, mxfp4"):
         open_checkpoint(config, "here", None)
+
+
+def publish(layout: str, folder: Path) -> None:
+    """A tiny target in a layout, of sizes that cuts fall within blocks of."""
+    if layout == "mxfp4":
+        config = tiny_model("gpt_oss").config
+        config.intermediate_size = 64
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        to_mxfp4(folder)
+    elif layout == "int4":
+        tiny_model("deepseek_v3").save_pretrained(folder)
+        to_int4(folder, group=8)
+    else:
+        tiny_model(layout).save_pretrained(folder)
+        to_fp8(folder, (12, 20))
+
+
+LAYOUTS = ["deepseek_v3", "qwen3_moe", "mxfp4", "int4"]  # the first two in fp8
+
+
+def quantised_names(weights: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, weight in weights.items() if isinstance(weight, QuantisedWeight)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_stays_quantised_means_what_is_dequantised_at_loading(layout, tmp_path):
+    publish(layout, tmp_path)
+    is_fp8 = layout in LAYOUTS[:2]
+    for place in ((1, 1, 0), (2, 1, 0), (2, 1, 1), (1, 2, 1), (2, 2, 1)):
+        (expected, _), (some, _), (kept, _) = (load(tmp_path, *place, keep=keep) for keep in ("none", "fp8", "all"))
+        assert not quantised_names(expected) and quantised_names(some) == (quantised_names(kept) if is_fp8 else set())
+        assert any("experts" in name for name in quantised_names(kept))
+        assert is_fp8 == any("self_attn" in name for name in quantised_names(kept))
+        for name, weight in expected.items():
+            assert torch.equal(kept[name], weight) and torch.equal(some[name], weight), name
+
+
+def test_a_target_in_fp8_takes_half_of_what_it_takes_in_bf16(tmp_path):
+    config = AutoConfig.for_model("qwen3_moe", num_hidden_layers=4, num_experts=8, vocab_size=64, hidden_size=256)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    to_fp8(tmp_path, (128, 128))
+    sections = [TargetSection(path=str(tmp_path), dtype="bfloat16", keep_quantised=keep) for keep in ("none", "fp8")]
+    dense, kept = (dict(FrozenTarget.load(section, CPU, AUX).model.named_parameters()) for section in sections)
+    factors, others = quantised_names(kept), ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
+    assert factors == {name for name, weight in dense.items() if weight.ndim > 1 and not name.endswith(others)}
+    # an fp32 scale for 128 x 128 values of a byte
+    assert sum(kept[name].nbytes for name in factors) <= (0.5 + 2**-12) * sum(dense[name].nbytes for name in factors)
+    assert all(kept[name].dtype == torch.bfloat16 and torch.equal(kept[name], dense[name]) for name in factors)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_where_triton_runs_every_weight_in_fp8_is_multiplied_on_the_chip(family, tmp_path, monkeypatch):
+    fused, weights = pytest.importorskip("engine.kernels.fp8_linear", reason="Triton is not installed"), []
+    publish(family, tmp_path)
+    target = FrozenTarget.load(TargetSection(path=str(tmp_path)), CPU, AUX)
+    expected = run_own(target, 0)
+
+    def seen(rows_MK, codes_XNK, *others):
+        weights.append(codes_XNK.data_ptr())
+        return fused.fp8_linear(rows_MK, codes_XNK, *others)
+
+    monkeypatch.setattr(quantised_weight, "choose_fp8_linear", lambda device: seen)
+    assert relative(run_own(target, 0), expected) <= TOLERANCE
+    kept = [weight for weight in target.model.parameters() if isinstance(weight, QuantisedWeight)]
+    assert sorted(weights) == sorted(weight.codes.data_ptr() for weight in kept)
+
+
+def run_kept_and_dequantised(world, folder: Path, sizes: tuple[int, int]) -> tuple[float, float, int]:
+    """The difference between the two, and between shared and not; how many weights stayed quantised."""
+    torch.set_num_threads(1)
+    mesh = TargetMesh.make(world, *sizes)
+    kept, dense = (TargetSection(path=str(folder), keep_quantised=keep) for keep in ("all", "none"))
+    target = FrozenTarget.load(kept, CPU, AUX, mesh=mesh)
+    found, count = run_own(target, world.rank), len(quantised_names(dict(target.model.named_parameters())))
+    expected = run_own(FrozenTarget.load(dense, CPU, AUX, mesh=mesh), world.rank)
+    alone = run_own(FrozenTarget.load(kept, CPU, AUX), world.rank)
+    return relative(found, expected), relative(found, alone), count
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["tp", "ep"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_that_share_quantised_weights_compute_what_they_mean(layout, sizes, tmp_path):
+    publish(layout, tmp_path)
+    for from_dense, from_alone, count in run_ranks(run_kept_and_dequantised, 2, tmp_path, sizes):
+        assert from_dense <= TOLERANCE and from_alone <= TOLERANCE and count > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_rank_runs_and_decodes_with_a_quantised_target(layout, tmp_path):
+    publish(layout, tmp_path)
+    targets = [FrozenTarget.load(TargetSection(path=str(tmp_path), keep_quantised=keep), CPU, AUX) for keep in ("none", "all")]
+    dense, kept = (run_own(target, 0) for target in targets)
+    assert relative(kept, dense) <= TOLERANCE
+    replies = [greedy_decode(target, [5, 9, 40, 7], 12, set()).token_ids for target in targets]
+    assert replies[0] == replies[1] and len(replies[0]) == 12

@@ -1,0 +1,220 @@
+"""A weight that stays quantised in memory, wherever a model keeps it: products dequantise it, nothing else has to know.
+
+What only moves values (parts, stacks, transposes, devices) gives a quantised weight again, of smaller blocks where ends do not
+fall on theirs. All else is given the dequantised weight for as long as it takes.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import gcd
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from engine.kernels import choose_fp8_linear, reference
+
+aten = torch.ops.aten
+_KEEPERS: dict[Any, Callable[..., "QuantisedWeight | None"]] = {}  # by operation; they give None where it has to be dequantised
+
+
+class QuantisedWeight(Tensor):
+    """Of its `dtype`, each value a code's meaning times the scale of its block.
+
+    codes: fp8, or uint8 of which each holds two codes of 4 bits along a dimension, the first in its lower half; `packing` has 2
+    there, else 1. meanings: of the 16 codes; None = fp8 values mean themselves. block: values that share a scale along each
+    dimension, the last block cut short. scale: one for each block.
+    """
+
+    @staticmethod
+    def __new__(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        block: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+        meanings: tuple[float, ...] | None = None,
+        packing: Sequence[int] | None = None,
+    ) -> "QuantisedWeight":
+        packing = tuple(packing or [1] * codes.ndim)
+        shape = [size * values for size, values in zip(codes.shape, packing, strict=True)]
+        with torch.inference_mode(False):  # within it a view of a tensor from outside must be one from outside
+            weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
+        weight.codes, weight.scale, weight.block = codes, scale, tuple(block)
+        weight.meanings, weight.packing = meanings, packing
+        return weight
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return self.codes.nbytes + self.scale.nbytes
+
+    def dequantised(self) -> Tensor:
+        """What it means."""
+        codes = self.codes
+        if self.meanings is not None:
+            dim = self.packing.index(2)
+            pairs = torch.stack((codes & 15, codes >> 4), dim + 1).flatten(dim, dim + 1)
+            codes = _meanings(self.meanings, codes.device)[pairs.int()]
+        elif codes.device.type == "cpu":  # where PyTorch would take six times as long to convert fp8
+            codes = (
+                _meanings(codes.dtype, codes.device).index_select(0, codes.view(torch.uint8).int().flatten()).view(codes.shape)
+            )
+        return reference.dequantised(codes, self.scale, self.block, self.dtype)
+
+    def _like(self, codes: Tensor, scale: Tensor, **changes: Any) -> "QuantisedWeight":
+        same = {name: getattr(self, name) for name in ("block", "dtype", "meanings", "packing")}
+        return QuantisedWeight(codes, scale, **(same | changes))
+
+    def _scale_of(self, block: Sequence[int]) -> Tensor:
+        """The scale of smaller blocks, which divide its own."""
+        scale = self.scale
+        for dim, (own, smaller) in enumerate(zip(self.block, block, strict=True)):
+            if own != smaller:
+                scale = scale.repeat_interleave(own // smaller, dim).narrow(dim, 0, -(-self.shape[dim] // smaller))
+        return scale
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _PRODUCTS.get(func, func)(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _KEEPERS and (kept := _KEEPERS[func](*args, **kwargs)) is not None:
+            return kept
+        assert not (func._schema.is_mutable and isinstance(args[0], cls)), f"{func} would write to a quantised weight"
+        args, kwargs = tree_map_only(cls, cls.dequantised, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+@cache
+def _meanings(codes: torch.dtype | tuple[float, ...], device: torch.device) -> Tensor:
+    """What each code means, fp32."""
+    if isinstance(codes, torch.dtype):
+        return torch.arange(256, dtype=torch.uint8, device=device).view(codes).float()
+    return torch.tensor(codes, device=device)
+
+
+def _keeps(*operations: Any) -> Callable:
+    def register(keeper: Callable) -> Callable:
+        _KEEPERS.update(dict.fromkeys(operations, keeper))
+        return keeper
+
+    return register
+
+
+@_keeps(aten.detach.default, aten.alias.default)
+def _same(weight: QuantisedWeight) -> QuantisedWeight:
+    return weight._like(weight.codes, weight.scale)
+
+
+@_keeps(aten._to_copy.default)
+def _to_copy(weight: QuantisedWeight, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> QuantisedWeight:
+    return weight._like(weight.codes.to(device=device), weight.scale.to(device=device), dtype=dtype or weight.dtype)
+
+
+@_keeps(aten.new_empty.default)
+def _new_empty(weight: QuantisedWeight, shape: Sequence[int], **options: Any) -> QuantisedWeight | None:
+    """Room for more of them, one behind the other."""
+    if list(shape[1:]) != list(weight.shape[1:]) or weight.block[0] * weight.packing[0] != 1 or any(options.values()):
+        return None
+    return weight._like(*(part.new_empty(shape[0], *part.shape[1:]) for part in (weight.codes, weight.scale)))
+
+
+@_keeps(aten.copy_.default)
+def _copy(to: Tensor, weight: Tensor, *_: Any) -> QuantisedWeight | None:
+    if not isinstance(to, QuantisedWeight) or not isinstance(weight, QuantisedWeight) or to.block != weight.block:
+        return None
+    assert (to.shape, to.packing, to.meanings) == (weight.shape, weight.packing, weight.meanings)
+    to.codes.copy_(weight.codes)
+    to.scale.copy_(weight.scale)
+    return to
+
+
+@_keeps(aten.transpose.int)
+def _transpose(weight: QuantisedWeight, dim: int, other: int) -> QuantisedWeight:
+    def swapped(values: Sequence[int]) -> list[int]:
+        values = list(values)
+        values[dim], values[other] = values[other], values[dim]
+        return values
+
+    parts = (part.transpose(dim, other) for part in (weight.codes, weight.scale))
+    return weight._like(*parts, block=swapped(weight.block), packing=swapped(weight.packing))
+
+
+@_keeps(aten.select.int)
+def _select(weight: QuantisedWeight, dim: int, index: int) -> QuantisedWeight | None:
+    if weight.ndim < 3 or dim != 0 or weight.block[0] * weight.packing[0] != 1:
+        return None
+    return weight._like(weight.codes[index], weight.scale[index], block=weight.block[1:], packing=weight.packing[1:])
+
+
+@_keeps(aten.unsqueeze.default)
+def _unsqueeze(weight: QuantisedWeight, dim: int) -> QuantisedWeight | None:
+    if dim != 0:
+        return None
+    return weight._like(weight.codes[None], weight.scale[None], block=(1, *weight.block), packing=(1, *weight.packing))
+
+
+@_keeps(aten.slice.Tensor)
+def _slice(
+    weight: QuantisedWeight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> QuantisedWeight | None:
+    dim %= weight.ndim
+    start, end, _ = slice(start, end).indices(weight.shape[dim])
+    per_code, block = weight.packing[dim], list(weight.block)
+    if step != 1 or start % per_code or end % per_code:
+        return None
+    block[dim] = gcd(block[dim], start)
+    first, count = start // block[dim], -(-(end - start) // block[dim])
+    codes = weight.codes.narrow(dim, start // per_code, (end - start) // per_code)
+    return weight._like(codes, weight._scale_of(block).narrow(dim, first, count), block=block)
+
+
+@_keeps(aten.cat.default)
+def _cat(weights: Sequence[Tensor], dim: int = 0) -> QuantisedWeight | None:
+    kinds = {(w.meanings, w.packing, w.dtype) if isinstance(w, QuantisedWeight) else None for w in weights}
+    if len(kinds) > 1 or None in kinds:
+        return None
+    block = [gcd(*sizes) for sizes in zip(*(weight.block for weight in weights), strict=True)]
+    block[dim] = gcd(block[dim], *(weight.shape[dim] for weight in weights[:-1]))
+    codes = torch.cat([weight.codes for weight in weights], dim)
+    return weights[0]._like(codes, torch.cat([weight._scale_of(block) for weight in weights], dim), block=block)
+
+
+@_keeps(aten.stack.default)
+def _stack(weights: Sequence[Tensor], dim: int = 0) -> QuantisedWeight | None:
+    if dim != 0 or not all(isinstance(weight, QuantisedWeight) for weight in weights):
+        return None
+    return _cat([_unsqueeze(weight, 0) for weight in weights])
+
+
+def _fp8_linear(weight: Tensor) -> Callable[..., Tensor] | None:
+    """The product on the chip with a weight in fp8, where there is one."""
+    is_fp8 = isinstance(weight, QuantisedWeight) and weight.codes.dtype == torch.float8_e4m3fn
+    return choose_fp8_linear(weight.codes.device) if is_fp8 else None
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product = _fp8_linear(weight)
+    if product is None:
+        return F.linear(rows, weight, bias)
+    out_MN = product(rows.reshape(-1, rows.shape[-1]), weight.codes[None], weight.scale[None], weight.block)
+    out = out_MN.view(*rows.shape[:-1], -1)
+    return out if bias is None else out + bias
+
+
+def _grouped_mm(rows_MK: Tensor, weight_XKN: QuantisedWeight, *, offs: Tensor, **others: None) -> Tensor:
+    """As Transformers calls it: rows sorted by expert, and where each one's end."""
+    assert not any(others.values()), "Transformers asks for no bias and no other dtype"
+    weight_XNK = weight_XKN.transpose(1, 2)
+    if product := _fp8_linear(weight_XNK):
+        return product(rows_MK, weight_XNK.codes, weight_XNK.scale, weight_XNK.block[1:], offs)
+    return reference.grouped_linear(rows_MK, lambda expert: weight_XNK[expert].dequantised(), weight_XNK.shape[1], offs)
+
+
+_PRODUCTS = {F.linear: _linear, torch._grouped_mm: _grouped_mm}  # F.grouped_mm calls the latter
