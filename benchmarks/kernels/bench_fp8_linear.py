@@ -1,0 +1,125 @@
+"""Rows times fp8 weights: dequantised on the chip, dequantised in memory first, and the dense product alone.
+
+    python -m benchmarks.kernels.bench_fp8_linear --shapes 'deepseek-*' --providers dense fused
+
+Run from the repository's root. A shape's name says whose weight, how many experts have one, and how many rows they get in all;
+rows fall on experts evenly. The bar for `fused`: where few rows share a weight, at least 1.3 times as fast as `dense` in bf16.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Benchmark, Place, Provider, main
+from engine.flops import Cost, Part
+from engine.kernels import reference
+from engine.parallel.quantised_weight import QuantisedWeight
+
+BLOCK = (128, 128)
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    num_experts: int
+    num_rows: int
+    num_outputs: int
+    num_inputs: int
+
+
+@dataclass(frozen=True)
+class LinearTensors:
+    """The arguments of `reference.fp8_linear`, and the weight that they mean, in the precision of the rows."""
+
+    rows_MK: Tensor
+    codes_XNK: Tensor
+    scale_XGJ: Tensor
+    ends_X: Tensor | None
+    weight_XNK: Tensor
+
+
+def _shapes() -> dict[str, LinearShape]:
+    """DeepSeek-V3: attention's last map, a sixteenth of the experts; Qwen3-30B-A3B: all experts; and small ones for a CPU."""
+    sizes = {
+        "deepseek-o": (1, 7168, 16384),
+        "deepseek-up": (16, 4096, 7168),
+        "deepseek-down": (16, 7168, 2048),
+        "qwen3-up": (128, 1536, 2048),
+        "cpu-map": (1, 1024, 1024),
+        "cpu-experts": (8, 512, 512),
+    }
+    rows = {"deepseek": (16, 256, 8192), "qwen3": (1024, 65536), "cpu": (64, 1024)}
+    return {
+        f"{name}-{experts}-{num_rows}": LinearShape(experts, num_rows, outputs, inputs)
+        for name, (experts, outputs, inputs) in sizes.items()
+        for num_rows in rows[name.partition("-")[0]]
+    }
+
+
+def prepare(shape: LinearShape, place: Place) -> LinearTensors:
+    torch.manual_seed(0)
+    experts, outputs, inputs = shape.num_experts, shape.num_outputs, shape.num_inputs
+    codes_XNK = torch.stack([torch.randn(outputs, inputs).to(torch.float8_e4m3fn) for _ in range(experts)]).to(place.device)
+    scale_XGJ = torch.rand(experts, -(-outputs // BLOCK[0]), -(-inputs // BLOCK[1]), device=place.device) + 0.5
+    weights = [reference.dequantised(*of_one, BLOCK, place.dtype) for of_one in zip(codes_XNK, scale_XGJ, strict=True)]
+    ends_X = torch.arange(1, experts + 1, dtype=torch.int32, device=place.device) * shape.num_rows // experts
+    rows_MK = torch.randn(shape.num_rows, inputs, device=place.device, dtype=place.dtype)
+    return LinearTensors(rows_MK, codes_XNK, scale_XGJ, ends_X if experts > 1 else None, torch.stack(weights))
+
+
+def setup(provider: Callable[[LinearTensors], object], tensors: LinearTensors) -> Callable[[], object]:
+    return torch.no_grad()(partial(provider, tensors))
+
+
+def _dense(tensors: LinearTensors) -> object:
+    if tensors.ends_X is None:
+        return F.linear(tensors.rows_MK, tensors.weight_XNK[0])
+    return torch._grouped_mm(tensors.rows_MK, tensors.weight_XNK.mT, offs=tensors.ends_X)
+
+
+def _dequantised(tensors: LinearTensors) -> object:
+    rows_MK, num_outputs = tensors.rows_MK, tensors.codes_XNK.shape[1]
+
+    def weight_NK(expert: int) -> Tensor:
+        return QuantisedWeight(tensors.codes_XNK[expert], tensors.scale_XGJ[expert], BLOCK, rows_MK.dtype).dequantised()
+
+    return reference.grouped_linear(rows_MK, weight_NK, num_outputs, tensors.ends_X)
+
+
+def parts(shape: LinearShape) -> dict[str, Part]:
+    """With weights of half an element: a byte, at half precision."""
+    weights = shape.num_outputs * shape.num_inputs
+    elements = shape.num_rows * (shape.num_inputs + shape.num_outputs) + shape.num_experts * weights // 2
+    return {"product": Part(Cost(2 * shape.num_rows * weights, elements))}
+
+
+def figures(shape: LinearShape, seconds: float) -> dict[str, float]:
+    return {"rows/s": shape.num_rows / seconds}
+
+
+def _fused() -> Callable[[LinearTensors], object]:
+    from engine.kernels.fp8_linear import fp8_linear  # it needs Triton
+
+    return lambda tensors: fp8_linear(tensors.rows_MK, tensors.codes_XNK, tensors.scale_XGJ, BLOCK, tensors.ends_X)
+
+
+BENCHMARK = Benchmark(
+    module="benchmarks.kernels.bench_fp8_linear",
+    shapes=_shapes(),
+    default_shapes={"cpu": ("cpu-*",), "cuda": ("deepseek-*", "qwen3-*")},
+    providers={
+        "dense": Provider(lambda: _dense),
+        "dequantised": Provider(lambda: _dequantised),
+        "fused": Provider(_fused, devices=("cuda",)),
+    },
+    prepare=prepare,
+    setup=setup,
+    parts=parts,
+    figures=figures,
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)
