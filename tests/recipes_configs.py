@@ -58,7 +58,9 @@ _GPT_OSS = dict(
     rms_norm_eps=1e-5,
     eos_token_id=200002,
     pad_token_id=199999,
+    quantization_config=dict(quant_method="mxfp4"),
 )
+_FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])
 # Kimi-K2 ships its own name, `kimi_k2`, for DeepSeek-V3's architecture.
 _DEEPSEEK_V3 = dict(
     model_type="deepseek_v3",
@@ -74,6 +76,7 @@ _DEEPSEEK_V3 = dict(
     qk_nope_head_dim=128,
     v_head_dim=128,
     rms_norm_eps=1e-6,
+    quantization_config=_FP8,
 )
 
 

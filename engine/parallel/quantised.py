@@ -1,6 +1,7 @@
 """Checkpoints in the quantised layouts that they are published in: a quantised weight is read where it is quantised."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,6 +109,34 @@ def layout_of(config: PreTrainedConfig) -> tuple[str | None, dict[str, Any]]:
     if method == "compressed-tensors" and _is_packed_int4(facts):
         return "int4", facts
     return method if method == "mxfp4" or (method == "fp8" and facts.get("weight_block_size")) else None, facts
+
+
+@dataclass(frozen=True)
+class StaysQuantised:
+    """Which weights stay quantised, as far as a config tells. value_bytes: of one, its share of a scale included."""
+
+    value_bytes: float
+    only_experts: bool
+    skipped: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, keep: str) -> "StaysQuantised | None":
+        """None where all are dequantised. keep: as `target.keep_quantised`."""
+        layout, facts = layout_of(config)
+        if layout is None or keep not in (layout, "all"):
+            return None
+        if layout == "fp8":
+            rows, columns = facts["weight_block_size"]
+            return cls(1 + 4 / (rows * columns), False, tuple(facts.get("modules_to_not_convert") or ()))
+        groups = [group["weights"].get("group_size") or 0 for group in (facts.get("config_groups") or {}).values()]
+        size = 32 if layout == "mxfp4" else min(groups)
+        return cls(1 / PER_BYTE + (2 / size if size > 0 else 0), True)
+
+    def holds(self, name: str, is_expert: bool, is_linear: bool) -> bool:
+        """Whether a weight of a decoder stays quantised."""
+        if any(part in name for part in self.skipped):
+            return False
+        return is_expert or (is_linear and not self.only_experts)
 
 
 def open_checkpoint(config: PreTrainedConfig, path: str, revision: str | None, keep: str = "fp8") -> Checkpoint:

@@ -15,6 +15,7 @@ from engine.flops import PEAKS, HardwarePeak, StepCounts, step_parts
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import Group, TargetMesh
+from engine.parallel.quantised import StaysQuantised
 from engine.planning.draft_memory import DraftStates, Sharing
 from engine.planning.target_cost import Forward, TargetCost
 from engine.rows import allowed_rows, slots_of
@@ -201,8 +202,8 @@ class Ranks:
 class Planner:
     """Plans of one job for GPUs of a kind.
 
-    model: the target on the meta device. may_share: whether ranks may share it. speed: documents by which speed is judged;
-    memory is judged by micro-batches that the assistant says alone. headroom: share of a GPU's memory that stays free.
+    model: the target on the meta device. quantised: which of its weights stay so. may_share: whether ranks may share it.
+    assumed: speed is judged by its documents, memory by micro-batches that the assistant says alone.
     """
 
     def __init__(
@@ -212,9 +213,10 @@ class Planner:
         model: PreTrainedModel,
         gpus: Gpus,
         assumed: Assumed,
+        quantised: StaysQuantised | None = None,
         may_share: bool = True,
     ) -> None:
-        self.config, self.ds_config, self.model = config, ds_config, model
+        self.config, self.ds_config, self.model, self.quantised = config, ds_config, model, quantised
         self.gpus, self.assumed, self.may_share = gpus, assumed, may_share
         self.draft = derive_draft_config(model.config, config.draft, config.target.aux_layers)
         self._costs: dict[tuple[int, int], TargetCost] = {}
@@ -222,7 +224,7 @@ class Planner:
     def plan(self, ranks: Ranks) -> "JobPlan":
         sizes = ranks.tp_size, ranks.ep_size
         if sizes not in self._costs:
-            self._costs[sizes] = TargetCost(self.model, ranks.mesh, self.model.dtype.itemsize)
+            self._costs[sizes] = TargetCost(self.model, ranks.mesh, self.quantised)
         return JobPlan(self.config, self.ds_config, self.draft, self._costs[sizes], ranks, fused=True)
 
     def smallest(self, limit: int) -> list["JobPlan"]:

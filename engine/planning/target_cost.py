@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import comb
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.parallel.loader import own_bytes
 from engine.parallel.mesh import TargetMesh
 from engine.parallel.plan import TargetPlan
+from engine.parallel.quantised import StaysQuantised
 from engine.parallel.rules import is_experts, names_of
 from engine.target.anatomy import decoder_of
 
@@ -39,14 +40,14 @@ class Forward:
 
 
 class TargetCost:
-    """A target whose weights are on the meta device, shared by a mesh. itemsize: bytes of a number that it computes with."""
+    """A target whose weights are on the meta device, shared by a mesh. quantised: which of them stay so in memory."""
 
-    def __init__(self, model: PreTrainedModel, mesh: TargetMesh, itemsize: int) -> None:
-        self.model, self.mesh, self.itemsize = model, mesh, itemsize
+    def __init__(self, model: PreTrainedModel, mesh: TargetMesh, quantised: StaysQuantised | None = None) -> None:
+        self.model, self.mesh, self.quantised = model, mesh, quantised
+        self.itemsize = model.dtype.itemsize
         self.decoder = decoder_of(model)
         self.config = self.decoder.config
         self.plan = TargetPlan.of(self.decoder, mesh)
-        self._names = {module: name for name, module in self.decoder.named_modules()}
 
     @property
     def misfits(self) -> list[str]:
@@ -57,8 +58,16 @@ class TargetCost:
     def weight_bytes(self) -> int:
         """Of a rank's part; a head that is not tied to the embedding is shared by vocabulary."""
         head, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
-        total = sum(own_bytes(weight, self.plan.cuts.get(name)) for name, weight in self.decoder.named_parameters())
+        total = sum(self._held_bytes(name, weight) for name, weight in self.decoder.named_parameters())
         return total + (0 if head is embedding else -(-head.nbytes // self.mesh.tp.size))
+
+    def _held_bytes(self, name: str, weight: Tensor) -> int:
+        owner = self.decoder.get_submodule(name.rpartition(".")[0])
+        is_expert, is_linear = weight.ndim == 3, isinstance(owner, nn.Linear) and weight.ndim == 2
+        whole = own_bytes(weight, self.plan.cuts.get(name))
+        if self.quantised is None or not self.quantised.holds(name, is_expert, is_linear):
+            return whole
+        return round(whole / weight.itemsize * self.quantised.value_bytes)
 
     def flops(self, forward: Forward) -> int:
         """Of a rank's own tokens: what a replicated target would take for them, since all ranks bring as many."""

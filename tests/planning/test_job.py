@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from engine.config import Config, DataSection, DraftSection, TargetSection
 from engine.ds_config import load_ds_config
 from engine.models.registry import text_config
+from engine.parallel.mesh import ALONE
+from engine.parallel.quantised import StaysQuantised
 from engine.parallel.rules import check_proven
 from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Ranks
 from engine.planning.target_cost import TargetCost
@@ -37,11 +40,18 @@ PUBLISHED = {
 LARGE = ("llama4-maverick", "qwen3-235b-a22b", "deepseek-v3", "kimi-k2")
 
 
+def without_numbers(recipe: str) -> PreTrainedModel:
+    config = target_config(recipe)
+    config.quantization_config = None
+    return without_weights(config, TargetSection(), torch.device("cuda"))
+
+
 def planner(recipe: str, *overrides: str, gpu: str = "NVIDIA H200", may_share: bool = True) -> Planner:
     config = load_config(ROOT / "launcher" / "recipes" / f"{recipe}.yaml", list(overrides))
-    model = without_weights(target_config(recipe), config.target, torch.device("cuda"))
     gpus = Gpus.named(gpu, memory_gb=None, network_gb_per_s=50, per_node=8)
-    return Planner(config, load_ds_config(ROOT / "ds_configs" / "zero3.json"), model, gpus, ASSUMED, may_share)
+    quantised = StaysQuantised.of(target_config(recipe), config.target.keep_quantised)
+    ds_config = load_ds_config(ROOT / "ds_configs" / "zero3.json")
+    return Planner(config, ds_config, without_numbers(recipe), gpus, ASSUMED, quantised, may_share)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -56,7 +66,7 @@ def test_a_run_holds_what_its_plan_says(tp_size):
     )
     model = without_weights(TARGET, config.target, torch.device("cpu"))
     ranks = Ranks(RANKS, tp_size, 1, 1)
-    plan = JobPlan(config, training.ds_config(), training.draft, TargetCost(model, ranks.mesh, 2), ranks, fused=False)
+    plan = JobPlan(config, training.ds_config(), training.draft, TargetCost(model, ranks.mesh), ranks, fused=False)
     by_part = plan.bytes_by_part(plan.counts(training.documents))
     assert sum(by_part.values()) == pytest.approx(max(measured[phase] for phase in ("target", "draft", "step")), rel=0.1)
     assert by_part["target"] == measured["weights of the target"] + (0 if tp_size == 1 else 4096 * 128 * 2 // 2)
@@ -64,8 +74,7 @@ def test_a_run_holds_what_its_plan_says(tp_size):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_targets_have_as_many_weights_as_published(recipe):
-    model = without_weights(target_config(recipe), TargetSection(), torch.device("cuda"))
-    billions = TargetCost(model, Ranks(1, 1, 1, 1).mesh, 2).num_weights / 1e9
+    billions = TargetCost(without_numbers(recipe), ALONE).num_weights / 1e9
     assert billions == pytest.approx(PUBLISHED[recipe], rel=2e-3)
 
 

@@ -5,10 +5,12 @@ import gc
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from engine.batch import PackedBatch
 from engine.config import TargetSection
-from engine.parallel.mesh import Group, TargetMesh
+from engine.parallel.mesh import ALONE, Group, TargetMesh
+from engine.parallel.quantised import StaysQuantised
 from engine.planning.target_cost import Forward, TargetCost
 from engine.target.anatomy import without_weights
 from engine.target.frozen import FrozenTarget
@@ -16,6 +18,7 @@ from tests.collectives import CountCollectives
 from tests.distributed import run_ranks
 from tests.live_bytes import LiveBytes
 from tests.parallel.families import tiny_config, tiny_model
+from tests.parallel.test_quantised import to_fp8, to_int4
 
 LENGTHS = (9, 7)
 TOKENS, SLOTS = sum(LENGTHS), torch.tensor([3, 4, 11])
@@ -30,7 +33,7 @@ def forward() -> Forward:
 
 def cost(family: str, tp_size: int = 1, ep_size: int = 1) -> TargetCost:
     mesh = TargetMesh(Group(tp_size, 0), Group(ep_size, 0))
-    return TargetCost(without_weights(tiny_config(family), TargetSection(), torch.device("cpu")), mesh, itemsize=4)
+    return TargetCost(without_weights(tiny_config(family), TargetSection(), torch.device("cpu")), mesh)
 
 
 def batch() -> PackedBatch:
@@ -64,6 +67,22 @@ def test_weights_are_those_a_rank_holds(sizes):
     found = run_ranks(shared_forward, 2, families, MESHES[sizes])[0]
     for family, (held, _) in found.items():
         assert cost(family, *MESHES[sizes]).weight_bytes == held, family
+
+
+@pytest.mark.parametrize("layout", ["fp8", "int4", "dequantised"])
+def test_weights_that_stay_quantised_are_counted_so(layout, tmp_path):
+    tiny_model("deepseek_v3").save_pretrained(tmp_path)
+    to_int4(tmp_path, group=8) if layout == "int4" else to_fp8(tmp_path, (8, 8))
+    section = TargetSection(path=str(tmp_path), keep_quantised="none" if layout == "dequantised" else "all", dtype="bfloat16")
+    target = FrozenTarget.load(section, torch.device("cpu"), AUX_LAYERS)
+    config = AutoConfig.from_pretrained(tmp_path)
+    quantised = StaysQuantised.of(config, section.keep_quantised)
+    config.quantization_config = None
+    planned = TargetCost(without_weights(config, section, torch.device("cpu")), ALONE, quantised)
+    held = sum(weight.nbytes for weight in {*target.model.parameters()})
+    # weights this small end within blocks, and are given scales in fp32
+    assert planned.weight_bytes == pytest.approx(held, rel=0 if quantised is None else 0.1)
+    assert (quantised is None) == (layout == "dequantised")
 
 
 def causal_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
