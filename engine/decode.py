@@ -27,7 +27,8 @@ class Generation:
 
     token_ids: generated tokens; an end token is the last of them. num_target_forwards: forwards after the prompt's.
     proposed_per_forward, accepted_per_forward: drafted tokens that were judged, and those that were right; tokens drafted
-    behind an end token are not judged. seconds: from the first token to the last, the drafter's reading of the prompt included.
+    behind an end token are not judged. seconds: from the first token to the last, the drafter's reading of the prompt included;
+    0 where no cache kept what was read, so that time would say nothing.
     """
 
     token_ids: list[int]
@@ -50,6 +51,22 @@ class Drafter(Protocol):
 
     def propose(self, count: int) -> list[int]:
         """At most `count` tokens, `count >= 1`, to follow the newest one."""
+        ...
+
+
+class Reader(Protocol):
+    """A target that has read a prompt, as `speculate` asks it."""
+
+    def read(self, token_ids: list[int], num_choices: int) -> list[int]:
+        """Read tokens; the target's choice after each of the last `num_choices` of them, or of those before its reply's end."""
+        ...
+
+    def aux(self) -> torch.Tensor:
+        """[Q, 3D], states of what was read last."""
+        ...
+
+    def forget(self, count: int) -> None:
+        """Forget the newest `count` tokens."""
         ...
 
 
@@ -151,7 +168,7 @@ class PromptLookupDrafter:
 
 
 @dataclass
-class _Reader:
+class _CachedReader:
     """The target, its cache, and what its last forward left behind."""
 
     target: FrozenTarget
@@ -165,6 +182,9 @@ class _Reader:
         self.target.decoder(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
         return self.target.head.logits(self.seen.last_hidden()[0, -num_choices:]).argmax(-1).tolist()
 
+    def aux(self) -> torch.Tensor:
+        return self.seen.aux()[0]
+
     def prepare_to_forget(self) -> None:
         """Make the cache keep what `forget` needs. Raises ValueError for families whose cache cannot be rolled back."""
         self.cache.activate_past_recording()
@@ -176,20 +196,19 @@ class _Reader:
             )
 
     def forget(self, count: int) -> None:
-        """Roll the cache back by its newest `count` tokens."""
         self.cache.crop(-count)
 
 
 @contextmanager
-def _reading(target: FrozenTarget, aux_layers: tuple[int, ...]) -> Iterator[_Reader]:
+def _reading(target: FrozenTarget, aux_layers: tuple[int, ...]) -> Iterator[_CachedReader]:
     with capture(target.model, aux_layers) as seen:
-        yield _Reader(target, seen, DynamicCache(config=target.model.config))
+        yield _CachedReader(target, seen, DynamicCache(config=target.model.config))
 
 
 @torch.inference_mode()
 def greedy_decode(target: FrozenTarget, prompt_ids: list[int], max_new_tokens: int, eos_ids: Collection[int]) -> Generation:
     """Plain greedy decoding, one token a forward, until an end token or `max_new_tokens` tokens."""
-    _check_request(prompt_ids, max_new_tokens)
+    check_request(prompt_ids, max_new_tokens)
     with _reading(target, aux_layers=()) as reader:
         token_ids = reader.read(prompt_ids, 1)
         began = time.perf_counter()
@@ -214,30 +233,46 @@ def speculative_decode(
     Its tokens are those of `greedy_decode` wherever the target's argmax does not depend on how many tokens a forward reads;
     in low precision a near-tie may. Raises ValueError for a request that cannot be met, or a target that cannot roll back.
     """
-    _check_request(prompt_ids, max_new_tokens)
+    check_request(prompt_ids, max_new_tokens)
+    with _reading(target, target.aux_layers) as reader:
+        first_ids = reader.read(prompt_ids, 1)
+        reader.prepare_to_forget()
+        limits = {"max_new_tokens": max_new_tokens, "draft_tokens": draft_tokens, "eos_ids": eos_ids}
+        return speculate(reader, drafter, prompt_ids, first_ids, **limits)
+
+
+def speculate(
+    reader: Reader,
+    drafter: Drafter,
+    prompt_ids: list[int],
+    first_ids: list[int],
+    *,
+    max_new_tokens: int,
+    draft_tokens: int,
+    eos_ids: Collection[int],
+) -> Generation:
+    """`speculative_decode` from `first_ids` on, the one token that follows the prompt. reader: has read the prompt."""
     if draft_tokens < 1:
         raise ValueError(f"draft_tokens={draft_tokens}: expected at least 1; greedy_decode needs none")
-    proposed, accepted = [], []
-    with _reading(target, target.aux_layers) as reader:
-        token_ids = reader.read(prompt_ids, 1)
-        reader.prepare_to_forget()
-        began = time.perf_counter()
-        drafter.start(prompt_ids + token_ids, reader.seen.aux()[0])
-        while len(token_ids) < max_new_tokens and token_ids[-1] not in eos_ids:
-            room = min(draft_tokens, max_new_tokens - len(token_ids) - 1)
-            drafted = drafter.propose(room) if room else []
-            choices = reader.read(token_ids[-1:] + drafted, len(drafted) + 1)
-            num_accepted = _common_length(drafted, choices)
-            new_ids = _up_to_end(choices[: num_accepted + 1], eos_ids)
-            proposed.append(min(len(drafted), len(new_ids)) if new_ids[-1] in eos_ids else len(drafted))
-            accepted.append(min(num_accepted, len(new_ids)))
-            reader.forget(len(drafted) - num_accepted)
-            drafter.extend(new_ids, reader.seen.aux()[0, : len(new_ids)])
-            token_ids += new_ids
+    token_ids, proposed, accepted = [*first_ids], [], []
+    began = time.perf_counter()
+    drafter.start(prompt_ids + token_ids, reader.aux())
+    while len(token_ids) < max_new_tokens and token_ids[-1] not in eos_ids:
+        room = min(draft_tokens, max_new_tokens - len(token_ids) - 1)
+        drafted = drafter.propose(room) if room else []
+        choices = reader.read(token_ids[-1:] + drafted, len(drafted) + 1)
+        num_accepted = _common_length(drafted, choices)
+        new_ids = _up_to_end(choices[: num_accepted + 1], eos_ids)
+        proposed.append(min(len(drafted), len(new_ids)) if new_ids[-1] in eos_ids else len(drafted))
+        accepted.append(min(num_accepted, len(new_ids)))
+        reader.forget(len(drafted) - num_accepted)
+        drafter.extend(new_ids, reader.aux()[: len(new_ids)])
+        token_ids += new_ids
     return Generation(token_ids, len(accepted), proposed, accepted, time.perf_counter() - began)
 
 
-def _check_request(prompt_ids: list[int], max_new_tokens: int) -> None:
+def check_request(prompt_ids: list[int], max_new_tokens: int) -> None:
+    """Raises ValueError for a prompt or a limit that leaves nothing to decode."""
     if not prompt_ids:
         raise ValueError("the prompt holds no token; expected at least one to continue")
     if max_new_tokens < 1:
@@ -245,7 +280,8 @@ def _check_request(prompt_ids: list[int], max_new_tokens: int) -> None:
 
 
 def _common_length(drafted: list[int], choices: list[int]) -> int:
-    return next((i for i, token_id in enumerate(drafted) if token_id != choices[i]), len(drafted))
+    pairs = enumerate(zip(drafted, choices, strict=False))
+    return next((i for i, (token_id, choice) in pairs if token_id != choice), min(len(drafted), len(choices)))
 
 
 def _up_to_end(token_ids: list[int], eos_ids: Collection[int]) -> list[int]:
