@@ -30,6 +30,7 @@ FLOORS = (
     "planning",
     "overlap",
     "decode",
+    "replies",
     "evaluate",
     "metrics",
     "telemetry",
