@@ -1,7 +1,7 @@
 """How much a draft helps: acceptance length by real speculative decoding on held-out prompts."""
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.data.messages import BadSample, on_sample, parse, read_messages, written_text
 from engine.data.preformatted import Markers
 from engine.data.templates import ChatTemplate
-from engine.decode import Drafter, Generation, speculative_decode
-from engine.target.frozen import FrozenTarget
+from engine.decode import Generation
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,12 @@ class AcceptanceReport:
     acceptance_length: tokens emitted per target forward; the prompt's forward and the token it gives do not count.
     acceptance_per_depth: at each depth, share accepted of the drafted tokens whose predecessors were; None = never reached.
     tokens_per_s, plain_tokens_per_s: generated tokens a second on one rank, after the target has read the prompt.
-    mismatches: prompts whose tokens differ from plain greedy decoding. None, as plain_tokens_per_s: nothing to compare with.
+    mismatches: prompts whose tokens differ from plain greedy decoding. None, as rates: nothing was timed, or to compare with.
     """
 
     acceptance_length: float
     acceptance_per_depth: list[float | None]
-    tokens_per_s: float
+    tokens_per_s: float | None
     plain_tokens_per_s: float | None
     num_prompts: int
     num_tokens: int
@@ -112,7 +111,7 @@ class AcceptanceCounts:
         return AcceptanceReport(
             acceptance_length=self.num_tokens / self.num_forwards if self.num_forwards else 1.0,
             acceptance_per_depth=[accepted / reached if reached else None for accepted, reached in depths],
-            tokens_per_s=self.num_tokens / self.seconds if self.seconds else 0.0,
+            tokens_per_s=self.num_tokens / self.seconds if self.seconds else None,
             plain_tokens_per_s=self.plain_tokens / self.plain_seconds if self.plain_seconds else None,
             num_prompts=self.num_prompts,
             num_tokens=self.num_tokens,
@@ -121,32 +120,21 @@ class AcceptanceCounts:
 
 
 def measure_acceptance(
-    target: FrozenTarget,
-    make_drafter: Callable[[], Drafter],
     prompts: Sequence[Prompt],
-    *,
+    generations: Iterable[Generation],
     draft_tokens: int,
-    max_new_tokens: int,
-    eos_ids: Collection[int],
+    *,
     plain: Sequence[Generation] | None = None,
     on_reply: Callable[[Prompt, Generation], None] | None = None,
 ) -> AcceptanceCounts:
-    """Decode every prompt with a drafter of its own. plain: the same prompts decoded greedily, to compare with.
+    """Add up what drafting gave. generations: one a prompt, made when asked for. plain: the same prompts decoded greedily.
 
-    on_reply is called after each prompt. Raises ValueError where `plain` is of other prompts, or decoding is refused.
+    on_reply is called after each prompt. Raises ValueError where `generations` or `plain` are of other prompts.
     """
     if plain is not None and len(plain) != len(prompts):
         raise ValueError(f"plain holds {len(plain)} generations for {len(prompts)} prompts; decode the same prompts plainly")
     total = AcceptanceCounts.zero(draft_tokens)
-    for prompt, greedy in zip(prompts, plain or [None] * len(prompts), strict=True):
-        generation = speculative_decode(
-            target,
-            make_drafter(),
-            prompt.token_ids,
-            max_new_tokens=max_new_tokens,
-            draft_tokens=draft_tokens,
-            eos_ids=eos_ids,
-        )
+    for prompt, generation, greedy in zip(prompts, generations, plain or [None] * len(prompts), strict=True):
         total += AcceptanceCounts.of(generation, greedy, draft_tokens)
         if on_reply is not None:
             on_reply(prompt, generation)

@@ -21,6 +21,7 @@ Target = FrozenTarget | StoredTarget
 class Online:
     """Conversations, and the frozen target that runs over them."""
 
+    decodes = True  # whether the target can be asked for replies
     counted = "the assistant's"  # tokens, for the draft vocabulary
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> None:
@@ -28,13 +29,6 @@ class Online:
         self.mesh = TargetMesh.make(world, config.parallel.tp_size, config.parallel.ep_size)
         self.aux_layers = config.target.aux_layers
         self.trained_with = trained_with(tokenizer, config.data)
-        if not self.decodes and config.evaluation.num_prompts:
-            telemetry.note("A shared target is not decoded with; measure_acceptance.py measures the draft afterwards")
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the target can be asked for replies."""
-        return self.mesh.size == 1
 
     def documents(self) -> Documents:
         """Of `data.train`. Raises ValueError for conversations that cannot be used."""

@@ -94,7 +94,8 @@ class Trainer:
         draft = self.new_draft(draft_config, kernels, corpus.vocab_map, target)
         held_out = None
         if origin.decodes:
-            held_out = HeldOut(self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry)
+            max_tokens = self.config.data.max_tokens
+            held_out = HeldOut(self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry, max_tokens)
         report = RunReport(self.output_dir, self.telemetry.stage_s, corpus.vocab_facts["coverage"])
         if held_out:
             with self.telemetry.stage("Measuring acceptance before training"):

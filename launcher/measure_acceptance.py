@@ -144,7 +144,7 @@ def measure(arguments: argparse.Namespace, telemetry: Telemetry) -> dict[str, Ac
         console.rule(f"{prompt.source}: {per_forward:.2f} tokens per forward")
         console.print(Text(tokenizer.decode(prompt.token_ids), style="dim"), reply_text(generation, tokenizer), sep="\n")
 
-    held_out = HeldOut(run.evaluation, target, tokenizer, prompts, world, telemetry)
+    held_out = HeldOut(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens)
     reports = {
         "draft": held_out.measure_draft(draft, show if arguments.show else None),
         "prompt lookup": held_out.measure_prompt_lookup(),

@@ -1,14 +1,13 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from engine.decode import Generation, PromptLookupDrafter, greedy_decode
+from engine.decode import Generation
 from engine.evaluate import AcceptanceCounts, Prompt, eos_ids, held_out_prompts, measure_acceptance
-from engine.target.frozen import FrozenTarget
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} <end> {% endfor %}"
@@ -22,13 +21,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", unk_token="<unk>", chat_template=TEMPLATE)
-
-
-@pytest.fixture(scope="module")
-def target() -> FrozenTarget:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2}
-    return FrozenTarget(LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3)), (0, 1, 3))
 
 
 def generation(accepted: list[int], proposed: list[int], *, token_ids: list[int] | None = None, seconds: float = 1.0):
@@ -77,33 +69,29 @@ def test_a_rank_without_prompts_reports_no_gain_and_nothing_compared():
     report = AcceptanceCounts.zero(2).report()
     assert report.acceptance_length == 1.0
     assert report.acceptance_per_depth == [None, None]
-    assert report.plain_tokens_per_s is None and report.mismatches is None
+    assert report.tokens_per_s is None and report.plain_tokens_per_s is None and report.mismatches is None
     assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 
 
-def test_measuring_compares_every_prompt_with_plain_decoding(target):
-    prompts = [Prompt(f"file:{index}", [index, 3, 4, index, 3]) for index in range(1, 5)]
-    plain = [greedy_decode(target, prompt.token_ids, 12, ()) for prompt in prompts]
+def test_measuring_compares_every_prompt_with_plain_decoding():
+    prompts = [Prompt(f"file:{index}", [index]) for index in range(3)]
+    replies = [generation([2, 0], [2, 1]), generation([1], [1]), generation([], [], token_ids=[5])]
     seen = []
-    request = {"draft_tokens": 2, "max_new_tokens": 12, "eos_ids": ()}
     counts = measure_acceptance(
-        target,
-        PromptLookupDrafter,
-        prompts,
-        **request,
-        plain=plain,
-        on_reply=lambda prompt, reply: seen.append((prompt, reply)),
+        prompts, iter(replies), 2, plain=replies, on_reply=lambda prompt, reply: seen.append((prompt, reply))
     )
+    assert seen == list(zip(prompts, replies, strict=True))
     report = counts.report()
-    assert [prompt for prompt, _ in seen] == prompts
-    assert [reply.token_ids for _, reply in seen] == [reply.token_ids for reply in plain]
-    assert (report.mismatches, report.num_prompts, report.num_tokens) == (0, 4, 44)
-    assert report.acceptance_length == 44 / sum(reply.num_target_forwards for _, reply in seen)
+    assert (report.mismatches, report.num_prompts, report.num_tokens) == (0, 3, 6)
+    assert report.acceptance_length == 6 / 3
 
-    other = generation([], [], token_ids=[19, *plain[0].token_ids[1:-1], 20])
-    assert measure_acceptance(target, PromptLookupDrafter, prompts, **request, plain=[other, *plain[1:]]).mismatches == 1
-    with pytest.raises(ValueError, match="3 generations for 4 prompts"):
-        measure_acceptance(target, PromptLookupDrafter, prompts, **request, plain=plain[:3])
+    other = generation([], [], token_ids=[19, *replies[0].token_ids[1:-1], 20])
+    assert measure_acceptance(prompts, replies, 2, plain=[other, *replies[1:]]).mismatches == 1
+    alone = measure_acceptance(prompts, [replace(reply, seconds=0.0) for reply in replies], 2).report()
+    assert (alone.mismatches, alone.tokens_per_s, alone.plain_tokens_per_s) == (None, None, None)
+    assert alone.acceptance_length == report.acceptance_length
+    with pytest.raises(ValueError, match="2 generations for 3 prompts"):
+        measure_acceptance(prompts, replies, 2, plain=replies[:2])
 
 
 def test_a_prompt_is_what_comes_before_the_first_reply(tokenizer, tmp_path):

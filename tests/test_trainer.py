@@ -162,20 +162,25 @@ def test_a_wrong_option_stops_the_run_with_one_line_before_anything_is_written(o
 
 
 def test_a_target_that_ranks_share_teaches_the_same(tmp_path, tiny_target, tiny_corpus):
-    losses = []
+    losses, summaries = [], []
     for number, options in enumerate([(), ("parallel.tp_size=2",), ("parallel.tp_size=2", "overlap.run_ahead=1")]):
         folder = tmp_path / str(number)
         printed = run([*DEEPSPEED, *arguments(folder, tiny_target, tiny_corpus, "max_steps=4", *options)])
         assert ("shared by 2 ranks: 10 modules, 5 of them attention" in printed) is bool(options)
-        assert ("A shared target is not decoded with" in printed) is bool(options)
+        summaries.append(json.loads((folder / "summary.json").read_text()))
         losses.append([line["loss"] for line in metrics(folder)])
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-6)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4), "the draft rounds to bf16, other sums of the target another way"
     assert losses[2] == losses[1]
+    for name in ("before", "after", "prompt_lookup"):
+        alone, *shared = (summary[name] for summary in summaries)
+        assert alone["tokens_per_s"] > 0 and alone["mismatches"] == 0
+        for report in shared:
+            assert report == alone | {"tokens_per_s": None, "plain_tokens_per_s": None, "mismatches": None}
 
 
 def test_a_mixture_whose_experts_ranks_share_teaches_the_same(tmp_path, tiny_target, tiny_corpus):
-    target, losses = tmp_path / "mixture", []
+    target, losses, reports = tmp_path / "mixture", [], []
     tiny_model("qwen3_moe").save_pretrained(target)
     AutoTokenizer.from_pretrained(tiny_target).save_pretrained(target)
     for number, options in enumerate([(), ("parallel.ep_size=2",), ("parallel.tp_size=2", "parallel.ep_size=2")]):
@@ -183,6 +188,8 @@ def test_a_mixture_whose_experts_ranks_share_teaches_the_same(tmp_path, tiny_tar
         printed = run([*DEEPSPEED, *(option.replace("[0,1,3]", "[0,1,2]") for option in command)])
         assert ("experts of 3 layers by 2" in printed) is bool(options)
         losses.append([line["loss"] for line in metrics(tmp_path / str(number))])
+        reports.append(json.loads((tmp_path / str(number) / "summary.json").read_text())["prompt_lookup"])
+    assert all(report["acceptance_length"] == reports[0]["acceptance_length"] > 1 for report in reports)
     for shared in losses[1:]:  # the draft reads states rounded to bf16, where a last bit of fp32 may tip a rounding
         assert shared == pytest.approx(losses[0], rel=3e-4)
 
