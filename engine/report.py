@@ -38,7 +38,9 @@ class RunReport:
         times = ", ".join(f"{name[0].lower()}{name[1:]} {seconds:.0f} s" for name, seconds in self.stage_s.items())
         console.print(f"Time: {times}")
         console.print(f"Draft, ready for SGLang: {self.output_dir / DRAFT}\n\nNext:")
-        console.print(f"  python launcher/measure_acceptance.py --draft {self.output_dir / DRAFT} --show")
+        timed = self.after is None or self.after.num_prompts == 0 or self.after.tokens_per_s is not None
+        start = "python" if timed else "deepspeed"  # what was not timed was measured by ranks together
+        console.print(f"  {start} launcher/measure_acceptance.py --draft {self.output_dir / DRAFT} --show")
         console.print(
             "  deepspeed launcher/train.py --ds_config ds_configs/zero3.json --recipe launcher/recipes/llama3.1-8b.yaml "
             "data.train=YOURS.jsonl data.held_out=HELD_OUT.jsonl"

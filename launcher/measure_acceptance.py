@@ -2,11 +2,13 @@
 
     python launcher/measure_acceptance.py --draft outputs/run/draft
 
-Target, prompts and settings are those of the run's `config.yaml` beside the draft's folder, unless given here.
+Target, prompts and settings are those of the run's `config.yaml` beside the draft's folder, unless given here. Under
+`deepspeed` or `torchrun` the ranks divide the prompts among them, and share the target as the run did.
 """
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 from rich.text import Text
 from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,13 +29,14 @@ from engine.held_out import HeldOut
 from engine.kernels import choose_kernels
 from engine.models.draft_config import DraftConfig
 from engine.models.registry import check_aux_layers, text_config
-from engine.parallel.mesh import World
+from engine.parallel.mesh import TargetMesh, World
 from engine.recipe import load_config
 from engine.report import acceptance_table
 from engine.store.format import Manifest
 from engine.strict import parse_json, read_text
 from engine.target.frozen import FrozenTarget
 from engine.telemetry import Telemetry
+from launcher.command import join_environment, run_plugins, stop
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,8 +52,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=get_args(get_type_hints(TargetSection)["dtype"]), help="precision; default: the run's"
     )
+    parser.add_argument("--tp-size", type=_positive, help="ranks that share each layer; default: the run's, and 1 on one rank")
+    parser.add_argument("--ep-size", type=_positive, help="ranks that share experts; default: the run's, and 1 on one rank")
     parser.add_argument("--json", type=Path, help="file to write the reports to")
-    parser.add_argument("--show", action="store_true", help="print every reply; the tokens that the draft guessed are green")
+    parser.add_argument(
+        "--show", action="store_true", help="print rank 0's replies; the tokens that the draft guessed are green"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()
 
 
@@ -59,7 +68,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def run_config(arguments: argparse.Namespace) -> Config:
+def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
     """The run's configuration with the command line over it. Raises ValueError if neither names the target or the prompts."""
     path = arguments.draft.resolve().parent / "config.yaml"
     if path.is_file():
@@ -85,7 +94,9 @@ def run_config(arguments: argparse.Namespace) -> Config:
         max_new_tokens=arguments.max_new_tokens or run.evaluation.max_new_tokens,
         draft_tokens=arguments.draft_tokens or run.evaluation.draft_tokens,
     )
-    return replace(run, target=target, data=data, evaluation=evaluation)
+    shared = run.parallel if num_ranks > 1 else replace(run.parallel, tp_size=1, ep_size=1)
+    sizes = {"tp_size": arguments.tp_size or shared.tp_size, "ep_size": arguments.ep_size or shared.ep_size}
+    return replace(run, target=target, data=data, evaluation=evaluation, parallel=replace(shared, **sizes))
 
 
 def read_draft_config(folder: Path) -> DraftConfig:
@@ -126,30 +137,32 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
     return text
 
 
-def measure(arguments: argparse.Namespace, telemetry: Telemetry) -> dict[str, AcceptanceReport]:
-    """Load what the arguments name, decode, and print the table; reports by drafter."""
-    draft_config = read_draft_config(arguments.draft)
-    run, world, console = run_config(arguments), World.alone(), telemetry.console
-    hub = run.target.hub_arguments
-    check_target(draft_config, run.target.path, hub)
+def measure(arguments: argparse.Namespace, run: Config, world: World) -> dict[str, AcceptanceReport]:
+    """Load the draft and what the run's configuration names, decode, and print the table; reports by drafter, on every rank."""
+    draft_config, telemetry = read_draft_config(arguments.draft), Telemetry(speaks=world.is_main)
+    check_target(draft_config, run.target.path, run.target.hub_arguments)
+    mesh = TargetMesh.make(world, run.parallel.tp_size, run.parallel.ep_size)
     tokenizer = load_tokenizer(run.target, run.data)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
-    target = FrozenTarget.load(run.target, world.device, aux_layers=draft_config.aux_layers)
+    target = FrozenTarget.load(
+        run.target, world.device, draft_config.aux_layers, mesh=mesh, unproven=run.parallel.unproven, bar=telemetry.progress
+    )
     dtype = target.embed_weight_VD.dtype
     kernels = choose_kernels(run.kernels, world.device, dtype, draft_config.head_dim)
     draft = load_draft(arguments.draft, target.embed_weight_VD, dtype, world.device, kernels)
 
     def show(prompt: Prompt, generation: Generation) -> None:
         per_forward = (len(generation.token_ids) - 1) / max(1, generation.num_target_forwards)
-        console.rule(f"{prompt.source}: {per_forward:.2f} tokens per forward")
-        console.print(Text(tokenizer.decode(prompt.token_ids), style="dim"), reply_text(generation, tokenizer), sep="\n")
+        telemetry.console.rule(f"{prompt.source}: {per_forward:.2f} tokens per forward")
+        asked = Text(tokenizer.decode(prompt.token_ids), style="dim")
+        telemetry.console.print(asked, reply_text(generation, tokenizer), sep="\n")
 
     held_out = HeldOut(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens)
     reports = {
         "draft": held_out.measure_draft(draft, show if arguments.show else None),
         "prompt lookup": held_out.measure_prompt_lookup(),
     }
-    console.print(acceptance_table(reports))
+    telemetry.console.print(acceptance_table(reports))
     if any(report.mismatches for report in reports.values()):
         telemetry.note(f"Replies may differ where two tokens nearly tie in {dtype}; --dtype float32 tells.")
     return reports
@@ -157,15 +170,27 @@ def measure(arguments: argparse.Namespace, telemetry: Telemetry) -> dict[str, Ac
 
 def main() -> None:
     arguments = parse_arguments()
+    world = World(**join_environment()) if "RANK" in os.environ else World.alone()
     try:
+        read_draft_config(arguments.draft)
+        run = run_config(arguments, world.size)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        reports = measure(arguments, Telemetry(speaks=True))
-        if arguments.json:
+        run_plugins(run.target.plugins)
+        if not world.is_main:
+            disable_progress_bar()
+        if world.size > 1:
+            from engine.parallel.zero import connect, disconnect
+
+            connect(world, run.parallel.timeout_s, run.parallel.cpu_threads)
+        reports = measure(arguments, run, world)
+        if arguments.json and world.is_main:
             content = {name: report.to_dict() for name, report in reports.items()}
             arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        sys.exit(f"measure_acceptance.py: {error}")
+    except (ValueError, OSError, ImportError) as error:
+        stop(error, world.rank)
+    if world.size > 1:
+        disconnect()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,10 @@ def test_the_table_of_five_drafted_tokens_fits_80_columns_even_where_all_are_acc
 
 
 def test_what_was_not_measured_is_a_dash():
-    assert row(replace(REPORT, plain_tokens_per_s=None, mismatches=None), "draft") == "draft 2.50 75 - 300 - -"
+    untimed = replace(REPORT, plain_tokens_per_s=None, mismatches=None)
+    assert row(untimed, "draft") == "draft 2.50 75 - 300 - -"
+    assert row(replace(untimed, tokens_per_s=None), "draft") == "draft 2.50 75 - - - -"
+    assert row(untimed, "none") == "none 1.00 - -"
 
 
 @pytest.fixture
@@ -58,6 +61,12 @@ def test_the_summary_names_the_draft_and_what_to_do_next(report):
     text = printed(report.show, width=400)
     assert f"Draft, ready for SGLang: {report.output_dir / 'draft'}" in text and "Next:" in text
     assert all(name in text for name in ("untrained draft", "trained draft", "prompt lookup", "reading the data 1 s"))
+
+
+def test_a_target_that_ranks_share_is_measured_by_several_ranks(report):
+    assert "\n  python launcher/measure_acceptance.py" in printed(report.show, width=400)
+    shared = replace(report, after=replace(REPORT, tokens_per_s=None, plain_tokens_per_s=None))
+    assert "\n  deepspeed launcher/measure_acceptance.py" in printed(shared.show, width=400)
 
 
 def test_without_prompts_there_is_no_table(report):

@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.config import Config, DataSection, DraftSection, EvaluationSection, TargetSection
+from engine.config import Config, DataSection, DraftSection, EvaluationSection, ParallelSection, TargetSection
 from engine.export import export_draft
 from engine.models.draft_config import derive_draft_config
 from engine.models.eagle3 import Eagle3Draft
@@ -17,6 +19,9 @@ from engine.recipe import dump_config
 from launcher.measure_acceptance import main
 
 WORDS = ["<unk>", "<user>", "<assistant>", "<end>", *(f"w{index}" for index in range(28))]
+ROOT = Path(__file__).resolve().parents[2]
+DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", "29733"]
+ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
@@ -48,6 +53,7 @@ def run(tmp_path_factory) -> Path:
         target=TargetSection(path=path, dtype="float32"),
         data=DataSection(held_out=(str(folder / "held_out.jsonl"),)),
         evaluation=EvaluationSection(num_prompts=4, max_new_tokens=9, draft_tokens=2),
+        parallel=ParallelSection(tp_size=2),
     )
     (folder / "config.yaml").write_text(dump_config(resolved), encoding="utf-8")
     return folder
@@ -68,6 +74,25 @@ def test_a_draft_is_measured_with_the_settings_of_its_run(run, tmp_path, monkeyp
         assert 1.0 <= report["acceptance_length"] <= 3.0
         assert report["tokens_per_s"] > 0 and report["plain_tokens_per_s"] > 0
     assert "prompt lookup" in capsys.readouterr().out
+
+
+def on_two_ranks(run: Path, report: Path, *options: str) -> tuple[dict, str]:
+    command = [*DEEPSPEED, "launcher/measure_acceptance.py", "--draft", str(run / "draft"), "--json", str(report), *options]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(report.read_text()), result.stdout
+
+
+def test_two_ranks_measure_the_same_whether_they_share_the_target_or_not(run, tmp_path, monkeypatch, capsys):
+    measure(monkeypatch, "--draft", run / "draft", "--json", tmp_path / "alone.json")
+    alone = json.loads((tmp_path / "alone.json").read_text())
+    replicated, _ = on_two_ranks(run, tmp_path / "replicated.json", "--tp-size", "1")
+    shared, printed = on_two_ranks(run, tmp_path / "shared.json", "--show")
+    rates = {"tokens_per_s": None, "plain_tokens_per_s": None}
+    for name, report in alone.items():
+        assert replicated[name] | rates == report | rates and replicated[name]["tokens_per_s"] > 0
+        assert shared[name] == report | rates | {"mismatches": None}
+    assert printed.count("<end> <assistant>") == 2 and "<user> w0 w2 w3 <end> <assistant>" in printed
 
 
 def test_the_command_line_replaces_the_settings_of_the_run(run, tmp_path, monkeypatch, capsys):
@@ -103,6 +128,8 @@ def test_what_does_not_fit_is_refused_by_name(run, tmp_path, monkeypatch, capsys
         measure(monkeypatch, "--draft", run / "draft", "--target", save_target(tmp_path / "shallow", num_layers=4))
     with pytest.raises(SystemExit, match="no_such.jsonl"):
         measure(monkeypatch, "--draft", run / "draft", "--data", tmp_path / "no_such.jsonl")
+    with pytest.raises(SystemExit, match=r"parallel.tp_size=3 does not divide 1 ranks; use one of \[1\]"):
+        measure(monkeypatch, "--draft", run / "draft", "--tp-size", 3)
     for number in ("0", "-3", "2.5", "many"):
         with pytest.raises(SystemExit):
             measure(monkeypatch, "--draft", run / "draft", f"--draft-tokens={number}")
