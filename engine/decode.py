@@ -199,6 +199,13 @@ class _CachedReader:
         self.cache.crop(-count)
 
 
+def rolls_back(target: FrozenTarget) -> bool:
+    """Whether the family's cache can forget rejected tokens, as `speculative_decode` needs."""
+    cache = DynamicCache(config=target.model.config)
+    cache.activate_past_recording()
+    return cache.is_croppable
+
+
 @contextmanager
 def _reading(target: FrozenTarget, aux_layers: tuple[int, ...]) -> Iterator[_CachedReader]:
     with capture(target.model, aux_layers) as seen:

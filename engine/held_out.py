@@ -6,7 +6,7 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from engine.config import EvaluationSection
-from engine.decode import ChainDrafter, Drafter, Generation, PromptLookupDrafter, greedy_decode, speculative_decode
+from engine.decode import ChainDrafter, Drafter, Generation, PromptLookupDrafter, greedy_decode, rolls_back, speculative_decode
 from engine.evaluate import AcceptanceCounts, AcceptanceReport, Prompt, eos_ids, measure_acceptance
 from engine.models.eagle3 import ServedDraft
 from engine.parallel.mesh import World
@@ -20,8 +20,8 @@ OnReply = Callable[[Prompt, Generation], None]
 class HeldOut:
     """Speculative decoding of this rank's share of `prompts`; every report is over all ranks.
 
-    With a cache where the target is whole, which is timed and compared with plain greedy decoding. A target that ranks share is
-    followed by no cache: it says its greedy replies once, and drafters are judged by them.
+    With a cache where the target is whole, which is timed and compared with plain greedy decoding. A target that ranks share,
+    or whose cache cannot roll back, says its greedy replies once, and drafters are judged by them.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class HeldOut:
         self._section, self._target, self._world, self._telemetry = section, target, world, telemetry
         self._until = {"max_new_tokens": section.max_new_tokens, "eos_ids": eos_ids(target.model, tokenizer)}
         self._prompts, self._max_tokens = prompts[world.rank :: world.size], max_tokens
-        self._replays = target.mesh.size > 1
+        self._replays = target.mesh.size > 1 or not rolls_back(target)
 
     def measure_draft(self, draft: ServedDraft, on_reply: OnReply | None = None) -> AcceptanceReport:
         """on_reply is called with each of this rank's prompts and what was generated with the draft's help."""

@@ -1,8 +1,8 @@
 """Greedy replies of a target without a cache, and any drafter judged by them.
 
 Speculative decoding emits the target's greedy reply whoever drafts: a drafter only changes how many forwards that takes. So a
-target that ranks share, which no cache follows, says its reply to each prompt once; a drafter is then led along it with the
-target's own states, and drafts, is judged and reads on as in decoding with a cache, at no further forward.
+target that ranks share, or whose cache cannot roll back, says its reply to each prompt once. A drafter is then led along it
+with the target's own states: it drafts, is judged and reads on as in decoding with a cache, at no further forward.
 Without a cache each forward reads everything again, of all prompts together, packed as in training.
 """
 
