@@ -39,7 +39,7 @@ class RunReport:
         console.print(f"Time: {times}")
         console.print(f"Draft, ready for SGLang: {self.output_dir / DRAFT}\n\nNext:")
         timed = self.after is None or self.after.num_prompts == 0 or self.after.tokens_per_s is not None
-        start = "python" if timed else "deepspeed"  # what was not timed was measured by ranks together
+        start = "python" if timed else "deepspeed"  # an untimed target may need all its ranks
         console.print(f"  {start} launcher/measure_acceptance.py --draft {self.output_dir / DRAFT} --show")
         console.print(
             "  deepspeed launcher/train.py --ds_config ds_configs/zero3.json --recipe launcher/recipes/llama3.1-8b.yaml "

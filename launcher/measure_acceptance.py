@@ -137,9 +137,9 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
     return text
 
 
-def measure(arguments: argparse.Namespace, run: Config, world: World) -> dict[str, AcceptanceReport]:
+def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Config, world: World) -> dict[str, AcceptanceReport]:
     """Load the draft and what the run's configuration names, decode, and print the table; reports by drafter, on every rank."""
-    draft_config, telemetry = read_draft_config(arguments.draft), Telemetry(speaks=world.is_main)
+    telemetry = Telemetry(speaks=world.is_main)
     check_target(draft_config, run.target.path, run.target.hub_arguments)
     mesh = TargetMesh.make(world, run.parallel.tp_size, run.parallel.ep_size)
     tokenizer = load_tokenizer(run.target, run.data)
@@ -172,7 +172,7 @@ def main() -> None:
     arguments = parse_arguments()
     world = World(**join_environment()) if "RANK" in os.environ else World.alone()
     try:
-        read_draft_config(arguments.draft)
+        draft_config = read_draft_config(arguments.draft)
         run = run_config(arguments, world.size)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def main() -> None:
             from engine.parallel.zero import connect, disconnect
 
             connect(world, run.parallel.timeout_s, run.parallel.cpu_threads)
-        reports = measure(arguments, run, world)
+        reports = measure(arguments, draft_config, run, world)
         if arguments.json and world.is_main:
             content = {name: report.to_dict() for name, report in reports.items()}
             arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
