@@ -93,14 +93,16 @@ def load_cut(
     checkpoint: Checkpoint,
     device: torch.device,
     bar: Bar | None = None,
+    wrapper: PreTrainedModel | None = None,
 ) -> None:
     """Give a model on the meta device its weights, those with a cut in part, in the precision they have there, or quantised.
 
+    wrapper: a model on the meta device that holds more than this one; what a checkpoint has for the rest is passed over.
     Beside what stays, the host holds two tensors of the checkpoint at most. Raises ValueError that lists all tensors that are
     missing, misshaped or not known, before any is read.
     """
     whole = {name: tensor for name, tensor in model.state_dict().items()}
-    plan, problems = _plan(model, whole, checkpoint)
+    plan, problems = _plan(model, whole, checkpoint, wrapper)
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise ValueError("\n  ".join(["the checkpoint does not fit the target's config:", *problems[:SHOWN], *more]))
@@ -142,18 +144,36 @@ def own_bytes(tensor: Tensor, cut: Cut | None) -> int:
     return tensor.nbytes * sum(stop - start for start, stop in cut.intervals) // tensor.shape[cut.dim]
 
 
-def _plan(model: PreTrainedModel, whole: Mapping[str, Tensor], checkpoint: Checkpoint) -> tuple[list[_Parameter], list[str]]:
+class _Names:
+    """What a model calls the tensors of a checkpoint, by Transformers' conversion rules."""
+
+    def __init__(self, model: PreTrainedModel, whole: Mapping[str, Tensor]) -> None:
+        rules = get_model_conversion_mapping(model)
+        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._model, self._whole = model, whole
+
+    def of(self, key: str) -> tuple[str, str | None]:
+        """The name, whether there is such a weight or not, and the pattern of the rule that the key fits."""
+        return rename_source_key(key, self._renamings, self.converters, self._model.base_model_prefix, self._whole)
+
+
+def _plan(
+    model: PreTrainedModel, whole: Mapping[str, Tensor], checkpoint: Checkpoint, wrapper: PreTrainedModel | None
+) -> tuple[list[_Parameter], list[str]]:
     """What to read for each parameter, and what does not fit."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    names = _Names(model, whole)
+    elsewhere = {} if wrapper is None else wrapper.state_dict()
+    wrapper_names = None if wrapper is None else _Names(wrapper, elsewhere)
+    by_pattern = {pattern: rule for rule in names.converters for pattern in rule.source_patterns}
     sources: dict[str, list[tuple[str, str | None]]] = {}
     problems, ignored = [], [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for key in checkpoint:
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, whole)
+        name, pattern = names.of(key)
         if name in whole:
             sources.setdefault(name, []).append((key, pattern))
+        elif wrapper_names is not None and wrapper_names.of(key)[0] in elsewhere:
+            continue
         elif not any(pattern.search(key) for pattern in ignored):
             problems.append(f"{key}: no such weight")
     plan = []

@@ -38,6 +38,14 @@ def without_weights(config: PreTrainedConfig, section: TargetSection, device: to
         )
 
 
+def wrapper_without_weights(config: PreTrainedConfig, section: TargetSection) -> PreTrainedModel | None:
+    """Of a multimodal config, the model with all its towers, on the meta device; None where there are none."""
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return None
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=section.trust_remote_code)
+
+
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The stack from token ids to the state after the final norm; Llama 4's text class hides it from `get_decoder`."""
     decoder = model.get_decoder()

@@ -19,7 +19,16 @@ from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
 from engine.parallel.quantised import layout_of, open_checkpoint
 from engine.parallel.rules import check_proven
 from engine.parallel.tokens import Tokens, tokens_of_forward
-from engine.target.anatomy import auto_class, decoder_of, drop_other_towers, dtype_of, head_of, layers_of, without_weights
+from engine.target.anatomy import (
+    auto_class,
+    decoder_of,
+    drop_other_towers,
+    dtype_of,
+    head_of,
+    layers_of,
+    without_weights,
+    wrapper_without_weights,
+)
 from engine.target.attention import NAME, ONE, packed_attention
 from engine.target.head import TargetHead
 from engine.target.shared_head import SharedHead
@@ -141,10 +150,11 @@ class FrozenTarget:
         checkpoint = open_checkpoint(config, section.path, section.revision, section.keep_quantised)
         model = without_weights(config, section, device)
         decoder = decoder_of(model)
+        drop_other_towers(model, decoder)
         plan = TargetPlan.of(decoder, mesh)
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         cuts = {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
-        load_cut(model, cuts, checkpoint, device, bar)
+        load_cut(model, cuts, checkpoint, device, bar, wrapper_without_weights(config, section))
         return cls(model, aux_layers, temperature, mesh, plan)
 
     @property

@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Llama4Config,
+    Mistral3Config,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
+from engine.batch import PackedBatch
 from engine.config import TargetSection
 from engine.parallel.loader import Checkpoint, load_cut
 from engine.parallel.mesh import Group, TargetMesh
@@ -23,7 +33,7 @@ from tests.parallel.family_matrix import AUX, TOLERANCE, reference, relative, ru
 
 # Plain, fused, per-expert, transposed and renamed layouts; tied heads; recurrences.
 FAMILIES = ["llama", "phi3", "qwen3_moe", "mixtral", "gpt_oss", "llama4_text", "deepseek_v3", "gemma2", "qwen3_next", "jamba"]
-MEBIBYTE = 1 << 20
+MEBIBYTE, CPU = 1 << 20, torch.device("cpu")
 
 
 def on_meta(folder: Path) -> PreTrainedModel:
@@ -65,6 +75,44 @@ def load_and_run(world, folder: Path, family: str) -> float:
 def test_a_target_that_is_read_in_slices_gives_what_the_whole_one_gives(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
     assert max(run_ranks(load_and_run, 4, tmp_path, family)) <= TOLERANCE
+
+
+SMALL_TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2)
+TEXT = SMALL_TEXT | dict(vocab_size=96, head_dim=8)
+VISION = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+PROJECTED = dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32)
+EXPERTS = dict(intermediate_size_mlp=48, num_local_experts=4, no_rope_layers=[1, 1, 1, 0, 1, 1, 1])
+MULTIMODAL = {
+    "llama4": lambda: Llama4Config(text_config=TEXT | EXPERTS, vision_config=VISION | PROJECTED),
+    "gemma3": lambda: Gemma3Config(text_config=TEXT, vision_config=VISION, mm_tokens_per_image=4),
+    "mistral3": lambda: Mistral3Config(
+        text_config=TEXT | dict(model_type="mistral"), vision_config=VISION | dict(model_type="pixtral", head_dim=16)
+    ),
+}
+
+
+def run_multimodal(world, folder: Path) -> tuple[float, int]:
+    """The largest difference of a forward from that of one rank, and modules of attention that are shared."""
+    torch.set_num_threads(1)
+    section, (start, stop) = TargetSection(path=str(folder)), ((0, 4), (4, 10))[world.rank]
+    ids_T = torch.arange(10)[start:stop]
+    batch = PackedBatch(ids_T, torch.ones_like(ids_T, dtype=torch.bool), torch.tensor([0, stop - start]).int())
+    slots_N, shared = torch.arange(stop - start), FrozenTarget.load(section, CPU, AUX, mesh=TargetMesh.make(world, 2, 1))
+    outputs = [target(batch, slots_N).last_hidden_ND for target in (shared, FrozenTarget.load(section, CPU, AUX))]
+    return relative(outputs[:1], outputs[1:]), len(shared.plan.heads)
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_text_of_a_multimodal_checkpoint_is_shared_without_its_towers(family, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(MULTIMODAL[family]()).save_pretrained(tmp_path)
+    assert any("vision" in name for name in load_file(tmp_path / "model.safetensors"))
+    for difference, num_shared in run_ranks(run_multimodal, 2, tmp_path):
+        assert difference <= TOLERANCE and num_shared == TEXT["num_hidden_layers"]
+    weights = load_file(tmp_path / "model.safetensors") | {"vision.nothing": torch.zeros(2)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Exception, match="vision.nothing: no such weight"):
+        run_ranks(run_multimodal, 2, tmp_path)
 
 
 def test_all_that_does_not_fit_is_listed_before_anything_is_read(tmp_path):
