@@ -67,7 +67,8 @@ class Capture:
         tokenizer = load_tokenizer(section, self.config.data)
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         contents = self.contents(tokenizer, target_config)
-        mesh = TargetMesh.make(self.world, self.config.parallel.tp_size, self.config.parallel.ep_size)
+        parallel = self.config.parallel
+        mesh = TargetMesh.make(self.world, parallel.tp_size, parallel.ep_size, parallel.timeout_s)
         with self.telemetry.stage("Reading the data"):
             documents, _ = read_documents(self.config.data, tokenizer, self.world, self.telemetry)
             manifest = self.plan(contents, documents)

@@ -67,8 +67,8 @@ def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], gr
 
 
 def gather_objects(own: object, group: Group) -> list:
-    """Something small of every rank, by rank; on the host."""
+    """Something small of every rank, by rank; from host to host."""
     everyone: list = [own] * group.size
     if group.size > 1:
-        distributed.all_gather_object(everyone, own, group=group.process_group)
+        distributed.all_gather_object(everyone, own, group=group.host_group)
     return everyone

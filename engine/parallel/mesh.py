@@ -1,6 +1,7 @@
 """Who takes part in a run: the process's place among the others, its device, and with whom it runs one target."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -54,12 +55,14 @@ class World:
 class Group:
     """Ranks that work on something together: how many, which of them this one is, and what their collectives run over.
 
-    process_group: None for a group of one, which has no collectives.
+    process_group, host_group: for tensors on the ranks' device, and for what lies on the host, which must not wait for the
+    device; None for a group of one, which has no collectives.
     """
 
     size: int = 1
     rank: int = 0
     process_group: distributed.ProcessGroup | None = None
+    host_group: distributed.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,14 @@ class TargetMesh:
     ep: Group = Group()
 
     @classmethod
-    def make(cls, world: World, tp_size: int, ep_size: int) -> "TargetMesh":
+    def make(cls, world: World, tp_size: int, ep_size: int, timeout_s: int | None = None) -> "TargetMesh":
         """The groups of a rank; a collective of all ranks, which must ask for the same sizes.
 
-        Raises ValueError, naming sizes that would do, if they do not divide the world or each other.
+        timeout_s: after which a stuck collective of theirs ends the job; None = PyTorch's. Raises ValueError, naming sizes that
+        would do, if they do not divide the world or each other.
         """
         check_sizes(world.size, tp_size, ep_size)
-        return cls(_own_group(world, tp_size), _own_group(world, ep_size))
+        return cls(*(_own_group(world, size, timeout_s) for size in (tp_size, ep_size)))
 
     @property
     def whole(self) -> Group:
@@ -105,8 +109,14 @@ def check_sizes(num_ranks: int, tp_size: int, ep_size: int) -> None:
         raise ValueError(f"parallel.ep_size={ep_size} and tp_size={tp_size}: one must divide the other; use one of {fitting}")
 
 
-def _own_group(world: World, size: int) -> Group:
+def _own_group(world: World, size: int, timeout_s: int | None) -> Group:
     if size == 1:
         return Group()
-    groups = [distributed.new_group(range(first, first + size)) for first in range(0, world.size, size)]
-    return Group(size, world.rank % size, groups[world.rank // size])
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    parts = [range(first, first + size) for first in range(0, world.size, size)]
+
+    def own(backend: str | None = None) -> distributed.ProcessGroup:
+        return [distributed.new_group(part, timeout, backend) for part in parts][world.rank // size]
+
+    group = own()
+    return Group(size, world.rank % size, group, group if world.device.type == "cpu" else own("gloo"))

@@ -1,10 +1,12 @@
 """What a process knows of the others."""
 
+import time
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from engine.parallel.collectives import gather_objects, sum_over
 from engine.parallel.mesh import TargetMesh, World, check_sizes
 from tests.distributed import run_ranks
 
@@ -80,3 +82,33 @@ def groups(world) -> list[tuple[int, int, int]]:
 def test_ranks_of_a_group_follow_one_another():
     for rank, found in enumerate(run_ranks(groups, 4)):
         assert found == [(1, 0, 0), (2, rank % 2, 0), (4, rank % 2, rank), (4, rank, rank % 2)]
+
+
+class OnGpus(World):
+    """A rank whose tensors would lie on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def lengths_on_the_host(world) -> tuple[list, bool]:
+    group = TargetMesh.make(OnGpus(**vars(world)), 2, 1).tp
+    return gather_objects((world.rank, "documents"), group), group.host_group is group.process_group
+
+
+def test_what_lies_on_the_host_does_not_go_through_the_device():
+    for everyone, same in run_ranks(lengths_on_the_host, 2):
+        assert everyone == [(0, "documents"), (1, "documents")] and not same
+
+
+def stuck(world) -> float:
+    group, start = TargetMesh.make(world, 2, 1, timeout_s=2).tp, time.perf_counter()
+    if world.rank == 0:
+        with pytest.raises(RuntimeError):
+            sum_over(torch.ones(1), group)
+        return time.perf_counter() - start
+    time.sleep(6)
+    return 0.0
+
+
+def test_a_group_that_is_stuck_is_ended_after_the_seconds_asked_for():
+    assert 1 < run_ranks(stuck, 2)[0] < 6
