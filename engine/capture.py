@@ -67,8 +67,7 @@ class Capture:
         tokenizer = load_tokenizer(section, self.config.data)
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         contents = self.contents(tokenizer, target_config)
-        parallel = self.config.parallel
-        mesh = TargetMesh.make(self.world, parallel.tp_size, parallel.ep_size, parallel.timeout_s)
+        mesh = TargetMesh.of(self.config.parallel, self.world)
         with self.telemetry.stage("Reading the data"):
             documents, _ = read_documents(self.config.data, tokenizer, self.world, self.telemetry)
             manifest = self.plan(contents, documents)

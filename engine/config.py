@@ -160,6 +160,12 @@ class ParallelSection:
         1, "ranks that share each layer of the target, head by head (tensor parallelism)", unit="ranks", at_least=1
     )
     ep_size: int = option(1, "ranks that share the experts of a mixture (expert parallelism)", unit="ranks", at_least=1)
+    exchange_parts: int = option(
+        0,
+        "parts of a shared layer's documents, of which one is exchanged while another is computed; 0 = 2 on a GPU, 1 on a CPU",
+        unit="parts",
+        at_least=0,
+    )
     unproven: bool = option(
         False, "share also a target whose family was not shown to give the same results shared (docs/targets.md)"
     )

@@ -26,8 +26,7 @@ class Online:
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> None:
         self._config, self._tokenizer, self._world, self._telemetry = config, tokenizer, world, telemetry
-        parallel = config.parallel
-        self.mesh = TargetMesh.make(world, parallel.tp_size, parallel.ep_size, parallel.timeout_s)
+        self.mesh = TargetMesh.of(config.parallel, world)
         self.aux_layers = config.target.aux_layers
         self.trained_with = trained_with(tokenizer, config.data)
 

@@ -141,7 +141,7 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     """Load the draft and what the run's configuration names, decode, and print the table; reports by drafter, on every rank."""
     telemetry = Telemetry(speaks=world.is_main)
     check_target(draft_config, run.target.path, run.target.hub_arguments)
-    mesh = TargetMesh.make(world, run.parallel.tp_size, run.parallel.ep_size, run.parallel.timeout_s)
+    mesh = TargetMesh.of(run.parallel, world)
     tokenizer = load_tokenizer(run.target, run.data)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     target = FrozenTarget.load(

@@ -5,34 +5,54 @@ of tokens, as experts are, the first ([T, D], [T, K]).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.parallel.collectives import gather_rows, sum_rows
+from engine.parallel.collectives import Finish, start_gathering, start_summing
 from engine.parallel.mesh import Group
-from engine.parallel.tokens import ByDocument, bounds, current_tokens
+from engine.parallel.tokens import ByDocument, Part, bounds, current_tokens, tokens_of_forward
 
-Change = Callable[[Tensor, int], Tensor]
+Change = Callable[[Tensor, int], Any]
 
 
-def share(module: nn.Module, group: Group, rows: bool = False) -> None:
+def share(module: nn.Module, group: Group, rows: bool = False, parts: int = 1) -> None:
     """A sharded block: all ranks' tokens in at its door, and out of its partial results the sum for own tokens.
 
-    rows: whether it is called with rows of tokens.
+    rows: whether it is called with rows of tokens. parts: into how many its documents are divided where they can be: while one
+    is computed, the next one's tokens come and the last one's results leave.
     """
     inner = module.forward
 
     def forward(*args, **kwargs):
-        tokens = current_tokens()
+        tokens, leaving, outputs = current_tokens(), [], []
+        pieces = tokens.parts(parts if group.size > 1 else 1)
 
-        def gathered(x: Tensor, dim: int) -> Tensor:
-            return gather_rows(x, dim, tokens.counts_R, group)
+        def start(part: Part) -> Any:
+            def gathering(x: Tensor, dim: int) -> _Coming:
+                return _Coming(start_gathering(_cut(x, dim, part.own), dim, part.tokens.counts_R, group))
 
-        args, kwargs = (_changed(value, tokens.num_own, gathered, rows=rows) for value in (args, kwargs))
-        return _first(inner(*args, **kwargs), lambda x: sum_rows(x, -2, tokens.counts_R, group))
+            coming = _changed((args, kwargs), tokens.num_own, gathering, rows=rows)
+            if len(pieces) == 1:
+                return coming
+            return _changed(coming, tokens.num_all, partial(_cut, rows=part.rows), part.documents)
+
+        coming = start(pieces[0])
+        for part, following in zip(pieces, (*pieces[1:], None), strict=True):
+            own_args, own_kwargs = _each(coming, _arrived)
+            coming = following and start(following)
+            with tokens_of_forward(part.tokens):
+                outputs.append(inner(*own_args, **own_kwargs))
+            leaving.append(start_summing(_first_of(outputs[-1]), -2, part.tokens.counts_R, group))
+        own = [finish() for finish in leaving]
+        first = torch.cat(own, -2) if len(own) > 1 else own[0]
+        if isinstance(outputs[0], Tensor):
+            return first
+        behind = zip(*(output[1:] for output in outputs), strict=True)
+        return first, *(_in_order(items, pieces) for items in behind)
 
     module.forward = forward
 
@@ -45,7 +65,8 @@ def keep_own(module: nn.Module) -> None:
         tokens = current_tokens()
         own = partial(_cut, rows=tokens.own)
         if tokens.num_own < tokens.num_all:
-            args, kwargs = (_changed(value, tokens.num_all, own, tokens.own_documents) for value in (args, kwargs))
+            own_args, own_kwargs = _changed((args, kwargs), tokens.num_all, own, tokens.own_documents)
+            return inner(*own_args, **own_kwargs)
         return inner(*args, **kwargs)
 
     module.forward = forward
@@ -60,12 +81,12 @@ def by_document(module: nn.Module, shared: bool) -> None:
 
     def forward(*args, **kwargs):
         tokens = current_tokens()
-        lengths = tokens.documents if shared else tokens.documents[tokens.own_documents]
+        lengths = tokens.documents if shared else tokens.documents_R[tokens.rank]
         results = []
         for index, (start, stop) in enumerate(bounds(lengths)):
             piece = partial(_cut, rows=slice(start, stop))
-            pieces = [_changed(value, sum(lengths), piece, slice(index, index + 1)) for value in (args, kwargs)]
-            results.append(inner(*pieces[0], **pieces[1]))
+            own_args, own_kwargs = _changed((args, kwargs), sum(lengths), piece, (index,))
+            results.append(inner(*own_args, **own_kwargs))
         return _joined(results)
 
     module.forward = forward
@@ -79,27 +100,56 @@ def token_dim(x: Tensor, count: int, rows: bool = False) -> int | None:
     return dim if x.ndim and x.shape[dim] == count else None
 
 
-def _changed(value: Any, count: int, change: Change, documents: slice | None = None, rows: bool = False) -> Any:
+def _changed(value: Any, count: int, change: Change, documents: Sequence[int] | None = None, rows: bool = False) -> Any:
     """Arguments with their tensors of `count` tokens changed, and what is by document cut to `documents`."""
-    if isinstance(value, Tensor):
-        dim = token_dim(value, count, rows)
-        return value if dim is None else change(value, dim)
-    if isinstance(value, ByDocument):
-        return value if documents is None else value.of(documents)
+
+    def changed(item: Any) -> Any:
+        if isinstance(item, ByDocument) and documents is not None:
+            return item.of(documents)
+        dim = token_dim(item, count, rows) if isinstance(item, Tensor) else None
+        return item if dim is None else change(item, dim)
+
+    return _each(value, changed)
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Arguments with what lies in their tuples, lists and dicts changed."""
     if isinstance(value, tuple | list):
-        return type(value)(_changed(item, count, change, documents, rows) for item in value)
+        return type(value)(_each(item, change) for item in value)
     if isinstance(value, dict):
-        return {key: _changed(item, count, change, documents, rows) for key, item in value.items()}
-    return value
+        return {key: _each(item, change) for key, item in value.items()}
+    return change(value)
 
 
-def _cut(x: Tensor, dim: int, rows: slice) -> Tensor:
-    return x.narrow(dim, rows.start, rows.stop - rows.start)
+def _arrived(value: Any) -> Any:
+    return value.finish() if isinstance(value, _Coming) else value
 
 
-def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """An output with its first tensor changed; what stands behind it (weights of attention, router logits) nobody reads."""
-    return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
+@dataclass(frozen=True)
+class _Coming:
+    """A tensor that is being gathered."""
+
+    finish: Finish
+
+
+def _cut(x: Tensor, dim: int, rows: slice | Sequence[slice]) -> Tensor:
+    if isinstance(rows, slice):
+        return x.narrow(dim, rows.start, rows.stop - rows.start)
+    return torch.cat([_cut(x, dim, part) for part in rows], dim)
+
+
+def _first_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _in_order(outputs: Sequence[Any], pieces: Sequence[Part]) -> Any:
+    """What parts gave behind their result, as one: indices that an indexer chose, which later layers read, rank by rank."""
+    first, count = outputs[0], pieces[0].tokens.num_all
+    if len(outputs) == 1 or not isinstance(first, Tensor) or first.ndim < 2 or first.shape[-2] != count:
+        return first
+    together = torch.cat(_as_wide(outputs), -2)
+    place_T = torch.cat([torch.arange(rows.start, rows.stop) for part in pieces for rows in part.rows])
+    return together.index_select(-2, place_T.argsort().to(together.device))
 
 
 def _as_wide(results: Sequence[Tensor]) -> list[Tensor]:

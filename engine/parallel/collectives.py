@@ -1,39 +1,62 @@
 """Collectives of rows that the ranks of a group hold in different numbers; each falls away in a group of one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, distributed
 
 from engine.parallel.mesh import Group
 
+Finish = Callable[[], Tensor]  # waits for what was started, on a GPU in its stream
+
 
 def gather_rows(local: Tensor, dim: int, counts: Sequence[int], group: Group) -> Tensor:
     """All ranks' rows, in the order of the ranks: [..., own, ...] -> [..., sum(counts), ...]. counts: rows by rank."""
+    return start_gathering(local, dim, counts, group)()
+
+
+def start_gathering(local: Tensor, dim: int, counts: Sequence[int], group: Group) -> Finish:
+    """The same, which goes on until it is finished."""
     if group.size == 1:
-        return local
+        return lambda: local
     assert local.shape[dim] == counts[group.rank], f"rank {group.rank} brings {local.shape[dim]} rows, not {counts[group.rank]}"
     longest, rows = max(counts), local.movedim(dim, 0)
     padded = rows.new_empty(longest, *rows.shape[1:])
     padded[: rows.shape[0]] = rows
     received = rows.new_empty(group.size * longest, *rows.shape[1:])
-    distributed.all_gather_into_tensor(received, padded, group=group.process_group)
-    if min(counts) < longest:
-        received = torch.cat([part[:count] for part, count in zip(received.split(longest), counts, strict=True)])
-    return received.movedim(0, dim)
+    work = distributed.all_gather_into_tensor(received, padded, group=group.process_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        if min(counts) == longest:
+            return received.movedim(0, dim)
+        parts = zip(received.split(longest), counts, strict=True)
+        return torch.cat([part[:count] for part, count in parts]).movedim(0, dim)
+
+    return finish
 
 
 def sum_rows(partial: Tensor, dim: int, counts: Sequence[int], group: Group) -> Tensor:
     """The sum of all ranks' partial results, of which each rank gets its own rows: the way back of `gather_rows`."""
+    return start_summing(partial, dim, counts, group)()
+
+
+def start_summing(partial: Tensor, dim: int, counts: Sequence[int], group: Group) -> Finish:
+    """The same, which goes on until it is finished."""
     if group.size == 1:
-        return partial
+        return lambda: partial
     longest, parts = max(counts), partial.movedim(dim, 0).split(list(counts))
     padded = parts[0].new_zeros(group.size, longest, *parts[0].shape[1:])
     for rank, part in enumerate(parts):
         padded[rank, : part.shape[0]] = part
     received = torch.empty_like(padded[0])
-    distributed.reduce_scatter_tensor(received, padded.flatten(0, 1), group=group.process_group)
-    return received[: counts[group.rank]].movedim(0, dim)
+    work = distributed.reduce_scatter_tensor(received, padded.flatten(0, 1), group=group.process_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return received[: counts[group.rank]].movedim(0, dim)
+
+    return finish
 
 
 def sum_over(values: Tensor, group: Group) -> Tensor:

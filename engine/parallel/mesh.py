@@ -6,7 +6,9 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
-from engine.config import divisors
+from engine.config import ParallelSection, divisors
+
+PARTS_ON_A_GPU = 2  # there collectives run beside products
 
 
 @dataclass(frozen=True)
@@ -69,21 +71,29 @@ class Group:
 class TargetMesh:
     """With whom a rank runs the target. tp: shares attention, dense MLPs and the head. ep: shares the experts.
 
+    parts: into how many the tokens of a shared layer are divided, so that their exchange overlaps with its products.
     Ranks of a group follow one another. Each rank brings micro-batches of its own and gets their hidden states back.
     """
 
     tp: Group = Group()
     ep: Group = Group()
+    parts: int = 1
 
     @classmethod
-    def make(cls, world: World, tp_size: int, ep_size: int, timeout_s: int | None = None) -> "TargetMesh":
+    def make(cls, world: World, tp_size: int, ep_size: int, timeout_s: int | None = None, parts: int = 1) -> "TargetMesh":
         """The groups of a rank; a collective of all ranks, which must ask for the same sizes.
 
         timeout_s: after which a stuck collective of theirs ends the job; None = PyTorch's. Raises ValueError, naming sizes that
         would do, if they do not divide the world or each other.
         """
         check_sizes(world.size, tp_size, ep_size)
-        return cls(*(_own_group(world, size, timeout_s) for size in (tp_size, ep_size)))
+        return cls(*(_own_group(world, size, timeout_s) for size in (tp_size, ep_size)), parts)
+
+    @classmethod
+    def of(cls, parallel: ParallelSection, world: World) -> "TargetMesh":
+        """As `make`, with what a recipe says."""
+        parts = parallel.exchange_parts or (1 if world.device.type == "cpu" else PARTS_ON_A_GPU)
+        return cls.make(world, parallel.tp_size, parallel.ep_size, parallel.timeout_s, parts)
 
     @property
     def whole(self) -> Group:

@@ -156,7 +156,7 @@ def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, p
         if name not in plan.shared:
             keep_own(module)
     for name in plan.shared:
-        share(modules[name], mesh.tp, rows=is_experts(modules[name], names))
+        share(modules[name], mesh.tp, is_experts(modules[name], names), mesh.parts)
     for name, module in modules.items():
         if not packs and name.endswith("rotary_emb"):
             by_document(module, shared=True)

@@ -5,7 +5,7 @@ own tokens, what is sharded on all ranks' tokens, gathered at its door. A docume
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -45,17 +45,57 @@ class Tokens:
         return tuple(length for documents in self.documents_R for length in documents)
 
     @cached_property
-    def own_documents(self) -> slice:
+    def own_documents(self) -> range:
         """Which of all documents are own."""
         start = sum(len(documents) for documents in self.documents_R[: self.rank])
-        return slice(start, start + len(self.documents_R[self.rank]))
+        return range(start, start + len(self.documents_R[self.rank]))
+
+    def parts(self, count: int) -> tuple["Part", ...]:
+        """At most `count` parts, about as long, of whole documents of each rank: fewer where a rank has fewer of them."""
+        count = min(count, *map(len, self.documents_R))
+        edges_R = [_even_edges(documents, count) for documents in self.documents_R]
+        return tuple(self._part([edges[place : place + 2] for edges in edges_R]) for place in range(count))
+
+    def _part(self, edges_R: Sequence[Sequence[int]]) -> "Part":
+        """edges_R: first document of each rank, and the first that is not in the part."""
+        rows, numbers, first_row, first_document = [], [], 0, 0
+        for documents, (start, stop) in zip(self.documents_R, edges_R, strict=True):
+            rows.append(slice(first_row + sum(documents[:start]), first_row + sum(documents[:stop])))
+            numbers += range(first_document + start, first_document + stop)
+            first_row, first_document = first_row + sum(documents), first_document + len(documents)
+        documents_R = tuple(documents[start:stop] for documents, (start, stop) in zip(self.documents_R, edges_R, strict=True))
+        own = slice(rows[self.rank].start - self.own.start, rows[self.rank].stop - self.own.start)
+        return Part(Tokens(documents_R, self.rank), own, tuple(rows), tuple(numbers))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some documents of each rank.
+
+    tokens: theirs. own: where those of this rank lie among own tokens. rows: where those of each rank lie among all.
+    documents: which they are of all.
+    """
+
+    tokens: Tokens
+    own: slice
+    rows: tuple[slice, ...]
+    documents: tuple[int, ...]
+
+
+def _even_edges(lengths: Sequence[int], count: int) -> list[int]:
+    """Where to cut documents into `count` parts that none is without: first documents of each, and how many there are."""
+    ends, edges = list(accumulate(lengths)), [0]
+    for part in range(1, count):
+        possible = range(edges[-1] + 1, len(lengths) - (count - part) + 1)
+        edges.append(min(possible, key=lambda edge: abs(ends[edge - 1] - part * ends[-1] / count)))
+    return [*edges, len(lengths)]
 
 
 class ByDocument(ABC):
     """Something that a forward hands down and that has a part for each document."""
 
     @abstractmethod
-    def of(self, documents: slice) -> "ByDocument":
+    def of(self, documents: Sequence[int]) -> "ByDocument":
         """The parts of some of the documents."""
 
 

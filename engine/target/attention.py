@@ -4,7 +4,7 @@ Transformers asks a registered mask function for the mask of each kind of layer,
 function. Ours keeps one mask a document, so windows and chunks are exactly the family's own, counted from the document's start.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ class DocumentMasks(ByDocument):
     lengths: tuple[int, ...]
     allowed_LL: tuple[Tensor | None, ...]
 
-    def of(self, documents: slice) -> "DocumentMasks":
-        return DocumentMasks(self.lengths[documents], self.allowed_LL[documents])
+    def of(self, documents: Sequence[int]) -> "DocumentMasks":
+        return DocumentMasks(*(tuple(facts[index] for index in documents) for facts in (self.lengths, self.allowed_LL)))
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class WholeMasks(ByDocument):
     masks: DocumentMasks
     device: torch.device
 
-    def of(self, documents: slice) -> "WholeMasks | Tensor":
+    def of(self, documents: Sequence[int]) -> "WholeMasks | Tensor":
         masks = self.masks.of(documents)
-        if documents.stop - documents.start != 1:
+        if len(documents) != 1:
             return WholeMasks(masks, self.device)
         (length,), (allowed_LL,) = masks.lengths, masks.allowed_LL
         if allowed_LL is None:

@@ -14,7 +14,7 @@ class Lengths(ByDocument):
         self.lengths = lengths
 
     def of(self, documents):
-        return Lengths(self.lengths[documents])
+        return Lengths(tuple(self.lengths[index] for index in documents))
 
 
 class Cumulative(nn.Module):

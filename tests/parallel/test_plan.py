@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AttentionMaskInterface
 
+from engine.batch import PackedBatch
 from engine.parallel import blocks
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
@@ -87,6 +88,28 @@ def test_without_masks_windows_or_sinks_the_result_is_another(family, kind):
     assert max(run_ranks(spoil, RANKS, family, kind)) > 1e-2
 
 
+def in_parts(world, family: str) -> tuple[float, int, int]:
+    """The largest difference of a forward in three parts from one in a single part, and how many sums each of them starts."""
+    torch.set_num_threads(1)
+    outputs, started = [], []
+    lengths = ((5, 9, 2, 1), (12, 3, 4))[world.rank]
+    ids_T = 3 + torch.arange(sum(lengths)) % 29
+    batch = PackedBatch(ids_T, torch.ones_like(ids_T, dtype=torch.bool), torch.tensor([0, *lengths]).cumsum(0).int())
+    for parts in (1, 3):
+        target = frozen.FrozenTarget(tiny_model(family), (0, 1, 2), mesh=TargetMesh.make(world, 2, 1, parts=parts))
+        with mock.patch.object(blocks, "start_summing", wraps=blocks.start_summing) as counted:
+            output = target(batch, torch.arange(len(ids_T)))
+        outputs.append([output.aux_TA, output.last_hidden_ND])
+        started.append(counted.call_count)
+    return relative(*outputs), *started
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_moe", "qwen3_next", "llama4_text"])
+def test_exchanging_in_parts_changes_nothing(family):
+    for difference, whole, parts in run_ranks(in_parts, 2, family):
+        assert difference <= TOLERANCE and parts == 3 * whole
+
+
 def resting(world, family: str) -> float:
     """Ranks bring one, two or no batches; those that have none rest. The largest error of any batch."""
     torch.set_num_threads(1)
@@ -147,17 +170,17 @@ def moved(world, family: str) -> tuple[list[int], list[int], int]:
     torch.set_num_threads(1)
     mesh, gathered, summed = TargetMesh.make(world, 2, 1), [], []
     target = frozen.FrozenTarget(tiny_model(family), (0, 1, 2), mesh=mesh)
-    gather, scatter = blocks.gather_rows, blocks.sum_rows
+    gather, scatter = blocks.start_gathering, blocks.start_summing
 
-    def counted_gather(*arguments):
-        gathered.append((result := gather(*arguments)).numel())
-        return result
+    def counted_gather(x, dim, counts, group):
+        gathered.append(x.numel() // x.shape[dim] * sum(counts))
+        return gather(x, dim, counts, group)
 
     def counted_sum(partial, *arguments):
         summed.append(partial.numel())
         return scatter(partial, *arguments)
 
-    with mock.patch.object(blocks, "gather_rows", counted_gather), mock.patch.object(blocks, "sum_rows", counted_sum):
+    with mock.patch.multiple(blocks, start_gathering=counted_gather, start_summing=counted_sum):
         run_own(target, world.rank)
     pair = LENGTHS[world.rank // 2 * 2], LENGTHS[world.rank // 2 * 2 + 1]
     return gathered, summed, sum(map(sum, pair)) * target.config.hidden_size

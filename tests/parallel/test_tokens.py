@@ -1,10 +1,12 @@
+import pytest
+
 from engine.parallel.tokens import Tokens, bounds, current_tokens, tokens_of_forward
 
 
 def test_own_tokens_and_documents_lie_behind_those_of_lower_ranks():
     tokens = Tokens(((5, 9), (12,), (3, 7, 2)), rank=2)
     assert tokens.counts_R == (14, 12, 12) and (tokens.num_own, tokens.num_all) == (12, 38)
-    assert tokens.own == slice(26, 38) and tokens.documents[tokens.own_documents] == (3, 7, 2)
+    assert tokens.own == slice(26, 38) and tokens.own_documents == range(3, 6)
     assert tokens.documents == (5, 9, 12, 3, 7, 2)
 
 
@@ -18,3 +20,21 @@ def test_a_forward_inside_another_has_its_own_tokens():
         with tokens_of_forward(inner):
             assert current_tokens() is inner
         assert current_tokens() is outer
+
+
+def test_parts_of_a_forward_hold_every_document_once():
+    tokens = Tokens(((5, 9, 2), (12, 1, 1, 8), (3, 7)), rank=1)
+    assert [len(tokens.parts(count)) for count in (1, 2, 3, 9)] == [1, 2, 2, 2], "a rank has no more than two"
+    first, second = tokens.parts(2)
+    assert first.tokens.documents_R == ((5,), (12,), (3,)) and second.tokens.documents_R == ((9, 2), (1, 1, 8), (7,))
+    assert (first.own, second.own) == (slice(0, 12), slice(12, 22))
+    assert first.rows == (slice(0, 5), slice(16, 28), slice(38, 41)) and second.documents == (1, 2, 4, 5, 6, 8)
+    assert sorted(first.documents + second.documents) == list(range(9))
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (100, 1, 1), (1, 1, 100), (7, 7, 7, 7, 7)])
+def test_no_part_is_empty(lengths):
+    for count in (1, 2, 3):
+        parts = Tokens((lengths,), 0).parts(count)
+        assert len(parts) == count and all(part.tokens.num_all for part in parts)
+        assert sum((part.tokens.documents for part in parts), ()) == lengths
