@@ -166,8 +166,9 @@ class Capture:
     def keep_head(self, target: FrozenTarget) -> None:
         """Its head and embedding, written by rank 0; a collective where ranks share the head, which is whole only in here."""
         path, head = self.folder / TARGET_FOLDER / HEAD, target.whole_head()
+        embed_weight_VD = None if target.is_tied else target.embedding.whole()
         if self.world.is_main and not path.is_file():
-            write_whole(path, lambda place: save_head(place, head, target.embed_weight_VD))
+            write_whole(path, lambda place: save_head(place, head, embed_weight_VD))
 
     def write_manifest(self, manifest: Manifest) -> None:
         write_whole(self.folder / MANIFEST, lambda path: path.write_text(manifest.to_json(), encoding="utf-8"))

@@ -177,7 +177,7 @@ class _CachedReader:
 
     def read(self, token_ids: list[int], num_choices: int) -> list[int]:
         """Read tokens; the target's choice after each of the last `num_choices` of them."""
-        device = self.target.embed_weight_VD.device
+        device = self.target.device
         ids_1T = torch.tensor([token_ids], device=device)
         self.target.decoder(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
         return self.target.head.logits(self.seen.last_hidden()[0, -num_choices:]).argmax(-1).tolist()

@@ -108,7 +108,7 @@ class Trainer:
             exported = self.export(zero, corpus, target)
         if held_out:
             with self.telemetry.stage("Measuring acceptance after training"):
-                after = held_out.measure_draft(exported.to(target.embed_weight_VD.dtype))
+                after = held_out.measure_draft(exported.to(target.dtype))
                 report = replace(report, after=after, prompt_lookup=held_out.measure_prompt_lookup())
         return report
 
@@ -158,7 +158,7 @@ class Trainer:
     def new_draft(self, config: DraftConfig, kernels: Kernels, vocab_map: VocabMap, target: Target) -> Eagle3Draft:
         draft = Eagle3Draft(config, kernels).to(self.world.device)
         head_UD = target.head_rows(vocab_map.target_ids_U).weight_VD if self.config.draft.init_head == "target" else None
-        start_from_target(draft, target.embed_weight_VD, head_UD)
+        start_from_target(draft, target.embedding.whole(), head_UD)
         if draft.embed_projection is not None:
             draft.embed_projection.requires_grad_(self.config.draft.train_embedding_projection)
         return draft
@@ -218,20 +218,20 @@ class Trainer:
         def forward(batch: PackedBatch) -> MicroBatch:
             device, allowed_ST = self.world.device, allowed_rows(batch, self.config.ttt)  # on the host, which waits for nothing
             output, batch = target(batch, slots_of(allowed_ST)), batch.to(device)
-            embed_TD = torch.nn.functional.embedding(batch.input_ids_T, target.embed_weight_VD).to(dtype)
+            embed_TD = target.embedding.rows(batch.input_ids_T).to(dtype)
             return MicroBatch(batch, replace(output, aux_TA=output.aux_TA.to(dtype)), embed_TD, to_device(allowed_ST, device))
 
         return lambda item: ([forward(batch) for batch in item[0]], item[1])
 
     def export(self, zero: ZeroDraft, corpus: Corpus, target: Target) -> ServedDraft:
         """Write the draft's folder, load it again on every rank and compare its logits with the trained draft's."""
-        folder, weights = self.output_dir / DRAFT, zero.gathered_weights()
+        folder, weights, embed_weight_VD = self.output_dir / DRAFT, zero.gathered_weights(), target.embedding.whole()
         if self.world.is_main:
-            export_draft(folder, weights, zero.config, corpus.vocab_map, target.embed_weight_VD)
+            export_draft(folder, weights, zero.config, corpus.vocab_map, embed_weight_VD)
         else:
             collections.deque(weights, maxlen=0)
         self.world.barrier()
-        exported = load_draft(folder, target.embed_weight_VD, zero.dtype, self.world.device, zero.kernels)
+        exported = load_draft(folder, embed_weight_VD, zero.dtype, self.world.device, zero.kernels)
         (micro,), _ = self.prepare(target, zero.dtype)(([corpus.sample], None))
         difference = reload_difference(zero, exported, micro)
         self.telemetry.note(f"  {folder}, reloaded: largest logit difference {difference:.1e}")
@@ -241,8 +241,8 @@ class Trainer:
 
     def served(self, draft: Eagle3Draft, vocab_map: VocabMap, target: Target) -> ServedDraft:
         """An untrained copy of the draft, in the target's precision, as a server would run it."""
-        frozen = copy.deepcopy(draft).to(target.embed_weight_VD.dtype).eval().requires_grad_(False)
-        return ServedDraft(frozen, vocab_map, frozen.embed(target.embed_weight_VD))
+        frozen = copy.deepcopy(draft).to(target.dtype).eval().requires_grad_(False)
+        return ServedDraft(frozen, vocab_map, frozen.embed(target.embedding.whole()))
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def read_embedding(section: TargetSection, config: DraftConfig) -> torch.Tensor:
                 found.append(file.get_tensor(name))
     if len(found) == 1:
         return found[0] if section.dtype == "auto" else found[0].to(getattr(torch, section.dtype))
-    return FrozenTarget.load(section, torch.device("cpu"), config.aux_layers).embed_weight_VD
+    return FrozenTarget.load(section, torch.device("cpu"), config.aux_layers).embedding.whole()
 
 
 def _embedding_candidates(section: TargetSection) -> list[tuple[str, str]]:

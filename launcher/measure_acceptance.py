@@ -147,9 +147,9 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     target = FrozenTarget.load(
         run.target, world.device, draft_config.aux_layers, mesh=mesh, unproven=run.parallel.unproven, bar=telemetry.progress
     )
-    dtype = target.embed_weight_VD.dtype
+    dtype = target.dtype
     kernels = choose_kernels(run.kernels, world.device, dtype, draft_config.head_dim)
-    draft = load_draft(arguments.draft, target.embed_weight_VD, dtype, world.device, kernels)
+    draft = load_draft(arguments.draft, target.embedding.whole(), dtype, world.device, kernels)
 
     def show(prompt: Prompt, generation: Generation) -> None:
         per_forward = (len(generation.token_ids) - 1) / max(1, generation.num_target_forwards)

@@ -68,7 +68,7 @@ def random_draft(target: FrozenTarget, *, num_layers: int = 1, fc_norm: bool = F
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3 + (1 if parameter.dim() == 1 else 0)
     vocab_map = VocabMap.most_frequent(torch.randint(0, 9, (VOCAB,)), 27)
-    return ServedDraft(model.requires_grad_(False), vocab_map, target.embed_weight_VD)
+    return ServedDraft(model.requires_grad_(False), vocab_map, target.embedding.whole())
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -56,7 +56,7 @@ def packs(*lengths: tuple[int, ...]) -> Iterator[PackedBatch]:
 
 def prepare(target: FrozenTarget, batch: PackedBatch) -> MicroBatch:
     allowed_ST = allowed_rows(batch, TttSection(steps=3))
-    embed_TD = torch.nn.functional.embedding(batch.input_ids_T, target.embed_weight_VD)
+    embed_TD = target.embedding.rows(batch.input_ids_T)
     return MicroBatch(batch, target(batch, slots_of(allowed_ST)), embed_TD, allowed_ST)
 
 
@@ -128,9 +128,9 @@ def test_a_trained_draft_exported_and_reloaded_decodes_the_same_and_decoding_is_
     draft = new_draft(target, **options)
     train(target, draft, run_ahead_depth=0)
     draft.requires_grad_(False)
-    export_draft(tmp_path / "draft", draft.state_dict().items(), draft.config, VOCAB_MAP, target.embed_weight_VD)
-    reloaded = load_draft(tmp_path / "draft", embed_weight_VD=target.embed_weight_VD)
-    in_engine = ServedDraft(draft, VOCAB_MAP, draft.embed(target.embed_weight_VD))
+    export_draft(tmp_path / "draft", draft.state_dict().items(), draft.config, VOCAB_MAP, target.embedding.whole())
+    reloaded = load_draft(tmp_path / "draft", embed_weight_VD=target.embedding.whole())
+    in_engine = ServedDraft(draft, VOCAB_MAP, draft.embed(target.embedding.whole()))
     for batch in packs((3,), (8,), (17,)):
         prompt_ids = batch.input_ids_T.tolist()
         plain = greedy_decode(target, prompt_ids, 20, ())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.parallel.blocks import by_document, keep_own, share
+from engine.parallel.blocks import by_document, keep_own, share, share_rows
 from engine.parallel.collectives import sum_over
 from engine.parallel.experts import dispatch, dispatch_dense
 from engine.parallel.mesh import Group, TargetMesh
@@ -29,6 +29,7 @@ from engine.parallel.rules import (
     is_mlp,
     mlp_cuts,
     names_of,
+    part_of_rows,
 )
 
 MIXER_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "cache_params"}
@@ -40,7 +41,7 @@ class TargetPlan:
 
     cuts: what a rank holds of a parameter. shared: modules that see all ranks' tokens. experts: modules that tokens are
     dispatched to, with the number of experts. norms: those over a width that is shared. counts: attributes to set. heads: of an
-    attention module, its own query and key heads.
+    attention module, its own query and key heads. embedding: the table of token embeddings, if ranks share its rows.
     replicated: modules that might have been shared, and why they are not.
     """
 
@@ -51,6 +52,7 @@ class TargetPlan:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     heads: dict[str, tuple[int, int]] = field(default_factory=dict)
     replicated: dict[str, str] = field(default_factory=dict)
+    embedding: str | None = None
 
     @classmethod
     def of(cls, decoder: PreTrainedModel, mesh: TargetMesh) -> "TargetPlan":
@@ -64,6 +66,7 @@ class TargetPlan:
                 plan._add(decoder, name, module, mesh)
             except Unshardable as error:
                 plan.replicated[name] = str(error)
+        plan._add_embedding(decoder, mesh.tp)
         for name, module in _mixers(decoder) if mesh.tp.size > 1 else ():
             if name not in plan.shared:
                 plan.replicated.setdefault(name, f"no rule shares a {type(module).__name__}")
@@ -79,6 +82,12 @@ class TargetPlan:
         ]
         reasons = Counter(self.replicated.values())
         return lines + [f"{count} modules on every rank: {reason}" for reason, count in reasons.most_common()]
+
+    def _add_embedding(self, decoder: PreTrainedModel, tp: Group) -> None:
+        table = decoder.get_input_embeddings()
+        if tp.size > 1 and isinstance(table, nn.Embedding):
+            self.embedding = next(name for name, module in decoder.named_modules() if module is table)
+            self.cuts[f"{self.embedding}.weight"] = Cut(0, (part_of_rows(table.num_embeddings, tp),))
 
     def _add(self, decoder: PreTrainedModel, name: str, module: nn.Module, mesh: TargetMesh) -> None:
         cuts, names = {}, names_of(decoder.config)
@@ -143,6 +152,8 @@ def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, p
             # such a module asks its config for the counts
             modules[name].config = config = copy.copy(modules[name].config)
             config.num_attention_heads, config.num_key_value_heads = plan.heads[name]
+    if plan.embedding is not None:
+        share_rows(modules[plan.embedding], mesh.tp)
     for name in plan.norms:
         _norm_over(modules[name], mesh.tp)
     for name, num_experts in plan.experts.items():

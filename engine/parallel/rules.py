@@ -267,6 +267,11 @@ def part_of(total: int, group: Group) -> tuple[int, int]:
     return group.rank * size, (group.rank + 1) * size
 
 
+def part_of_rows(total: int, group: Group) -> tuple[int, int]:
+    """A rank's part of a vocabulary, which the ranks need not divide: parts differ by one row."""
+    return total * group.rank // group.size, total * (group.rank + 1) // group.size
+
+
 def scaled(intervals: Intervals, unit: int) -> Intervals:
     return tuple((start * unit, stop * unit) for start, stop in intervals)
 

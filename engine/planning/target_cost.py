@@ -80,9 +80,9 @@ class TargetCost:
         tokens_bytes = forward.num_tokens * self.config.hidden_size * self.itemsize
         others, sent = self.mesh.tp.size - 1, {}
         if others:
-            sent["all-gather of tokens (TP)"] = sent["reduce-scatter of tokens (TP)"] = (
-                others * tokens_bytes * len(self.plan.shared)
-            )
+            sent["all-gather of tokens (TP)"] = others * tokens_bytes * len(self.plan.shared)
+            looked_up = self.plan.embedding is not None  # tokens' rows come back as layers' results do
+            sent["reduce-scatter of tokens (TP)"] = others * tokens_bytes * (len(self.plan.shared) + looked_up)
             sent["all-gather of slots (head)"] = others * forward.num_slots * self.config.hidden_size * self.itemsize
         if self.plan.experts:
             rows = sum(self._ranks_of_a_token(count) for count in self.plan.experts.values())

@@ -13,6 +13,8 @@ from transformers import (
 
 from engine.config import TargetSection
 from engine.models.registry import final_logits
+from engine.parallel.mesh import Group
+from engine.parallel.rules import Cut, part_of_rows
 from engine.target.head import TargetHead
 
 AutoClass = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
@@ -70,6 +72,25 @@ def head_of(model: PreTrainedModel) -> TargetHead:
         raise ValueError(f"target family {family!r} has a {type(linear).__name__} for a head; expected one linear map")
     bias_V = None if linear.bias is None else linear.bias.detach()
     return TargetHead(linear.weight.detach(), final.scale, final.soft_cap, bias_V=bias_V)
+
+
+def vocabulary_cuts(model: PreTrainedModel, tp: Group) -> dict[str, Cut]:
+    """What a rank holds of the head, by the names of its parameters."""
+    linear = model.get_output_embeddings()
+    if tp.size == 1 or not isinstance(linear, nn.Linear):
+        return {}
+    prefix = next(name for name, module in model.named_modules() if module is linear)
+    rows = Cut(0, (part_of_rows(linear.out_features, tp),))
+    return {f"{prefix}.{leaf}": rows for leaf, _ in linear.named_parameters()}
+
+
+def cut_head(model: PreTrainedModel, tp: Group, is_tied: bool) -> None:
+    """Keep a rank's part of a whole head, which may be the embedding, cut already."""
+    linear = model.get_output_embeddings()
+    for name, cut in vocabulary_cuts(model, tp).items():
+        leaf = name.rpartition(".")[2]
+        own = nn.Parameter(cut.of(getattr(linear, leaf)).clone(), requires_grad=False)
+        setattr(linear, leaf, model.get_input_embeddings().weight if is_tied and leaf == "weight" else own)
 
 
 def drop_other_towers(model: PreTrainedModel, decoder: nn.Module) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from engine.batch import PackedBatch, TargetOutput, to_device
@@ -21,15 +21,18 @@ from engine.parallel.rules import check_proven
 from engine.parallel.tokens import Tokens, tokens_of_forward
 from engine.target.anatomy import (
     auto_class,
+    cut_head,
     decoder_of,
     drop_other_towers,
     dtype_of,
     head_of,
     layers_of,
+    vocabulary_cuts,
     without_weights,
     wrapper_without_weights,
 )
 from engine.target.attention import NAME, ONE, packed_attention
+from engine.target.embedding import SharedEmbedding, TargetEmbedding
 from engine.target.head import TargetHead
 from engine.target.shared_head import SharedHead
 
@@ -81,7 +84,8 @@ class FrozenTarget:
     """A Hugging Face causal LM that is never trained; a TargetSource.
 
     model: the causal LM, for plain decoding with a cache; its attention is its family's own outside of `__call__`.
-    config: the config of its language model. aux_layers: three 0-based layer ids. head: its LM head.
+    config: the config of its language model. aux_layers: three 0-based layer ids. head, embedding: of its vocabulary; is_tied:
+    whether they are one tensor. dtype, device: of its states.
     packs: whether documents share a forward; families in which one document would disturb another run them one by one.
     """
 
@@ -107,20 +111,23 @@ class FrozenTarget:
             # Transformers' sdpa leaves out the cap of the scores.
             model.set_attn_implementation("eager")
         self.packs = self.decoder._supports_attention_backend and runs_packed(self.config)
-        self.head = replace(head_of(model), temperature=temperature)
         self.mesh, self.plan = mesh, plan or TargetPlan()
+        table, head = model.get_input_embeddings(), head_of(model)
+        self.is_tied = head.weight_VD.data_ptr() == table.weight.data_ptr()
         if mesh.size > 1:
             self.decoder.set_attn_implementation(NAME if self.packs else ONE)  # also for configs that modules copy
             if plan is None:
                 self.plan = cut_decoder(self.decoder, mesh)
+                cut_head(model, mesh.tp, self.is_tied)
             let_exchange(self.decoder, self.plan, mesh, self.packs)
-        self._check_head()
-        if mesh.tp.size > 1 and not self._is_tied():
-            self.head = SharedHead.of(self.head, mesh.tp)
-            model.get_output_embeddings().weight = nn.Parameter(torch.empty(0), requires_grad=False)
-
-    def _is_tied(self) -> bool:
-        return self.head.weight_VD.data_ptr() == self.embed_weight_VD.data_ptr()
+        self.dtype, self.device = table.weight.dtype, table.weight.device
+        self.embedding: TargetEmbedding | SharedEmbedding = TargetEmbedding(table.weight)
+        if self.plan.embedding is not None:
+            self.embedding = SharedEmbedding.of(table.weight, table.num_embeddings, mesh.tp)
+        self.head: TargetHead | SharedHead = replace(head_of(model), temperature=temperature)
+        self._check_head(self.head)
+        if mesh.tp.size > 1:
+            self.head = SharedHead.of(self.head, model.get_output_embeddings().out_features, mesh.tp)
 
     @classmethod
     def load(
@@ -154,12 +161,9 @@ class FrozenTarget:
         plan = TargetPlan.of(decoder, mesh)
         prefix = next(name for name, module in model.named_modules() if module is decoder)
         cuts = {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
+        cuts |= vocabulary_cuts(model, mesh.tp)
         load_cut(model, cuts, checkpoint, device, bar, wrapper_without_weights(config, section))
         return cls(model, aux_layers, temperature, mesh, plan)
-
-    @property
-    def embed_weight_VD(self) -> Tensor:
-        return self.model.get_input_embeddings().weight
 
     def whole_head(self) -> TargetHead:
         """The head with all its rows; a collective where ranks share it."""
@@ -172,7 +176,7 @@ class FrozenTarget:
     @torch.no_grad()
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
         """Run the documents of `batch`, each seeing itself alone. slots_N: int64 [N], ascending positions to learn."""
-        device, aux, last_hidden = self.embed_weight_VD.device, [], []
+        device, aux, last_hidden = self.device, [], []
         batch, slots_N = batch.to(device), to_device(slots_N, device)
         if self.mesh.size > 1:
             return self._shared(batch, slots_N)
@@ -195,7 +199,7 @@ class FrozenTarget:
     @torch.no_grad()
     def rest(self) -> None:
         """Take part in the forwards of the mesh's other ranks until all of them rest."""
-        one_T = torch.zeros(1, dtype=torch.long, device=self.embed_weight_VD.device)
+        one_T = torch.zeros(1, dtype=torch.long, device=self.device)
         while self.mesh.size > 1 and any(everyone := gather_objects((), self.mesh.whole)):
             seen = self._run_shared(one_T, everyone)
             self.head.argmax_and_lse(seen.last_hidden()[0, :0])
@@ -212,7 +216,7 @@ class FrozenTarget:
     @contextmanager
     def _forward_of(self, tokens: Tokens) -> Iterator[dict[str, Tensor]]:
         """Within it, the mesh's ranks run a forward of these tokens; gives the arguments that it takes beside own token ids."""
-        position_T = torch.cat([torch.arange(length) for length in tokens.documents]).to(self.embed_weight_VD.device)
+        position_T = torch.cat([torch.arange(length) for length in tokens.documents]).to(self.device)
         with tokens_of_forward(tokens), packed_attention(self.decoder, tokens.documents, self.packs):
             yield {"position_ids": position_T[None]}
 
@@ -231,18 +235,18 @@ class FrozenTarget:
             self.decoder(input_ids=ids_1T, position_ids=batch.position_T[None], use_cache=False)
 
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """Compare our head with the model's own logits on two tokens: remote families may do more than we know."""
-        ids_1T = torch.arange(2, device=self.embed_weight_VD.device)[None]
+    def _check_head(self, head: TargetHead) -> None:
+        """Compare our head, or our part, with the model's logits on two tokens: remote families may do more than we know."""
+        ids_1T = torch.arange(2, device=self.device)[None]
         tp = self.mesh.tp
         shared = self._forward_of(Tokens(((2,),) * tp.size, tp.rank)) if self.mesh.size > 1 else nullcontext({})
         with capture(self.model, self.aux_layers) as seen, shared as arguments:
             expected = self.model(input_ids=ids_1T, use_cache=False, **arguments).logits.float()
-        ours = replace(self.head, temperature=1.0).logits(seen.last_hidden())
+        ours = replace(head, temperature=1.0).logits(seen.last_hidden())
         aux = seen.aux()
         family, width = self.config.model_type, self.config.hidden_size
         if aux.shape != (1, 2, 3 * width):
             raise ValueError(f"target family {family!r} gives auxiliary states {list(aux.shape)}; expected [1, 2, {3 * width}]")
-        tolerance = 1e-4 if self.embed_weight_VD.dtype == torch.float32 else 2e-2
+        tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
         if ours.shape != expected.shape or not (ours - expected).abs().max() <= tolerance * expected.abs().max():
             raise ValueError(f"target family {family!r} changes its logits after the head in an unknown way; use another")

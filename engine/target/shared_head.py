@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine.parallel.collectives import gather_objects, gather_rows, max_over, sum_over
 from engine.parallel.mesh import Group
+from engine.parallel.rules import part_of_rows
 from engine.target.head import TargetHead
 
 
@@ -20,12 +21,9 @@ class SharedHead:
     group: Group
 
     @classmethod
-    def of(cls, whole: TargetHead, group: Group) -> "SharedHead":
-        """A rank's part of a head; parts differ by one row where the vocabulary does not divide."""
-        vocab_size = whole.weight_VD.shape[0]
-        first, end = (vocab_size * rank // group.size for rank in (group.rank, group.rank + 1))
-        bias_V = None if whole.bias_V is None else whole.bias_V[first:end].clone()
-        return cls(replace(whole, weight_VD=whole.weight_VD[first:end].clone(), bias_V=bias_V), first, vocab_size, group)
+    def of(cls, own: TargetHead, vocab_size: int, group: Group) -> "SharedHead":
+        """own: the rows that `part_of_rows` gives this rank."""
+        return cls(own, part_of_rows(vocab_size, group)[0], vocab_size, group)
 
     def rows(self, target_ids_U: Tensor) -> TargetHead:
         """The head restricted to `target_ids_U`, int64 [U], on every rank."""

@@ -13,15 +13,15 @@ from torch import Tensor
 from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.store.format import DTYPES, TARGET_FOLDER, StoreError, from_stored
 from engine.store.reader import MappedShard, OpenStore
+from engine.target.embedding import TargetEmbedding
 from engine.target.head import TargetHead
 
 HEAD, READERS = "head.safetensors", 4
 
 
-def save_head(path: Path, head: TargetHead, embed_weight_VD: Tensor) -> None:
-    """What a draft needs of a target beside its hidden states: the embedding and the head, once where they are one tensor."""
-    tied = head.weight_VD.data_ptr() == embed_weight_VD.data_ptr()
-    tensors = {"embed": embed_weight_VD} | ({} if tied else {"head": head.weight_VD})
+def save_head(path: Path, head: TargetHead, embed_weight_VD: Tensor | None) -> None:
+    """What a draft needs of a target beside its hidden states: the head and the embedding; None = they are one tensor."""
+    tensors = {"embed": head.weight_VD} if embed_weight_VD is None else {"embed": embed_weight_VD, "head": head.weight_VD}
     if head.bias_V is not None:
         tensors["bias"] = head.bias_V
     facts = {"scale": head.scale, "soft_cap": head.soft_cap, "temperature": head.temperature}
@@ -43,7 +43,8 @@ class StoredTarget:
         if not self._head_path.is_file():
             raise StoreError(f"{self._head_path} is missing; run the capture again, which writes it")
         with safe_open(self._head_path, "pt", device=str(device)) as file:
-            self.embed_weight_VD = file.get_tensor("embed")
+            self.embedding = TargetEmbedding(file.get_tensor("embed"))
+        self.dtype = self.embedding.weight_VD.dtype
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
 
     def head_rows(self, target_ids_U: Tensor) -> TargetHead:

@@ -25,7 +25,7 @@ from engine.parallel.loader import Checkpoint, load_cut
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
 from engine.parallel.rules import Cut
-from engine.target.anatomy import decoder_of
+from engine.target.anatomy import decoder_of, vocabulary_cuts
 from engine.target.frozen import FrozenTarget
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
@@ -45,7 +45,7 @@ def cuts_of(model: PreTrainedModel, tp: int, ep: int, rank: int) -> dict[str, Cu
     decoder = decoder_of(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     plan = TargetPlan.of(decoder, TargetMesh(Group(tp, rank % tp), Group(ep, rank % ep)))
-    return {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
+    return {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()} | vocabulary_cuts(model, Group(tp, rank % tp))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

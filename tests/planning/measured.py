@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.batch import MicroBatch
@@ -88,7 +87,7 @@ def train(world: World, training: Training) -> dict[str, int]:
             allowed_ST = allowed_rows(batch, TTT)
             output = target(batch, slots_of(allowed_ST))
             output = replace(output, argmax_N=output.argmax_N % DRAFT_VOCAB)
-            micro = MicroBatch(batch, output, embedding(batch.input_ids_T, target.embed_weight_VD), allowed_ST)
+            micro = MicroBatch(batch, output, target.embedding.rows(batch.input_ids_T), allowed_ST)
             del output
             end_of("target")
             loss = zero.forward(micro, normalise([micro])[0]).loss

@@ -47,8 +47,6 @@ def shared_forward(world, families: tuple[str, ...], sizes: tuple[int, int]) -> 
     for family in families:
         target = FrozenTarget(tiny_model(family), AUX_LAYERS, mesh=mesh)
         held = sum(weight.nbytes for weight in {*target.model.parameters()})
-        head = target.head.own.weight_VD if hasattr(target.head, "own") else None
-        held += 0 if head is None else head.nbytes
         with CountCollectives() as count:
             target(batch(), SLOTS)
         large = [(name, size) for _, name, size in count.issued.calls if size >= TOKENS * target.config.hidden_size]

@@ -241,7 +241,7 @@ def test_a_saved_target_loads_as_it_was(name, tmp_path):
     loaded = FrozenTarget.load(section, torch.device("cpu"))
     slots_N = torch.arange(29)
     assert loaded.aux_layers == AUX and loaded.config.vocab_size == 97
-    assert loaded.embed_weight_VD.shape == (97, 32)
+    assert loaded.embedding.whole().shape == (97, 32)
     assert torch.equal(loaded(_batch(), slots_N).aux_TA, FrozenTarget(model, AUX)(_batch(), slots_N).aux_TA)
 
 
