@@ -10,6 +10,7 @@ whatever else the machine does meets all of them alike.
   and read after the call. Unknown where the kernel has no such mark.
 - Floor: FLOPs and bytes of the work over the datasheet's rates. Where there is none, over the best rates of large products and
   copies, tried before the run and after each shape: a machine that has other work would seem slower than it is.
+- MFU: share of the FLOP/s that the floor is by. `of product`: share of those that the best large product reached here.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import resource
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ class Row:
     peak_bytes: int | None = None
     error: str | None = None
 
-    def record(self, benchmark: Benchmark, place: Place, peak: HardwarePeak) -> dict[str, Any]:
-        """The row as JSON holds it."""
+    def record(self, benchmark: Benchmark, place: Place, peak: HardwarePeak, tried: HardwarePeak) -> dict[str, Any]:
+        """The row as JSON holds it. tried: rates that were measured here."""
         names = {"shape": self.shape, "provider": self.provider}
         if self.error is not None:
             return names | {"error": self.error}
@@ -102,6 +103,7 @@ class Row:
             names
             | {f"{name}_ms": 1e3 * value for name, value in milliseconds.items()}
             | {"over_floor": median_s / least_s, "mfu": num_flops / median_s / peak.flops_per_s[place.dtype]}
+            | {"of_product": num_flops / median_s / tried.flops_per_s[place.dtype]}
             | {"flops": num_flops, "peak_bytes": self.peak_bytes}
             | benchmark.figures(shape, median_s)
         )
@@ -114,21 +116,32 @@ def main(benchmark: Benchmark) -> None:
     if options.device == "cpu":
         keep_freed_memory()
         _refuse_more_memory_than_there_is()
-    progress, rows, peak = Console(stderr=True), [], _peak(place)
-    for name in options.shapes:
-        progress.print(f"{name}: {', '.join(options.providers)}", style="dim", highlight=False)
-        rows += _measure(benchmark, name, options.providers, place, options.repeat)
-        gc.collect()
-        peak = _faster(peak, _peak(place))
-        record = _describe(benchmark, options, place, peak) | {"rows": [row.record(benchmark, place, peak) for row in rows]}
+    for figures in measured(benchmark, options.shapes, options.providers, place, options.repeat):
         if options.json is not None:  # after every shape: a run that is cut short loses nothing
+            record = _describe(benchmark, options, place) | figures
             options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     console = Console(width=max(Console().width, TABLE_WIDTH))
-    console.print(f"{options.device}, {options.dtype}; floor by {peak.name}", highlight=False)
-    console.print(_table(record["rows"]))
+    console.print(f"{options.device}, {options.dtype}; floor by {figures['peak']['source']}", highlight=False)
+    console.print(_table(figures["rows"]))
 
 
-def _measure(benchmark: Benchmark, shape_name: str, providers: list[str], place: Place, repeat: int) -> list[Row]:
+def measured(
+    benchmark: Benchmark, shapes: Sequence[str], providers: Sequence[str], place: Place, repeat: int
+) -> Iterator[dict[str, Any]]:
+    """After every shape, rows of all so far and the rates that they are held against, as JSON holds them."""
+    progress, rows, tried = Console(stderr=True), [], _tried(place)
+    for name in shapes:
+        progress.print(f"{name}: {', '.join(providers)}", style="dim", highlight=False)
+        rows += _measure(benchmark, name, providers, place, repeat)
+        gc.collect()
+        tried = _faster(tried, _tried(place))
+        peak = _peak(place, tried)
+        rates = {"source": peak.name, "flops_per_s": peak.flops_per_s[place.dtype], "bytes_per_s": peak.bytes_per_s}
+        rates["product_flops_per_s"] = tried.flops_per_s[place.dtype]
+        yield {"peak": rates, "rows": [row.record(benchmark, place, peak, tried) for row in rows]}
+
+
+def _measure(benchmark: Benchmark, shape_name: str, providers: Sequence[str], place: Place, repeat: int) -> list[Row]:
     """Every provider at one shape. What fails is left out from there on."""
     rows, calls = {name: Row(shape_name, name) for name in providers}, {}
     with _caught(*rows.values()):
@@ -216,10 +229,16 @@ def _refuse_more_memory_than_there_is() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def _peak(place: Place) -> HardwarePeak:
-    """Of the datasheet, or the best of a few large products and copies."""
-    with contextlib.suppress(ValueError):
+def _peak(place: Place, tried: HardwarePeak) -> HardwarePeak:
+    """Of the datasheet, where there is one."""
+    try:
         return peak_of(place.device)
+    except ValueError:
+        return tried
+
+
+def _tried(place: Place) -> HardwarePeak:
+    """The best of a few large products and copies."""
     size = PRODUCT_SIZE[place.device.type]
     a, b = (torch.randn(size, size, device=place.device, dtype=place.dtype) for _ in range(2))
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=place.device)
@@ -238,13 +257,12 @@ def _faster(one: HardwarePeak, other: HardwarePeak) -> HardwarePeak:
     return HardwarePeak(one.name, rates, max(one.bytes_per_s, other.bytes_per_s))
 
 
-def _describe(benchmark: Benchmark, options: argparse.Namespace, place: Place, peak: HardwarePeak) -> dict[str, Any]:
+def _describe(benchmark: Benchmark, options: argparse.Namespace, place: Place) -> dict[str, Any]:
     """Machine, versions, commit and command, without any path of this machine."""
     chosen = {"device": [options.device], "dtype": [options.dtype], "shapes": options.shapes, "providers": options.providers}
     words = [word for name, values in chosen.items() for word in (f"--{name}", *values)]
-    rates = {"source": peak.name, "flops_per_s": peak.flops_per_s[place.dtype], "bytes_per_s": peak.bytes_per_s}
     command = shlex.join(["python", "-m", benchmark.module, *words, "--repeat", str(options.repeat)])
-    return {"command": command} | machine_and_versions(place.device) | {"peak": rates}
+    return {"command": command} | machine_and_versions(place.device)
 
 
 _COLUMNS = {
@@ -254,6 +272,7 @@ _COLUMNS = {
     "floor_ms": ("floor ms", "{:.3g}"),
     "over_floor": ("x floor", "{:.2f}"),
     "mfu": ("MFU", "{:.1%}"),
+    "of_product": ("of product", "{:.1%}"),
 }
 
 
