@@ -134,6 +134,7 @@ def test_a_test_mirrors_the_file_it_tests():
     free_standing = {"test_architecture", "test_equalities", "test_golden", "test_recipes"}
     homes = {path.relative_to(ROOT / "engine").with_suffix("") for path in files("engine")}
     homes |= {Path("launcher", path.stem) for path in files("launcher")}
+    homes |= {path.relative_to(ROOT).with_suffix("") for path in files("benchmarks")}
     for path in files("tests"):
         if path.stem.startswith("test_") and path.stem not in free_standing:
             home = path.relative_to(ROOT / "tests").with_name(path.stem.removeprefix("test_"))
