@@ -24,10 +24,10 @@ def show(rows: list[dict[str, float | str]], number: str = "{:,.3f}") -> None:
     Console(width=160).print(table)
 
 
-def write_record(path: Path | None, command: str, rows: list[dict[str, Any]]) -> None:
-    """Keep the rows of a benchmark on a CPU; None = nowhere."""
+def write_record(path: Path | None, command: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
+    """Keep the rows of a benchmark on a type of device; None = nowhere."""
     if path is not None:
-        record = {"command": command} | machine_and_versions(torch.device("cpu")) | {"rows": rows}
+        record = {"command": command} | machine_and_versions(torch.device(device)) | {"rows": rows}
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
