@@ -46,11 +46,11 @@ def _others(group: Any) -> int:
     return distributed.get_world_size(group) - 1
 
 
-def _gathered(_: Tensor, own: Tensor, group: Any) -> int:
+def _gathered(_: Tensor, own: Tensor, group: Any, async_op: bool = False) -> int:
     return _others(group) * own.nbytes
 
 
-def _scattered(own: Tensor, _: Tensor, group: Any) -> int:
+def _scattered(own: Tensor, _: Tensor, group: Any, async_op: bool = False) -> int:
     return _others(group) * own.nbytes
 
 
@@ -100,7 +100,7 @@ class Watch(ExitStack):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
-        self._calls: dict[str, list[tuple[int, Any, Any]]] = {}  # bytes, and the moments before and after
+        self._calls: dict[str, list[tuple[int, list]]] = {}  # bytes, and the moments before and after the call, and the wait
         self._rows: list[tuple[Tensor, int]] = []  # by rank they go to, and which of these is their own
 
     def __enter__(self) -> "Watch":
@@ -111,11 +111,11 @@ class Watch(ExitStack):
         return self
 
     def _note(self, inner: Callable, kind: str, num_bytes: Callable[..., int], *arguments: Any, **options: Any) -> Any:
-        before = _moment(self._device)
+        moments = [_moment(self._device)]
         result = inner(*arguments, **options)
-        after = _moment(self._device)
-        self._calls.setdefault(kind, []).append((num_bytes(*arguments, **options), before, after))
-        return result
+        moments.append(_moment(self._device))
+        self._calls.setdefault(kind, []).append((num_bytes(*arguments, **options), moments))
+        return _Watched(result, moments, self._device) if options.get("async_op") else result
 
     def _note_rows(self, inner: Callable, counts_R: Tensor, group: Group) -> Tensor:
         self._rows.append((counts_R, group.rank))
@@ -124,7 +124,7 @@ class Watch(ExitStack):
     @property
     def sent(self) -> dict[str, Sent]:
         return {
-            kind: Sent(len(calls), sum(size for size, *_ in calls), sum(_seconds(*moments) for _, *moments in calls))
+            kind: Sent(len(calls), sum(size for size, _ in calls), sum(_seconds_within(moments) for _, moments in calls))
             for kind, calls in self._calls.items()
         }
 
@@ -132,6 +132,25 @@ class Watch(ExitStack):
     def num_rows(self) -> int:
         """To experts of other ranks, in all layers."""
         return sum(int(counts_R.sum() - counts_R[own]) for counts_R, own in self._rows)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A collective under way: what is waited for it is noted too."""
+
+    work: distributed.Work
+    moments: list
+    device: torch.device
+
+    def wait(self) -> None:
+        self.moments.append(_moment(self.device))
+        self.work.wait()
+        self.moments.append(_moment(self.device))
+
+
+def _seconds_within(moments: Sequence[Any]) -> float:
+    """moments: before and after each of several spans."""
+    return sum(_seconds(before, after) for before, after in zip(moments[::2], moments[1::2], strict=True))
 
 
 def _moment(device: torch.device) -> Any:
