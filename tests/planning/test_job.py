@@ -94,6 +94,15 @@ def test_the_largest_targets_fit_8_to_32_gpus(recipe):
     assert row in (ROOT / "docs" / "targets.md").read_text(encoding="utf-8"), row
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_fits_as_it_is(recipe):
+    plans = planner(recipe)
+    own = plans.config.parallel
+    assert plans.fits(plans.plan(Ranks.of(plans.config, plans.ds_config, max(own.tp_size, own.ep_size))))
+    if recipe in LARGE:
+        assert plans.smallest(32)[0].ranks.mesh == Ranks.of(plans.config, plans.ds_config, 8).mesh
+
+
 def test_fewer_gpus_than_needed_are_refused_with_what_is_missing():
     assert planner("deepseek-v3").smallest(4) == []
     assert "needs" in planner("deepseek-v3").why_nothing_fits(4) and "--gpus" in planner("deepseek-v3").why_nothing_fits(4)
