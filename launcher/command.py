@@ -121,6 +121,11 @@ def check_inputs(config: Config) -> None:
         for path in paths:
             if path not in (EMBEDDED, None) and not Path(path).is_file():
                 raise ConfigError(f"no such file; expected one below {Path.cwd()} or an absolute path", key=key, value=path)
+    check_target(config)
+
+
+def check_target(config: Config) -> None:
+    """Raises ConfigError if `target.path` is meant as a folder and is none."""
     if config.target.path.startswith((".", "/", "~")) and not Path(config.target.path).is_dir():
         raise ConfigError(
             "no such folder; expected a Hugging Face folder or a hub id", key="target.path", value=config.target.path

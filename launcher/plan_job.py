@@ -28,7 +28,7 @@ from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Rank
 from engine.recipe import load_config
 from engine.target.anatomy import without_weights
 from engine.telemetry import Telemetry
-from launcher.command import make_parser, run_plugins, stop, with_paths, wrong_options
+from launcher.command import check_target, make_parser, run_plugins, stop, with_paths, wrong_options
 
 SHOWN = 5
 
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--ds_config", type=Path, default=ROOT / "ds_configs" / "zero3.json", help="DeepSpeed's JSON; default: zero3.json")
     add("--gpus", type=int, default=32, metavar="N", help="GPUs there are; default 32")
-    add("--gpu", default="NVIDIA H200", metavar="NAME", help=f"their kind: {', '.join(PEAKS)}; default: NVIDIA H200")
+    add("--gpu", default="H200", metavar="NAME", help=f"their kind, or a part of its name: {', '.join(PEAKS)}; default H200")
     add("--gpus_per_node", type=int, default=8, metavar="N", help="of them in a node; default 8")
     add("--memory_gb", type=float, metavar="GB", help="memory of one; default: its datasheet's")
     add("--network_gb_per_s", type=float, default=50, metavar="GB/S", help="what one sends out of its node; default 50")
@@ -96,7 +96,9 @@ def gigabytes(count: float) -> str:
 
 def show_ways(planner: Planner, found: list[JobPlan], telemetry: Telemetry) -> None:
     """A line for each way that fits."""
-    table = Table(box=None, padding=(0, 2, 0, 0), title=f"ways to share the target on {found[0].ranks.size} GPUs")
+    size = found[0].ranks.size
+    title = f"ways to share the target on {size} GPUs" if size > 1 else "on one GPU"
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title)
     for heading in ("tp_size", "ep_size", "tokens a micro-batch", "GB a rank", "tokens/s"):
         table.add_column(heading, justify="right")
     for plan in found[:SHOWN]:
@@ -114,6 +116,8 @@ def show_plan(planner: Planner, plan: JobPlan, telemetry: Telemetry) -> None:
         ("GB that a rank sends for a micro-batch", facts["traffic_bytes"], gigabytes),
         ("ms of a micro-batch", {name: 1e3 * seconds for name, seconds in facts["seconds"].items()}, "{:,.1f}".format),
     ):
+        if not values:
+            continue
         table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left", show_header=False)
         for name, value in values.items():
             table.add_row(name, show(value))
@@ -139,6 +143,7 @@ def main() -> None:
     arguments = parse_arguments()
     with wrong_options(arguments, rank=0):
         config = load_config(arguments.recipe, arguments.overrides)
+        check_target(config)
         ds_config = load_ds_config(arguments.ds_config)
     telemetry = Telemetry(speaks=True)
     try:

@@ -44,11 +44,15 @@ class Gpus:
 
     @classmethod
     def named(cls, name: str, memory_gb: float | None, network_gb_per_s: float, per_node: int) -> "Gpus":
-        """memory_gb: instead of the datasheet's. Raises ValueError for a GPU that is not known."""
-        if name not in _MEMORY_AND_LINK:
-            raise ValueError(f"no datasheet for {name!r}; known are {sorted(_MEMORY_AND_LINK)}")
-        memory, link = _MEMORY_AND_LINK[name]
-        return cls(PEAKS[name], (memory_gb or memory) * 1e9, link * 1e9, network_gb_per_s * 1e9, per_node)
+        """name: or a part of it that no other GPU has. memory_gb: instead of the datasheet's.
+
+        Raises ValueError for a GPU that is not known.
+        """
+        known = [full for full in _MEMORY_AND_LINK if name.lower() in full.lower()]
+        if len(known) != 1:
+            raise ValueError(f"no datasheet for {name!r}; use one of {known or sorted(_MEMORY_AND_LINK)}")
+        memory, link = _MEMORY_AND_LINK[known[0]]
+        return cls(PEAKS[known[0]], (memory_gb or memory) * 1e9, link * 1e9, network_gb_per_s * 1e9, per_node)
 
     def rate(self, num_ranks: int) -> float:
         """Bytes/s that a rank sends to the others of a group; where they span nodes, as if all did."""
@@ -262,9 +266,9 @@ class Planner:
     def target_line(self) -> str:
         """What the target is."""
         cost = self.plan(Ranks(1, 1, 1, 1)).target
-        total, active = cost.num_weights / 1e9, cost.num_active_weights / 1e9
-        size = f"{total:,.2f} billion weights, {active:,.2f} billion of its layers' active for a token"
-        return f"{self.config.target.path}: {size}, {cost.weight_bytes / 1e9:,.1f} GB"
+        total, active = _in_words(cost.num_weights), _in_words(cost.num_active_weights)
+        size = f"{total} weights, {active} of its layers' active for a token"
+        return f"{self.config.target.path}: {size}, {cost.weight_bytes / 1e9:,.2f} GB"
 
     def facts(self, plan: "JobPlan") -> dict[str, Any]:
         """A plan in plain values, for JSON."""
@@ -298,6 +302,10 @@ class Planner:
         """Of all ranks."""
         seconds = plan.step_s(plan.counts(self.assumed.documents), self.gpus, self.assumed.share_of_peak)
         return plan.ranks.size * plan.num_tokens / sum(seconds.values())
+
+
+def _in_words(count: float) -> str:
+    return f"{count / 1e9:,.2f} billion" if count >= 1e9 else f"{count / 1e6:,.2f} million"
 
 
 def _sizes(limit: int, per_node: int) -> list[int]:
