@@ -39,10 +39,10 @@ def path(request, monkeypatch) -> ComputePath:
         pytest.skip("needs a CUDA device: Triton cannot interpret liger-kernel's norms")
     if chosen.needs_triton or chosen.needs_gpu:
         pytest.importorskip("triton", reason="Triton is not installed")
-        from engine.kernels import prefix_flash
+        from engine.kernels import flash
         from tests.kernels.plain_flash import PLAIN
 
-        monkeypatch.setattr(prefix_flash, "available_prefix", lambda: PLAIN)
+        monkeypatch.setattr(flash, "available_flash", lambda: PLAIN)
     return chosen
 
 

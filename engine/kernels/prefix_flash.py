@@ -20,13 +20,9 @@ the ancestors add to dq, and forms their own dk and dv, of which a row's share i
 The rows of a document [s, e) stand at successive positions a .. b - 1. Its queries are those rows and its keys are [s, b), so a
 causal mask aligned to the bottom right lets the row at position a + i see [s, a + i]. The keys [b, e), seen by none, are a
 segment without queries; else nobody would write their gradients. Segments number 2 D, whatever the rows are, and are found on
-the device. Checked in the sources of flash-attn 2.7.0 and 2.8.3 and of PyTorch's copy of it: the mask is so aligned (flash-attn
-since 2.1), segments without queries get zero gradients, and the log-sum-exp is [H, Q] (flash-attn since 2.7; PyTorch for CUDA).
+the device.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +31,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.kernels import flash
+from engine.kernels.flash import HEAD_DIM_GRANULE, MAX_HEAD_DIM, FlashAttention, FlashInputs
 from engine.kernels.interface import AttentionRows
 from engine.kernels.rows import add_rows
 
 # Eight numbers a thread: 16 bytes a load, and for ptxas at most 128 registers (sm_90, six ancestors), so that two programs
 # share a multiprocessor and one computes while the other waits.
 TILE, NUMBERS_PER_WARP, MAX_WARPS = 2048, 256, 16
-MAX_HEAD_DIM, HEAD_DIM_GRANULE, LEAST_CAPABILITY = 256, 8, (8, 0)  # of flash attention 2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -135,116 +132,19 @@ def _merge_backward_kernel(
     _store(query_grad, index_M, sum_ME + _load(prefix_query_grad, index_M, E, E_PAD), exists_M, E, E_PAD)
 
 
-class PrefixInputs(NamedTuple):
-    """What flash attention reads, all of it dense; cu_queries, cu_keys: starts of segments and their end, int32 [2 D + 1]."""
-
-    query_QHE: Tensor
-    key_TGE: Tensor
-    value_TGE: Tensor
-    cu_queries: Tensor
-    cu_keys: Tensor
-
-    @property
-    def scale(self) -> float:
-        return self.query_QHE.shape[2] ** -0.5
-
-    @property
-    def segments(self) -> tuple[Tensor, Tensor, int, int]:
-        """Starts of queries and of keys, and most of each in a segment: bounds, for the device alone knows the lengths.
-
-        Never one query at most: from that, flash attention concludes that every segment has one.
-        """
-        return self.cu_queries, self.cu_keys, max(len(self.query_QHE), 2), len(self.key_TGE)
-
-
-@dataclass(frozen=True)
-class PrefixAttention:
-    """An implementation of causal attention in segments, aligned to their bottom right corner.
-
-    forward: inputs -> output [Q, H, E] and its log-sum-exp, fp32 [H, Q], both dense. backward: inputs, gradient of the output,
-    output, log-sum-exp -> gradients of queries, keys and values; the last two may be those of a softmax over further keys too.
-    """
-
-    name: str
-    forward: Callable[[PrefixInputs], tuple[Tensor, Tensor]]
-    backward: Callable[[PrefixInputs, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-@cache
-def flash_attn_prefix() -> PrefixAttention | None:
-    """That of the package flash-attn from 2.7 on; dq has the same bits each time under torch.use_deterministic_algorithms."""
-    try:
-        import flash_attn
-        from flash_attn import flash_attn_interface as flash
-    except ImportError:
-        return None
-    if tuple(map(int, flash_attn.__version__.split(".")[:2])) < (2, 7):
-        return None
-
-    def forward(inputs: PrefixInputs) -> tuple[Tensor, Tensor]:
-        output_QHE, lse_HQ, *_ = flash._flash_attn_varlen_forward(*inputs[:3], *inputs.segments, 0.0, inputs.scale, True)
-        return output_QHE, lse_HQ
-
-    def backward(inputs: PrefixInputs, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor) -> tuple[Tensor, ...]:
-        grads = [torch.empty_like(x) for x in inputs[:3]]
-        options = {"dropout_p": 0.0, "softmax_scale": inputs.scale, "causal": True, "softcap": 0.0, "alibi_slopes": None}
-        options |= {"window_size_left": -1, "window_size_right": -1}
-        options["deterministic"] = torch.are_deterministic_algorithms_enabled()
-        forward_pass = *inputs[:3], output_QHE, lse_HQ
-        flash._flash_attn_varlen_backward(grad_QHE, *forward_pass, *grads, *inputs.segments, **options)
-        return tuple(grads)
-
-    return PrefixAttention("flash-attn", forward, backward)
-
-
-@cache
-def torch_prefix() -> PrefixAttention | None:
-    """That of PyTorch for CUDA; for ROCm its log-sum-exp is padded. As to bits, the same holds as for flash-attn."""
-    if torch.version.cuda is None or not torch.backends.cuda.is_flash_attention_available():
-        return None
-    return PrefixAttention("torch", _torch_forward, _torch_backward)
-
-
-def _torch_forward(inputs: PrefixInputs) -> tuple[Tensor, Tensor]:
-    output_QHE, lse_HQ, *_ = torch.ops.aten._flash_attention_forward(
-        *inputs[:3], *inputs.segments, 0.0, True, False, scale=inputs.scale
-    )
-    return output_QHE, lse_HQ
-
-
-def _torch_backward(inputs: PrefixInputs, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor) -> tuple[Tensor, ...]:
-    unread = lse_HQ.new_empty(2, dtype=torch.uint64)  # the state of a dropout that there is not
-    return torch.ops.aten._flash_attention_backward(
-        grad_QHE, *inputs[:3], output_QHE, lse_HQ, *inputs.segments, 0.0, True, unread, unread, scale=inputs.scale
-    )
-
-
-def _nothing(inputs: PrefixInputs) -> tuple[Tensor, Tensor]:
+def _nothing(inputs: FlashInputs) -> tuple[Tensor, Tensor]:
     query_QHE = inputs.query_QHE
     return torch.empty_like(query_QHE), query_QHE.new_empty(query_QHE.shape[1::-1], dtype=torch.float32)
 
 
-_NO_ROWS = PrefixAttention("no rows", _nothing, lambda inputs, *_: tuple(map(torch.zeros_like, inputs[:3])))
-
-
-def available_prefix() -> PrefixAttention | None:
-    """flash-attn's where it is installed, else PyTorch's own, else None."""
-    return flash_attn_prefix() or torch_prefix()
+_NO_ROWS = FlashAttention("no rows", _nothing, lambda inputs, *_: tuple(map(torch.zeros_like, inputs[:3])), False)
 
 
 def refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
     """Why this attention cannot run there, in one sentence; None where it can."""
-    if device.type != "cuda" or torch.version.hip:
-        return f"flash attention needs a CUDA device, not {'ROCm' if torch.version.hip else device.type}"
-    if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return f"flash attention needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))}, of the A100, or later"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"flash attention computes in bf16 or fp16, not in {dtype}"
     if head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_GRANULE:
         return f"flash attention needs a head dim of at most {MAX_HEAD_DIM}, a multiple of {HEAD_DIM_GRANULE}, not {head_dim}"
-    if available_prefix() is None:
-        return "neither flash-attn from 2.7 on nor a PyTorch for CUDA with flash attention is installed"
-    return None
+    return flash.refusal(dtype, device)
 
 
 def _segments(rows: AttentionRows) -> tuple[Tensor, Tensor]:
@@ -261,7 +161,7 @@ def _segments(rows: AttentionRows) -> tuple[Tensor, Tensor]:
 class _Merge(NamedTuple):
     """Arguments of a merge, and the launching of its kernels; extras: the ancestors' keys, then their values, dense."""
 
-    inputs: PrefixInputs
+    inputs: FlashInputs
     rows: AttentionRows
     extras: tuple[Tensor, ...]
 
@@ -302,14 +202,14 @@ class _Merge(NamedTuple):
 
 class _PrefixFlash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prefix: PrefixAttention, rows: AttentionRows, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, prefix: FlashAttention, rows: AttentionRows, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         query_QHE, key_TGE, value_TGE, *extras = (x.contiguous() for x in tensors)
-        inputs = PrefixInputs(query_QHE, key_TGE, value_TGE, *_segments(rows))
+        inputs = FlashInputs(query_QHE, key_TGE, value_TGE, *_segments(rows))
         output_QHE, lse_HQ = prefix.forward(inputs)
         if extras:
             output_QHE, lse_HQ = _Merge(inputs, rows, tuple(extras)).forward(output_QHE, lse_HQ)
         ctx.prefix, ctx.rows = prefix, rows
-        ctx.save_for_backward(*inputs, output_QHE, lse_HQ, *extras)
+        ctx.save_for_backward(*inputs[:5], output_QHE, lse_HQ, *extras)
         lse_QH = lse_HQ.t()
         ctx.mark_non_differentiable(lse_QH)
         return output_QHE, lse_QH
@@ -317,7 +217,7 @@ class _PrefixFlash(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_QHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, (output_QHE, lse_HQ, *extras) = PrefixInputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
+        inputs, (output_QHE, lse_HQ, *extras) = FlashInputs(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
         results = grad_QHE.contiguous(), output_QHE, lse_HQ
         query_grad_QHE, key_grad_TGE, value_grad_TGE = ctx.prefix.backward(inputs, *results)
         extra_grads = []
@@ -340,7 +240,7 @@ def ancestor_attention(
     Tensors are of one dtype, bf16 or fp16; `refusal` says what else flash attention asks for.
     Raises ValueError where none is installed.
     """
-    prefix = available_prefix()
+    prefix = flash.available_flash()
     if prefix is None:
         raise ValueError("expected flash-attn from 2.7 on or PyTorch for CUDA with flash attention, found neither; install one")
     prefix = prefix if len(query_QHE) else _NO_ROWS

@@ -59,10 +59,10 @@ def ancestor_attention() -> None:
 
 
 def prefix_flash() -> None:
-    from engine.kernels import prefix_flash
+    from engine.kernels import flash, prefix_flash
     from tests.kernels.plain_flash import PLAIN
 
-    prefix_flash.available_prefix = lambda: PLAIN
+    flash.available_flash = lambda: PLAIN
     attend(prefix_flash.ancestor_attention, {torch.bfloat16: (64, 128, 256)})
 
 

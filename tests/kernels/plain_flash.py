@@ -1,11 +1,11 @@
-"""Flash attention's part in `prefix_flash` written out in plain PyTorch: as exacting, and as free with what it need not write.
+"""Flash attention written out in plain PyTorch: as exacting, and as free with what it need not write.
 
 It wants every key in a segment and leaves the gradients of others undefined.
 """
 
 import torch
 
-from engine.kernels.prefix_flash import PrefixAttention
+from engine.kernels.flash import FlashAttention
 
 
 def segments_of(inputs):
@@ -20,7 +20,9 @@ def segments_of(inputs):
     bounds = zip(cu_queries.tolist(), cu_queries.tolist()[1:], cu_keys.tolist(), cu_keys.tolist()[1:], strict=False)
     for first, end, start, stop in bounds:
         is_seen_qk = torch.ones(end - first, stop - start, dtype=torch.bool, device=cu_keys.device)
-        yield slice(first, end), slice(start, stop), is_seen_qk.tril((stop - start) - (end - first))
+        corner, left = (stop - start) - (end - first), inputs.window_sizes["window_size_left"]
+        is_seen_qk = is_seen_qk.tril(corner) if left < 0 else is_seen_qk.tril(corner).triu(corner - left)
+        yield slice(first, end), slice(start, stop), is_seen_qk
 
 
 def scores_of(inputs, queries: slice, keys: slice, is_seen_qk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,6 +31,8 @@ def scores_of(inputs, queries: slice, keys: slice, is_seen_qk) -> tuple[torch.Te
     group_H = torch.arange(num_heads, device=is_seen_qk.device) // (num_heads // inputs.key_TGE.shape[1])
     key_kHE = inputs.key_TGE[keys][:, group_H].double()
     scores_Hqk = torch.einsum("qhe,khe->hqk", inputs.query_QHE[queries].double(), key_kHE) * inputs.scale
+    if inputs.softcap is not None:
+        scores_Hqk = inputs.softcap * (scores_Hqk / inputs.softcap).tanh()
     return scores_Hqk.masked_fill(~is_seen_qk, -torch.inf), group_H
 
 
@@ -61,4 +65,4 @@ def plain_backward(inputs, grad_QHE, output_QHE, lse_HQ):
     return tuple(grads)
 
 
-PLAIN = PrefixAttention("plain", plain_forward, plain_backward)
+PLAIN = FlashAttention("plain", plain_forward, plain_backward, has_softcap=True)

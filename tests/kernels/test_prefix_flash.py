@@ -3,18 +3,15 @@
 On a CPU Triton's interpreter runs the merge, see conftest.py, and plain_flash.py stands in for flash attention.
 """
 
-import sys
-from types import ModuleType, SimpleNamespace
-
 import pytest
 import torch
 
-from engine.kernels import reference
+from engine.kernels import flash, reference
 from tests.kernels.attention_cases import ANCESTORS, HEADS, AttentionCase, make_case, with_gradients, written_out
 from tests.kernels.compile_only import SHARED_BYTES, compiled_for
 
 kernels = pytest.importorskip("engine.kernels.prefix_flash", reason="the merge is written in Triton, which is not installed")
-from tests.kernels.plain_flash import PLAIN, plain_backward, plain_forward  # noqa: E402 (it needs Triton too)
+from tests.kernels.plain_flash import PLAIN  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,7 +45,7 @@ def case_of(layout, heads="GQA", ancestors="chains", head_dim=16, scale=1.0) -> 
 
 @pytest.fixture
 def plain_prefix(monkeypatch):
-    monkeypatch.setattr(kernels, "available_prefix", lambda: PLAIN)
+    monkeypatch.setattr(flash, "available_flash", lambda: PLAIN)
 
 
 def assert_equals_written_out(case: AttentionCase, tolerance: float = 1e-5) -> None:
@@ -134,77 +131,23 @@ def test_without_ancestors_no_kernel_is_launched(plain_prefix, monkeypatch):
 
 
 def test_refusals_say_why(monkeypatch):
-    def refusal(dtype=torch.bfloat16, head_dim=64, device="cuda"):
-        return kernels.refusal(dtype, head_dim, torch.device(device))
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernels, "available_prefix", lambda: PLAIN)
-    assert refusal() is None and refusal(torch.float16, 256) is None
-    assert "not cpu" in refusal(device="cpu")
-    assert "not in torch.float32" in refusal(torch.float32)
-    assert "not 264" in refusal(head_dim=264) and "not 60" in refusal(head_dim=60)
-    monkeypatch.setattr(kernels, "available_prefix", lambda: None)
-    assert "neither" in refusal()
+    monkeypatch.setattr(flash, "refusal", lambda dtype, device: "as flash attention says")
+    assert kernels.refusal(torch.bfloat16, 256, torch.device("cuda")) == "as flash attention says"
+    for head_dim in (264, 60):
+        assert f"not {head_dim}" in kernels.refusal(torch.bfloat16, head_dim, torch.device("cuda"))
+    monkeypatch.setattr(flash, "available_flash", lambda: None)
     with pytest.raises(ValueError, match="neither"):
         kernels.ancestor_attention(*case_of("several").arguments()[0])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "8.0" in refusal()
 
 
-def varlen_forward(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left=-1
-):  # fmt: skip
-    """flash-attn's function as of 2.7.0 and 2.8.3, as far as arguments without defaults go."""
-    inputs = kernels.PrefixInputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    assert inputs.segments[2:] == (max_seqlen_q, max_seqlen_k)
-    assert (dropout_p, softmax_scale, causal, window_size_left) == (0, inputs.scale, True, -1)
-    return *plain_forward(inputs), torch.empty(0), torch.empty(2)
-
-
-def varlen_backward(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
-    softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
-):  # fmt: skip
-    """Likewise."""
-    inputs = kernels.PrefixInputs(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    assert inputs.segments[2:] == (max_seqlen_q, max_seqlen_k) and not deterministic and rng_state is None
-    assert (dropout_p, softmax_scale, causal, softcap, alibi_slopes) == (0, inputs.scale, True, 0, None)
-    assert window_size_left == window_size_right == -1
-    for grad, result in zip((dq, dk, dv), plain_backward(inputs, dout, out, softmax_lse), strict=True):
-        grad.copy_(result)
-    return torch.empty(0)
-
-
-def test_the_package_gets_its_arguments_in_its_order(monkeypatch):
-    package = ModuleType("flash_attn")
-    functions = {"_flash_attn_varlen_forward": varlen_forward, "_flash_attn_varlen_backward": varlen_backward}
-    package.__version__, package.flash_attn_interface = "2.8.3", SimpleNamespace(**functions)
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    prefix = kernels.flash_attn_prefix.__wrapped__()
-    monkeypatch.setattr(kernels, "available_prefix", lambda: prefix)
-    assert_equals_written_out(case_of("several"))
-    package.__version__ = "2.6.3"  # its log-sum-exp is padded
-    assert kernels.flash_attn_prefix.__wrapped__() is None
-
-
-def test_pytorchs_operators_take_these_arguments_and_return_these_shapes():
-    query_QHE, key_TGE = torch.empty(5, 4, 16, device="meta"), torch.empty(7, 2, 16, device="meta")
-    starts = torch.empty(3, dtype=torch.int32, device="meta")
-    inputs = kernels.PrefixInputs(query_QHE, key_TGE, key_TGE, starts, starts)
-    output_QHE, lse_HQ = kernels._torch_forward(inputs)
-    grads = kernels._torch_backward(inputs, output_QHE, output_QHE, lse_HQ)
-    assert output_QHE.shape == query_QHE.shape and lse_HQ.shape == (4, 5) and lse_HQ.dtype == torch.float32
-    assert [grad.shape for grad in grads] == [x.shape for x in inputs[:3]]
-
-
-@pytest.fixture(params=[kernels.flash_attn_prefix, kernels.torch_prefix], ids=["flash-attn", "torch"])
+@pytest.fixture(params=[flash.flash_attn, flash.torch_flash], ids=["flash-attn", "torch"])
 def real_prefix(request, monkeypatch):
     if DEVICE == "cpu":
         pytest.skip("needs a CUDA device")
     prefix = request.param()
     if prefix is None:
         pytest.skip(f"{request.param.__name__}() finds none installed")
-    monkeypatch.setattr(kernels, "available_prefix", lambda: prefix)
+    monkeypatch.setattr(flash, "available_flash", lambda: prefix)
     reason = kernels.refusal(torch.bfloat16, 64, torch.device(DEVICE))
     if reason is not None:
         pytest.skip(reason)
