@@ -1,4 +1,4 @@
-"""The hot operations, of draft training and of targets in fp8; which implementation of each runs is decided here alone."""
+"""The hot operations, of draft training and of frozen targets; which implementation of each runs is decided here alone."""
 
 import importlib.util
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from engine.kernels import blocked_attention, reference
+from engine.kernels import blocked_attention, flash, reference
 from engine.kernels.elementwise import Elementwise, liger_elementwise
 from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets, VocabLoss
+from engine.kernels.packed_attention import PackedAttention
 from engine.kernels.vocab_loss import Walk, vocab_loss
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "VocabLoss",
     "choose_fp8_linear",
     "choose_kernels",
+    "choose_packed_attention",
 ]
 
 
@@ -89,6 +91,15 @@ def choose_fp8_linear(device: torch.device) -> Callable[..., Tensor] | None:
     from engine.kernels import fp8_linear  # it needs Triton
 
     return fp8_linear.fp8_linear
+
+
+def choose_packed_attention(device: torch.device, dtype: torch.dtype) -> PackedAttention:
+    """Attention of packed documents in a frozen target of this precision."""
+    refused = flash.refusal(dtype, device)
+    if refused:
+        return PackedAttention(None, f"in blocks, a document at a time, since {refused}")
+    library = flash.available_flash()
+    return PackedAttention(library, f"{library.name}, all documents in one call")
 
 
 def _is_too_old(device: torch.device) -> bool:

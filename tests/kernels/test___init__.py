@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.kernels import PLAIN, Kernels, choose_fp8_linear, choose_kernels, reference
+from engine.kernels import PLAIN, Kernels, choose_fp8_linear, choose_kernels, choose_packed_attention, flash, reference
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -62,3 +62,13 @@ def test_weights_in_fp8_stay_so_on_a_gpu_that_triton_runs_on(monkeypatch):
     assert choose_fp8_linear(CPU) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert choose_fp8_linear(GPU) is None
+
+
+def test_a_target_attends_in_one_call_where_flash_attention_runs(monkeypatch):
+    on_cpu = choose_packed_attention(CPU, torch.float32)
+    assert on_cpu.flash is None and on_cpu.reason.startswith("in blocks") and "not cpu" in on_cpu.reason
+    monkeypatch.setattr(flash, "available_flash", lambda: flash.FlashAttention("some flash", None, None, False))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_gpu = choose_packed_attention(GPU, torch.bfloat16)
+    assert on_gpu.flash.name == "some flash" and on_gpu.reason == "some flash, all documents in one call"
+    assert choose_packed_attention(GPU, torch.float32).flash is None

@@ -1,0 +1,143 @@
+"""Causal attention inside segments of a packed row, perhaps in a window: of a frozen target, forward only.
+
+Shapes: T packed tokens, L of a segment, Q of its queries, K of its keys, H query heads, G key/value heads, E width of queries
+and keys, F of values.
+
+A sink of head h is a score z_h in its softmax that has no value. With o the output and lse the log-sum-exp without it,
+
+    o' = sum_j exp(s_j) v_j / (sum_j exp(s_j) + exp(z_h)) = o exp(lse) / (exp(lse) + exp(z_h)) = o sigmoid(lse - z_h)
+
+so flash attention, which knows no sinks, is scaled behind. It wants one width for all, a multiple of its granule: zeros behind
+queries and keys change no score, and those behind values are cut off its output.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.batch import to_device
+from engine.kernels.flash import HEAD_DIM_GRANULE, MAX_HEAD_DIM, FlashAttention, FlashInputs
+
+ROWS_PER_BLOCK = 128
+MAX_SCORES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Stretches of a packed row; a token sees itself and what precedes it in its own, `window` tokens at most (None = all).
+
+    lengths: of the segments, end to end.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
+    window: int | None = None
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """Starts of segments and their end, int32."""
+        return to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of q . k: times `scale`, capped at `softcap` by tanh, in a softmax with the head's sink; None = without."""
+
+    scale: float
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """flash: what attends to all segments in one call, where it can; None = blocks do. reason: what was chosen, a phrase."""
+
+    flash: FlashAttention | None
+    reason: str
+
+    def __call__(self, query_HTE: Tensor, key_GTE: Tensor, value_GTF: Tensor, segments: Segments, scores: Scores) -> Tensor:
+        """[T, H, F]."""
+        flash, fits = self.flash, max(query_HTE.shape[2], value_GTF.shape[2]) <= MAX_HEAD_DIM
+        if flash is None or not fits or (scores.softcap is not None and not flash.has_softcap):
+            return in_blocks(query_HTE, key_GTE, value_GTF, segments, scores)
+        return in_one_call(flash, (query_HTE, key_GTE, value_GTF), segments, scores)
+
+
+def in_one_call(
+    flash: FlashAttention, query_key_value: tuple[Tensor, Tensor, Tensor], segments: Segments, scores: Scores
+) -> Tensor:
+    """Attention by flash attention over all segments at once, [T, H, F]; query [H, T, E], key [G, T, E], value [G, T, F]."""
+    width = -max(x.shape[2] for x in query_key_value) // HEAD_DIM_GRANULE * -HEAD_DIM_GRANULE
+    query_THE, key_TGE, value_TGE = (_readable(x.transpose(0, 1), width) for x in query_key_value)
+    cu_seqlens, longest = segments.cu_seqlens, max(segments.lengths)
+    options = {"scaling": scores.scale, "window": segments.window, "softcap": scores.softcap, "longest": longest}
+    inputs = FlashInputs(query_THE, key_TGE, value_TGE, cu_seqlens, cu_seqlens, **options)
+    output_THE, lse_HT = flash.forward(inputs)
+    output_THF = output_THE[..., : query_key_value[2].shape[2]]
+    if scores.sinks_H is None:
+        return output_THF
+    share_TH = torch.sigmoid(lse_HT.t() - scores.sinks_H.float())
+    return (output_THF.float() * share_TH[..., None]).to(output_THF.dtype)
+
+
+def _readable(x: Tensor, width: int) -> Tensor:
+    """With zeros up to `width`, and as flash attention loads it: rows dense and beginning at multiples of its granule."""
+    if x.shape[-1] < width:
+        return F.pad(x, (0, width - x.shape[-1]))
+    aligned = all(step % HEAD_DIM_GRANULE == 0 for step in (*x.stride()[:-1], x.storage_offset()))
+    return x if aligned and x.stride(-1) == 1 else x.contiguous()
+
+
+def in_blocks(query_HTE: Tensor, key_GTE: Tensor, value_GTF: Tensor, segments: Segments, scores: Scores) -> Tensor:
+    """Attention segment by segment, in a window block by block, [T, H, F]; no [L, L] square is formed."""
+    parts = zip(*(x.split(segments.lengths, dim=1) for x in (query_HTE, key_GTE, value_GTF)), strict=True)
+    attended = [_in_blocks(*part, segments.window, scores) for part in parts]
+    return torch.cat(attended, dim=1).transpose(0, 1)
+
+
+def _in_blocks(query_HLE: Tensor, key_GLE: Tensor, value_GLF: Tensor, window: int | None, scores: Scores) -> Tensor:
+    length = query_HLE.shape[1]
+    window = length if window is None else min(window, length)
+    if window == length and scores.softcap is None and scores.sinks_H is None:
+        return under_mask(query_HLE, key_GLE, value_GLF, None, scores)
+    position_L, attended = torch.arange(length, device=query_HLE.device), []
+    for first in range(0, length, ROWS_PER_BLOCK):
+        rows = slice(first, min(first + ROWS_PER_BLOCK, length))
+        keys = slice(max(0, first - window + 1), rows.stop)
+        distance_QK = position_L[rows, None] - position_L[keys]
+        allowed_QK = (distance_QK >= 0) & (distance_QK < window)
+        attended.append(under_mask(query_HLE[:, rows], key_GLE[:, keys], value_GLF[:, keys], allowed_QK, scores))
+    return torch.cat(attended, dim=1)
+
+
+def under_mask(query_HQE: Tensor, key_GKE: Tensor, value_GKF: Tensor, allowed_QK: Tensor | None, scores: Scores) -> Tensor:
+    """[H, Q, F]. allowed_QK: bool, whether a query may read a key; None = as many of both, plainly causal."""
+    (heads, queries, width), (groups, keys, value_width) = query_HQE.shape, value_GKF.shape
+    key_HKE, value_HKF = (x.repeat_interleave(heads // groups, dim=0) for x in (key_GKE, value_GKF))
+    if scores.softcap is None and scores.sinks_H is None:
+        # PyTorch keeps no square of scores where all are as wide.
+        padded = F.pad(value_HKF, (0, max(0, width - value_width)))
+        options = {"attn_mask": allowed_QK, "is_causal": allowed_QK is None, "scale": scores.scale}
+        attended = F.scaled_dot_product_attention(query_HQE[None], key_HKE[None], padded[None], **options)
+        return attended[0, ..., :value_width]
+    if allowed_QK is None:
+        allowed_QK = torch.ones(queries, keys, dtype=torch.bool, device=query_HQE.device).tril()
+    rows = max(1, MAX_SCORES // (heads * keys))
+    chunks = zip(query_HQE.split(rows, dim=1), allowed_QK.split(rows), strict=True)
+    return torch.cat([_written_out(query, key_HKE, value_HKF, allowed, scores) for query, allowed in chunks], dim=1)
+
+
+def _written_out(query_HQE: Tensor, key_HKE: Tensor, value_HKF: Tensor, allowed_QK: Tensor, scores: Scores) -> Tensor:
+    scores_HQK = (query_HQE @ key_HKE.transpose(1, 2)).float() * scores.scale
+    if scores.softcap is not None:
+        scores_HQK = scores.softcap * torch.tanh(scores_HQK / scores.softcap)
+    scores_HQK = scores_HQK.masked_fill(~allowed_QK, -torch.inf)
+    if scores.sinks_H is not None:
+        sinks_HQ1 = scores.sinks_H.float().view(-1, 1, 1).expand(-1, query_HQE.shape[1], 1)
+        scores_HQK = torch.cat([scores_HQK, sinks_HQ1], dim=-1)
+    weights_HQK = scores_HQK.softmax(dim=-1)[..., : key_HKE.shape[1]]
+    return weights_HQK.to(value_HKF.dtype) @ value_HKF
