@@ -80,6 +80,7 @@ class Capture:
         with self.telemetry.stage("Loading the target"):
             of = self.config.loss.temperature, mesh, self.config.parallel.unproven, self.telemetry.progress
             target = FrozenTarget.load(section, self.world.device, contents.aux_layers, *of)
+            self.telemetry.note(f"  attention: {target.attention}")
             self.keep_head(target)
         started = time.perf_counter()
         with self.telemetry.stage("Capturing"):

@@ -49,6 +49,7 @@ class Online:
             self._config.parallel.unproven,
             self._telemetry.progress,
         )
+        self._telemetry.note(f"  attention: {target.attention}")
         for line in target.plan.summary(self.mesh):
             self._telemetry.note(f"  {line}")
         return target

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.config import TargetSection
+from engine.kernels import choose_packed_attention
 from engine.models.registry import check_aux_layers, default_aux_layers, runs_packed, text_config
 from engine.parallel.collectives import gather_objects
 from engine.parallel.loader import Bar, load_cut
@@ -164,6 +165,13 @@ class FrozenTarget:
         cuts |= vocabulary_cuts(model, mesh.tp)
         load_cut(model, cuts, checkpoint, device, bar, wrapper_without_weights(config, section))
         return cls(model, aux_layers, temperature, mesh, plan)
+
+    @property
+    def attention(self) -> str:
+        """How its documents attend, a phrase."""
+        if not self.packs:
+            return "a document at a time, under its family's own masks"
+        return choose_packed_attention(self.device, self.dtype).reason
 
     def whole_head(self) -> TargetHead:
         """The head with all its rows; a collective where ranks share it."""

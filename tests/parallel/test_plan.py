@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from engine.batch import PackedBatch
 from engine.parallel import blocks
@@ -13,6 +13,7 @@ from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
 from engine.target import attention, frozen
 from engine.target.anatomy import decoder_of
+from engine.target.masks import DocumentMasks, document_masks
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import (
@@ -48,9 +49,13 @@ def test_shared_targets_give_what_they_give_alone_a_document_at_a_time(rows, fam
     assert row["ep"] is has_experts and len(row["errors"]) == len(CASES) - (not has_experts)
 
 
-def without_masks(**arguments) -> attention.DocumentMasks:
-    masks = attention.document_masks(**arguments)
-    return attention.DocumentMasks(masks.lengths, (None,) * len(masks.lengths))
+def without_masks(**arguments) -> DocumentMasks:
+    masks = document_masks(**arguments)
+    return DocumentMasks(masks.lengths, masks.device)
+
+
+def without_sinks(*arguments, s_aux, **options) -> tuple[torch.Tensor, None]:
+    return attention.attend_documents(*arguments, **options)
 
 
 def spoil(world, family: str, kind: str) -> float:
@@ -69,12 +74,8 @@ def spoil(world, family: str, kind: str) -> float:
         patch = nullcontext()
         AttentionMaskInterface.register(attention.NAME, without_masks)
     else:
-        whole = attention._attend
-
-        def without(query, key, value, allowed, scale, softcap, sinks_H):
-            return whole(query, key, value, allowed, scale, softcap, None)
-
-        patch = mock.patch.object(attention, "_attend", without)
+        patch = nullcontext()
+        AttentionInterface.register(attention.NAME, without_sinks)
     with patch:
         found, _ = in_step(world, lambda: shared(family, world.rank, mesh))
     return relative(found, expected)

@@ -253,6 +253,11 @@ def test_a_head_that_does_more_than_we_know_is_refused():
         FrozenTarget(model, AUX)
 
 
+def test_a_target_says_how_its_documents_attend():
+    assert FrozenTarget(_model("gpt_oss"), AUX).attention.startswith("in blocks")
+    assert FrozenTarget(_model("qwen3_next"), AUX).attention.startswith("a document at a time")
+
+
 def test_layers_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match="target.aux_layers"):
         FrozenTarget(_model("llama"), (1, 3, 5))
