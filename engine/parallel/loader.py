@@ -180,11 +180,11 @@ def _plan(
     for name, found in sources.items():
         rule = by_pattern.get(found[0][1])
         targets = rule.target_patterns if rule else [name]
-        names = tuple(name.replace(targets[0], target) for target in targets)
+        made = tuple(name.replace(targets[0], target) for target in targets)
         if rule is None and checkpoint.shape(found[0][0]) != list(whole[name].shape):
             shape, expected = checkpoint.shape(found[0][0]), list(whole[name].shape)
             problems.append(f"{found[0][0]}: has shape {shape}, the config says {expected}")
-        plan.append(_Parameter(names, tuple(found), rule))
+        plan.append(_Parameter(made, tuple(found), rule))
     there = {name for parameter in plan for name in parameter.names}
     tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
     missing = sorted(set(whole) - there - tied)

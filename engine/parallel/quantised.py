@@ -134,8 +134,13 @@ class StaysQuantised:
 
     def holds(self, name: str, is_expert: bool, is_linear: bool) -> bool:
         """Whether a weight of a decoder stays quantised."""
-        if any(part in name for part in self.skipped):
-            return False
+        parts = name.split(".")
+        for skipped in self.skipped:  # whole names from anywhere above, or parts of them
+            wanted = skipped.split(".")
+            while wanted and wanted[0] not in parts:
+                wanted = wanted[1:]
+            if wanted and any(parts[start : start + len(wanted)] == wanted for start in range(len(parts))):
+                return False
         return is_expert or (is_linear and not self.only_experts)
 
 

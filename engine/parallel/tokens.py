@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+MUCH = 1.1
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -51,10 +53,26 @@ class Tokens:
         return range(start, start + len(self.documents_R[self.rank]))
 
     def parts(self, count: int) -> tuple["Part", ...]:
-        """At most `count` parts, about as long, of whole documents of each rank: fewer where a rank has fewer of them."""
-        count = min(count, *map(len, self.documents_R))
-        edges_R = [_even_edges(documents, count) for documents in self.documents_R]
-        return tuple(self._part([edges[place : place + 2] for edges in edges_R]) for place in range(count))
+        """At most `count` parts, about as long, of whole documents of each rank.
+
+        Fewer where a rank has fewer of them, or where parts that differ from rank to rank would exchange `MUCH` more rows than
+        all at once: each rank sends as many as the longest has.
+        """
+        if count not in self._parts:
+            self._parts[count] = self._in_parts(min(count, *map(len, self.documents_R)))
+        return self._parts[count]
+
+    @cached_property
+    def _parts(self) -> dict[int, tuple["Part", ...]]:
+        return {}
+
+    def _in_parts(self, count: int) -> tuple["Part", ...]:
+        longest = max(self.counts_R)
+        edges_R = [_edges(documents, [longest * place / count for place in range(1, count)]) for documents in self.documents_R]
+        parts = tuple(self._part([edges[place : place + 2] for edges in edges_R]) for place in range(count))
+        if count > 1 and sum(max(part.tokens.counts_R) for part in parts) > MUCH * longest:
+            return self._in_parts(count - 1)
+        return parts
 
     def _part(self, edges_R: Sequence[Sequence[int]]) -> "Part":
         """edges_R: first document of each rank, and the first that is not in the part."""
@@ -82,12 +100,12 @@ class Part:
     documents: tuple[int, ...]
 
 
-def _even_edges(lengths: Sequence[int], count: int) -> list[int]:
-    """Where to cut documents into `count` parts that none is without: first documents of each, and how many there are."""
+def _edges(lengths: Sequence[int], places: Sequence[float]) -> list[int]:
+    """Where to cut documents near places, so that no part is empty: first documents of the parts, and how many there are."""
     ends, edges = list(accumulate(lengths)), [0]
-    for part in range(1, count):
-        possible = range(edges[-1] + 1, len(lengths) - (count - part) + 1)
-        edges.append(min(possible, key=lambda edge: abs(ends[edge - 1] - part * ends[-1] / count)))
+    for number, place in enumerate(places):
+        possible = range(edges[-1] + 1, len(lengths) - len(places) + number + 1)
+        edges.append(min(possible, key=lambda edge: abs(ends[edge - 1] - place)))
     return [*edges, len(lengths)]
 
 

@@ -23,13 +23,21 @@ def test_a_forward_inside_another_has_its_own_tokens():
 
 
 def test_parts_of_a_forward_hold_every_document_once():
-    tokens = Tokens(((5, 9, 2), (12, 1, 1, 8), (3, 7)), rank=1)
+    tokens = Tokens(((9, 5, 2), (12, 1, 1, 8), (10, 7)), rank=1)
     assert [len(tokens.parts(count)) for count in (1, 2, 3, 9)] == [1, 2, 2, 2], "a rank has no more than two"
     first, second = tokens.parts(2)
-    assert first.tokens.documents_R == ((5,), (12,), (3,)) and second.tokens.documents_R == ((9, 2), (1, 1, 8), (7,))
+    assert first.tokens.documents_R == ((9,), (12,), (10,)) and second.tokens.documents_R == ((5, 2), (1, 1, 8), (7,))
     assert (first.own, second.own) == (slice(0, 12), slice(12, 22))
-    assert first.rows == (slice(0, 5), slice(16, 28), slice(38, 41)) and second.documents == (1, 2, 4, 5, 6, 8)
+    assert first.rows == (slice(0, 9), slice(16, 28), slice(38, 48)) and second.documents == (1, 2, 4, 5, 6, 8)
     assert sorted(first.documents + second.documents) == list(range(9))
+
+
+def test_parts_that_would_exchange_much_more_are_not_made():
+    assert len(Tokens(((4000, 96), (96, 4000)), 0).parts(2)) == 1
+    for documents_R in (((3000, 500, 596), (2048, 2048)), ((600,) * 7, (900,) * 4, (1000, 1000, 1900))):
+        tokens = Tokens(documents_R, 0)
+        parts = tokens.parts(2)
+        assert sum(max(part.tokens.counts_R) for part in parts) <= 1.1 * max(tokens.counts_R)
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (100, 1, 1), (1, 1, 100), (7, 7, 7, 7, 7)])
