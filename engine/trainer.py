@@ -158,7 +158,7 @@ class Trainer:
     def new_draft(self, config: DraftConfig, kernels: Kernels, vocab_map: VocabMap, target: Target) -> Eagle3Draft:
         draft = Eagle3Draft(config, kernels).to(self.world.device)
         head_UD = target.head_rows(vocab_map.target_ids_U).weight_VD if self.config.draft.init_head == "target" else None
-        start_from_target(draft, target.embedding.whole(), head_UD)
+        start_from_target(draft, target.embedding.whole() if draft.embed_projection is not None else None, head_UD)
         if draft.embed_projection is not None:
             draft.embed_projection.requires_grad_(self.config.draft.train_embedding_projection)
         return draft

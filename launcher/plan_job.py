@@ -55,6 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("gpus", "gpus_per_node", "document_tokens"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)}: expected at least 1")
+    for name in ("network_gb_per_s", "memory_gb"):
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            parser.error(f"--{name} {value}: expected more than 0")
     return arguments
 
 
@@ -135,7 +138,8 @@ def show_advice(planner: Planner, plan: JobPlan, arguments: argparse.Namespace, 
         telemetry.note(f"This does not fit {usable} GB a GPU; leave out --fixed to look for ways that do", style="bold red")
     telemetry.note(
         f"Set train_micro_batch_size_per_gpu to {ranks.micro_batch} in {arguments.ds_config.name}, start {ranks.size} ranks, "
-        f"and set parallel.tp_size={ranks.tp_size} parallel.ep_size={ranks.ep_size}"
+        f"and set parallel.tp_size={ranks.tp_size} parallel.ep_size={ranks.ep_size}; "
+        f"an optimizer step then reads {ranks.size * plan.num_tokens * plan.accumulation:,} tokens"
     )
 
 
@@ -144,6 +148,9 @@ def main() -> None:
     with wrong_options(arguments, rank=0):
         config = load_config(arguments.recipe, arguments.overrides)
         check_target(config)
+        if config.target.store is not None:
+            problem = "a run that learns from a store loads no target; leave it out to plan the capture, or an online run"
+            raise ConfigError(problem, key="target.store", value=config.target.store)
         ds_config = load_ds_config(arguments.ds_config)
     telemetry = Telemetry(speaks=True)
     try:

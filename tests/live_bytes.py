@@ -19,8 +19,12 @@ class LiveBytes(TorchDispatchMode):
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in given:
+            if isinstance(x, torch.Tensor) and not x.is_meta and (storage := x.untyped_storage())._cdata not in given:
                 self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self._storages.values()))
+        self.peak = max(self.peak, self.now())
         return result
+
+    def now(self) -> int:
+        """Of what is alive at this moment."""
+        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
+        return sum(num_bytes for _, num_bytes in self._storages.values())

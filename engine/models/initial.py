@@ -8,7 +8,7 @@ ROWS_PER_CHUNK = 16384
 
 
 @torch.no_grad()
-def start_from_target(draft: Eagle3Draft, embed_weight_VD: torch.Tensor, head_weight_UD: torch.Tensor | None) -> None:
+def start_from_target(draft: Eagle3Draft, embed_weight_VD: torch.Tensor | None, head_weight_UD: torch.Tensor | None) -> None:
     """Set what the draft shares with its target.
 
     embed_weight_VD: the target's embedding; where widths differ the draft projects it on its leading singular directions, the

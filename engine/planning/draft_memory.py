@@ -22,13 +22,15 @@ MOMENTS = 2  # of Adam
 class Sharing:
     """How DeepSpeed holds a draft's weights.
 
-    itemsize: bytes of a number that the draft computes with. bucket_bytes: of one buffer in which gradients are reduced.
+    itemsize: bytes of a number that the draft computes with; gradient_itemsize: of one in which gradients add up.
+    bucket_bytes: of one buffer in which gradients are reduced.
     num_buckets: such buffers. offloads_optimizer, offloads_weights: to the host.
     """
 
     stage: int
     num_ranks: int
     itemsize: int
+    gradient_itemsize: int
     bucket_bytes: int
     num_buckets: int
     offloads_optimizer: bool
@@ -38,10 +40,12 @@ class Sharing:
     def of(cls, ds_config: dict[str, Any], num_ranks: int) -> "Sharing":
         """As a DeepSpeed configuration has it."""
         zero, itemsize = ds_config.get("zero_optimization", {}), getattr(torch, compute_dtype(ds_config)).itemsize
+        added_up = ds_config.get("data_types", {}).get("grad_accum_dtype")
         return cls(
             stage=zero.get("stage", 0),
             num_ranks=num_ranks,
             itemsize=itemsize,
+            gradient_itemsize={None: itemsize, "fp32": FULL}.get(added_up, 2),
             bucket_bytes=int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS)) * itemsize,
             num_buckets=2 if zero.get("overlap_comm") and zero.get("stage", 0) < 3 else 1,
             offloads_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
@@ -49,11 +53,10 @@ class Sharing:
         )
 
     def weights(self, count: int) -> int:
-        """That stay; stages 1 and 2 lay them flat in a second copy."""
+        """That stay."""
         if self.offloads_weights:
             return 0
-        copies = {0: count, 1: 2 * count, 2: 2 * count, 3: self._part(count)}
-        return copies[self.stage] * self.itemsize
+        return (self._part(count) if self.stage == 3 else count) * self.itemsize
 
     def optimizer(self, count: int) -> int:
         """Adam's moments and the weights in fp32; stage 0 has these only where the draft computes in less."""
@@ -64,7 +67,7 @@ class Sharing:
         """Of gradients, that stay: stage 3 keeps its bucket, and its part of them."""
         if self.stage < 3:
             return 0
-        return self.bucket_bytes + (0 if self.offloads_optimizer else self.itemsize * self._part(count))
+        return self.bucket_bytes + (0 if self.offloads_optimizer else self.gradient_itemsize * self._part(count))
 
     def gathered(self, count: int) -> int:
         """Weights that are there for a pass alone."""
@@ -73,9 +76,7 @@ class Sharing:
 
     def gradients(self, count: int) -> int:
         """That are there from backward to the optimizer's step."""
-        if self.stage == 3:
-            return 0
-        return self.itemsize * self._part(count)
+        return 0 if self.stage == 3 else self.gradient_itemsize * self._part(count)
 
     def buckets(self) -> int:
         """That are there in backward alone."""

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.batch import PackedBatch
-from engine.config import Config, divisors
-from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size
+from engine.config import Config, ConfigError, divisors
+from engine.ds_config import GLOBAL, accumulation_steps, compute_dtype, micro_batch_size
 from engine.flops import PEAKS, HardwarePeak, StepCounts, step_parts
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.models.eagle3 import Eagle3Draft
@@ -52,7 +52,8 @@ class Gpus:
         if len(known) != 1:
             raise ValueError(f"no datasheet for {name!r}; use one of {known or sorted(_MEMORY_AND_LINK)}")
         memory, link = _MEMORY_AND_LINK[known[0]]
-        return cls(PEAKS[known[0]], (memory_gb or memory) * 1e9, link * 1e9, network_gb_per_s * 1e9, per_node)
+        memory = memory if memory_gb is None else memory_gb
+        return cls(PEAKS[known[0]], memory * 1e9, link * 1e9, network_gb_per_s * 1e9, per_node)
 
     def rate(self, num_ranks: int) -> float:
         """Bytes/s that a rank sends to the others of a group; where they span nodes, as if all did."""
@@ -144,6 +145,8 @@ class JobPlan:
     def traffic(self, counts: StepCounts) -> dict[str, int]:
         """Bytes that a rank sends for a micro-batch, by collective."""
         sent, others = self.target.traffic(self._forward(counts)), self.sharing.num_ranks - 1
+        if self.target.plan.embedding is not None:
+            sent["reduce-scatter of embeddings (TP)"] = self.target.tokens_sent(counts.num_tokens)
         whole = self.num_draft_weights * self.sharing.itemsize * others // self.sharing.num_ranks
         if others and self.sharing.stage == 3:
             sent["all-gather of weights (ZeRO)"] = whole
@@ -164,7 +167,9 @@ class JobPlan:
     def num_draft_weights(self) -> int:
         """Trained ones."""
         with torch.device("meta"):
-            return sum(weight.numel() for name, weight in Eagle3Draft(self.draft).named_parameters() if "embed_p" not in name)
+            named = Eagle3Draft(self.draft).named_parameters()
+        frozen = () if self.config.draft.train_embedding_projection else ("embed_projection.weight",)
+        return sum(weight.numel() for name, weight in named if name not in frozen)
 
     def _forward(self, counts: StepCounts) -> Forward:
         return Forward(counts.num_tokens, counts.num_slots, counts.prefix_pairs)
@@ -237,6 +242,8 @@ class Planner:
         Their micro-batches are as large as fits, up to `ENOUGH_TOKENS`, in powers of two of what the configuration has.
         """
         for size in _sizes(limit, self.gpus.per_node):
+            if not self.divides(size):
+                continue
             ways = Ranks.of(self.config, self.ds_config, size).shared_otherwise()
             plans = [self.plan(ranks) for ranks in ways if self.may_share or ranks.mesh.size == 1]
             fitting = [plan for plan in plans if not plan.target.misfits and plan.is_sensible and self.fits(plan)]
@@ -246,6 +253,8 @@ class Planner:
 
     def with_largest_micro_batch(self, plan: "JobPlan") -> "JobPlan":
         """The same with twice the packs a micro-batch, and twice again, as long as it fits."""
+        if GLOBAL in self.ds_config:  # then the ranks' micro-batches follow from it
+            return plan
         more = self.plan(replace(plan.ranks, micro_batch=2 * plan.ranks.micro_batch))
         if more.num_tokens > ENOUGH_TOKENS or not self.fits(more):
             return plan
@@ -253,7 +262,10 @@ class Planner:
 
     def why_nothing_fits(self, limit: int) -> str:
         """After `smallest` found nothing: what would be needed, and what stands in the way."""
-        ways = Ranks.of(self.config, self.ds_config, _sizes(limit, self.gpus.per_node)[-1]).shared_otherwise()
+        sizes = [size for size in _sizes(limit, self.gpus.per_node) if self.divides(size)]
+        if not sizes:
+            return f"cannot be trained on at most {limit} GPUs with {GLOBAL}={self.ds_config[GLOBAL]}: ranks must divide it"
+        ways = Ranks.of(self.config, self.ds_config, sizes[-1]).shared_otherwise()
         plans = [self.plan(ranks) for ranks in ways if self.may_share or ranks.mesh.size == 1]
         best = min((plan for plan in plans if not plan.target.misfits), key=self.bytes_of)
         need, usable = self.bytes_of(best) / 1e9, self.usable_bytes / 1e9
@@ -286,6 +298,13 @@ class Planner:
             "tokens_per_s": self.tokens_per_s(plan),
             "fits": self.fits(plan),
         }
+
+    def divides(self, size: int) -> bool:
+        """Whether so many ranks can have equal parts of the global batch, if the configuration fixes it."""
+        try:
+            return accumulation_steps(self.ds_config, size) > 0
+        except ConfigError:
+            return False
 
     def fits(self, plan: "JobPlan") -> bool:
         return self.bytes_of(plan) <= self.usable_bytes

@@ -77,17 +77,21 @@ class TargetCost:
 
     def traffic(self, forward: Forward) -> dict[str, int]:
         """Bytes that a rank sends, by collective."""
-        tokens_bytes = forward.num_tokens * self.config.hidden_size * self.itemsize
-        others, sent = self.mesh.tp.size - 1, {}
-        if others:
-            sent["all-gather of tokens (TP)"] = others * tokens_bytes * len(self.plan.shared)
+        tokens_bytes, sent = forward.num_tokens * self.config.hidden_size * self.itemsize, {}
+        if self.mesh.tp.size > 1:
+            of_tokens = self.tokens_sent(forward.num_tokens)
+            sent["all-gather of tokens (TP)"] = of_tokens * len(self.plan.shared)
             looked_up = self.plan.embedding is not None  # tokens' rows come back as layers' results do
-            sent["reduce-scatter of tokens (TP)"] = others * tokens_bytes * (len(self.plan.shared) + looked_up)
-            sent["all-gather of slots (head)"] = others * forward.num_slots * self.config.hidden_size * self.itemsize
+            sent["reduce-scatter of tokens (TP)"] = of_tokens * (len(self.plan.shared) + looked_up)
+            sent["all-gather of slots (head)"] = self.tokens_sent(forward.num_slots)
         if self.plan.experts:
             rows = sum(self._ranks_of_a_token(count) for count in self.plan.experts.values())
             sent["all-to-all of tokens (EP)"] = sent["all-to-all back (EP)"] = round(rows * tokens_bytes)
         return sent
+
+    def tokens_sent(self, num_tokens: int) -> int:
+        """Bytes that a rank sends where states of so many tokens of each go to the others it shares layers with."""
+        return (self.mesh.tp.size - 1) * num_tokens * self.config.hidden_size * self.itemsize
 
     def passing_bytes(self, forward: Forward) -> int:
         """The most that a forward has in memory beside weights and what it captures."""
@@ -171,16 +175,11 @@ class TargetCost:
     def _passing_experts(self, block: nn.Module, own: int) -> int:
         """With tokens spread evenly: rows that come and go, and each chosen expert's copy of them."""
         width, ranks = self.config.hidden_size, self.mesh.ep.size
-        inner = next(
-            max(weight.shape[1:]) if max(weight.shape[1:]) != width else 2 * min(weight.shape[1:])
-            for module in block.modules()
-            if is_experts(module, names_of(self.config))
-            for name, weight in module.named_parameters(recurse=False)
-            if name in (*names_of(self.config).fused_up, *names_of(self.config).up)
-        )
+        experts = next(module for module in block.modules() if is_experts(module, names_of(self.config)))
+        features = experts.down_proj[0].numel() // width
         split = self.mesh.tp.size if ranks == 1 else 1
         rows, choices = own * min(self._chosen, ranks) * split, own * self._chosen * split
-        return (4 * rows * width + choices * (2 * width + 2 * inner // split)) * self.itemsize
+        return (4 * rows * width + choices * (2 * width + 3 * features // split)) * self.itemsize
 
     def _ranks_of_a_token(self, num_experts: int) -> float:
         """Other ranks that a token is sent to, if each expert is as likely."""

@@ -1,13 +1,13 @@
 """The target's token embeddings, whole, or shared by ranks row by row."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.parallel.blocks import look_up_together
-from engine.parallel.collectives import gather_objects, sum_over
+from engine.parallel.collectives import gather_objects, gather_rows
 from engine.parallel.mesh import Group
 from engine.parallel.rules import part_of_rows
 
@@ -49,6 +49,5 @@ class SharedEmbedding:
 
     def whole(self) -> Tensor:
         """[V, D], on every rank."""
-        whole_VD = self.weight_VD.new_zeros(self.vocab_size, self.weight_VD.shape[1])
-        whole_VD[self.first : self.first + len(self.weight_VD)] = self.weight_VD
-        return sum_over(whole_VD, self.group)
+        ends = (part_of_rows(self.vocab_size, replace(self.group, rank=rank)) for rank in range(self.group.size))
+        return gather_rows(self.weight_VD, 0, [end - first for first, end in ends], self.group)

@@ -41,6 +41,8 @@ def test_a_large_target_is_planned_from_its_config_alone(monkeypatch, capsys, tm
         (("--gpu", "A100"), "use one of ['NVIDIA A100-SXM4-40GB', 'NVIDIA A100-SXM4-80GB']"),
         (("target.path=/nowhere",), "no such folder"),
         (("--gpus", "0"), "--gpus"),
+        (("--network_gb_per_s", "0"), "--network_gb_per_s"),
+        (("target.store=/data/store",), "loads no target"),
         (("--said", "1.5"), "--said"),
         (("parallel.tpsize=4",), "tp_size"),
         (("--ds_config", "nowhere.json"), "nowhere.json"),

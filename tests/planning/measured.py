@@ -55,10 +55,12 @@ class Training:
         return derive_draft_config(TARGET, DraftSection(vocab_size=DRAFT_VOCAB, num_layers=self.num_layers), LAYERS)
 
     def ds_config(self) -> dict[str, Any]:
-        """A shipped one, with buckets no larger than a draft this small needs."""
+        """A shipped one, with buckets no larger than a draft this small needs, and no weight small enough to stay whole."""
         raw = load_ds_config(FOLDER / f"zero{self.stage}.json")
         raw["bf16"]["enabled"] = self.bf16
         raw["zero_optimization"]["reduce_bucket_size"] = 1_000_000
+        if self.stage == 3:
+            raw["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return resolve_ds_config(raw, world_size=RANKS, total_steps=10, hidden_size=128)
 
 
@@ -67,8 +69,8 @@ def train(world: World, training: Training) -> dict[str, int]:
     live, peaks = LiveBytes(), {}
 
     def end_of(phase: str) -> None:
-        peaks[phase], live.peak = live.peak, 0
         gc.collect()
+        peaks[phase], peaks[f"after {phase}"], live.peak = live.peak, live.now(), 0
 
     with live:
         mesh = TargetMesh.make(world, training.tp_size, 1)
@@ -97,5 +99,6 @@ def train(world: World, training: Training) -> dict[str, int]:
             zero.engine.step()
             end_of("step")
             del micro
+        end_of("training")
     held = sum(weight.nbytes for weight in target.model.parameters()) + head_rows.weight_VD.nbytes
     return peaks | {"weights of the target": held, "weights of the draft": count}
