@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft, ServedDraft
 from engine.models.vocab_map import VocabMap
-from engine.parallel.mesh import TargetMesh
+from engine.parallel.mesh import ALONE, TargetMesh
 from engine.target.frozen import FrozenTarget
 
 VOCAB, WIDTH = 41, 24
@@ -32,7 +32,7 @@ OPTIONS = {
 }
 
 
-def tiny_target(family: str, mesh: TargetMesh = TargetMesh()) -> FrozenTarget:  # noqa: B008 (frozen)
+def tiny_target(family: str, mesh: TargetMesh = ALONE) -> FrozenTarget:
     """A target of random weights, the same ones every time; whole, or this rank's part of it."""
     torch.manual_seed(5)
     config = AutoConfig.for_model(family, **SHAPE, **OPTIONS[family])

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.parallel.collectives import Finish, gather_rows, start_gathering, start_summing, sum_rows
+from engine.parallel.collectives import Finish, start_gathering, start_summing
 from engine.parallel.mesh import Group
-from engine.parallel.rules import part_of_rows
+from engine.parallel.own_rows import OwnRows
 from engine.parallel.tokens import ByDocument, Part, bounds, current_tokens, tokens_of_forward
 
 Change = Callable[[Tensor, int], Any]
@@ -59,27 +59,14 @@ def share(module: nn.Module, group: Group, rows: bool = False, parts: int = 1) -
 
 
 def share_rows(embedding: nn.Embedding, group: Group) -> None:
-    """A table of which each rank holds `part_of_rows`: all ranks' token ids in, own tokens' rows out."""
-    inner, (first, end) = embedding.forward, part_of_rows(embedding.num_embeddings, group)
+    """A table of which each rank holds `OwnRows`: all ranks' token ids in, own tokens' rows out."""
+    inner, own = embedding.forward, OwnRows(embedding.num_embeddings, group)
     embedding.padding_idx = None  # it matters to gradients alone, and may lie outside of the part
 
     def forward(input: Tensor) -> Tensor:
-        return look_up_together(inner, input, current_tokens().counts_R, first, end - first, group)
+        return own.look_up(inner, input, current_tokens().counts_R)
 
     embedding.forward = forward
-
-
-def look_up_together(
-    look_up: Callable[[Tensor], Tensor], ids_T: Tensor, counts_R: Sequence[int], first: int, num_rows: int, group: Group
-) -> Tensor:
-    """Rows [..., T, D] of own ids [..., T], from the ranks that hold them. first, num_rows: what this one holds.
-
-    counts_R: ids by rank.
-    """
-    place_M = gather_rows(ids_T, -1, counts_R, group) - first
-    is_own_M = (place_M >= 0) & (place_M < num_rows)
-    rows_MD = look_up(place_M.clamp(0, num_rows - 1)).masked_fill(~is_own_M[..., None], 0)
-    return sum_rows(rows_MD, -2, counts_R, group)
 
 
 def keep_own(module: nn.Module) -> None:

@@ -101,7 +101,7 @@ def load_cut(
     Beside what stays, the host holds two tensors of the checkpoint at most. Raises ValueError that lists all tensors that are
     missing, misshaped or not known, before any is read.
     """
-    whole = {name: tensor for name, tensor in model.state_dict().items()}
+    whole = model.state_dict()
     plan, problems = _plan(model, whole, checkpoint, wrapper)
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []

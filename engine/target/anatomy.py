@@ -74,14 +74,18 @@ def head_of(model: PreTrainedModel) -> TargetHead:
     return TargetHead(linear.weight.detach(), final.scale, final.soft_cap, bias_V=bias_V)
 
 
+def name_of(part: nn.Module, model: nn.Module) -> str:
+    """What a model calls a module of its own."""
+    return next(name for name, module in model.named_modules() if module is part)
+
+
 def vocabulary_cuts(model: PreTrainedModel, tp: Group) -> dict[str, Cut]:
     """What a rank holds of the head, by the names of its parameters."""
     linear = model.get_output_embeddings()
     if tp.size == 1 or not isinstance(linear, nn.Linear):
         return {}
-    prefix = next(name for name, module in model.named_modules() if module is linear)
     rows = Cut(0, (part_of_rows(linear.out_features, tp),))
-    return {f"{prefix}.{leaf}": rows for leaf, _ in linear.named_parameters()}
+    return {f"{name_of(linear, model)}.{leaf}": rows for leaf, _ in linear.named_parameters()}
 
 
 def cut_head(model: PreTrainedModel, tp: Group, is_tied: bool) -> None:

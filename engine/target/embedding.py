@@ -1,15 +1,13 @@
 """The target's token embeddings, whole, or shared by ranks row by row."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.parallel.blocks import look_up_together
 from engine.parallel.collectives import gather_objects, gather_rows
-from engine.parallel.mesh import Group
-from engine.parallel.rules import part_of_rows
+from engine.parallel.own_rows import OwnRows
 
 
 @dataclass(frozen=True)
@@ -29,25 +27,16 @@ class TargetEmbedding:
 
 @dataclass(frozen=True)
 class SharedEmbedding:
-    """weight_VD: rows first .. first + n - 1, of vocab_size in all. Every method is a collective of the group."""
+    """weight_VD: own rows of it. Every method is a collective of the group."""
 
     weight_VD: Tensor
-    first: int
-    vocab_size: int
-    group: Group
-
-    @classmethod
-    def of(cls, own_VD: Tensor, vocab_size: int, group: Group) -> "SharedEmbedding":
-        """own_VD: the rows that `part_of_rows` gives this rank."""
-        return cls(own_VD, part_of_rows(vocab_size, group)[0], vocab_size, group)
+    own: OwnRows
 
     def rows(self, token_ids_T: Tensor) -> Tensor:
         """As `TargetEmbedding.rows`, of own token ids; ranks may bring different numbers of them."""
-        counts_R = gather_objects(len(token_ids_T), self.group)
-        own = self.first, len(self.weight_VD)
-        return look_up_together(partial(F.embedding, weight=self.weight_VD), token_ids_T, counts_R, *own, self.group)
+        counts_R = gather_objects(len(token_ids_T), self.own.group)
+        return self.own.look_up(partial(F.embedding, weight=self.weight_VD), token_ids_T, counts_R)
 
     def whole(self) -> Tensor:
         """[V, D], on every rank."""
-        ends = (part_of_rows(self.vocab_size, replace(self.group, rank=rank)) for rank in range(self.group.size))
-        return gather_rows(self.weight_VD, 0, [end - first for first, end in ends], self.group)
+        return gather_rows(self.weight_VD, 0, self.own.counts_R, self.own.group)

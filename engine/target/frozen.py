@@ -16,6 +16,7 @@ from engine.models.registry import check_aux_layers, default_aux_layers, runs_pa
 from engine.parallel.collectives import gather_objects
 from engine.parallel.loader import Bar, load_cut
 from engine.parallel.mesh import ALONE, TargetMesh
+from engine.parallel.own_rows import OwnRows
 from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
 from engine.parallel.quantised import layout_of, open_checkpoint
 from engine.parallel.rules import check_proven
@@ -28,6 +29,7 @@ from engine.target.anatomy import (
     dtype_of,
     head_of,
     layers_of,
+    name_of,
     vocabulary_cuts,
     without_weights,
     wrapper_without_weights,
@@ -124,11 +126,11 @@ class FrozenTarget:
         self.dtype, self.device = table.weight.dtype, table.weight.device
         self.embedding: TargetEmbedding | SharedEmbedding = TargetEmbedding(table.weight)
         if self.plan.embedding is not None:
-            self.embedding = SharedEmbedding.of(table.weight, table.num_embeddings, mesh.tp)
+            self.embedding = SharedEmbedding(table.weight, OwnRows(table.num_embeddings, mesh.tp))
         self.head: TargetHead | SharedHead = replace(head_of(model), temperature=temperature)
         self._check_head(self.head)
         if mesh.tp.size > 1:
-            self.head = SharedHead.of(self.head, model.get_output_embeddings().out_features, mesh.tp)
+            self.head = SharedHead(self.head, OwnRows(model.get_output_embeddings().out_features, mesh.tp))
 
     @classmethod
     def load(
@@ -160,7 +162,7 @@ class FrozenTarget:
         decoder = decoder_of(model)
         drop_other_towers(model, decoder)
         plan = TargetPlan.of(decoder, mesh)
-        prefix = next(name for name, module in model.named_modules() if module is decoder)
+        prefix = name_of(decoder, model)
         cuts = {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
         cuts |= vocabulary_cuts(model, mesh.tp)
         load_cut(model, cuts, checkpoint, device, bar, wrapper_without_weights(config, section))

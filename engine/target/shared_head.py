@@ -7,28 +7,24 @@ from torch import Tensor
 
 from engine.parallel.collectives import gather_objects, gather_rows, max_over, sum_over
 from engine.parallel.mesh import Group
-from engine.parallel.rules import part_of_rows
+from engine.parallel.own_rows import OwnRows
 from engine.target.head import TargetHead
 
 
 @dataclass(frozen=True)
 class SharedHead:
-    """own: the head's rows first .. first + n - 1, of vocab_size in all. Every method is a collective of the group."""
+    """own: a head of own rows. Every method is a collective of the group."""
 
     own: TargetHead
-    first: int
-    vocab_size: int
-    group: Group
+    own_rows: OwnRows
 
-    @classmethod
-    def of(cls, own: TargetHead, vocab_size: int, group: Group) -> "SharedHead":
-        """own: the rows that `part_of_rows` gives this rank."""
-        return cls(own, part_of_rows(vocab_size, group)[0], vocab_size, group)
+    @property
+    def group(self) -> Group:
+        return self.own_rows.group
 
     def rows(self, target_ids_U: Tensor) -> TargetHead:
         """The head restricted to `target_ids_U`, int64 [U], on every rank."""
-        own_U = (target_ids_U >= self.first) & (target_ids_U < self.first + self.own.weight_VD.shape[0])
-        place_U = torch.where(own_U, target_ids_U - self.first, 0)
+        place_U, own_U = self.own_rows.find(target_ids_U)
 
         def picked(values: Tensor) -> Tensor:
             mine = values[place_U] * own_U.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
@@ -39,7 +35,7 @@ class SharedHead:
 
     def whole(self) -> TargetHead:
         """All rows, on every rank."""
-        return self.rows(torch.arange(self.vocab_size, device=self.own.weight_VD.device))
+        return self.rows(torch.arange(self.own_rows.total, device=self.own.weight_VD.device))
 
     def argmax_and_lse(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
         """As `TargetHead.argmax_and_lse`, for own slots; ranks may bring none."""
@@ -49,7 +45,7 @@ class SharedHead:
         all_MD = gather_rows(hidden_ND, 0, counts_R, self.group)
         best_M, argmax_M, lse_M = self.own.best_argmax_and_lse(all_MD)
         highest_M = max_over(best_M, self.group)
-        mine_M = torch.where(best_M == highest_M, argmax_M + self.first, self.vocab_size)
+        mine_M = torch.where(best_M == highest_M, argmax_M + self.own_rows.first, self.own_rows.total)
         first_M = -max_over(-mine_M, self.group)  # of tokens that tie, the one with the lowest id
         largest_M = max_over(lse_M, self.group)
         lse_M = largest_M + sum_over((lse_M - largest_M).exp(), self.group).log()

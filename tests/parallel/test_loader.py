@@ -25,7 +25,7 @@ from engine.parallel.loader import Checkpoint, load_cut
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
 from engine.parallel.rules import Cut
-from engine.target.anatomy import decoder_of, vocabulary_cuts
+from engine.target.anatomy import decoder_of, name_of, vocabulary_cuts
 from engine.target.frozen import FrozenTarget
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
@@ -43,8 +43,8 @@ def on_meta(folder: Path) -> PreTrainedModel:
 
 def cuts_of(model: PreTrainedModel, tp: int, ep: int, rank: int) -> dict[str, Cut]:
     decoder = decoder_of(model)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
     plan = TargetPlan.of(decoder, TargetMesh(Group(tp, rank % tp), Group(ep, rank % ep)))
+    prefix = name_of(decoder, model)
     return {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()} | vocabulary_cuts(model, Group(tp, rank % tp))
 
 
