@@ -244,12 +244,16 @@ class Planner:
         for size in _sizes(limit, self.gpus.per_node):
             if not self.divides(size):
                 continue
-            ways = Ranks.of(self.config, self.ds_config, size).shared_otherwise()
-            plans = [self.plan(ranks) for ranks in ways if self.may_share or ranks.mesh.size == 1]
-            fitting = [plan for plan in plans if not plan.target.misfits and plan.is_sensible and self.fits(plan)]
+            fitting = [plan for plan in self._possible(size) if self.fits(plan)]
             if fitting:
                 return sorted(map(self.with_largest_micro_batch, fitting), key=self.tokens_per_s, reverse=True)
         return []
+
+    def _possible(self, size: int) -> list["JobPlan"]:
+        """Every way for so many ranks to share the target, whether it fits or not."""
+        ways = Ranks.of(self.config, self.ds_config, size).shared_otherwise()
+        plans = [self.plan(ranks) for ranks in ways if self.may_share or ranks.mesh.size == 1]
+        return [plan for plan in plans if not plan.target.misfits and plan.is_sensible]
 
     def with_largest_micro_batch(self, plan: "JobPlan") -> "JobPlan":
         """The same with twice the packs a micro-batch, and twice again, as long as it fits."""
@@ -265,9 +269,7 @@ class Planner:
         sizes = [size for size in _sizes(limit, self.gpus.per_node) if self.divides(size)]
         if not sizes:
             return f"cannot be trained on at most {limit} GPUs with {GLOBAL}={self.ds_config[GLOBAL]}: ranks must divide it"
-        ways = Ranks.of(self.config, self.ds_config, sizes[-1]).shared_otherwise()
-        plans = [self.plan(ranks) for ranks in ways if self.may_share or ranks.mesh.size == 1]
-        best = min((plan for plan in plans if not plan.target.misfits), key=self.bytes_of)
+        best = min(self._possible(sizes[-1]), key=self.bytes_of)
         need, usable = self.bytes_of(best) / 1e9, self.usable_bytes / 1e9
         why = "" if self.may_share else "; its family was not shown to be the same when ranks share it"
         return (
@@ -292,7 +294,7 @@ class Planner:
             "ep_size": plan.ranks.ep_size,
             "micro_batch": plan.ranks.micro_batch,
             "tokens": plan.num_tokens,
-            "bytes": plan.bytes_by_part(plan.counts(Documents(self.config.data.max_tokens, 1.0))),
+            "bytes": self.bytes_by_part(plan),
             "traffic_bytes": plan.traffic(counts),
             "seconds": plan.step_s(counts, self.gpus, self.assumed.share_of_peak),
             "tokens_per_s": self.tokens_per_s(plan),
@@ -315,7 +317,11 @@ class Planner:
         return self.gpus.memory_bytes * (1 - self.assumed.headroom)
 
     def bytes_of(self, plan: "JobPlan") -> int:
-        return sum(plan.bytes_by_part(plan.counts(Documents(self.config.data.max_tokens, 1.0))).values())
+        return sum(self.bytes_by_part(plan).values())
+
+    def bytes_by_part(self, plan: "JobPlan") -> dict[str, int]:
+        """Of micro-batches that the assistant says alone."""
+        return plan.bytes_by_part(plan.counts(Documents(self.config.data.max_tokens, 1.0)))
 
     def tokens_per_s(self, plan: "JobPlan") -> float:
         """Of all ranks."""
