@@ -115,7 +115,7 @@ def runs_packed(config: PreTrainedConfig) -> bool:
     """Whether documents laid end to end can share one forward of this target, given attention kept inside each document.
 
     Not so for layers that carry state from token to token, for RoPE that depends on the longest document of the forward,
-    for scores scaled by a token's place in the forward, and, before Transformers 5.23, for attention in chunks of it.
+    and, before Transformers 5.23, for attention in chunks of it.
     """
     config = text_config(config)
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -125,6 +125,5 @@ def runs_packed(config: PreTrainedConfig) -> bool:
         kinds <= _ISOLATED_LAYERS
         and config.model_type not in _ONE_BY_ONE
         and all(value.get("rope_type") not in ("dynamic", "longrope") for value in ropes)
-        and not getattr(config, "attn_temperature_tuning", False)
         and (CHUNKS_START_WITH_DOCUMENTS or "chunked_attention" not in kinds)
     )

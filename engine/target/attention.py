@@ -2,13 +2,17 @@
 
 Transformers asks a registered mask function for the mask of each kind of layer, then hands it to a registered attention
 function. Ours (`masks.py`) keeps to documents, so windows and chunks are the family's own, counted from the document's start.
+
+Llama 4 scales the queries of layers without rotary embeddings by their place in the row. In a packed row its modules are kept
+from that, and the attention function does it, by the place in the document.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from engine.kernels import choose_packed_attention
@@ -28,6 +32,7 @@ _IGNORED = {
     "sliding_window",
     "use_cache",
 }
+_tuned: ContextVar[frozenset[nn.Module]] = ContextVar("modules whose queries are scaled here", default=frozenset())
 
 
 @contextmanager
@@ -41,10 +46,32 @@ def packed_attention(decoder: PreTrainedModel, lengths: tuple[int, ...], packs: 
     token = documents_of_forward.set(lengths)
     decoder.set_attn_implementation(NAME if packs else ONE)
     try:
-        yield
+        with _tuned_here(decoder) if packs else nullcontext():
+            yield
     finally:
         decoder.set_attn_implementation(before)
         documents_of_forward.reset(token)
+
+
+@contextmanager
+def _tuned_here(decoder: nn.Module) -> Iterator[None]:
+    """Within it, modules that would scale queries by their place in the row leave that to `attend_documents`."""
+    modules = frozenset(module for module in decoder.modules() if getattr(module, "attn_temperature_tuning", False))
+    token = _tuned.set(frozenset(module for module in modules if not module.use_rope))
+    for module in modules:
+        module.attn_temperature_tuning = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.attn_temperature_tuning = True
+        _tuned.reset(token)
+
+
+def _tuned_queries(module: nn.Module, query_1HTE: Tensor, masks: DocumentMasks) -> Tensor:
+    """Scaled as Llama 4 does, by 1 + attn_scale * log(1 + floor((position + 1) / floor_scale))."""
+    steps_T = ((masks.position_T + 1).float() / module.floor_scale).floor()
+    return (query_1HTE * (steps_T.log1p() * module.attn_scale + 1)[:, None]).to(query_1HTE.dtype)
 
 
 def attend_one(
@@ -77,6 +104,8 @@ def attend_documents(
         raise ValueError(
             f"{type(module).__name__} attends with {what}, which packed documents cannot; see registry.runs_packed"
         )
+    if module in _tuned.get():
+        query = _tuned_queries(module, query, attention_mask)
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     return _attend(query[0], key[0], value[0], attention_mask, scores)[None].contiguous(), None
 

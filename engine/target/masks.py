@@ -64,6 +64,11 @@ class DocumentMasks(ByDocument):
         return DocumentMasks(lengths, self.device, self.reach, squares)
 
     @cached_property
+    def position_T(self) -> Tensor:
+        """int64, place of a token in its document."""
+        return to_device(torch.cat([torch.arange(length) for length in self.lengths]), self.device)
+
+    @cached_property
     def segments(self) -> Segments:
         """What `reach` says to attention: chunks see each other as little as documents do."""
         lengths, chunk = self.lengths, self.reach.chunk

@@ -88,8 +88,7 @@ def test_wrappers_are_read_through_their_text():
         (LlamaConfig(), True),
         (Gemma2Config(), True),
         (Gemma3Config(), True),
-        (Llama4TextConfig(attn_temperature_tuning=False), CHUNKS_START_WITH_DOCUMENTS),
-        (Llama4TextConfig(), False),
+        (Llama4TextConfig(), CHUNKS_START_WITH_DOCUMENTS),
         (Qwen3NextConfig(), False),
         (
             Phi3Config(

@@ -137,6 +137,7 @@ OVERRIDES = {
         intermediate_size=16,
         layer_types=["chunked_attention", FULL, FULL, "chunked_attention"],
         no_rope_layers=[1, 0, 0, 1],
+        floor_scale=3,  # short documents reach it
         moe_layers=[1, 3],
     ),
     "longcat_flash": dict(num_layers=2),

@@ -124,9 +124,7 @@ TARGET_LENGTHS = (13, 1, 17, 5)
 
 
 def _target(family):
-    model = tiny_model(family)
-    model.config.attn_temperature_tuning = False  # Llama 4's would keep its documents from being packed
-    return FrozenTarget(model, (0, 1, 2))
+    return FrozenTarget(tiny_model(family), (0, 1, 2))
 
 
 def _states(target, spoil=lambda segments, scores: (segments, scores), flash_attention=PLAIN):
@@ -183,6 +181,16 @@ def test_what_is_taken_away_is_missed(family, part, taken):
 
     # gemma2's scores are capped at 50, far above a tiny model's
     assert _error(_states(target, without), expected) > (1e-6 if "softcap" in taken else 1e-2)
+
+
+def test_queries_that_are_not_scaled_by_their_place_are_missed(monkeypatch):
+    target = _target("llama4_text")
+    if not runs_packed(target.config):
+        pytest.skip("this Transformers counts chunks from the row's start")
+    expected = _states(target)
+    monkeypatch.setattr(attention, "_tuned_queries", lambda module, query, masks: query)
+    assert _error(_states(target), expected) > 1e-3
+    assert all(layer.self_attn.attn_temperature_tuning for layer in target.decoder.layers)  # for forwards with a cache
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "phi3"])
