@@ -1,6 +1,7 @@
 """Facts about target families that their configs do not state in one uniform way."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedConfig, masking_utils
 
@@ -53,6 +54,12 @@ class FinalLogits:
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the language model inside a multimodal wrapper, else `config` itself."""
     return config.get_text_config(decoder=True)
+
+
+def rope_kinds(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """What a config says of its rotary embeddings: of all, or of each kind of layer that has its own."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(value for value in rope.values() if isinstance(value, dict))]
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
@@ -114,16 +121,14 @@ def final_logits(config: PreTrainedConfig) -> FinalLogits:
 def runs_packed(config: PreTrainedConfig) -> bool:
     """Whether documents laid end to end can share one forward of this target, given attention kept inside each document.
 
-    Not so for layers that carry state from token to token, for RoPE that depends on the longest document of the forward,
-    and, before Transformers 5.23, for attention in chunks of it.
+    Not so for layers that carry state from token to token, for RoPE that depends on the forwards of before, and, before
+    Transformers 5.23, for attention in chunks of it.
     """
     config = text_config(config)
     kinds = set(getattr(config, "layer_types", None) or ())
-    rope = getattr(config, "rope_parameters", None) or {}
-    ropes = [rope] + [value for value in rope.values() if isinstance(value, dict)]
     return (
         kinds <= _ISOLATED_LAYERS
         and config.model_type not in _ONE_BY_ONE
-        and all(value.get("rope_type") not in ("dynamic", "longrope") for value in ropes)
+        and not any(rope.get("rope_type") == "dynamic" and not rope.get("alpha") for rope in rope_kinds(config))
         and (CHUNKS_START_WITH_DOCUMENTS or "chunked_attention" not in kinds)
     )

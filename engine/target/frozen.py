@@ -37,6 +37,7 @@ from engine.target.anatomy import (
 from engine.target.attention import NAME, ONE, packed_attention
 from engine.target.embedding import SharedEmbedding, TargetEmbedding
 from engine.target.head import TargetHead
+from engine.target.rotary import rotate_by_length
 from engine.target.shared_head import SharedHead
 
 
@@ -114,6 +115,8 @@ class FrozenTarget:
             # Transformers' sdpa leaves out the cap of the scores.
             model.set_attn_implementation("eager")
         self.packs = self.decoder._supports_attention_backend and runs_packed(self.config)
+        if self.packs:
+            rotate_by_length(self.decoder)
         self.mesh, self.plan = mesh, plan or TargetPlan()
         table, head = model.get_input_embeddings(), head_of(model)
         self.is_tied = head.weight_VD.data_ptr() == table.weight.data_ptr()

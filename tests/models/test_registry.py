@@ -6,9 +6,9 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     GraniteConfig,
+    HunYuanMoEV1Config,
     Llama4TextConfig,
     LlamaConfig,
-    Phi3Config,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
 )
@@ -90,14 +90,8 @@ def test_wrappers_are_read_through_their_text():
         (Gemma3Config(), True),
         (Llama4TextConfig(), CHUNKS_START_WITH_DOCUMENTS),
         (Qwen3NextConfig(), False),
-        (
-            Phi3Config(
-                original_max_position_embeddings=32,
-                max_position_embeddings=64,
-                rope_parameters=dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 48, long_factor=[2.0] * 48),
-            ),
-            False,
-        ),
+        (LlamaConfig(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), False),
+        (HunYuanMoEV1Config(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=1.0, alpha=1000.0)), True),
     ],
 )
 def test_documents_share_a_forward_only_where_they_cannot_disturb_each_other(config, packed):

@@ -164,7 +164,7 @@ OVERRIDES = {
     "phi": dict(num_key_value_heads=4),
     "phi3": dict(sliding_window=5),
     "phi4_multimodal": dict(
-        original_max_position_embeddings=256,
+        original_max_position_embeddings=6,  # some documents are longer
         rope_parameters=LONG_ROPE,
         vision_config=dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, crop_size=28),
         audio_config=dict(
@@ -180,7 +180,7 @@ OVERRIDES = {
         ),
     ),
     "phimoe": dict(attention_bias=True, lm_head_bias=True, sliding_window=5)
-    | dict(rope_parameters=LONG_ROPE | dict(short_mscale=1.2, long_mscale=1.3, original_max_position_embeddings=256)),
+    | dict(rope_parameters=LONG_ROPE | dict(short_mscale=1.2, long_mscale=1.3, original_max_position_embeddings=6)),
     "qwen2": WINDOWED,
     "qwen2_moe": WINDOWED | dict(mlp_only_layers=[0, 1]),
     "qwen3": WINDOWED,

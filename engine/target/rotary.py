@@ -1,0 +1,42 @@
+"""Rotary embeddings that depend on how long a document is: of a packed row, each document gets those of its own length.
+
+Long-RoPE (arXiv:2402.13753) has one set of factors for forwards as long as those of pretraining, and another for longer ones;
+Transformers chooses by the largest position of a forward.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engine.batch import to_device
+from engine.models.registry import rope_kinds
+from engine.target.masks import documents_of_forward
+
+
+def rotate_by_length(decoder: PreTrainedModel) -> None:
+    """Make long-RoPE choose by document in forwards of packed ones; other forwards stay as they are."""
+    ropes = [rope for rope in rope_kinds(decoder.config) if rope.get("rope_type") == "longrope"]
+    limits = {rope["original_max_position_embeddings"] for rope in ropes}
+    for name, module in decoder.named_modules() if limits else ():
+        if name.endswith("rotary_emb"):
+            _by_length(module, limits)
+
+
+def _by_length(module: nn.Module, limits: set[int]) -> None:
+    """limits: lengths above which a document has other frequencies."""
+    inner = module.forward
+
+    def forward(x: Tensor, position_ids: Tensor, *others, **options) -> tuple[Tensor, Tensor]:
+        lengths = torch.tensor(documents_of_forward.get(()), dtype=torch.long)
+        passed_L = sum((lengths > limit).long() for limit in limits)
+        if len(passed_L.unique()) < 2 or lengths.sum() != position_ids.shape[-1]:
+            return inner(x, position_ids, *others, **options)
+        rotary = None
+        for passed in passed_L.unique():
+            is_own_T = to_device((passed_L == passed).repeat_interleave(lengths), x.device)
+            # the others' positions must not make its documents look longer
+            found = inner(x, position_ids * is_own_T, *others, **options)
+            rotary = found if rotary is None else tuple(map(torch.where, [is_own_T[:, None]] * 2, found, rotary))
+        return rotary
+
+    module.forward = forward
