@@ -17,6 +17,7 @@ from engine.parallel.blocks import by_document, keep_own, share, share_rows
 from engine.parallel.collectives import sum_over
 from engine.parallel.experts import dispatch, dispatch_dense
 from engine.parallel.mesh import Group, TargetMesh
+from engine.parallel.names import names_of
 from engine.parallel.rules import (
     AttentionHeads,
     Cut,
@@ -28,7 +29,6 @@ from engine.parallel.rules import (
     is_experts,
     is_mlp,
     mlp_cuts,
-    names_of,
     part_of_rows,
 )
 

@@ -1,7 +1,6 @@
 """Which part of each weight a rank holds: heads of attention, columns and rows of MLPs, whole experts or slices of all.
 
-Names say what is a query, a gate or an expert, shapes say how many heads and segments there are. A family that uses other names
-is taught with `register_family`.
+Names (`names.py`) say what is a query, a gate or an expert, shapes say how many heads and segments there are.
 """
 
 import json
@@ -17,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from engine.config import divisors
 from engine.parallel.mesh import Group
+from engine.parallel.names import Names, names_of
 
 QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -24,40 +24,6 @@ KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 PROOFS = Path(__file__).with_name("proofs.json")
 
 Intervals = tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Names:
-    """What a family calls its linear maps.
-
-    queries, keys, values, outputs: of attention. latent_queries: instead of `queries` where both are there (MLA).
-    latent_keys_values: keys and values of all heads. fused: queries, keys and values in one map, segment by segment, or head
-    by head (`fused_by_head`). gates: of attention, some features a head. up, down: of MLPs; fused_up: gate and up in one.
-    """
-
-    queries: tuple[str, ...] = ("q_proj",)
-    keys: tuple[str, ...] = ("k_proj",)
-    values: tuple[str, ...] = ("v_proj",)
-    latent_queries: tuple[str, ...] = ("q_b_proj",)
-    latent_keys_values: tuple[str, ...] = ("kv_b_proj",)
-    fused: tuple[str, ...] = ("qkv_proj", "query_key_value")
-    fused_by_head: bool = False
-    outputs: tuple[str, ...] = ("o_proj", "out_proj", "dense")
-    gates: tuple[str, ...] = ("gate_proj", "g_proj")
-    up: tuple[str, ...] = ("gate_proj", "up_proj", "fc1", "c_fc", "dense_h_to_4h")
-    fused_up: tuple[str, ...] = ("gate_up_proj", "input_linear")
-    down: tuple[str, ...] = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "output_linear")
-
-
-_FAMILIES = {
-    "gpt_neox": Names(fused_by_head=True),
-    "zaya": Names(outputs=(), down=()),  # convolves the queries and keys of all heads together; its routers are MLPs
-}
-
-
-def register_family(model_type: str, names: Names) -> None:
-    """Teach what a family calls its maps. model_type: of its text config."""
-    _FAMILIES[model_type] = names
 
 
 def proof_of(model_type: str) -> dict[str, Any] | None:
@@ -73,10 +39,6 @@ def check_proven(config: PreTrainedConfig) -> None:
         raise ValueError(f"target family {family!r} was not shown to give the same results when ranks share it; {mend}")
     if proof["reason"] is not None:
         raise ValueError(f"target family {family!r} cannot be shared: {proof['reason']}; set parallel.tp_size=1 and ep_size=1")
-
-
-def names_of(config: PreTrainedConfig) -> Names:
-    return _FAMILIES.get(config.model_type, Names())
 
 
 class Unshardable(Exception):

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from engine.parallel.loader import own_bytes
 from engine.parallel.mesh import TargetMesh
+from engine.parallel.names import names_of
 from engine.parallel.plan import TargetPlan
 from engine.parallel.quantised import StaysQuantised
-from engine.parallel.rules import is_experts, names_of
+from engine.parallel.rules import is_experts
 from engine.target.anatomy import decoder_of
 
 CHOSEN = (

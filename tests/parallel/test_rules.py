@@ -6,16 +6,14 @@ from torch import nn
 from transformers import LlamaConfig
 
 from engine.parallel.mesh import Group
+from engine.parallel.names import Names, names_of, register_family
 from engine.parallel.rules import (
     PROOFS,
     Cut,
-    Names,
     Unshardable,
     check_proven,
     linear_cuts,
     mlp_cuts,
-    names_of,
-    register_family,
 )
 from tests.parallel.families import FAMILIES
 
