@@ -1,6 +1,6 @@
 """A target shared by the ranks of a mesh: which weights are cut, and which modules exchange tokens.
 
-What no rule of `rules.py` fits stays replicated, runs on own tokens, and is reported with the reason.
+What no rule of `rules.py` or `linear_attention.py` fits stays replicated, runs on own tokens, and is reported with the reason.
 """
 
 import copy
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from inspect import signature
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from engine.parallel.blocks import by_document, keep_own, share, share_rows
-from engine.parallel.collectives import sum_over
 from engine.parallel.experts import dispatch, dispatch_dense
+from engine.parallel.linear_attention import LinearPart, kind_of, linear_part
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.names import names_of
+from engine.parallel.norms import norm_late, norm_over
 from engine.parallel.rules import (
     AttentionHeads,
     Cut,
@@ -39,18 +39,21 @@ MIXER_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", "pas
 class TargetPlan:
     """What becomes of a decoder, by the names of its parameters and modules.
 
-    cuts: what a rank holds of a parameter. shared: modules that see all ranks' tokens. experts: modules that tokens are
-    dispatched to, with the number of experts. norms: those over a width that is shared. counts: attributes to set. heads: of an
-    attention module, its own query and key heads. embedding: the table of token embeddings, if ranks share its rows.
-    replicated: modules that might have been shared, and why they are not.
+    cuts: what a rank holds of a parameter or buffer. shared: modules that see all ranks' tokens. experts: modules that tokens
+    are dispatched to, with the number of experts. norms: those over a width that is shared. late_norms: of a mixer, one whose
+    part is mended behind it, and the number of its groups. counts: attributes to set. heads: of an attention module, its own
+    query and key heads. linear: shared mixers of linear attention. embedding: the table of token embeddings, if ranks share its
+    rows. replicated: modules that might have been shared, and why they are not.
     """
 
     cuts: dict[str, Cut] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     experts: dict[str, int] = field(default_factory=dict)
     norms: list[str] = field(default_factory=list)
+    late_norms: dict[str, tuple[str, int]] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     heads: dict[str, tuple[int, int]] = field(default_factory=dict)
+    linear: list[str] = field(default_factory=list)
     replicated: dict[str, str] = field(default_factory=dict)
     embedding: str | None = None
 
@@ -77,8 +80,8 @@ class TargetPlan:
         if mesh.size == 1:
             return []
         lines = [
-            f"shared by {mesh.tp.size} ranks: {len(self.shared)} modules, {len(self.heads)} of them attention; "
-            f"experts of {len(self.experts)} layers by {mesh.ep.size}"
+            f"shared by {mesh.tp.size} ranks: {len(self.shared)} modules, {len(self.heads)} of them attention, "
+            f"{len(self.linear)} linear attention; experts of {len(self.experts)} layers by {mesh.ep.size}"
         ]
         reasons = Counter(self.replicated.values())
         return lines + [f"{count} modules on every rank: {reason}" for reason, count in reasons.most_common()]
@@ -100,12 +103,22 @@ class TargetPlan:
             self.counts[name] = {key: n for key, n in heads.counts.items() if isinstance(getattr(module, key, None), int)}
             self.heads[name] = heads.counts["num_heads"], heads.counts["num_kv_heads"]
             self.shared.append(name)
+        elif mesh.tp.size > 1 and (kind := kind_of(module)) is not None:
+            cuts = self._add_linear(name, linear_part(module, kind, mesh.tp))
         elif mesh.tp.size > 1 and is_mlp(module, names):
             if ".experts." in name:
                 raise Unshardable("it is called with an expert's tokens alone")
             cuts = mlp_cuts(module, mesh.tp, names)
             self.shared.append(name)
         self.cuts |= {f"{name}.{leaf}": cut for leaf, cut in cuts.items()}
+
+    def _add_linear(self, name: str, part: LinearPart) -> dict[str, Cut]:
+        self.counts |= {f"{name}.{inner}".rstrip("."): counts for inner, counts in part.counts.items()}
+        if part.norm is not None:
+            self.late_norms[name] = part.norm
+        self.linear.append(name)
+        self.shared.append(name)
+        return part.cuts
 
     def _add_experts(self, decoder: PreTrainedModel, name: str, module: nn.Module, mesh: TargetMesh) -> None:
         takes_choices = _takes_choices(module)
@@ -138,7 +151,10 @@ def cut_decoder(decoder: PreTrainedModel, mesh: TargetMesh) -> TargetPlan:
     for name, cut in plan.cuts.items():
         owner, _, leaf = name.rpartition(".")
         own = cut.of(getattr(modules[owner], leaf).data).clone()
-        modules[owner]._parameters[leaf] = nn.Parameter(own, requires_grad=False)
+        if leaf in modules[owner]._parameters:
+            modules[owner]._parameters[leaf] = nn.Parameter(own, requires_grad=False)
+        else:
+            modules[owner]._buffers[leaf] = own
     return plan
 
 
@@ -155,7 +171,7 @@ def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, p
     if plan.embedding is not None:
         share_rows(modules[plan.embedding], mesh.tp)
     for name in plan.norms:
-        _norm_over(modules[name], mesh.tp)
+        norm_over(modules[name], mesh.tp)
     for name, num_experts in plan.experts.items():
         if _takes_choices(modules[name]):
             dispatch(modules[name], num_experts, mesh.ep)
@@ -166,6 +182,8 @@ def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, p
             by_document(module, shared=name in plan.shared)
         if name not in plan.shared:
             keep_own(module)
+    for name, (norm, num_groups) in plan.late_norms.items():
+        norm_late(modules[name], norm, num_groups, mesh.tp)
     for name in plan.shared:
         share(modules[name], mesh.tp, is_experts(modules[name], names), mesh.parts)
     for name, module in modules.items():
@@ -185,14 +203,3 @@ def _mixers(decoder: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
             for part_name, part in layer.named_children():
                 if MIXER_ARGUMENTS & signature(part.forward).parameters.keys():
                     yield f"{stack_name}.{name}.{part_name}", part
-
-
-def _norm_over(norm: nn.Module, group: Group) -> None:
-    """An RMSNorm over features that a group shares: the mean of squares is over all ranks' parts."""
-    epsilon = next(value for key in ("variance_epsilon", "eps", "epsilon") if (value := getattr(norm, key, None)) is not None)
-
-    def forward(hidden_TF: Tensor) -> Tensor:
-        square_T1 = sum_over(hidden_TF.float().pow(2).sum(-1, keepdim=True), group) / (hidden_TF.shape[-1] * group.size)
-        return (norm.weight * (hidden_TF.float() * torch.rsqrt(square_T1 + epsilon)).to(hidden_TF.dtype)).to(hidden_TF.dtype)
-
-    norm.forward = forward

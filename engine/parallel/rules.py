@@ -67,9 +67,12 @@ def is_attention(module: nn.Module, names: Names) -> bool:
     children = dict(module.named_children())
     knows = [names.outputs, (*names.queries, *names.latent_queries, *names.fused)]
     knows.append((*names.keys, *names.latent_keys_values, *names.fused))
-    return all(any(name in children for name in some) for some in knows) and "attention_interface" in getsource(
-        type(module).forward
-    )
+    return all(any(name in children for name in some) for some in knows) and compares_pairs(module)
+
+
+def compares_pairs(module: nn.Module) -> bool:
+    """Whether it lets each query read each key, through Transformers' interface, as no linear attention does."""
+    return "attention_interface" in getsource(type(module).forward)
 
 
 def is_mlp(module: nn.Module, names: Names) -> bool:
@@ -88,24 +91,27 @@ def is_experts(module: nn.Module, names: Names) -> bool:
 class AttentionHeads:
     """Query and key heads of an attention module, and those of a rank: `queries`, `keys`, as intervals of head numbers.
 
-    Key heads that are fewer than ranks are held by several.
+    Key heads that are fewer than ranks are held by several. Raises Unshardable, naming sizes that would do, if the ranks cannot
+    share them.
     """
 
     num_queries: int
     num_keys: int
     tp: Group
 
+    def __post_init__(self) -> None:
+        queries, keys = self.num_queries, self.num_keys
+        fitting = [size for size in divisors(queries) if keys % size == 0 or size % keys == 0]
+        if self.tp.size not in fitting:
+            problem = f"{queries} heads and {keys} key/value heads cannot be shared by {self.tp.size} ranks"
+            raise Unshardable(f"{problem}; use a parallel.tp_size of {fitting}")
+
     @classmethod
     def of(cls, module: nn.Module, config: PreTrainedConfig, tp: Group) -> "AttentionHeads":
-        """Raises Unshardable, naming sizes that would do, if the ranks cannot share them."""
+        """As many as the module, or else its config, says."""
         queries = _count(module, QUERY_COUNTS, config, "num_attention_heads")
         keys = queries if any(hasattr(module, name) for name in names_of(config).latent_keys_values) else None
-        keys = keys or _count(module, KEY_COUNTS, config, "num_key_value_heads")
-        fitting = [size for size in divisors(queries) if keys % size == 0 or size % keys == 0]
-        if tp.size not in fitting:
-            problem = f"{queries} heads and {keys} key/value heads cannot be shared by {tp.size} ranks"
-            raise Unshardable(f"{problem}; use a parallel.tp_size of {fitting}")
-        return cls(queries, keys, tp)
+        return cls(queries, keys or _count(module, KEY_COUNTS, config, "num_key_value_heads"), tp)
 
     @property
     def queries(self) -> Intervals:

@@ -16,7 +16,7 @@ from engine.parallel.mesh import TargetMesh
 from engine.parallel.names import names_of
 from engine.parallel.plan import TargetPlan
 from engine.parallel.quantised import StaysQuantised
-from engine.parallel.rules import is_experts
+from engine.parallel.rules import compares_pairs, is_experts
 from engine.target.anatomy import decoder_of
 
 CHOSEN = (
@@ -71,7 +71,10 @@ class TargetCost:
         return round(whole / weight.itemsize * self.quantised.value_bytes)
 
     def flops(self, forward: Forward) -> int:
-        """Of a rank's own tokens: what a replicated target would take for them, since all ranks bring as many."""
+        """Of a rank's own tokens: what a replicated target would take for them, since all ranks bring as many.
+
+        What linear attention does to its states is left out: it is little beside its maps, and no two kernels do the same.
+        """
         width, vocab_size = self.config.hidden_size, self.model.get_output_embeddings().weight.shape[0]
         of_heads = forward.num_pairs * sum(self.pair_flops for _ in self._attentions())
         return 2 * forward.num_tokens * self.num_active_weights + of_heads + 2 * forward.num_slots * width * vocab_size
@@ -153,7 +156,8 @@ class TargetCost:
     def _attentions(self) -> Iterator[nn.Module]:
         names = names_of(self.config)
         for _, block in self._blocks():
-            if any(hasattr(block, name) for name in names.outputs) and not hasattr(block, "experts"):
+            has_output = any(hasattr(block, name) for name in names.outputs)
+            if has_output and not hasattr(block, "experts") and compares_pairs(block):
                 yield block
 
     def _blocks(self) -> Iterator[tuple[str, nn.Module]]:

@@ -31,8 +31,9 @@ from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import AUX, TOLERANCE, reference, relative, run_own
 
-# Plain, fused, per-expert, transposed and renamed layouts; tied heads; recurrences.
+# Plain, fused, per-expert, transposed and renamed layouts; tied heads; recurrences; linear attention of every kind.
 FAMILIES = ["llama", "phi3", "qwen3_moe", "mixtral", "gpt_oss", "llama4_text", "deepseek_v3", "gemma2", "qwen3_next", "jamba"]
+FAMILIES += ["qwen3_5_text", "minimax", "kimi_linear", "bailing_hybrid", "olmo_hybrid", "nemotron_h", "lfm2_moe"]
 MEBIBYTE, CPU = 1 << 20, torch.device("cpu")
 
 
@@ -61,7 +62,8 @@ def test_slices_and_buffers_are_those_of_the_whole_model_bit_for_bit(family, tmp
         assert loaded.keys() == weights.keys()
         for name, tensor in loaded.items():
             assert torch.equal(tensor, cuts[name].of(weights[name]) if name in cuts else weights[name]), name
-        assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, cuts[name].of(buffers[name]) if name in cuts else buffers[name]), name
 
 
 def load_and_run(world, folder: Path, family: str) -> float:
@@ -71,7 +73,7 @@ def load_and_run(world, folder: Path, family: str) -> float:
     return relative(run_own(target, world.rank), reference(family, world.rank)[:2])
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "qwen3_next", "minimax"])
 def test_a_target_that_is_read_in_slices_gives_what_the_whole_one_gives(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
     assert max(run_ranks(load_and_run, 4, tmp_path, family)) <= TOLERANCE

@@ -105,7 +105,7 @@ def in_parts(world, family: str) -> tuple[float, int, int]:
     return relative(*outputs), *started
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_moe", "qwen3_next", "llama4_text"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_moe", "qwen3_next", "minimax", "llama4_text"])
 def test_exchanging_in_parts_changes_nothing(family):
     for difference, whole, parts in run_ranks(in_parts, 2, family):
         assert difference <= TOLERANCE and parts == 3 * whole

@@ -121,7 +121,7 @@ def test_mxfp4_experts_are_read_as_what_they_mean(tmp_path):
             assert torch.equal(weights[name], cuts[name].of(tensor) if name in cuts else tensor), name
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "lfm2_moe"])
 def test_fp8_weights_are_read_as_value_times_scale(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
     plain = load_file(tmp_path / "model.safetensors")

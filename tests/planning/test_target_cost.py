@@ -1,6 +1,7 @@
 """What is computed for a target from its configuration is what a rank really holds, multiplies and sends."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.parallel.test_quantised import to_fp8, to_int4
 LENGTHS = (9, 7)
 TOKENS, SLOTS = sum(LENGTHS), torch.tensor([3, 4, 11])
 FAMILIES = ("llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "phi3", "gemma2", "mixtral")
+FAMILIES += ("qwen3_next", "minimax", "nemotron_h")
 MESHES = {"tp 2": (2, 1), "ep 2": (1, 2), "tp 2, ep 2": (2, 2)}
 AUX_LAYERS = (0, 1, 2)
 
@@ -102,8 +104,9 @@ def test_flops_are_those_that_products_take(family):
     assert counted.get_total_flops() == planned
 
 
-def test_traffic_of_tensor_parallelism_is_what_is_sent():
-    (_, sent), planned = run_ranks(shared_forward, 2, ("llama",), (2, 1))[0]["llama"], cost("llama", 2).traffic(forward())
+@pytest.mark.parametrize("family", ["llama", "qwen3_5_text"])
+def test_traffic_of_tensor_parallelism_is_what_is_sent(family):
+    (_, sent), planned = run_ranks(shared_forward, 2, (family,), (2, 1))[0][family], cost(family, 2).traffic(forward())
     # the whole of both ranks' rows is counted at the call, of which each sends the other's half, or its own half
     assert sent["reduce_scatter"] == 2 * planned["reduce-scatter of tokens (TP)"]
     of_states = 2 * (planned["all-gather of tokens (TP)"] + planned["all-gather of slots (head)"])
@@ -134,6 +137,13 @@ def test_passing_memory_is_near_what_a_forward_takes():
     planned = cost("llama")
     most = planned.passing_bytes(forward()) + planned.output_bytes(forward())
     assert peaks[-1] / 2 < most < 2 * peaks[-1]
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", 4), ("qwen3_next", 2), ("minimax", 2), ("jamba", 1)])
+def test_only_layers_that_compare_pairs_pay_for_pairs(family, layers):
+    planned = cost(family)
+    more = planned.flops(replace(forward(), num_pairs=forward().num_pairs + 1)) - planned.flops(forward())
+    assert more == layers * planned.pair_flops
 
 
 def test_sizes_that_do_not_fit_are_named():

@@ -1,0 +1,185 @@
+"""Which part of a linear-attention or state-space mixer a rank holds: some of its value heads, and the key heads they read.
+
+Such mixers pack their features in more ways than attention does, so a kind says what those of each map are of: `k` a key head,
+`v` a value head, `1` a value head that has one number; segment by segment, or in brackets key head by key head. Widths are read
+from shapes. The first Mamba is of no kind: a product over all of its channels stands in its middle.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+
+from torch import Tensor, nn
+
+from engine.parallel.mesh import Group
+from engine.parallel.rules import AttentionHeads, Cut, Intervals, Unshardable, linear_cuts, scaled
+
+OUTPUTS = ("o_proj", "out_proj")
+OF_KEYS = ("num_k_heads", "n_groups", "key_dim")
+OF_VALUES = ("num_v_heads", "num_heads", "num_attention_heads", "value_dim", "qkv_dim", "intermediate_size")
+NORM, CONVOLUTION, WHOLE = "norm", "conv1d", ""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Mixers that are built alike.
+
+    keys, values: attributes with the numbers of their heads. mark: a map or parameter that other kinds lack. features: of all
+    but the map that reads the heads, segment by segment. A mixer with any other parameter or buffer is not of the kind.
+    """
+
+    keys: str
+    values: str
+    mark: str
+    features: Mapping[str, str]
+
+    def fits(self, mixer: nn.Module) -> bool:
+        stems = {_stem(name) for name, _ in _tensors(mixer)}
+        knows = self.mark in stems and stems & {*OUTPUTS} and stems <= {*self.features, *OUTPUTS}
+        return bool(knows) and _has(mixer, self.keys) and _has(mixer, self.values)
+
+
+_DELTA = {
+    "in_proj_qkvz": "(kkvv)",
+    "in_proj_ba": "(11)",
+    "in_proj_qkv": "kkv",
+    "q_proj": "k",
+    "k_proj": "k",
+    "v_proj": "v",
+    CONVOLUTION: "kkv",
+    "o_norm": WHOLE,  # one for every head
+    "b_proj": "1",
+    "g_proj": "v",
+}
+KINDS = (
+    Kind(  # Qwen3-Next, Qwen3.5, OLMo Hybrid
+        "num_k_heads",
+        "num_v_heads",
+        "A_log",
+        _DELTA
+        | {"in_proj_z": "v", "in_proj_b": "1", "in_proj_a": "1", "a_proj": "1"}
+        | {"A_log": "1", "dt_bias": "1", NORM: WHOLE},
+    ),
+    Kind(  # Kimi Linear, Bailing: a decay for each feature
+        "num_heads",
+        "num_heads",
+        "forget_gate.A_log",
+        _DELTA
+        | {"g_a_proj": WHOLE, "g_b_proj": "v", "forget_gate.f_a_proj": WHOLE, "forget_gate.f_b_proj": "v"}
+        | {"forget_gate.f_proj": "v", "forget_gate.A_log": "1", "forget_gate.dt_bias": "v"},
+    ),
+    Kind(  # MiniMax: its decays are buffers
+        "num_attention_heads",
+        "num_attention_heads",
+        "slope_rate",
+        {"qkv_proj": "(vvv)", "output_gate": "v", NORM: "v"}
+        | dict.fromkeys(("slope_rate", "query_decay", "key_decay", "diagonal_decay"), "1"),
+    ),
+    Kind(  # Mamba 2; the groups that share B and C are its key heads
+        "n_groups",
+        "num_heads",
+        "A_log",
+        {"in_proj": "vvkk1", CONVOLUTION: "vkk", NORM: "v", "A_log": "1", "D": "1", "dt_bias": "1"},
+    ),
+    Kind("conv.in_channels", "conv.in_channels", "conv", {"in_proj": "vvv", "conv": "v"}),  # LFM2: each channel for itself
+)
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """What a rank holds of a mixer: cuts by parameter or buffer, counts by submodule.
+
+    norm: one over features of several ranks, and by how many groups of them; None where each rank has its own.
+    """
+
+    cuts: dict[str, Cut]
+    counts: dict[str, dict[str, int]]
+    norm: tuple[str, int] | None
+
+
+def kind_of(mixer: nn.Module) -> Kind | None:
+    """None of what is no such mixer, or one that is not known."""
+    return next((kind for kind in KINDS if kind.fits(mixer)), None)
+
+
+def linear_part(mixer: nn.Module, kind: Kind, tp: Group) -> LinearPart:
+    """Raises Unshardable if the ranks cannot share its heads, naming sizes that would do, or if shapes are not as known."""
+    heads = AttentionHeads(attrgetter(kind.values)(mixer), attrgetter(kind.keys)(mixer), tp)
+    output_name = next(name for name in OUTPUTS if hasattr(mixer, name))
+    output, norm = getattr(mixer, output_name), _shared_norm(mixer, kind, tp)
+    if norm is not None and output.bias is not None:
+        raise Unshardable(f"{output_name} adds a bias behind a norm over heads of several ranks")
+    width = output.in_features // heads.num_queries
+    reads = Cut(1, scaled(heads.queries, width))
+    cuts = {f"{output_name}.{leaf}": cut for leaf, cut in linear_cuts(output, reads, tp).items()}
+    for name, tensor in _tensors(mixer):
+        if features := kind.features.get(_stem(name)):
+            dim = next(dim for dim, size in enumerate(tensor.shape) if size > 1)
+            cuts[name] = Cut(dim, _own_features(name, features, tensor.shape[dim], width, heads))
+    counts = {name: _own_counts(module, heads) for name, module in mixer.named_modules()}
+    if hasattr(mixer, "conv_dim"):
+        counts[""]["conv_dim"] = _size(cuts[f"{CONVOLUTION}.weight"])
+    if norm is not None and hasattr(getattr(mixer, NORM), "group_size"):
+        counts[NORM]["group_size"] = _size(cuts[f"{NORM}.weight"])
+    return LinearPart(cuts, {name: own for name, own in counts.items() if own}, norm)
+
+
+def _shared_norm(mixer: nn.Module, kind: Kind, tp: Group) -> tuple[str, int] | None:
+    if not kind.features.get(NORM):
+        return None
+    norm = getattr(mixer, NORM)
+    num_groups = norm.weight.numel() // getattr(norm, "group_size", norm.weight.numel())
+    return None if num_groups % tp.size == 0 else (NORM, num_groups)
+
+
+def _own_counts(module: nn.Module, heads: AttentionHeads) -> dict[str, int]:
+    """What a module that holds a rank's heads alone calls their numbers and widths."""
+    kinds = ((OF_KEYS, heads.counts["num_kv_heads"], heads.num_keys), (OF_VALUES, heads.counts["num_heads"], heads.num_queries))
+    return {
+        name: whole * own // count
+        for names, own, count in kinds
+        for name in names
+        if isinstance(whole := getattr(module, name, None), int)
+    }
+
+
+def _own_features(name: str, features: str, total: int, width: int, heads: AttentionHeads) -> Intervals:
+    """Where those of own heads lie among all `total`. width: of a value head; that of a key head follows."""
+    grouped, kinds = features.startswith("("), features.strip("()")
+    units, num_keyed = {"v": width, "1": 1}, kinds.count("k") * heads.num_keys
+    rest = total - heads.num_queries * sum(units.get(kind, 0) for kind in kinds)
+    units["k"] = rest // num_keyed if num_keyed else 0
+    if rest != num_keyed * units["k"] or rest < 0:
+        raise Unshardable(f"{name} has {total} features, not those that {heads.num_queries} heads of {width} have")
+    num_groups = heads.num_keys if grouped else 1
+    found: list[tuple[int, int]] = []
+    offset = 0
+    for group in range(num_groups):
+        for kind in kinds:
+            all_heads, ((first, end),) = (heads.num_keys, heads.keys) if kind == "k" else (heads.num_queries, heads.queries)
+            count = all_heads // num_groups
+            start, stop = (min(max(head - group * count, 0), count) * units[kind] + offset for head in (first, end))
+            if found and found[-1][1] == start:  # one slice of a file, not two
+                start = found.pop()[0]
+            if start < stop:
+                found.append((start, stop))
+            offset += count * units[kind]
+    return tuple(found)
+
+
+def _tensors(mixer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from mixer.named_parameters()
+    yield from mixer.named_buffers()
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(".bias")
+
+
+def _has(mixer: nn.Module, path: str) -> bool:
+    first, _, rest = path.partition(".")
+    return hasattr(mixer, first) and (not rest or hasattr(getattr(mixer, first), rest))
+
+
+def _size(cut: Cut) -> int:
+    return sum(stop - start for start, stop in cut.intervals)
