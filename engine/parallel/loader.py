@@ -155,7 +155,10 @@ class _Names:
 
     def of(self, key: str) -> tuple[str, str | None]:
         """The name, whether there is such a weight or not, and the pattern of the rule that the key fits."""
-        return rename_source_key(key, self._renamings, self.converters, self._model.base_model_prefix, self._whole)
+        name, pattern = rename_source_key(key, self._renamings, self.converters, self._model.base_model_prefix, self._whole)
+        if name not in self._whole and key in self._whole:  # a rule for another layout fits it by chance
+            return key, None
+        return name, pattern
 
 
 def _plan(
