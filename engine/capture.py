@@ -17,7 +17,7 @@ from engine.data.documents import Document, Documents
 from engine.data.fingerprint import hash_of, trained_with
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer
-from engine.models.registry import check_aux_layers, default_aux_layers, text_config
+from engine.models.registry import check_aux_layers, default_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, Shard, StoreError, plan_shards
@@ -95,8 +95,8 @@ class Capture:
     def contents(self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> Contents:
         """What the store is to be of."""
         config, text = self.config, text_config(target_config)
-        num_layers = text.num_hidden_layers
-        aux_layers = check_aux_layers(config.target.aux_layers or default_aux_layers(num_layers), num_layers)
+        count = num_layers(text)
+        aux_layers = check_aux_layers(config.target.aux_layers or default_aux_layers(count), count)
         chosen = "float32" if self.world.device.type == "cpu" else "bfloat16"
         return Contents(
             target=config.target.path,

@@ -28,7 +28,7 @@ from engine.export import CONFIG, load_draft
 from engine.held_out import HeldOut
 from engine.kernels import choose_kernels
 from engine.models.draft_config import DraftConfig
-from engine.models.registry import check_aux_layers, text_config
+from engine.models.registry import check_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
 from engine.recipe import load_config
 from engine.report import acceptance_table
@@ -121,7 +121,7 @@ def check_target(draft: DraftConfig, path: str, hub: dict[str, Any]) -> None:
             )
     if draft.aux_layers is not None:
         try:
-            check_aux_layers(draft.aux_layers, target.num_hidden_layers)
+            check_aux_layers(draft.aux_layers, num_layers(target))
         except ValueError as error:
             raise ValueError(f"the draft reads layers that {path} cannot give; name its own target ({error})") from error
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from engine.config import Config, ConfigError
 from engine.ds_config import load_ds_config
 from engine.flops import PEAKS
-from engine.models.registry import text_config
+from engine.models.registry import check_family, text_config
 from engine.parallel.mesh import check_sizes
 from engine.parallel.quantised import StaysQuantised
 from engine.parallel.rules import check_proven
@@ -65,6 +65,7 @@ def make_planner(config: Config, ds_config: dict[str, Any], arguments: argparse.
     """Raises ValueError or OSError for what a user can mend."""
     section = config.target
     target = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+    check_family(target)
     may_share = config.parallel.unproven
     try:
         check_proven(text_config(target))

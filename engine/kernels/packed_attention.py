@@ -114,28 +114,30 @@ def _in_blocks(query_HLE: Tensor, key_GLE: Tensor, value_GLF: Tensor, window: in
     return torch.cat(attended, dim=1)
 
 
-def under_mask(query_HQE: Tensor, key_GKE: Tensor, value_GKF: Tensor, allowed_QK: Tensor | None, scores: Scores) -> Tensor:
-    """[H, Q, F]. allowed_QK: bool, whether a query may read a key; None = as many of both, plainly causal."""
+def under_mask(query_HQE: Tensor, key_GKE: Tensor, value_GKF: Tensor, mask_QK: Tensor | None, scores: Scores) -> Tensor:
+    """[H, Q, F]. mask_QK: whether a query may read a key, or what is added to its score, for all heads or for each
+    [H, Q, K]; None = as many of both, plainly causal."""
     (heads, queries, width), (groups, keys, value_width) = query_HQE.shape, value_GKF.shape
     key_HKE, value_HKF = (x.repeat_interleave(heads // groups, dim=0) for x in (key_GKE, value_GKF))
     if scores.softcap is None and scores.sinks_H is None:
         # PyTorch keeps no square of scores where all are as wide.
         padded = F.pad(value_HKF, (0, max(0, width - value_width)))
-        options = {"attn_mask": allowed_QK, "is_causal": allowed_QK is None, "scale": scores.scale}
+        options = {"attn_mask": mask_QK, "is_causal": mask_QK is None, "scale": scores.scale}
         attended = F.scaled_dot_product_attention(query_HQE[None], key_HKE[None], padded[None], **options)
         return attended[0, ..., :value_width]
-    if allowed_QK is None:
-        allowed_QK = torch.ones(queries, keys, dtype=torch.bool, device=query_HQE.device).tril()
+    if mask_QK is None:
+        mask_QK = torch.ones(queries, keys, dtype=torch.bool, device=query_HQE.device).tril()
     rows = max(1, MAX_SCORES // (heads * keys))
-    chunks = zip(query_HQE.split(rows, dim=1), allowed_QK.split(rows), strict=True)
-    return torch.cat([_written_out(query, key_HKE, value_HKF, allowed, scores) for query, allowed in chunks], dim=1)
+    chunks = zip(query_HQE.split(rows, dim=1), mask_QK.split(rows, dim=-2), strict=True)
+    return torch.cat([_written_out(query, key_HKE, value_HKF, mask, scores) for query, mask in chunks], dim=1)
 
 
-def _written_out(query_HQE: Tensor, key_HKE: Tensor, value_HKF: Tensor, allowed_QK: Tensor, scores: Scores) -> Tensor:
+def _written_out(query_HQE: Tensor, key_HKE: Tensor, value_HKF: Tensor, mask_QK: Tensor, scores: Scores) -> Tensor:
     scores_HQK = (query_HQE @ key_HKE.transpose(1, 2)).float() * scores.scale
     if scores.softcap is not None:
         scores_HQK = scores.softcap * torch.tanh(scores_HQK / scores.softcap)
-    scores_HQK = scores_HQK.masked_fill(~allowed_QK, -torch.inf)
+    is_bool = mask_QK.dtype == torch.bool
+    scores_HQK = scores_HQK.masked_fill(~mask_QK, -torch.inf) if is_bool else scores_HQK + mask_QK
     if scores.sinks_H is not None:
         sinks_HQ1 = scores.sinks_H.float().view(-1, 1, 1).expand(-1, query_HQE.shape[1], 1)
         scores_HQK = torch.cat([scores_HQK, sinks_HQ1], dim=-1)

@@ -8,7 +8,14 @@ from transformers import PreTrainedConfig
 
 from engine.config import DraftSection
 from engine.flops import DraftShape
-from engine.models.registry import check_aux_layers, check_served_aux_layers, default_aux_layers, text_config
+from engine.models.registry import (
+    check_aux_layers,
+    check_family,
+    check_served_aux_layers,
+    default_aux_layers,
+    num_layers,
+    text_config,
+)
 from engine.strict import parse_json, read_text
 
 TokenId = int | tuple[int, ...] | None
@@ -175,10 +182,10 @@ def derive_draft_config(
     Raises ValueError naming the option or the part of the target's config that does not fit.
     """
     target = text_config(target_config)
+    check_family(target)
     if draft.config is not None:
         return _read_draft_config(target, draft, aux_layers)
-    layers = check_aux_layers(aux_layers or default_aux_layers(target.num_hidden_layers), target.num_hidden_layers)
-    check_served_aux_layers(target.model_type, layers)
+    layers = _aux_layers(target, aux_layers)
     heads, groups, head_dim = _attention_shape(target, draft)
     return DraftConfig(
         hidden_size=draft.hidden_size or target.hidden_size,
@@ -204,15 +211,22 @@ def derive_draft_config(
     )
 
 
+def _aux_layers(target: PreTrainedConfig, chosen: tuple[int, ...] | None) -> tuple[int, int, int]:
+    count = num_layers(target)
+    layers = check_aux_layers(chosen or default_aux_layers(count), count)
+    check_served_aux_layers(target.model_type, layers)
+    return layers
+
+
 def _read_draft_config(target: PreTrainedConfig, draft: DraftSection, aux_layers: tuple[int, ...] | None) -> DraftConfig:
     exported = parse_json(read_text(Path(draft.config)), Path(draft.config))
     if not isinstance(exported, dict):
         raise ValueError(f"{draft.config}: expected the object of a draft's config.json")
     if aux_layers is not None or (exported.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") is None:
-        layers = aux_layers or default_aux_layers(target.num_hidden_layers)
+        layers = aux_layers or default_aux_layers(num_layers(target))
         exported["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
     config = DraftConfig.from_dict(exported)
-    check_aux_layers(config.aux_layers, target.num_hidden_layers)
+    check_aux_layers(config.aux_layers, num_layers(target))
     check_served_aux_layers(target.model_type, config.aux_layers)
     facts = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
     for name, expected in facts.items():

@@ -22,6 +22,7 @@ _SCALE_FIELDS = {
     "granitemoehybrid": ("logits_scaling", -1),
     "granitemoeshared": ("logits_scaling", -1),
     "hyperclovax": ("logits_scaling", 1),
+    "inkling_text": ("logits_mup_width_multiplier", -1),
     "minicpm3": ("logits_scaling", -1),
     "muse_glimmer_text": ("output_multiplier", 1),
     "muse_spark_text": ("output_multiplier", 1),
@@ -30,25 +31,36 @@ _SOFT_CAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_
 # Kinds of layer whose tokens meet in attention only, under a mask that Transformers lets others build.
 _ISOLATED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Families that attend under masks of their own making.
-_ONE_BY_ONE = {"doge", "gemma4_unified_text"}
+_ONE_BY_ONE = {"doge"}
+# Families whose cache claims to roll back: one compresses keys of several tokens into one, the other attends elsewhere where a
+# forward reads more than one token.
+_NO_ROLLBACK = {"deepseek_v4", "doge"}
+# What a config calls the number of its residual streams (hyper-connections), and a family its layers, where that is not plain.
+_STREAM_FIELDS = ("hc_mult", "hc_count")
+_LAYER_FIELDS = {"longcat_flash": "num_layers"}  # each has two attentions, which num_hidden_layers counts
 # Families that SGLang runs on its DeepSeek-V2 code.
 _SERVED_AS_DEEPSEEK = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "kimi_k2", "kimi_k25"}
 _REFUSED = {
-    "chameleon": "forbids its image tokens after the head",
-    "inkling_text": "crops its padded vocabulary after the head",
-    "inkling2_text": "crops its padded vocabulary after the head",
-    "modernbert-decoder": "has a head that is not one linear map",
-    "musicgen_decoder": "has several heads",
-    "musicgen_melody_decoder": "has several heads",
+    "chameleon": "forbids its image tokens after the head, which a draft cannot be taught",
+    "gemma3n_text": "keeps several states a token (AltUp), and no server says which of them a draft reads",
+    "hrm_text": "runs the same layers several times over, so none has one output for a draft to read",
+    "inkling2_text": "lets layers read the states of all earlier blocks, and no server says what of them a draft reads",
+    "modernbert-decoder": "has a head that is not one linear map, which a draft cannot be taught",
+    "musicgen_decoder": "has several heads, which a draft cannot be taught",
+    "musicgen_melody_decoder": "has several heads, which a draft cannot be taught",
 }
 
 
 @dataclass(frozen=True)
 class FinalLogits:
-    """What a target does to its logits after the head: `z * scale`, then `soft_cap * tanh(z / soft_cap)`; None = no cap."""
+    """What a target does to its logits after the head: `z * scale`, then `soft_cap * tanh(z / soft_cap)`; None = no cap.
+
+    num_tokens: how many of the head's rows are tokens, the rest being padding that never comes; None = all of them.
+    """
 
     scale: float
     soft_cap: float | None
+    num_tokens: int | None = None
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -60,6 +72,38 @@ def rope_kinds(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """What a config says of its rotary embeddings: of all, or of each kind of layer that has its own."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(value for value in rope.values() if isinstance(value, dict))]
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Raise ValueError, naming the family and why, if no draft can be taught by a target of this config."""
+    config = text_config(config)
+    family = config.model_type
+    why = _REFUSED.get(family)
+    if family == "doge" and config.is_moe:
+        why = "chooses experts by other tokens of the forward, later ones among them"
+    if why is not None:
+        raise ValueError(f"target family {family!r} {why}; use another target")
+
+
+def keeps_tokens_apart(config: PreTrainedConfig) -> bool:
+    """Whether a cache that says it can be cut behind a token can be."""
+    return text_config(config).model_type not in _NO_ROLLBACK
+
+
+def num_layers(config: PreTrainedConfig) -> int:
+    """Decoder layers, as servers number them."""
+    config = text_config(config)
+    return getattr(config, _LAYER_FIELDS.get(config.model_type, "num_hidden_layers"))
+
+
+def num_streams(config: PreTrainedConfig) -> int:
+    """Residual streams between layers. A draft reads their mean.
+
+    Source: servers average them where they capture such a layer's output: SGLang's `hc_contract`, vLLM's Ascend port and
+    RTP-LLM for DeepSeek-V4.
+    """
+    config = text_config(config)
+    return next((getattr(config, field) for field in _STREAM_FIELDS if hasattr(config, field)), 1)
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
@@ -103,19 +147,19 @@ def check_served_aux_layers(model_type: str, layers: tuple[int, ...]) -> None:
 def final_logits(config: PreTrainedConfig) -> FinalLogits:
     """What the target of this config, or of its text config, applies after its LM head.
 
-    Raises ValueError for families whose head is more than a linear map, a scale and a soft-cap.
+    Raises ValueError for families that are refused, those with more than that among them.
     """
+    check_family(config)
     config = text_config(config)
     family = config.model_type
-    if family in _REFUSED:
-        raise ValueError(f"target family {family!r} {_REFUSED[family]}, which a draft cannot be taught; use another target")
     scale = 1.0
     if family in _SCALE_FIELDS:
         field, power = _SCALE_FIELDS[family]
         value = getattr(config, field)
         scale = 1.0 if value is None else float(value) ** power
     caps = [getattr(config, field) for field in _SOFT_CAP_FIELDS if hasattr(config, field)]
-    return FinalLogits(scale, float(caps[0]) if caps and caps[0] is not None else None)
+    num_tokens = getattr(config, "unpadded_vocab_size", None)
+    return FinalLogits(scale, float(caps[0]) if caps and caps[0] is not None else None, num_tokens)
 
 
 def runs_packed(config: PreTrainedConfig) -> bool:

@@ -4,6 +4,7 @@ Token dimension: the last one of whole numbers [1, T], else the last but one ([1
 of tokens, as experts are, the first ([T, D], [T, K]).
 """
 
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -113,11 +114,17 @@ def token_dim(x: Tensor, count: int, rows: bool = False) -> int | None:
 
 
 def _changed(value: Any, count: int, change: Change, documents: Sequence[int] | None = None, rows: bool = False) -> Any:
-    """Arguments with their tensors of `count` tokens changed, and what is by document cut to `documents`."""
+    """Arguments with their tensors of `count` tokens changed, and what is by document cut to `documents`.
+
+    What layers leave in a store for later ones (keys and values, in Gemma 4) is of the documents that they were given, so a
+    store holds one of its kind for each choice of documents.
+    """
 
     def changed(item: Any) -> Any:
         if isinstance(item, ByDocument) and documents is not None:
             return item.of(documents)
+        if isinstance(item, UserDict) and documents is not None:
+            return item.setdefault(tuple(documents), type(item)())
         dim = token_dim(item, count, rows) if isinstance(item, Tensor) else None
         return item if dim is None else change(item, dim)
 

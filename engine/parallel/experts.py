@@ -17,7 +17,8 @@ def dispatch(experts: nn.Module, num_experts: int, group: Group) -> None:
 
     It holds experts rank * n .. rank * n + n - 1, `n = num_experts / group.size`, under the local ids 0 .. n - 1.
     """
-    inner, num_local = experts.forward, num_experts // group.size
+    num_local = num_experts // group.size
+    inner = _beside_identity(experts.forward, num_local) if num_identities(experts) else experts.forward
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args, **kwargs) -> Tensor:
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -59,6 +60,34 @@ def _run(inner, rows_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tenso
         picked = row_M, choice_M
         result_ND.index_add_(0, row_M, inner(rows_ND[row_M], chosen_NK[picked][:, None], weights_NK[picked][:, None]))
     return result_ND
+
+
+def num_identities(experts: nn.Module) -> int:
+    """How many of the experts that a router chooses from have no weights, and return their tokens as they are."""
+    return getattr(experts, "zero_expert_num", None) or 0
+
+
+def keep_identities(experts: nn.Module, num_experts: int) -> None:
+    """Let what experts without weights return, whose ids begin at `num_experts`, be added where the token lies."""
+    inner = experts.forward
+
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        is_identity_TK = top_k_index >= num_experts
+        weight_T1 = top_k_weights.masked_fill(~is_identity_TK, 0).sum(-1, keepdim=True)
+        result_TD = inner(hidden_states, top_k_index, top_k_weights.masked_fill(is_identity_TK, 0))
+        return result_TD + (hidden_states * weight_T1).to(result_TD.dtype)
+
+    experts.forward = forward
+
+
+def _beside_identity(inner, identity: int):
+    """Experts called with one choice a token, which LongCat's cannot take alone: beside that of an identity, with weight 0."""
+
+    def forward(rows_MD: Tensor, index_M1: Tensor, weights_M1: Tensor) -> Tensor:
+        index_M2 = torch.cat((index_M1, torch.full_like(index_M1, identity)), dim=1)
+        return inner(rows_MD, index_M2, torch.cat((weights_M1, torch.zeros_like(weights_M1)), dim=1))
+
+    return forward
 
 
 def dispatch_dense(moe: nn.Module, num_experts: int, group: Group) -> None:

@@ -54,6 +54,7 @@ _DECORATION = re.compile(r"^w_?|_?(proj|projection|linear|layer|w)$")
 
 _FAMILIES = {
     "gpt_neox": Names(fused_by_head=True),
+    "inkling_text": Names(outputs=()),  # convolves keys and values, and places come in as a bias of the scores
     "zaya": Names(outputs=(), down=()),  # convolves the queries and keys of all heads together; its routers are MLPs
 }
 

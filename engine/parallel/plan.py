@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from engine.parallel.blocks import by_document, keep_own, share, share_rows
-from engine.parallel.experts import dispatch, dispatch_dense
+from engine.parallel.experts import dispatch, dispatch_dense, keep_identities, num_identities
 from engine.parallel.linear_attention import LinearPart, kind_of, linear_part
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.names import names_of
@@ -32,6 +32,7 @@ from engine.parallel.rules import (
     part_of_rows,
 )
 
+EXPERT_COUNTS = ("num_experts", "num_routed_experts")
 MIXER_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "cache_params"}
 
 
@@ -102,6 +103,8 @@ class TargetPlan:
             self.norms += [f"{name}.{norm}" for norm in norms]
             self.counts[name] = {key: n for key, n in heads.counts.items() if isinstance(getattr(module, key, None), int)}
             self.heads[name] = heads.counts["num_heads"], heads.counts["num_kv_heads"]
+            if "indexer.q_proj.weight" in cuts:
+                self.counts[f"{name}.indexer"] = {"num_heads": heads.counts["num_kv_heads"]}
             self.shared.append(name)
         elif mesh.tp.size > 1 and (kind := kind_of(module)) is not None:
             cuts = self._add_linear(name, linear_part(module, kind, mesh.tp))
@@ -123,10 +126,10 @@ class TargetPlan:
     def _add_experts(self, decoder: PreTrainedModel, name: str, module: nn.Module, mesh: TargetMesh) -> None:
         takes_choices = _takes_choices(module)
         if mesh.ep.size > 1:
-            num_experts = module.num_experts
+            num_experts = module.down_proj.shape[0]
             cuts = expert_cuts(module, num_experts, mesh.ep)
             self.experts[name] = num_experts
-            self.counts[name] = {"num_experts": num_experts // mesh.ep.size}
+            self.counts[name] = {key: num_experts // mesh.ep.size for key in EXPERT_COUNTS if hasattr(module, key)}
         elif mesh.tp.size > 1:
             cuts = expert_slices(module, decoder.config.hidden_size, mesh.tp, names_of(decoder.config))
             if takes_choices:
@@ -186,7 +189,10 @@ def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, p
         norm_late(modules[name], norm, num_groups, mesh.tp)
     for name in plan.shared:
         share(modules[name], mesh.tp, is_experts(modules[name], names), mesh.parts)
-    for name, module in modules.items():
+    for name in (*plan.experts, *plan.shared):
+        if num_identities(modules[name]):
+            keep_identities(modules[name], plan.experts.get(name, modules[name].down_proj.shape[0]))
+    for name, module in decoder.named_children():
         if not packs and name.endswith("rotary_emb"):
             by_document(module, shared=True)
 
@@ -198,8 +204,17 @@ def _takes_choices(experts: nn.Module) -> bool:
 
 def _mixers(decoder: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Parts of decoder layers in which tokens meet."""
-    for stack_name, stack in decoder.named_modules():
+    for stack_name, stack in decoder.named_children():
         for name, layer in stack.named_children() if isinstance(stack, nn.ModuleList) else ():
-            for part_name, part in layer.named_children():
+            for part_name, part in _parts(layer):
                 if MIXER_ARGUMENTS & signature(part.forward).parameters.keys():
                     yield f"{stack_name}.{name}.{part_name}", part
+
+
+def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Children of a layer, and of those that are lists of them."""
+    for name, child in layer.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{place}", part) for place, part in child.named_children())
+        else:
+            yield name, child

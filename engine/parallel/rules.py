@@ -6,7 +6,7 @@ Names (`names.py`) say what is a query, a gate or an expert, shapes say how many
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import getsource
+from inspect import getsource, signature
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,8 @@ def is_attention(module: nn.Module, names: Names) -> bool:
     """Whether it is softmax attention through Transformers' interface, with maps that we know."""
     children = dict(module.named_children())
     knows = [names.outputs, (*names.queries, *names.latent_queries, *names.fused)]
-    knows.append((*names.keys, *names.latent_keys_values, *names.fused))
+    if not getattr(module, "is_kv_shared_layer", False):  # which takes keys and values that an earlier layer left
+        knows.append((*names.keys, *names.latent_keys_values, *names.fused))
     return all(any(name in children for name in some) for some in knows) and compares_pairs(module)
 
 
@@ -81,9 +82,11 @@ def is_mlp(module: nn.Module, names: Names) -> bool:
 
 
 def is_experts(module: nn.Module, names: Names) -> bool:
-    weights = dict(module.named_parameters(recurse=False))
-    return "down_proj" in weights and any(
-        weight.ndim == 3 and name in (*names.up, *names.fused_up) for name, weight in weights.items()
+    weights, num_arguments = dict(module.named_parameters(recurse=False)), len(signature(module.forward).parameters)
+    return (
+        "down_proj" in weights
+        and num_arguments != 2  # tokens alone, or with each one's choice and weights; two are tokens and all experts' weights
+        and any(weight.ndim == 3 and name in (*names.up, *names.fused_up) for name, weight in weights.items())
     )
 
 
@@ -150,6 +153,11 @@ def attention_cuts(module: nn.Module, heads: AttentionHeads, names: Names) -> tu
                 norms.append(name)
             elif weight.ndim == 2 and weight.shape[0] == count:
                 cuts[f"{name}.weight"] = Cut(0, own)
+    indexer = children.get("indexer")
+    if hasattr(indexer, "block_size"):  # it chooses blocks of keys for each key head
+        if indexer.num_heads != heads.num_keys:
+            raise Unshardable(f"its indexer chooses for {indexer.num_heads} heads, there are {heads.num_keys} key/value heads")
+        cuts["indexer.q_proj.weight"] = Cut(0, scaled(heads.keys, indexer.head_dim))
     for leaf, parameter in module.named_parameters(recurse=False):
         if parameter.shape[0] != heads.num_queries:
             raise Unshardable(f"its parameter {leaf} of shape {list(parameter.shape)} is not one a head")
@@ -196,7 +204,8 @@ def expert_cuts(module: nn.Module, num_experts: int, ep: Group) -> dict[str, Cut
     if num_experts % ep.size:
         raise Unshardable(f"{num_experts} experts cannot be shared by {ep.size} ranks; use one of {divisors(num_experts)}")
     own = (part_of(num_experts, ep),)
-    return {name: Cut(0, own) for name, weight in module.named_parameters(recurse=False) if weight.shape[0] == num_experts}
+    weights = module.named_parameters(recurse=False)  # there may be rows for experts that have no weights, behind the others
+    return {name: Cut(0, own) for name, weight in weights if weight.shape[0] >= num_experts}
 
 
 def expert_slices(module: nn.Module, hidden_size: int, tp: Group, names: Names) -> dict[str, Cut]:

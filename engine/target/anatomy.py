@@ -12,10 +12,12 @@ from transformers import (
 )
 
 from engine.config import TargetSection
-from engine.models.registry import final_logits
-from engine.parallel.mesh import Group
+from engine.models.registry import final_logits, num_layers
+from engine.parallel.mesh import ALONE, Group
 from engine.parallel.rules import Cut, part_of_rows
 from engine.target.head import TargetHead
+
+NEVER = -3e4  # the logit of a row that is no token, before any scale: no softmax sees it, no precision overflows
 
 AutoClass = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
 
@@ -57,20 +59,25 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def layers_of(decoder: nn.Module) -> nn.ModuleList:
-    count = decoder.config.num_hidden_layers
+    count = num_layers(decoder.config)
     for child in decoder.children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return child
     raise ValueError(f"target family {decoder.config.model_type!r} keeps no list of {count} decoder layers; use another target")
 
 
-def head_of(model: PreTrainedModel) -> TargetHead:
+def head_of(model: PreTrainedModel, tp: Group = ALONE.tp) -> TargetHead:
+    """tp: by whom its rows are shared."""
     final = final_logits(model.config)
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         family = model.config.model_type
         raise ValueError(f"target family {family!r} has a {type(linear).__name__} for a head; expected one linear map")
     bias_V = None if linear.bias is None else linear.bias.detach()
+    if final.num_tokens is not None and final.num_tokens < linear.out_features:
+        first, stop = part_of_rows(linear.out_features, tp)
+        bias_V = torch.zeros_like(linear.weight[:, 0]) if bias_V is None else bias_V.clone()
+        bias_V[max(0, final.num_tokens - first) : stop - first] = NEVER
     return TargetHead(linear.weight.detach(), final.scale, final.soft_cap, bias_V=bias_V)
 
 

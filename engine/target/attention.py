@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from engine.kernels import choose_packed_attention
 from engine.kernels.packed_attention import Scores, under_mask
-from engine.target.masks import DocumentMasks, document_masks, documents_of_forward, whole_masks
+from engine.target.masks import DocumentMasks, added, document_masks, documents_of_forward, whole_masks
 
 NAME, ONE = "document_by_document", "one_document"
 
@@ -77,17 +77,36 @@ def _tuned_queries(module: nn.Module, query_1HTE: Tensor, masks: DocumentMasks) 
 def attend_one(
     module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **others
 ) -> tuple[Tensor, None]:
-    """`attend_documents` for one document, with a mask of its family's own making: bool, or added to the scores."""
-    allowed = (
-        attention_mask if attention_mask.dtype == torch.bool else attention_mask > torch.finfo(attention_mask.dtype).min / 2
-    )
-    chosen_1LK, length = others.pop("indices", None), query.shape[2]
-    if chosen_1LK is not None:  # the keys that an indexer lets each query read
-        allowed = allowed & torch.zeros_like(allowed).scatter(-1, chosen_1LK[:, None].long(), True)
-    masks = DocumentMasks((length,), query.device, None, (allowed[0, 0, :, -length:],)) if allowed.shape[1] == 1 else None
-    if masks is None:
-        raise ValueError(f"{type(module).__name__} attends under a mask a head, which is not known here")
-    return attend_documents(module, query, key, value, masks, scaling, softcap, s_aux, **others)
+    """`attend_documents` for one document of L tokens, under what its family makes of `WholeMasks`.
+
+    attention_mask: added to the scores, or bool, [1, 1 | H, L, K]; K may count more keys than tokens, compressed ones behind.
+    What comes beside it: position_bias, added too; the keys that an indexer lets each query read, by number (indices
+    [1, L, *]) or in blocks (block_indices [1, G, L, *], -1 = none).
+    """
+    mask_HLK = attention_mask[0, ..., -key.shape[2] :]
+    mask_HLK = added(mask_HLK, query.dtype) if mask_HLK.dtype == torch.bool else mask_HLK
+    chosen_1LN, blocks, bias = (others.pop(name, None) for name in ("indices", "block_indices", "position_bias"))
+    if bias is not None:
+        mask_HLK = mask_HLK + bias[0]
+    if chosen_1LN is not None:
+        allowed_1LK = torch.zeros_like(mask_HLK[:1], dtype=torch.bool).scatter(-1, chosen_1LN.long(), True)
+        mask_HLK = mask_HLK + added(allowed_1LK, mask_HLK.dtype)
+    if blocks is not None:
+        allowed_GLK = _in_blocks(blocks[0], module.indexer.block_size, key.shape[2])
+        allowed_HLK = allowed_GLK.repeat_interleave(query.shape[1] // len(allowed_GLK), dim=0)
+        mask_HLK = mask_HLK + added(allowed_HLK, mask_HLK.dtype)
+    _check_known(module, others)
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    attended_HLF = under_mask(query[0], key[0], value[0], mask_HLK.to(query.dtype), scores)
+    return attended_HLF.transpose(0, 1)[None].contiguous(), None
+
+
+def _in_blocks(chosen_GLN: Tensor, size: int, num_keys: int) -> Tensor:
+    """bool [G, L, K], whether a key lies in one of the blocks of `size` keys that are named; -1 names none."""
+    count = -(-num_keys // size)
+    named_GLB = chosen_GLN.new_zeros((*chosen_GLN.shape[:2], count + 1), dtype=torch.bool)
+    named_GLB.scatter_(-1, chosen_GLN.masked_fill(chosen_GLN < 0, count), True)
+    return named_GLB[..., :count].repeat_interleave(size, dim=-1)[..., :num_keys]
 
 
 def attend_documents(
@@ -98,16 +117,23 @@ def attend_documents(
     scaling: factor of the scores; None = E**-0.5. softcap: cap of the scores. s_aux: [H] sink logits.
     Raises ValueError where a family hands over a mask of its own or an argument that would change the result.
     """
-    unknown = sorted(name for name, value in others.items() if value is not None and name not in _IGNORED)
-    if unknown or not isinstance(attention_mask, DocumentMasks):
-        what = unknown or f"a mask of type {type(attention_mask).__name__}"
-        raise ValueError(
-            f"{type(module).__name__} attends with {what}, which packed documents cannot; see registry.runs_packed"
-        )
+    _check_known(module, others)
+    if not isinstance(attention_mask, DocumentMasks):
+        raise _unknown(module, f"a mask of type {type(attention_mask).__name__}")
     if module in _tuned.get():
         query = _tuned_queries(module, query, attention_mask)
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     return _attend(query[0], key[0], value[0], attention_mask, scores)[None].contiguous(), None
+
+
+def _check_known(module, others: dict) -> None:
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _IGNORED)
+    if unknown:
+        raise _unknown(module, unknown)
+
+
+def _unknown(module, what) -> ValueError:
+    return ValueError(f"{type(module).__name__} attends with {what}, which packed documents cannot; see registry.runs_packed")
 
 
 def _attend(query_HTE: Tensor, key_GTE: Tensor, value_GTF: Tensor, masks: DocumentMasks, scores: Scores) -> Tensor:

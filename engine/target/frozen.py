@@ -12,14 +12,23 @@ from transformers import AutoConfig, PreTrainedModel
 from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.config import TargetSection
 from engine.kernels import choose_packed_attention
-from engine.models.registry import check_aux_layers, default_aux_layers, runs_packed, text_config
+from engine.models.registry import (
+    check_aux_layers,
+    check_family,
+    default_aux_layers,
+    final_logits,
+    num_layers,
+    num_streams,
+    runs_packed,
+    text_config,
+)
 from engine.parallel.collectives import gather_objects
 from engine.parallel.loader import Bar, load_cut
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.parallel.own_rows import OwnRows
 from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
 from engine.parallel.quantised import layout_of, open_checkpoint
-from engine.parallel.rules import check_proven
+from engine.parallel.rules import check_proven, part_of_rows
 from engine.parallel.tokens import Tokens, tokens_of_forward
 from engine.target.anatomy import (
     auto_class,
@@ -44,12 +53,13 @@ from engine.target.shared_head import SharedHead
 class Capture:
     """What the last forward of a captured model left behind."""
 
-    def __init__(self, aux_layers: tuple[int, ...]) -> None:
+    def __init__(self, aux_layers: tuple[int, ...], num_streams: int = 1) -> None:
         self._by_layer: dict[int, Tensor | None] = dict.fromkeys(aux_layers)
+        self._num_streams = num_streams
         self._last_hidden: Tensor | None = None
 
     def aux(self) -> Tensor:
-        """[batch, tokens, 3D], outputs of the auxiliary layers in ascending order."""
+        """[batch, tokens, 3D], outputs of the auxiliary layers in ascending order, each the mean of its residual streams."""
         skipped = [layer for layer, output in self._by_layer.items() if output is None]
         if skipped:
             raise ValueError(f"target.aux_layers: layers {skipped} did not run on text alone; choose others")
@@ -61,7 +71,10 @@ class Capture:
 
     def _hook(self, layer: int):
         def keep(module, args, output) -> None:
-            self._by_layer[layer] = output if isinstance(output, Tensor) else output[0]
+            state = output if isinstance(output, Tensor) else output[0]
+            if self._num_streams > 1:  # [batch, tokens, streams, D], or the streams behind one another in the last
+                state = state.flatten(2).unflatten(2, (self._num_streams, -1)).mean(2)
+            self._by_layer[layer] = state
 
         return keep
 
@@ -74,7 +87,7 @@ def capture(model: PreTrainedModel, aux_layers: tuple[int, ...]) -> Iterator[Cap
     """Within it, every forward of the causal LM `model` leaves its aux layers' outputs and its last hidden state."""
     decoder = decoder_of(model)
     layers = layers_of(decoder)
-    seen = Capture(aux_layers)
+    seen = Capture(aux_layers, num_streams(model.config))
     hooks = [layers[layer].register_forward_hook(seen._hook(layer)) for layer in aux_layers]
     hooks.append(decoder.register_forward_hook(seen._keep_last))
     try:
@@ -107,8 +120,9 @@ class FrozenTarget:
         """
         self.model = model.eval().requires_grad_(False)
         self.config = text_config(model.config)
-        num_layers = self.config.num_hidden_layers
-        self.aux_layers = check_aux_layers(aux_layers or default_aux_layers(num_layers), num_layers)
+        check_family(self.config)
+        count = num_layers(self.config)
+        self.aux_layers = check_aux_layers(aux_layers or default_aux_layers(count), count)
         self.decoder = decoder_of(model)
         drop_other_towers(model, self.decoder)
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
@@ -130,7 +144,7 @@ class FrozenTarget:
         self.embedding: TargetEmbedding | SharedEmbedding = TargetEmbedding(table.weight)
         if self.plan.embedding is not None:
             self.embedding = SharedEmbedding(table.weight, OwnRows(table.num_embeddings, mesh.tp))
-        self.head: TargetHead | SharedHead = replace(head_of(model), temperature=temperature)
+        self.head: TargetHead | SharedHead = replace(head_of(model, mesh.tp), temperature=temperature)
         self._check_head(self.head)
         if mesh.tp.size > 1:
             self.head = SharedHead(self.head, OwnRows(model.get_output_embeddings().out_features, mesh.tp))
@@ -154,6 +168,7 @@ class FrozenTarget:
         config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
         if config.is_encoder_decoder:
             raise ValueError(f"target.path={section.path}: {config.model_type!r} is an encoder-decoder; expected a causal LM")
+        check_family(config)
         if mesh.size > 1 and not unproven:
             check_proven(text_config(config))
         aux_layers = aux_layers or section.aux_layers
@@ -260,6 +275,10 @@ class FrozenTarget:
         family, width = self.config.model_type, self.config.hidden_size
         if aux.shape != (1, 2, 3 * width):
             raise ValueError(f"target family {family!r} gives auxiliary states {list(aux.shape)}; expected [1, 2, {3 * width}]")
+        count = final_logits(self.config).num_tokens
+        if count is not None:  # rows behind it are no tokens
+            first, _ = part_of_rows(self.model.get_output_embeddings().out_features, tp)
+            ours, expected = (logits[..., : max(0, count - first)] for logits in (ours, expected))
         tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
         if ours.shape != expected.shape or not (ours - expected).abs().max() <= tolerance * expected.abs().max():
             raise ValueError(f"target family {family!r} changes its logits after the head in an unknown way; use another")

@@ -58,6 +58,11 @@ class DocumentMasks(ByDocument):
     reach: Reach | None = Reach()
     squares: tuple[Tensor, ...] = ()
 
+    def __getitem__(self, slices: tuple[slice, ...]) -> "DocumentMasks":
+        """Itself: a family that cuts its mask to the logits wanted, as Gemma 4 does, cuts nothing of a forward for all."""
+        assert all(one in (slice(None), slice(0, None)) for one in slices), f"{slices} take a part of the packed documents"
+        return self
+
     def of(self, documents: Sequence[int]) -> "DocumentMasks":
         lengths = tuple(self.lengths[index] for index in documents)
         squares = tuple(self.squares[index] for index in documents) if self.squares else ()
@@ -79,16 +84,25 @@ class DocumentMasks(ByDocument):
 
 @dataclass(frozen=True)
 class WholeMasks(ByDocument):
-    """The same masks as tensors [1, 1, L, L], for modules that are run on one document and make more of them (indexers)."""
+    """The same masks as tensors [1, 1, L, L], for modules that are run on one document and make more of them (indexers).
+
+    They are added to the scores, as those of eager attention, which is the one kind that every family takes.
+    """
 
     masks: DocumentMasks
+    dtype: torch.dtype
 
     def of(self, documents: Sequence[int]) -> "WholeMasks | Tensor":
         masks = self.masks.of(documents)
         if len(documents) != 1:
-            return WholeMasks(masks)
+            return WholeMasks(masks, self.dtype)
         square = masks.squares[0] if masks.reach is None else masks.reach.square(masks.lengths[0], masks.device)
-        return square[None, None]
+        return added(square, self.dtype)[None, None]
+
+
+def added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what is added to scores: 0 where they are allowed, else the lowest number."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def document_masks(*, q_length: int, mask_function: MaskFunction, device: torch.device, **_) -> DocumentMasks:
@@ -103,9 +117,9 @@ def document_masks(*, q_length: int, mask_function: MaskFunction, device: torch.
     return DocumentMasks(lengths, device, reach, squares)
 
 
-def whole_masks(**arguments) -> WholeMasks:
+def whole_masks(*, dtype: torch.dtype = torch.float32, **arguments) -> WholeMasks:
     """`document_masks`, as tensors once a document is taken out."""
-    return WholeMasks(document_masks(**arguments))
+    return WholeMasks(document_masks(**arguments), dtype)
 
 
 def _squares(mask_function: MaskFunction, lengths: tuple[int, ...], device: torch.device) -> Iterator[Tensor]:

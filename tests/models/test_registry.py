@@ -3,13 +3,20 @@
 import pytest
 from transformers import (
     CohereConfig,
+    DeepseekV4Config,
+    DogeConfig,
     Gemma2Config,
     Gemma3Config,
+    Gemma3nTextConfig,
     GraniteConfig,
+    HrmTextConfig,
     HunYuanMoEV1Config,
+    Inkling2TextConfig,
     Llama4TextConfig,
     LlamaConfig,
+    LongcatFlashConfig,
     Qwen3NextConfig,
+    Qwen4ExpTextConfig,
     RecurrentGemmaConfig,
 )
 from transformers.models.chameleon import ChameleonConfig
@@ -18,9 +25,12 @@ from engine.models.registry import (
     CHUNKS_START_WITH_DOCUMENTS,
     FinalLogits,
     check_aux_layers,
+    check_family,
     check_served_aux_layers,
     default_aux_layers,
     final_logits,
+    num_layers,
+    num_streams,
     runs_packed,
     text_config,
 )
@@ -76,6 +86,29 @@ def test_final_logits_of_a_family(config, expected):
 def test_families_whose_logits_a_draft_cannot_learn_are_refused_by_name():
     with pytest.raises(ValueError, match="chameleon"):
         final_logits(ChameleonConfig())
+
+
+@pytest.mark.parametrize("config", [Gemma3nTextConfig(), HrmTextConfig(), Inkling2TextConfig(), DogeConfig(is_moe=True)])
+def test_families_that_give_a_draft_nothing_to_read_are_refused_by_name(config):
+    with pytest.raises(ValueError, match=f"target family '{config.model_type}' .*; use another target"):
+        check_family(config)
+
+
+def test_dense_doge_is_not_refused_for_its_experts():
+    check_family(DogeConfig(is_moe=False))
+
+
+def test_layers_are_counted_as_servers_number_them():
+    config = LongcatFlashConfig(num_layers=5)
+    assert config.num_hidden_layers == 10 and num_layers(config) == 5
+    assert num_layers(LlamaConfig(num_hidden_layers=7)) == 7
+
+
+@pytest.mark.parametrize(
+    "config, expected", [(DeepseekV4Config(hc_mult=3), 3), (Qwen4ExpTextConfig(hc_count=2), 2), (LlamaConfig(), 1)]
+)
+def test_residual_streams_are_counted(config, expected):
+    assert num_streams(config) == expected
 
 
 def test_wrappers_are_read_through_their_text():

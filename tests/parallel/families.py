@@ -111,7 +111,8 @@ OVERRIDES = {
     ),
     "gemma": dict(num_key_value_heads=1),
     "gemma3n_text": dict(intermediate_size=48, num_kv_shared_layers=2, activation_sparsity_pattern=[0.5, 0.5, 0.0, 0.0]),
-    "gemma4_text": GEMMA4 | dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16),
+    "gemma4_text": GEMMA4
+    | dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=16, num_kv_shared_layers=2),
     "gemma4_unified_text": GEMMA4 | dict(num_kv_shared_layers=2, use_double_wide_mlp=True),
     "glm4_moe": dict(use_qk_norm=True, attention_bias=True),
     "glm_moe_dsa": dict(indexer_types=["full", "shared", "full", "shared"]),
@@ -140,11 +141,12 @@ OVERRIDES = {
         floor_scale=3,  # short documents reach it
         moe_layers=[1, 3],
     ),
-    "longcat_flash": dict(num_layers=2),
+    "longcat_flash": dict(num_layers=4),
     "mellum": dict(layer_types=[FULL, SLIDING, FULL, SLIDING], mlp_layer_types=MIXED_MLPS),
     "mimo_v2_flash": dict(head_dim=12),
     "minimax": dict(head_dim=8, full_attn_alpha_factor=2.0, linear_attn_alpha_factor=2.0, mlp_alpha_factor=2.0),
     "minimax_m3_vl_text": dict(
+        index_n_heads=2,  # as many as key heads
         layer_types=[FULL, "minimax_m3_sparse"] * 2,
         mlp_layer_types=MIXED_MLPS,
         intermediate_size=16,

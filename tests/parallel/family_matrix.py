@@ -3,7 +3,8 @@
     python tests/parallel/family_matrix.py [--family NAME ...] [--json FILE] [--show]
 
 Four ranks with batches of different lengths run tiny random models in fp32; `error` is the largest difference of auxiliary
-states, last states and logits, of the reference's largest value. All families run in one set of processes.
+states, last states and logits, of the reference's largest value, of each way and of each rank alone with its documents packed.
+All families run in one set of processes.
 """
 
 import argparse
@@ -23,11 +24,12 @@ from torch import distributed
 
 from engine.data.documents import Document
 from engine.data.packing import collate
-from engine.parallel.mesh import TargetMesh, World
+from engine.models.registry import check_family, final_logits
+from engine.parallel.mesh import ALONE, TargetMesh, World
 from engine.parallel.rules import PROOFS
 from engine.target.frozen import FrozenTarget, capture
 from tests.distributed import run_ranks
-from tests.parallel.families import FAMILIES, VOCAB, tiny_model
+from tests.parallel.families import FAMILIES, VOCAB, tiny_config, tiny_model
 
 RANKS, TOLERANCE, AUX = 4, 1e-5, (0, 1, 2)
 LENGTHS = ((5, 9), (12,), (3, 7, 2), (6, 1))  # of each rank's documents
@@ -57,7 +59,8 @@ def shared(family: str, rank: int, mesh: TargetMesh) -> tuple[list[torch.Tensor]
     """The same of a target that ranks share, and that target."""
     target = FrozenTarget(tiny_model(family), AUX, mesh=mesh)
     states = run_own(target, rank)
-    return [*states, target.whole_head().logits(states[-1])], target
+    logits_TV = target.whole_head().logits(states[-1])
+    return [*states, logits_TV[:, : final_logits(target.config).num_tokens]], target
 
 
 def run_own(target: FrozenTarget, rank: int) -> list[torch.Tensor]:
@@ -92,13 +95,17 @@ def run_family(family: str, world: World, meshes: dict[str, TargetMesh]) -> dict
         "tp": False,
         "ep": False,
         "world": world.size,
+        "alone": None,
         "error": None,
         "errors": {},
         "replicated": [],
         "reason": None,
     }
     try:
-        expected, errors, replicated = in_step(world, lambda: reference(family, world.rank)), [], set()
+        check_family(tiny_config(family))
+        expected, replicated = in_step(world, lambda: reference(family, world.rank)), set()
+        found, _ = in_step(world, lambda: shared(family, world.rank, ALONE))
+        row["alone"], errors = relative(found, expected), []
         for name, mesh in meshes.items():
             found, target = in_step(world, lambda mesh=mesh: shared(family, world.rank, mesh))
             plan = target.plan
@@ -109,7 +116,7 @@ def run_family(family: str, world: World, meshes: dict[str, TargetMesh]) -> dict
             row["ep"] |= bool(plan.experts)
             row["errors"][name] = errors[-1]
             replicated |= {(re.sub(r"\.\d+\.", ".*.", block), why) for block, why in plan.replicated.items()}
-        row["error"] = max(errors, default=None)
+        row["error"] = max((*errors, row["alone"])) if errors else None
         row["replicated"] = sorted(f"{block}: {why}" for block, why in replicated)
     except Exception as error:  # the other families are to run all the same
         row["reason"] = f"{type(error).__name__}: {error}"[:300]
@@ -125,7 +132,7 @@ def run_all(world: World, families: list[str]) -> list[dict]:
         row = run_family(family, world, meshes)
         everyone: list = [None] * world.size
         distributed.all_gather_object(everyone, row)
-        worst = max(everyone, key=lambda one: (one["reason"] is not None, one["error"] or 0))
+        worst = max(everyone, key=lambda one: (one["reason"] is not None, one["error"] or 0, one["alone"] or 0))
         rows.append(worst)
         if world.is_main:
             print(f"{family:22} {worst['error'] if worst['reason'] is None else worst['reason']}", flush=True)
@@ -137,7 +144,9 @@ def write_proofs(rows: list[dict]) -> None:
     proofs, lines = {}, []
     for row in rows:
         reason = row["reason"] or (None if row["error"] <= TOLERANCE else f"differs by {row['error']:.0e} when it is shared")
-        reason = reason and reason.split("; ")[0].replace("RuntimeError: ", "").replace("ValueError: ", "")
+        words = ("RuntimeError: ", "ValueError: ", f"target family {row['family']!r} ")
+        for word in words if reason else ():
+            reason = reason.split("; ")[0].replace(word, "")
         error = None if reason else float(f"{row['error']:.1e}")
         proofs[row["family"]] = {"tp": row["tp"], "ep": row["ep"], "error": error, "reason": reason}
         shares = ["yes" if row[key] and not reason else "-" for key in ("tp", "ep")]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.parallel import experts as module
-from engine.parallel.experts import dispatch
+from engine.parallel.experts import dispatch, keep_identities
 from engine.parallel.mesh import TargetMesh
 from tests.distributed import run_ranks
 
@@ -68,3 +68,36 @@ def test_no_token_is_dropped_and_none_computed_twice(kind, ep):
     owners = [choices(kind, rank)[1] // (EXPERTS // ep) for rank in range(RANKS)]
     once_a_rank = sum(len(set(row.tolist())) for owner_TK in owners for row in owner_TK)
     assert sum(moved for *_, moved in results) == 2 * once_a_rank, "there and back, however many experts of a rank it chose"
+
+
+class WithIdentities(Experts):
+    """Such experts behind which come some that return their tokens, as LongCat's are."""
+
+    zero_expert_num = 4
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        assert top_k_index.shape[1] > 1, "LongCat's code drops the dimension of a single choice"
+        is_identity_TK = top_k_index >= len(self.weights_EDD)
+        chosen_TK = top_k_index.masked_fill(is_identity_TK, 0)
+        results_TD = super().forward(hidden_states, chosen_TK, top_k_weights.masked_fill(is_identity_TK, 0))
+        return results_TD + hidden_states * top_k_weights.masked_fill(~is_identity_TK, 0).sum(-1, keepdim=True)
+
+
+def run_with_identities(world, ep: int) -> float:
+    """The largest difference from one process of experts that a group shares, some of which have no weights."""
+    mesh = TargetMesh.make(world, 1, ep)
+    weights_EDD = torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(9))
+    generator = torch.Generator().manual_seed(world.rank)
+    weights_TK, index_TK = torch.rand(7, EXPERTS + 4, generator=generator).topk(3, dim=-1)
+    hidden_TD = torch.randn(7, WIDTH, generator=generator)
+    local = EXPERTS // ep
+    experts = WithIdentities(weights_EDD[mesh.ep.rank * local : (mesh.ep.rank + 1) * local])
+    dispatch(experts, EXPERTS, mesh.ep)
+    keep_identities(experts, EXPERTS)
+    expected_TD = WithIdentities(weights_EDD)(hidden_TD, index_TK, weights_TK)
+    return (experts.forward(hidden_TD, index_TK, weights_TK) - expected_TD).abs().max().item()
+
+
+@pytest.mark.parametrize("ep", [2, 4])
+def test_experts_without_weights_return_tokens_where_they_lie(ep):
+    assert max(run_ranks(run_with_identities, RANKS, ep)) < 1e-5

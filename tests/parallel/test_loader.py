@@ -31,9 +31,11 @@ from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import AUX, TOLERANCE, reference, relative, run_own
 
-# Plain, fused, per-expert, transposed and renamed layouts; tied heads; recurrences; linear attention of every kind.
+# Plain, fused, per-expert, transposed and renamed layouts; tied heads; recurrences; linear attention of every kind; names that
+# a rule for other layouts fits by chance; experts without weights.
 FAMILIES = ["llama", "phi3", "qwen3_moe", "mixtral", "gpt_oss", "llama4_text", "deepseek_v3", "gemma2", "qwen3_next", "jamba"]
 FAMILIES += ["qwen3_5_text", "minimax", "kimi_linear", "bailing_hybrid", "olmo_hybrid", "nemotron_h", "lfm2_moe"]
+FAMILIES += ["deepseek_v4", "longcat_flash"]
 MEBIBYTE, CPU = 1 << 20, torch.device("cpu")
 
 

@@ -22,7 +22,7 @@ from engine.models.registry import runs_packed
 from engine.target import attention, masks
 from engine.target.attention import attend_documents, attend_one
 from engine.target.frozen import FrozenTarget
-from engine.target.masks import DocumentMasks, Reach, document_masks
+from engine.target.masks import DocumentMasks, Reach, added, document_masks
 from tests.kernels.plain_flash import PLAIN
 from tests.live_bytes import LiveBytes
 from tests.parallel.families import VOCAB, tiny_model
@@ -108,6 +108,43 @@ def test_one_document_attends_under_a_mask_of_its_familys_making():
     whole = DocumentMasks((4,), CPU, None, (allowed_LL,))
     expected, _ = attend_documents(nn.Identity(), *tensors, whole, **options)
     assert torch.equal(ours, expected) and torch.equal(added, expected)
+
+
+def test_one_document_attends_under_a_mask_and_a_bias_a_head():
+    tensors, options = _inputs("sinks")
+    query, key, value = (x[:, :, :4] for x in tensors)
+    generator = torch.Generator().manual_seed(2)
+    bias_HLL = torch.randn(query.shape[1], 4, 4, generator=generator)
+    causal_LL = torch.ones(4, 4, dtype=torch.bool).tril()
+    scores_HLL = query[0] @ key[0].repeat_interleave(query.shape[1] // key.shape[1], 0).mT
+    scores_HLL = (scores_HLL * options["scaling"] + bias_HLL).masked_fill(~causal_LL, -torch.inf)
+    sinks_HL1 = options["s_aux"].view(-1, 1, 1).expand(-1, 4, 1)
+    weights_HLL = torch.cat([scores_HLL, sinks_HL1], -1).softmax(-1)[..., :4]
+    expected_HLE = weights_HLL @ value[0].repeat_interleave(query.shape[1] // value.shape[1], 0)
+    mask = added(causal_LL, torch.float32)
+    for mask_1HLL, beside in (((mask + bias_HLL)[None], {}), (mask[None, None], {"position_bias": bias_HLL[None]})):
+        attended, _ = attend_one(nn.Identity(), query, key, value, mask_1HLL, **options, **beside)
+        torch.testing.assert_close(attended[0].transpose(0, 1), expected_HLE)
+
+
+def test_a_document_reads_the_blocks_that_its_indexer_names_for_each_key_head():
+    tensors, options = _inputs()
+    query, key, value = (x[:, :, :5] for x in tensors)
+    groups, blocks = key.shape[1], [[[0, -1]] * 2 + [[1, 0]] * 2 + [[2, -1]], [[0, -1]] * 2 + [[1, -1]] * 2 + [[2, 0]]]
+    module = nn.Identity()
+    module.indexer = nn.Identity()
+    module.indexer.block_size = 2
+    causal_LL = torch.ones(5, 5, dtype=torch.bool).tril()
+    ours, _ = attend_one(
+        module, query, key, value, added(causal_LL, torch.float32)[None, None], block_indices=torch.tensor([blocks]), **options
+    )
+    assert groups == 2
+    for group, named in enumerate(blocks):
+        allowed_LL = causal_LL & torch.tensor([[column // 2 in row for column in range(5)] for row in named])
+        heads = slice(group * query.shape[1] // groups, (group + 1) * query.shape[1] // groups)
+        one = (query[:, heads], key[:, group : group + 1], value[:, group : group + 1])
+        expected, _ = attend_documents(nn.Identity(), *one, DocumentMasks((5,), CPU, None, (allowed_LL,)), **options)
+        torch.testing.assert_close(ours[:, :, heads], expected)
 
 
 def test_what_would_change_the_result_is_refused():

@@ -26,7 +26,9 @@ from transformers import (
 from engine.batch import PackedBatch
 from engine.config import TargetSection
 from engine.models.registry import CHUNKS_START_WITH_DOCUMENTS
+from engine.parallel.mesh import Group, TargetMesh
 from engine.target.frozen import FrozenTarget, capture
+from tests.parallel.families import tiny_config, tiny_model
 
 AUX = (1, 3, 4)
 LENGTHS = (9, 1, 17, 2)
@@ -223,6 +225,37 @@ def test_vision_towers_are_freed():
     target = FrozenTarget(model, AUX)
     assert sum(parameter.numel() for parameter in target.model.parameters()) < before
     assert not any("vision" in name or "multi_modal" in name for name, _ in target.model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4", "qwen4_exp_text"])
+def test_a_draft_reads_the_mean_of_residual_streams(family):
+    target, batch = FrozenTarget(tiny_model(family), (0, 1, 2)), _batch((7,))
+    width = target.config.hidden_size
+    with torch.no_grad():
+        states = target.model(input_ids=batch.input_ids_T[None], output_hidden_states=True, use_cache=False).hidden_states
+    streams = [states[layer + 1].reshape(7, 2, width) for layer in (0, 1, 2)]
+    aux_TA = target(batch, torch.arange(7)).aux_TA
+    assert _error(aux_TA, torch.cat([(state[:, 0] + state[:, 1]) / 2 for state in streams], dim=-1)) < 1e-5
+    assert max((state[:, 0] - state[:, 1]).abs().max() for state in streams) > 1e-2  # or any one of them would do
+
+
+def test_rows_behind_the_vocabulary_are_no_tokens():
+    target, batch = FrozenTarget(tiny_model("inkling_text"), (0, 1, 2)), _batch((9, 4))
+    out = target(batch, torch.arange(13))
+    real = target.config.unpadded_vocab_size
+    assert real < target.config.vocab_size
+    logits_TV = target.head.logits(out.last_hidden_ND)
+    torch.testing.assert_close(out.lse_N, logits_TV[:, :real].logsumexp(-1), rtol=1e-6, atol=1e-6)
+    assert out.argmax_N.max() < real and logits_TV[:, real:].max() < -1e3
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+@pytest.mark.parametrize("family", ["gemma3n_text", "hrm_text", "inkling2_text"])
+def test_a_family_that_no_draft_can_read_is_refused_by_its_config_alone(family, tp_size, tmp_path):
+    tiny_config(family).save_pretrained(tmp_path)
+    mesh = TargetMesh(Group(tp_size, 0), Group())
+    with pytest.raises(ValueError, match=f"target family '{family}' .*; use another target"):
+        FrozenTarget.load(TargetSection(path=str(tmp_path)), torch.device("cpu"), (0, 1, 2), mesh=mesh)
 
 
 def test_temperature_reaches_the_log_sum_exp():
