@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from engine.models.eagle3 import LayerKeys, ServedDraft
+from engine.models.registry import keeps_tokens_apart
 from engine.target.frozen import Capture, FrozenTarget, capture
 
 _ROWS_PER_STEP = 512
@@ -188,8 +189,8 @@ class _CachedReader:
     def prepare_to_forget(self) -> None:
         """Make the cache keep what `forget` needs. Raises ValueError for families whose cache cannot be rolled back."""
         self.cache.activate_past_recording()
-        if not self.cache.is_croppable:
-            kinds = sorted({type(layer).__name__ for layer in self.cache.layers if not layer.is_croppable})
+        if not rolls_back(self.target):
+            kinds = sorted({type(layer).__name__ for layer in self.cache.layers if not layer.is_croppable}) or ["cache"]
             raise ValueError(
                 f"target family {self.target.config.model_type!r} cannot decode speculatively: its {', '.join(kinds)} cannot "
                 "forget rejected tokens; use a target with attention in every layer"
@@ -203,7 +204,7 @@ def rolls_back(target: FrozenTarget) -> bool:
     """Whether the family's cache can forget rejected tokens, as `speculative_decode` needs."""
     cache = DynamicCache(config=target.model.config)
     cache.activate_past_recording()
-    return cache.is_croppable
+    return cache.is_croppable and keeps_tokens_apart(target.config)
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from engine.batch import MicroBatch, PackedBatch, TargetOutput
 from engine.config import TargetSection
-from engine.decode import ChainDrafter, PromptLookupDrafter, greedy_decode, speculative_decode
+from engine.decode import ChainDrafter, PromptLookupDrafter, greedy_decode, rolls_back, speculative_decode
 from engine.target.frozen import FrozenTarget, capture
 from engine.ttt import unroll
 from tests.drafters import SHAPE, VOCAB, WIDTH, Oracle, prompts, random_draft, tiny_target
+from tests.parallel.families import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,14 @@ def test_targets_whose_state_cannot_forget_are_refused_by_name():
     assert len(greedy_decode(target, [1, 2], 3, ()).token_ids) == 3
     with pytest.raises(ValueError, match="qwen3_next.*LinearAttentionLayer"):
         speculative_decode(target, PromptLookupDrafter(), [1, 2], max_new_tokens=3, draft_tokens=1, eos_ids=())
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "doge"])
+def test_a_cache_that_only_claims_to_roll_back_is_not_asked_to(family):
+    target = FrozenTarget(tiny_model(family), (0, 1, 2))
+    assert not rolls_back(target)
+    with pytest.raises(ValueError, match=f"{family}.*cannot forget rejected tokens"):
+        speculative_decode(target, PromptLookupDrafter(), [4, 5], max_new_tokens=3, draft_tokens=1, eos_ids=())
 
 
 def test_requests_that_cannot_be_met_are_refused(target):
