@@ -1,10 +1,12 @@
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from engine.models.registry import check_family
 from engine.parallel.mesh import Group
 from engine.parallel.names import Names, names_of, register_family
 from engine.parallel.rules import (
@@ -15,7 +17,7 @@ from engine.parallel.rules import (
     linear_cuts,
     mlp_cuts,
 )
-from tests.parallel.families import FAMILIES
+from tests.parallel.families import FAMILIES, tiny_config
 
 NAMED = ["llama", "llama4_text", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "gpt_oss"]
 NAMED += ["glm4_moe", "gemma2", "gemma3_text", "phi3", "mistral", "mixtral", "minimax", "olmoe", "granitemoe"]
@@ -27,13 +29,20 @@ def test_every_family_that_publishes_a_plan_has_a_proof_or_a_reason():
     assert set(proofs) == set(FAMILIES)
     assert all((proof["error"] is None) is (proof["reason"] is not None) for proof in proofs.values())
     shared = [family for family, proof in proofs.items() if proof["reason"] is None]
-    assert len(shared) >= 75 and sum(proofs[family]["tp"] for family in shared) >= 60
+    assert len(shared) >= 99 and sum(proofs[family]["tp"] for family in shared) >= 90
     assert all(proofs[family]["tp"] and proofs[family]["error"] <= 1e-5 for family in NAMED)
+
+
+def test_what_is_not_shared_is_refused_in_our_own_words_on_one_rank_too():
+    proofs = json.loads(PROOFS.read_text(encoding="utf-8"))
+    for family in (family for family, proof in proofs.items() if proof["reason"] is not None):
+        with pytest.raises(ValueError, match=f"target family '{family}' {re.escape(proofs[family]['reason'])}; use another"):
+            check_family(tiny_config(family))
 
 
 def test_a_family_that_was_not_proven_is_refused_by_name():
     check_proven(LlamaConfig())
-    for family, words in (("my_model", "set parallel.unproven=true"), ("doge", "cannot be shared")):
+    for family, words in (("my_model", "set parallel.unproven=true"), ("hrm_text", "cannot be shared")):
         config = LlamaConfig()
         config.model_type = family
         with pytest.raises(ValueError, match=words):
