@@ -32,8 +32,8 @@ _SOFT_CAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_
 _ISOLATED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Families that attend under masks of their own making.
 _ONE_BY_ONE = {"doge"}
-# Families whose cache claims to roll back: one compresses keys of several tokens into one, the other attends elsewhere where a
-# forward reads more than one token.
+# Families whose cache claims to roll back: one compresses keys of several tokens into one, replies of the other were found to
+# change.
 _NO_ROLLBACK = {"deepseek_v4", "doge"}
 # What a config calls the number of its residual streams (hyper-connections), and a family its layers, where that is not plain.
 _STREAM_FIELDS = ("hc_mult", "hc_count")
