@@ -25,6 +25,7 @@ from engine.parallel.rules import (
     attention_cuts,
     expert_cuts,
     expert_slices,
+    holds_experts,
     is_attention,
     is_experts,
     is_mlp,
@@ -113,6 +114,8 @@ class TargetPlan:
                 raise Unshardable("it is called with an expert's tokens alone")
             cuts = mlp_cuts(module, mesh.tp, names)
             self.shared.append(name)
+        elif mesh.tp.size > 1 and holds_experts(module, names):
+            raise Unshardable("all of its experts are given every token")
         self.cuts |= {f"{name}.{leaf}": cut for leaf, cut in cuts.items()}
 
     def _add_linear(self, name: str, part: LinearPart) -> dict[str, Cut]:

@@ -81,13 +81,17 @@ def is_mlp(module: nn.Module, names: Names) -> bool:
     return bool(maps & {*names.up, *names.fused_up}) and bool(maps & set(names.down))
 
 
-def is_experts(module: nn.Module, names: Names) -> bool:
-    weights, num_arguments = dict(module.named_parameters(recurse=False)), len(signature(module.forward).parameters)
-    return (
-        "down_proj" in weights
-        and num_arguments != 2  # tokens alone, or with each one's choice and weights; two are tokens and all experts' weights
-        and any(weight.ndim == 3 and name in (*names.up, *names.fused_up) for name, weight in weights.items())
+def holds_experts(module: nn.Module, names: Names) -> bool:
+    """Whether the weights of several experts lie in it, stacked."""
+    weights = dict(module.named_parameters(recurse=False))
+    return "down_proj" in weights and any(
+        weight.ndim == 3 and name in (*names.up, *names.fused_up) for name, weight in weights.items()
     )
+
+
+def is_experts(module: nn.Module, names: Names) -> bool:
+    """Whether each of its experts is given some tokens: called with those alone, or with each one's choice and weights."""
+    return holds_experts(module, names) and len(signature(module.forward).parameters) != 2
 
 
 @dataclass(frozen=True)

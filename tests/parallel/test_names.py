@@ -52,6 +52,8 @@ def _unshared(family: str, field: str) -> list[str]:
     decoder = decoder_of(without_weights(tiny_config(family), TargetSection(), torch.device("cpu")))
     plan, tensors, found = TargetPlan.of(decoder, BY_TWO[field]), dict(decoder.named_parameters()), []
     for pattern, style in (getattr(decoder.config, field, None) or {}).items():
+        if "hyper_connection" in pattern:  # small maps that mix residual streams run on own tokens, at no exchange
+            continue
         # plans of experts name dense maps, too: those are shared by ranks of tensor parallelism
         if style in SHARED and (field == "base_model_tp_plan" or style == "grouped_gemm"):
             named = re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"(\..+)?")
