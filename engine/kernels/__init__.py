@@ -21,6 +21,7 @@ __all__ = [
     "RowWeights",
     "SlotTargets",
     "VocabLoss",
+    "choose_fp8_activations",
     "choose_fp8_linear",
     "choose_kernels",
     "choose_packed_attention",
@@ -86,11 +87,20 @@ def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_d
 
 def choose_fp8_linear(device: torch.device) -> Callable[..., Tensor] | None:
     """`reference.fp8_linear` on the chip, where Triton runs; elsewhere None, and weights have to be dequantised first."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None or _is_too_old(device):
+    if not _runs_triton(device):
         return None
     from engine.kernels import fp8_linear  # it needs Triton
 
     return fp8_linear.fp8_linear
+
+
+def choose_fp8_activations(device: torch.device) -> Callable[..., Tensor] | None:
+    """`reference.fp8_activations` on the chip, where Triton runs; elsewhere None, and both operands have to be dequantised."""
+    if not _runs_triton(device):
+        return None
+    from engine.kernels import fp8_activations  # it needs Triton
+
+    return fp8_activations.fp8_activations
 
 
 def choose_packed_attention(device: torch.device, dtype: torch.dtype) -> PackedAttention:
@@ -100,6 +110,10 @@ def choose_packed_attention(device: torch.device, dtype: torch.dtype) -> PackedA
         return PackedAttention(None, f"in blocks, a document at a time, since {refused}")
     library = flash.available_flash()
     return PackedAttention(library, f"{library.name}, all documents in one call")
+
+
+def _runs_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None and not _is_too_old(device)
 
 
 def _is_too_old(device: torch.device) -> bool:

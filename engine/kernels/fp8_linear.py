@@ -52,14 +52,12 @@ def _rows_of(tile, ends_X, X: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_M: tl.c
     return expert.to(tl.int64), start + tile * BLOCK_M, end
 
 
-@triton.jit(do_not_specialize=["num_rows", "row_tiles"])
-def _product_kernel(
-    rows_MK, codes_XNK, scale_XGJ, ends_X, out_MN,
-    rows_stride, codes_stride_x, codes_stride_n, codes_stride_k, scale_stride_x, scale_stride_g, scale_stride_j,
-    num_rows, row_tiles,
-    X: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
+@triton.jit
+def tile_of(
+    ends_X, num_rows, row_tiles, X: tl.constexpr, N: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    """Expert of a program's tile, at least X if there is none; its first row, the end of the expert's, and its first output."""
     program = tl.program_id(0)
     first_tile = program // (TOGETHER * tl.cdiv(N, BLOCK_N)) * TOGETHER
     beside = tl.minimum(row_tiles - first_tile, TOGETHER)
@@ -68,10 +66,22 @@ def _product_kernel(
     expert, first_row, end = tl.full([], 0, tl.int64), tile * BLOCK_M, num_rows
     if ends_X is not None:
         expert, first_row, end = _rows_of(tile, ends_X, X, BLOCK_X, BLOCK_M)
-        if expert >= X:
-            return
+    return expert, first_row, end, within // beside * BLOCK_N
+
+
+@triton.jit(do_not_specialize=["num_rows", "row_tiles"])
+def _product_kernel(
+    rows_MK, codes_XNK, scale_XGJ, ends_X, out_MN,
+    rows_stride, codes_stride_x, codes_stride_n, codes_stride_k, scale_stride_x, scale_stride_g, scale_stride_j,
+    num_rows, row_tiles,
+    X: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    expert, first_row, end, first_output = tile_of(ends_X, num_rows, row_tiles, X, N, BLOCK_X, BLOCK_M, BLOCK_N, TOGETHER)
+    if expert >= X:
+        return
     m_M = first_row + tl.arange(0, BLOCK_M)
-    n_N = within // beside * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_N = first_output + tl.arange(0, BLOCK_N)
     # Past the ends the last row, output or input is read once more: a load without a mask costs no registers for it.
     rows_1M = rows_MK + tl.minimum(m_M, num_rows - 1).to(tl.int64)[None, :] * rows_stride
     near_N1 = tl.minimum(n_N, N - 1).to(tl.int64)[:, None]
@@ -97,7 +107,7 @@ def _product_kernel(
     tl.store(out_NM, sum_NM.to(out_MN.dtype.element_ty), mask=(m_M[None, :] < end) & (n_N[:, None] < N))
 
 
-def _reads_fp8(device: torch.device) -> bool:
+def reads_fp8(device: torch.device) -> bool:
     """Whether a GPU has instructions for e4m3."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
@@ -126,7 +136,7 @@ def fp8_linear(
     tile = _tile(triton.cdiv(num_rows, num_experts), block[1], rows_MK.dtype)
     row_tiles = triton.cdiv(num_rows, tile["BLOCK_M"]) if ends_X is None else num_rows // tile["BLOCK_M"] + num_experts
     _product_kernel[(row_tiles * triton.cdiv(num_outputs, tile["BLOCK_N"]),)](
-        rows_MK, codes_XNK if _reads_fp8(rows_MK.device) else codes_XNK.view(torch.uint8), scale_XGJ, ends_X, out_MN,
+        rows_MK, codes_XNK if reads_fp8(rows_MK.device) else codes_XNK.view(torch.uint8), scale_XGJ, ends_X, out_MN,
         rows_MK.stride(0), *codes_XNK.stride(), *scale_XGJ.stride(), num_rows, row_tiles,
         X=num_experts, N=num_outputs, K=num_inputs, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1],
         BLOCK_X=triton.next_power_of_2(num_experts), TOGETHER=ROWS_TOGETHER, **tile,

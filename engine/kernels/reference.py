@@ -11,6 +11,7 @@ import torch
 from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets, VocabLoss
 
 TINY = torch.finfo(torch.float32).tiny
+FLOOR, LARGEST = 1e-10, torch.finfo(torch.float8_e4m3fn).max  # of the magnitudes in a group of inputs; in e4m3
 
 
 def ancestor_attention(
@@ -117,3 +118,38 @@ def grouped_linear(
         if start < end:
             out_MN[start:end] = torch.nn.functional.linear(rows_MK[start:end], weight_NK(expert))
     return out_MN
+
+
+def quantised_rows(rows_MK: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in e4m3 [M, K], with a scale for every `group` inputs from the first on, fp32 [M, ceil(K / group)].
+
+    A group's largest magnitude, or FLOOR where that is larger, becomes the largest number of e4m3.
+    Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.2.
+    """
+    num_inputs = rows_MK.shape[1]
+    rows_MJg = torch.nn.functional.pad(rows_MK.float(), (0, -num_inputs % group)).unflatten(1, (-1, group))
+    scale_MJ = rows_MJg.abs().amax(-1).clamp_min(FLOOR) / LARGEST
+    return (rows_MJg / scale_MJ[..., None]).to(torch.float8_e4m3fn).flatten(1)[:, :num_inputs], scale_MJ
+
+
+def rounded_rows(rows_MK: torch.Tensor, group: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What the codes of `quantised_rows` mean; dtype: None = the rows' own."""
+    return dequantised(*quantised_rows(rows_MK, group), (1, group), dtype or rows_MK.dtype)
+
+
+def fp8_activations(
+    rows_MK: torch.Tensor,
+    codes_XNK: torch.Tensor,
+    scale_XGJ: torch.Tensor,
+    block: tuple[int, int],
+    ends_X: torch.Tensor | None = None,
+    *,
+    group: int,
+) -> torch.Tensor:
+    """As `fp8_linear`, of rows that are quantised too, and rounded to their precision at the end alone."""
+
+    def weight_NK(expert: int) -> torch.Tensor:
+        return dequantised(codes_XNK[expert], scale_XGJ[expert], block, torch.float32)
+
+    out_MN = grouped_linear(rounded_rows(rows_MK, group, torch.float32), weight_NK, codes_XNK.shape[1], ends_X)
+    return out_MN.to(rows_MK.dtype)

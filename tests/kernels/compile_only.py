@@ -81,7 +81,7 @@ def fp8_linear() -> None:
 
     from engine.kernels import fp8_linear
 
-    fp8_linear._reads_fp8 = lambda device: driver.active.get_current_target().arch >= 89
+    fp8_linear.reads_fp8 = lambda device: driver.active.get_current_target().arch >= 89
     for dtype, num_rows, columns in ((torch.bfloat16, 8, 128), (torch.bfloat16, 4096, 96), (torch.float32, 300, 128)):
         codes_XNK = torch.zeros(3, 256, 384, dtype=torch.float8_e4m3fn)
         scale_XGJ, ends_X = torch.zeros(3, 2, 384 // columns), torch.tensor([0, num_rows, num_rows], dtype=torch.int32)
@@ -91,7 +91,18 @@ def fp8_linear() -> None:
             fp8_linear.fp8_linear(rows_MK, codes_XNK[:1], scale_XGJ[:1], (128, columns), ends_of_one)
 
 
-CASES = {case.__name__: case for case in (ancestor_attention, prefix_flash, row_loss, fp8_linear)}
+def fp8_activations() -> None:
+    from engine.kernels import fp8_activations
+
+    for num_rows, block in ((8, (128, 128)), (4096, (128, 128)), (4096, (32, 64))):
+        codes_XNK = torch.zeros(3, 256, 384, dtype=torch.float8_e4m3fn)
+        scale_XGJ, ends_X = torch.zeros(3, 256 // block[0], 384 // block[1]), torch.tensor([0, num_rows, num_rows]).int()
+        rows_MK = torch.zeros(num_rows, 384, dtype=torch.bfloat16)
+        fp8_activations.fp8_activations(rows_MK, codes_XNK, scale_XGJ, block, ends_X, group=128)
+        fp8_activations.fp8_activations(rows_MK, codes_XNK[:1], scale_XGJ[:1], block, None, group=128)
+
+
+CASES = {case.__name__: case for case in (ancestor_attention, prefix_flash, row_loss, fp8_linear, fp8_activations)}
 
 
 def main() -> None:

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from engine.kernels import PLAIN, Kernels, choose_fp8_linear, choose_kernels, choose_packed_attention, flash, reference
+from engine.kernels import (
+    PLAIN,
+    Kernels,
+    choose_fp8_activations,
+    choose_fp8_linear,
+    choose_kernels,
+    choose_packed_attention,
+    flash,
+    reference,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -54,14 +63,16 @@ def test_what_triton_cannot_hold_is_refused_or_left_to_plain_pytorch():
         assert chosen.attention is reference.ancestor_attention and problem in chosen.reason
 
 
-def test_weights_in_fp8_stay_so_on_a_gpu_that_triton_runs_on(monkeypatch):
-    fused = pytest.importorskip("engine.kernels.fp8_linear", reason="Triton is not installed")
-    for device_capability, expected in (((8, 0), fused.fp8_linear), ((9, 0), fused.fp8_linear), ((7, 5), None)):
+@pytest.mark.parametrize("choose", [choose_fp8_linear, choose_fp8_activations])
+def test_weights_in_fp8_stay_so_on_a_gpu_that_triton_runs_on(choose, monkeypatch):
+    name = choose.__name__.removeprefix("choose_")
+    fused = getattr(pytest.importorskip(f"engine.kernels.{name}", reason="Triton is not installed"), name)
+    for device_capability, expected in (((8, 0), fused), ((9, 0), fused), ((7, 5), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=device_capability: found)
-        assert choose_fp8_linear(GPU) is expected
-    assert choose_fp8_linear(CPU) is None
+        assert choose(GPU) is expected
+    assert choose(CPU) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert choose_fp8_linear(GPU) is None
+    assert choose(GPU) is None
 
 
 def test_a_target_attends_in_one_call_where_flash_attention_runs(monkeypatch):

@@ -83,7 +83,7 @@ def test_in_fp16_it_errs_at_most_twice_as_much_as_plain_pytorch(weight):
 def test_gpus_without_fp8_read_its_bits_as_the_same_numbers(weight, monkeypatch):
     case = make_case(weight, COUNTS["experts"])
     expected = kernel.fp8_linear(*case)
-    monkeypatch.setattr(kernel, "_reads_fp8", lambda device: False)
+    monkeypatch.setattr(kernel, "reads_fp8", lambda device: False)
     assert torch.equal(kernel.fp8_linear(*case), expected)
 
 
@@ -93,7 +93,7 @@ def test_every_code_means_what_pytorch_says():
     case = Case(torch.eye(len(codes), device=DEVICE), codes[None, None], torch.ones(1, 1, 2, device=DEVICE), (128, 128), None)
     for reads_fp8 in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernel, "_reads_fp8", lambda device, reads=reads_fp8: reads)
+            patch.setattr(kernel, "reads_fp8", lambda device, reads=reads_fp8: reads)
             assert torch.equal(kernel.fp8_linear(*case)[:, 0], codes.float())
 
 

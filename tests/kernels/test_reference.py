@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.kernels import AttentionRows, blocked_attention, reference
-from engine.kernels.reference import dequantised, fp8_linear
+from engine.kernels.reference import dequantised, fp8_activations, fp8_linear, quantised_rows, rounded_rows
 from tests.kernels.attention_cases import ANCESTORS, HEADS, LENGTHS, QUERIES, make_case, with_gradients, written_out
 
 
@@ -71,3 +71,25 @@ def test_rows_meet_the_weight_of_their_own_expert():
     weights = dequantised(codes, scale, (1, 2, 4), torch.float32)
     expected = [rows[row] @ weights[expert].T for row, expert in enumerate((0, 0, 2, 2, 2, 2))]
     torch.testing.assert_close(fp8_linear(rows, codes, scale, (2, 4), torch.tensor([2, 2, 6])), torch.stack(expected))
+
+
+def test_a_group_of_a_rows_inputs_has_the_scale_of_its_largest():
+    rows = torch.randn(5, 7)
+    rows[3] = 0
+    codes, scale = quantised_rows(rows, 4)
+    for row in range(5):
+        for group, inputs in enumerate((slice(0, 4), slice(4, 7))):
+            expected = max(rows[row, inputs].abs().max().item(), 1e-10) / 448
+            assert scale[row, group].item() == pytest.approx(expected, rel=1e-6)
+            written = (rows[row, inputs] / scale[row, group]).to(torch.float8_e4m3fn)
+            assert torch.equal(codes[row, inputs].float(), written.float())
+    assert torch.equal(rounded_rows(rows, 4), dequantised(codes, scale, (1, 4), torch.float32))
+
+
+def test_both_operands_are_multiplied_as_their_codes_mean():
+    codes, scale, rows = torch.randn(3, 5, 7).to(torch.float8_e4m3fn), torch.rand(3, 3, 2), torch.randn(6, 7)
+    ends = torch.tensor([2, 2, 6])
+    expected = fp8_linear(rounded_rows(rows, 3), codes, scale, (2, 4), ends)
+    assert torch.equal(fp8_activations(rows, codes, scale, (2, 4), ends, group=3), expected)
+    half = fp8_activations(rows.bfloat16(), codes, scale, (2, 4), ends, group=3)
+    assert half.dtype == torch.bfloat16 and (half - expected).norm() <= 0.02 * expected.norm()
