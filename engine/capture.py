@@ -19,6 +19,7 @@ from engine.data.packing import collate
 from engine.data.templates import load_tokenizer
 from engine.models.registry import check_aux_layers, default_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
+from engine.parallel.quantised import check_fp8_activations
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, Shard, StoreError, plan_shards
 from engine.store.reader import MappedShard
@@ -95,6 +96,7 @@ class Capture:
     def contents(self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> Contents:
         """What the store is to be of."""
         config, text = self.config, text_config(target_config)
+        check_fp8_activations(target_config, config.target)
         count = num_layers(text)
         aux_layers = check_aux_layers(config.target.aux_layers or default_aux_layers(count), count)
         chosen = "float32" if self.world.device.type == "cpu" else "bfloat16"
@@ -109,6 +111,7 @@ class Capture:
             mask_alignment=config.ttt.mask_alignment,
             temperature=config.loss.temperature,
             dtype=chosen if config.store.dtype == "auto" else config.store.dtype,
+            fp8_activations=config.target.fp8_activations,
         )
 
     def plan(self, contents: Contents, documents: Documents) -> Manifest:

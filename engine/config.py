@@ -27,6 +27,10 @@ class TargetSection:
     keep_quantised: Literal["none", "fp8", "all"] = option(
         "fp8", "which weights of a quantised target stay so in memory and are dequantised at use; all = MXFP4 and int4 too"
     )
+    fp8_activations: bool = option(
+        False,
+        "quantise what fp8 weights are multiplied with, too, a scale a token and block of inputs, as servers do; fast on GPUs",
+    )
     aux_layers: tuple[int, ...] | None = option(
         None, "three 0-based layers whose outputs feed the draft; null = 1, L//2-1, L-4", unit="layers"
     )
@@ -49,6 +53,9 @@ class TargetSection:
         if self.revision is not None and self.path == EMBEDDED:
             problem = "the embedded target has no revisions; set target.path to a hub id, or leave target.revision null"
             raise ConfigError(problem, key="target.revision", value=self.revision)
+        if self.fp8_activations and self.keep_quantised == "none":
+            problem = "needs weights that stay in fp8; set target.keep_quantised=fp8, or set this to false"
+            raise ConfigError(problem, key="target.fp8_activations", value=True)
 
 
 def divisors(number: int) -> list[int]:
@@ -252,7 +259,8 @@ class Config:
         values = {f"{name}.{key}": x for name in ("draft", "ttt", "loss") for key, x in vars(getattr(self, name)).items()}
         for cost in ("ttt.compaction", "ttt.recompute", "loss.chunk_mb"):
             del values[cost]
-        return {"target.aux_layers": self.target.aux_layers} | values
+        of_target = ("aux_layers", "fp8_activations")
+        return {f"target.{name}": getattr(self.target, name) for name in of_target} | values
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}

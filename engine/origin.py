@@ -70,6 +70,7 @@ class Offline:
             aux_layers=config.target.aux_layers,
             mask_alignment=config.ttt.mask_alignment,
             temperature=config.loss.temperature,
+            fp8_activations=config.target.fp8_activations,
         )
         for problem in self._store.problems:
             telemetry.note(f"  left out: {problem}")

@@ -36,6 +36,7 @@ from engine.normaliser import Normaliser
 from engine.origin import Offline, Online, Target, open_origin
 from engine.overlap import run_ahead
 from engine.parallel.mesh import World
+from engine.parallel.quantised import check_fp8_activations
 from engine.parallel.zero import ZeroDraft
 from engine.recipe import dump_config
 from engine.report import RunReport
@@ -81,6 +82,7 @@ class Trainer:
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
         target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+        check_fp8_activations(target_config, section)
         origin = open_origin(self.config, tokenizer, self.world, self.telemetry)
         draft_config = derive_draft_config(target_config, self.config.draft, origin.aux_layers)
         draft_config = replace(draft_config, trained_with=origin.trained_with)

@@ -22,7 +22,7 @@ from engine.ds_config import load_ds_config
 from engine.flops import PEAKS
 from engine.models.registry import check_family, text_config
 from engine.parallel.mesh import check_sizes
-from engine.parallel.quantised import StaysQuantised
+from engine.parallel.quantised import StaysQuantised, check_fp8_activations
 from engine.parallel.rules import check_proven
 from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Ranks
 from engine.recipe import load_config
@@ -76,7 +76,8 @@ def make_planner(config: Config, ds_config: dict[str, Any], arguments: argparse.
     gpus = Gpus.named(arguments.gpu, arguments.memory_gb, arguments.network_gb_per_s, arguments.gpus_per_node)
     documents = Documents(min(arguments.document_tokens, config.data.max_tokens), arguments.said)
     assumed = Assumed(documents, arguments.share_of_peak, arguments.headroom)
-    quantised = StaysQuantised.of(target, section.keep_quantised)
+    check_fp8_activations(target, section)
+    quantised = StaysQuantised.of(target, section.keep_quantised, section.fp8_activations)
     target.quantization_config = None
     model = without_weights(target, section, torch.device("cuda"))
     return Planner(config, ds_config, model, gpus, assumed, quantised, may_share)

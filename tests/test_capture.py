@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 
 from engine.config import Config
 from engine.data.loader import PackedLoader
+from engine.data.packing import collate
+from engine.origin import Offline
 from engine.parallel.mesh import World
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, StoreError
@@ -21,8 +24,10 @@ from engine.store.reader import open_store
 from engine.store.writer import ShardFile
 from engine.target.frozen import FrozenTarget
 from engine.target.stored import StoredTarget
+from engine.telemetry import Telemetry
 from tests.captures import capture_config, run_capture
 from tests.distributed import run_ranks
+from tests.parallel.test_quantised import to_fp8
 
 CPU = torch.device("cpu")
 
@@ -129,6 +134,27 @@ def test_another_capture_is_not_continued(tmp_path, tiny_target, tiny_corpus):
     with pytest.raises(StoreError, match="conversations: 40 documents, now 4, or other words"):
         run_capture(capture_config(tmp_path / "store", tiny_target, tiny_corpus.held_out))
     assert files(tmp_path / "store") == before
+
+
+def test_captures_with_and_without_quantised_activations_are_not_mixed(tmp_path, tiny_target, tiny_corpus):
+    target = shutil.copytree(tiny_target, tmp_path / "target")
+    plain = capture_config(tmp_path / "store", target, tiny_corpus.train)
+    quantised = capture_config(tmp_path / "store", target, tiny_corpus.train, "target.fp8_activations=true")
+    with pytest.raises(ValueError, match="fp8_activations=true.*not in fp8"):
+        run_capture(quantised)
+    to_fp8(target, (8, 8))
+    run_capture(quantised)
+    with pytest.raises(StoreError, match="fp8_activations: True, now False.*Restore these"):
+        run_capture(plain)
+    opened = open_store(tmp_path / "store", skip_bad=False)
+    with pytest.raises(StoreError, match="fp8_activations = True, this run asks for False"):
+        Offline(plain, World.alone(), Telemetry(speaks=False))
+    Offline(quantised, World.alone(), Telemetry(speaks=False))
+    batch = replace(collate([opened.documents[index] for index in range(4)]), document_ids=(0, 1, 2, 3))
+    slots_N = slots_of(allowed_rows(batch, plain.ttt))
+    stored_TA = StoredTarget(opened, CPU)(batch, slots_N).aux_TA
+    online, other = (FrozenTarget.load(config.target, CPU)(batch, slots_N).aux_TA for config in (quantised, plain))
+    assert (stored_TA - online).norm() <= 1e-2 * online.norm() < (stored_TA - other).norm()
 
 
 @pytest.mark.parametrize("alignment", ["inference", "specforge"])

@@ -68,6 +68,10 @@ REFUSED_OVERRIDES = {
 REFUSED_RECIPES = {
     "ttt:\n  stepz: 7\n": ["ttt.stepz = 7", "'ttt.steps'"],
     "tttt:\n  steps: 7\n": ["tttt", "'ttt'"],
+    "target:\n  fp8_activations: true\n  keep_quantised: none\n": [
+        "target.fp8_activations = true",
+        "target.keep_quantised=fp8",
+    ],
     "ttt: 7\n": ["ttt = 7", "is a section"],
     "- ttt\n": ["expected sections and options", "list"],
     "ttt:\n  steps: 7\n  steps: 5\n": ["steps", "given twice", "line 3"],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from engine.config import TargetSection
 from engine.parallel.loader import Checkpoint
 from engine.parallel.quantised_weight import QuantisedWeight
 from engine.parallel.rules import Cut
@@ -29,10 +30,10 @@ def _part(weight: QuantisedWeight, cut: Cut | None) -> Tensor:
 class Fp8Checkpoint(Checkpoint):
     """Weights in fp8 with an fp32 scale a block, `NAME_scale_inv` (DeepSeek-V3, Kimi-K2, Qwen3-FP8)."""
 
-    def __init__(self, path: str, revision: str | None, block: tuple[int, int]) -> None:
-        """block: rows and columns that a scale is of."""
+    def __init__(self, path: str, revision: str | None, block: tuple[int, int], row_group: int | None = None) -> None:
+        """block: rows and columns that a scale is of. row_group: as of a `QuantisedWeight`."""
         super().__init__(path, revision)
-        self._block = block
+        self._block, self._row_group = block, row_group
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in super().__iter__() if not name.endswith(SCALE))
@@ -41,7 +42,8 @@ class Fp8Checkpoint(Checkpoint):
         if name + SCALE not in self._by_name:
             return super().read(name, cut)
         codes, scale = super().read(name), super().read(name + SCALE).float()
-        return _part(QuantisedWeight(codes, scale, (1,) * (codes.ndim - 2) + self._block), cut)
+        block = (1,) * (codes.ndim - 2) + self._block
+        return _part(QuantisedWeight(codes, scale, block, row_group=self._row_group), cut)
 
 
 class Mxfp4Checkpoint(Checkpoint):
@@ -113,21 +115,27 @@ def layout_of(config: PreTrainedConfig) -> tuple[str | None, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class StaysQuantised:
-    """Which weights stay quantised, as far as a config tells. value_bytes: of one, its share of a scale included."""
+    """Which weights stay quantised, as far as a config tells.
+
+    value_bytes: of one, its share of a scale included. input_bytes: the same of what they are multiplied with, 0 where that
+    stays as it is.
+    """
 
     value_bytes: float
     only_experts: bool
     skipped: tuple[str, ...] = ()
+    input_bytes: float = 0.0
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, keep: str) -> "StaysQuantised | None":
-        """None where all are dequantised. keep: as `target.keep_quantised`."""
+    def of(cls, config: PreTrainedConfig, keep: str, fp8_activations: bool = False) -> "StaysQuantised | None":
+        """None where all are dequantised. keep, fp8_activations: as in `target`."""
         layout, facts = layout_of(config)
         if layout is None or keep not in (layout, "all"):
             return None
         if layout == "fp8":
             rows, columns = facts["weight_block_size"]
-            return cls(1 + 4 / (rows * columns), False, tuple(facts.get("modules_to_not_convert") or ()))
+            skipped = tuple(facts.get("modules_to_not_convert") or ())
+            return cls(1 + 4 / (rows * columns), False, skipped, 1 + 4 / columns if fp8_activations else 0.0)
         groups = [group["weights"].get("group_size") or 0 for group in (facts.get("config_groups") or {}).values()]
         size = 32 if layout == "mxfp4" else min(groups)
         return cls(1 / PER_BYTE + (2 / size if size > 0 else 0), True)
@@ -144,8 +152,19 @@ class StaysQuantised:
         return is_expert or (is_linear and not self.only_experts)
 
 
-def open_checkpoint(config: PreTrainedConfig, path: str, revision: str | None, keep: str = "fp8") -> Checkpoint:
-    """The checkpoint of a config, which forgets that it is quantised. keep: as `target.keep_quantised`.
+def check_fp8_activations(config: PreTrainedConfig, section: TargetSection) -> None:
+    """Raises ValueError where `target.fp8_activations` is asked of a target without weights in fp8."""
+    layout = layout_of(config)[0]
+    if section.fp8_activations and layout != "fp8":
+        found = f"in {layout}" if layout else "not in fp8 with a scale a block"
+        problem = f"the weights of target.path={section.path} are {found}, so nothing is multiplied in fp8"
+        raise ValueError(f"target.fp8_activations=true: {problem}; set it to false, or name an fp8 checkpoint")
+
+
+def open_checkpoint(
+    config: PreTrainedConfig, path: str, revision: str | None, keep: str = "fp8", fp8_activations: bool = False
+) -> Checkpoint:
+    """The checkpoint of a config, which forgets that it is quantised. keep, fp8_activations: as in `target`.
 
     Raises ValueError for quantisations of no layout of ours.
     """
@@ -158,7 +177,8 @@ def open_checkpoint(config: PreTrainedConfig, path: str, revision: str | None, k
         raise ValueError(f"target.path={path}: {problem}; name a bfloat16 checkpoint, or set parallel.tp_size=1 and ep_size=1")
     del config.quantization_config
     if layout == "fp8":
-        checkpoint: Checkpoint = Fp8Checkpoint(path, revision, tuple(facts["weight_block_size"]))
+        block = tuple(facts["weight_block_size"])
+        checkpoint: Checkpoint = Fp8Checkpoint(path, revision, block, block[1] if fp8_activations else None)
     else:
         checkpoint = {"mxfp4": Mxfp4Checkpoint, "int4": Int4Checkpoint}[layout](path, revision)
     checkpoint.stays_quantised = keep in (layout, "all")

@@ -5,7 +5,7 @@ fall on theirs. All else is given the dequantised weight for as long as it takes
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from math import gcd
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from engine.kernels import choose_fp8_linear, reference
+from engine.kernels import choose_fp8_activations, choose_fp8_linear, reference
 
 aten = torch.ops.aten
 _KEEPERS: dict[Any, Callable[..., "QuantisedWeight | None"]] = {}  # by operation; they give None where it has to be dequantised
@@ -25,7 +25,8 @@ class QuantisedWeight(Tensor):
 
     codes: fp8, or uint8 of which each holds two codes of 4 bits along a dimension, the first in its lower half; `packing` has 2
     there, else 1. meanings: of the 16 codes; None = fp8 values mean themselves. block: values that share a scale along each
-    dimension, the last block cut short. scale: one for each block.
+    dimension, the last block cut short. scale: one for each block. row_group: where rows are quantised as well before they are
+    multiplied by it, their inputs that share a scale, counted from the first that this part of the weight reads.
     """
 
     @staticmethod
@@ -37,13 +38,14 @@ class QuantisedWeight(Tensor):
         dtype: torch.dtype = torch.float32,
         meanings: tuple[float, ...] | None = None,
         packing: Sequence[int] | None = None,
+        row_group: int | None = None,
     ) -> "QuantisedWeight":
         packing = tuple(packing or [1] * codes.ndim)
         shape = [size * values for size, values in zip(codes.shape, packing, strict=True)]
         with torch.inference_mode(False):  # within it a view of a tensor from outside must be one from outside
             weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
         weight.codes, weight.scale, weight.block = codes, scale, tuple(block)
-        weight.meanings, weight.packing = meanings, packing
+        weight.meanings, weight.packing, weight.row_group = meanings, packing, row_group
         return weight
 
     @property
@@ -65,7 +67,7 @@ class QuantisedWeight(Tensor):
         return reference.dequantised(codes, self.scale, self.block, self.dtype)
 
     def _like(self, codes: Tensor, scale: Tensor, **changes: Any) -> "QuantisedWeight":
-        same = {name: getattr(self, name) for name in ("block", "dtype", "meanings", "packing")}
+        same = {name: getattr(self, name) for name in ("block", "dtype", "meanings", "packing", "row_group")}
         return QuantisedWeight(codes, scale, **(same | changes))
 
     def _scale_of(self, block: Sequence[int]) -> Tensor:
@@ -129,7 +131,8 @@ def _new_empty(weight: QuantisedWeight, shape: Sequence[int], **options: Any) ->
 def _copy(to: Tensor, weight: Tensor, *_: Any) -> QuantisedWeight | None:
     if not isinstance(to, QuantisedWeight) or not isinstance(weight, QuantisedWeight) or to.block != weight.block:
         return None
-    assert (to.shape, to.packing, to.meanings) == (weight.shape, weight.packing, weight.meanings)
+    same = ("shape", "packing", "meanings", "row_group")
+    assert all(getattr(to, name) == getattr(weight, name) for name in same)
     to.codes.copy_(weight.codes)
     to.scale.copy_(weight.scale)
     return to
@@ -177,7 +180,7 @@ def _slice(
 
 @_keeps(aten.cat.default)
 def _cat(weights: Sequence[Tensor], dim: int = 0) -> QuantisedWeight | None:
-    kinds = {(w.meanings, w.packing, w.dtype) if isinstance(w, QuantisedWeight) else None for w in weights}
+    kinds = {(w.meanings, w.packing, w.dtype, w.row_group) if isinstance(w, QuantisedWeight) else None for w in weights}
     if len(kinds) > 1 or None in kinds:
         return None
     block = [gcd(*sizes) for sizes in zip(*(weight.block for weight in weights), strict=True)]
@@ -193,17 +196,27 @@ def _stack(weights: Sequence[Tensor], dim: int = 0) -> QuantisedWeight | None:
     return _cat([_unsqueeze(weight, 0) for weight in weights])
 
 
-def _fp8_linear(weight: Tensor) -> Callable[..., Tensor] | None:
+def _product(weight: Tensor) -> Callable[..., Tensor] | None:
     """The product on the chip with a weight in fp8, where there is one."""
-    is_fp8 = isinstance(weight, QuantisedWeight) and weight.codes.dtype == torch.float8_e4m3fn
-    return choose_fp8_linear(weight.codes.device) if is_fp8 else None
+    if not isinstance(weight, QuantisedWeight) or weight.codes.dtype != torch.float8_e4m3fn:
+        return None
+    if weight.row_group is None:
+        return choose_fp8_linear(weight.codes.device)
+    product = choose_fp8_activations(weight.codes.device)
+    return product and partial(product, group=weight.row_group)
+
+
+def _rounded(rows_MK: Tensor, weight: Tensor) -> Tensor:
+    """Rows as a weight that is dequantised first is to be multiplied by."""
+    group = weight.row_group if isinstance(weight, QuantisedWeight) else None
+    return rows_MK if group is None else reference.rounded_rows(rows_MK, group)
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product = _fp8_linear(weight)
+    product, rows_MK = _product(weight), rows.reshape(-1, rows.shape[-1])
     if product is None:
-        return F.linear(rows, weight, bias)
-    out_MN = product(rows.reshape(-1, rows.shape[-1]), weight.codes[None], weight.scale[None], weight.block)
+        return F.linear(_rounded(rows_MK, weight).view(rows.shape), weight, bias)
+    out_MN = product(rows_MK, weight.codes[None], weight.scale[None], weight.block)
     out = out_MN.view(*rows.shape[:-1], -1)
     return out if bias is None else out + bias
 
@@ -212,8 +225,9 @@ def _grouped_mm(rows_MK: Tensor, weight_XKN: QuantisedWeight, *, offs: Tensor, *
     """As Transformers calls it: rows sorted by expert, and where each one's end."""
     assert not any(others.values()), "Transformers asks for no bias and no other dtype"
     weight_XNK = weight_XKN.transpose(1, 2)
-    if product := _fp8_linear(weight_XNK):
+    if product := _product(weight_XNK):
         return product(rows_MK, weight_XNK.codes, weight_XNK.scale, weight_XNK.block[1:], offs)
+    rows_MK = _rounded(rows_MK, weight_XNK)
     return reference.grouped_linear(rows_MK, lambda expert: weight_XNK[expert].dequantised(), weight_XNK.shape[1], offs)
 
 

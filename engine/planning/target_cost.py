@@ -105,7 +105,7 @@ class TargetCost:
             shared = any(part == name or part.startswith(f"{name}.") for part in self.plan.shared)
             tokens = own * (self.mesh.tp.size if shared else 1)
             features = self._own_features(name, block)
-            most = max(most, tokens * (2 * width + 2 * features * self.itemsize))
+            most = max(most, tokens * (2 * width + 2 * features * self.itemsize) + self._quantised_bytes(name, block, tokens))
             if any(is_experts(module, names_of(self.config)) for module in block.modules()):
                 most = max(most, self._passing_experts(block, own))
         return most + PASSING_TENSORS * own * width
@@ -184,7 +184,22 @@ class TargetCost:
         features = experts.down_proj[0].numel() // width
         split = self.mesh.tp.size if ranks == 1 else 1
         rows, choices = own * min(self._chosen, ranks) * split, own * self._chosen * split
-        return (4 * rows * width + choices * (2 * width + 3 * features // split)) * self.itemsize
+        passing = (4 * rows * width + choices * (2 * width + 3 * features // split)) * self.itemsize
+        return passing + round(choices * max(width, features // split) * self._input_bytes)
+
+    @property
+    def _input_bytes(self) -> float:
+        return 0.0 if self.quantised is None else self.quantised.input_bytes
+
+    def _quantised_bytes(self, name: str, block: nn.Module, tokens: int) -> int:
+        """Of what the widest map of a block reads, where that is quantised."""
+        widest = 0
+        for inner, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                cut = self.plan.cuts.get(f"{name}.{inner}.weight")
+                is_cut = cut is not None and cut.dim == 1
+                widest = max(widest, sum(stop - start for start, stop in cut.intervals) if is_cut else module.in_features)
+        return round(tokens * widest * self._input_bytes)
 
     def _ranks_of_a_token(self, num_experts: int) -> float:
         """Other ranks that a token is sent to, if each expert is as likely."""

@@ -43,7 +43,8 @@ class Contents:
     """What a store is of. Captures may be continued, and stores merged, only where all of it agrees.
 
     target, revision: as the recipe named it. config_hash, tokenizer_hash, template_hash: of what decides the hidden states.
-    aux_layers, mask_alignment, temperature: as in a recipe. dtype: of the hidden states in the shards.
+    aux_layers, mask_alignment, temperature: as in a recipe. dtype: of the hidden states in the shards. fp8_activations: as in a
+    recipe; manifests of before there was such an option lack it.
     """
 
     target: str
@@ -57,6 +58,7 @@ class Contents:
     mask_alignment: str
     temperature: float
     dtype: str
+    fp8_activations: bool = False
 
     def differences(self, other: "Contents") -> list[str]:
         """What another's differ in, as `key: theirs, ours`; where the target lies is no difference."""

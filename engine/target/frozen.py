@@ -27,7 +27,7 @@ from engine.parallel.loader import Bar, load_cut
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.parallel.own_rows import OwnRows
 from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
-from engine.parallel.quantised import layout_of, open_checkpoint
+from engine.parallel.quantised import check_fp8_activations, layout_of, open_checkpoint
 from engine.parallel.rules import check_proven, part_of_rows
 from engine.parallel.tokens import Tokens, tokens_of_forward
 from engine.target.anatomy import (
@@ -169,13 +169,15 @@ class FrozenTarget:
         if config.is_encoder_decoder:
             raise ValueError(f"target.path={section.path}: {config.model_type!r} is an encoder-decoder; expected a causal LM")
         check_family(config)
+        check_fp8_activations(config, section)
         if mesh.size > 1 and not unproven:
             check_proven(text_config(config))
         aux_layers = aux_layers or section.aux_layers
         if mesh.size == 1 and layout_of(config)[0] is None:
             model = auto_class(config).from_pretrained(section.path, dtype=dtype_of(section, device), **section.hub_arguments)
             return cls(model.to(device), aux_layers, temperature)
-        checkpoint = open_checkpoint(config, section.path, section.revision, section.keep_quantised)
+        quantised = section.keep_quantised, section.fp8_activations
+        checkpoint = open_checkpoint(config, section.path, section.revision, *quantised)
         model = without_weights(config, section, device)
         decoder = decoder_of(model)
         drop_other_towers(model, decoder)

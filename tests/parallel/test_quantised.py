@@ -1,18 +1,21 @@
 """Quantised checkpoints in the layouts that they are published in, whole and by the parts of a rank."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.config import TargetSection
 from engine.decode import greedy_decode
+from engine.kernels import reference
 from engine.parallel import quantised_weight
 from engine.parallel.loader import load_cut
-from engine.parallel.mesh import TargetMesh
+from engine.parallel.mesh import ALONE, TargetMesh
 from engine.parallel.quantised import open_checkpoint
 from engine.parallel.quantised_weight import QuantisedWeight
 from engine.parallel.rules import Cut
@@ -237,3 +240,66 @@ def test_one_rank_runs_and_decodes_with_a_quantised_target(layout, tmp_path):
     assert relative(kept, dense) <= TOLERANCE
     replies = [greedy_decode(target, [5, 9, 40, 7], 12, set()).token_ids for target in targets]
     assert replies[0] == replies[1] and len(replies[0]) == 12
+
+
+WHOLE_GROUPS = (8, 8)  # blocks that cuts by two fall between
+
+
+@torch.no_grad()
+def test_quantised_activations_are_what_every_map_in_fp8_reads(tmp_path):
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    to_fp8(tmp_path, (12, 20))
+    section = TargetSection(path=str(tmp_path), fp8_activations=True)
+    found, plain = (run_own(FrozenTarget.load(of, CPU, AUX), 0) for of in (section, replace(section, fp8_activations=False)))
+    dense = FrozenTarget.load(TargetSection(path=str(tmp_path), keep_quantised="none"), CPU, AUX)
+    for module in dense.decoder.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args: (reference.rounded_rows(args[0][0], 20)[None],))
+    assert relative(found, run_own(dense, 0)) <= TOLERANCE and relative(found, plain) >= 1e-2
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_where_triton_runs_every_weight_in_fp8_is_multiplied_by_quantised_rows(family, tmp_path, monkeypatch):
+    fused, groups = pytest.importorskip("engine.kernels.fp8_activations", reason="Triton is not installed"), []
+    tiny_model(family).save_pretrained(tmp_path)
+    to_fp8(tmp_path, (32, 32))
+    target = FrozenTarget.load(TargetSection(path=str(tmp_path), fp8_activations=True), CPU, AUX)
+    expected = run_own(target, 0)
+
+    def seen(*operands, group):
+        groups.append(group)
+        return fused.fp8_activations(*operands, group=group)
+
+    monkeypatch.setattr(quantised_weight, "choose_fp8_linear", None)
+    monkeypatch.setattr(quantised_weight, "choose_fp8_activations", lambda device: seen)
+    # a value that lies between two codes may round to the other one where products add in another order
+    assert relative(run_own(target, 0), expected) <= 1e-2
+    assert groups == [32] * len(quantised_names(dict(target.model.named_parameters())))
+
+
+def run_with_fp8_activations(world, folder: Path, sizes: tuple[int, int]) -> tuple[float, float]:
+    """The difference between shared and not, and what quantised activations change."""
+    torch.set_num_threads(1)
+    section, mesh = TargetSection(path=str(folder), fp8_activations=True), TargetMesh.make(world, *sizes)
+    found, alone = (run_own(FrozenTarget.load(section, CPU, AUX, mesh=by), world.rank) for by in (mesh, ALONE))
+    plain = run_own(FrozenTarget.load(replace(section, fp8_activations=False), CPU, AUX), world.rank)
+    return relative(found, alone), relative(found, plain)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["tp", "ep"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_ranks_that_share_a_target_quantise_activations_as_one_does(family, sizes, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
+    to_fp8(tmp_path, WHOLE_GROUPS)
+    for from_alone, from_plain in run_ranks(run_with_fp8_activations, 2, tmp_path, sizes):
+        # as above, of sums over ranks
+        assert from_alone <= 1e-2 and from_plain >= 5e-2
+
+
+@pytest.mark.parametrize("layout, found", [("mxfp4", "in mxfp4"), ("int4", "in int4"), (None, "not in fp8")])
+def test_quantised_activations_are_refused_where_no_weight_is_in_fp8(layout, found, tmp_path):
+    publish(layout, tmp_path) if layout else tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # before any weight is read
+    section = TargetSection(path=str(tmp_path), fp8_activations=True)
+    with pytest.raises(ValueError, match=f"fp8_activations=true: .*{found}.*set it to false, or name an fp8 checkpoint"):
+        FrozenTarget.load(section, CPU)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.kernels import reference
 from engine.parallel import quantised_weight
 from engine.parallel.quantised import FP4, INT4
 from engine.parallel.quantised_weight import QuantisedWeight
@@ -55,7 +56,9 @@ MOVES = {
 def test_what_only_moves_values_keeps_them_quantised(move, weight):
     moved, expected = MOVES[move](weight), MOVES[move](weight.dequantised())
     assert isinstance(moved, QuantisedWeight) and (moved.shape, moved.dtype) == (expected.shape, expected.dtype)
-    assert torch.equal(moved.dequantised(), expected)
+    assert torch.equal(moved.dequantised(), expected) and moved.row_group is None
+    weight.row_group = 16
+    assert MOVES[move](weight).row_group == 16
 
 
 CHANGES = {
@@ -110,6 +113,27 @@ def products(request, monkeypatch):
     if request.param == "triton":
         fused = pytest.importorskip("engine.kernels.fp8_linear", reason="Triton is not installed")
         monkeypatch.setattr(quantised_weight, "choose_fp8_linear", lambda device: fused.fp8_linear)
+
+
+@pytest.fixture(params=["plain", "triton"])
+def products_of_fp8(request, monkeypatch):
+    if request.param == "triton":
+        fused = pytest.importorskip("engine.kernels.fp8_activations", reason="Triton is not installed")
+        monkeypatch.setattr(quantised_weight, "choose_fp8_activations", lambda device: fused.fp8_activations)
+
+
+@torch.inference_mode()
+def test_rows_are_quantised_before_they_are_multiplied(products_of_fp8):
+    weight, rows, offs = make_weight("fp8"), torch.randn(2, 3, 24), torch.tensor([2, 2, 5], dtype=torch.int32)
+    weight.row_group = 16
+    rounded_MK, dense = reference.rounded_rows(rows.flatten(0, 1), 16), weight.dequantised()
+    linear = nn.Linear(24, 10)
+    expected = F.linear(rounded_MK.view(rows.shape), dense[1], linear.bias)
+    linear.weight = nn.Parameter(weight[1], requires_grad=False)
+    torch.testing.assert_close(linear(rows), expected)
+    ours = torch._grouped_mm(rows.flatten(0, 1)[:5], weight.transpose(1, 2), offs=offs)
+    torch.testing.assert_close(ours, torch._grouped_mm(rounded_MK[:5], dense.transpose(1, 2), offs=offs))
+    assert (rounded_MK.view(rows.shape) - rows).abs().max() > 1e-3
 
 
 @torch.inference_mode()

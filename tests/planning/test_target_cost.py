@@ -146,6 +146,14 @@ def test_only_layers_that_compare_pairs_pay_for_pairs(family, layers):
     assert more == layers * planned.pair_flops
 
 
+def test_quantised_activations_pass_beside_what_they_are_made_of():
+    config, of_an_input = tiny_config("llama"), 1 + 4 / 128
+    model = without_weights(config, TargetSection(), torch.device("cpu"))
+    plain, quantised = (TargetCost(model, ALONE, StaysQuantised(1.0, False, (), size)) for size in (0.0, of_an_input))
+    added = quantised.passing_bytes(forward()) - plain.passing_bytes(forward())
+    assert added == pytest.approx(TOKENS * config.intermediate_size * of_an_input, abs=1), "the MLP's are the widest"
+
+
 def test_sizes_that_do_not_fit_are_named():
     assert not cost("llama", 2).misfits
     assert "cannot be shared by 3 ranks" in cost("llama", 3).misfits[0]

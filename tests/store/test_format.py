@@ -96,6 +96,15 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path):
     assert manifest.contents.differences(contents_of("float32")) == ["dtype: 'float32', now 'bfloat16'"]
 
 
+def test_a_manifest_of_before_quantised_activations_is_of_none(tmp_path):
+    values = json.loads(Manifest(contents_of(), "abc", ()).to_json())
+    assert values["contents"].pop("fp8_activations") is False
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    contents = Manifest.read(tmp_path).contents
+    quantised = dataclasses.replace(contents, fp8_activations=True)
+    assert contents == contents_of() and quantised.differences(contents) == ["fp8_activations: False, now True"]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", json.dumps({"version": 1}), json.dumps({"version": 99})])
 def test_what_is_no_manifest_is_refused_by_name(text, tmp_path):
     (tmp_path / "manifest.json").write_text(text)

@@ -96,5 +96,7 @@ def test_other_options_than_the_captures_are_refused(store):
     opened.check(aux_layers=None, mask_alignment="inference", temperature=1.0)
     with pytest.raises(StoreError, match="mask_alignment = inference, this run asks for specforge"):
         opened.check(mask_alignment="specforge")
+    with pytest.raises(StoreError, match="fp8_activations = False, this run asks for True"):
+        opened.check(fp8_activations=True)
     with pytest.raises(StoreError, match=r"aux_layers = \(0, 1, 3\)"):
         opened.check(aux_layers=(0, 1, 2))
