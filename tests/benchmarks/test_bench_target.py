@@ -47,7 +47,13 @@ def test_weights_in_fp8_are_near_and_the_others_shared():
         weight, kept = model.get_parameter(name), other.get_parameter(name)
         assert kept.nbytes < weight.nbytes / 2
         assert (kept.dequantised() - weight).abs().max() <= weight.abs().max() / 16, "e4m3 has 3 bits of fraction"
-    FrozenTarget(other, None)
+    assert {other.get_parameter(name).row_group for name in changed} == {None}
+    rounding = in_fp8(model, fp8_activations=True)
+    assert {rounding.get_parameter(name).row_group for name in changed} == {BLOCK}
+    plain, rounded = (
+        FrozenTarget(of, None)(SHAPES["qwen3_moe"].batch, SHAPES["qwen3_moe"].slots_N) for of in (other, rounding)
+    )
+    assert not torch.allclose(plain.last_hidden_ND, rounded.last_hidden_ND, rtol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(BLOCK, BLOCK), (3 * BLOCK + 5, BLOCK - 1), (2, BLOCK + 1, 2 * BLOCK)])
@@ -60,12 +66,25 @@ def test_the_largest_value_of_a_block_is_kept(shape):
     torch.testing.assert_close(kept[..., :BLOCK, :BLOCK].flatten(-2).gather(-1, place), block.gather(-1, place))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: a CPU would take minutes for each forward")
-def test_on_a_gpu_packed_documents_take_half_of_the_rate_of_products():
+def figures_of_8b(*providers: str) -> list[dict]:
     if torch.cuda.mem_get_info()[0] < BYTES_OF_8B:
         pytest.skip("needs 40 GiB of free GPU memory")
     place = Place(torch.device("cuda"), torch.bfloat16)
-    (figures,) = measured(BENCHMARK, ["llama3.1-8b-32k"], ["packed"], place, 10)
-    (row,) = figures["rows"]
+    (figures,) = measured(BENCHMARK, ["llama3.1-8b-32k"], providers, place, 10)
+    return figures["rows"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: a CPU would take minutes for each forward")
+def test_on_a_gpu_packed_documents_take_half_of_the_rate_of_products():
+    (row,) = figures_of_8b("packed")
     assert row["of_product"] >= 0.5, row
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: elsewhere nothing is multiplied in fp8")
+def test_on_a_gpu_a_target_in_fp8_is_faster_than_in_bf16():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU that multiplies fp8: compute capability 8.9 or later")
+    dense, fp8 = figures_of_8b("packed", "packed fp8 x fp8")
+    assert dense["median_ms"] >= 1.3 * fp8["median_ms"], (dense, fp8)
