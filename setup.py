@@ -27,7 +27,7 @@ setup(
     extras_require={
         "gpu": ["accelerate>=1.1", "liger-kernel>=0.6"],
         "data": DATA,
-        "dev": [*DATA, "pytest>=8", "ruff>=0.12", "tensorboard>=2.17", "triton>=3.3"],
+        "dev": [*DATA, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "tensorboard>=2.17", "triton>=3.3"],
         "wandb": ["wandb>=0.18"],
     },
 )

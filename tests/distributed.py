@@ -27,7 +27,7 @@ def run_ranks(job: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     job: a function of a module's top level. Raises what the first failing rank raised, with its traceback, and ends the others.
     """
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ENVIRONMENT):
-        shared = (size, _free_port(), Path(folder), job, arguments)
+        shared = (size, free_port(), Path(folder), job, arguments)
         torch.multiprocessing.start_processes(_run_rank, shared, nprocs=size, start_method="forkserver")
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(size)]
 
@@ -44,7 +44,8 @@ def _run_rank(rank: int, size: int, port: int, folder: Path, job: Callable[..., 
     torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

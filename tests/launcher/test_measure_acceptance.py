@@ -17,10 +17,11 @@ from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
 from engine.recipe import dump_config
 from launcher.measure_acceptance import main
+from tests.distributed import free_port
 
 WORDS = ["<unk>", "<user>", "<assistant>", "<end>", *(f"w{index}" for index in range(28))]
 ROOT = Path(__file__).resolve().parents[2]
-DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", "29733"]
+DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
 
