@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import distributed
 
+from engine.config import OPTIONS
 from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, consolidated_weights, is_sharded, remove_universal, to_universal
@@ -66,6 +67,8 @@ class Checkpoints:
             return None
         facts = self._facts(tag)
         saved, current = facts["options"], json.loads(json.dumps(dict(self.options)))
+        # an option that the run did not have yet was at what it is by default
+        saved = {key: OPTIONS[key].default for key in current.keys() & OPTIONS.keys()} | saved
         changes = [f"{key} was {saved.get(key)}, now {value}" for key, value in current.items() if saved.get(key) != value]
         if changes:
             problem = f"{self.folder / tag} was trained with other options: {'; '.join(changes)}"

@@ -29,7 +29,7 @@ class TargetSection:
     )
     fp8_activations: bool = option(
         False,
-        "quantise what fp8 weights are multiplied with, too, a scale a token and block of inputs, as servers do; fast on GPUs",
+        "quantise what fp8 weights are multiplied with, too, a scale a token and block of inputs, as their servers do",
     )
     aux_layers: tuple[int, ...] | None = option(
         None, "three 0-based layers whose outputs feed the draft; null = 1, L//2-1, L-4", unit="layers"

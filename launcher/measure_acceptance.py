@@ -83,7 +83,7 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
         captured = Manifest.read(Path(target.store)).contents  # decoding needs the target itself
         target = replace(target, path=captured.target, revision=captured.revision)
     if arguments.target:
-        target = replace(target, path=arguments.target, revision=None)
+        target = replace(target, path=arguments.target, revision=None, fp8_activations=False)
     if arguments.dtype:
         target = replace(target, dtype=arguments.dtype)
     if arguments.data:

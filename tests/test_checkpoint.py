@@ -243,6 +243,10 @@ def test_other_options_are_refused_by_name(tmp_path):
     assert Checkpoints(tmp_path, 1, options).find() == (4, {})
     with pytest.raises(ValueError, match="step_4 was trained with other options: ttt.steps was 7, now 3. Restore"):
         Checkpoints(tmp_path, 1, options | {"ttt.steps": 3}).find()
+    later = options | {"target.fp8_activations": False}  # an option that came after the run
+    assert Checkpoints(tmp_path, 1, later).find() == (4, {})
+    with pytest.raises(ValueError, match="target.fp8_activations was False, now True"):
+        Checkpoints(tmp_path, 1, later | {"target.fp8_activations": True}).find()
 
 
 def test_a_named_checkpoint_that_is_gone_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from engine.parallel.loader import Checkpoint
 from engine.parallel.quantised_weight import QuantisedWeight
 from engine.parallel.rules import Cut
 
-SCALE = "_scale_inv"
+SCALE, WEIGHT, SCALE_ALONE = "_scale_inv", ".weight", ".scale"
 BLOCKS, SCALES = "_blocks", "_scales"
 PACKED, SCALE_4 = "_packed", "_scale"
 PER_BYTE = 2  # values of 4 bits
@@ -28,20 +28,35 @@ def _part(weight: QuantisedWeight, cut: Cut | None) -> Tensor:
 
 
 class Fp8Checkpoint(Checkpoint):
-    """Weights in fp8 with an fp32 scale a block, `NAME_scale_inv` (DeepSeek-V3, Kimi-K2, Qwen3-FP8)."""
+    """Weights in fp8 with a scale a block: `NAME_scale_inv` (DeepSeek-V3, Kimi-K2, Qwen3-FP8), or `scale` beside `weight`
+    (DeepSeek-V4). A scale is a number, or the exponent of a power of two, in a byte (`ue8m0`)."""
 
     def __init__(self, path: str, revision: str | None, block: tuple[int, int], row_group: int | None = None) -> None:
-        """block: rows and columns that a scale is of. row_group: as of a `QuantisedWeight`."""
+        """block: rows and columns that a scale is of. row_group: as of a `QuantisedWeight`.
+
+        Raises ValueError if a weight beside a scale is not in fp8, as experts in fp4 are not.
+        """
         super().__init__(path, revision)
         self._block, self._row_group = block, row_group
+        self._scales = {name: scale for name in self._by_name if (scale := self._scale_of(name)) is not None}
+        for name in self._scales:
+            if (dtype := self._open[self._by_name[name]].get_slice(name).get_dtype()) != "F8_E4M3":
+                problem = f"{name} has a scale and is {dtype}, and only weights in fp8 (e4m3) are read beside others in fp8"
+                raise ValueError(f"target.path={path}: {problem}; name a bfloat16 checkpoint")
+
+    def _scale_of(self, name: str) -> str | None:
+        beside = name.removesuffix(WEIGHT) + SCALE_ALONE if name.endswith(WEIGHT) else name
+        return next((scale for scale in (name + SCALE, beside) if scale in self._by_name and scale != name), None)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in super().__iter__() if not name.endswith(SCALE))
+        scales = {*self._scales.values()}
+        return (name for name in super().__iter__() if name not in scales)
 
     def read(self, name: str, cut: Cut | None = None) -> Tensor:
-        if name + SCALE not in self._by_name:
+        if name not in self._scales:
             return super().read(name, cut)
-        codes, scale = super().read(name), super().read(name + SCALE).float()
+        codes, scale = super().read(name), super().read(self._scales[name])
+        scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
         block = (1,) * (codes.ndim - 2) + self._block
         return _part(QuantisedWeight(codes, scale, block, row_group=self._row_group), cut)
 
@@ -153,12 +168,21 @@ class StaysQuantised:
 
 
 def check_fp8_activations(config: PreTrainedConfig, section: TargetSection) -> None:
-    """Raises ValueError where `target.fp8_activations` is asked of a target without weights in fp8."""
-    layout = layout_of(config)[0]
-    if section.fp8_activations and layout != "fp8":
+    """Raises ValueError where `target.fp8_activations` is asked of a target without weights in fp8, or whose activations
+    servers quantise in another way."""
+    layout, facts = layout_of(config)
+    if not section.fp8_activations:
+        return
+    scheme, scales, path = facts.get("activation_scheme") or "dynamic", facts.get("scale_fmt"), f"target.path={section.path}"
+    if layout != "fp8":
         found = f"in {layout}" if layout else "not in fp8 with a scale a block"
-        problem = f"the weights of target.path={section.path} are {found}, so nothing is multiplied in fp8"
-        raise ValueError(f"target.fp8_activations=true: {problem}; set it to false, or name an fp8 checkpoint")
+        problem = f"the weights of {path} are {found}, so nothing is multiplied in fp8"
+    elif scheme != "dynamic" or scales is not None:
+        found = f"scale_fmt={scales}" if scales is not None else f"activation_scheme={scheme}"
+        problem = f"servers of {path} quantise activations by {found}, and here each group has a scale in fp32"
+    else:
+        return
+    raise ValueError(f"target.fp8_activations=true: {problem}; set it to false, or name an fp8 checkpoint")
 
 
 def open_checkpoint(

@@ -172,6 +172,10 @@ def _slice(
     per_code, block = weight.packing[dim], list(weight.block)
     if step != 1 or start % per_code or end % per_code:
         return None
+    group = weight.row_group
+    if group is not None and dim == weight.ndim - 1 and (start % group or (end % group and end != weight.shape[dim])):
+        problem = f"a rank's part, inputs {start} to {end} of {weight.shape[dim]}, does not end with a group of {group}"
+        raise ValueError(f"target.fp8_activations=true: {problem}; set it to false, or parallel.tp_size lower")
     block[dim] = gcd(block[dim], start)
     first, count = start // block[dim], -(-(end - start) // block[dim])
     codes = weight.codes.narrow(dim, start // per_code, (end - start) // per_code)
@@ -206,7 +210,7 @@ def _product(weight: Tensor) -> Callable[..., Tensor] | None:
     return product and partial(product, group=weight.row_group)
 
 
-def _rounded(rows_MK: Tensor, weight: Tensor) -> Tensor:
+def _as_multiplied(rows_MK: Tensor, weight: Tensor) -> Tensor:
     """Rows as a weight that is dequantised first is to be multiplied by."""
     group = weight.row_group if isinstance(weight, QuantisedWeight) else None
     return rows_MK if group is None else reference.rounded_rows(rows_MK, group)
@@ -215,7 +219,7 @@ def _rounded(rows_MK: Tensor, weight: Tensor) -> Tensor:
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     product, rows_MK = _product(weight), rows.reshape(-1, rows.shape[-1])
     if product is None:
-        return F.linear(_rounded(rows_MK, weight).view(rows.shape), weight, bias)
+        return F.linear(_as_multiplied(rows_MK, weight).view(rows.shape), weight, bias)
     out_MN = product(rows_MK, weight.codes[None], weight.scale[None], weight.block)
     out = out_MN.view(*rows.shape[:-1], -1)
     return out if bias is None else out + bias
@@ -227,7 +231,7 @@ def _grouped_mm(rows_MK: Tensor, weight_XKN: QuantisedWeight, *, offs: Tensor, *
     weight_XNK = weight_XKN.transpose(1, 2)
     if product := _product(weight_XNK):
         return product(rows_MK, weight_XNK.codes, weight_XNK.scale, weight_XNK.block[1:], offs)
-    rows_MK = _rounded(rows_MK, weight_XNK)
+    rows_MK = _as_multiplied(rows_MK, weight_XNK)
     return reference.grouped_linear(rows_MK, lambda expert: weight_XNK[expert].dequantised(), weight_XNK.shape[1], offs)
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedModel
 
 from engine.config import TargetSection
 from engine.parallel.mesh import Group, TargetMesh
@@ -18,6 +18,15 @@ SHARED = {"colwise", "rowwise", "rowwise_split_input", "packed_colwise", "packed
 BY_TWO = {
     "base_model_tp_plan": TargetMesh(Group(2, 0), Group(1, 0)),
     "base_model_ep_plan": TargetMesh(Group(1, 0), Group(2, 0)),
+}
+WHOLE = {  # on every rank, for reasons that docs/targets.md names
+    "axk2": {"layers.*.self_attn"},
+    "deepseek_v4": {"layers.*.self_attn"},
+    "doge": {"layers.*.self_attn"},
+    "inkling_text": {"layers.*.attn_sconv", "layers.*.mlp.shared_experts", "layers.*.mlp_sconv", "layers.*.self_attn"},
+    "jamba": {"layers.*.mamba"},
+    "qwen4_exp_text": {"layers.*.ple"},
+    "zaya": {"layers.*.self_attn"},
 }
 PROVEN = [family for family in FAMILIES if proof_of(family)["reason"] is None]
 
@@ -47,9 +56,18 @@ def test_names_of_a_published_plan_are_read_beside_the_usual_ones():
     )
 
 
+def _decoder(family: str) -> PreTrainedModel:
+    return decoder_of(without_weights(tiny_config(family), TargetSection(), torch.device("cpu")))
+
+
+def _whole(family: str) -> set[str]:
+    plan = TargetPlan.of(_decoder(family), BY_TWO["base_model_tp_plan"])
+    return {re.sub(r"\.\d+", ".*", name) for name in plan.replicated}
+
+
 def _unshared(family: str, field: str) -> list[str]:
     """Parameters that the published plan shares, and ours neither shares nor names with a reason."""
-    decoder = decoder_of(without_weights(tiny_config(family), TargetSection(), torch.device("cpu")))
+    decoder = _decoder(family)
     plan, tensors, found = TargetPlan.of(decoder, BY_TWO[field]), dict(decoder.named_parameters()), []
     for pattern, style in (getattr(decoder.config, field, None) or {}).items():
         if "hyper_connection" in pattern:  # small maps that mix residual streams run on own tokens, at no exchange
@@ -68,6 +86,12 @@ def test_what_published_plans_share_is_shared_or_named(field):
     assert not unshared
 
 
+def test_few_modules_stay_whole():
+    assert {family: whole for family in PROVEN if (whole := _whole(family))} == WHOLE
+
+
 def test_what_no_rule_shares_would_be_found(monkeypatch):
     monkeypatch.setattr("engine.parallel.plan.is_mlp", lambda module, names: False)
     assert "layers.0.mlp.gate_proj.weight" in _unshared("llama", "base_model_tp_plan")
+    monkeypatch.setattr("engine.parallel.plan.is_attention", lambda module, names: False)
+    assert _whole("llama") == {"layers.*.self_attn"}

@@ -303,3 +303,47 @@ def test_quantised_activations_are_refused_where_no_weight_is_in_fp8(layout, fou
     section = TargetSection(path=str(tmp_path), fp8_activations=True)
     with pytest.raises(ValueError, match=f"fp8_activations=true: .*{found}.*set it to false, or name an fp8 checkpoint"):
         FrozenTarget.load(section, CPU)
+
+
+@pytest.mark.parametrize("facts, found", [({"activation_scheme": "static"}, "static"), ({"scale_fmt": "ue8m0"}, "ue8m0")])
+def test_activations_that_servers_quantise_in_another_way_are_refused(facts, found, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    to_fp8(tmp_path, (8, 8))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= facts
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=f"fp8_activations=true: servers of .* quantise activations by .*{found}.*set it to false"
+    ):
+        FrozenTarget.load(TargetSection(path=str(tmp_path), fp8_activations=True), CPU)
+
+
+def test_scales_that_are_exponents_in_a_byte_are_read_under_either_name(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    to_fp8(tmp_path, (8, 8))
+    weights, loaded = load_file(tmp_path / "model.safetensors"), []
+    scales = [name for name in weights if name.endswith("_scale_inv")]
+    exponents = {name: torch.log2(weights[name]).round().clamp(-127, 127) for name in scales}
+    published = {
+        "numbers": {name: torch.exp2(exponent) for name, exponent in exponents.items()},
+        "bytes": {name: (exponent + 127).to(torch.uint8) for name, exponent in exponents.items()},
+        "beside": {name.replace(".weight_scale_inv", ".scale"): (x + 127).to(torch.uint8) for name, x in exponents.items()},
+    }
+    for form in published.values():
+        kept = {name: weight for name, weight in weights.items() if name not in scales}
+        save_file(kept | form, tmp_path / "model.safetensors", {"format": "pt"})
+        loaded.append(FrozenTarget.load(TargetSection(path=str(tmp_path), keep_quantised="none"), CPU, AUX).model.state_dict())
+    assert scales
+    for others in loaded[1:]:
+        assert all(torch.equal(weight, others[name]) for name, weight in loaded[0].items())
+
+
+def test_a_weight_beside_a_scale_that_is_not_in_fp8_is_refused_by_name(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    to_fp8(tmp_path, (8, 8))
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if weights[name].dtype == torch.float8_e4m3fn)
+    weights[name] = weights[name].view(torch.int8)  # as experts in fp4 are
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} has a scale and is I8.*name a bfloat16 checkpoint"):
+        FrozenTarget.load(TargetSection(path=str(tmp_path)), CPU, AUX)

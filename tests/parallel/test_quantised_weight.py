@@ -57,8 +57,8 @@ def test_what_only_moves_values_keeps_them_quantised(move, weight):
     moved, expected = MOVES[move](weight), MOVES[move](weight.dequantised())
     assert isinstance(moved, QuantisedWeight) and (moved.shape, moved.dtype) == (expected.shape, expected.dtype)
     assert torch.equal(moved.dequantised(), expected) and moved.row_group is None
-    weight.row_group = 16
-    assert MOVES[move](weight).row_group == 16
+    weight.row_group = 2
+    assert MOVES[move](weight).row_group == 2
 
 
 CHANGES = {
@@ -145,3 +145,11 @@ def test_linear_maps_and_experts_multiply_by_what_it_means(weight, products):
     torch.testing.assert_close(linear(rows), expected)
     ours, theirs = (torch._grouped_mm(rows.flatten(0, 1)[:5], w.transpose(1, 2), offs=offs) for w in (weight, dense))
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_part_that_ends_within_a_group_of_quantised_activations_is_refused():
+    codes = torch.zeros(4, 24).to(torch.float8_e4m3fn)
+    weight = QuantisedWeight(codes, torch.ones(1, 3), (8, 8), row_group=8)
+    assert weight[:, 8:24].shape == (4, 16) and weight[1:3, :].shape == (2, 24)
+    with pytest.raises(ValueError, match="inputs 0 to 12 of 24, does not end with a group of 8; set it to false, or .*tp_size"):
+        weight[:, :12]
