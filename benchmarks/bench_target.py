@@ -9,7 +9,7 @@ maps and experts in fp8 with a scale for each block of 128 x 128, as published c
 quantises what they are multiplied with as well (`target.fp8_activations`). `transformers`: the model's forward with its sdpa
 attention and logits of the slots alone; it keeps no auxiliary states. FLOPs are those of engine/planning.
 
-The bars on an H200, at llama3.1-8b-32k: `packed` does half of the FLOP/s that a large product does (`of product`), and
+Asked of an H200, at llama3.1-8b-32k: `packed` does half of the FLOP/s that a large product does (`of product`), and
 `packed fp8 x fp8` is at least 1.3 times as fast.
 """
 

@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from engine.models.eagle3 import LayerKeys, ServedDraft
-from engine.models.registry import keeps_tokens_apart
+from engine.models.registry import cache_rolls_back
 from engine.target.frozen import Capture, FrozenTarget, capture
 
 _ROWS_PER_STEP = 512
@@ -193,7 +193,7 @@ class _CachedReader:
             kinds = sorted({type(layer).__name__ for layer in self.cache.layers if not layer.is_croppable}) or ["cache"]
             raise ValueError(
                 f"target family {self.target.config.model_type!r} cannot decode speculatively: its {', '.join(kinds)} cannot "
-                "forget rejected tokens; use a target with attention in every layer"
+                "forget rejected tokens; its acceptance is measured along replies (engine/replies.py)"
             )
 
     def forget(self, count: int) -> None:
@@ -204,7 +204,7 @@ def rolls_back(target: FrozenTarget) -> bool:
     """Whether the family's cache can forget rejected tokens, as `speculative_decode` needs."""
     cache = DynamicCache(config=target.model.config)
     cache.activate_past_recording()
-    return cache.is_croppable and keeps_tokens_apart(target.config)
+    return cache.is_croppable and cache_rolls_back(target.config)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ _ROPE_KEYS = {
 }
 _OPTIONAL_ROPE_KEYS = ("beta_fast", "beta_slow", "truncate")
 _UNSCALED_ROPE = ("mrope", "proportional")
+_ROPE_LAYERS = ("full_attention", "main")  # where kinds of layer have their own: a draft's is that of these (DeepSeek-V4: main)
 _DTYPES = ("bfloat16", "float16", "float32")
 _MUST_BE_FALSE = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual")
 
@@ -264,9 +265,10 @@ def _dense_width(target: PreTrainedConfig) -> int:
 def _derived_rope(target: PreTrainedConfig) -> dict[str, Any]:
     rope = _first(target, ("rope_parameters",), None) or _legacy_rope(target)
     if "rope_theta" not in rope:
-        if "full_attention" not in rope:
+        kind = next((kind for kind in _ROPE_LAYERS if kind in rope), None)
+        if kind is None:
             raise ValueError(f"target family {target.model_type!r} has RoPE per layer type {sorted(rope)}; give draft.config")
-        rope = rope["full_attention"]
+        rope = rope[kind]
     kind = rope.get("rope_type") or rope.get("type") or "default"
     kind = "default" if kind in _UNSCALED_ROPE else kind
     if kind not in _ROPE_KEYS:
@@ -315,7 +317,11 @@ def _check_is_eagle3(exported: dict[str, Any]) -> None:
 
 def _first(config: PreTrainedConfig, names: tuple[str, ...], otherwise: Any) -> Any:
     """The first of these attributes that a foreign config has and sets."""
-    values = (getattr(config, name) for name in names if hasattr(config, name))
+    try:
+        values = [getattr(config, name) for name in names if hasattr(config, name)]
+    except RuntimeError as error:  # Transformers' of a value that differs from layer to layer
+        problem = f"target family {config.model_type!r} has another {names[-1]} in some layers than in others"
+        raise ValueError(f"{problem}; give draft.config") from error
     return next((value for value in values if value is not None), otherwise)
 
 

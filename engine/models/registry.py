@@ -85,8 +85,8 @@ def check_family(config: PreTrainedConfig) -> None:
         raise ValueError(f"target family {family!r} {why}; use another target")
 
 
-def keeps_tokens_apart(config: PreTrainedConfig) -> bool:
-    """Whether a cache that says it can be cut behind a token can be."""
+def cache_rolls_back(config: PreTrainedConfig) -> bool:
+    """Whether the family's cache, where it says that it can forget its last tokens, can."""
     return text_config(config).model_type not in _NO_ROLLBACK
 
 
@@ -165,14 +165,16 @@ def final_logits(config: PreTrainedConfig) -> FinalLogits:
 def runs_packed(config: PreTrainedConfig) -> bool:
     """Whether documents laid end to end can share one forward of this target, given attention kept inside each document.
 
-    Not so for layers that carry state from token to token, for RoPE that depends on the forwards of before, and, before
-    Transformers 5.23, for attention in chunks of it.
+    Not so for layers that carry state from token to token, for RoPE that depends on the forwards of before, for scores scaled
+    by a token's place in the forward (but Llama 4's, see target/attention.py), and, before Transformers 5.23, for attention in
+    chunks of it.
     """
     config = text_config(config)
     kinds = set(getattr(config, "layer_types", None) or ())
     return (
         kinds <= _ISOLATED_LAYERS
         and config.model_type not in _ONE_BY_ONE
+        and not (getattr(config, "attn_temperature_tuning", False) and config.model_type != "llama4_text")
         and not any(rope.get("rope_type") == "dynamic" and not rope.get("alpha") for rope in rope_kinds(config))
         and (CHUNKS_START_WITH_DOCUMENTS or "chunked_attention" not in kinds)
     )

@@ -9,7 +9,7 @@ from engine.parallel.mesh import Group
 
 
 def norm_over(norm: nn.Module, group: Group) -> None:
-    """The mean of squares is over all ranks' features; a collective a call."""
+    """The mean of squares of [..., T, F] is over all ranks' features; a collective a call."""
     epsilon = _epsilon(norm)
 
     def forward(hidden_TF: Tensor) -> Tensor:
@@ -40,9 +40,9 @@ def norm_late(mixer: nn.Module, name: str, num_groups: int, group: Group) -> Non
         means.clear()
         output = run(*args, **kwargs)
         own_T1 = torch.cat(means, -2)
-        of_groups = own_T1.new_zeros(*own_T1.shape[:-1], num_groups)
-        of_groups[..., own_group] = own_T1[..., 0]
-        all_T1 = sum_over(of_groups, group)[..., own_group, None] / ranks
+        of_groups_TN = own_T1.new_zeros(*own_T1.shape[:-1], num_groups)
+        of_groups_TN[..., own_group] = own_T1[..., 0]
+        all_T1 = sum_over(of_groups_TN, group)[..., own_group, None] / ranks
         factor_T1 = ((own_T1 + epsilon) / (all_T1 + epsilon)).sqrt()
         if isinstance(output, Tensor):
             return (output * factor_T1).to(output.dtype)

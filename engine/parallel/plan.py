@@ -207,17 +207,17 @@ def _takes_choices(experts: nn.Module) -> bool:
 
 def _mixers(decoder: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Parts of decoder layers in which tokens meet."""
+    for name, part in parts_of_layers(decoder):
+        if MIXER_ARGUMENTS & signature(part.forward).parameters.keys():
+            yield name, part
+
+
+def parts_of_layers(decoder: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Children of decoder layers by name, and of those that are lists of them."""
     for stack_name, stack in decoder.named_children():
-        for name, layer in stack.named_children() if isinstance(stack, nn.ModuleList) else ():
-            for part_name, part in _parts(layer):
-                if MIXER_ARGUMENTS & signature(part.forward).parameters.keys():
-                    yield f"{stack_name}.{name}.{part_name}", part
-
-
-def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Children of a layer, and of those that are lists of them."""
-    for name, child in layer.named_children():
-        if isinstance(child, nn.ModuleList):
-            yield from ((f"{name}.{place}", part) for place, part in child.named_children())
-        else:
-            yield name, child
+        for place, layer in stack.named_children() if isinstance(stack, nn.ModuleList) else ():
+            for name, child in layer.named_children():
+                several = child.named_children() if isinstance(child, nn.ModuleList) else ()
+                yield from ((f"{stack_name}.{place}.{name}.{number}", part) for number, part in several)
+                if not isinstance(child, nn.ModuleList):
+                    yield f"{stack_name}.{place}.{name}", child

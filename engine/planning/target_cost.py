@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from engine.parallel.loader import own_bytes
 from engine.parallel.mesh import TargetMesh
-from engine.parallel.names import names_of
-from engine.parallel.plan import TargetPlan
+from engine.parallel.names import Names, names_of
+from engine.parallel.plan import TargetPlan, parts_of_layers
 from engine.parallel.quantised import StaysQuantised
 from engine.parallel.rules import compares_pairs, is_experts
 from engine.target.anatomy import decoder_of
@@ -76,7 +76,7 @@ class TargetCost:
         What linear attention does to its states is left out: it is little beside its maps, and no two kernels do the same.
         """
         width, vocab_size = self.config.hidden_size, self.model.get_output_embeddings().weight.shape[0]
-        of_heads = forward.num_pairs * sum(self.pair_flops for _ in self._attentions())
+        of_heads = forward.num_pairs * sum(map(self.pair_flops, self._attentions()))
         return 2 * forward.num_tokens * self.num_active_weights + of_heads + 2 * forward.num_slots * width * vocab_size
 
     def traffic(self, forward: Forward) -> dict[str, int]:
@@ -101,7 +101,7 @@ class TargetCost:
         """The most that a forward has in memory beside weights and what it captures."""
         width, own = self.config.hidden_size * self.itemsize, forward.num_tokens
         most = 0
-        for name, block in self._blocks():
+        for name, block in parts_of_layers(self.decoder):
             shared = any(part == name or part.startswith(f"{name}.") for part in self.plan.shared)
             tokens = own * (self.mesh.tp.size if shared else 1)
             features = self._own_features(name, block)
@@ -145,27 +145,17 @@ class TargetCost:
         owner, _, rest = name.partition(".experts.")
         return self._chosen / len(self.decoder.get_submodule(f"{owner}.experts")) if rest else 1.0
 
-    @property
-    def pair_flops(self) -> int:
-        """Scores and outputs of one layer for a pair of query and key."""
-        config, heads = self.config, self.config.num_attention_heads
-        value = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    def pair_flops(self, attention: nn.Module) -> int:
+        """Scores and outputs of a layer for a pair of query and key."""
+        reads = [getattr(attention, name, None) for name in Names().outputs]  # of every family, also where they stay whole
+        config, output = self.config, next((read for read in reads if isinstance(read, nn.Linear)), None)
+        heads = config.num_attention_heads
+        values = heads * config.head_dim if output is None else output.in_features
         latent = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
-        return 2 * heads * ((sum(latent) if all(latent) else value) + value)
+        return 2 * ((heads * sum(latent) if all(latent) else values) + values)
 
     def _attentions(self) -> Iterator[nn.Module]:
-        names = names_of(self.config)
-        for _, block in self._blocks():
-            has_output = any(hasattr(block, name) for name in names.outputs)
-            if has_output and not hasattr(block, "experts") and compares_pairs(block):
-                yield block
-
-    def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """Parts of decoder layers."""
-        for stack_name, stack in self.decoder.named_children():
-            for number, layer in stack.named_children() if isinstance(stack, nn.ModuleList) else ():
-                for name, block in layer.named_children():
-                    yield f"{stack_name}.{number}.{name}", block
+        return (block for _, block in parts_of_layers(self.decoder) if compares_pairs(block))
 
     def _own_features(self, name: str, block: nn.Module) -> int:
         """What a token becomes within a block, on this rank."""

@@ -54,17 +54,22 @@ def packed_attention(decoder: PreTrainedModel, lengths: tuple[int, ...], packs: 
 
 
 @contextmanager
-def _tuned_here(decoder: nn.Module) -> Iterator[None]:
+def _tuned_here(decoder: PreTrainedModel) -> Iterator[None]:
     """Within it, modules that would scale queries by their place in the row leave that to `attend_documents`."""
-    modules = frozenset(module for module in decoder.modules() if getattr(module, "attn_temperature_tuning", False))
-    token = _tuned.set(frozenset(module for module in modules if not module.use_rope))
-    for module in modules:
+    if not getattr(decoder.config, "attn_temperature_tuning", False):
+        yield
+        return
+    before = {
+        module: module.attn_temperature_tuning for module in decoder.modules() if hasattr(module, "attn_temperature_tuning")
+    }
+    token = _tuned.set(_tuned.get() | {module for module, is_tuned in before.items() if is_tuned and not module.use_rope})
+    for module in before:
         module.attn_temperature_tuning = False
     try:
         yield
     finally:
-        for module in modules:
-            module.attn_temperature_tuning = True
+        for module, is_tuned in before.items():
+            module.attn_temperature_tuning = is_tuned
         _tuned.reset(token)
 
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from engine.config import DraftSection
 from engine.models.draft_config import DraftConfig, derive_draft_config
+from tests.parallel.families import tiny_config
 
 LLAMA31_ROPE = {
     "rope_type": "llama3",
@@ -184,6 +185,17 @@ def test_rope_that_depends_on_length_is_refused_by_name(target):
     kind = target.rope_parameters["rope_type"]
     with pytest.raises(ValueError, match=f"{target.model_type}.*{kind}.*draft.config"):
         derive_draft_config(target, DraftSection())
+
+
+def test_heads_that_differ_from_layer_to_layer_are_refused_by_name():
+    with pytest.raises(ValueError, match="gemma4_unified_text.*in some layers.*give draft.config"):
+        derive_draft_config(tiny_config("gemma4_unified_text"), DraftSection(), (0, 1, 2))
+
+
+def test_of_several_ropes_a_draft_has_that_of_the_main_attention():
+    target = tiny_config("deepseek_v4")
+    rope = derive_draft_config(target, DraftSection(vocab_size=32), (0, 1, 2)).rope_parameters
+    assert rope["rope_theta"] == target.rope_parameters["main"]["rope_theta"] and rope["rope_type"] == "default"
 
 
 @pytest.mark.parametrize("hidden_size, heads, groups", [(7168, 64, 8), (4096, 32, 8), (512, 4, 4), (96, 1, 1)])

@@ -139,11 +139,18 @@ def test_passing_memory_is_near_what_a_forward_takes():
     assert peaks[-1] / 2 < most < 2 * peaks[-1]
 
 
-@pytest.mark.parametrize(("family", "layers"), [("llama", 4), ("qwen3_next", 2), ("minimax", 2), ("jamba", 1)])
+# Attentions of tiny models: also linear attention elsewhere, two in a layer, and those that stay whole on every rank.
+PAIRING = {"llama": 4, "qwen3_next": 2, "minimax": 2, "jamba": 1, "longcat_flash": 8, "deepseek_v4": 4, "inkling_text": 4}
+PAIRING |= {"zaya": 4, "gemma4_text": 4, "gemma4_unified_text": 4}
+
+
+@pytest.mark.parametrize(("family", "layers"), PAIRING.items())
 def test_only_layers_that_compare_pairs_pay_for_pairs(family, layers):
     planned = cost(family)
     more = planned.flops(replace(forward(), num_pairs=forward().num_pairs + 1)) - planned.flops(forward())
-    assert more == layers * planned.pair_flops
+    attentions = list(planned._attentions())
+    assert len(attentions) == layers and more == sum(map(planned.pair_flops, attentions)) > 0
+    assert planned.passing_bytes(forward()) > 0
 
 
 def test_quantised_activations_pass_beside_what_they_are_made_of():
