@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ def server():
 
 def start(*arguments: str) -> subprocess.Popen:
     command = [sys.executable, "launcher/regenerate_data.py", "regenerate.concurrency=4", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # a shell's background job ignores Ctrl-C, and so would all that it starts
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
 
 
 def job(folder: Path, server: ChatServer) -> list[str]:
