@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.kernels import reference
 from tests.kernels.compile_only import compiled_for
+from tests.kernels.fp8_cases import draw_weights, exact_product, to_device
 
 kernel = pytest.importorskip("engine.kernels.fp8_activations", reason="the kernel is written in Triton, which is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it
@@ -49,22 +50,17 @@ class Case(NamedTuple):
         if of_rounded:
             codes_MK, scale_MJ = reference.quantised_rows(self.rows_MK, self.group)
             rows_MK = codes_MK.double() * scale_MJ.double().repeat_interleave(self.group, 1)[:, : codes_MK.shape[1]]
-        ends = [len(rows_MK)] if self.ends_X is None else self.ends_X.tolist()
-        return torch.cat([rows_MK[a:b] @ w.mT for a, b, w in zip([0, *ends], ends, weight_XNK, strict=False)])
+        return exact_product(rows_MK, weight_XNK, self.ends_X)
 
 
 def make_case(weight: str, counts: list[int], dtype: torch.dtype = torch.float32) -> Case:
     g = torch.Generator().manual_seed(3)
-    (num_outputs, num_inputs, block, group), num_experts = WEIGHTS[weight], len(counts)
-    blocks = [-(-size // step) for size, step in zip((num_outputs, num_inputs), block, strict=True)]
-    codes = torch.randint(0, 256, (num_experts, num_outputs, num_inputs), generator=g, dtype=torch.uint8)
-    codes = torch.where(codes % 128 == 127, 0, codes)  # NaN
-    scale = torch.rand(num_experts, *blocks, generator=g) * 1e-3 + 1e-4
+    num_outputs, num_inputs, block, group = WEIGHTS[weight]
+    weights = draw_weights(num_outputs, num_inputs, block, counts, g)
     rows = torch.randn(sum(counts), num_inputs, generator=g) * torch.logspace(-3, 1, num_inputs)
     rows[::7], rows[1::5, :1] = 0, 1000.0  # rows of zeros; a value that leaves the others of its group few bits
-    ends = None if num_experts == 1 else torch.tensor(counts).cumsum(0).int().to(DEVICE)
-    codes, scale = codes.view(torch.float8_e4m3fn).to(DEVICE), scale.to(DEVICE)
-    return Case(rows.to(dtype).to(DEVICE), codes, scale, block, ends, group)
+    rows, codes, scale, ends = to_device(DEVICE, rows.to(dtype), *weights)
+    return Case(rows, codes, scale, block, ends, group)
 
 
 def errors(case: Case) -> tuple[float, float, float]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from engine.kernels import reference
 from tests.kernels.compile_only import SHARED_BYTES, compiled_for
+from tests.kernels.fp8_cases import draw_weights, exact_product, to_device
 
 kernel = pytest.importorskip("engine.kernels.fp8_linear", reason="the kernel is written in Triton, which is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it, see conftest.py
@@ -36,22 +37,17 @@ class Case(NamedTuple):
 
     def exact(self) -> Tensor:
         """In float64, of the weight that was dequantised to the precision of the rows."""
-        weight_XNK = reference.dequantised(self.codes_XNK, self.scale_XGJ, (1, *self.block), self.rows_MK.dtype).double()
-        ends = [len(self.rows_MK)] if self.ends_X is None else self.ends_X.tolist()
-        parts = [self.rows_MK[a:b].double() @ w.mT for a, b, w in zip([0, *ends], ends, weight_XNK, strict=False)]
-        return torch.cat(parts)
+        weight_XNK = reference.dequantised(self.codes_XNK, self.scale_XGJ, (1, *self.block), self.rows_MK.dtype)
+        return exact_product(self.rows_MK, weight_XNK, self.ends_X)
 
 
 def make_case(weight: str, counts: list[int], dtype: torch.dtype = torch.float32) -> Case:
     g = torch.Generator().manual_seed(3)
-    (num_outputs, num_inputs, block), num_experts = WEIGHTS[weight], len(counts)
-    blocks = [-(-size // step) for size, step in zip((num_outputs, num_inputs), block, strict=True)]
-    codes = torch.randint(0, 256, (num_experts, num_outputs, num_inputs), generator=g, dtype=torch.uint8)
-    codes = torch.where(codes % 128 == 127, 0, codes)  # NaN
-    scale = torch.rand(num_experts, *blocks, generator=g) * 1e-3 + 1e-4
+    num_outputs, num_inputs, block = WEIGHTS[weight]
+    weights = draw_weights(num_outputs, num_inputs, block, counts, g)
     rows = torch.randn(sum(counts), num_inputs, generator=g).to(dtype)
-    ends = None if num_experts == 1 else torch.tensor(counts).cumsum(0).int().to(DEVICE)
-    return Case(rows.to(DEVICE), codes.view(torch.float8_e4m3fn).to(DEVICE), scale.to(DEVICE), block, ends)
+    rows, codes, scale, ends = to_device(DEVICE, rows, *weights)
+    return Case(rows, codes, scale, block, ends)
 
 
 def errors(case: Case) -> tuple[float, float, float]:

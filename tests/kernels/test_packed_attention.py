@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.kernels import flash, packed_attention
+from engine.kernels import packed_attention
 from engine.kernels.packed_attention import PackedAttention, Scores, Segments, in_blocks
 from tests.kernels.plain_flash import PLAIN, plain_forward
 from tests.live_bytes import LiveBytes
@@ -147,37 +147,28 @@ def test_blocks_form_no_square(kind):
     assert live.peak < length * length / 4  # of bytes
 
 
-@pytest.fixture(params=[flash.flash_attn, flash.torch_flash], ids=["flash-attn", "torch"])
-def real_flash(request, monkeypatch):
-    if DEVICE == "cpu":
-        pytest.skip("needs a CUDA device")
-    found = request.param()
-    if found is None:
-        pytest.skip(f"{request.param.__name__}() finds none installed")
-    monkeypatch.setattr(flash, "available_flash", lambda: found)
-    reason = flash.refusal(torch.bfloat16, torch.device(DEVICE))
-    if reason is not None:
-        pytest.skip(reason)
-    return PackedAttention(found, "")
+@pytest.fixture
+def real_attention(real_flash) -> PackedAttention:
+    return PackedAttention(real_flash, "")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(real_flash, kind, widths, window):
+def test_on_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(real_attention, kind, widths, window):
     case = case_of(kind, widths=widths, window=WINDOWS[window], device=DEVICE, dtype=torch.bfloat16)
     exact = written_out(*case)
-    ours, plain = real_flash(*case), written_out(*case, dtype=torch.bfloat16)
+    ours, plain = real_attention(*case), written_out(*case, dtype=torch.bfloat16)
     assert (ours - exact).norm() <= 2 * (plain - exact).norm() + 1e-6 * exact.numel() ** 0.5
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_nothing_waits_for_the_device(real_flash):
+def test_on_a_gpu_nothing_waits_for_the_device(real_attention):
     case = case_of("sinks", device=DEVICE, dtype=torch.bfloat16, window=4)
-    real_flash(*case)
+    real_attention(*case)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        real_flash(*case[:3], Segments(LENGTHS, torch.device(DEVICE), 4), case[4])
+        real_attention(*case[:3], Segments(LENGTHS, torch.device(DEVICE), 4), case[4])
     finally:
         torch.cuda.set_sync_debug_mode("default")

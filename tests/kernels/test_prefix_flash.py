@@ -140,36 +140,23 @@ def test_refusals_say_why(monkeypatch):
         kernels.ancestor_attention(*case_of("several").arguments()[0])
 
 
-@pytest.fixture(params=[flash.flash_attn, flash.torch_flash], ids=["flash-attn", "torch"])
-def real_prefix(request, monkeypatch):
-    if DEVICE == "cpu":
-        pytest.skip("needs a CUDA device")
-    prefix = request.param()
-    if prefix is None:
-        pytest.skip(f"{request.param.__name__}() finds none installed")
-    monkeypatch.setattr(flash, "available_flash", lambda: prefix)
-    reason = kernels.refusal(torch.bfloat16, 64, torch.device(DEVICE))
-    if reason is not None:
-        pytest.skip(reason)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("ancestors", ANCESTORS)
 @pytest.mark.parametrize("layout", ["long", "several", "one row of several", "one token"])
-def test_on_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(real_prefix, layout, ancestors, dtype):
+def test_on_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(real_flash, layout, ancestors, dtype):
     assert_errs_at_most_twice_as_plain_pytorch(case_of(layout, ancestors=ancestors, head_dim=128), dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 256])
 @pytest.mark.parametrize("heads", HEADS)
-def test_on_a_gpu_any_heads_and_head_dim(real_prefix, heads, head_dim):
+def test_on_a_gpu_any_heads_and_head_dim(real_flash, heads, head_dim):
     assert_errs_at_most_twice_as_plain_pytorch(case_of("long", heads, head_dim=head_dim), torch.bfloat16)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_nothing_waits_for_the_device(real_prefix):
+def test_on_a_gpu_nothing_waits_for_the_device(real_flash):
     arguments, leaves = case_of("long", head_dim=64).arguments(torch.bfloat16, DEVICE)
     torch.autograd.grad(kernels.ancestor_attention(*arguments)[0].sum(), leaves)
     torch.cuda.set_sync_debug_mode("error")
