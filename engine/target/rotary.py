@@ -29,14 +29,17 @@ def _by_length(module: nn.Module, limits: set[int]) -> None:
     def forward(x: Tensor, position_ids: Tensor, *others, **options) -> tuple[Tensor, Tensor]:
         lengths = torch.tensor(documents_of_forward.get(()), dtype=torch.long)
         passed_L = sum((lengths > limit).long() for limit in limits)
-        if len(passed_L.unique()) < 2 or lengths.sum() != position_ids.shape[-1]:
+        kinds = passed_L.unique()
+        if len(kinds) < 2 or lengths.sum() != position_ids.shape[-1]:
             return inner(x, position_ids, *others, **options)
-        rotary = None
-        for passed in passed_L.unique():
-            is_own_T = to_device((passed_L == passed).repeat_interleave(lengths), x.device)
+        cos_1TE = sin_1TE = None
+        for kind in kinds:
+            is_own_T = to_device((passed_L == kind).repeat_interleave(lengths), x.device)
             # the others' positions must not make its documents look longer
-            found = inner(x, position_ids * is_own_T, *others, **options)
-            rotary = found if rotary is None else tuple(map(torch.where, [is_own_T[:, None]] * 2, found, rotary))
-        return rotary
+            own_cos, own_sin = inner(x, position_ids * is_own_T, *others, **options)
+            is_own_T1 = is_own_T[:, None]
+            cos_1TE = own_cos if cos_1TE is None else torch.where(is_own_T1, own_cos, cos_1TE)
+            sin_1TE = own_sin if sin_1TE is None else torch.where(is_own_T1, own_sin, sin_1TE)
+        return cos_1TE, sin_1TE
 
     module.forward = forward
