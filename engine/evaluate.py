@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.data.dataset import check_template
 from engine.data.messages import BadSample, on_sample, parse, read_messages, written_text
 from engine.data.preformatted import Markers
 from engine.data.templates import ChatTemplate
@@ -153,8 +154,7 @@ def held_out_prompts(
     refused by the chat template are passed over. Raises ValueError for a missing file, files without any prompt, or a tokenizer
     without chat template.
     """
-    if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; prompts cannot be rendered")
+    check_template(tokenizer)
     openings = [opening for path in paths for opening in _openings(Path(path))]
     if not openings:
         raise ValueError(

@@ -284,7 +284,13 @@ def fit(document: Document, max_tokens: int, policy: Literal["cut", "split"]) ->
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if the tokenizer has no chat template."""
+    """Raise ValueError unless the tokenizer has a chat template, or several of which one is named "default"."""
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has the chat templates {names}, and none named 'default'; "
+            "name a template in data.template"
+        )
     if not tokenizer.chat_template:
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; name one in data.template, or put "

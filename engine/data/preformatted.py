@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from engine.data.messages import BadSample, Message
-from engine.data.templates import OPENED_THINKING, QUESTION, REPLY, UNVERIFIED, ChatTemplate, Span
+from engine.data.templates import OPENED_THINKING, QUESTION, REPLY, TOOL, UNVERIFIED, ChatTemplate, Span
 
 RESULT, NEXT_QUESTION, NEXT_REPLY = "First result.", "Second question.", "Second reply."
 CALL = {"id": "functions.search:0", "type": "function", "function": {"name": "search", "arguments": {"query": "it"}}}
@@ -37,6 +37,10 @@ class Markers:
         found.learn(template, messages)
         with suppress(BadSample):  # not every format has tools
             found.learn(template, [_message(*turn) for turn in WITH_TOOLS])
+        if isinstance(tokenizer.chat_template, dict):  # conversations with tools may have a template of their own
+            with_tools = ChatTemplate(tokenizer, {**(template_kwargs or {}), "tools": [TOOL]})
+            with suppress(BadSample):
+                found.learn(with_tools, [_message(*turn) for turn in WITH_TOOLS])
         opened = [match[0] for match in map(OPENED_THINKING.search, found.headers) if match]
         thinking = max(opened, key=len, default="")
         headers = {header.removesuffix(thinking) for header in found.headers} - {""}

@@ -24,6 +24,14 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 OPENED_THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
 UNVERIFIED = "mask cannot be verified"
 QUESTION, REPLY, NEXT = "First question.", "First reply.", "Go on."
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Searches.",
+        "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+    },
+}
 ANCHORS = (16, 8)  # characters of a reply's end by which it is found again
 
 Span = tuple[int, int]
@@ -41,6 +49,14 @@ def load_tokenizer(target: TargetSection, data: DataSection) -> PreTrainedTokeni
 def read_template(name: str) -> str:
     """A template by its name, or of a file."""
     return NAMED_TEMPLATES.get(name, Path(name)).read_text(encoding="utf-8")
+
+
+def template_sources(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the Jinja source of the tokenizer's chat template, or of all of them where it has several named ones."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        return [template[name] for name in sorted(template)]
+    return [template] if template else []
 
 
 @dataclass(frozen=True)
@@ -72,25 +88,38 @@ class Format:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template with its arguments (`tools`, `enable_thinking`, ...)."""
+    """A tokenizer's chat template with its arguments (`tools`, `enable_thinking`, ...).
+
+    chosen: Jinja source of the template; None = the tokenizer's own for these arguments.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     arguments: Mapping[str, Any]
+    chosen: str | None = None
+
+    @cached_property
+    def source(self) -> str:
+        """Jinja source of the template; of several named ones, "tool_use" if there are tools, else "default"."""
+        if self.chosen is not None:
+            return self.chosen
+        return self.tokenizer.get_chat_template(self.arguments.get("chat_template"), tools=self.arguments.get("tools"))
 
     @cached_property
     def format(self) -> Format:
         """Found by rendering a question and a reply. Raises BadSample if the template cannot write these."""
         arguments = {key: value for key, value in self.arguments.items() if key != "tools"}
-        return _format_of(self.tokenizer, self.tokenizer.chat_template, json.dumps(arguments, sort_keys=True, default=str))
+        if isinstance(self.tokenizer.chat_template, dict) and self.arguments.get("tools"):
+            arguments["tools"] = [TOOL]  # a template for tools need not work without any
+        return _format_of(self.tokenizer, self.source, json.dumps(arguments, sort_keys=True, default=str))
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
-        return special_tokens(self.tokenizer, self.tokenizer.chat_template)
+        return special_tokens(self.tokenizer, self.source)
 
     def text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Raises BadSample where the template fails."""
-        template, prompt = self.tokenizer.apply_chat_template, {"add_generation_prompt": add_generation_prompt}
-        return on_sample(template, list(messages), tokenize=False, **prompt, **self.arguments)
+        options = {"chat_template": self.source, "add_generation_prompt": add_generation_prompt, "tokenize": False}
+        return on_sample(self.tokenizer.apply_chat_template, list(messages), **{**self.arguments, **options})
 
     def marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """The text, and what its tags mark of each reply with its end token, in characters.
@@ -115,9 +144,8 @@ class ChatTemplate:
 
     def _tagged(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         arguments = {**self.tokenizer.special_tokens_map, **self.arguments}
-        template = self.tokenizer.get_chat_template(tools=arguments.get("tools"))
-        chats = {"conversations": [list(messages)], "chat_template": template, "return_assistant_tokens_mask": True}
-        (text,), (spans,) = on_sample(render_jinja_template, **chats, **arguments)
+        chats = {"conversations": [list(messages)], "chat_template": self.source, "return_assistant_tokens_mask": True}
+        (text,), (spans,) = on_sample(render_jinja_template, **{**arguments, **chats})
         return text, spans
 
     def last_turn(self, messages: Sequence[Message]) -> Turn:
@@ -231,7 +259,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[s
 
 @lru_cache(maxsize=64)
 def _format_of(tokenizer: PreTrainedTokenizerBase, template: str, arguments: str) -> Format:
-    plain, asked = ChatTemplate(tokenizer, json.loads(arguments)), [{"role": "user", "content": QUESTION}]
+    plain, asked = ChatTemplate(tokenizer, json.loads(arguments), template), [{"role": "user", "content": QUESTION}]
     messages, marks = [*asked, {"role": "assistant", "content": REPLY}], bool(GENERATION_TAG.search(template))
     behind, endings = plain.text(messages).rpartition(REPLY)[2].strip(), []
     while token := next((token for token in plain.special_tokens if behind.startswith(token)), ""):
@@ -251,10 +279,16 @@ def _format_of(tokenizer: PreTrainedTokenizerBase, template: str, arguments: str
 
 
 def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Special tokens that a reply may hold or end with: those that the chat template writes, and the end of text."""
-    template, asked = tokenizer.get_chat_template(), [{"role": "user", "content": "Who?"}]
-    for messages in (asked, [*asked, {"role": "assistant", "content": "I."}, *asked]):
-        with suppress(BadSample):
-            template += ChatTemplate(tokenizer, {}).text(messages)
-    written = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in template]
+    """Special tokens that a reply may hold or end with: those that the chat templates write, and the end of text."""
+    asked = [{"role": "user", "content": "Who?"}]
+    answered = [*asked, {"role": "assistant", "content": "I."}, *asked]
+    texts = []
+    for source in template_sources(tokenizer):
+        texts.append(source)
+        for messages in (asked, answered):
+            with suppress(BadSample):
+                texts.append(ChatTemplate(tokenizer, {}, source).text(messages))
+    everything = "\n".join(texts)
+    special = [(index, token) for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    written = [index for index, token in special if token.content in everything]
     return sorted({*written, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})

@@ -47,6 +47,7 @@ from engine.data.dataset import (
 )
 from engine.data.documents import Document, Documents, add_counts, document_checksum
 from engine.data.fingerprint import hash_of, tokenizer_hash
+from engine.data.templates import template_sources
 
 WORTH_PROCESSES_BYTES = 16 << 20  # below, one process is done before others have started
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -159,7 +160,7 @@ def entry_name(scan: Scan, tokenizer: PreTrainedTokenizerBase, section: DataSect
     code = [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
     made_by = [*code, transformers.__version__, tokenizers.__version__, jinja2.__version__]
     template = [tokenizer.chat_template, tokenizer.special_tokens_map]
-    if "strftime_now" in tokenizer.chat_template:
+    if any("strftime_now" in source for source in template_sources(tokenizer)):
         template.append(date.today().isoformat())  # which it writes
     rendered = [tokenizer_hash(tokenizer), template, [getattr(section, name) for name in options]]
     return hash_of([scan.content, rendered, made_by])

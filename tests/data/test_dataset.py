@@ -3,9 +3,14 @@ import pytest
 
 from engine.config import DataSection
 from engine.data.chat import render
-from engine.data.dataset import fit, load_documents
+from engine.data.dataset import Scan, fit, load_documents
 from engine.data.documents import DocumentList
+from engine.data.fingerprint import trained_with
+from engine.data.templates import template_token_ids
+from engine.data.tokenised import entry_name
+from engine.evaluate import held_out_prompts
 from tests.data.chat_formats import chat
+from tests.data.conftest import TEMPLATES
 
 GOOD = chat("What is a list?", "A mutable sequence.")
 NO_ROLE = {"conversations": [{"role": "alien", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -215,3 +220,52 @@ def test_only_the_last_turn_is_trained_on_where_asked(make_tokenizer, write_json
     tokenizer, path = make_tokenizer("chatml"), write_jsonl(TWO_TURNS)
     (document,), _ = load_documents([path], tokenizer, DataSection(turns=turns, train_on="last"))
     assert tokenizer.decode(document.input_ids[document.assistant_mask]) == "It has no order.<|im_end|>"
+
+
+DEFAULT = TEMPLATES["chatml"]
+TOOL_USE = "{% for tool in tools %}<|im_start|>{{ tool.function.name }}<|im_end|>\n{% endfor %}" + DEFAULT
+SEARCH = {"type": "function", "function": {"name": "search", "description": "Searches.", "parameters": {"type": "object"}}}
+
+
+def named_templates(make_tokenizer, **templates):
+    """A tokenizer with several named chat templates, as Hermes and Command-R have."""
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = templates
+    return tokenizer
+
+
+def test_of_several_named_templates_conversations_with_tools_are_written_with_tool_use(make_tokenizer, write_jsonl):
+    tokenizer = named_templates(make_tokenizer, default=DEFAULT, tool_use=TOOL_USE)
+    text = tokenizer.apply_chat_template(GOOD["conversations"], tokenize=False)
+    path = write_jsonl(GOOD, GOOD | {"tools": [SEARCH]}, {"text": text})
+    documents, report = load_documents([path], tokenizer, DataSection())
+    plain, with_tools, written = (tokenizer.decode(document.input_ids) for document in documents)
+    assert report.bad == () and written == plain
+    assert with_tools.startswith("<|im_start|>search<|im_end|>") and with_tools.endswith(plain)
+    for document in documents:
+        reply = tokenizer.decode(document.input_ids[document.assistant_mask])
+        assert reply == "A mutable sequence.<|im_end|>"
+
+
+def test_a_prompt_with_tools_is_written_with_tool_use_too(make_tokenizer, write_jsonl):
+    tokenizer = named_templates(make_tokenizer, default=DEFAULT, tool_use=TOOL_USE)
+    path = write_jsonl(GOOD, GOOD | {"tools": [SEARCH]})
+    plain, with_tools = held_out_prompts([path], tokenizer, 2, None)
+    assert tokenizer.decode(with_tools.token_ids) == "<|im_start|>search<|im_end|>\n" + tokenizer.decode(plain.token_ids)
+
+
+def test_each_of_several_named_templates_counts_for_hashes_and_special_tokens(make_tokenizer, write_jsonl):
+    section = DataSection()
+    plain = named_templates(make_tokenizer, default=DEFAULT)
+    other = named_templates(make_tokenizer, default=DEFAULT, tool_use=TOOL_USE + "<|return|>{{ strftime_now('%d') }}")
+    assert trained_with(plain, section)["template_hash"] != trained_with(other, section)["template_hash"]
+    scan = Scan.of([write_jsonl(GOOD)])
+    assert entry_name(scan, plain, section) != entry_name(scan, other, section)
+    more = set(template_token_ids(other)) - set(template_token_ids(plain))
+    assert other.convert_tokens_to_ids("<|return|>") in more
+
+
+def test_named_templates_without_a_default_are_refused_by_their_names(make_tokenizer, write_jsonl):
+    tokenizer = named_templates(make_tokenizer, rag=DEFAULT, tool_use=TOOL_USE)
+    with pytest.raises(ValueError, match=r"rag, tool_use.*data\.template"):
+        load_documents([write_jsonl(GOOD)], tokenizer, DataSection())
