@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -74,6 +74,19 @@ class Checkpoints:
             problem = f"{self.folder / tag} was trained with other options: {'; '.join(changes)}"
             raise ValueError(f"{problem}. Restore them, or start a new run in another output_dir")
         return facts["step"], facts["data"]
+
+    def check_end(self, step: int, max_steps: int | None) -> None:
+        """Raise ValueError if a run of `max_steps` steps ends before the checkpoint of `step`."""
+        if max_steps is not None and max_steps < step:
+            self.refuse_end(step, f"max_steps={max_steps}", "max_steps")
+
+    def refuse_end(self, step: int, setting: str, option: str) -> NoReturn:
+        """Raise ValueError: the checkpoint of `step` lies behind the end that `setting` gives the run."""
+        raise ValueError(
+            f"{self.folder / f'step_{step}'} was saved after step {step}, and {setting} ends the run before it, so there is "
+            f"nothing to resume. Raise {option} (a run of exactly {step} steps exports this checkpoint again), or name another "
+            "output_dir to train a shorter run"
+        )
 
     def reshape(self, draft: Eagle3Draft, world: World) -> bool:
         """Make the newest checkpoint fit this number of ranks, if another wrote it; whether that was so. A collective.

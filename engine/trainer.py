@@ -78,6 +78,8 @@ class Trainer:
         """The whole job; the same report on every rank. Raises ValueError, before any expensive work where it can be."""
         check_replaceable(self.output_dir / DRAFT)
         position = self.checkpoints.find() if self.config.checkpoint.resume else None
+        if position is not None:
+            self.checkpoints.check_end(position[0], self.config.max_steps)
         torch.manual_seed(self.config.seed)
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
@@ -150,11 +152,22 @@ class Trainer:
         return held_out_prompts(data.held_out, tokenizer, count, data.template_kwargs) if count else []
 
     def resume(self, loader: PackedLoader, position: tuple[int, dict[str, Any]] | None) -> int:
-        """Move the loader to where a checkpoint stands; returns the optimizer steps already taken."""
-        step, data_state = position or (0, None)
-        if data_state is not None:
+        """Move the loader to the position of a checkpoint; returns the optimizer steps already taken.
+
+        Raises ValueError if this run would end before that position.
+        """
+        if position is None:
+            step = 0
+        else:
+            step, data_state = position
             loader.load_state(data_state)
-        self.num_steps = min(step + loader.num_steps, self.config.max_steps or step + loader.num_steps)
+        end = step + loader.num_steps
+        if end < step:
+            self.checkpoints.refuse_end(step, f"epochs={self.config.epochs}", "epochs")
+        self.num_steps = end if self.config.max_steps is None else min(end, self.config.max_steps)
+        if position is not None and step == self.num_steps:
+            longer = "raise max_steps or epochs to train on"
+            self.telemetry.note(f"  the checkpoint of step {step} is the end of this run: no step is left to train; {longer}")
         return step
 
     def new_draft(self, config: DraftConfig, kernels: Kernels, vocab_map: VocabMap, target: Target) -> Eagle3Draft:

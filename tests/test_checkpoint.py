@@ -24,11 +24,11 @@ ALONE = World.alone()
 Weights = dict[str, torch.Tensor]
 
 
-def start(world: World, stage: str, seed: int) -> ZeroDraft:
+def start(world: World, stage: str, seed: int, total_steps: int = 6) -> ZeroDraft:
     """A new run: a draft with a frozen projection, the shipped configuration in bf16 with its schedule, its own RNG a rank."""
     raw = load_ds_config(FOLDER / f"{stage}.json")
     raw["gradient_accumulation_steps"] = 2
-    ds_config = resolve_ds_config(raw, world_size=world.size, total_steps=6, hidden_size=24)
+    ds_config = resolve_ds_config(raw, world_size=world.size, total_steps=total_steps, hidden_size=24)
     zero = ZeroDraft(make_draft(hidden_size=24, seed=seed), make_test(), ds_config)
     seed_all(seed + world.rank)
     return zero
@@ -77,6 +77,43 @@ def resume_and_train(world: World, folder: Path) -> dict[str, tuple[tuple[int, d
         checkpoints.load(zero, world)
         results[stage] = position, train(zero, world, 3), dict(zero.gathered_weights())
     return results
+
+
+def rates(zero: ZeroDraft, world: World, num_steps: int) -> list[float]:
+    """Learning rate of each of `num_steps` optimizer steps."""
+    rates = []
+    for _ in range(num_steps):
+        train(zero, world, 1)
+        rates.append(zero.learning_rate)
+    return rates
+
+
+def extend(world: World, folder: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """For each stage, rates of an uninterrupted run, and of one that was planned shorter and then extended."""
+    results = {}
+    for stage in ("zero0", "zero1", "zero3"):
+        whole = rates(start(world, stage, seed=0, total_steps=9), world, 6)
+        short = start(world, stage, seed=0, total_steps=4)
+        before = rates(short, world, 4)
+        Checkpoints(folder / stage, keep=1).save(short, world, 4, {})
+        longer = start(world, stage, seed=0, total_steps=9)
+        Checkpoints(folder / stage, keep=1).load(longer, world)
+        results[stage] = whole, [*before, *rates(longer, world, 2)]
+    return results
+
+
+def test_an_extended_run_follows_the_new_schedule_from_its_first_step_on(tmp_path):
+    for stage, (whole, extended) in run_ranks(extend, 1, tmp_path)[0].items():
+        assert extended[4:] == whole[4:], stage
+        assert extended[3] != whole[3], f"{stage}: the shorter run had another schedule"
+
+
+def test_a_run_that_ends_before_its_checkpoint_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.check_end(40, None)
+    checkpoints.check_end(40, 40)
+    with pytest.raises(ValueError, match=r"step_40 was saved after step 40, and max_steps=39 ends the run before it"):
+        checkpoints.check_end(40, 39)
 
 
 def start_shared(world: World, stage: str, seed: int, reshaped_from: Checkpoints | None = None) -> ZeroDraft:

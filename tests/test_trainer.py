@@ -8,11 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
+from engine.data.documents import Document, DocumentList
+from engine.data.loader import PackedLoader
+from engine.parallel.mesh import World
+from engine.recipe import load_config
+from engine.trainer import Trainer
 from tests.distributed import free_port
 from tests.parallel.families import tiny_model
 
@@ -215,3 +221,22 @@ def test_a_run_goes_on_on_fewer_ranks_in_the_middle_of_an_epoch(tmp_path, tiny_t
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > 3
     assert "reloaded: largest logit difference 0.0e+00" in printed
+
+
+@pytest.mark.parametrize(("options", "problem"), [(["epochs=1"], "epochs=1 ends"), (["epochs=2"], None), (["epochs=3"], None)])
+def test_a_resumed_run_must_not_end_before_its_checkpoint(options, problem, tmp_path, capsys):
+    lengths = [5, 9, 3, 7, 8]
+    documents = DocumentList([Document(np.arange(n, dtype=np.int32), np.ones(n, dtype=bool), (n,)) for n in lengths])
+    config = load_config(None, [f"output_dir={tmp_path}", *options])
+    facts = {"packs_per_batch": 1, "rank": 0, "world_size": 1, "accumulation_steps": 1, "seed": 0, "balance_steps": 8}
+    *_, (_, end_of_second) = PackedLoader(documents, max_tokens=10, epochs=2, **facts)
+    trainer = Trainer(config, {}, World.alone())
+    loader = PackedLoader(documents, max_tokens=10, epochs=config.epochs, **facts)
+    num_steps = end_of_second["packs"]
+    if problem is not None:
+        with pytest.raises(ValueError, match=problem):
+            trainer.resume(loader, (num_steps, end_of_second))
+        return
+    assert trainer.resume(loader, (num_steps, end_of_second)) == num_steps
+    assert ("no step is left to train" in capsys.readouterr().out) == (config.epochs == 2)
+    assert trainer.num_steps >= num_steps

@@ -145,11 +145,30 @@ class ZeroDraft:
         self.engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restore weights, optimizer and schedule; returns the client state saved with them."""
+        """Restore weights, optimizer and schedule; returns the client state saved with them.
+
+        The learning rate of the next step is the one that this run's configuration gives for it, not the one that was saved.
+        """
+        rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         path, client_state = self.engine.load_checkpoint(str(folder), tag=tag + UNIVERSAL * self._universal)
         if path is None:
             raise ValueError(f"{folder / tag} is not a complete checkpoint; delete it or set checkpoint.resume=false")
+        self._set_rates(rates)
         return client_state
+
+    def _set_rates(self, configured: list[float]) -> None:
+        """Set the next step's learning rate. configured: rates of the parameter groups, for runs without a schedule.
+
+        A checkpoint holds the rate that its own schedule had reached. A run that is longer now has another schedule, which
+        DeepSpeed moves to the right step but applies only after that step.
+        """
+        schedule = self.engine.lr_scheduler
+        if schedule is None:
+            for group, rate in zip(self.engine.optimizer.param_groups, configured, strict=True):
+                group["lr"] = rate
+        elif schedule.last_batch_iteration >= 0:
+            schedule.step(schedule.last_batch_iteration)
+        self.learning_rate = self.engine.get_lr()[0]
 
     def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight whole, on the CPU of rank 0, one at a time; a collective: every rank must iterate to the end."""
