@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine.kernels import matmul
 from engine.kernels.matmul import Linear, batched_product, linear, product
 
 SHAPES = [(1, 1, 1), (33, 7, 65), (128, 512, 31), (0, 5, 3), (5, 0, 3)]
@@ -56,3 +57,16 @@ def test_a_linear_module_is_pytorch_s_with_its_name_and_shape():
     theirs.load_state_dict(ours.state_dict())
     x_QK = draw(3, 6)
     torch.testing.assert_close(ours(x_QK), theirs(x_QK))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_multiplied_in_fp32_where_the_processor_lacks_it(dtype, monkeypatch):
+    monkeypatch.setattr(matmul, "_has_fast_products", lambda dtype: dtype == torch.float32)
+    x_QK = draw(33, 65).to(dtype).requires_grad_()
+    weight_NK = draw(12, 65).to(dtype).requires_grad_()
+    output_QN = linear(x_QK, weight_NK)
+    assert torch.equal(output_QN, product(x_QK.float(), weight_NK.float().mT).to(dtype))
+    output_QN.backward(torch.ones_like(output_QN))
+    ones_QN = torch.ones(33, 12)
+    assert torch.equal(x_QK.grad, product(ones_QN, weight_NK.float()).to(dtype))
+    assert torch.equal(weight_NK.grad, product(ones_QN.mT, x_QK.float()).to(dtype))
