@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from engine.data.dataset import check_template
 from engine.data.messages import BadSample, on_sample, parse, read_messages, written_text
 from engine.data.preformatted import Markers
+from engine.data.template_input import accepted_roles
 from engine.data.templates import ChatTemplate
 from engine.decode import Generation
 
@@ -201,7 +202,8 @@ def _prompt_text(sample: Any, tokenizer: PreTrainedTokenizerBase, template_kwarg
     if text is None:
         messages, extra = read_messages(sample)
         before = list(itertools.takewhile(lambda message: message["role"] != "assistant", messages))
-        return ChatTemplate(tokenizer, {**extra, **(template_kwargs or {})}).text(before, add_generation_prompt=True)
+        template = ChatTemplate(tokenizer, {**extra, **(template_kwargs or {})})
+        return template.text(accepted_roles(before, template), add_generation_prompt=True)
     replies = Markers.of(tokenizer, template_kwargs).find(text)
     if not replies:
         raise BadSample("no assistant turn", "the text holds nothing that opens a reply")

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from engine.data.messages import MEDIA_KEYS, BadSample, Message, parse, read_messages
+from engine.data.messages import MEDIA_KEYS, BadSample, Message, parse, parse_text, read_messages
 from engine.strict import nearest
 
 TURN_COLUMNS = ("conversations", "messages", "conversation", "data")
@@ -135,7 +135,7 @@ def conversation_of(row: Row) -> dict[str, Any]:
         raise BadSample("not a conversation", f"expected an object, got a {type(row).__name__}")
     sample = {key: row[key] for key in MEDIA_KEYS if key in row}
     sample["conversations"] = _turns(row)
-    sample["tools"] = _parsed(row.get("tools"), "tools")
+    sample["tools"] = row.get("tools")
     messages, extra = read_messages(sample)
     _check_order(messages)
     messages = [{key: message[key] for key in TURN_KEYS if key in message} for message in messages]
@@ -147,7 +147,7 @@ def _turns(row: Mapping[str, Any]) -> Any:
     column = next((key for key in TURN_COLUMNS if row.get(key) is not None), None)
     question, answer = _column(row, QUESTION_COLUMNS), _column(row, ANSWER_COLUMNS)
     if column is not None:
-        turns = _parsed(row[column], column)
+        turns = parse_text(row[column], column)
     elif question is not None and answer is not None:
         turns = [_turn("user", _question(row, question)), _turn("assistant", _answer(row[answer]))]
     else:
@@ -186,8 +186,8 @@ def _answer(answer: Any) -> Any:
 
 
 def _normalised(turn: Any) -> Any:
-    """A turn with its role in lower case and by its usual name; keys without a value are gone, calls are parsed."""
-    turn = _parsed(turn, "a turn")
+    """A turn with its role in lower case and by its usual name; keys without a value are gone."""
+    turn = parse_text(turn, "a turn")
     if not isinstance(turn, dict):
         return turn
     turn = {key: value for key, value in turn.items() if value is not None}
@@ -195,24 +195,12 @@ def _normalised(turn: Any) -> Any:
     if isinstance(turn.get(key), str):
         role = turn[key].strip().lower()
         turn[key] = "assistant" if role in ASSISTANTS else role
-    if "tool_calls" in turn:
-        turn["tool_calls"] = _parsed(turn["tool_calls"], "tool_calls")
     return turn
-
-
-def _parsed(value: Any, name: str) -> Any:
-    """What sets keep as JSON inside a string, because their format wants one type a column."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
-        raise BadSample("not JSON", f"{name} is text, expected JSON: {error}") from error
 
 
 def _check_order(messages: Sequence[Message]) -> None:
     roles = [message["role"] for message in messages]
-    first = next(role for role in roles if role != "system")
+    first = next(role for role in roles if role not in ("system", "developer"))
     if first != "user":
         raise BadSample(f"starts with the {first}", "expected the user's turn first, after the system's if there is one")
     for index, (role, following) in enumerate(zip(roles, roles[1:], strict=False)):

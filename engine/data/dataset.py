@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from engine.config import DataSection
 from engine.data.chat import render, render_text, render_turns
 from engine.data.documents import Document, DocumentList
-from engine.data.messages import BadSample, Message, parse, read_messages, with_text_arguments, written_text
+from engine.data.messages import BadSample, Message, parse, read_messages, written_text
 from engine.data.preformatted import Markers
-from engine.data.templates import UNVERIFIED
+from engine.data.template_input import DEVELOPER_AS_SYSTEM, accepted_arguments, accepted_roles
+from engine.data.templates import UNVERIFIED, ChatTemplate
 
 MIN_TOKENS = 3  # row (0, 0) learns slot 1, which predicts token 2
 NAMED_SAMPLES = 5
@@ -88,13 +90,15 @@ class Rendered:
     """What became of some lines.
 
     bad: (file number, line, reason, detail) of each refused conversation. long: (file number, line, tokens) of each that became
-    a document above max_tokens. counts: `samples`, `by_turn`, `cut`, `split` and `dropped`, as in `DataReport`.
+    a document above max_tokens. counts: `samples`, `by_turn`, `cut`, `split` and `dropped`, as in `DataReport`. changes: as in
+    `DataReport`.
     """
 
     documents: list[Document] = field(default_factory=list)
     bad: list[tuple[int, int, str, str]] = field(default_factory=list)
     long: list[tuple[int, int, int]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Renderer:
         for number, line in chunk.lines():
             rendered.counts["samples"] += 1
             try:
-                documents = self.documents_of(line, rendered.counts)
+                documents = self.documents_of(line, rendered)
             except BadSample as error:
                 rendered.bad.append((chunk.file, number, error.reason, error.detail))
                 continue
@@ -120,18 +124,30 @@ class Renderer:
                 self._keep(document, rendered)
         return rendered
 
-    def documents_of(self, line: bytes, counts: Counter[str]) -> list[Document]:
+    def documents_of(self, line: bytes, rendered: Rendered) -> list[Document]:
         """The documents of a conversation, however long: one, or one per assistant turn, as `turns` has it."""
         sample = parse(line)
         if (text := written_text(sample)) is not None:
             return [render_text(text, self._markers, self.tokenizer, self.section.train_on)]
         messages, extra = read_messages(sample)
+        template = ChatTemplate(self.tokenizer, {**extra, **(self.section.template_kwargs or {})})
+        accepted = accepted_roles(messages, template)
+        alternatives = accepted_arguments(accepted, template)
+        documents = self._render_any(alternatives, extra, rendered.counts)
+        if accepted != messages:
+            rendered.changes[DEVELOPER_AS_SYSTEM] += 1
+        return documents
+
+    def _render_any(self, alternatives: list[list[Message]], extra: dict[str, Any], counts: Counter[str]) -> list[Document]:
+        """Render the first alternative that can be; the error is that of the first, which is the more usual form."""
+        first, *others = alternatives
         try:
-            return self._render(messages, extra, counts)
+            return self._render(first, extra, counts)
         except BadSample:
-            if not any(message.get("tool_calls") for message in messages):
-                raise
-            return self._render(with_text_arguments(messages), extra, counts)
+            for other in others:
+                with suppress(BadSample):
+                    return self._render(other, extra, counts)
+            raise
 
     @cached_property
     def _markers(self) -> Markers:
@@ -175,6 +191,7 @@ class DataReport:
     by_turn: conversations that became a document per assistant turn.
     cut, split: documents above max_tokens that were shortened, or made into several.
     dropped: documents and pieces that can carry no loss: under 3 tokens, or no assistant token left.
+    changes: for each thing that is written otherwise than the conversation has it, the number of conversations.
     bad: (file:line, reason, detail) of each refused conversation. long: (file:line, tokens) of each that was cut or split.
     """
 
@@ -186,6 +203,7 @@ class DataReport:
     cut: int
     split: int
     dropped: int
+    changes: dict[str, int]
     bad: tuple[Bad, ...]
     long: tuple[tuple[str, int], ...]
 
@@ -198,6 +216,7 @@ class DataReport:
         ]
         if self.by_turn:
             lines.append(f"{self.by_turn:,} conversations taken turn by turn")
+        lines += [f"{count:,} conversations with {change}" for change, count in sorted(self.changes.items())]
         if self.cut or self.split or self.dropped:
             lines.append(f"{self.cut:,} cut and {self.split:,} split at max_tokens, {self.dropped:,} without loss dropped")
         if self.long:
@@ -213,12 +232,14 @@ class Tally:
         self._paths, self._on_progress = paths, on_progress
         self._bytes_done, self._num_bytes = 0, scan.num_bytes
         self._counts: Counter[str] = Counter()
+        self._changes: Counter[str] = Counter()
         self._usable: Counter[int] = Counter()
         self._bad: list[Bad] = []
         self._long: list[tuple[str, int]] = []
 
     def add(self, chunk: Chunk, rendered: Rendered) -> None:
         self._counts += rendered.counts
+        self._changes += rendered.changes
         self._usable[chunk.file] += len(rendered.documents)
         self._counts["documents"] += len(rendered.documents)
         self._counts["tokens"] += sum(map(len, rendered.documents))
@@ -239,7 +260,7 @@ class Tally:
                 raise UnusableData("\n".join([f"{path}: {problem}", *_bad_lines(own)]), self._bad)
         counted = {f"num_{name}": self._counts[name] for name in ("samples", "documents", "tokens", "assistant_tokens")}
         counted |= {name: self._counts[name] for name in ("by_turn", "cut", "split", "dropped")}
-        return DataReport(**counted, bad=tuple(self._bad), long=tuple(self._long))
+        return DataReport(**counted, changes=dict(self._changes), bad=tuple(self._bad), long=tuple(self._long))
 
 
 def load_documents(

@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-ROLES = {"user", "assistant", "system", "tool"}
+ROLES = {"user", "assistant", "system", "developer", "tool"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -35,6 +35,20 @@ def parse(line: bytes) -> Any:
         raise BadSample("not JSON", f"expected one JSON object on the line: {error}") from error
 
 
+def parse_text(value: Any, name: str) -> Any:
+    """Return what JSON text holds, or `value` itself if it is no text; blank text holds nothing (None).
+
+    Some sets keep tools and calls as JSON text, because their format wants one type per column.
+    Raises BadSample if the text is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise BadSample("not JSON", f"{name} is text, expected JSON: {error}") from error
+
+
 def written_text(sample: Any) -> str | None:
     """The text of a sample that was written with the chat template already; None if it is of messages."""
     text = sample.get("text") if isinstance(sample, dict) and "conversations" not in sample else None
@@ -44,8 +58,9 @@ def written_text(sample: Any) -> str | None:
 def read_messages(sample: Any) -> tuple[list[Message], dict[str, Any]]:
     """Messages (role, content, and every other key as it came) and template arguments (`tools`) of a JSON sample.
 
-    Accepts `role`/`content` and ShareGPT's `from`/`value`; arguments of tool calls that are JSON text become objects, as chat
-    templates want them. Raises BadSample.
+    Accepts `role`/`content` and ShareGPT's `from`/`value`. Tools, tool calls and the arguments of calls may be JSON text;
+    they become objects, as chat templates want them, and a call without arguments gets an empty object. `reasoning`, as some
+    servers name it, is kept and also given as `reasoning_content`, which most templates read. Raises BadSample.
     """
     turns = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(turns, list):
@@ -56,7 +71,8 @@ def read_messages(sample: Any) -> tuple[list[Message], dict[str, Any]]:
         messages.insert(0, {"role": "system", "content": _read_content(sample["system"], "the key 'system'")})
     if all(message["role"] != "assistant" for message in messages):
         raise BadSample("no assistant turn", f"none of the {len(messages)} turns is the assistant's")
-    return messages, {"tools": sample["tools"]} if sample.get("tools") else {}
+    tools = _read_tools(sample.get("tools"))
+    return messages, {"tools": tools} if tools else {}
 
 
 def thinking_and_words(reply: Message) -> tuple[str, str]:
@@ -88,7 +104,8 @@ def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
 def with_arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     """A tool call with its arguments changed, {} where it has none. It holds its function, or is one itself."""
     function = call.get("function", call)
-    function = function | {"arguments": change(function.get("arguments", {}))}
+    arguments = function.get("arguments")
+    function = function | {"arguments": change({} if arguments is None else arguments)}
     return call | {"function": function} if "function" in call else function
 
 
@@ -123,19 +140,43 @@ def _read_turn(turn: Any, name: str) -> Message:
     rest = {key: value for key, value in turn.items() if key not in (role_key, content_key)}
     if rest.get("tool_calls"):
         rest["tool_calls"] = _read_calls(rest["tool_calls"], name)
-    for key in REASONING_KEYS:
-        if rest.get(key) is not None and not isinstance(rest[key], str):
-            raise BadSample(
-                "content is not text", f"{name} holds a {type(rest[key]).__name__} under {key!r}, expected a string"
-            )
+    _read_reasoning(rest, name)
     says_something = content.strip() or rest.get("tool_calls") or any(rest.get(key) for key in REASONING_KEYS)
     if role in ("user", "assistant") and not says_something:
         raise BadSample("empty turn", f"{name} ({role}) has no content")
     return {"role": role, "content": content, **rest}
 
 
+def _read_reasoning(turn: dict[str, Any], name: str) -> None:
+    """Give `reasoning` also as `reasoning_content`. Raises BadSample unless the reasoning of a turn is one text."""
+    for key in REASONING_KEYS:
+        if turn.get(key) is not None and not isinstance(turn[key], str):
+            problem = f"{name} holds a {type(turn[key]).__name__} under {key!r}, expected a string"
+            raise BadSample("content is not text", problem)
+    reasoning = turn.get("reasoning")
+    if not reasoning:
+        return
+    if turn.get("reasoning_content") not in (None, "", reasoning):
+        problem = f"{name} holds different texts under 'reasoning' and 'reasoning_content'; keep one"
+        raise BadSample("contradictory reasoning", problem)
+    turn["reasoning_content"] = reasoning
+
+
+def _read_tools(tools: Any) -> list[Any]:
+    tools = parse_text(tools, "tools")
+    if not tools:
+        return []
+    if not isinstance(tools, list):
+        raise BadSample("malformed tools", f"expected a list of tools under 'tools', got {tools!r:.100}")
+    return [parse_text(tool, "a tool") for tool in tools]
+
+
 def _read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
     problem = f"{name}: expected a list of {{'function': {{'name': str, 'arguments': object}}}}, got {calls!r:.100}"
+    try:
+        calls = parse_text(calls, "tool_calls") or []
+    except BadSample as error:
+        raise BadSample("malformed tool call", problem) from error
     if not isinstance(calls, list):
         raise BadSample("malformed tool call", problem)
     read = []
@@ -143,7 +184,7 @@ def _read_calls(calls: Any, name: str) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadSample("malformed tool call", problem)
-        read.append(with_arguments(call, as_object) if "arguments" in function else call)
+        read.append(with_arguments(call, as_object))
     return read
 
 

@@ -185,6 +185,11 @@ def test_only_what_chat_templates_read_is_kept_of_a_turn():
     assert conversation_of(row)["conversations"] == [user("Why?"), assistant("So.", thinking="Hm.")]
 
 
+def test_reasoning_is_kept_under_the_name_that_templates_read():
+    row = {"messages": [user("Why?"), assistant("So.", reasoning="Hm.")]}
+    assert conversation_of(row)["conversations"] == [user("Why?"), assistant("So.", reasoning_content="Hm.")]
+
+
 def test_a_converted_conversation_is_read_as_it_is():
     row = {"id": 3, "conversations": [{"from": "Human", "value": "Why?"}, {"from": "GPT", "value": "So."}], "tools": [{"a": 1}]}
     found = conversation_of(row)
@@ -192,7 +197,7 @@ def test_a_converted_conversation_is_read_as_it_is():
     assert conversation_of(found) == found
 
 
-@pytest.mark.parametrize("roles", ["ua", "uau", "sua", "uata", "uatta", "uaua", "ussa", "sutua"])
+@pytest.mark.parametrize("roles", ["ua", "uau", "sua", "uata", "uatta", "uaua", "ussa", "sutua", "dua", "sdua"])
 def test_turns_that_alternate_are_taken(roles):
     assert [turn["role"][0] for turn in conversation_of(turns(roles))["conversations"]] == list(roles)
 
@@ -202,7 +207,7 @@ REFUSED = {
     "starts with the tool": [turns("ta")],
     "roles do not alternate": [turns("uua"), turns("uaa")],
     "no assistant turn": [turns("u"), turns("")],
-    "unknown role": [turns("dua")],
+    "unknown role": [{"messages": [user("0", "alien"), *turns("ua")["messages"]]}],
     "empty turn": [
         {"messages": [user(" "), assistant("So.")]},
         {"question": "Why?", "answer": None},

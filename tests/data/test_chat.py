@@ -209,7 +209,7 @@ def test_tool_calls_and_reasoning_pass_through():
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "reasoning_content": "Hm."}
     result = {"role": "tool", "content": "", "tool_call_id": "1"}
     messages, extra = read_messages({"conversations": [call, result], "tools": [{"name": "f"}]})
-    assert messages == [call | {"content": ""}, result]
+    assert messages == [call | {"content": "", "tool_calls": [{"name": "f", "arguments": {}}]}, result]
     assert extra == {"tools": [{"name": "f"}]}
 
 
