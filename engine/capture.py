@@ -17,6 +17,7 @@ from engine.data.documents import Document, Documents
 from engine.data.fingerprint import hash_of, trained_with
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer
+from engine.kernels.self_check import SelfCheck
 from engine.models.registry import check_aux_layers, default_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
 from engine.parallel.quantised import check_fp8_activations
@@ -24,6 +25,7 @@ from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, Shard, StoreError, plan_shards
 from engine.store.reader import MappedShard
 from engine.store.writer import PARTIAL, Piece, ShardFile, StoreWriter, stored_tensors, write_whole
+from engine.target.checked_kernels import check_target_kernels
 from engine.target.frozen import FrozenTarget
 from engine.target.stored import HEAD, save_head
 from engine.telemetry import Telemetry
@@ -79,6 +81,8 @@ class Capture:
             self.begin(manifest, tokenizer, target_config)
         self.world.barrier()
         with self.telemetry.stage("Loading the target"):
+            self_check = SelfCheck.of(self.world, self.config.data.cache_dir, self.telemetry.note)
+            check_target_kernels(target_config, section, self_check)
             of = self.config.loss.temperature, mesh, self.config.parallel.unproven, self.telemetry.progress
             target = FrozenTarget.load(section, self.world.device, contents.aux_layers, *of)
             self.telemetry.note(f"  attention: {target.attention}")

@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from engine.config import Config
 from engine.corpus import read_documents
 from engine.data.documents import Documents
 from engine.data.fingerprint import trained_with
+from engine.kernels.self_check import SelfCheck
 from engine.parallel.mesh import TargetMesh, World
 from engine.store.reader import open_store
+from engine.target.checked_kernels import check_target_kernels
 from engine.target.frozen import FrozenTarget
 from engine.target.stored import StoredTarget
 from engine.telemetry import Telemetry
@@ -40,6 +42,10 @@ class Online:
 
     def load_target(self, aux_layers: tuple[int, ...]) -> Target:
         section, temperature = self._config.target, self._config.loss.temperature
+        config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+        cache_dir = self._config.data.cache_dir
+        self_check = SelfCheck.of(self._world, cache_dir, self._telemetry.note)
+        check_target_kernels(config, section, self_check)
         target = FrozenTarget.load(
             section,
             self._world.device,

@@ -26,6 +26,7 @@ from engine.evaluate import Prompt, held_out_prompts
 from engine.export import VOCAB, check_replaceable, export_draft, load_draft, load_vocab_map, save_vocab_map
 from engine.held_out import HeldOut
 from engine.kernels import Kernels, choose_kernels
+from engine.kernels.self_check import SelfCheck
 from engine.kernels.vocab_loss import Walk
 from engine.metrics import MetricsFile, StepMetrics
 from engine.models.draft_config import DraftConfig, derive_draft_config
@@ -183,6 +184,8 @@ class Trainer:
         own = Kernels(walk=walk, recompute=self.config.ttt.recompute)
         dtype = getattr(torch, compute_dtype(self.ds_config))
         kernels = choose_kernels(self.config.kernels, self.world.device, dtype, draft_config.head_dim, own)
+        self_check = SelfCheck.of(self.world, self.config.data.cache_dir, self.telemetry.note)
+        kernels = self_check.sound(kernels, dtype, draft_config.head_dim)
         self.telemetry.note(f"Kernels: {kernels.reason}")
         return kernels
 

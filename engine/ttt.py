@@ -49,7 +49,8 @@ def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | No
 
     run = recomputed if draft.kernels.recompute == "step" else _at_once
     row_Q = row_T if kept[0] is None else kept[0]
-    every_T = LayerKeys(row_T, batch.cu_seqlens, is_dense=True)
+    longest = max(batch.host_lengths, default=None)
+    every_T = LayerKeys(row_T, batch.cu_seqlens, is_dense=True, longest=longest)
     own_Q = replace(every_T, position_Q=row_Q, is_dense=is_dense[0])
     # layers below the last run step 0 densely: the next one needs all their outputs
     keys = [every_T] * (len(draft.decoder_layers) - 1) + [own_Q]

@@ -27,6 +27,7 @@ from engine.evaluate import AcceptanceReport, Prompt, held_out_prompts
 from engine.export import CONFIG, load_draft
 from engine.held_out import HeldOut
 from engine.kernels import choose_kernels
+from engine.kernels.self_check import SelfCheck
 from engine.models.draft_config import DraftConfig
 from engine.models.registry import check_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
@@ -34,9 +35,10 @@ from engine.recipe import load_config
 from engine.report import acceptance_table
 from engine.store.format import Manifest
 from engine.strict import parse_json, read_text
+from engine.target.checked_kernels import check_target_kernels
 from engine.target.frozen import FrozenTarget
 from engine.telemetry import Telemetry
-from launcher.command import join_environment, run_plugins, stop
+from launcher.command import join_environment, run_plugins, stop, user_cache
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -144,11 +146,15 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     mesh = TargetMesh.of(run.parallel, world)
     tokenizer = load_tokenizer(run.target, run.data)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
+    self_check = SelfCheck.of(world, run.data.cache_dir or user_cache(), telemetry.note)
+    target_config = AutoConfig.from_pretrained(run.target.path, **run.target.hub_arguments)
+    check_target_kernels(target_config, run.target, self_check)
     target = FrozenTarget.load(
         run.target, world.device, draft_config.aux_layers, mesh=mesh, unproven=run.parallel.unproven, bar=telemetry.progress
     )
     dtype = target.dtype
     kernels = choose_kernels(run.kernels, world.device, dtype, draft_config.head_dim)
+    kernels = self_check.sound(kernels, dtype, draft_config.head_dim)
     draft = load_draft(arguments.draft, target.embedding.whole(), dtype, world.device, kernels)
 
     def show(prompt: Prompt, generation: Generation) -> None:

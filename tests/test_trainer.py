@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,13 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
+from engine import trainer as trainer_file
+from engine.config import Config, DataSection
 from engine.data.documents import Document, DocumentList
 from engine.data.loader import PackedLoader
+from engine.ds_config import load_ds_config
+from engine.kernels import Kernels, blocked_attention
+from engine.kernels.self_check import SelfCheck
 from engine.parallel.mesh import World
 from engine.recipe import load_config
 from engine.trainer import Trainer
@@ -240,3 +246,19 @@ def test_a_resumed_run_must_not_end_before_its_checkpoint(options, problem, tmp_
     assert trainer.resume(loader, (num_steps, end_of_second)) == num_steps
     assert ("no step is left to train" in capsys.readouterr().out) == (config.epochs == 2)
     assert trainer.num_steps >= num_steps
+
+
+def test_a_kernel_that_fails_its_self_check_is_not_trained_with(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no such instruction")
+
+    def everywhere(world, cache_dir, warn):
+        return SelfCheck(world.device, Path(cache_dir), world.any_rank, warn, even_on_cpu=True)
+
+    monkeypatch.setattr(SelfCheck, "of", everywhere)
+    monkeypatch.setattr(trainer_file, "choose_kernels", lambda *arguments: Kernels(broken))
+    config = Config(output_dir=str(tmp_path), data=DataSection(cache_dir=str(tmp_path / "cache")))
+    trainer = Trainer(config, load_ds_config(ROOT / "ds_configs/zero2.json"), World.alone())
+    chosen = trainer.choose_kernels(SimpleNamespace(head_dim=16))
+    assert chosen.attention is blocked_attention.ancestor_attention
+    assert list((tmp_path / "cache").glob("kernels-*.json"))

@@ -9,14 +9,16 @@ import torch
 
 from engine.batch import LossNorms
 from engine.config import LossSection, TttSection
+from engine.kernels import PLAIN, Kernels
 from engine.models.eagle3 import Eagle3Draft
 from engine.normaliser import Normaliser
 from engine.parallel.mesh import World
 from engine.rows import loss_rows
+from engine.ttt import unroll
 from tests.paths import triton_kernels
 from tests.slow_ttt import slow_allowed, slow_losses
 from tests.tasks import ALIGNMENTS, MASKS, Task, make_documents
-from tests.tiny import make_draft
+from tests.tiny import make_draft, make_micro, make_test
 
 
 def draft_with(**changes: object) -> Eagle3Draft:
@@ -250,3 +252,16 @@ def test_step_weights_decay_or_are_given():
     assert Task(loss=LossSection(step_decay=0.5)).test.step_weights == [1.0, 0.5, 0.25]
     assert Task(loss=LossSection(step_decay=0.0)).test.step_weights == [1.0, 0.0, 0.0]
     assert Task(loss=LossSection(step_weights=(0.0, 2.0, 1.0))).test.step_weights == [0.0, 2.0, 1.0]
+
+
+def test_attention_knows_the_longest_document_without_asking_the_device():
+    seen = []
+
+    def attention(*arguments):
+        seen.append(arguments[-1].longest)
+        return PLAIN.attention(*arguments)
+
+    test = make_test(steps=3)
+    micro = make_micro(test, seed=0, lengths=(17, 23, 5))
+    unroll(make_draft(kernels=Kernels(attention)), micro, 3)
+    assert seen == [23] * 3

@@ -1,7 +1,7 @@
 """The hot operations, of draft training and of frozen targets; which implementation of each runs is decided here alone."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,16 +16,23 @@ from engine.kernels.vocab_loss import Walk, vocab_loss
 __all__ = [
     "PLAIN",
     "AttentionRows",
+    "FlashWhereDense",
     "Kernels",
     "LossRows",
     "RowWeights",
     "SlotTargets",
+    "TargetKernels",
     "VocabLoss",
     "choose_fp8_activations",
     "choose_fp8_linear",
     "choose_kernels",
     "choose_packed_attention",
+    "choose_target_kernels",
+    "stop_using",
 ]
+
+# Kernels of frozen targets that failed their self-check in this process, by the name of their file.
+_failed: set[str] = set()
 
 
 def plain_attention(query_QHE: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
@@ -87,7 +94,7 @@ def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_d
 
 def choose_fp8_linear(device: torch.device) -> Callable[..., Tensor] | None:
     """`reference.fp8_linear` on the chip, where Triton runs; elsewhere None, and weights have to be dequantised first."""
-    if not _runs_triton(device):
+    if not _runs_triton(device) or "fp8_linear" in _failed:
         return None
     from engine.kernels import fp8_linear  # it needs Triton
 
@@ -96,7 +103,7 @@ def choose_fp8_linear(device: torch.device) -> Callable[..., Tensor] | None:
 
 def choose_fp8_activations(device: torch.device) -> Callable[..., Tensor] | None:
     """`reference.fp8_activations` on the chip, where Triton runs; elsewhere None, and both operands have to be dequantised."""
-    if not _runs_triton(device):
+    if not _runs_triton(device) or "fp8_activations" in _failed:
         return None
     from engine.kernels import fp8_activations  # it needs Triton
 
@@ -106,10 +113,41 @@ def choose_fp8_activations(device: torch.device) -> Callable[..., Tensor] | None
 def choose_packed_attention(device: torch.device, dtype: torch.dtype) -> PackedAttention:
     """Attention of packed documents in a frozen target of this precision."""
     refused = flash.refusal(dtype, device)
+    if refused is None and "packed_attention" in _failed:
+        refused = "flash attention failed its self-check"
     if refused:
         return PackedAttention(None, f"in blocks, a document at a time, since {refused}")
     library = flash.available_flash()
     return PackedAttention(library, f"{library.name}, all documents in one call")
+
+
+@dataclass(frozen=True)
+class TargetKernels:
+    """The kernels that a frozen target runs; None where plain PyTorch takes their place."""
+
+    packed_attention: PackedAttention | None = None
+    fp8_linear: Callable[..., Tensor] | None = None
+    fp8_activations: Callable[..., Tensor] | None = None
+
+
+def choose_target_kernels(
+    device: torch.device, dtype: torch.dtype, *, fp8: bool = False, fp8_activations: bool = False
+) -> TargetKernels:
+    """Return the kernels of a target of this precision.
+
+    fp8: whether weights stay in fp8. fp8_activations: whether their inputs are quantised as well.
+    """
+    attention = choose_packed_attention(device, dtype)
+    return TargetKernels(
+        packed_attention=attention if attention.flash is not None else None,
+        fp8_linear=choose_fp8_linear(device) if fp8 else None,
+        fp8_activations=choose_fp8_activations(device) if fp8_activations else None,
+    )
+
+
+def stop_using(names: Iterable[str]) -> None:
+    """Let plain PyTorch take the place of these kernels of frozen targets, in this process."""
+    _failed.update(names)
 
 
 def _runs_triton(device: torch.device) -> bool:
@@ -139,12 +177,24 @@ def fused(own: Kernels) -> Kernels:
     return replace(chosen, elementwise=liger_elementwise(), reason=f"{chosen.reason}, liger-kernel norms")
 
 
+@dataclass(frozen=True)
+class FlashWhereDense:
+    """Flash attention for the prefix where the rows of each document stand at successive positions.
+
+    otherwise: the attention of rows with gaps.
+    """
+
+    otherwise: Callable[..., tuple[Tensor, Tensor]]
+
+    def __call__(self, *arguments) -> tuple[Tensor, Tensor]:
+        from engine.kernels import prefix_flash  # it needs Triton
+
+        rows = arguments[-1]
+        attention = prefix_flash.ancestor_attention if rows.is_dense else self.otherwise
+        return attention(*arguments)
+
+
 def flash_where_dense(otherwise: Kernels) -> Kernels:
-    """With flash attention for the prefix wherever the rows of each document stand at successive positions."""
-    from engine.kernels import prefix_flash
-
-    def attention(*arguments) -> tuple[Tensor, Tensor]:
-        dense = arguments[-1].is_dense
-        return prefix_flash.ancestor_attention(*arguments) if dense else otherwise.attention(*arguments)
-
-    return replace(otherwise, attention=attention, reason=f"flash attention for the prefix, as asked; else {otherwise.reason}")
+    """Return `otherwise` with flash attention for the prefix wherever that is possible."""
+    reason = f"flash attention for the prefix, as asked; else {otherwise.reason}"
+    return replace(otherwise, attention=FlashWhereDense(otherwise.attention), reason=reason)

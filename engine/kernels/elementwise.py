@@ -9,14 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.kernels.reference import upcast
+
 CosSin = tuple[Tensor, Tensor]  # fp32 [Q, 1, E] each
 
 
 def rotate(x_QHE: Tensor, cos_sin: CosSin) -> Tensor:
     """Rotary embedding of the pairs (e, e + E/2), in fp32."""
     cos, sin = cos_sin
-    first, second = x_QHE.float().chunk(2, -1)
-    return (x_QHE.float() * cos + torch.cat((-second, first), -1) * sin).to(x_QHE.dtype)
+    wide_QHE = upcast(x_QHE)
+    first, second = wide_QHE.chunk(2, -1)
+    return (wide_QHE * cos + torch.cat((-second, first), -1) * sin).to(x_QHE.dtype)
 
 
 def rotate_both(query_QHE: Tensor, key_QGE: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor]:

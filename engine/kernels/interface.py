@@ -20,6 +20,7 @@ class AttentionRows:
     ancestors: A tensors int64 [Q]; row `r` sees row `ancestors[a][r]` of the `a`-th extra keys.
     is_tree: whether rows may have an ancestor in common, or lack one (a negative number); else those of an `a` are distinct.
     is_dense: whether the rows of each document are known to stand at successive positions.
+    longest: tokens of the longest document, where the host knows; None = at most all keys.
     """
 
     position_Q: torch.Tensor
@@ -27,6 +28,7 @@ class AttentionRows:
     ancestors: tuple[torch.Tensor, ...] = ()
     is_tree: bool = False
     is_dense: bool = False
+    longest: int | None = None
 
     @cached_property
     def start_Q(self) -> torch.Tensor:

@@ -14,6 +14,11 @@ TINY = torch.finfo(torch.float32).tiny
 FLOOR, LARGEST = 1e-10, torch.finfo(torch.float8_e4m3fn).max  # of the magnitudes in a group of inputs; in e4m3
 
 
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` in fp32, or unchanged where it is in float64 already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def ancestor_attention(
     query_QHE: torch.Tensor,
     key_TGE: torch.Tensor,
@@ -29,19 +34,19 @@ def ancestor_attention(
     Source: EAGLE-3 (arXiv:2503.01840), section 3, training-time test.
     """
     num_keys, num_groups, head_dim = key_TGE.shape
-    query_QGRE = query_QHE.float().unflatten(1, (num_groups, -1)) * head_dim**-0.5
+    query_QGRE = upcast(query_QHE).unflatten(1, (num_groups, -1)) * head_dim**-0.5
     key_T, position_Q1 = torch.arange(num_keys, device=key_TGE.device), rows.position_Q[:, None]
     unseen_QT = (key_T < rows.start_Q[:, None]) | (key_T > position_Q1)
-    scores = [torch.einsum("qgre,tge->qgrt", query_QGRE, key_TGE.float()).masked_fill(unseen_QT[:, None, None], -torch.inf)]
+    scores = [torch.einsum("qgre,tge->qgrt", query_QGRE, upcast(key_TGE)).masked_fill(unseen_QT[:, None, None], -torch.inf)]
     for key_MGE, ancestor_Q in zip(extra_keys, rows.ancestors, strict=True):
-        scores_QGR = torch.einsum("qgre,qge->qgr", query_QGRE, key_MGE[ancestor_Q].float())
+        scores_QGR = torch.einsum("qgre,qge->qgr", query_QGRE, upcast(key_MGE[ancestor_Q]))
         scores.append(scores_QGR.masked_fill((ancestor_Q < 0)[:, None, None], -torch.inf)[..., None])
     scores_QGRK = torch.cat(scores, -1)
     lse_QGR = scores_QGRK.logsumexp(-1)
     weights_QGRT, *weights = (scores_QGRK - lse_QGR[..., None]).exp().split([num_keys] + [1] * len(extra_keys), -1)
-    output_QGRE = torch.einsum("qgrt,tge->qgre", weights_QGRT, value_TGE.float())
+    output_QGRE = torch.einsum("qgrt,tge->qgre", weights_QGRT, upcast(value_TGE))
     for weight_QGR1, value_MGE, ancestor_Q in zip(weights, extra_values, rows.ancestors, strict=True):
-        output_QGRE = output_QGRE + weight_QGR1 * value_MGE[ancestor_Q].float()[:, :, None]
+        output_QGRE = output_QGRE + weight_QGR1 * upcast(value_MGE[ancestor_Q])[:, :, None]
     return output_QGRE.flatten(1, 2).to(query_QHE.dtype), lse_QGR.flatten(1).detach()
 
 
@@ -63,7 +68,7 @@ def vocab_loss(
         torch.arange(len(rows.bounds), device=hidden_RD.device),
         torch.tensor([bounds[-1] - bounds[0] for bounds in rows.bounds], device=hidden_RD.device),
     )
-    draft_RU = torch.nn.functional.linear(hidden_RD, weight_UD).float()
+    draft_RU = upcast(torch.nn.functional.linear(hidden_RD, weight_UD))
     target_RU = targets.logits(targets.hidden_ND[rows.slot_R])
     mass_in_draft_R = (target_RU.logsumexp(-1) - targets.lse_N[rows.slot_R]).exp()
     p_RU, log_q_RU = target_RU.softmax(-1), draft_RU.log_softmax(-1)
@@ -73,7 +78,8 @@ def vocab_loss(
     correct_R = draft_RU.gather(1, targets.draft_id_N[rows.slot_R, None])[:, 0] >= draft_RU.amax(-1)
 
     def sums(values_R: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(rows.bounds), device=values_R.device).index_add(0, step_R, values_R.float())
+        values_R = upcast(values_R)
+        return values_R.new_zeros(len(rows.bounds)).index_add(0, step_R, values_R)
 
     cross_entropy_S, log_acceptance_S, acceptance_S = map(sums, (cross_entropy_R, log_acceptance_R, acceptance_R))
     result = VocabLoss(torch.zeros(()), cross_entropy_S, log_acceptance_S, acceptance_S, sums(correct_R))

@@ -22,7 +22,8 @@ class LayerKeys:
     """Keys and values of one layer that rows attend to: a packed prefix and, per row, its own ancestors.
 
     position_Q: int64 [Q], the position of the prefix a row stands at. cu_seqlens: int [num_documents + 1].
-    ancestors: for each of the extra keys, the row of it that is a row's own, int64 [Q]. is_dense: as `AttentionRows` has it.
+    ancestors: for each of the extra keys, the row of it that is a row's own, int64 [Q].
+    is_dense, longest: as `AttentionRows` has them.
     """
 
     position_Q: torch.Tensor
@@ -33,6 +34,7 @@ class LayerKeys:
     extra_values: tuple[torch.Tensor, ...] = ()
     ancestors: tuple[torch.Tensor, ...] = ()
     is_dense: bool = False
+    longest: int | None = None
 
     def kept(self, index_Q: torch.Tensor, is_dense: bool) -> "LayerKeys":
         """For these rows alone; index_Q: int64, ascending. Keys stay where they are."""
@@ -99,7 +101,13 @@ class Eagle3Attention(nn.Module):
             query_QHE = rotate(query_QHE, tuple(table[rows_R] for table in cos_sin))
             key_QGE = rotate(key_QGE, cos_sin)
         keys = keys.extended(key_QGE, value_QGE)
-        rows = AttentionRows(keys.position_Q, keys.cu_seqlens, keys.ancestors, is_dense=keys.is_dense)
+        rows = AttentionRows(
+            keys.position_Q,
+            keys.cu_seqlens,
+            keys.ancestors,
+            is_dense=keys.is_dense,
+            longest=keys.longest,
+        )
         seen = keys.key_TGE, keys.value_TGE, keys.extra_keys, keys.extra_values
         output_QHE, _ = self.kernels.attention(query_QHE, *seen, rows)
         return self.o_proj(output_QHE.flatten(-2)), keys

@@ -43,6 +43,13 @@ class World:
             distributed.all_reduce(values)
         return values
 
+    def any_rank(self, flags: list[bool]) -> list[bool]:
+        """Return for each flag whether it is set on any rank; a collective."""
+        if self.size == 1 or not flags:
+            return flags
+        counts = self.sum(torch.tensor(flags, dtype=torch.int32, device=self.device))
+        return [count > 0 for count in counts.tolist()]
+
     def send_from_main(self, values: torch.Tensor) -> None:
         """Give every rank what rank 0 has, in place."""
         if self.size > 1:

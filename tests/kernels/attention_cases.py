@@ -38,7 +38,7 @@ class AttentionCase:
         num_extra = len(self.extra_keys)
         moved = [ancestor_Q.to(device) for ancestor_Q in self.rows.ancestors]
         positions = self.rows.position_Q.to(device), self.rows.cu_seqlens.to(device)
-        rows = AttentionRows(*positions, tuple(moved), self.rows.is_tree)
+        rows = AttentionRows(*positions, tuple(moved), self.rows.is_tree, longest=self.rows.longest)
         return [*leaves[:3], leaves[3 : 3 + num_extra], leaves[3 + num_extra :], rows], leaves
 
 

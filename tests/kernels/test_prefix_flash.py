@@ -3,6 +3,8 @@
 On a CPU Triton's interpreter runs the merge, see conftest.py, and plain_flash.py stands in for flash attention.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -122,6 +124,26 @@ def test_inputs_need_not_be_dense(plain_prefix):
     arguments = [x.detach() if torch.is_tensor(x) else x for x in vars(strided).values()]
     for ours, theirs in zip(kernels.ancestor_attention(*arguments), written_out(*vars(case).values()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attention_is_told_the_longest_document_and_not_the_pack(monkeypatch):
+    seen = []
+
+    def forward(inputs):
+        seen.append(inputs.segments[2:])
+        return PLAIN.forward(inputs)
+
+    def backward(inputs, *others):
+        seen.append(inputs.segments[2:])
+        return PLAIN.backward(inputs, *others)
+
+    monkeypatch.setattr(flash, "available_flash", lambda: replace(PLAIN, forward=forward, backward=backward))
+    case = case_of("several")
+    for longest, expected in ((11, (11, 11)), (None, (13, 26))):
+        seen.clear()
+        case = replace(case, rows=replace(case.rows, longest=longest))
+        assert_equals_written_out(case)
+        assert seen == [expected] * 2
 
 
 def test_without_ancestors_no_kernel_is_launched(plain_prefix, monkeypatch):

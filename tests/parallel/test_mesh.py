@@ -20,13 +20,15 @@ class Seen:
     is_main: bool
     given: torch.Tensor
     total: torch.Tensor
+    any_rank: list[bool]
 
 
 def look(world: World) -> Seen:
     given = torch.tensor([1.0, 10.0]) * (world.rank + 1)
     total = world.sum(given)
     world.barrier()
-    return Seen(world.is_main, given, total)
+    any_rank = world.any_rank([False, world.rank == 1, True])
+    return Seen(world.is_main, given, total, any_rank)
 
 
 def fail_on_the_second(world: World) -> None:
@@ -48,6 +50,12 @@ def test_sum_reaches_every_rank_and_leaves_its_argument_alone(seen):
     for index, rank in enumerate(seen):
         assert rank.total.tolist() == [3, 30]
         assert rank.given.tolist() == [index + 1, 10 * (index + 1)]
+
+
+def test_a_flag_of_one_rank_reaches_every_rank(seen):
+    for rank in seen:
+        assert rank.any_rank == [False, True, True]
+    assert ALONE.any_rank([False, True]) == [False, True]
 
 
 def test_a_process_alone_needs_no_process_group():

@@ -1,0 +1,235 @@
+"""The inputs on which kernels are compared with `reference.py`: small, of odd sizes, from seeds.
+
+Every case is drawn on the CPU, so all devices and ranks compare the same numbers.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.kernels import (
+    FlashWhereDense,
+    Kernels,
+    TargetKernels,
+    blocked_attention,
+    packed_attention,
+    plain_attention,
+    reference,
+)
+from engine.kernels.elementwise import Elementwise
+from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets
+from engine.kernels.packed_attention import PackedAttention, Scores, Segments
+from engine.kernels.vocab_loss import row_loss
+
+Operation = Callable[..., tuple[Tensor, ...]]
+
+LENGTHS = (1, 33, 63)  # documents of an attention
+HEADS, GROUPS, NUM_ANCESTORS = 8, 2, 2
+NUM_SLOTS, SLOTS_PER_CHUNK, HIDDEN_SIZE, VOCAB_SIZE = 19, 8, 48, 4099  # a row loss reads 4096 at once
+FP8_BLOCK = (128, 128)
+FP8_SIZES = (160, 320)  # outputs and inputs, neither a multiple of the block
+FP8_COUNTS = (3, 0, 37, 1)  # rows of each expert
+EPS = 1e-5
+PLAIN_ATTENTION = (
+    plain_attention,
+    reference.ancestor_attention,
+    blocked_attention.ancestor_attention,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one input.
+
+    leaves: fp32, on the CPU. ours, plain: the kernel, and plain PyTorch, which also runs in
+    float64; both take the leaves, and return tensors. differentiates: whether the gradients of the
+    leaves are compared as well. roundings: how often a result is rounded to the precision of the
+    run, where plain PyTorch rounds it once.
+    """
+
+    name: str
+    leaves: tuple[Tensor, ...]
+    ours: Operation
+    plain: Operation
+    differentiates: bool = True
+    roundings: int = 1
+
+
+def _draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * scale
+
+
+def draft_cases(kernels: Kernels, head_dim: int, device: torch.device) -> Iterator[Case]:
+    """Cases of those kernels of a draft that are not plain PyTorch, the same for every device."""
+    attention = kernels.attention
+    if isinstance(attention, FlashWhereDense):
+        yield _attention_case("prefix_flash", attention, head_dim, True, device)
+        attention = attention.otherwise
+    if attention not in PLAIN_ATTENTION:
+        yield _attention_case("ancestor_attention", attention, head_dim, False, device)
+    has_loss_kernel = kernels.walk.row_loss is not row_loss
+    if has_loss_kernel and kernels.vocab_loss is not reference.vocab_loss:
+        for weights in _loss_weights(device):
+            yield _loss_case(kernels, weights, device)
+    yield from _elementwise_cases(kernels.elementwise, head_dim, device)
+
+
+def target_cases(kernels: TargetKernels, head_dim: int, device: torch.device) -> Iterator[Case]:
+    """Cases of those kernels of a frozen target that are not plain PyTorch."""
+    if kernels.packed_attention is not None:
+        for window in (None, 9):
+            attention = kernels.packed_attention
+            yield _packed_attention_case(attention, head_dim, window, device)
+    if kernels.fp8_linear is not None:
+        yield from _fp8_cases("fp8_linear", kernels.fp8_linear, reference.fp8_linear, device)
+    if kernels.fp8_activations is not None:
+        options = {"group": FP8_BLOCK[1]}
+        ours = partial(kernels.fp8_activations, **options)
+        plain = partial(reference.fp8_activations, **options)
+        yield from _fp8_cases("fp8_activations", ours, plain, device)
+
+
+def _attention_case(name: str, attention: Operation, head_dim: int, is_dense: bool, device: torch.device) -> Case:
+    """Rows with chains of ancestors, all of a document's rows or two of three."""
+    total = sum(LENGTHS)
+    position_Q = torch.arange(total)
+    if not is_dense:
+        position_Q = position_Q[position_Q % 3 != 1]
+    num_rows = len(position_Q)
+    ancestors = []
+    for index in range(NUM_ANCESTORS):
+        # The rows of the step before are more than those of this one.
+        ancestors.append((torch.arange(num_rows) + index).to(device))
+    cu_seqlens = torch.tensor((0, *LENGTHS)).cumsum(0).int().to(device)
+    rows = AttentionRows(
+        position_Q.to(device),
+        cu_seqlens,
+        tuple(ancestors),
+        is_dense=is_dense,
+        longest=max(LENGTHS),
+    )
+    leaves = [_draw(num_rows, HEADS, head_dim, seed=1)]
+    leaves += [_draw(total, GROUPS, head_dim, seed=seed) for seed in (2, 3)]
+    for seed in range(2 * NUM_ANCESTORS):
+        leaves.append(_draw(num_rows + NUM_ANCESTORS, GROUPS, head_dim, seed=4 + seed))
+
+    def run(function: Operation, query, key, value, *extras) -> tuple[Tensor, ...]:
+        keys, values = list(extras[:NUM_ANCESTORS]), list(extras[NUM_ANCESTORS:])
+        return function(query, key, value, keys, values, rows)
+
+    # Flash attention rounds the prefix's results, and the merge with the ancestors rounds again.
+    roundings = 2 if name == "prefix_flash" else 1
+    ours, plain = partial(run, attention), partial(run, reference.ancestor_attention)
+    return Case(name, tuple(leaves), ours, plain, roundings=roundings)
+
+
+def _loss_weights(device: torch.device) -> list[RowWeights]:
+    """Cross-entropy alone, and all three parts: the kernel is compiled for each."""
+    alone_S = torch.tensor([1.0, 0.8], device=device)
+    return [RowWeights(alone_S), RowWeights(alone_S, alone_S / 2, alone_S / 4)]
+
+
+def _loss_rows(device: torch.device) -> LossRows:
+    """Rows of two steps: of every slot, and of all but every third."""
+    slot_N = torch.arange(NUM_SLOTS)
+    steps = [slot_N, slot_N[slot_N % 3 != 1]]
+    bounds, first = [], 0
+    for slot_R in steps:
+        starts = range(0, NUM_SLOTS + SLOTS_PER_CHUNK, SLOTS_PER_CHUNK)
+        bounds.append([first + int((slot_R < start).sum()) for start in starts])
+        first += len(slot_R)
+    return LossRows(torch.cat(steps).to(device), bounds, SLOTS_PER_CHUNK)
+
+
+def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> Case:
+    """A draft near enough to its target that some of its rows are right."""
+    rows = _loss_rows(device)
+    target_ND = _draw(NUM_SLOTS, HIDDEN_SIZE, seed=1)
+    head_UD = _draw(VOCAB_SIZE, HIDDEN_SIZE, seed=2, scale=3 * HIDDEN_SIZE**-0.5)
+    logits_NU = target_ND @ head_UD.mT
+    lse_N = (logits_NU.logsumexp(-1) + 0.1).to(device)  # a tenth of the mass is outside
+    draft_id_N = logits_NU.argmax(-1).to(device)
+    slot_R = rows.slot_R.cpu()
+    noise_RD = _draw(len(slot_R), HIDDEN_SIZE, seed=3, scale=0.3)
+    leaves = (target_ND[slot_R] + noise_RD, head_UD + _draw(*head_UD.shape, seed=4, scale=0.1))
+    target_ND, head_UD = target_ND.to(device), head_UD.to(device)
+
+    def run(function: Operation, hidden_RD: Tensor, weight_UD: Tensor) -> tuple[Tensor, ...]:
+        own_head_UD = head_UD.to(hidden_RD.dtype)
+
+        def logits(hidden_ND: Tensor) -> Tensor:
+            return reference.upcast(hidden_ND @ own_head_UD.mT)
+
+        targets = SlotTargets(target_ND.to(hidden_RD.dtype), logits, lse_N, draft_id_N)
+        loss = function(hidden_RD, weight_UD, rows, targets, weights, kernels.walk)
+        # A count is no number with an error: it stands as one of many, beside the sums.
+        return loss.total, torch.cat((*loss.sums[:3], loss.correct_S / len(slot_R)))
+
+    ours, plain = partial(run, kernels.vocab_loss), partial(run, reference.vocab_loss)
+    return Case("row_loss", leaves, ours, plain)
+
+
+def _elementwise_cases(own: Elementwise, head_dim: int, device: torch.device) -> Iterator[Case]:
+    plain, rows = Elementwise(), 37
+    x_QD, weight_D = _draw(rows, 200, seed=1), 1 + _draw(200, seed=2, scale=0.25)
+    if own.rms_norm is not plain.rms_norm:
+
+        def norm(operations: Elementwise, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            return (operations.rms_norm(x, weight, EPS),)
+
+        leaves = (x_QD, weight_D)
+        yield Case("rms_norm", leaves, partial(norm, own), partial(norm, plain), roundings=2)
+    if own.swiglu is not plain.swiglu:
+
+        def swiglu(operations: Elementwise, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+            return (operations.swiglu(gate, up),)
+
+        leaves = (3 * x_QD, _draw(rows, 200, seed=3))
+        yield Case("swiglu", leaves, partial(swiglu, own), partial(swiglu, plain))
+    if own.rotate_both is not plain.rotate_both:
+        angle_QE = _draw(rows, head_dim // 2, seed=4).repeat(1, 2)
+        cos_sin = angle_QE.cos()[:, None].to(device), angle_QE.sin()[:, None].to(device)
+
+        def rotate(operations: Elementwise, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+            # Some implementations rotate in place, which leaves are not open to.
+            return operations.rotate_both(query.clone(), key.clone(), cos_sin)
+
+        leaves = (_draw(rows, HEADS, head_dim, seed=5), _draw(rows, GROUPS, head_dim, seed=6))
+        yield Case("rotate_both", leaves, partial(rotate, own), partial(rotate, plain))
+
+
+def _packed_attention_case(attention: PackedAttention, head_dim: int, window: int | None, device: torch.device) -> Case:
+    total = sum(LENGTHS)
+    segments, scores = Segments(LENGTHS, device, window), Scores(head_dim**-0.5)
+    leaves = [_draw(HEADS, total, head_dim, seed=1)]
+    leaves += [_draw(GROUPS, total, head_dim, seed=seed) for seed in (2, 3)]
+
+    def run(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return (function(*tensors, segments, scores),)
+
+    ours, plain = partial(run, attention), partial(run, packed_attention.in_blocks)
+    return Case("packed_attention", tuple(leaves), ours, plain, differentiates=False)
+
+
+def _fp8_cases(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
+    """One weight, and those of experts of which one has no row."""
+    for counts in ((sum(FP8_COUNTS),), FP8_COUNTS):
+        num_outputs, num_inputs = FP8_SIZES
+        values_XNK = _draw(len(counts), num_outputs, num_inputs, seed=1)
+        codes_XNK = values_XNK.to(torch.float8_e4m3fn).to(device)
+        blocks = [-(-size // step) for size, step in zip(FP8_SIZES, FP8_BLOCK, strict=True)]
+        scale_XGJ = (_draw(len(counts), *blocks, seed=2).abs() + 0.5).to(device)
+        ends_X = None
+        if len(counts) > 1:
+            ends_X = torch.tensor(counts).cumsum(0).int().to(device)
+        weight = codes_XNK, scale_XGJ, FP8_BLOCK, ends_X
+
+        def run(function: Callable[..., Tensor], rows_MK: Tensor, weight=weight):
+            return (function(rows_MK, *weight),)
+
+        leaves = (_draw(sum(counts), num_inputs, seed=3),)
+        yield Case(name, leaves, partial(run, ours), partial(run, plain), differentiates=False)

@@ -1,0 +1,97 @@
+"""What is known of kernels on this machine, in a file: results of the self-check, and tiles.
+
+One file per GPU type, driver, versions of what compiles and runs kernels, and source of our own
+kernels. A change of any of them begins a new file, so nothing in a file is ever out of date.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "liger-kernel", "flash-attn")
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return what decides whether a kernel works: device, driver, versions and our own source."""
+    facts = {"device": "cpu", "driver": "none", "kernels": _source_digest()}
+    if device.type == "cuda":
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        facts["device"] = f"{torch.cuda.get_device_name(device)}, compute capability {capability}"
+        facts["driver"] = _driver()
+    return facts | {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _driver() -> str:
+    try:
+        return DRIVER.read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError):
+        return f"CUDA {torch.version.cuda}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+class KernelCache:
+    """One file of results.
+
+    Entries lie in sections, which are mappings from text to something that JSON holds. An
+    unreadable file counts as an empty one. Where nothing can be written, results live as long as
+    the process.
+    """
+
+    def __init__(self, folder: Path | None, device: torch.device) -> None:
+        """folder: None keeps nothing on disk."""
+        self._facts = environment(device)
+        digest = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = None if folder is None else folder / f"kernels-{digest}.json"
+
+    def read(self, section: str) -> dict[str, Any]:
+        """Return the entries of a section, none where there is no readable file."""
+        entries = self._content().get(section)
+        return entries if isinstance(entries, dict) else {}
+
+    def add(self, section: str, entries: Mapping[str, Any]) -> None:
+        """Write entries next to those that are there; the file is replaced as a whole."""
+        if self.path is None or not entries:
+            return
+        content = self._content()
+        content |= {"environment": self._facts, section: self.read(section) | dict(entries)}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=self.path.parent, suffix=".partial", delete=False
+            ) as file:
+                json.dump(content, file, indent=2)
+            os.replace(file.name, self.path)
+        except OSError:
+            self.path = None
+
+    def _content(self) -> dict[str, Any]:
+        if self.path is None:
+            return {}
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}

@@ -1,0 +1,285 @@
+"""Comparison of each chosen kernel with plain PyTorch at the first start on a GPU.
+
+Kernels are tested in Triton's interpreter, and compiled ahead of time; neither shows what a
+compiler makes of them on the machine at hand. So each one runs once, forward and backward, on a
+small input of odd sizes. With the same operation computed by plain PyTorch (`reference.py`), and
+norms over all numbers of a tensor,
+
+    error = |kernel - float64|        bound = 2 roundings |plain - float64| + FLOOR |float64|
+
+where `roundings` counts how often a kernel rounds its results to the precision of the run; plain
+PyTorch does so once. A kernel with an error above the bound, or that raises, is replaced by plain
+PyTorch. Results are kept with `kernel_cache.py`.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.kernels import FlashWhereDense, Kernels, TargetKernels, blocked_attention
+from engine.kernels.check_cases import Case, Operation, draft_cases, target_cases
+from engine.kernels.elementwise import Elementwise
+from engine.kernels.kernel_cache import KernelCache
+from engine.kernels.vocab_loss import row_loss
+
+SECTION = "self_check"
+# The exponential of a GPU errs by 2**-22 in fp32, and differences of scores magnify it.
+FLOOR = 1e-5
+ELEMENTWISE = ("rms_norm", "swiglu", "rotate_both")
+TARGET_ONLY = Kernels()  # no kernel of a draft
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """The result of one kernel's check.
+
+    name: stem of the kernel's file, or the name of an elementwise operation. error, bound: of the
+    tensor that comes nearest to its bound, relative to its norm. seconds: time taken, compilation
+    included. message: what went wrong; empty where `ok`.
+    """
+
+    name: str
+    ok: bool
+    error: float
+    bound: float
+    seconds: float
+    message: str
+
+
+def check_kernels(
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dir: Path | None,
+    *,
+    target: TargetKernels | None = None,
+    head_dim: int = 128,
+) -> list[KernelCheck]:
+    """Compare every kernel in use with plain PyTorch; one result per kernel, in a fixed order.
+
+    What plain PyTorch computes anyway is left out. dtype: precision of the run. cache_dir: folder
+    of earlier results; None = none are kept. target: kernels of a frozen target, checked as well.
+    head_dim: of the attentions. The order of the results depends on the arguments alone, so that
+    ranks can compare theirs.
+    Raises RuntimeError where a kernel left the device in a state in which nothing else can run.
+    """
+    cases: dict[str, list[Case]] = {}
+    for case in draft_cases(kernels, head_dim, device):
+        cases.setdefault(case.name, []).append(case)
+    for case in target_cases(target or TargetKernels(), head_dim, device):
+        cases.setdefault(case.name, []).append(case)
+
+    cache = KernelCache(cache_dir, device)
+    known = cache.read(SECTION)
+    checks = []
+    for name, of_one in cases.items():
+        key = f"{name}, {dtype}, head dim {head_dim}"
+        check = _known_check(known.get(key))
+        if check is None:
+            check = _check(name, of_one, device, dtype)
+            cache.add(SECTION, {key: _entry(check)})
+            if not check.ok:
+                _check_device(name, device)
+        checks.append(check)
+    return checks
+
+
+def _entry(check: KernelCheck) -> dict[str, object]:
+    """Return what the cache holds of a result; JSON has no infinite numbers, so text does."""
+    return asdict(check) | {"error": str(check.error), "bound": str(check.bound)}
+
+
+def _known_check(entry: object) -> KernelCheck | None:
+    """Return a result as the cache holds it, None where it holds none that can be read."""
+    try:
+        check = KernelCheck(**entry)  # type: ignore[arg-type]
+        return replace(check, error=float(check.error), bound=float(check.bound))
+    except (TypeError, ValueError):
+        return None
+
+
+def _check(name: str, cases: Sequence[Case], device: torch.device, dtype: torch.dtype) -> KernelCheck:
+    started = time.perf_counter()
+    error, bound, message = 0.0, FLOOR, ""
+    for case in cases:
+        try:
+            worst_error, worst_bound, message = _compare(case, device, dtype)
+        except Exception as problem:
+            # Whatever a compiler, a driver or a launch raises: the run can do without the kernel.
+            message = f"{type(problem).__name__}: {str(problem).strip() or 'no message'}"
+            error, bound = float("inf"), FLOOR
+            break
+        if message or worst_error * bound > error * worst_bound:
+            error, bound = worst_error, worst_bound
+        if message:
+            break
+    seconds = round(time.perf_counter() - started, 3)
+    return KernelCheck(name, not message, error, bound, seconds, message)
+
+
+def _compare(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[float, float, str]:
+    """Return error and bound of the tensor nearest to its bound, and what is wrong with it."""
+    rounded = [leaf.to(dtype) for leaf in case.leaves]
+    ours = _results(case.ours, rounded, device, dtype, case.differentiates)
+    plain = _results(case.plain, rounded, device, dtype, case.differentiates)
+    exact = _results(case.plain, rounded, device, torch.float64, case.differentiates)
+    nearest = (0.0, FLOOR, "")
+    for index, (own, plainly, true) in enumerate(zip(ours, plain, exact, strict=True)):
+        label = f"result {index}"
+        if index >= len(ours) - len(rounded) and case.differentiates:
+            label = f"the gradient of argument {index - len(ours) + len(rounded)}"
+        if own.shape != true.shape:
+            message = f"{label} has the shape {list(own.shape)}, not {list(true.shape)}"
+            return float("inf"), FLOOR, message
+        scale = true.norm().item() or 1.0
+        error = (own - true).norm().item() / scale
+        bound = 2 * case.roundings * (plainly - true).norm().item() / scale + FLOOR
+        if not error <= bound:
+            found = "is not finite" if error != error or error == float("inf") else f"errs by {error:.1e}"
+            return error, bound, f"{label} {found}; at most {bound:.1e} was expected"
+        if error * nearest[1] >= nearest[0] * bound:
+            nearest = (error, bound, "")
+    return nearest
+
+
+def _results(
+    operation: Operation,
+    leaves: Iterable[Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    differentiates: bool,
+) -> list[Tensor]:
+    """Return the outputs, and the gradients for fixed directions, in float64."""
+    moved = [leaf.to(device, dtype).requires_grad_(differentiates) for leaf in leaves]
+    with torch.set_grad_enabled(differentiates):
+        outputs = [output for output in operation(*moved)]
+    results = [output.detach().double() for output in outputs]
+    if differentiates:
+        reached = [output for output in outputs if output.requires_grad]
+        directions = []
+        for output in reached:
+            generator = torch.Generator().manual_seed(7)
+            direction = torch.randn(output.shape, generator=generator)
+            # One direction for all precisions, which each of them can hold.
+            directions.append(direction.to(torch.bfloat16).to(device, output.dtype))
+        gradients = torch.autograd.grad(reached, moved, directions)
+        results += [gradient.double() for gradient in gradients]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return results
+
+
+def _check_device(name: str, device: torch.device) -> None:
+    """Raise RuntimeError where a failed kernel left a device that runs nothing any more."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the kernel {name} left {device} unusable ({error}). Start the same command again: "
+            f"the failure is recorded, and plain PyTorch will take the kernel's place"
+        ) from error
+
+
+def without_failed(kernels: Kernels, failed: Collection[str]) -> Kernels:
+    """Return `kernels` with plain PyTorch in the place of those named.
+
+    Attention falls back to blocks, and the loss to chunks, of plain PyTorch: as `reference.py`
+    computes them, in memory that does not grow with the square of the tokens.
+    """
+    if not failed:
+        return kernels
+    attention = kernels.attention
+    plain_attention = blocked_attention.ancestor_attention
+    if isinstance(attention, FlashWhereDense):
+        if "ancestor_attention" in failed:
+            attention = FlashWhereDense(plain_attention)
+        if "prefix_flash" in failed:
+            attention = attention.otherwise
+    elif "ancestor_attention" in failed:
+        attention = plain_attention
+    walk = kernels.walk
+    if "row_loss" in failed:
+        walk = replace(walk, row_loss=row_loss, in_place=False)
+    plain = Elementwise()
+    replaced = {name: getattr(plain, name) for name in ELEMENTWISE if name in failed}
+    elementwise = replace(kernels.elementwise, **replaced)
+    names = ", ".join(sorted(failed))
+    reason = f"{kernels.reason}; plain PyTorch in place of {names}, which failed the self-check"
+    return replace(kernels, attention=attention, walk=walk, elementwise=elementwise, reason=reason)
+
+
+def warning(check: KernelCheck, device: torch.device, cache_dir: Path | None) -> str:
+    """Return what a person is told of a kernel that failed on this rank or another one."""
+    found = check.message or "it failed on another rank"
+    path = KernelCache(cache_dir, device).path
+    kept = "" if path is None else f" and {path}; delete that file to try the kernel again"
+    return (
+        f"Warning: the kernel {check.name} failed its self-check on {device}: {found}. "
+        f"Plain PyTorch takes its place, which is right but slower. "
+        f"Please report this with the output of `python -m torch.utils.collect_env`{kept}."
+    )
+
+
+class Ranks(Protocol):
+    """The processes of a run, as `engine.parallel.mesh.World` has them."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def any_rank(self, flags: list[bool]) -> list[bool]: ...
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """Where kernels are checked, and how ranks agree on the result.
+
+    cache_dir: folder of earlier results; None = none are kept. any_rank: from what is wrong on
+    this rank, one flag per kernel, to what is wrong on any; a collective. warn: shows a line.
+    even_on_cpu: whether kernels are checked without a GPU, where Triton interprets them.
+    """
+
+    device: torch.device
+    cache_dir: Path | None
+    any_rank: Callable[[list[bool]], list[bool]]
+    warn: Callable[[str], None]
+    even_on_cpu: bool = False
+
+    @classmethod
+    def of(cls, world: Ranks, cache_dir: str | Path | None, warn: Callable[[str], None]) -> "SelfCheck":
+        """Return the self-check of a run. cache_dir: as in `data`."""
+        folder = None if cache_dir is None else Path(cache_dir)
+        return cls(world.device, folder, world.any_rank, warn)
+
+    def failed(
+        self,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        *,
+        target: TargetKernels | None = None,
+        head_dim: int = 128,
+    ) -> set[str]:
+        """Return the names of the kernels that failed on any rank, after a warning for each.
+
+        A collective. Nothing is checked on a CPU, which runs plain PyTorch.
+        """
+        if self.device.type == "cpu" and not self.even_on_cpu:
+            return set()
+        checks = check_kernels(kernels, self.device, dtype, self.cache_dir, target=target, head_dim=head_dim)
+        flags = self.any_rank([not check.ok for check in checks])
+        failed = set()
+        for check, has_failed in zip(checks, flags, strict=True):
+            if has_failed:
+                failed.add(check.name)
+                self.warn(warning(check, self.device, self.cache_dir))
+        return failed
+
+    def sound(self, kernels: Kernels, dtype: torch.dtype, head_dim: int) -> Kernels:
+        """Return `kernels` without those that failed on any rank; a collective."""
+        return without_failed(kernels, self.failed(kernels, dtype, head_dim=head_dim))

@@ -1,0 +1,40 @@
+"""The self-check of those kernels that a frozen target runs."""
+
+from transformers import PreTrainedConfig
+
+from engine.config import TargetSection
+from engine.kernels import choose_target_kernels, stop_using
+from engine.kernels.self_check import TARGET_ONLY, SelfCheck
+from engine.models.registry import text_config
+from engine.parallel.quantised import layout_of
+from engine.target.anatomy import dtype_of
+
+
+def check_target_kernels(config: PreTrainedConfig, section: TargetSection, self_check: SelfCheck) -> None:
+    """Check what a target will run, and let plain PyTorch take the place of what fails.
+
+    A collective of all ranks, to be called before the target is loaded.
+    """
+    device = self_check.device
+    dtype = dtype_of(section, device)
+    layout, _ = layout_of(config)
+    stays_fp8 = layout == "fp8" and section.keep_quantised in ("fp8", "all")
+    kernels = choose_target_kernels(
+        device,
+        dtype,
+        fp8=stays_fp8,
+        fp8_activations=stays_fp8 and section.fp8_activations,
+    )
+    head_dim = _head_dim(text_config(config))
+    stop_using(self_check.failed(TARGET_ONLY, dtype, target=kernels, head_dim=head_dim))
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    """Return the width of a head, or a common one where a family names none."""
+    named = getattr(config, "head_dim", None)
+    num_heads = getattr(config, "num_attention_heads", None)
+    if isinstance(named, int):
+        return named
+    if isinstance(num_heads, int):
+        return config.hidden_size // num_heads
+    return 128
