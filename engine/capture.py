@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from engine.batch import PackedBatch
 from engine.config import Config, TttSection
@@ -26,6 +26,7 @@ from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manif
 from engine.store.reader import MappedShard
 from engine.store.writer import PARTIAL, Piece, ShardFile, StoreWriter, stored_tensors, write_whole
 from engine.target.checked_kernels import check_target_kernels
+from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.target.stored import HEAD, save_head
 from engine.telemetry import Telemetry
@@ -68,7 +69,7 @@ class Capture:
         """The whole job; raises ValueError before the target is loaded where it can be, StoreError or OSError on a bad disk."""
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
-        target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+        target_config = load_target_config(section)
         contents = self.contents(tokenizer, target_config)
         mesh = TargetMesh.of(self.config.parallel, self.world)
         with self.telemetry.stage("Reading the data"):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import DraftOutput, MicroBatch, PackedBatch, to_device
@@ -42,6 +42,7 @@ from engine.parallel.zero import ZeroDraft
 from engine.recipe import dump_config
 from engine.report import RunReport
 from engine.rows import allowed_rows, slots_of
+from engine.target.configuration import load_target_config
 from engine.telemetry import Telemetry
 from engine.ttt import Teacher, TrainingTimeTest, unroll
 
@@ -84,7 +85,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
-        target_config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+        target_config = load_target_config(section)
         check_fp8_activations(target_config, section)
         origin = open_origin(self.config, tokenizer, self.world, self.telemetry)
         draft_config = derive_draft_config(target_config, self.config.draft, origin.aux_layers)

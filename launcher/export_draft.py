@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig
 from transformers.utils import cached_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +23,7 @@ from engine.export import VOCAB, WEIGHTS, check_replaceable, export_draft, load_
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.parallel.zero import consolidated_weights
 from engine.recipe import load_config
+from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 
 RECIPE = "config.yaml"
@@ -96,7 +96,7 @@ def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:
     tag = choose_tag(run / CHECKPOINTS, tag)
     check_replaceable(folder)
     recipe = load_config(run / RECIPE)
-    target = AutoConfig.from_pretrained(recipe.target.path, **recipe.target.hub_arguments)
+    target = load_target_config(recipe.target)
     config = derive_draft_config(target, recipe.draft, recipe.target.aux_layers)
     config = replace(config, trained_with=load_vocab_facts(run / VOCAB).get("trained_with"))
     embed_weight_VD = None if config.hidden_size == config.target_hidden_size else read_embedding(recipe.target, config)

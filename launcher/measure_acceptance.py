@@ -12,10 +12,10 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 from rich.text import Text
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,11 +31,14 @@ from engine.kernels.self_check import SelfCheck
 from engine.models.draft_config import DraftConfig
 from engine.models.registry import check_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
+from engine.parallel.quantised import check_quantisation
+from engine.parallel.weight_files import find_weight_files
 from engine.recipe import load_config
 from engine.report import acceptance_table
 from engine.store.format import Manifest
 from engine.strict import parse_json, read_text
 from engine.target.checked_kernels import check_target_kernels
+from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.telemetry import Telemetry
 from launcher.command import join_environment, run_plugins, stop, user_cache
@@ -109,9 +112,16 @@ def read_draft_config(folder: Path) -> DraftConfig:
     return DraftConfig.from_dict(parse_json(read_text(path), path))
 
 
-def check_target(draft: DraftConfig, path: str, hub: dict[str, Any]) -> None:
-    """Raises ValueError if the draft was not trained for the target at `path`, before that is loaded."""
-    target = text_config(AutoConfig.from_pretrained(path, **hub))
+def check_target(draft: DraftConfig, section: TargetSection, is_shared: bool) -> None:
+    """Raises ValueError if the draft was not trained for the target, or that cannot be read, before it is loaded.
+
+    is_shared: whether several ranks share the target.
+    """
+    path = section.path
+    config = load_target_config(section)
+    check_quantisation(config, path, is_shared)
+    find_weight_files(path, section.revision).check()
+    target = text_config(config)
     facts = {
         "a vocabulary of": (draft.vocab_size, target.vocab_size),
         "hidden size": (draft.target_hidden_size, target.hidden_size),
@@ -142,12 +152,12 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
 def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Config, world: World) -> dict[str, AcceptanceReport]:
     """Load the draft and what the run's configuration names, decode, and print the table; reports by drafter, on every rank."""
     telemetry = Telemetry(speaks=world.is_main)
-    check_target(draft_config, run.target.path, run.target.hub_arguments)
     mesh = TargetMesh.of(run.parallel, world)
+    check_target(draft_config, run.target, is_shared=mesh.size > 1)
     tokenizer = load_tokenizer(run.target, run.data)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     self_check = SelfCheck.of(world, run.data.cache_dir or user_cache(), telemetry.note)
-    target_config = AutoConfig.from_pretrained(run.target.path, **run.target.hub_arguments)
+    target_config = load_target_config(run.target)
     check_target_kernels(target_config, run.target, self_check)
     target = FrozenTarget.load(
         run.target, world.device, draft_config.aux_layers, mesh=mesh, unproven=run.parallel.unproven, bar=telemetry.progress

@@ -15,18 +15,23 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 from rich.table import Table
-from transformers import AutoConfig
 
 from engine.config import Config, ConfigError
 from engine.ds_config import load_ds_config
 from engine.flops import PEAKS
 from engine.models.registry import check_family, text_config
 from engine.parallel.mesh import check_sizes
-from engine.parallel.quantised import StaysQuantised, check_fp8_activations
+from engine.parallel.quantised import (
+    StaysQuantised,
+    check_fp8_activations,
+    check_quantisation,
+    forget_quantisation,
+)
 from engine.parallel.rules import check_proven
 from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Ranks
 from engine.recipe import load_config
 from engine.target.anatomy import without_weights
+from engine.target.configuration import load_target_config
 from engine.telemetry import Telemetry
 from launcher.command import check_target, make_parser, run_plugins, stop, with_paths, wrong_options
 
@@ -64,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
 def make_planner(config: Config, ds_config: dict[str, Any], arguments: argparse.Namespace) -> Planner:
     """Raises ValueError or OSError for what a user can mend."""
     section = config.target
-    target = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+    target = load_target_config(section)
     check_family(target)
     may_share = config.parallel.unproven
     try:
@@ -77,8 +82,10 @@ def make_planner(config: Config, ds_config: dict[str, Any], arguments: argparse.
     documents = Documents(min(arguments.document_tokens, config.data.max_tokens), arguments.said)
     assumed = Assumed(documents, arguments.share_of_peak, arguments.headroom)
     check_fp8_activations(target, section)
+    is_shared = config.parallel.tp_size > 1 or config.parallel.ep_size > 1
+    check_quantisation(target, section.path, is_shared)
     quantised = StaysQuantised.of(target, section.keep_quantised, section.fp8_activations)
-    target.quantization_config = None
+    forget_quantisation(target)
     model = without_weights(target, section, torch.device("cuda"))
     return Planner(config, ds_config, model, gpus, assumed, quantised, may_share)
 

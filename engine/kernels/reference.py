@@ -90,7 +90,7 @@ def vocab_loss(
 def dequantised(codes: torch.Tensor, scale: torch.Tensor, block: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Every value times the scale of its block, formed in fp32. block: values that share a scale, along each dimension."""
     for dim, size in enumerate(block):
-        if size > 1:
+        if size > 1 and scale.shape[dim] > 1:
             scale = scale.repeat_interleave(size, dim).narrow(dim, 0, codes.shape[dim])
     return (codes.float() * scale.float()).to(dtype)
 

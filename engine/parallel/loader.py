@@ -1,81 +1,42 @@
-"""A rank's part of a checkpoint: built on the meta device, then read slice by slice from safetensors files.
+"""A checkpoint, or a rank's part of it, read straight to the device, slice by slice, into a model on the meta device.
 
 Names, fused and per-expert layouts are mapped by Transformers' own conversion rules. Of an expert's tensors only those of own
 experts are read, of a weight that is cut only own rows or columns.
 """
 
-import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import cached_file
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
 
+from engine.models.registry import num_layers, text_config
 from engine.parallel.quantised_weight import QuantisedWeight
 from engine.parallel.rules import Cut
+from engine.parallel.weight_reader import Checkpoint, MisfitError
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+OF_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# Tensors that published checkpoints hold and no model reads here: rotary tables, scales of a quantised cache
+# and of its inputs, and modules that predict several tokens at once.
+NEVER_READ = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.[kv]_scale$|\.input_scale$|(^|\.)mtp(_\w+)?\.")
+NUM_MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 THREADS = 2  # each holds a tensor beside those that are in their place
-SHOWN = 20
 
 Bar = Callable[[int, str], AbstractContextManager]  # over so many units: an object with `move_to(done, text)`
-
-
-class Checkpoint:
-    """The tensors of a folder or hub repository, by name; nothing is read until it is asked for.
-
-    stays_quantised: whether linear maps and experts are held as quantised as they are read.
-    """
-
-    stays_quantised = False
-
-    def __init__(self, path: str, revision: str | None = None) -> None:
-        """Raises ValueError if it holds no safetensors file."""
-
-        def find(name: str) -> str | None:
-            return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-
-        if index := find(INDEX):
-            by_name = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            files = {name: find(name) for name in set(by_name.values())}
-            if missing := sorted(name for name, file in files.items() if file is None):
-                raise ValueError(f"target.path={path}: files of {INDEX} are missing: {', '.join(missing[:SHOWN])}")
-        elif single := find(SINGLE):
-            files = {SINGLE: single}
-            with safe_open(single, "pt") as file:
-                by_name = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            problem = f"neither {SINGLE} nor {INDEX} is there; a target that is shared or quantised is read from these"
-            raise ValueError(f"target.path={path}: {problem}")
-        self._open = {name: safe_open(file, "pt") for name, file in files.items()}
-        self._by_name = by_name
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._by_name))
-
-    def shape(self, name: str) -> list[int]:
-        return self._open[self._by_name[name]].get_slice(name).get_shape()
-
-    def read(self, name: str, cut: Cut | None = None) -> Tensor:
-        """A tensor, or a rank's part of it."""
-        file = self._open[self._by_name[name]]
-        if cut is None or cut.zeros:
-            return file.get_tensor(name)
-        lazy, before = file.get_slice(name), (slice(None),) * cut.dim
-        parts = [lazy[(*before, slice(start, stop))] for start, stop in cut.intervals]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
 
 
 @dataclass(frozen=True)
@@ -94,18 +55,20 @@ def load_cut(
     device: torch.device,
     bar: Bar | None = None,
     wrapper: PreTrainedModel | None = None,
+    dropped: Collection[str] = (),
 ) -> None:
     """Give a model on the meta device its weights, those with a cut in part, in the precision they have there, or quantised.
 
     wrapper: a model on the meta device that holds more than this one; what a checkpoint has for the rest is passed over.
-    Beside what stays, the host holds two tensors of the checkpoint at most. Raises ValueError that lists all tensors that are
-    missing, misshaped or not known, before any is read.
+    dropped: names of weights that were taken out of the model, likewise passed over.
+    Beside what stays, the host holds two tensors of the checkpoint at most. Raises MisfitError that lists all tensors that are
+    missing, misshaped, not known or stored as codes without a known scale, before any is read.
     """
+    keep_in_float32(model)
     whole = model.state_dict()
-    plan, problems = _plan(model, whole, checkpoint, wrapper)
+    plan, problems = _plan(model, whole, checkpoint, wrapper, dropped)
     if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise ValueError("\n  ".join(["the checkpoint does not fit the target's config:", *problems[:SHOWN], *more]))
+        raise MisfitError(checkpoint.path, problems)
 
     def load(parameter: _Parameter) -> int:
         num_bytes = 0
@@ -123,7 +86,23 @@ def load_cut(
             if progress:
                 rate = held / (time.perf_counter() - start) / 1e9
                 progress.move_to(done, f"bytes of weights, {rate:.2f} GB/s")
-    _complete(model, device)
+    there = {name for parameter in plan for name in parameter.names}
+    _complete(model, device, missing=set(whole) - there)
+
+
+def keep_in_float32(model: PreTrainedModel) -> None:
+    """Give weights and buffers of a model on the meta device float32 where its family asks for that.
+
+    `from_pretrained` does the same; rounded to bfloat16, the bias of a router would choose other experts.
+    """
+    wanted = model._get_dtype_plan(model.dtype)
+    if not wanted:
+        return
+    pattern, group_of, _ = build_glob_alternation(list(wanted))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        match = pattern.search(name)
+        if match is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted[group_of[match.lastgroup]])
 
 
 def _put(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
@@ -162,36 +141,75 @@ class _Names:
 
 
 def _plan(
-    model: PreTrainedModel, whole: Mapping[str, Tensor], checkpoint: Checkpoint, wrapper: PreTrainedModel | None
+    model: PreTrainedModel,
+    whole: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    wrapper: PreTrainedModel | None,
+    dropped: Collection[str],
 ) -> tuple[list[_Parameter], list[str]]:
     """What to read for each parameter, and what does not fit."""
     names = _Names(model, whole)
-    elsewhere = {} if wrapper is None else wrapper.state_dict()
-    wrapper_names = None if wrapper is None else _Names(wrapper, elsewhere)
     by_pattern = {pattern: rule for rule in names.converters for pattern in rule.source_patterns}
+    elsewhere = _Elsewhere(model, wrapper, dropped)
     sources: dict[str, list[tuple[str, str | None]]] = {}
-    problems, ignored = [], [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    problems: list[str] = []
     for key in checkpoint:
         name, pattern = names.of(key)
         if name in whole:
             sources.setdefault(name, []).append((key, pattern))
-        elif wrapper_names is not None and wrapper_names.of(key)[0] in elsewhere:
-            continue
-        elif not any(pattern.search(key) for pattern in ignored):
+            if whole[name].is_floating_point() and not checkpoint.is_understood(key):
+                stored = checkpoint.stored_dtype(key)
+                problems.append(f"{key}: is stored as {stored}, without a scale in a layout that is known")
+        elif not elsewhere.has(key, name):
             problems.append(f"{key}: no such weight")
     plan = []
     for name, found in sources.items():
         rule = by_pattern.get(found[0][1])
         targets = rule.target_patterns if rule else [name]
         made = tuple(name.replace(targets[0], target) for target in targets)
-        if rule is None and checkpoint.shape(found[0][0]) != list(whole[name].shape):
-            shape, expected = checkpoint.shape(found[0][0]), list(whole[name].shape)
+        shape, expected = checkpoint.shape(found[0][0]), list(whole[name].shape)
+        if rule is None and shape != expected:
             problems.append(f"{found[0][0]}: has shape {shape}, the config says {expected}")
         plan.append(_Parameter(made, tuple(found), rule))
     there = {name for parameter in plan for name in parameter.names}
-    tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
-    missing = sorted(set(whole) - there - tied)
+    missing = sorted(set(whole) - there - _tied_to(model, there))
     return plan, [f"{name}: missing" for name in missing] + problems
+
+
+class _Elsewhere:
+    """Tensors of a checkpoint that a model does not need: of its wrapper, of towers and layers that it does not build."""
+
+    def __init__(self, model: PreTrainedModel, wrapper: PreTrainedModel | None, dropped: Collection[str]) -> None:
+        self._patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        self._patterns.append(NEVER_READ)
+        config = text_config(model.config)
+        # numbered behind the decoder's own layers; Transformers does not build them
+        num_mtp_layers = max(getattr(config, name, None) or 0 for name in NUM_MTP_LAYERS)
+        own = num_layers(config)
+        self._mtp_layers = range(own, own + num_mtp_layers)
+        self._dropped = set(dropped)
+        self._of_wrapper = {} if wrapper is None else wrapper.state_dict()
+        self._names = None if wrapper is None else _Names(wrapper, self._of_wrapper)
+
+    def has(self, key: str, name: str) -> bool:
+        """key: in the checkpoint. name: what the model's conversion rules make of it."""
+        if name in self._dropped or any(pattern.search(key) for pattern in self._patterns):
+            return True
+        if self._names is not None and self._names.of(key)[0] in self._of_wrapper:
+            return True
+        layer = OF_LAYER.search(key)
+        return layer is not None and int(layer[1]) in self._mtp_layers
+
+
+def _tied_to(model: PreTrainedModel, there: Collection[str]) -> set[str]:
+    """Names of weights that are the same tensor as one that is there."""
+    pairs = getattr(model, "all_tied_weights_keys", None) or {}
+    tied: set[str] = set()
+    for target, source in pairs.items():
+        partners = {source} | {other for other, of in pairs.items() if of == source}
+        if partners & set(there):
+            tied |= partners | {target}
+    return tied
 
 
 def _read(
@@ -240,15 +258,21 @@ def _held(tensor: Tensor, name: str, checkpoint: Checkpoint, model: PreTrainedMo
     if isinstance(tensor, QuantisedWeight):
         is_factor = tensor.ndim == 3 or (isinstance(owner, nn.Linear) and owner is not model.get_output_embeddings())
         tensor = tensor.to(device)
-        tensor = tensor if checkpoint.stays_quantised and is_factor else tensor.dequantised()
+        tensor = tensor if checkpoint.keeps(tensor) and is_factor else tensor.dequantised()
     return tensor.to(device, getattr(owner, leaf).dtype)
 
 
-def _complete(model: PreTrainedModel, device: torch.device) -> None:
-    """What no checkpoint holds: buffers that follow from the config, and tied weights."""
+def _complete(model: PreTrainedModel, device: torch.device, missing: set[str]) -> None:
+    """What no checkpoint holds: buffers that follow from the config, and tied weights.
+
+    missing: names that the checkpoint lacks. Weights that are tied by the config but differ in the checkpoint stay apart.
+    """
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-    model.tie_weights()
+    if hasattr(model, "all_tied_weights_keys"):
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    else:
+        model.tie_weights()
     model.initialize_weights()

@@ -7,24 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from engine.config import TargetSection
-from engine.parallel.loader import Checkpoint
 from engine.parallel.quantised_weight import QuantisedWeight
 from engine.parallel.rules import Cut
+from engine.parallel.scaled_weights import FP4, NVFP4_BLOCK, PACKED, PER_BYTE, ScaledCheckpoint
+from engine.parallel.weight_reader import Checkpoint, own_part
 
 SCALE, WEIGHT, SCALE_ALONE = "_scale_inv", ".weight", ".scale"
 BLOCKS, SCALES = "_blocks", "_scales"
-PACKED, SCALE_4 = "_packed", "_scale"
-PER_BYTE = 2  # values of 4 bits
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-FP4 = (*E2M1, *(-value for value in E2M1))
+SCALE_4 = "_scale"
 INT4 = tuple(float(code - 8) for code in range(16))
-
-
-def _part(weight: QuantisedWeight, cut: Cut | None) -> Tensor:
-    """Of files that are mapped, no more is read than it takes."""
-    return weight if cut is None or cut.zeros else cut.of(weight)
 
 
 class Fp8Checkpoint(Checkpoint):
@@ -44,6 +38,9 @@ class Fp8Checkpoint(Checkpoint):
                 problem = f"{name} has a scale and is {dtype}, and only weights in fp8 (e4m3) are read beside others in fp8"
                 raise ValueError(f"target.path={path}: {problem}; name a bfloat16 checkpoint")
 
+    def is_understood(self, name: str) -> bool:
+        return name in self._scales or super().is_understood(name)
+
     def _scale_of(self, name: str) -> str | None:
         beside = name.removesuffix(WEIGHT) + SCALE_ALONE if name.endswith(WEIGHT) else name
         return next((scale for scale in (name + SCALE, beside) if scale in self._by_name and scale != name), None)
@@ -58,7 +55,7 @@ class Fp8Checkpoint(Checkpoint):
         codes, scale = super().read(name), super().read(self._scales[name])
         scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
         block = (1,) * (codes.ndim - 2) + self._block
-        return _part(QuantisedWeight(codes, scale, block, row_group=self._row_group), cut)
+        return own_part(QuantisedWeight(codes, scale, block, row_group=self._row_group), cut)
 
 
 class Mxfp4Checkpoint(Checkpoint):
@@ -83,7 +80,7 @@ class Mxfp4Checkpoint(Checkpoint):
         scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.bfloat16), exponent.int() - 127)
         block, packing = (1, 1, blocks.shape[-1] * PER_BYTE), (1, 1, PER_BYTE)
         weight = QuantisedWeight(blocks.flatten(2), scale, block, meanings=FP4, packing=packing)
-        return _part(weight.transpose(1, 2), cut)
+        return own_part(weight.transpose(1, 2), cut)
 
 
 class Int4Checkpoint(Checkpoint):
@@ -108,7 +105,18 @@ class Int4Checkpoint(Checkpoint):
         packed, scale, columns = super().read(name + PACKED), super().read(name + SCALE_4), self.shape(name)[1]
         block, packing = (1, -(-columns // scale.shape[1])), (1, PER_BYTE)
         weight = QuantisedWeight(packed.view(torch.uint8), scale, block, meanings=INT4, packing=packing)
-        return _part(weight[:, :columns], cut)
+        return own_part(weight[:, :columns], cut)
+
+
+# Layouts that are read here, as messages name them.
+LAYOUTS = {
+    "fp8": "fp8 with a scale per block",
+    "scaled_fp8": "fp8 with a scale per tensor or row",
+    "nvfp4": "NVFP4",
+    "mxfp4": "MXFP4",
+    "int4": "packed int4",
+}
+MODELOPT = ("modelopt", "modelopt_fp8", "modelopt_fp4")
 
 
 def _is_packed_int4(facts: dict[str, Any]) -> bool:
@@ -118,14 +126,101 @@ def _is_packed_int4(facts: dict[str, Any]) -> bool:
     return bool(groups) and plain and facts.get("format") == "pack-quantized"
 
 
-def layout_of(config: PreTrainedConfig) -> tuple[str | None, dict[str, Any]]:
-    """ "fp8", "mxfp4" or "int4" where a config's checkpoint is in a layout of ours, else None; and what it says of it."""
-    quantised = getattr(config, "quantization_config", None) or {}
+def _bits_and_kind(facts: dict[str, Any]) -> set[tuple[Any, Any, Any]]:
+    """Bits, type and strategy of the weights of each group of a compressed-tensors config."""
+    groups = [group.get("weights") or {} for group in (facts.get("config_groups") or {}).values()]
+    return {(group.get("num_bits"), group.get("type"), group.get("strategy")) for group in groups}
+
+
+def _layout_of_compressed_tensors(facts: dict[str, Any]) -> str | None:
+    if _is_packed_int4(facts):
+        return "int4"
+    found = _bits_and_kind(facts)
+    is_float = found <= {(8, "float", "tensor"), (8, "float", "channel")}
+    if facts.get("format") in ("float-quantized", "naive-quantized") and found and is_float:
+        return "scaled_fp8"
+    if facts.get("format") == "nvfp4-pack-quantized":
+        return "nvfp4"
+    return None
+
+
+def _layout_of_modelopt(facts: dict[str, Any]) -> str | None:
+    algorithms = {str(facts.get("quant_algo")).upper()}
+    if algorithms == {"MIXED_PRECISION"}:
+        layers = (facts.get("quantized_layers") or {}).values()
+        algorithms = {str(layer.get("quant_algo")).upper() for layer in layers}
+    if algorithms <= {"FP8", "FP8_PER_CHANNEL_PER_TOKEN"}:
+        return "scaled_fp8"
+    # a mix with fp8 counts as NVFP4, whose reader takes both
+    return "nvfp4" if algorithms <= {"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"} else None
+
+
+def _levels(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A config, and that of the language model within it."""
+    return [config, config.get_text_config(decoder=True)]
+
+
+def _published_facts(config: PreTrainedConfig) -> Any:
+    return getattr(config, "quantization_config", None)
+
+
+def forget_quantisation(config: PreTrainedConfig) -> None:
+    """Make a config that of a checkpoint that is not quantised."""
+    for level in _levels(config):
+        if hasattr(level, "quantization_config"):
+            del level.quantization_config
+
+
+def quantisation_facts(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config says of the quantisation of its checkpoint; empty if it is not quantised."""
+    quantised = next((found for found in map(_published_facts, _levels(config)) if found), {})
     facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    return facts | (facts.get("quantization") or {})  # older ModelOpt nests it
+
+
+def layout_of(config: PreTrainedConfig) -> tuple[str | None, dict[str, Any]]:
+    """The layout of a config's checkpoint, a key of `LAYOUTS`, or None if it is in none of them; and what the config says."""
+    facts = quantisation_facts(config)
     method = facts.get("quant_method")
-    if method == "compressed-tensors" and _is_packed_int4(facts):
-        return "int4", facts
-    return method if method == "mxfp4" or (method == "fp8" and facts.get("weight_block_size")) else None, facts
+    if method == "compressed-tensors":
+        return _layout_of_compressed_tensors(facts), facts
+    if method in MODELOPT:
+        return _layout_of_modelopt(facts), facts
+    if method == "fp8":
+        return ("fp8" if facts.get("weight_block_size") else "scaled_fp8"), facts
+    if method == "fbgemm_fp8":
+        return "scaled_fp8", facts
+    return ("mxfp4" if method == "mxfp4" else None), facts
+
+
+def is_left_to_transformers(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint is quantised in a way that Transformers reads and no layout of `LAYOUTS` is."""
+    layout, facts = layout_of(config)
+    method = facts.get("quant_method")
+    is_bits_and_bytes = facts.get("load_in_8bit") or facts.get("load_in_4bit")
+    is_known = method in AUTO_QUANTIZATION_CONFIG_MAPPING or bool(is_bits_and_bytes)
+    return bool(facts) and layout is None and is_known
+
+
+def check_quantisation(config: PreTrainedConfig, path: str, is_shared: bool) -> None:
+    """Raise ValueError, naming the method, if a checkpoint is quantised in a way that cannot be read.
+
+    is_shared: whether several ranks share the target.
+    """
+    layout, facts = layout_of(config)
+    if not facts or layout is not None:
+        return
+    can_be_alone = is_left_to_transformers(config)
+    if can_be_alone and not is_shared:
+        return
+    details = {key: facts.get(key) for key in ("quant_method", "quant_algo", "format") if facts.get(key) is not None}
+    method = ", ".join(f"{key} {value!r}" for key, value in details.items()) or "a method that it does not name"
+    known = ", ".join(LAYOUTS.values())
+    problem = f"target.path={path}: is quantised by {method}, and DraftSpeed reads only {known}"
+    advice = "name a checkpoint in one of these or in bfloat16"
+    if can_be_alone:
+        advice += ", or set parallel.tp_size=1 and ep_size=1, where Transformers reads it"
+    raise ValueError(f"{problem}; {advice}")
 
 
 @dataclass(frozen=True)
@@ -145,8 +240,12 @@ class StaysQuantised:
     def of(cls, config: PreTrainedConfig, keep: str, fp8_activations: bool = False) -> "StaysQuantised | None":
         """None where all are dequantised. keep, fp8_activations: as in `target`."""
         layout, facts = layout_of(config)
-        if layout is None or keep not in (layout, "all"):
+        if layout is None or keep == "none" or (keep == "fp8" and layout not in ("fp8", "scaled_fp8")):
             return None
+        if layout == "scaled_fp8":
+            return cls(1.0, False, _left_out(facts))
+        if layout == "nvfp4":
+            return cls(1 / PER_BYTE + 4 / NVFP4_BLOCK, False, _left_out(facts))
         if layout == "fp8":
             rows, columns = facts["weight_block_size"]
             skipped = tuple(facts.get("modules_to_not_convert") or ())
@@ -167,6 +266,14 @@ class StaysQuantised:
         return is_expert or (is_linear and not self.only_experts)
 
 
+def _left_out(facts: dict[str, Any]) -> tuple[str, ...]:
+    """Modules that a config names as not quantised, without the parts that stand for any layer."""
+    names: list[str] = []
+    for key in ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers"):
+        names += facts.get(key) or ()
+    return tuple(name.removeprefix("re:").strip("*.") for name in names)
+
+
 def check_fp8_activations(config: PreTrainedConfig, section: TargetSection) -> None:
     """Raises ValueError where `target.fp8_activations` is asked of a target without weights in fp8, or whose activations
     servers quantise in another way."""
@@ -175,7 +282,7 @@ def check_fp8_activations(config: PreTrainedConfig, section: TargetSection) -> N
         return
     scheme, scales, path = facts.get("activation_scheme") or "dynamic", facts.get("scale_fmt"), f"target.path={section.path}"
     if layout != "fp8":
-        found = f"in {layout}" if layout else "not in fp8 with a scale a block"
+        found = f"in {LAYOUTS[layout]}" if layout else f"not in {LAYOUTS['fp8']}"
         problem = f"the weights of {path} are {found}, so nothing is multiplied in fp8"
     elif scheme != "dynamic" or scales is not None:
         found = f"scale_fmt={scales}" if scales is not None else f"activation_scheme={scheme}"
@@ -196,14 +303,18 @@ def open_checkpoint(
     if not facts:
         return Checkpoint(path, revision)
     if layout is None:
-        method = facts.get("quant_method")
-        problem = f"is quantised by {method!r}, and only fp8 with a scale a block, mxfp4 and packed int4 can be shared"
-        raise ValueError(f"target.path={path}: {problem}; name a bfloat16 checkpoint, or set parallel.tp_size=1 and ep_size=1")
-    del config.quantization_config
+        check_quantisation(config, path, is_shared=True)
+    forget_quantisation(config)
     if layout == "fp8":
         block = tuple(facts["weight_block_size"])
         checkpoint: Checkpoint = Fp8Checkpoint(path, revision, block, block[1] if fp8_activations else None)
     else:
-        checkpoint = {"mxfp4": Mxfp4Checkpoint, "int4": Int4Checkpoint}[layout](path, revision)
-    checkpoint.stays_quantised = keep in (layout, "all")
+        readers = {
+            "mxfp4": Mxfp4Checkpoint,
+            "int4": Int4Checkpoint,
+            "scaled_fp8": ScaledCheckpoint,
+            "nvfp4": ScaledCheckpoint,
+        }
+        checkpoint = readers[layout](path, revision)
+    checkpoint.keep = keep
     return checkpoint

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.config import TargetSection
@@ -27,23 +27,29 @@ from engine.parallel.loader import Bar, load_cut
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.parallel.own_rows import OwnRows
 from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
-from engine.parallel.quantised import check_fp8_activations, layout_of, open_checkpoint
-from engine.parallel.rules import check_proven, part_of_rows
+from engine.parallel.quantised import (
+    check_fp8_activations,
+    check_quantisation,
+    is_left_to_transformers,
+    open_checkpoint,
+)
+from engine.parallel.rules import Cut, check_proven, part_of_rows
 from engine.parallel.tokens import Tokens, tokens_of_forward
 from engine.target.anatomy import (
-    auto_class,
     cut_head,
     decoder_of,
     drop_other_towers,
-    dtype_of,
     head_of,
     layers_of,
+    load_by_transformers,
     name_of,
+    read_generation_config,
     vocabulary_cuts,
     without_weights,
     wrapper_without_weights,
 )
 from engine.target.attention import NAME, ONE, packed_attention
+from engine.target.configuration import load_target_config
 from engine.target.embedding import SharedEmbedding, TargetEmbedding
 from engine.target.head import TargetHead
 from engine.target.rotary import rotate_by_length
@@ -162,30 +168,24 @@ class FrozenTarget:
     ) -> "FrozenTarget":
         """The target of a recipe, on `device`, in `section.dtype`. aux_layers: None = the section's, or the default rule.
 
-        mesh: with whom it is shared; each rank then reads its part alone. unproven: whether it may be of a family that was not
-        shown to give the same results then. bar: shows the reading of a part, or of what `layout_of` says is quantised.
+        Weights go straight to the device, a tensor at a time. mesh: with whom the target is shared; each rank then reads its
+        part alone. unproven: whether it may be of a family that was not shown to give the same results then. bar: shows the
+        reading. Raises ValueError, before a weight is read, if the checkpoint does not fit the config, a file is not whole,
+        or it is quantised in a way that cannot be read.
         """
-        config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+        config = load_target_config(section)
         if config.is_encoder_decoder:
             raise ValueError(f"target.path={section.path}: {config.model_type!r} is an encoder-decoder; expected a causal LM")
         check_family(config)
         check_fp8_activations(config, section)
+        check_quantisation(config, section.path, is_shared=mesh.size > 1)
         if mesh.size > 1 and not unproven:
             check_proven(text_config(config))
         aux_layers = aux_layers or section.aux_layers
-        if mesh.size == 1 and layout_of(config)[0] is None:
-            model = auto_class(config).from_pretrained(section.path, dtype=dtype_of(section, device), **section.hub_arguments)
-            return cls(model.to(device), aux_layers, temperature)
-        quantised = section.keep_quantised, section.fp8_activations
-        checkpoint = open_checkpoint(config, section.path, section.revision, *quantised)
-        model = without_weights(config, section, device)
-        decoder = decoder_of(model)
-        drop_other_towers(model, decoder)
-        plan = TargetPlan.of(decoder, mesh)
-        prefix = name_of(decoder, model)
-        cuts = {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
-        cuts |= vocabulary_cuts(model, mesh.tp)
-        load_cut(model, cuts, checkpoint, device, bar, wrapper_without_weights(config, section))
+        if is_left_to_transformers(config):
+            model = load_by_transformers(config, section, device)
+            return cls(model, aux_layers, temperature)
+        model, plan = _stream(config, section, device, mesh, bar)
         return cls(model, aux_layers, temperature, mesh, plan)
 
     @property
@@ -284,3 +284,26 @@ class FrozenTarget:
         tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
         if ours.shape != expected.shape or not (ours - expected).abs().max() <= tolerance * expected.abs().max():
             raise ValueError(f"target family {family!r} changes its logits after the head in an unknown way; use another")
+
+
+def _stream(
+    config: PreTrainedConfig, section: TargetSection, device: torch.device, mesh: TargetMesh, bar: Bar | None
+) -> tuple[PreTrainedModel, TargetPlan]:
+    """Build a target on the meta device and read its weights, or a rank's part of them, straight to `device`."""
+    checkpoint = open_checkpoint(config, section.path, section.revision, section.keep_quantised, section.fp8_activations)
+    model = without_weights(config, section, device)
+    decoder = decoder_of(model)
+    built = set(model.state_dict())
+    drop_other_towers(model, decoder)
+    dropped = built - set(model.state_dict())
+    plan = TargetPlan()
+    cuts: dict[str, Cut] = {}
+    if mesh.size > 1:
+        plan = TargetPlan.of(decoder, mesh)
+        prefix = name_of(decoder, model)
+        cuts = {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
+        cuts |= vocabulary_cuts(model, mesh.tp)
+    wrapper = wrapper_without_weights(config, section)
+    load_cut(model, cuts, checkpoint, device, bar, wrapper, dropped)
+    read_generation_config(model, section)
+    return model, plan

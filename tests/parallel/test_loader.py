@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,13 @@ from transformers import (
 
 from engine.batch import PackedBatch
 from engine.config import TargetSection
-from engine.parallel.loader import Checkpoint, load_cut
+from engine.parallel.loader import load_cut
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
 from engine.parallel.rules import Cut
-from engine.target.anatomy import decoder_of, name_of, vocabulary_cuts
+from engine.parallel.weight_files import SINGLE
+from engine.parallel.weight_reader import Checkpoint, MisfitError
+from engine.target.anatomy import decoder_of, layers_of, name_of, vocabulary_cuts
 from engine.target.frozen import FrozenTarget
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
@@ -136,14 +139,98 @@ def test_all_that_does_not_fit_is_listed_before_anything_is_read(tmp_path):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_a_folder_without_weights_and_one_that_lacks_a_file_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
-        Checkpoint(str(tmp_path))
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file({"a": torch.zeros(1)}, tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match=r"are missing: model-00002-of-00002\.safetensors"):
-        Checkpoint(str(tmp_path))
+def broken(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> TargetSection:
+    """A tiny target whose tensors were changed."""
+    tiny_model("llama").save_pretrained(folder)
+    weights = load_file(folder / SINGLE)
+    save_file(change(weights), folder / SINGLE, {"format": "pt"})
+    return TargetSection(path=str(folder))
+
+
+def test_a_missing_tensor_is_refused_by_one_rank(tmp_path):
+    section = broken(tmp_path, lambda weights: {k: v for k, v in weights.items() if "layers.2.mlp.up" not in k})
+    with pytest.raises(MisfitError, match=r"does not fit.*\n  model\.layers\.2\.mlp\.up_proj\.weight: missing"):
+        FrozenTarget.load(section, CPU, AUX)
+
+
+def test_tensors_under_another_prefix_are_refused_by_one_rank(tmp_path):
+    section = broken(tmp_path, lambda weights: {f"thinker.{name}": weight for name, weight in weights.items()})
+    with pytest.raises(MisfitError) as error:
+        FrozenTarget.load(section, CPU, AUX)
+    assert "model.embed_tokens.weight: missing" in str(error.value) and "more\n" in str(error.value)
+
+
+def test_a_head_of_its_own_that_is_absent_is_refused_by_one_rank(tmp_path):
+    section = broken(tmp_path, lambda weights: {k: v for k, v in weights.items() if k != "lm_head.weight"})
+    with pytest.raises(MisfitError, match="lm_head.weight: missing"):
+        FrozenTarget.load(section, CPU, AUX)
+
+
+def test_a_table_of_another_size_is_refused_by_one_rank(tmp_path):
+    section = broken(tmp_path, lambda weights: weights | {"model.embed_tokens.weight": torch.zeros(5, 32)})
+    with pytest.raises(MisfitError, match=r"model\.embed_tokens\.weight: has shape \[5, 32\], the config says"):
+        FrozenTarget.load(section, CPU, AUX)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_codes_without_a_scale_are_never_taken_for_weights(dtype, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    section = broken(tmp_path, lambda weights: weights | {name: weights[name].to(dtype)})
+    with pytest.raises(MisfitError, match=f"{name}: is stored as .*8.*, without a scale in a layout that is known"):
+        FrozenTarget.load(section, CPU, AUX)
+
+
+def test_what_no_model_reads_and_layers_that_predict_several_tokens_are_passed_over(tmp_path):
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4), "mtp.fc.weight": torch.zeros(2)}
+    section = broken(tmp_path, lambda weights: weights | extra)
+    plain = FrozenTarget.load(section, CPU, AUX).model.state_dict()
+    assert torch.equal(plain["model.norm.weight"], load_file(tmp_path / SINGLE)["model.norm.weight"])
+    behind = f"model.layers.{len(layers_of(decoder_of(on_meta(tmp_path))))}.mlp.up_proj.weight"
+    save_file(load_file(tmp_path / SINGLE) | {behind: torch.zeros(2)}, tmp_path / SINGLE)
+    with pytest.raises(MisfitError, match=f"{behind}: no such weight"):
+        FrozenTarget.load(section, CPU, AUX)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    FrozenTarget.load(section, CPU, AUX)
+
+
+@pytest.mark.parametrize("present", [("lm_head",), ("model.embed_tokens",), ("lm_head", "model.embed_tokens")])
+def test_a_tied_head_is_found_under_either_name_and_stays_apart_where_it_differs(present, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / SINGLE)
+    absent = {f"{name}.weight" for name in ("lm_head", "model.embed_tokens") if name not in present}
+    save_file({name: weight for name, weight in weights.items() if name not in absent}, tmp_path / SINGLE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    target = FrozenTarget.load(TargetSection(path=str(tmp_path)), CPU, AUX)
+    for name in present:
+        assert torch.equal(target.model.state_dict()[f"{name}.weight"], weights[f"{name}.weight"])
+    assert target.is_tied == (len(present) == 1)
+
+
+def test_a_pickled_checkpoint_is_the_same_target(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    section = TargetSection(path=str(tmp_path))
+    expected = FrozenTarget.load(section, CPU, AUX).model.state_dict()
+    torch.save(load_file(tmp_path / SINGLE), tmp_path / "pytorch_model.bin")
+    (tmp_path / SINGLE).unlink()
+    found = FrozenTarget.load(section, CPU, AUX).model.state_dict()
+    assert all(torch.equal(weight, found[name]) for name, weight in expected.items())
+
+
+def test_weights_that_a_family_keeps_in_float32_stay_so(tmp_path):
+    tiny_model("deepseek_v3").save_pretrained(tmp_path)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    found = FrozenTarget.load(TargetSection(path=str(tmp_path), dtype="bfloat16"), CPU, AUX).model.state_dict()
+    assert torch.float32 in {weight.dtype for weight in expected.values()}
+    assert {name: weight.dtype for name, weight in found.items()} == {name: weight.dtype for name, weight in expected.items()}
+
+
+def test_end_tokens_of_the_generation_config_are_known(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    target = FrozenTarget.load(TargetSection(path=str(tmp_path)), CPU, AUX)
+    assert target.model.generation_config.eos_token_id == [3, 5]
 
 
 def anonymous_bytes() -> int:

@@ -1,0 +1,144 @@
+"""The files that hold a target's weights: found, and checked to be whole, before any weight is read."""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from transformers.utils import cached_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+PICKLED = "pytorch_model.bin"
+LFS_POINTER = b"version https://git-lfs"
+LENGTH_BYTES = 8  # of the number at the start of a safetensors file: how long its header is
+METADATA = "__metadata__"
+SHOWN = 20
+FETCH_AGAIN = "fetch this file again, for example with `hf download`, and compare its size with the published one"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Files of one checkpoint, by name. is_safetensors: otherwise PyTorch's pickled files (`.bin`).
+
+    index: the file that holds each tensor, as an index says it; None for a checkpoint of one file.
+    """
+
+    paths: Mapping[str, Path]
+    is_safetensors: bool
+    index: Mapping[str, str] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError, naming the file and what to do, if a file is cut off or a git-lfs pointer.
+
+        Reads the headers alone.
+        """
+        for path in self.paths.values():
+            if self.is_safetensors:
+                read_header(path)
+            else:
+                check_pickled(path)
+
+
+def find_published(path: str, name: str, revision: str | None) -> Path | None:
+    """A file of a folder or hub repository, or None if it has no such file."""
+    found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def find_weight_files(path: str, revision: str | None = None) -> WeightFiles:
+    """The files of a checkpoint, in the order in which Transformers prefers them.
+
+    Raises ValueError if there are none, the index cannot be read, or files that it names are missing.
+    """
+    for single, index, is_safetensors in ((SINGLE, INDEX, True), (PICKLED, PICKLED_INDEX, False)):
+        found = find_published(path, single, revision)
+        if found is not None:
+            return WeightFiles({single: found}, is_safetensors)
+        found = find_published(path, index, revision)
+        if found is not None:
+            return _named_by_index(path, found, revision, is_safetensors)
+    names = ", ".join((SINGLE, INDEX, PICKLED, PICKLED_INDEX))
+    problem = f"the folder or repository holds no weights: expected one of {names}"
+    raise ValueError(f"target.path={path}: {problem}; fetch them, or name another target")
+
+
+def _named_by_index(path: str, index_path: Path, revision: str | None, is_safetensors: bool) -> WeightFiles:
+    index = _read_index(index_path)
+    names = sorted(set(index.values()))
+    paths = {name: find_published(path, name, revision) for name in names}
+    missing = [name for name, found in paths.items() if found is None]
+    if missing:
+        listed = ", ".join(missing[:SHOWN])
+        problem = f"{len(missing)} of the {len(names)} files of {index_path.name} are missing: {listed}"
+        raise ValueError(f"target.path={path}: {problem}; fetch them, for example with `hf download`")
+    return WeightFiles(paths, is_safetensors, index)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor. Raises ValueError if the index is not whole or names a file outside of its folder."""
+    content = path.read_bytes()
+    _refuse_pointer(path, content)
+    try:
+        index = json.loads(content)["weight_map"]
+        names = sorted(set(index.values()))
+        leaving = [name for name in names if _leaves_folder(name)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{path} is cut off or not an index of weights ({type(error).__name__}: {error})"
+        raise ValueError(f"{problem}; {FETCH_AGAIN}") from error
+    if leaving:
+        problem = f"{path} names files outside of its folder: {', '.join(leaving[:SHOWN])}"
+        raise ValueError(f"{problem}; take the checkpoint from a source that you trust")
+    return index
+
+
+def _leaves_folder(name: str) -> bool:
+    parts = PurePosixPath(name)
+    return parts.is_absolute() or ".." in parts.parts
+
+
+def _refuse_pointer(path: Path, start: bytes) -> None:
+    if start.startswith(LFS_POINTER):
+        problem = f"{path} is a git-lfs pointer, not the file itself"
+        raise ValueError(f"{problem}; run `git lfs pull` in its folder, or fetch it with `hf download`")
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """What a safetensors file says of its tensors: `dtype`, `shape` and `data_offsets` by name.
+
+    Raises ValueError if the file is cut off, a git-lfs pointer, or no safetensors file.
+    """
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+        _refuse_pointer(path, start)
+        length = int.from_bytes(start[:LENGTH_BYTES], "little")
+        if num_bytes < LENGTH_BYTES or length > num_bytes - LENGTH_BYTES:
+            raise ValueError(f"{path} is cut off within its header: it has {num_bytes:,} bytes; {FETCH_AGAIN}")
+        file.seek(LENGTH_BYTES)
+        content = file.read(length)
+    try:
+        header = json.loads(content)
+        header.pop(METADATA, None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        problem = f"{path} is not a safetensors file: its header cannot be read"
+        raise ValueError(f"{problem} ({type(error).__name__}: {error}); {FETCH_AGAIN}") from error
+    expected = LENGTH_BYTES + length + end
+    if num_bytes != expected:
+        problem = f"{path} is not whole: its header says {expected:,} bytes, the file has {num_bytes:,}"
+        raise ValueError(f"{problem}; {FETCH_AGAIN}")
+    return header
+
+
+def check_pickled(path: Path) -> None:
+    """Raise ValueError if a file of PyTorch's is a git-lfs pointer, or a zip archive that is cut off."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    _refuse_pointer(path, start)
+    is_archive = start.startswith(b"PK")
+    if not start or (is_archive and not zipfile.is_zipfile(path)):
+        raise ValueError(f"{path} is cut off: it has {path.stat().st_size:,} bytes; {FETCH_AGAIN}")

@@ -1,0 +1,30 @@
+"""The config of a target, with what its folder says of its quantisation in a file of its own."""
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from engine.config import TargetSection
+from engine.parallel.weight_files import find_published
+from engine.strict import parse_json, read_text
+
+MODELOPT_CONFIG = "hf_quant_config.json"
+
+
+def load_target_config(section: TargetSection) -> PreTrainedConfig:
+    """Read the config of a target.
+
+    NVIDIA's ModelOpt describes its quantisation in `hf_quant_config.json`; where `config.json` does not repeat that, it is
+    added as `quantization_config`. Raises ValueError or OSError if a file cannot be read.
+    """
+    config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+    if getattr(config, "quantization_config", None):
+        return config
+    path = find_published(section.path, MODELOPT_CONFIG, section.revision)
+    if path is None:
+        return config
+    content = parse_json(read_text(path), path)
+    facts = content.get("quantization") if isinstance(content, dict) else None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path}: expected what ModelOpt writes, an object with a key 'quantization'; fetch it again")
+    if facts.get("quant_algo") is not None:
+        config.quantization_config = {"quant_method": "modelopt", **facts}
+    return config
