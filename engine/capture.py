@@ -74,6 +74,7 @@ class Capture:
         mesh = TargetMesh.of(self.config.parallel, self.world)
         with self.telemetry.stage("Reading the data"):
             documents, _ = read_documents(self.config.data, tokenizer, self.world, self.telemetry)
+            documents.check_token_ids(contents.vocab_size)
             manifest = self.plan(contents, documents)
             missing = self.missing(manifest)
             self.check_disk(manifest, missing)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.data.dataset import check_template
+from engine.data.documents import outside_vocabulary
 from engine.data.messages import BadSample, on_sample, parse, read_messages, written_text
 from engine.data.preformatted import Markers
 from engine.data.template_input import accepted_roles
@@ -175,6 +176,14 @@ def held_out_prompts(
         advice = "mend them or data.template_kwargs"
         raise ValueError(f"none of {count} held-out prompts fits the chat template: {problem}; {advice}")
     return prompts
+
+
+def check_prompts(prompts: Sequence[Prompt], vocab_size: int) -> None:
+    """Raise ValueError, naming the prompt, if a token id is not one of the target's vocabulary."""
+    for prompt in prompts:
+        largest = max(prompt.token_ids, default=-1)
+        if largest >= vocab_size:
+            raise ValueError(outside_vocabulary(f"held-out prompt {prompt.source}", largest, vocab_size))
 
 
 def _openings(path: Path) -> Iterator[tuple[Path, int, int]]:

@@ -22,7 +22,7 @@ from engine.data.loader import PackedLoader
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer, template_token_ids
 from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config
-from engine.evaluate import Prompt, held_out_prompts
+from engine.evaluate import Prompt, check_prompts, held_out_prompts
 from engine.export import VOCAB, check_replaceable, export_draft, load_draft, load_vocab_map, save_vocab_map
 from engine.held_out import HeldOut
 from engine.kernels import Kernels, choose_kernels
@@ -94,7 +94,7 @@ class Trainer:
         with self.telemetry.stage("Reading the data"):
             corpus = self.read_corpus(origin, tokenizer, draft_config)
             first_step = self.resume(corpus.loader, position)
-            prompts = self.read_prompts(tokenizer) if origin.decodes else []
+            prompts = self.read_prompts(tokenizer, draft_config.vocab_size) if origin.decodes else []
         with self.telemetry.stage("Loading the target"):
             target = origin.load_target(draft_config.aux_layers)
         draft = self.new_draft(draft_config, kernels, corpus.vocab_map, target)
@@ -149,9 +149,13 @@ class Trainer:
             raise ValueError(f"{problem}; set draft.vocab_size={vocab_map.size}")
         return vocab_map
 
-    def read_prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    def read_prompts(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[Prompt]:
         count, data = self.config.evaluation.num_prompts, self.config.data
-        return held_out_prompts(data.held_out, tokenizer, count, data.template_kwargs) if count else []
+        if count == 0:
+            return []
+        prompts = held_out_prompts(data.held_out, tokenizer, count, data.template_kwargs)
+        check_prompts(prompts, vocab_size)
+        return prompts
 
     def resume(self, loader: PackedLoader, position: tuple[int, dict[str, Any]] | None) -> int:
         """Move the loader to the position of a checkpoint; returns the optimizer steps already taken.

@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -25,6 +24,7 @@ from engine.config import Config
 from engine.corpus import read_documents
 from engine.data.dataset import Bad, UnusableData
 from engine.data.documents import Document
+from engine.data.segments import segments_of, write_segments
 from engine.data.templates import load_tokenizer
 from engine.models.draft_config import derive_draft_config
 from engine.origin import open_origin
@@ -45,6 +45,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="documents to print; default 3")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page with plots")
     parser.add_argument("--bad", type=Path, metavar="FILE", help="write a line for each conversation that cannot be used")
+    parser.add_argument(
+        "--samples_json", type=Path, metavar="FILE", help="write all documents as text segments, with whose they are"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     return parser.parse_intermixed_args()
 
@@ -70,6 +73,10 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
     samples = [sample(index, documents[index], tokenizer) for index in chosen]
     show_samples(samples, telemetry)
     show_portrait(portrait, telemetry)
+    if arguments.samples_json:
+        arguments.samples_json.parent.mkdir(parents=True, exist_ok=True)
+        write_segments(arguments.samples_json, documents, tokenizer)
+        telemetry.note(f"{len(documents):,} documents with their masks: {arguments.samples_json}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(portrait.facts(), indent=2) + "\n", encoding="utf-8")
@@ -89,14 +96,10 @@ def write_bad(path: Path | None, bad: Sequence[Bad], telemetry: Telemetry) -> No
 
 def sample(index: int, document: Document, tokenizer: PreTrainedTokenizerBase) -> Sample:
     """A heading, and the document's text in runs that the assistant says, or does not."""
-    mask = document.assistant_mask
-    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(document)]
-    texts = [
-        tokenizer.decode(document.input_ids[start:stop].tolist(), clean_up_tokenization_spaces=False)
-        for start, stop in zip(edges, edges[1:], strict=False)
-    ]
-    heading = f"document {index}: {len(document):,} tokens, {int(mask.sum()):,} of them the assistant's"
-    return heading, list(zip(texts, mask[edges[:-1]].tolist(), strict=True))
+    num_said = int(document.assistant_mask.sum())
+    heading = f"document {index}: {len(document):,} tokens, {num_said:,} of them the assistant's"
+    runs = [(segment.text, segment.assistant) for segment in segments_of(document, tokenizer)]
+    return heading, runs
 
 
 def show_samples(samples: Sequence[Sample], telemetry: Telemetry) -> None:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.config import Config, EvaluationSection, TargetSection
 from engine.data.templates import load_tokenizer
 from engine.decode import Generation
-from engine.evaluate import AcceptanceReport, Prompt, held_out_prompts
+from engine.evaluate import AcceptanceReport, Prompt, check_prompts, held_out_prompts
 from engine.export import CONFIG, load_draft
 from engine.held_out import HeldOut
 from engine.kernels import choose_kernels
@@ -156,6 +156,7 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     check_target(draft_config, run.target, is_shared=mesh.size > 1)
     tokenizer = load_tokenizer(run.target, run.data)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
+    check_prompts(prompts, draft_config.vocab_size)
     self_check = SelfCheck.of(world, run.data.cache_dir or user_cache(), telemetry.note)
     target_config = load_target_config(run.target)
     check_target_kernels(target_config, run.target, self_check)

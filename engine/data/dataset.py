@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +121,7 @@ class Renderer:
             if longest > self.section.max_tokens:
                 rendered.long.append((chunk.file, number, longest))
             for document in documents:
-                self._keep(document, rendered)
+                self._keep(replace(document, place=(chunk.file, number)), rendered)
         return rendered
 
     def documents_of(self, line: bytes, rendered: Rendered) -> list[Document]:
@@ -284,7 +284,7 @@ def load_documents(
         documents += rendered.documents
     report = tally.report
     check_bad_share(report, section.max_bad_share)
-    return DocumentList(documents), report
+    return DocumentList(documents, paths), report
 
 
 def fit(document: Document, max_tokens: int, policy: Literal["cut", "split"]) -> Iterator[Document]:
@@ -298,7 +298,12 @@ def fit(document: Document, max_tokens: int, policy: Literal["cut", "split"]) ->
         fitting = [end for end in document.turn_ends if start < end <= limit]
         stop = length if length <= limit else max(fitting, default=limit)
         turn_ends = tuple(end - start for end in document.turn_ends if start < end <= stop)
-        yield Document(document.input_ids[start:stop], document.assistant_mask[start:stop], turn_ends)
+        yield replace(
+            document,
+            input_ids=document.input_ids[start:stop],
+            assistant_mask=document.assistant_mask[start:stop],
+            turn_ends=turn_ends,
+        )
         if policy == "cut":
             return
         start = stop

@@ -15,18 +15,49 @@ class Document:
     input_ids: int32 [T].
     assistant_mask: bool [T], true for the assistant's replies with their end-of-turn tokens.
     turn_ends: ascending token indices, each just after an assistant turn.
+    place: number of its conversation's file among those read, and line, from 1; None = unknown.
     """
 
     input_ids: np.ndarray
     assistant_mask: np.ndarray
     turn_ends: tuple[int, ...]
+    place: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
 class Documents(Sequence[Document]):
-    """The documents of a run, wherever they lie, and what is asked of all of them together."""
+    """The documents of a run, wherever they lie, and what is asked of all of them together.
+
+    paths: files of the conversations; none = unknown.
+    """
+
+    paths: tuple[str, ...] = ()
+
+    def name_of(self, index: int) -> str:
+        """Return `file:line` of a document's conversation, or `document 7` where that is unknown."""
+        place = self[index].place
+        if place is None or not self.paths:
+            return f"document {index}"
+        file, line = place
+        return f"{self.paths[file]}:{line}"
+
+    @cached_property
+    def largest_token_id(self) -> tuple[int, int]:
+        """The largest token id of all documents, and the index of the first document that has it; (-1, 0) without any."""
+        largest, holder = -1, 0
+        for index, document in enumerate(self):
+            own = int(document.input_ids.max(initial=-1))
+            if own > largest:
+                largest, holder = own, index
+        return largest, holder
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raise ValueError, naming the document, if a token id is not one of the target's vocabulary."""
+        largest, holder = self.largest_token_id
+        if largest >= vocab_size:
+            raise ValueError(outside_vocabulary(self.name_of(holder), largest, vocab_size))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -56,24 +87,29 @@ class Documents(Sequence[Document]):
 
     def count_assistant_tokens(self, vocab_size: int) -> np.ndarray:
         """How often the assistant says each token: int64 [V]. Raises ValueError if a token id is not below `vocab_size`."""
+        self.check_token_ids(vocab_size)
         counts = self.token_counts
-        if len(counts) > vocab_size:
-            problem = f"token id {len(counts) - 1} is outside the target's vocabulary of {vocab_size}"
-            raise ValueError(f"{problem}; use the target's own tokenizer")
         return np.pad(counts, (0, vocab_size - len(counts)))
 
 
 class DocumentList(Documents):
     """Documents in memory."""
 
-    def __init__(self, documents: Sequence[Document]) -> None:
+    def __init__(self, documents: Sequence[Document], paths: Sequence[str] = ()) -> None:
         self._documents = documents
+        self.paths = tuple(paths)
 
     def __len__(self) -> int:
         return len(self._documents)
 
     def __getitem__(self, index: int) -> Document:
         return self._documents[index]
+
+
+def outside_vocabulary(name: str, token_id: int, vocab_size: int) -> str:
+    """Return the message for a text with a token that the target has no row for. name: of the document or the prompt."""
+    problem = f"{name}: token id {token_id} is outside the target's vocabulary of {vocab_size}"
+    return f"{problem}; use the target's own tokenizer, without added tokens, or take the text out"
 
 
 def document_checksum(document: Document, checksum: int) -> int:

@@ -60,13 +60,17 @@ _render: Renderer  # of a worker process
 class TokenisedDocuments(Documents):
     """The documents of an entry; their tokens stay on the disk."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, paths: Sequence[str]) -> None:
         """Raises OSError or ValueError if the entry is not there, or not whole."""
+        self.paths = tuple(paths)
         with np.load(folder / ARRAYS) as arrays:
             self._token_bounds, self._turn_bounds, self._ends = (
                 arrays[name] for name in ("token_bounds", "turn_bounds", "ends")
             )
             self.said, self.token_counts, self.checksum = arrays["said"], arrays["token_counts"], int(arrays["checksum"])
+            self._places = arrays["places"]
+            largest, holder = arrays["largest_token_id"].tolist()
+            self.largest_token_id = largest, holder
         self.lengths = np.diff(self._token_bounds)
         num_tokens = int(self._token_bounds[-1])
         self._ids = np.memmap(folder / IDS, dtype=np.int32, mode="r", shape=(num_tokens,))
@@ -80,7 +84,9 @@ class TokenisedDocuments(Documents):
             raise IndexError(index)
         start, stop = self._token_bounds[index : index + 2]
         first, last = self._turn_bounds[index : index + 2]
-        return Document(self._ids[start:stop], self._mask[start:stop], tuple(self._ends[first:last].tolist()))
+        turn_ends = tuple(self._ends[first:last].tolist())
+        file, line = self._places[index].tolist()
+        return Document(self._ids[start:stop], self._mask[start:stop], turn_ends, place=(file, line))
 
 
 class Writer:
@@ -92,6 +98,8 @@ class Writer:
         self._ids, self._mask = (folder / IDS).open("wb"), (folder / MASK).open("wb")
         self._lengths, self._said, self._num_turns, self._ends = [], [], [], []
         self._counts, self._checksum = np.zeros(0, dtype=np.int64), 0
+        self._places: list[tuple[int, int]] = []
+        self._largest_token_id = (-1, 0)
 
     def add(self, documents: Sequence[Document]) -> None:
         for document in documents:
@@ -103,6 +111,10 @@ class Writer:
             self._ends += document.turn_ends
             self._checksum = document_checksum(document, self._checksum)
             self._counts = add_counts(self._counts, document)
+            self._places.append(document.place)
+            largest = int(document.input_ids.max(initial=-1))
+            if largest > self._largest_token_id[0]:
+                self._largest_token_id = (largest, len(self._places) - 1)
 
     def close(self, paths: Sequence[str], report: DataReport) -> None:
         for file in (self._ids, self._mask):
@@ -118,6 +130,8 @@ class Writer:
             said=np.array(self._said, dtype=np.int64),
             token_counts=self._counts,
             checksum=np.array(self._checksum),
+            places=np.array(self._places, dtype=np.int64).reshape(-1, 2),
+            largest_token_id=np.array(self._largest_token_id, dtype=np.int64),
         )
         facts = {"paths": list(paths), "report": asdict(report)}
         (self._folder / REPORT).write_text(json.dumps(facts, indent=1), encoding="utf-8")
@@ -170,7 +184,7 @@ def open_entry(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, D
     """The documents of an entry and their report, with these names of the files; None if it is not there, or not whole."""
     try:
         facts = json.loads((entry / REPORT).read_text(encoding="utf-8"))
-        documents = TokenisedDocuments(entry)
+        documents = TokenisedDocuments(entry, paths)
     except (OSError, ValueError, LookupError, EOFError, BadZipFile):
         return None
     named, report = dict(zip(facts["paths"], paths, strict=True)), facts["report"]

@@ -32,6 +32,21 @@ _OPTIONAL_ROPE_KEYS = ("beta_fast", "beta_slow", "truncate")
 _UNSCALED_ROPE = ("mrope", "proportional")
 _ROPE_LAYERS = ("full_attention", "main")  # where kinds of layer have their own: a draft's is that of these (DeepSeek-V4: main)
 _DTYPES = ("bfloat16", "float16", "float32")
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+# Names that published EAGLE-3 drafts with Llama's layers have: SGLang's, vLLM's, and those of two training codes.
+_EAGLE3_ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaEagle3DraftModel", "Eagle3DraftModel")
+# P-EAGLE (parallel drafting) and block drafters, of which some are published under EAGLE-3's architecture.
+_KEYS_OF_OTHER_METHODS = (
+    "parallel_drafting",
+    "pard_token",
+    "ptd_token_id",
+    "mask_token_id",
+    "block_size",
+    "dflash_config",
+    "dspark_noise_token_id",
+    "markov_rank",
+    "num_medusa_heads",
+)
 _MUST_BE_FALSE = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual")
 
 
@@ -109,7 +124,7 @@ class DraftConfig:
         rope = self.rope_parameters
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         exported = shape | {
-            "architectures": ["LlamaForCausalLMEagle3"],
+            "architectures": [ARCHITECTURE],
             "model_type": "llama",
             "rope_theta": rope["rope_theta"],
             "rope_scaling": None if rope["rope_type"] == "default" else scaling,
@@ -131,12 +146,13 @@ class DraftConfig:
         return dict(sorted(exported.items()))
 
     @classmethod
-    def from_dict(cls, exported: dict[str, Any]) -> "DraftConfig":
+    def from_dict(cls, exported: dict[str, Any], source: str | Path = "draft config") -> "DraftConfig":
         """The inverse of `to_dict`; reads published EAGLE-3 configs too, filling in what older ones leave out.
 
+        source: the file it was read from, for messages.
         Raises ValueError naming the key that is missing or that a draft cannot represent.
         """
-        _check_is_eagle3(exported)
+        _check_is_eagle3(exported, source)
         hidden_size, num_heads = exported["hidden_size"], exported["num_attention_heads"]
         eagle = exported.get("eagle_config") or {}
         layers = eagle.get("eagle_aux_hidden_state_layer_ids")
@@ -223,10 +239,11 @@ def _read_draft_config(target: PreTrainedConfig, draft: DraftSection, aux_layers
     exported = parse_json(read_text(Path(draft.config)), Path(draft.config))
     if not isinstance(exported, dict):
         raise ValueError(f"{draft.config}: expected the object of a draft's config.json")
+    _check_architecture(exported, draft.config)
     if aux_layers is not None or (exported.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") is None:
         layers = aux_layers or default_aux_layers(num_layers(target))
         exported["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
-    config = DraftConfig.from_dict(exported)
+    config = DraftConfig.from_dict(exported, draft.config)
     check_aux_layers(config.aux_layers, num_layers(target))
     check_served_aux_layers(target.model_type, config.aux_layers)
     facts = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
@@ -295,24 +312,48 @@ def _exported_rope(exported: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": old_name, "rope_theta": exported.get("rope_theta", 10000.0)} | rope
 
 
-def _check_is_eagle3(exported: dict[str, Any]) -> None:
+def _check_architecture(exported: dict[str, Any], source: str | Path) -> None:
+    """Raise ValueError unless the config is of an EAGLE-3 draft with Llama's layers, naming what was found."""
+    expected = f"expected architectures [{ARCHITECTURE!r}]"
+    of_others = []
+    for key in _KEYS_OF_OTHER_METHODS:
+        value = exported.get(key)
+        if value is not None and value is not False:
+            of_others.append(f"{key}={value!r}")
+    speculator = exported.get("speculators_model_type") or "eagle3"
+    if speculator != "eagle3":
+        of_others.append(f"speculators_model_type={speculator!r}")
+    names = exported.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source} has architectures={names!r}; {expected}")
+    found = f"architectures {names}" + "".join(f", {key}" for key in of_others)
+    if of_others:
+        raise ValueError(f"{source} is of another drafting method than EAGLE-3: found {found}; {expected} without these keys")
+    has_eagle3_keys = "draft_vocab_size" in exported or "eagle_config" in exported
+    if not names and not has_eagle3_keys:
+        raise ValueError(f"{source} is not an EAGLE-3 draft's: it has no architectures; {expected}")
+    for name in names:
+        is_plain_llama = name == "LlamaForCausalLM" and has_eagle3_keys  # as EAGLE-3's own code writes it
+        if name not in _EAGLE3_ARCHITECTURES and not is_plain_llama:
+            raise ValueError(f"{source} is not of an EAGLE-3 draft with Llama's layers: found {found}; {expected}")
+
+
+def _check_is_eagle3(exported: dict[str, Any], source: str | Path) -> None:
+    _check_architecture(exported, source)
     required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
     missing = [key for key in required if exported.get(key) is None]
     if missing:
-        raise ValueError(f"draft config lacks {missing}; add them")
+        raise ValueError(f"{source} lacks {missing}; add them")
     odd = [key for key in required if type(exported[key]) is not int]
     if odd:
-        raise ValueError(f"draft config has {odd[0]}={exported[odd[0]]!r}; it must be a whole number")
-    named = any("eagle3" in name.lower() for name in exported.get("architectures") or ())
-    if not named and "draft_vocab_size" not in exported and "eagle_config" not in exported:
-        raise ValueError("this is no EAGLE-3 draft's config; expected architectures ['LlamaForCausalLMEagle3'] in it")
+        raise ValueError(f"{source} has {odd[0]}={exported[odd[0]]!r}; it must be a whole number")
     for key in _MUST_BE_FALSE:
         if exported.get(key):
-            raise ValueError(f"draft config has {key}=true, which an EAGLE-3 draft here cannot represent; it must be false")
+            raise ValueError(f"{source} has {key}=true, which an EAGLE-3 draft here cannot represent; it must be false")
     if exported.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"draft config has partial_rotary_factor={exported['partial_rotary_factor']}; only 1.0 is possible")
+        raise ValueError(f"{source} has partial_rotary_factor={exported['partial_rotary_factor']}; only 1.0 is possible")
     if (exported.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
-        raise ValueError("draft config has use_aux_hidden_state=false: that is EAGLE-1; it must be true")
+        raise ValueError(f"{source} has use_aux_hidden_state=false: that is EAGLE-1; it must be true")
 
 
 def _first(config: PreTrainedConfig, names: tuple[str, ...], otherwise: Any) -> Any:

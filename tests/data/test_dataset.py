@@ -7,8 +7,8 @@ from engine.data.dataset import Scan, fit, load_documents
 from engine.data.documents import DocumentList
 from engine.data.fingerprint import trained_with
 from engine.data.templates import template_token_ids
-from engine.data.tokenised import entry_name
-from engine.evaluate import held_out_prompts
+from engine.data.tokenised import entry_name, tokenise
+from engine.evaluate import check_prompts, held_out_prompts
 from tests.data.chat_formats import chat
 from tests.data.conftest import TEMPLATES
 
@@ -202,8 +202,29 @@ def test_only_the_assistants_tokens_are_counted(make_document):
 
 
 def test_a_token_outside_the_vocabulary_is_refused(make_document):
-    with pytest.raises(ValueError, match="token id 4 is outside the target's vocabulary of 4"):
-        DocumentList([make_document(2, 3)]).count_assistant_tokens(4)
+    documents = [make_document(2, 3)]
+    with pytest.raises(ValueError, match="document 0: token id 4 is outside the target's vocabulary of 4"):
+        DocumentList(documents).count_assistant_tokens(4)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_token_outside_the_vocabulary_in_a_question_is_named_by_its_line(make_tokenizer, write_jsonl, tmp_path, cached):
+    tokenizer = make_tokenizer("chatml")
+    vocab_size = len(tokenizer)
+    tokenizer.add_tokens(["<extra>"], special_tokens=True)
+    path = write_jsonl(GOOD, chat("What is <extra> here?", "Nothing."))
+    section = DataSection(cache_dir=str(tmp_path / "cache"))
+    if cached:
+        documents, _ = tokenise([path], tokenizer, section, builds=True)
+    else:
+        documents, _ = load_documents([path], tokenizer, section)
+    with pytest.raises(ValueError, match=f"chats.jsonl:2: token id {vocab_size} is outside .* of {vocab_size}"):
+        documents.count_assistant_tokens(vocab_size)
+    documents.count_assistant_tokens(vocab_size + 1)
+    prompts = held_out_prompts([path], tokenizer, 2, None)
+    with pytest.raises(ValueError, match=f"held-out prompt .*chats.jsonl:2: token id {vocab_size} is outside"):
+        check_prompts(prompts, vocab_size)
+    check_prompts(prompts, vocab_size + 1)
 
 
 def test_text_that_is_already_formatted_is_read_beside_messages(make_tokenizer, write_jsonl):

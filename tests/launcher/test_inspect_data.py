@@ -23,12 +23,16 @@ def test_it_shows_samples_figures_and_a_page(tiny_target, tiny_corpus, tmp_path)
         "data.max_tokens=40",
     ]
     options = ["--samples", 2, "--html", tmp_path / "a" / "page.html", "--json", tmp_path / "b" / "facts.json"]
+    options += ["--samples_json", tmp_path / "c" / "samples.json"]
     done = inspect(*sources, "draft.vocab_size=48", *options)
     assert done.returncode == 0, done.stderr
     assert "document 0: " in done.stdout and "<assistant>" in done.stdout and "positions with loss by TTT step" in done.stdout
     facts = json.loads((tmp_path / "b" / "facts.json").read_text())
     assert f"{facts['tokens']:,} tokens in {facts['documents']:,} documents" in done.stdout
     assert 0 < facts["positions with loss"] < facts["the assistant's share of tokens"] < 1
+    samples = json.loads((tmp_path / "c" / "samples.json").read_text(encoding="utf-8"))
+    assert len(samples) == facts["documents"] and samples[0]["place"] == f"{tiny_corpus.train}:1"
+    assert [segment["assistant"] for segment in samples[0]["segments"]] == [False, True]
     assert "<svg" in (tmp_path / "a" / "page.html").read_text(encoding="utf-8")
 
 

@@ -274,9 +274,44 @@ def test_what_a_draft_cannot_represent_is_refused_by_name(change, words):
         DraftConfig.from_dict(exported | change)
 
 
-def test_a_targets_own_config_is_not_taken_for_a_drafts():
-    with pytest.raises(ValueError, match="no EAGLE-3"):
-        DraftConfig.from_dict(_llama31().to_dict())
+def test_a_targets_own_config_is_not_taken_for_a_drafts(tmp_path):
+    own = _llama31().to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(ValueError, match="draft config is not of an EAGLE-3 draft.*'LlamaForCausalLM'"):
+        DraftConfig.from_dict(own)
+    with pytest.raises(ValueError, match="draft config is not an EAGLE-3 draft's: it has no architectures"):
+        DraftConfig.from_dict(_llama31().to_dict() | {"architectures": None})
+    own["max_position_embeddings"] = 131072
+    with pytest.raises(ValueError, match=r"draft\.json is not of an EAGLE-3 draft.*'LlamaForCausalLM'"):
+        derive_draft_config(_llama31(), _written(tmp_path, own))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"architectures": ["PeagleLlamaForCausalLM"]}, "PeagleLlamaForCausalLM"),
+        ({"architectures": ["PEagleDraftModel"]}, "PEagleDraftModel"),
+        ({"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, "Eagle3DeepseekV2ForCausalLM"),
+        ({"architectures": ["LlamaForCausalLMEagle"]}, "'LlamaForCausalLMEagle'"),
+        ({"architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM"),
+        ({"architectures": ["DFlashDraftModel"], "dflash_config": {"mask_token_id": 5}}, "DFlashDraftModel"),
+        ({"architectures": "LlamaForCausalLMEagle3"}, "architectures='LlamaForCausalLMEagle3'"),
+        ({"parallel_drafting": True}, "parallel_drafting=True"),
+        ({"ptd_token_id": 0}, "ptd_token_id=0"),
+        ({"pard_token": 128255}, "pard_token=128255"),
+        ({"speculators_model_type": "peagle"}, "speculators_model_type='peagle'"),
+    ],
+)
+def test_a_draft_of_another_method_is_refused_by_its_architecture(tmp_path, change, words):
+    exported = derive_draft_config(_llama31(), U32000).to_dict() | change
+    with pytest.raises(ValueError, match=f"EAGLE-3.*{words}|{words}.*Eagle3") as error:
+        derive_draft_config(_llama31(), _written(tmp_path, exported))
+    assert str(tmp_path) in str(error.value) and "LlamaForCausalLMEagle3" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM"])
+def test_the_names_that_eagle3_drafts_are_published_under_are_read(name):
+    exported = derive_draft_config(_llama31(), U32000).to_dict() | {"architectures": [name], "parallel_drafting": False}
+    assert DraftConfig.from_dict(exported) == derive_draft_config(_llama31(), U32000)
 
 
 def test_a_draft_config_file_fixes_every_shape(tmp_path):

@@ -1,0 +1,92 @@
+"""Documents as text that the assistant says and text that it does not: what a mask means, for users and for tests."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from engine.data.documents import Document, Documents
+from engine.data.messages import BadSample, parse
+
+
+class Segment(NamedTuple):
+    """Text of tokens that follow one another and are all the assistant's, or all not."""
+
+    text: str
+    assistant: bool
+
+
+def segments_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """Return the document's text, special tokens included, cut wherever its mask changes."""
+    mask = document.assistant_mask
+    changes = np.flatnonzero(np.diff(mask)) + 1
+    edges = [0, *changes.tolist(), len(document)]
+    segments = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        token_ids = document.input_ids[start:stop].tolist()
+        text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+        segments.append(Segment(text, bool(mask[start])))
+    return segments
+
+
+def write_segments(path: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write all documents as one JSON list, one document per line, in their order.
+
+    Each is {"id", "place", "segments": [{"text", "assistant"}]}. id: as its conversation has it, or its place.
+    place: `file:line`.
+    """
+    with path.open("w", encoding="utf-8") as file:
+        file.write("[")
+        for index, own_id in enumerate(conversation_ids(documents)):
+            segments = [segment._asdict() for segment in segments_of(documents[index], tokenizer)]
+            entry = {"id": own_id, "place": documents.name_of(index), "segments": segments}
+            file.write(",\n" if index else "\n")
+            file.write(json.dumps(entry, ensure_ascii=False))
+        file.write("\n]\n")
+
+
+def conversation_ids(documents: Documents) -> Iterator[Any]:
+    """Yield the id of each document's conversation, or its place where it has none; reads every file once."""
+    reader: _LineReader | None = None
+    for index in range(len(documents)):
+        name = documents.name_of(index)
+        place = documents[index].place
+        if place is None or not documents.paths:
+            yield name
+            continue
+        file, line = place
+        path = documents.paths[file]
+        if reader is None or reader.path != path:
+            reader = _LineReader(path)
+        own_id = _id_of(reader.line(line))
+        yield name if own_id is None else own_id
+
+
+class _LineReader:
+    """Lines of a file by their numbers, from 1, asked for in ascending order."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._numbered = enumerate(_lines(path), start=1)
+        self._number, self._line = 0, b""
+
+    def line(self, number: int) -> bytes:
+        while self._number < number:
+            self._number, self._line = next(self._numbered)
+        return self._line
+
+
+def _lines(path: str) -> Iterator[bytes]:
+    with Path(path).open("rb") as file:
+        yield from file
+
+
+def _id_of(line: bytes) -> Any:
+    try:
+        sample = parse(line)
+    except BadSample:
+        return None
+    return sample.get("id") if isinstance(sample, dict) else None
