@@ -46,6 +46,7 @@ SMALL = dict(
     num_key_value_heads=2,
     head_dim=64,
 )
+TINY = SMALL | dict(vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=7, head_dim=16)
 SMALL_MOE = SMALL | dict(moe_intermediate_size=448, num_experts=16, num_experts_per_tok=4)
 
 
@@ -82,7 +83,8 @@ def _shapes() -> dict[str, TargetShape]:
     published = {name: target_config(name) for name in ("llama3.1-8b", "qwen3-30b-a3b")}
     small = {"cpu": AutoConfig.for_model("llama", **SMALL), "cpu-moe": AutoConfig.for_model("qwen3_moe", **SMALL_MOE)}
     large = {f"{name}-{n}k": TargetShape(config, 1024 * n, 2048) for name, config in published.items() for n in (8, 32)}
-    return large | {f"{name}-2k": TargetShape(config, 2048, 512) for name, config in small.items()}
+    tiny = {"cpu-tiny": TargetShape(AutoConfig.for_model("llama", **TINY), 128, 64)}  # for tests of what uses this
+    return large | tiny | {f"{name}-2k": TargetShape(config, 2048, 512) for name, config in small.items()}
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def figures(shape: TargetShape, seconds: float) -> dict[str, float]:
 BENCHMARK = Benchmark(
     module="benchmarks.bench_target",
     shapes=_shapes(),
-    default_shapes={"cpu": ("cpu-*",), "cuda": ("llama3.1-8b-*", "qwen3-30b-a3b-*")},
+    default_shapes={"cpu": ("cpu-*2k",), "cuda": ("llama3.1-8b-*", "qwen3-30b-a3b-*")},
     providers={
         "packed": Provider(lambda: _packed),
         "packed fp8": Provider(lambda: _packed_fp8),

@@ -44,7 +44,7 @@ ON_A_GPU = {"flash": {"kernels": "flash"}}
 
 @dataclass(frozen=True)
 class StepShape:
-    """model: a recipe, or "cpu". assistant: share of each document's tokens, its last ones, that carry loss."""
+    """model: a recipe, or a name of `ON_A_CPU`. assistant: share of each document's tokens, its last ones, that carry loss."""
 
     model: str
     num_tokens: int
@@ -53,8 +53,8 @@ class StepShape:
 
     @property
     def draft(self) -> DraftConfig:
-        if self.model == "cpu":
-            return _small_draft()
+        if self.model in ON_A_CPU:
+            return DraftConfig.from_dict(ON_A_CPU[self.model])
         recipe = load_config(RECIPES / f"{self.model}.yaml")
         return derive_draft_config(target_config(self.model), recipe.draft, recipe.target.aux_layers)
 
@@ -66,22 +66,32 @@ class StepShape:
         return PackedBatch(torch.zeros_like(position_T), position_T % self.document_tokens >= first, cu_seqlens)
 
 
-def _small_draft() -> DraftConfig:
-    exported = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2}
-    exported |= {"vocab_size": 32000, "draft_vocab_size": 8000, "max_position_embeddings": 4096}
-    return DraftConfig.from_dict(exported)
+SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 32000,
+    "draft_vocab_size": 8000,
+    "max_position_embeddings": 4096,
+}
+TINY = SMALL | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 512, "draft_vocab_size": 256}
+ON_A_CPU = {"cpu": SMALL, "cpu-tiny": TINY}  # cpu-tiny: for tests of what uses this benchmark
+TINY_TOKENS = 128
 
 
 def _shapes() -> dict[str, StepShape]:
-    sizes = [(model, 1024 * thousands, "") for model in MODELS for thousands in (2, 8, 32, 128)]
-    sizes += [("llama3.1-8b", 1024 * thousands, "-packed") for thousands in (8, 32, 128)] + [("cpu", 1024, "")]
-    return {
-        f"{model}-{num_tokens // 1024}k{packed}-{share}": StepShape(
-            model, num_tokens, PACKED_TOKENS if packed else num_tokens, share
-        )
-        for model, num_tokens, packed in sizes
-        for share in SHARES
-    }
+    sizes = [(model, 1024 * thousands, "") for model in MODELS for thousands in (2, 8, 16, 32, 128)]
+    sizes += [("llama3.1-8b", 1024 * thousands, "-packed") for thousands in (8, 16, 32, 128)]
+    sizes += [("qwen3-30b-a3b", 16 * 1024, "-packed"), ("cpu", 1024, "")]
+    shapes = {}
+    for share in SHARES:
+        shapes[f"cpu-tiny-{share}"] = StepShape("cpu-tiny", TINY_TOKENS, TINY_TOKENS, share)
+        for model, num_tokens, packed in sizes:
+            document_tokens = PACKED_TOKENS if packed else num_tokens
+            name = f"{model}-{num_tokens // 1024}k{packed}-{share}"
+            shapes[name] = StepShape(model, num_tokens, document_tokens, share)
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -156,7 +166,7 @@ def figures(shape: StepShape, seconds: float) -> dict[str, float]:
 BENCHMARK = Benchmark(
     module="benchmarks.bench_train_step",
     shapes=_shapes(),
-    default_shapes={"cpu": ("cpu-*",), "cuda": ("llama3.1-8b-*", "*-8k-*")},
+    default_shapes={"cpu": ("cpu-1k-*",), "cuda": ("llama3.1-8b-*", "*-8k-*")},
     providers={name: Provider(lambda options=options: options) for name, options in OPTIONS.items()}
     | {name: Provider(lambda options=options: options, devices=("cuda",)) for name, options in ON_A_GPU.items()},
     prepare=prepare,

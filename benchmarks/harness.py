@@ -82,13 +82,17 @@ class Benchmark:
 
 @dataclass
 class Row:
-    """A provider at a shape: seconds of every timed call and bytes of one, or why there are none."""
+    """A provider at a shape: seconds of every timed call and bytes of one, or why there are none.
+
+    kernels: with `--profile`, where the time of one more call went.
+    """
 
     shape: str
     provider: str
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     error: str | None = None
+    kernels: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self, benchmark: Benchmark, place: Place, peak: HardwarePeak, tried: HardwarePeak) -> dict[str, Any]:
         """The row as JSON holds it. tried: rates that were measured here."""
@@ -105,6 +109,7 @@ class Row:
             | {"over_floor": median_s / least_s, "mfu": num_flops / median_s / peak.flops_per_s[place.dtype]}
             | {"of_product": num_flops / median_s / tried.flops_per_s[place.dtype]}
             | {"flops": num_flops, "peak_bytes": self.peak_bytes}
+            | ({"kernels": self.kernels} if self.kernels else {})
             | benchmark.figures(shape, median_s)
         )
 
@@ -116,7 +121,8 @@ def main(benchmark: Benchmark) -> None:
     if options.device == "cpu":
         keep_freed_memory()
         _refuse_more_memory_than_there_is()
-    for figures in measured(benchmark, options.shapes, options.providers, place, options.repeat):
+    chosen = options.shapes, options.providers
+    for figures in measured(benchmark, *chosen, place, options.repeat, options.profile):
         if options.json is not None:  # after every shape: a run that is cut short loses nothing
             record = _describe(benchmark, options, place) | figures
             options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -126,13 +132,21 @@ def main(benchmark: Benchmark) -> None:
 
 
 def measured(
-    benchmark: Benchmark, shapes: Sequence[str], providers: Sequence[str], place: Place, repeat: int
+    benchmark: Benchmark,
+    shapes: Sequence[str],
+    providers: Sequence[str],
+    place: Place,
+    repeat: int,
+    profile: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """After every shape, rows of all so far and the rates that they are held against, as JSON holds them."""
+    """After every shape, rows of all so far and the rates that they are held against, as JSON holds them.
+
+    profile: how many of the most expensive kernels of each provider are recorded.
+    """
     progress, rows, tried = Console(stderr=True), [], _tried(place)
     for name in shapes:
         progress.print(f"{name}: {', '.join(providers)}", style="dim", highlight=False)
-        rows += _measure(benchmark, name, providers, place, repeat)
+        rows += _measure(benchmark, name, providers, place, repeat, profile)
         gc.collect()
         tried = _faster(tried, _tried(place))
         peak = _peak(place, tried)
@@ -141,7 +155,14 @@ def measured(
         yield {"peak": rates, "rows": [row.record(benchmark, place, peak, tried) for row in rows]}
 
 
-def _measure(benchmark: Benchmark, shape_name: str, providers: Sequence[str], place: Place, repeat: int) -> list[Row]:
+def _measure(
+    benchmark: Benchmark,
+    shape_name: str,
+    providers: Sequence[str],
+    place: Place,
+    repeat: int,
+    profile: int,
+) -> list[Row]:
     """Every provider at one shape. What fails is left out from there on."""
     rows, calls = {name: Row(shape_name, name) for name in providers}, {}
     with _caught(*rows.values()):
@@ -160,7 +181,34 @@ def _measure(benchmark: Benchmark, shape_name: str, providers: Sequence[str], pl
             if row.error is None:
                 with _caught(row):
                     row.seconds.append(_seconds(calls[name], cache))
+    for name, row in rows.items():
+        if row.error is None and profile > 0:
+            with _caught(row):
+                row.kernels = _kernels(calls[name], place, profile)
     return list(rows.values())
+
+
+def _kernels(call: Callable[[], object], place: Place, count: int) -> list[dict[str, Any]]:
+    """Return the most expensive kernels of one call: name, total milliseconds, share of all kernels' time, and calls.
+
+    On a CPU these are PyTorch's operators, by the time spent in themselves.
+    """
+    on_gpu = place.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+    microseconds, calls = {}, {}
+    for event in profiler.key_averages():
+        microseconds[event.key] = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        calls[event.key] = event.count
+    total = sum(microseconds.values()) or 1
+    most = sorted(microseconds, key=microseconds.get, reverse=True)[:count]
+    return [
+        {"name": name, "ms": microseconds[name] / 1e3, "share": microseconds[name] / total, "calls": calls[name]}
+        for name in most
+    ]
 
 
 @contextlib.contextmanager
@@ -261,6 +309,8 @@ def _describe(benchmark: Benchmark, options: argparse.Namespace, place: Place) -
     """Machine, versions, commit and command, without any path of this machine."""
     chosen = {"device": [options.device], "dtype": [options.dtype], "shapes": options.shapes, "providers": options.providers}
     words = [word for name, values in chosen.items() for word in (f"--{name}", *values)]
+    if options.profile:
+        words += ["--profile", str(options.profile)]
     command = shlex.join(["python", "-m", benchmark.module, *words, "--repeat", str(options.repeat)])
     return {"command": command} | machine_and_versions(place.device)
 
@@ -276,9 +326,12 @@ _COLUMNS = {
 }
 
 
+_NOT_COLUMNS = ("shape", "provider", "error", "flops", "peak_bytes", "kernels")  # shown elsewhere, or not at all
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    figures = [name for name in names if name not in ("shape", "provider", "error", "flops", "peak_bytes", *_COLUMNS)]
+    figures = [name for name in names if name not in (*_NOT_COLUMNS, *_COLUMNS)]
     titles = [title for title, _ in _COLUMNS.values()]
     table = Table("shape", "provider", *titles, "peak MiB", *figures, box=SIMPLE)
     for column in table.columns[2:]:
@@ -310,10 +363,15 @@ def _parse(benchmark: Benchmark) -> argparse.Namespace:
     )
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="names of: " + ", ".join(benchmark.providers))
     parser.add_argument("--repeat", type=int, default=10, help="timed calls of each provider; default: %(default)s")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="also record each provider's N most expensive kernels"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write rows, machine, versions and commit to")
     options = parser.parse_args()
     if options.device == "cuda" and not on_gpu:
         parser.error("--device cuda: PyTorch sees no GPU here; use cpu")
+    if options.profile < 0:
+        parser.error(f"--profile {options.profile}: expected at least 0")
     if options.repeat < 1:
         parser.error(f"--repeat {options.repeat}: expected at least 1")
     if options.json is not None and not options.json.absolute().parent.is_dir():

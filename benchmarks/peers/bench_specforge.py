@@ -4,8 +4,8 @@
 
 Each side is a process of its own. Ours keeps freed host memory for the next step, as in every run (engine/host_memory.py).
 SpecForge runs with its own torch.compile and, on a CPU, its plain loss, since its Triton loss needs a GPU; it lies in a folder
-of its own, installed there from PyPI at the first run without what it depends on, and imports the torch and Transformers of
-this environment. A step is target head, forward and backward.
+of its own, installed there from PyPI at the first run without what it depends on, unless this environment has it, and imports
+the torch and Transformers of this environment. A step is target head, forward and backward.
 """
 
 import argparse
@@ -38,6 +38,7 @@ CPU_BAR = dict(hidden_size=512, intermediate_size=1792, num_heads=8, num_key_val
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_heads=32, num_key_value_heads=8, head_dim=128)
 SHAPES = {
     "cpu": CPU_BAR | dict(draft_vocab_size=8000, vocab_size=32000, num_tokens=1024),
+    "cpu-tiny": CPU_BAR | dict(draft_vocab_size=256, vocab_size=512, num_tokens=128),
     "llama-8b": LLAMA_8B | dict(draft_vocab_size=32000, vocab_size=128256, num_tokens=4096),
 }
 # of losses, and of gradients by tensor in the Frobenius norm
@@ -99,7 +100,9 @@ def command_words(options: argparse.Namespace) -> list[str]:
 
 
 def install_peer(folder: Path) -> None:
-    """SpecForge, and Triton where this environment has none, into a folder of their own."""
+    """Install SpecForge, and Triton where this environment has none, into a folder of their own, unless it is importable."""
+    if importlib.util.find_spec("specforge"):
+        return
     packages = [PEER] if importlib.util.find_spec("triton") else [PEER, "triton"]
     if not (folder / "specforge").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *packages]
