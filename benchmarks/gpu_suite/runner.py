@@ -86,7 +86,7 @@ def run_suite(parts: Sequence[SuitePart], suite: Suite) -> int:
     (suite.folder / "suite.log").write_text("", encoding="utf-8")
     record = SuiteRecord(about=_about(suite), parts=[PartResult(part.name) for part in parts])
     start_s = time.monotonic()
-    _raise_on_signals()
+    before = _raise_on_signals()
     try:
         for index, part in enumerate(parts):
             elapsed_s = time.monotonic() - start_s
@@ -99,6 +99,8 @@ def run_suite(parts: Sequence[SuitePart], suite: Suite) -> int:
         print(f"stopped by {interrupted}; the results so far are kept", flush=True)
         return 128 + interrupted.number
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         record.seconds = time.monotonic() - start_s
         record.save(suite.folder)
         _show_totals(record, suite.folder)
@@ -238,12 +240,13 @@ def _about(suite: Suite) -> dict[str, Any]:
     return {"command": " ".join(words)} | machine_and_versions(torch.device(suite.device))
 
 
-def _raise_on_signals() -> None:
+def _raise_on_signals() -> dict[int, Any]:
+    """Let SIGINT and SIGTERM raise `Interrupted`; return the handlers that stood before."""
+
     def stop(number: int, frame: object) -> None:
         raise Interrupted(number)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def _show(result: PartResult) -> None:

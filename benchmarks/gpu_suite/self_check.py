@@ -1,0 +1,82 @@
+"""Check every kernel of a draft and of a frozen target against plain PyTorch, as a run does at its first start on a GPU.
+
+Without a GPU, Triton's interpreter runs the kernels of the draft, in fp32.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+HEAD_DIM = 128
+
+
+def main() -> int:
+    options = parse_options()
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined, so before they are imported
+    results = []
+    for where, check in checks(options.device):
+        values = asdict(check)
+        # JSON has no infinite numbers.
+        values["error"] = str(check.error)
+        values["bound"] = str(check.bound)
+        results.append({"where": where} | values)
+        write(results, options.json)
+    failed = [result for result in results if not result["ok"]]
+    print("\n".join(lines_of(results)))
+    return 1 if failed or not results else 0
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--json", type=Path, required=True, help="file for the results, rewritten after every group of checks")
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    return parser.parse_args()
+
+
+def checks(device_type: str) -> Iterator[tuple[str, "KernelCheck"]]:  # noqa: F821 (its module imports Triton's users)
+    """Yield where a kernel is used and its check; nothing is read from or kept in a cache."""
+    import torch
+
+    from engine.kernels import PLAIN, TargetKernels, choose_target_kernels, flash, flash_where_dense, fused
+    from engine.kernels.self_check import check_kernels
+
+    device = torch.device(device_type)
+    draft = fused(PLAIN)
+    if device_type == "cpu":
+        for check in check_kernels(draft, device, torch.float32, None, target=TargetKernels(), head_dim=HEAD_DIM):
+            yield "draft, fp32", check
+        return
+    for dtype in (torch.bfloat16, torch.float32):
+        target = choose_target_kernels(device, dtype, fp8=True, fp8_activations=True)
+        for check in check_kernels(draft, device, dtype, None, target=target, head_dim=HEAD_DIM):
+            yield f"draft and target, {dtype}", check
+    if flash.refusal(torch.bfloat16, device) is None:
+        for check in check_kernels(flash_where_dense(draft), device, torch.bfloat16, None, head_dim=HEAD_DIM):
+            yield "draft with kernels=flash, torch.bfloat16", check
+
+
+def lines_of(results: list[dict[str, object]]) -> list[str]:
+    """Return a line for a person about each check, failed ones first."""
+    ordered = sorted(results, key=lambda result: bool(result["ok"]))
+    return [
+        f"{'ok' if result['ok'] else 'FAILED':<7} {result['name']} ({result['where']}): error {float(result['error']):.1e}, "
+        f"bound {float(result['bound']):.1e}, {result['seconds']:.1f} s {result['message']}".rstrip()
+        for result in ordered
+    ]
+
+
+def write(results: list[dict[str, object]], file: Path) -> None:
+    """Replace the results file as a whole."""
+    record = {"lines": lines_of(results), "checks": results}
+    scratch = file.with_suffix(".new")
+    scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
