@@ -18,7 +18,7 @@ from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
 from engine.recipe import dump_config
 from launcher import export_draft
-from tests.conftest import AUX_LAYERS, HIDDEN, WORDS
+from tests.tiny_target import AUX_LAYERS, HIDDEN, WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB_MAP = VocabMap.most_frequent(torch.arange(len(WORDS)), 40)

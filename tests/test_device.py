@@ -1,0 +1,122 @@
+"""On a fake CUDA device no job mixes devices, and the host waits only where it has to."""
+
+import json
+
+import pytest
+import torch
+
+from engine.target.frozen import FrozenTarget
+from tests.device_jobs import forward_of, random_batch, run_capture, run_training, training_options
+from tests.device_tensors import DEVICE, values_of
+from tests.fake_device import FakeDevice, Wait
+from tests.parallel.families import tiny_model
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU here")
+
+# Where the host may wait for the device, and why. Stages of which a run has one: reason.
+ONCE_PER_RUN = {
+    "": "before the first stage",
+    "between stages": "modules are moved, files are written",
+    "Reading the data": "the vocabulary map is checked and moved",
+    "Loading the target": "weights are read, and the head is compared with the model's logits",
+    "Exporting": "weights are written, read again and compared",
+}
+# Elsewhere: (file, function): reason.
+ONCE_PER_STAGE = {
+    ("engine/models/eagle3.py", "cos_sin"): "rotary frequencies are moved",
+    ("engine/metrics.py", "__init__"): "weights of the steps are moved",
+    ("engine/ttt.py", "_weight_S"): "weights of the steps are moved",
+    ("engine/held_out.py", "_measure"): "sums of all ranks",
+    ("engine/capture.py", "run"): "the bytes that all ranks wrote are printed",
+}
+EVERY_MICRO_BATCH = {
+    ("engine/rows.py", "plan_rows"): "the number of rows depends on the target; one read of all counts",
+    ("engine/target/masks.py", "reach_of"): "whether the mask counts on our packing",
+    ("engine/target/frozen.py", "_forward"): "Transformers asks whether the row is packed",
+}
+EVERY_LOGGED_STEP = {
+    ("engine/metrics.py", "read"): "the metrics of the steps since the last log",
+    ("engine/trainer.py", "write"): "the tokens of all ranks",
+}
+EVERY_DECODED_TOKEN = {
+    ("engine/decode.py", "read"): "tokens to read come from the host, and choices go there",
+    ("engine/decode.py", "extend"): "committed tokens come from the host",
+    ("engine/decode.py", "seen_from"): "the length of the prefix comes from the host",
+    ("engine/decode.py", "propose"): "drafted tokens go to the host",
+}
+STORING = {
+    ("engine/store/writer.py", "_write_piece"): "a writing thread waits, and nobody waits for it",
+}
+
+
+def unexpected(waits: list[Wait], *allowed: dict[tuple[str, str], str]) -> set[Wait]:
+    """Waits at places that are on none of the lists."""
+    places = {place for one in (ONCE_PER_STAGE, *allowed) for place in one}
+    outside = [wait for wait in waits if wait.stage not in ONCE_PER_RUN]
+    return {wait for wait in outside if (wait.file, wait.function) not in places}
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory, tiny_target, tiny_corpus):
+    """A run from data to report: its output folder, its draft, and what the host waited for."""
+    folder = tmp_path_factory.mktemp("run")
+    with FakeDevice() as fake:
+        draft = run_training(training_options(folder, tiny_target, tiny_corpus.train, tiny_corpus.held_out))
+    return folder, draft, fake.waits
+
+
+def test_a_run_waits_for_the_device_only_where_it_has_to(training):
+    _, _, waits = training
+    training = [wait for wait in waits if wait.stage == "Training"]
+    assert training
+    assert not unexpected(training, EVERY_MICRO_BATCH, EVERY_LOGGED_STEP)
+    evaluation = [wait for wait in waits if wait.stage.startswith("Measuring")]
+    assert evaluation
+    assert not unexpected(evaluation, EVERY_DECODED_TOKEN)
+    assert not unexpected(waits, EVERY_MICRO_BATCH, EVERY_LOGGED_STEP, EVERY_DECODED_TOKEN)
+
+
+def test_a_run_on_the_device_trains_exports_and_measures(training):
+    folder, _, _ = training
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert (folder / "draft" / "model.safetensors").is_file()
+
+
+def test_a_training_step_waits_and_launches_no_more_than_counted(training):
+    _, draft, _ = training
+    (step,) = draft.steps
+    places = [(wait.file, wait.function) for wait in step.waits]
+    unlogged = [place for place in places if place not in EVERY_LOGGED_STEP]
+    assert len(unlogged) <= 3
+    # 993 with five layers of the target and two TTT steps, a quarter of them the optimizer's
+    assert step.launches <= 1000
+
+
+@pytest.mark.parametrize(("family", "launches"), [("llama", 223), ("qwen3_moe", 341)])
+def test_a_targets_forward_waits_and_launches_no_more_than_counted(family, launches):
+    with FakeDevice():
+        step = forward_of(tiny_model(family).bfloat16(), (0, 1, 2))
+    assert len(step.waits) <= 2, step.waits
+    assert step.launches <= launches
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_target_says_there_what_it_says_on_a_cpu(family):
+    torch.manual_seed(0)
+    model = tiny_model(family)
+    target = FrozenTarget(model, (0, 1, 2))
+    batch, slots_N = random_batch((9, 14, 5), target.config.vocab_size), torch.arange(1, 28, 2)
+    expected = target(batch, slots_N)
+    with FakeDevice():
+        output = FrozenTarget(model.to(DEVICE), (0, 1, 2))(batch, slots_N)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(values_of(getattr(output, name)), value, rtol=1e-4, atol=1e-4)
+
+
+def test_a_capture_waits_for_the_device_only_where_it_has_to(tmp_path, tiny_target, tiny_corpus):
+    with FakeDevice() as fake:
+        report = run_capture(tmp_path / "store", tiny_target, tiny_corpus.train)
+    assert report.num_tokens == 600
+    assert not unexpected(fake.waits, EVERY_MICRO_BATCH, STORING)
