@@ -41,6 +41,16 @@ class CountCollectives(TorchDispatchMode):
 
         setattr(owner, method, watched)
 
+    def count(self, name: str, owner: object, method: str) -> None:
+        """From now on, count how often `owner.method` is called; what it issues belongs to the phase around it."""
+        inner: Callable[..., Any] = getattr(type(owner), method).__get__(owner)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.issued.begun[name] += 1
+            return inner(*arguments, **options)
+
+        setattr(owner, method, counted)
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             # a gather's output and a scatter's input are whole; the other argument is this rank's part

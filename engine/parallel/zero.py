@@ -21,7 +21,6 @@ import deepspeed
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import nn
-from torch.utils.cpp_extension import CUDA_HOME
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.host_memory import keep_freed_memory
@@ -83,9 +82,10 @@ class ZeroDraft:
         if stage == 0 and optimizer is not None:
             _forget_steps(optimizer)
         if stage == 3:
-            # the module holds every weight from its door to its end; else each TTT step would gather what the last one released
+            # The module holds every weight during a whole pass; else each TTT step would gather what the last one released.
             for parameter in draft.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
+            _leave_hooks_to(module, self.engine.optimizer.parameter_offload)
         self.learning_rate = self.engine.get_lr()[0]  # of the last optimizer step
 
     @property
@@ -178,32 +178,58 @@ class ZeroDraft:
 
 
 def make_optimizer(parameters: list[nn.Parameter], ds_config: dict[str, Any]) -> torch.optim.Optimizer | None:
-    """The fastest AdamW for the device, or None where DeepSpeed builds the optimizer that its configuration names.
+    """Return the AdamW for the device, or None where DeepSpeed builds the optimizer that its configuration names.
 
-    Order on a GPU: NVIDIA apex, DeepSpeed's fused Adam, torch's fused AdamW (with `torch_adam`, that one at once). An offloaded
-    optimizer is DeepSpeed's own.
+    On a GPU that is NVIDIA apex's FusedAdam if apex is installed, else torch's fused AdamW: neither compiles anything.
+    `optimizer.params.torch_adam` decides otherwise: true takes torch's AdamW at once, false takes DeepSpeed's own FusedAdam,
+    which is compiled with nvcc at its first use. An offloaded optimizer is DeepSpeed's own.
+    Raises ValueError if DeepSpeed's FusedAdam was asked for and cannot be built.
     """
     section = ds_config["optimizer"]
-    offloads = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    if section["type"] != "AdamW" or offloads:
+    offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
+    if section["type"] != "AdamW" or offload.get("device", "none") != "none":
         return None
-    params, on_gpu = section["params"], torch.cuda.is_available()
+    params = section["params"]
+    torch_adam = params.get("torch_adam")
     options = {name: params[name] for name in ("lr", "betas", "eps", "weight_decay")}
-    fused = fused_adam() if on_gpu and not params.get("torch_adam") else None
-    return torch.optim.AdamW(parameters, fused=on_gpu, **options) if fused is None else fused(parameters, **options)
+    on_gpu = torch.cuda.is_available()
+    if torch_adam is False:
+        return _deepspeed_adam(parameters, options)
+    apex_adam = apex_fused_adam() if on_gpu and torch_adam is None else None
+    if apex_adam is not None:
+        return apex_adam(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=on_gpu, **options)
 
 
-def fused_adam() -> type | None:
-    """NVIDIA apex's FusedAdam, else DeepSpeed's where nvcc can build it, else None. PyPI's `apex` is another package."""
+def apex_fused_adam() -> type | None:
+    """Return NVIDIA apex's FusedAdam, or None where it is not installed. The package that PyPI calls `apex` is another one."""
     try:
         from apex.optimizers import FusedAdam
     except ImportError:
-        pass
-    else:
-        return FusedAdam
-    if CUDA_HOME is not None and deepspeed.ops.op_builder.FusedAdamBuilder().is_compatible(verbose=False):
-        return deepspeed.ops.adam.FusedAdam
-    return None
+        return None
+    return FusedAdam
+
+
+def _deepspeed_adam(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        return deepspeed.ops.adam.FusedAdam(parameters, **options)
+    except Exception as error:  # whatever the compiler, the linker or the loader of the compiled file raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        problem = "optimizer.params.torch_adam = false asks for DeepSpeed's FusedAdam, which cannot be built here"
+        raise ValueError(f"{problem} ({reason}); delete the key to train with torch's fused AdamW") from error
+
+
+def _leave_hooks_to(module: nn.Module, offload: Any) -> None:
+    """Remove DeepSpeed's ZeRO-3 hooks from every submodule, so that they run once per pass, around `module`.
+
+    `module` holds every weight from the beginning of a pass to its end, so the hooks of the submodules (about ninety calls
+    per pass at seven TTT steps) find nothing to gather or release. Gradients are reduced by hooks on the weights, which stay.
+    """
+    kept = {id(module._forward_pre_hooks), id(module._forward_hooks)}
+    for handles in (offload.forward_hooks, offload.backward_hooks):
+        for handle in handles:
+            if id(handle.hooks_dict_ref()) not in kept:
+                handle.remove()
 
 
 def _forget_steps(optimizer: torch.optim.Optimizer) -> None:

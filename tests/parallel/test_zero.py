@@ -11,7 +11,7 @@ import torch
 from engine.normaliser import Normaliser
 from engine.parallel import zero as zero_module
 from engine.parallel.mesh import World
-from engine.parallel.zero import ZeroDraft, fused_adam, make_optimizer
+from engine.parallel.zero import ZeroDraft, make_optimizer
 from tests.collectives import CountCollectives, Issued
 from tests.distributed import run_ranks
 from tests.tiny import make_draft
@@ -47,6 +47,7 @@ def count_run(world: World, job: Job) -> list[Issued]:
         micros, counter = job.micros(step, world.rank), CountCollectives()
         counter.watch("forward", zero, "forward")
         counter.watch("backward", zero.engine, "backward")
+        counter.count("fetch", zero.engine.optimizer.parameter_offload.get_param_coordinator(), "fetch_sub_module")
         with counter:
             zero_step(zero, normalise, world, micros)
         steps.append(counter.issued)
@@ -133,7 +134,8 @@ def test_each_weight_is_gathered_once_a_pass_and_reduced_once_a_micro_batch(by_r
     once, padded = sum(sizes) * item_bytes, sum(size + size % 2 for size in sizes) * item_bytes
     for issued in by_rank[0][job]:
         passes = job.accumulation * (2 if job.kind == "lk_lambda" else 1)  # lk_lambda measures acceptance in a pass of its own
-        assert issued.begun == {"forward": passes, "backward": job.accumulation}
+        fetches = passes + job.accumulation  # DeepSpeed's hooks see one module, once in each pass
+        assert issued.begun == {"forward": passes, "backward": job.accumulation, "fetch": fetches}
         assert once <= issued.num_bytes("forward", "allgather") <= passes * padded
         assert issued.num_bytes("backward", "allgather") <= job.accumulation * padded
         assert job.accumulation * once <= issued.num_bytes("backward", "reduce_scatter") <= job.accumulation * padded
@@ -173,24 +175,21 @@ def test_deepspeed_builds_other_optimizers_and_offloaded_ones(parameters, adam_c
     assert make_optimizer(parameters, adam_config | {"zero_optimization": offload}) is None
 
 
-def test_nvidia_apex_comes_first(monkeypatch, parameters, adam_config):
-    made = {}
+@pytest.fixture
+def on_a_gpu(monkeypatch) -> dict:
+    """A machine with a GPU, as far as the choice of an optimizer goes; what torch's AdamW is asked for."""
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: asked.update(options) or "torch's")
+    return asked
 
-    class FusedAdam(torch.optim.AdamW):
-        def __init__(self, params, **options):
-            made.update(options)
-            super().__init__(params, **options)
 
+@pytest.fixture
+def nvidia_apex(monkeypatch) -> None:
     optimizers = types.ModuleType("apex.optimizers")
-    optimizers.FusedAdam = FusedAdam
+    optimizers.FusedAdam = lambda parameters, **options: ("apex's", options)
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert type(make_optimizer(parameters, adam_config)) is FusedAdam
-    assert made == {"lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.5}
-    adam_config["optimizer"]["params"]["torch_adam"] = True
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: "torch's")
-    assert make_optimizer(parameters, adam_config) == "torch's"
 
 
 @pytest.fixture
@@ -200,23 +199,42 @@ def pypi_apex(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "apex.optimizers", raising=False)
 
 
-@pytest.mark.parametrize(
-    ("cuda_home", "builds", "expected"), [("/cuda", True, "theirs"), ("/cuda", False, None), (None, True, None)]
-)
-def test_without_apex_deepspeeds_fused_adam_comes_next_where_it_can_be_built(
-    pypi_apex, monkeypatch, cuda_home, builds, expected
+@pytest.fixture
+def deepspeeds_adam(monkeypatch) -> list:
+    """Stands for DeepSpeed's FusedAdam; what it was asked for."""
+    asked = []
+    adam = types.SimpleNamespace(FusedAdam=lambda parameters, **options: asked.append(options) or "deepspeed's")
+    monkeypatch.setattr(zero_module.deepspeed.ops, "adam", adam)
+    return asked
+
+
+def test_nvidia_apex_comes_first_on_a_gpu(nvidia_apex, on_a_gpu, parameters, adam_config):
+    name, options = make_optimizer(parameters, adam_config)
+    assert name == "apex's"
+    assert options == {"lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.5}
+    adam_config["optimizer"]["params"]["torch_adam"] = True
+    assert make_optimizer(parameters, adam_config) == "torch's"
+
+
+def test_without_apex_torchs_fused_adamw_runs_and_nothing_is_compiled(
+    pypi_apex, on_a_gpu, deepspeeds_adam, parameters, adam_config
 ):
-    builder = types.SimpleNamespace(is_compatible=lambda verbose: builds)
-    monkeypatch.setattr(zero_module, "CUDA_HOME", cuda_home)
-    monkeypatch.setattr(zero_module.deepspeed.ops.op_builder, "FusedAdamBuilder", lambda: builder)
-    monkeypatch.setattr(zero_module.deepspeed.ops.adam, "FusedAdam", "theirs")
-    assert fused_adam() == expected
+    assert make_optimizer(parameters, adam_config) == "torch's"
+    assert on_a_gpu == {"lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.5, "fused": True}
+    assert deepspeeds_adam == []
 
 
-def test_last_comes_torchs_fused_adamw(monkeypatch, parameters, adam_config):
-    asked = {}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(zero_module, "fused_adam", lambda: None)
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **options: asked.update(options))
-    make_optimizer(parameters, adam_config)
-    assert asked["fused"] is True
+def test_deepspeeds_fused_adam_runs_on_request_alone(nvidia_apex, on_a_gpu, deepspeeds_adam, parameters, adam_config):
+    adam_config["optimizer"]["params"]["torch_adam"] = False
+    assert make_optimizer(parameters, adam_config) == "deepspeed's"
+    assert deepspeeds_adam == [{"lr": 0.1, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.5}]
+
+
+def test_a_fused_adam_that_cannot_be_compiled_is_named(on_a_gpu, monkeypatch, parameters, adam_config):
+    def fails(parameters, **options):
+        raise RuntimeError("Error building extension 'fused_adam':\nnvcc fatal: unsupported gpu architecture")
+
+    monkeypatch.setattr(zero_module.deepspeed.ops, "adam", types.SimpleNamespace(FusedAdam=fails))
+    adam_config["optimizer"]["params"]["torch_adam"] = False
+    with pytest.raises(ValueError, match=r"optimizer\.params\.torch_adam = false.*nvcc fatal"):
+        make_optimizer(parameters, adam_config)
