@@ -182,12 +182,19 @@ class ParallelSection:
     )
 
 
+AHEAD_OF_STORE = 2  # batches read ahead from a store: one being read, one ready
+
+
 @dataclass(frozen=True)
 class OverlapSection:
-    """How far the target runs ahead of the draft."""
+    """How far the target, or the reading of a store, runs ahead of the draft."""
 
-    run_ahead: int = option(
-        0, "batches the target forward runs ahead of the draft step; 0 = one after the other", unit="batches", at_least=0
+    run_ahead: int | None = option(
+        None,
+        "batches that the target's forward, or the reading of a store, runs ahead of the draft step; 0 = one after the other; "
+        f"null = {AHEAD_OF_STORE} with target.store, else 0",
+        unit="batches",
+        at_least=0,
     )
 
 
@@ -252,6 +259,20 @@ class Config:
                 f"evaluation.num_prompts = {self.evaluation.num_prompts} needs held-out prompts; name a file or set it to 0"
             )
             raise ConfigError(problem, key="data.held_out", value=self.data.held_out)
+
+    @property
+    def run_ahead(self) -> int:
+        """Batches that are prepared ahead of the draft step."""
+        if self.overlap.run_ahead is not None:
+            return self.overlap.run_ahead
+        return 0 if self.target.store is None else AHEAD_OF_STORE
+
+    @property
+    def target_ranks(self) -> int:
+        """Ranks that share one copy of the target; a store is read by each rank alone."""
+        if self.target.store is not None:
+            return 1
+        return max(self.parallel.tp_size, self.parallel.ep_size)
 
     @property
     def kept_on_resume(self) -> dict[str, Any]:

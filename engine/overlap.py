@@ -11,22 +11,43 @@ from typing import Any, TypeVar
 
 import torch
 
+from engine.strict import ConfigError
+
 Item = TypeVar("Item")
 Work = TypeVar("Work")
+RUN_AHEAD = "overlap.run_ahead"
+
+
+def check_run_ahead(depth: int, target_ranks: int, device: torch.device) -> None:
+    """Raise ConfigError if the target would run ahead while ranks share it over NCCL.
+
+    The worker thread would issue the target's collectives and the main thread those of ZeRO, on different communicators and
+    in an order that differs between ranks. NCCL does not allow that: the job would hang. gloo keeps them apart.
+
+    depth: batches to run ahead. target_ranks: ranks that share one copy of the target.
+    """
+    if depth and target_ranks > 1 and device.type == "cuda":
+        problem = (
+            f"is not possible on GPUs while {target_ranks} ranks share the target: their collectives could block each other"
+        )
+        raise ConfigError(f"{problem}; set it to 0, or capture first and train from target.store", key=RUN_AHEAD, value=depth)
 
 
 def run_ahead(items: Iterable[Item], prepare: Callable[[Item], Work], depth: int, device: torch.device) -> Iterator[Work]:
-    """`prepare(item)` for each item, in order, at most `depth` items before they are asked for; 0 = when asked.
+    """Yield `prepare(item)` for each item, in order, prepared at most `depth` items before they are asked for.
 
-    Ahead, `prepare` runs in a thread of its own and, on a GPU, on a side stream that the consumer's stream waits for.
-    An error in `prepare` is raised where its result would have been.
+    With a depth of 0 each is prepared when it is asked for. Otherwise `prepare` runs in a thread of its own and, on a GPU, on a
+    side stream. That stream starts after the work that the consumer's stream already has, such as the loading of weights,
+    and the consumer's stream waits for each result. An error in `prepare` is raised where its result would have been.
     """
     if depth == 0:
         yield from map(prepare, items)
         return
     results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
-    room, stop = threading.Semaphore(depth), threading.Event()
-    worker = threading.Thread(target=_produce, args=(items, prepare, results, room, stop, device), daemon=True)
+    room = threading.Semaphore(depth)
+    stop = threading.Event()
+    side = _SideStream(device)
+    worker = threading.Thread(target=_produce, args=(items, prepare, results, room, stop, side), daemon=True)
     worker.start()
     try:
         while True:
@@ -55,17 +76,45 @@ class _Result:
 _END = _Result()
 
 
-def _produce(items, prepare, results: queue.SimpleQueue, room: threading.Semaphore, stop: threading.Event, device) -> None:
+class _SideStream:
+    """The CUDA stream of the worker thread; on a CPU there is none."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Called by the consumer: only its own thread knows the stream on which weights may still be loading."""
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def enter_thread(self) -> None:
+        """Make the device current in the calling thread: a new thread begins on GPU 0 and would open a context there."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
+
+    def run(self, prepare: Callable[[Item], Work], item: Item) -> "_Result":
+        """Prepare an item on the stream, and record when its result is there."""
+        with torch.cuda.stream(self._stream):
+            work = prepare(item)
+        ready = None if self._stream is None else self._stream.record_event()
+        return _Result(work, ready)
+
+
+def _produce(
+    items: Iterable[Item],
+    prepare: Callable[[Item], Work],
+    results: "queue.SimpleQueue[_Result]",
+    room: threading.Semaphore,
+    stop: threading.Event,
+    side: _SideStream,
+) -> None:
     try:
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        side.enter_thread()
         for item in items:
             room.acquire()
             if stop.is_set():
                 return
-            with torch.cuda.stream(stream):
-                work = prepare(item)
-                ready = stream and stream.record_event()
-            results.put(_Result(work, ready))
+            results.put(side.run(prepare, item))
         results.put(_END)
     except BaseException as error:
         results.put(_Result(error=error))

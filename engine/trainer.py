@@ -219,7 +219,7 @@ class Trainer:
     def train(self, zero: ZeroDraft, corpus: Corpus, target: Target, first_step: int) -> None:
         normalise, log = Normaliser(zero, self.world), TrainLog(self, zero, first_step)
         batches = itertools.islice(corpus.loader, self.num_steps - first_step)
-        work = run_ahead(batches, self.prepare(target, zero.dtype), self.config.overlap.run_ahead, self.world.device)
+        work = run_ahead(batches, self.prepare(target, zero.dtype), self.config.run_ahead, self.world.device)
         with self.telemetry.progress(self.num_steps, "steps") as progress:
             progress.start_at(first_step)
             for step, (micros, data_state) in zip(range(first_step + 1, self.num_steps + 1), work, strict=False):

@@ -64,10 +64,15 @@ def main() -> None:
         except ValueError as error:
             stop(error, environment["rank"])
 
+    from engine.overlap import check_run_ahead
     from engine.parallel.mesh import World
-    from engine.parallel.zero import connect, disconnect
 
     world = World(**environment)
+    with wrong_options(arguments, world.rank):
+        check_run_ahead(config.run_ahead, config.target_ranks, world.device)
+
+    from engine.parallel.zero import connect, disconnect
+
     connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
     from engine.trainer import Trainer
 

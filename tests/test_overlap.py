@@ -1,11 +1,14 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from engine.overlap import run_ahead
+from engine.config import Config, OverlapSection, ParallelSection, TargetSection
+from engine.overlap import check_run_ahead, run_ahead
+from engine.strict import ConfigError
 
 CPU = torch.device("cpu")
 DEPTHS = (0, 1, 3)
@@ -115,3 +118,83 @@ def test_preparation_runs_beside_the_consumer(depth):
     next(work)
     assert began.wait(timeout=10)
     assert list(work) == [1]
+
+
+class FakeCuda:
+    """Stands for `torch.cuda`: notes who does what to which stream, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple] = []
+        for name in ("Stream", "current_stream", "set_device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def note(self, *call: object) -> None:
+        is_worker = threading.current_thread() is not threading.main_thread()
+        self.calls.append(("worker" if is_worker else "main", *call))
+
+    def Stream(self, device: torch.device) -> "FakeStream":
+        return FakeStream(self, "side")
+
+    def current_stream(self, device: torch.device) -> "FakeStream":
+        return FakeStream(self, "main's")
+
+    def set_device(self, device: torch.device) -> None:
+        self.note("set_device", device.index)
+
+    @contextmanager
+    def stream(self, stream: "FakeStream") -> Iterator[None]:
+        self.note("on", stream.name)
+        yield
+        self.note("off", stream.name)
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda, name: str) -> None:
+        self.cuda, self.name = cuda, name
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.cuda.note(self.name, "waits for", other.name)
+
+    def record_event(self) -> str:
+        self.cuda.note(self.name, "records")
+        return "event"
+
+    def wait_event(self, event: str) -> None:
+        self.cuda.note(self.name, "waits for", event)
+
+
+def test_on_a_gpu_the_worker_works_on_its_own_device_and_after_what_the_main_stream_had_begun(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    work = run_ahead(range(1), lambda item: cuda.note("prepares") or item, 1, torch.device("cuda", 3))
+    assert list(work) == [0]
+    by_main = [call[1:] for call in cuda.calls if call[0] == "main"]
+    by_worker = [call[1:] for call in cuda.calls if call[0] == "worker"]
+    assert cuda.calls[0] == ("main", "side", "waits for", "main's"), "weights may still be on their way"
+    assert by_worker == [("set_device", 3), ("on", "side"), ("prepares",), ("off", "side"), ("side", "records")]
+    assert by_main[1:] == [("main's", "waits for", "event")]
+
+
+@pytest.mark.parametrize(
+    ("config", "runs_ahead"),
+    [
+        (Config(), 0),
+        (Config(target=TargetSection(store="/store")), 2),
+        (Config(target=TargetSection(store="/store"), overlap=OverlapSection(run_ahead=0)), 0),
+        (Config(overlap=OverlapSection(run_ahead=1)), 1),
+    ],
+)
+def test_a_store_is_read_ahead_unless_the_user_says_otherwise(config, runs_ahead):
+    assert config.run_ahead == runs_ahead
+
+
+def test_a_target_that_ranks_share_over_nccl_does_not_run_ahead():
+    gpu = torch.device("cuda", 0)
+    ahead = OverlapSection(run_ahead=1)
+    shared = Config(parallel=ParallelSection(tp_size=2, ep_size=4), overlap=ahead)
+    with pytest.raises(ConfigError, match="overlap.run_ahead = 1.*while 4 ranks share the target") as refused:
+        check_run_ahead(shared.run_ahead, shared.target_ranks, gpu)
+    assert refused.value.key == "overlap.run_ahead"
+    stored = Config(target=TargetSection(store="/store"), parallel=ParallelSection(tp_size=2), overlap=ahead)
+    for config, device in [(shared, CPU), (Config(overlap=ahead), gpu), (stored, gpu)]:
+        check_run_ahead(config.run_ahead, config.target_ranks, device)
+    check_run_ahead(0, shared.target_ranks, gpu)

@@ -108,7 +108,7 @@ class JobPlan:
 
     def bytes_by_part(self, counts: StepCounts) -> dict[str, int]:
         """The most that lives at once on a rank, by what it is."""
-        num_weights, sharing, ahead = self.num_draft_weights, self.sharing, self.config.overlap.run_ahead
+        num_weights, sharing, ahead = self.num_draft_weights, self.sharing, self.config.run_ahead
         forward = self._forward(counts)
         states = DraftStates(
             self.draft.shape, counts, self.config.loss, sharing.itemsize, self.fused, self.config.ttt.recompute
