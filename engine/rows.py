@@ -68,7 +68,8 @@ class RowPlan:
 
     Nobody reads row `(t, i)`, `i >= 1`, but later rows of its own chain: a row runs if it or a later one of its chain carries
     loss, or is one of a few more that make the number a multiple of `ROW_GRANULE`. Every position still gives its key and value
-    at step 0. Without compaction all rows run.
+    at step 0. Without compaction all rows run. Where the rows of each document stand at successive positions, those few more
+    are chosen so that they still do.
 
     kept: for each step, index of its rows, int64 ascending, into those of the step before, at step 0 into the positions;
     None = all of them. is_dense: for each step, whether the rows of each document are known to stand at successive positions.
@@ -90,7 +91,8 @@ def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chun
     alive_ST = carries_loss_ST.flip(0).cummax(0).values.flip(0) if compaction else torch.ones_like(carries_loss_ST)
     per_chunk_SC = slot_ST.new_zeros(steps, 1 + num_tokens // slots_per_chunk)
     per_chunk_SC.scatter_add_(1, torch.where(carries_loss_ST, slot_ST // slots_per_chunk, 0), carries_loss_ST.long())
-    counts = torch.cat((alive_ST.sum(1, keepdim=True), _gaps(alive_ST, cu_seqlens), per_chunk_SC.cumsum(1)), 1).tolist()
+    document_T = documents_of(cu_seqlens, num_tokens)
+    counts = torch.cat((alive_ST.sum(1, keepdim=True), _gaps(alive_ST, document_T), per_chunk_SC.cumsum(1)), 1).tolist()
     num_alive, num_gaps, num_loss_rows = ([row[column] for row in counts] for column in (0, 1, -1))
     starts = itertools.accumulate(num_loss_rows, initial=0)
     bounds = [[start, *(start + count for count in row[2:])] for start, row in zip(starts, counts, strict=False)]
@@ -101,28 +103,60 @@ def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chun
     loss_rows, slots, kept, is_dense = [], [], [], []
     for step in range(steps):
         wanted = min(num_running, -(-num_alive[step] // granule) * granule)
-        if wanted < num_running:
-            spare_T = runs_T & ~alive_ST[step]
-            still_T = alive_ST[step] | (spare_T & (spare_T.cumsum(0) <= wanted - num_alive[step]))
-            kept.append(rank_T[_positions(still_T, wanted)])
-            runs_T, num_running, rank_T = still_T, wanted, still_T.cumsum(0) - 1
-        else:
+        num_spare = wanted - num_alive[step]
+        was_dense = is_dense[-1] if is_dense else True
+        if wanted == num_running:
             kept.append(None)
-        is_dense.append(num_running == num_tokens or (num_gaps[step] == 0 and num_running == num_alive[step]))
+            is_dense.append(was_dense or (num_gaps[step] == 0 and num_spare == 0))
+        else:
+            spare_T = runs_T & ~alive_ST[step]
+            keeps_dense = was_dense and num_gaps[step] == 0
+            if keeps_dense and num_spare:
+                spare_T = _neighbours(alive_ST[step], spare_T, document_T, num_spare)
+            else:
+                spare_T &= spare_T.cumsum(0) <= num_spare
+            runs_T = alive_ST[step] | spare_T
+            kept.append(rank_T[_positions(runs_T, wanted)])
+            is_dense.append(keeps_dense or (num_gaps[step] == 0 and num_spare == 0))
+            num_running = wanted
+            rank_T = runs_T.cumsum(0) - 1
         position_R = _positions(carries_loss_ST[step], num_loss_rows[step])
         loss_rows.append(rank_T[position_R])
         slots.append(slot_ST[step, position_R])
     return RowPlan(kept, is_dense, loss_rows, LossRows(torch.cat(slots), bounds, slots_per_chunk))
 
 
-def _gaps(alive_ST: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Runs of successive rows beyond one a document, int64 [S, 1]."""
-    document_T = torch.searchsorted(cu_seqlens.long(), torch.arange(alive_ST.shape[1], device=alive_ST.device), right=True) - 1
+def documents_of(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Return the number of each token's document, int64 [T]."""
+    position_T = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens.long(), position_T, right=True) - 1
+
+
+def _gaps(alive_ST: torch.Tensor, document_T: torch.Tensor) -> torch.Tensor:
+    """Return the runs of successive rows beyond one per document, int64 [S, 1]."""
+    num_steps, num_tokens = alive_ST.shape
     begins_T = torch.nn.functional.pad(document_T.diff() > 0, (1, 0), value=True)
     run_starts_ST = alive_ST & (begins_T | ~torch.nn.functional.pad(alive_ST, (1, -1)))
-    has_rows_SN = alive_ST.new_zeros(alive_ST.shape[0], cu_seqlens.shape[0] - 1)
-    has_rows_SN = has_rows_SN.long().scatter_add_(1, document_T.expand_as(alive_ST), alive_ST.long()) > 0
-    return run_starts_ST.sum(1, keepdim=True) - has_rows_SN.sum(1, keepdim=True)
+    num_rows_ST = torch.zeros(num_steps, num_tokens, dtype=torch.long, device=alive_ST.device)  # at most T documents
+    has_rows_ST = num_rows_ST.scatter_add_(1, document_T.expand_as(alive_ST), alive_ST.long()) > 0
+    return run_starts_ST.sum(1, keepdim=True) - has_rows_ST.sum(1, keepdim=True)
+
+
+def _neighbours(alive_T: torch.Tensor, spare_T: torch.Tensor, document_T: torch.Tensor, num_spare: int) -> torch.Tensor:
+    """Return `num_spare` of the spare positions, bool [T], that lengthen each document's one run of alive positions.
+
+    In every document first those behind the run in ascending order, then those before it in descending order, so that
+    alive and chosen positions are one run per document wherever the choice ends. The documents are filled in their order.
+    """
+    num_tokens = alive_T.shape[0]
+    position_T = torch.arange(num_tokens, device=alive_T.device)
+    alive_until_T = alive_T.cumsum(0)
+    alive_in_all = torch.zeros(num_tokens, dtype=torch.long, device=alive_T.device)
+    alive_by_end = alive_in_all.scatter_reduce_(0, document_T, alive_until_T, "amax")
+    is_behind_T = alive_until_T == alive_by_end[document_T]
+    order_T = torch.where(is_behind_T, position_T, 2 * num_tokens - position_T)
+    key_T = torch.where(spare_T, 2 * num_tokens * document_T + order_T, torch.iinfo(torch.long).max)
+    return torch.zeros_like(spare_T).index_fill_(0, key_T.argsort()[:num_spare], True)
 
 
 def _positions(mask_T: torch.Tensor, count: int) -> torch.Tensor:

@@ -72,3 +72,28 @@ def test_the_rows_that_run_are_those_that_a_loss_depends_on_and_fewer_than_a_gra
         for chunk, (start, end) in enumerate(itertools.pairwise(bounds)):
             assert all(s == step and slot // 50 == chunk for s, slot in read[start:end])
     assert plan.loss.bounds[-1][-1] == len(read)
+
+
+@pytest.mark.parametrize("tail", [0, 3, 40])
+@pytest.mark.parametrize("ends_alive", [(5, 33, 70), (30, 30, 30), (0, 1, 64)])
+def test_rows_that_complete_a_granule_keep_the_rows_of_each_document_together(ends_alive, tail):
+    """Documents whose loss is one run, before `tail` tokens without loss, and shorter at each step."""
+    lengths, steps = (100, 61, 200), 4
+    carries_loss_ST = torch.zeros(steps, sum(lengths), dtype=torch.bool)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    for step in range(steps):
+        for start, end, length in zip(starts, starts[1:], ends_alive, strict=False):
+            last = max(int(start), int(end) - tail - step)
+            carries_loss_ST[step, max(int(start), last - length) : last] = True
+    slot_ST = torch.zeros_like(carries_loss_ST, dtype=torch.long)
+    plan = plan_rows(carries_loss_ST, slot_ST, starts.int(), slots_per_chunk=500, compaction=True)
+    assert all(plan.is_dense)
+    position_Q = torch.arange(sum(lengths))
+    for step in range(steps):
+        position_Q = position_Q if plan.kept[step] is None else position_Q[plan.kept[step]]
+        assert len(position_Q) % ROW_GRANULE["cpu"] == 0
+        needed = carries_loss_ST[step:].any(0).nonzero().flatten()
+        assert set(needed.tolist()) <= set(position_Q.tolist())
+        for start, end in itertools.pairwise(starts.tolist()):
+            own_Q = position_Q[(position_Q >= start) & (position_Q < end)]
+            assert (own_Q.diff() == 1).all()
