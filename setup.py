@@ -25,7 +25,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
-        "gpu": ["accelerate>=1.1", "liger-kernel>=0.6"],
+        "gpu": ["accelerate>=1.1", "liger-kernel>=0.8.5,<0.9"],
         "data": DATA,
         "dev": [*DATA, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "tensorboard>=2.17", "triton>=3.3"],
         "wandb": ["wandb>=0.18"],

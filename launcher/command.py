@@ -19,6 +19,7 @@ from engine.recipe import COMMAND_LINE, describe_options
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
 EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure
 
 
@@ -38,8 +39,21 @@ def make_parser(description: str, sections: Sequence[str] = ()) -> argparse.Argu
     return parser
 
 
+def set_allocator() -> None:
+    """Let PyTorch's CUDA allocator grow its segments, unless the user has configured it; call before torch is imported.
+
+    Row counts differ at every step, and segments of fixed size fragment. Torch reads the first of these variables that is set.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
 def join_environment() -> dict[str, int]:
-    """Rank and sizes as the launcher set them; a process started alone is a job of one."""
+    """Prepare this process's environment for torch; return rank and sizes as the launcher set them.
+
+    A process that was started alone is a job of one.
+    """
+    set_allocator()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

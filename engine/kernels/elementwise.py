@@ -57,8 +57,11 @@ def liger_elementwise() -> Elementwise:
 
     def rope(query_QHE: Tensor, key_QGE: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor]:
         # it rotates in place, in its own layout [1, heads, Q, E]
-        heads_first = (x.transpose(0, 1)[None] for x in (query_QHE, key_QGE))
-        rotated = LigerRopeFunction.apply(*heads_first, *(table_Q1E.transpose(0, 1) for table_Q1E in cos_sin))
-        return tuple(x[0].transpose(0, 1) for x in rotated)
+        query_1HQE = query_QHE.transpose(0, 1)[None]
+        key_1GQE = key_QGE.transpose(0, 1)[None]
+        cos_1QE, sin_1QE = (table_Q1E.transpose(0, 1) for table_Q1E in cos_sin)
+        # further entries, which some versions return, are not ours
+        query_1HQE, key_1GQE = LigerRopeFunction.apply(query_1HQE, key_1GQE, cos_1QE, sin_1QE)[:2]
+        return query_1HQE[0].transpose(0, 1), key_1GQE[0].transpose(0, 1)
 
     return Elementwise(norm, LigerSiLUMulFunction.apply, rope)
