@@ -239,8 +239,11 @@ class Trainer:
         """The target's half of a step: the packed batches of one -> what the draft reads, in the draft's precision."""
 
         def forward(batch: PackedBatch) -> MicroBatch:
-            device, allowed_ST = self.world.device, allowed_rows(batch, self.config.ttt)  # on the host, which waits for nothing
-            output, batch = target(batch, slots_of(allowed_ST)), batch.to(device)
+            device = self.world.device
+            allowed_ST = allowed_rows(batch, self.config.ttt)  # on the host, which waits for nothing
+            slots_N = slots_of(allowed_ST)
+            batch = batch.to(device)
+            output = target(batch, slots_N)
             embed_TD = target.embedding.rows(batch.input_ids_T).to(dtype)
             return MicroBatch(batch, replace(output, aux_TA=output.aux_TA.to(dtype)), embed_TD, to_device(allowed_ST, device))
 

@@ -32,8 +32,6 @@ ONCE_PER_STAGE = {
 }
 EVERY_MICRO_BATCH = {
     ("engine/rows.py", "plan_rows"): "the number of rows depends on the target; one read of all counts",
-    ("engine/target/masks.py", "reach_of"): "whether the mask counts on our packing",
-    ("engine/target/frozen.py", "_forward"): "Transformers asks whether the row is packed",
 }
 EVERY_LOGGED_STEP = {
     ("engine/metrics.py", "read"): "the metrics of the steps since the last log",
@@ -89,16 +87,18 @@ def test_a_training_step_waits_and_launches_no_more_than_counted(training):
     (step,) = draft.steps
     places = [(wait.file, wait.function) for wait in step.waits]
     unlogged = [place for place in places if place not in EVERY_LOGGED_STEP]
-    assert len(unlogged) <= 3
+    assert len(unlogged) <= 1
     # 993 with five layers of the target and two TTT steps, a quarter of them the optimizer's
     assert step.launches <= 1000
 
 
-@pytest.mark.parametrize(("family", "launches"), [("llama", 223), ("qwen3_moe", 341)])
+@pytest.mark.parametrize(
+    ("family", "launches"), [("llama", 223), ("qwen3_moe", 341), ("gemma3_text", 428), ("llama4_text", 289)]
+)
 def test_a_targets_forward_waits_and_launches_no_more_than_counted(family, launches):
     with FakeDevice():
         step = forward_of(tiny_model(family).bfloat16(), (0, 1, 2))
-    assert len(step.waits) <= 2, step.waits
+    assert not step.waits
     assert step.launches <= launches
 
 

@@ -10,14 +10,16 @@ from that, and the attention function does it, by the place in the document.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from engine.kernels import choose_packed_attention
 from engine.kernels.packed_attention import Scores, under_mask
-from engine.target.masks import DocumentMasks, added, document_masks, documents_of_forward, whole_masks
+from engine.target.masks import DocumentMasks, added, document_masks, whole_masks
+from engine.target.packed_row import PackedRow, row_of_forward
 
 NAME, ONE = "document_by_document", "one_document"
 
@@ -36,21 +38,66 @@ _tuned: ContextVar[frozenset[nn.Module]] = ContextVar("modules whose queries are
 
 
 @contextmanager
-def packed_attention(decoder: PreTrainedModel, lengths: tuple[int, ...], packs: bool = True) -> Iterator[None]:
-    """Within it, forwards of `decoder` on one row of `sum(lengths)` tokens attend document by document.
+def packed_attention(decoder: PreTrainedModel, row: PackedRow, packs: bool = True) -> Iterator[None]:
+    """Within it, forwards of `decoder` on the documents of `row` attend document by document.
 
     packs: whether modules take all documents at once, or are run on one after the other by whoever wrapped them.
     The attention implementation of before is restored on the way out, so ordinary forwards with a cache stay possible.
     """
-    before = decoder.config._attn_implementation
-    token = documents_of_forward.set(lengths)
-    decoder.set_attn_implementation(NAME if packs else ONE)
+    configs = _attending_configs(decoder)
+    before = [config._attn_implementation_internal for config in configs]
+    token = row_of_forward.set(row)
+    for config in configs:
+        config._attn_implementation_internal = NAME if packs else ONE
     try:
         with _tuned_here(decoder) if packs else nullcontext():
             yield
     finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+        row_of_forward.reset(token)
+
+
+@contextmanager
+def one_document(row: PackedRow) -> Iterator[None]:
+    """Within it, forwards are of a single document, under the family's own attention."""
+    token = row_of_forward.set(row)
+    try:
+        yield
+    finally:
+        row_of_forward.reset(token)
+
+
+_known_configs: WeakKeyDictionary[PreTrainedModel, tuple[PreTrainedConfig, ...]] = WeakKeyDictionary()
+
+
+def _attending_configs(decoder: PreTrainedModel) -> tuple[PreTrainedConfig, ...]:
+    """Return the configs that `decoder.set_attn_implementation` sets.
+
+    It looks through all modules, which takes as long as many launches, so it is asked once.
+    """
+    if decoder not in _known_configs:
+        candidates = [config for module in decoder.modules() for config in _configs_of(module)]
+        distinct = {id(config): config for config in candidates}.values()
+        before = decoder.config._attn_implementation
+        kept = [config._attn_implementation_internal for config in distinct]
+        decoder.set_attn_implementation(NAME if before != NAME else ONE)
+        after = [config._attn_implementation_internal for config in distinct]
         decoder.set_attn_implementation(before)
-        documents_of_forward.reset(token)
+        pairs = zip(distinct, kept, after, strict=True)
+        _known_configs[decoder] = tuple(config for config, old, new in pairs if old != new)
+    return _known_configs[decoder]
+
+
+def _configs_of(module: nn.Module) -> Iterator[PreTrainedConfig]:
+    """A module's config, if it has one, and the configs in it."""
+    config = getattr(module, "config", None)
+    waiting = [config] if isinstance(config, PreTrainedConfig) else []
+    while waiting:
+        config = waiting.pop()
+        yield config
+        inner = (getattr(config, name, None) for name in config.sub_configs)
+        waiting += [one for one in inner if isinstance(one, PreTrainedConfig)]
 
 
 @contextmanager

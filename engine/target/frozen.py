@@ -1,6 +1,5 @@
 """The frozen target, run online: packed documents in, what the draft learns from out."""
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -48,10 +47,11 @@ from engine.target.anatomy import (
     without_weights,
     wrapper_without_weights,
 )
-from engine.target.attention import NAME, ONE, packed_attention
+from engine.target.attention import NAME, ONE, one_document, packed_attention
 from engine.target.configuration import load_target_config
 from engine.target.embedding import SharedEmbedding, TargetEmbedding
 from engine.target.head import TargetHead
+from engine.target.packed_row import PackedRow
 from engine.target.rotary import rotate_by_length
 from engine.target.shared_head import SharedHead
 
@@ -206,19 +206,40 @@ class FrozenTarget:
     @torch.no_grad()
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
         """Run the documents of `batch`, each seeing itself alone. slots_N: int64 [N], ascending positions to learn."""
-        device, aux, last_hidden = self.device, [], []
-        batch, slots_N = batch.to(device), to_device(slots_N, device)
+        batch = batch.to(self.device)
         if self.mesh.size > 1:
-            return self._shared(batch, slots_N)
-        for start, end in self._forwards(batch):
-            with capture(self.model, self.aux_layers) as seen:
-                self._forward(batch, start, end)
-            in_range_N = slots_N if self.packs else slots_N[(slots_N >= start) & (slots_N < end)]
-            aux.append(seen.aux()[0])
-            last_hidden.append(seen.last_hidden()[0, in_range_N - start])
-        last_hidden_ND = torch.cat(last_hidden)
+            return self._shared(batch, to_device(slots_N, self.device))
+        if self.packs:
+            row = PackedRow(batch.host_lengths, self.device)
+            with capture(self.model, self.aux_layers) as seen, packed_attention(self.decoder, row):
+                ids_1T = batch.input_ids_T[None]
+                self.decoder(input_ids=ids_1T, position_ids=row.position_1T, use_cache=False)
+            slots_N = to_device(slots_N, self.device)
+            aux_TA = seen.aux()[0]
+            last_hidden_ND = seen.last_hidden()[0, slots_N]
+        else:
+            aux_TA, last_hidden_ND = self._one_by_one(batch, slots_N)
+            slots_N = to_device(slots_N, self.device)
         argmax_N, lse_N = self.head.argmax_and_lse(last_hidden_ND)
-        return TargetOutput(torch.cat(aux), slots_N, last_hidden_ND, argmax_N, lse_N)
+        return TargetOutput(aux_TA, slots_N, last_hidden_ND, argmax_N, lse_N)
+
+    def _one_by_one(self, batch: PackedBatch, slots_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Run each document by itself; returns auxiliary states [T, 3D] and states of slots [N, D]."""
+        aux: list[Tensor] = []
+        last_hidden: list[Tensor] = []
+        ends = torch.tensor(batch.host_lengths).cumsum(0)
+        starts = ends - torch.tensor(batch.host_lengths)
+        first_slots = torch.searchsorted(slots_N.cpu(), starts)
+        end_slots = torch.searchsorted(slots_N.cpu(), ends)
+        bounds = torch.stack((starts, ends, first_slots, end_slots), 1).tolist()
+        for start, end, first_slot, end_slot in bounds:
+            row = PackedRow((end - start,), self.device)
+            with capture(self.model, self.aux_layers) as seen, one_document(row):
+                self.decoder(input_ids=batch.input_ids_T[None, start:end], use_cache=False)
+            own_slots_N = to_device(slots_N[first_slot:end_slot] - start, self.device)
+            aux.append(seen.aux()[0])
+            last_hidden.append(seen.last_hidden()[0, own_slots_N])
+        return torch.cat(aux), torch.cat(last_hidden)
 
     def _shared(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
         """The same with the mesh's other ranks, which bring batches of their own, or `rest`; a collective of all of them."""
@@ -246,23 +267,9 @@ class FrozenTarget:
     @contextmanager
     def _forward_of(self, tokens: Tokens) -> Iterator[dict[str, Tensor]]:
         """Within it, the mesh's ranks run a forward of these tokens; gives the arguments that it takes beside own token ids."""
-        position_T = torch.cat([torch.arange(length) for length in tokens.documents]).to(self.device)
-        with tokens_of_forward(tokens), packed_attention(self.decoder, tokens.documents, self.packs):
-            yield {"position_ids": position_T[None]}
-
-    def _forwards(self, batch: PackedBatch) -> list[tuple[int, int]]:
-        if self.packs:
-            return [(0, batch.num_tokens)]
-        ends = itertools.accumulate(batch.host_lengths)
-        return [(end - length, end) for end, length in zip(ends, batch.host_lengths, strict=True)]
-
-    def _forward(self, batch: PackedBatch, start: int, end: int) -> None:
-        ids_1T = batch.input_ids_T[None, start:end]
-        if not self.packs:
-            self.decoder(input_ids=ids_1T, use_cache=False)
-            return
-        with packed_attention(self.decoder, batch.host_lengths):
-            self.decoder(input_ids=ids_1T, position_ids=batch.position_T[None], use_cache=False)
+        row = PackedRow(tokens.documents, self.device)
+        with tokens_of_forward(tokens), packed_attention(self.decoder, row, self.packs):
+            yield {"position_ids": row.position_1T}
 
     @torch.no_grad()
     def _check_head(self, head: TargetHead) -> None:

@@ -3,13 +3,12 @@
 Transformers says it in a function of two places in the row, joined by `and_masks` from few kinds of closure. A kind is told by
 its code object, which no other function has, and its numbers are read from the closure. Samples of the function's values would
 say nothing of what lies between them; this needs no square and cannot take one mask for another. What the closures hold of the
-packing (positions, document ids) is compared with ours, and that the kinds mean what we think is tried out once. Whatever else
-there is, such as an overlay of a family's own, is evaluated on each document's square.
+packing (positions, document ids) is ours, or is compared with ours; that the kinds mean what we think is tried out once.
+Whatever else there is, such as an overlay of a family's own, is evaluated on each document's square.
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -21,9 +20,9 @@ from transformers import masking_utils
 from engine.batch import to_device
 from engine.kernels.packed_attention import Segments
 from engine.parallel.tokens import ByDocument, bounds
+from engine.target.packed_row import PackedRow, is_view_of, row_of_forward
 
 MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
-documents_of_forward: ContextVar[tuple[int, ...]] = ContextVar("lengths of the packed documents")
 
 
 @dataclass(frozen=True)
@@ -105,16 +104,26 @@ def added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
-def document_masks(*, q_length: int, mask_function: MaskFunction, device: torch.device, **_) -> DocumentMasks:
-    """A layer's mask rule, for each document of the packed row.
+def document_masks(
+    *,
+    q_length: int,
+    mask_function: MaskFunction,
+    device: torch.device,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> DocumentMasks:
+    """Return a layer's mask rule, for each document of the packed row.
 
     q_length: tokens of that row, or, where ranks run the target together, this rank's part of it.
+    attention_mask: says which tokens are padding; None = none are.
     """
-    lengths = documents_of_forward.get()
-    assert sum(lengths) >= q_length, f"documents hold {sum(lengths)} tokens, the row {q_length}"
-    reach = reach_of(mask_function, lengths, device)
-    squares = () if reach is not None else tuple(_squares(mask_function, lengths, device))
-    return DocumentMasks(lengths, device, reach, squares)
+    row = row_of_forward.get()
+    assert row.num_tokens >= q_length, f"documents hold {row.num_tokens} tokens, the row {q_length}"
+    reach = reach_of(mask_function, row, is_unpadded=attention_mask is None)
+    squares: tuple[Tensor, ...] = ()
+    if reach is None:
+        squares = tuple(_squares(mask_function, row.lengths, device))
+    return DocumentMasks(row.lengths, device, reach, squares)
 
 
 def whole_masks(*, dtype: torch.dtype = torch.float32, **arguments) -> WholeMasks:
@@ -130,24 +139,31 @@ def _squares(mask_function: MaskFunction, lengths: tuple[int, ...], device: torc
         yield square.expand(stop - start, stop - start)
 
 
-def reach_of(mask_function: MaskFunction, lengths: tuple[int, ...], device: torch.device) -> Reach | None:
-    """What a mask function allows inside documents of these lengths, laid end to end; None if that is not known for sure.
+def reach_of(mask_function: MaskFunction, row: PackedRow, is_unpadded: bool = False) -> Reach | None:
+    """Return what a mask function allows inside the documents of a row; None if that is not certain.
 
-    The device is waited for once, where the function says how the row is packed.
+    is_unpadded: whether it was made for a row without padding. The host waits for the device only
+    where the function holds tensors about the packing that are not the row's own.
     """
-    found = _Found(lengths, device)
-    known = _kinds_are_as_known() and all(found.add(*condition) for condition in _conditions(mask_function))
-    if not known or not found.is_causal or (found.facts and not torch.stack(found.facts).all()):
+    found = _Found(row, is_unpadded)
+    conditions = _conditions(mask_function)
+    known = _kinds_are_as_known() and all(found.add(*condition) for condition in conditions)
+    if not known or not found.is_causal:
+        return None
+    if found.facts and not torch.stack(found.facts).all():
         return None
     return Reach(min(found.windows, default=None), found.chunk)
 
 
 @dataclass
 class _Found:
-    """What the conditions of a mask function come to. facts: what has to hold, one bool each on the device."""
+    """What the conditions of a mask function come to.
 
-    lengths: tuple[int, ...]
-    device: torch.device
+    facts: what has to hold and only the device knows, one bool each.
+    """
+
+    row: PackedRow
+    is_unpadded: bool
     is_causal: bool = False
     windows: list[int] = field(default_factory=list)
     chunk: int | None = None
@@ -161,21 +177,24 @@ class _Found:
             self.windows.append(held["sliding_window"])
         elif kind == "chunk" and _is_size(held["chunk_size"]) and self.chunk in (None, held["chunk_size"]):
             self.chunk = held["chunk_size"]
-            self.facts.append((held["left_padding"] == 0).all())
-            return in_document or all(start % self.chunk == 0 for start, _ in bounds(self.lengths))
+            if not self.is_unpadded:
+                self.facts.append((held["left_padding"] == 0).all())
+            return in_document or all(start % self.chunk == 0 for start, _ in bounds(self.row.lengths))
         elif kind == "packed" and not in_document:
-            return self._holds(held["packed_sequence_mask"], torch.repeat_interleave(torch.tensor(self.lengths)))
+            return self._holds(held["packed_sequence_mask"], self.row.document_1T)
         elif kind == "remap" and not in_document:
-            return self._holds(held["position_ids"], torch.cat([torch.arange(length) for length in self.lengths]))
+            return self._holds(held["position_ids"], self.row.position_1T)
         else:
             return False
         return True
 
-    def _holds(self, row_BT: Tensor, expected_T: Tensor) -> bool:
+    def _holds(self, row_BT: Tensor, expected_1T: Tensor) -> bool:
         """Note that the mask counts on this of the row's packing; False if it is of another row."""
-        if row_BT.shape[-1] != len(expected_T):
+        if is_view_of(row_BT, expected_1T):
+            return True
+        if row_BT.shape[-1] != expected_1T.shape[-1]:
             return False
-        self.facts.append((row_BT[0] == to_device(expected_T, self.device)).all())
+        self.facts.append((row_BT[0] == expected_1T[0]).all())
         return True
 
 

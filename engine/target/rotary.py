@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from engine.batch import to_device
 from engine.models.registry import rope_kinds
-from engine.target.masks import documents_of_forward
+from engine.target.packed_row import row_of_forward
 
 
 def rotate_by_length(decoder: PreTrainedModel) -> None:
@@ -27,7 +27,8 @@ def _by_length(module: nn.Module, limits: set[int]) -> None:
     inner = module.forward
 
     def forward(x: Tensor, position_ids: Tensor, *others, **options) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor(documents_of_forward.get(()), dtype=torch.long)
+        row = row_of_forward.get(None)
+        lengths = torch.tensor(() if row is None else row.lengths, dtype=torch.long)
         passed_L = sum((lengths > limit).long() for limit in limits)
         kinds = passed_L.unique()
         if len(kinds) < 2 or lengths.sum() != position_ids.shape[-1]:

@@ -14,6 +14,7 @@ from engine.parallel.plan import TargetPlan
 from engine.target import attention, frozen
 from engine.target.anatomy import decoder_of
 from engine.target.masks import DocumentMasks, document_masks
+from engine.target.packed_row import PackedRow
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import (
@@ -69,8 +70,8 @@ def spoil(world, family: str, kind: str) -> float:
     expected = reference(family, world.rank)
     if kind == "mask":
 
-        def together(decoder, lengths, packs):
-            return attention.packed_attention(decoder, (sum(lengths),), packs)
+        def together(decoder, row, packs):
+            return attention.packed_attention(decoder, PackedRow((row.num_tokens,), row.device), packs)
 
         patch = mock.patch.object(frozen, "packed_attention", together)
         AttentionMaskInterface.register(attention.NAME, without_masks)

@@ -23,6 +23,7 @@ from engine.target import attention, masks
 from engine.target.attention import attend_documents, attend_one
 from engine.target.frozen import FrozenTarget
 from engine.target.masks import DocumentMasks, Reach, added, document_masks
+from engine.target.packed_row import PackedRow, row_of_forward
 from tests.kernels.plain_flash import PLAIN
 from tests.live_bytes import LiveBytes
 from tests.parallel.families import VOCAB, tiny_model
@@ -40,9 +41,9 @@ PATHS = {"one call": PackedAttention(PLAIN, ""), "blocks": PackedAttention(None,
 
 @pytest.fixture(autouse=True)
 def documents():
-    token = masks.documents_of_forward.set(LENGTHS)
+    token = row_of_forward.set(PackedRow(LENGTHS, CPU))
     yield
-    masks.documents_of_forward.reset(token)
+    row_of_forward.reset(token)
 
 
 @pytest.fixture(params=PATHS)
@@ -177,7 +178,7 @@ def _states(target, spoil=lambda segments, scores: (segments, scores), flash_att
 
 def _under_squares(target):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masks, "reach_of", lambda *arguments: None)
+        patch.setattr(masks, "reach_of", lambda *arguments, **options: None)
         return _states(target)
 
 

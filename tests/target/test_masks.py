@@ -23,6 +23,7 @@ from engine.models.registry import CHUNKS_START_WITH_DOCUMENTS
 from engine.target import masks
 from engine.target.anatomy import decoder_of
 from engine.target.masks import DocumentMasks, Reach, document_masks, reach_of, whole_masks
+from engine.target.packed_row import PackedRow, row_of_forward
 from tests.parallel.families import FAMILIES, VOCAB, tiny_model
 
 CPU, LENGTHS = torch.device("cpu"), (5, 1, 13, 2)
@@ -69,7 +70,7 @@ def test_the_masks_of_every_family_are_recognised(family, spied):
         position_T = torch.cat([torch.arange(length) for length in lengths])
         decoder(input_ids=ids_T[None], position_ids=position_T[None], use_cache=False)
         for mask_function in spied:
-            reach = reach_of(mask_function, lengths, CPU)
+            reach = reach_of(mask_function, PackedRow(lengths, CPU))
             if reach is None:  # chunks of the row, before Transformers counted them from a document's start
                 assert not CHUNKS_START_WITH_DOCUMENTS
                 continue
@@ -116,7 +117,7 @@ if CHUNKS_START_WITH_DOCUMENTS:
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_masks_are_numbers(name):
     mask_function, expected = KNOWN[name]
-    reach = reach_of(mask_function, LENGTHS, CPU)
+    reach = reach_of(mask_function, PackedRow(LENGTHS, CPU))
     assert reach == expected
     assert_is_the_mask(reach, mask_function, LENGTHS)
 
@@ -130,7 +131,7 @@ def test_masks_that_are_not_known_stay_squares(name, packed_documents):
 
 
 def test_chunks_of_the_row_are_chunks_of_documents_that_begin_with_one():
-    assert reach_of(CHUNK, (8, 4, 7), CPU) == Reach(chunk=4)
+    assert reach_of(CHUNK, PackedRow((8, 4, 7), CPU)) == Reach(chunk=4)
     assert_is_the_mask(Reach(chunk=4), CHUNK, (8, 4, 7))
 
 
@@ -140,17 +141,17 @@ def test_masks_of_another_meaning_than_we_know_are_not_trusted(monkeypatch):
 
     monkeypatch.setattr(masking_utils, "sliding_window_causal_mask_function", wider)
     masks._kinds_are_as_known.cache_clear()
-    assert reach_of(causal_mask_function, LENGTHS, CPU) is None
+    assert reach_of(causal_mask_function, PackedRow(LENGTHS, CPU)) is None
     monkeypatch.undo()
     masks._kinds_are_as_known.cache_clear()
-    assert reach_of(causal_mask_function, LENGTHS, CPU) == Reach()
+    assert reach_of(causal_mask_function, PackedRow(LENGTHS, CPU)) == Reach()
 
 
 @pytest.fixture
 def packed_documents():
-    token = masks.documents_of_forward.set(LENGTHS)
+    token = row_of_forward.set(PackedRow(LENGTHS, CPU))
     yield
-    masks.documents_of_forward.reset(token)
+    row_of_forward.reset(token)
 
 
 def test_segments_are_documents_cut_at_chunk_borders():
