@@ -10,41 +10,52 @@ from typing import Any
 import torch
 
 from engine.batch import DraftOutput
-from engine.parallel.mesh import World
+from engine.parallel.mesh import PendingSum, World
+from engine.strict import finite_or_null
 
+SCALARS = ("tokens",)  # counted per micro-batch, not per TTT step
 COUNTS = ("num_loss_rows_S", "num_allowed_rows_S", "num_correct_S", "accepted_S")
 
 
 class StepMetrics:
-    """Sums over the micro-batches of the steps since the last log; read once, on steps that are logged."""
+    """Sums on the device over the micro-batches since the last log, read without a wait of the host."""
 
     def __init__(self, steps: int, step_weights: list[float], device: torch.device) -> None:
-        self._weights_S = torch.tensor(step_weights, device=device)
-        self._sums = torch.zeros(1 + len(COUNTS), steps, dtype=torch.float64, device=device)
+        self._steps = steps
+        self._weights_S = torch.tensor(step_weights)
+        rows = 1 + len(COUNTS)
+        self._sums = torch.zeros(rows * steps + len(SCALARS), dtype=torch.float64, device=device)
 
-    def add(self, output: DraftOutput) -> None:
+    def add(self, output: DraftOutput, num_tokens: int) -> None:
         """Count one micro-batch, without a host sync."""
         rows = [output.loss_S.detach(), *(getattr(output, name) for name in COUNTS)]
-        self._sums += torch.stack([row.double() for row in rows])
+        self._sums[: len(rows) * self._steps] += torch.cat([row.double() for row in rows])
+        self._sums[len(rows) * self._steps] += num_tokens
 
-    def read(self, world: World, loss_divisor: int) -> dict[str, Any]:
-        """Metrics over all ranks since the last read, then start anew; a collective.
+    def start_read(self, world: World) -> PendingSum:
+        """Start to read the sums over all ranks, and begin new ones; one collective, which the host does not wait for."""
+        pending = world.start_sum(self._sums)
+        self._sums.zero_()
+        return pending
+
+    def values(self, sums: torch.Tensor, loss_divisor: int) -> dict[str, Any]:
+        """Return the metrics of sums that `start_read` gave.
 
         loss_divisor: what summed micro-batch losses are divided by to give one step's loss.
         """
-        loss_S, loss_rows_S, allowed_S, correct_S, accepted_S = world.sum(self._sums)
+        per_step, scalars = sums[: -len(SCALARS)], sums[-len(SCALARS) :]
+        loss_S, loss_rows_S, allowed_S, correct_S, accepted_S = per_step.view(-1, self._steps)
         loss_S = loss_S / loss_divisor
         rate_S = accepted_S / allowed_S.clamp_min(1)
-        metrics = {
+        return {
             "loss": (loss_S * self._weights_S).sum().item(),
             "loss_per_step": loss_S.tolist(),
             "accuracy_per_step": (correct_S / allowed_S.clamp_min(1)).tolist(),
             "acceptance_rate_per_step": rate_S.tolist(),
             "simulated_acceptance_length": 1 + rate_S.cumprod(0).sum().item(),
             "loss_row_share": (loss_rows_S.sum() / allowed_S.sum().clamp_min(1)).item(),
+            **{name: int(scalar) for name, scalar in zip(SCALARS, scalars.tolist(), strict=True)},
         }
-        self._sums.zero_()
-        return metrics
 
 
 class MetricsFile:
@@ -61,5 +72,9 @@ class MetricsFile:
         path.write_text("".join(kept), encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:
+        """Append a line. Numbers that are not finite become null, and `non_finite` then says how many they were."""
+        metrics, num_replaced = finite_or_null(metrics)
+        if num_replaced:
+            metrics["non_finite"] = num_replaced
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")

@@ -4,7 +4,6 @@ import collections
 import copy
 import itertools
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from engine.batch import DraftOutput, MicroBatch, PackedBatch, to_device
+from engine.batch import MicroBatch, PackedBatch, to_device
 from engine.checkpoint import Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, Config
 from engine.data.fingerprint import tokenizer_hash
@@ -28,7 +27,6 @@ from engine.held_out import HeldOut
 from engine.kernels import Kernels, choose_kernels
 from engine.kernels.self_check import SelfCheck
 from engine.kernels.vocab_loss import Walk
-from engine.metrics import MetricsFile, StepMetrics
 from engine.models.draft_config import DraftConfig, derive_draft_config
 from engine.models.eagle3 import Eagle3Draft, ServedDraft
 from engine.models.initial import start_from_target
@@ -44,6 +42,7 @@ from engine.report import RunReport
 from engine.rows import allowed_rows, slots_of
 from engine.target.configuration import load_target_config
 from engine.telemetry import Telemetry
+from engine.train_log import LogSettings, TrainLog
 from engine.ttt import Teacher, TrainingTimeTest, unroll
 
 Origin = Online | Offline
@@ -217,18 +216,22 @@ class Trainer:
         return zero
 
     def train(self, zero: ZeroDraft, corpus: Corpus, target: Target, first_step: int) -> None:
-        normalise, log = Normaliser(zero, self.world), TrainLog(self, zero, first_step)
+        normalise = Normaliser(zero, self.world)
         batches = itertools.islice(corpus.loader, self.num_steps - first_step)
         work = run_ahead(batches, self.prepare(target, zero.dtype), self.config.run_ahead, self.world.device)
-        with self.telemetry.progress(self.num_steps, "steps") as progress:
+        settings = LogSettings(self.output_dir, self.config.log_every_steps, first_step, self.num_steps)
+        with (
+            self.telemetry.progress(self.num_steps, "steps") as progress,
+            TrainLog(settings, zero, self.world) as log,
+        ):
             progress.start_at(first_step)
             for step, (micros, data_state) in zip(range(first_step + 1, self.num_steps + 1), work, strict=False):
                 for micro, norms in zip(micros, normalise(micros), strict=True):
                     log.count(zero.train(micro, norms), micro)
-                if step % self.config.log_every_steps == 0 or step == self.num_steps:
-                    log.write(step)
+                log.end_step(step)
                 progress.move_to(step, log.line)
                 if self.saves_after(step):
+                    log.flush()
                     self.checkpoints.save(zero, self.world, step, data_state)
 
     def saves_after(self, step: int) -> bool:
@@ -279,33 +282,3 @@ def reload_difference(zero: ZeroDraft, exported: ServedDraft, micro: MicroBatch)
     outputs = unroll(exported.model, embedded, trained_STU.shape[0])
     reloaded_STU = torch.stack([exported.model.logits(output_TD) for output_TD in outputs])
     return ((trained_STU - reloaded_STU).abs().max() / trained_STU.abs().max()).item()
-
-
-class TrainLog:
-    """Metrics since the last logged step, to `metrics.jsonl`, the monitors and one line for the progress bar."""
-
-    def __init__(self, trainer: Trainer, zero: ZeroDraft, first_step: int) -> None:
-        self._world, self._zero = trainer.world, zero
-        self._metrics = StepMetrics(trainer.config.ttt.steps, zero.test.step_weights, trainer.world.device)
-        self._file = MetricsFile(trainer.output_dir / "metrics.jsonl", first_step) if trainer.world.is_main else None
-        self._tokens, self._last_step, self._last_time = 0, first_step, time.perf_counter()
-        self.line = "loss ..."
-
-    def count(self, output: DraftOutput, micro: MicroBatch) -> None:
-        self._metrics.add(output)
-        self._tokens += micro.batch.num_tokens
-
-    def write(self, step: int) -> None:
-        """Read the metrics of the steps since the last write; a collective."""
-        num_steps, seconds = step - self._last_step, time.perf_counter() - self._last_time
-        parts = 1 if self._zero.test.loss.normaliser == "slots" else self._world.size * self._zero.accumulation_steps
-        metrics = self._metrics.read(self._world, loss_divisor=num_steps * parts)
-        tokens = int(self._world.sum(torch.tensor(self._tokens, device=self._world.device)).item())
-        metrics |= {"step": step, "lr": self._zero.learning_rate, "tokens": tokens, "tokens_per_s": tokens / seconds}
-        self._tokens, self._last_step, self._last_time = 0, step, time.perf_counter()
-        accuracy = " ".join(f"{share:.0%}" for share in metrics["accuracy_per_step"])
-        self.line = f"loss {metrics['loss']:.3f}  accuracy {accuracy}  {metrics['tokens_per_s']:,.0f} tokens/s"
-        if self._file is not None:
-            self._file.write(metrics)
-            scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
-            self._zero.write_monitors(scalars, step)

@@ -16,6 +16,7 @@ FLOORS = (
     "recipe",
     "ds_config",
     "host_memory",
+    "host_copy",
     "batch",
     "flops",
     "kernels",
@@ -44,6 +45,7 @@ FLOORS = (
     "capture",
     "checkpoint",
     "export",
+    "train_log",
     "trainer",
 )
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60

@@ -12,11 +12,25 @@ ALONE = World(rank=0, size=1, local_rank=0, local_size=1)
 CPU = torch.device("cpu")
 
 
+class Sum:
+    """A pending sum over ranks that is there at once."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values
+
+    def wait(self) -> torch.Tensor:
+        return self._values
+
+
 class TwinWorld:
     """Two ranks that saw the same."""
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values * 2
+    def start_sum(self, values: torch.Tensor) -> Sum:
+        return Sum(values * 2)
+
+
+def read(metrics: StepMetrics, world, loss_divisor: int) -> dict:
+    return metrics.values(metrics.start_read(world).wait(), loss_divisor)
 
 
 def output(
@@ -34,50 +48,54 @@ SECOND = output([1.0, 0.0], [5, 3], [6, 3], [3, 0], [4.5, 1.5])
 @pytest.mark.parametrize("world, ranks", [(ALONE, 1), (TwinWorld(), 2)])
 def test_metrics_are_ratios_of_sums_over_micro_batches_and_ranks(world, ranks):
     metrics = StepMetrics(2, [1.0, 0.5], CPU)
-    metrics.add(FIRST)
-    metrics.add(SECOND)
-    read = metrics.read(world, loss_divisor=4)
-    assert read["loss_per_step"] == [ranks * 0.75, ranks * 1.0]
-    assert read["loss"] == ranks * 1.25
-    assert read["accuracy_per_step"] == [0.5, 0.2]
-    assert read["acceptance_rate_per_step"] == [0.75, 0.5]
-    assert read["simulated_acceptance_length"] == 1 + 0.75 + 0.75 * 0.5
-    assert read["loss_row_share"] == 12 / 15
+    metrics.add(FIRST, num_tokens=30)
+    metrics.add(SECOND, num_tokens=12)
+    values = read(metrics, world, loss_divisor=4)
+    assert values["loss_per_step"] == [ranks * 0.75, ranks * 1.0]
+    assert values["loss"] == ranks * 1.25
+    assert values["accuracy_per_step"] == [0.5, 0.2]
+    assert values["acceptance_rate_per_step"] == [0.75, 0.5]
+    assert values["simulated_acceptance_length"] == 1 + 0.75 + 0.75 * 0.5
+    assert values["loss_row_share"] == 12 / 15
+    assert values["tokens"] == ranks * 42
 
 
 def test_reading_starts_anew():
     metrics = StepMetrics(2, [1.0, 0.5], CPU)
-    metrics.add(FIRST)
-    metrics.read(ALONE, loss_divisor=1)
-    metrics.add(SECOND)
+    metrics.add(FIRST, num_tokens=30)
+    first = metrics.start_read(ALONE)
+    metrics.add(SECOND, num_tokens=12)
     again = StepMetrics(2, [1.0, 0.5], CPU)
-    again.add(SECOND)
-    assert metrics.read(ALONE, loss_divisor=1) == again.read(ALONE, loss_divisor=1)
+    again.add(SECOND, num_tokens=12)
+    assert read(metrics, ALONE, loss_divisor=1) == read(again, ALONE, loss_divisor=1)
+    assert metrics.values(first.wait(), loss_divisor=1)["tokens"] == 30, "later counts do not reach an earlier read"
 
 
 def test_a_share_of_one_rank_is_not_taken_for_that_of_all():
     class Lopsided:
         """The other rank had allowed rows, none of them with loss."""
 
-        def sum(self, values: torch.Tensor) -> torch.Tensor:
-            return values + torch.tensor([0.0, 0.0, 5.0, 0.0, 0.0])[:, None]
+        def start_sum(self, values: torch.Tensor) -> Sum:
+            other_rank = torch.zeros_like(values)
+            other_rank[4:6] = 5.0
+            return Sum(values + other_rank)
 
     metrics = StepMetrics(2, [1.0, 1.0], CPU)
-    metrics.add(FIRST)
-    assert metrics.read(Lopsided(), loss_divisor=1)["loss_row_share"] == 4 / 16
+    metrics.add(FIRST, num_tokens=30)
+    assert read(metrics, Lopsided(), loss_divisor=1)["loss_row_share"] == 4 / 16
 
 
 def test_steps_without_rows_count_as_nothing_accepted():
     metrics = StepMetrics(3, [1.0, 1.0, 1.0], CPU)
-    metrics.add(output([1.0, 0.0, 0.0], [1, 0, 0], [2, 0, 0], [1, 0, 0], [1.0, 0.0, 0.0]))
-    read = metrics.read(ALONE, loss_divisor=1)
-    assert read["accuracy_per_step"] == [0.5, 0.0, 0.0]
-    assert read["simulated_acceptance_length"] == 1.5
+    metrics.add(output([1.0, 0.0, 0.0], [1, 0, 0], [2, 0, 0], [1, 0, 0], [1.0, 0.0, 0.0]), num_tokens=9)
+    values = read(metrics, ALONE, loss_divisor=1)
+    assert values["accuracy_per_step"] == [0.5, 0.0, 0.0]
+    assert values["simulated_acceptance_length"] == 1.5
 
 
 def test_counting_keeps_no_graph_alive():
     metrics = StepMetrics(2, [1.0, 1.0], CPU)
-    metrics.add(FIRST)
+    metrics.add(FIRST, num_tokens=30)
     assert not metrics._sums.requires_grad
 
 
@@ -114,3 +132,14 @@ def test_a_line_that_a_kill_cut_short_is_dropped(written, left):
     written.write_text(text[: len(text) - len(last) + left])
     MetricsFile(written, first_step=4).write({"step": 5})
     assert steps(written) == [2, 4, 5]
+
+
+def test_a_line_is_json_whatever_the_numbers_are(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", first_step=0)
+    file.write({"step": 1, "loss": float("nan"), "loss_per_step": [1.0, float("inf")], "lr": 0.5})
+
+    def refuse(literal: str) -> None:
+        raise AssertionError(f"{literal} is no JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": None, "loss_per_step": [1.0, None], "lr": 0.5, "non_finite": 2}

@@ -7,6 +7,7 @@ import torch
 from torch import distributed
 
 from engine.config import ParallelSection, divisors
+from engine.host_copy import HostCopy
 
 PARTS_ON_A_GPU = 2  # there collectives run beside products
 
@@ -50,6 +51,10 @@ class World:
         counts = self.sum(torch.tensor(flags, dtype=torch.int32, device=self.device))
         return [count > 0 for count in counts.tolist()]
 
+    def start_sum(self, values: torch.Tensor) -> "PendingSum":
+        """Start the sum of a tensor over all ranks; call `wait` of the result for it. A collective."""
+        return PendingSum(values.clone(), self.size)
+
     def send_from_main(self, values: torch.Tensor) -> None:
         """Give every rank what rank 0 has, in place."""
         if self.size > 1:
@@ -58,6 +63,42 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             distributed.barrier()
+
+
+class PendingSum:
+    """Asynchronous `World.sum`: the sum over all ranks, on its way to the host.
+
+    On a GPU the collective and the copy run on a side stream, so that later work of the current stream waits for neither.
+    """
+
+    def __init__(self, values: torch.Tensor, num_ranks: int) -> None:
+        """values: belong to the sum from here on and are overwritten by it."""
+        self._values = values
+        self._copy: HostCopy | None = None
+        self._work = distributed.all_reduce(values, async_op=True) if num_ranks > 1 else None
+        if not values.is_cuda:
+            return
+        side = torch.cuda.Stream(values.device)
+        side.wait_stream(torch.cuda.current_stream(values.device))
+        with torch.cuda.stream(side):
+            if self._work is not None:
+                self._work.wait()  # of the side stream, not of the host
+            self._copy = HostCopy(values)
+        values.record_stream(side)
+
+    def is_ready(self) -> bool:
+        """Return whether `wait` would return at once."""
+        if self._copy is not None:
+            return self._copy.is_ready()
+        return self._work is None or self._work.is_completed()
+
+    def wait(self) -> torch.Tensor:
+        """Return the sum, on the host."""
+        if self._copy is not None:
+            return self._copy.wait()
+        if self._work is not None:
+            self._work.wait()
+        return self._values
 
 
 @dataclass(frozen=True)
