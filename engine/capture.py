@@ -20,7 +20,7 @@ from engine.data.templates import load_tokenizer
 from engine.kernels.self_check import SelfCheck
 from engine.models.registry import check_aux_layers, default_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
-from engine.parallel.quantised import check_fp8_activations
+from engine.parallel.quantised import check_fp8_activations, check_quantisation
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, Shard, StoreError, plan_shards
 from engine.store.reader import MappedShard
@@ -28,6 +28,7 @@ from engine.store.writer import PARTIAL, Piece, ShardFile, StoreWriter, stored_t
 from engine.target.checked_kernels import check_target_kernels
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
+from engine.target.identity import shared_identity
 from engine.target.stored import HEAD, save_head
 from engine.telemetry import Telemetry
 
@@ -70,7 +71,10 @@ class Capture:
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
         target_config = load_target_config(section)
-        contents = self.contents(tokenizer, target_config)
+        check_quantisation(target_config, section.path, self.is_shared)
+        with self.telemetry.stage("Checking the target's files"):
+            identity = shared_identity(section, self.world)
+        contents = self.contents(tokenizer, target_config, identity)
         mesh = TargetMesh.of(self.config.parallel, self.world)
         with self.telemetry.stage("Reading the data"):
             documents, _ = read_documents(self.config.data, tokenizer, self.world, self.telemetry)
@@ -99,8 +103,16 @@ class Capture:
         new_bytes = int(self.world.sum(torch.tensor(new_bytes, device=self.world.device)).item())
         return CaptureReport(self.folder, *sizes, new_bytes, time.perf_counter() - started)
 
-    def contents(self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> Contents:
-        """What the store is to be of."""
+    @property
+    def is_shared(self) -> bool:
+        """Whether several ranks share the target."""
+        parallel = self.config.parallel
+        return max(parallel.tp_size, parallel.ep_size) > 1
+
+    def contents(
+        self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig, identity: str | None = None
+    ) -> Contents:
+        """What the store is to be of. identity: the target's, as `target_identity`."""
         config, text = self.config, text_config(target_config)
         check_fp8_activations(target_config, config.target)
         count = num_layers(text)
@@ -118,6 +130,7 @@ class Capture:
             temperature=config.loss.temperature,
             dtype=chosen if config.store.dtype == "auto" else config.store.dtype,
             fp8_activations=config.target.fp8_activations,
+            target_identity=identity,
         )
 
     def plan(self, contents: Contents, documents: Documents) -> Manifest:
@@ -136,6 +149,11 @@ class Capture:
         if differences:
             problem = f"{self.folder} holds another capture: " + "; ".join(differences)
             raise StoreError(f"{problem}. Restore these to continue it, or name another folder in target.store")
+        if manifest.contents.target_identity is None:
+            self.telemetry.note(
+                "  this capture was begun before the target's identity was recorded: whether the target's weights are "
+                "still the same is not known"
+            )
         return manifest
 
     def missing(self, manifest: Manifest) -> list[Shard]:

@@ -17,6 +17,7 @@ from engine.config import OPTIONS
 from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, consolidated_weights, is_sharded, remove_universal, to_universal
+from engine.target.identity import what_changed
 
 TAG = re.compile(r"step_(\d+)")
 RUN = "run.json"
@@ -26,12 +27,14 @@ RUN = "run.json"
 class Checkpoints:
     """The checkpoints of one run, in `folder`, each under the tag `step_N`.
 
-    options: what a resumed run must share with the one that saved, by dotted name; plain values.
+    options: what a resumed run must share with the one that saved, by dotted name; plain values. target_identity: hashes of the
+    target's config and weights, None where a store does not know them.
     """
 
     folder: Path
     keep: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    target_identity: str | None = None
 
     def save(self, draft: ZeroDraft, world: World, step: int, data_state: dict[str, Any]) -> None:
         """Save after optimizer step `step`; a collective. Earlier checkpoints beyond `keep` are deleted afterwards.
@@ -43,6 +46,7 @@ class Checkpoints:
             shutil.rmtree(self.folder / tag, ignore_errors=True)  # what a run that was killed here may have left
             (self.folder / tag).mkdir(parents=True)
             facts = {"ranks": world.size, "step": step, "data": data_state, "options": dict(self.options)}
+            facts["target_identity"] = self.target_identity
             (self.folder / tag / RUN).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         world.barrier()
         draft.save(self.folder, tag, {"rng": _all_rng_states(world)})
@@ -74,6 +78,22 @@ class Checkpoints:
             problem = f"{self.folder / tag} was trained with other options: {'; '.join(changes)}"
             raise ValueError(f"{problem}. Restore them, or start a new run in another output_dir")
         return facts["step"], facts["data"]
+
+    def check_target(self) -> str | None:
+        """Compare the target of the newest checkpoint with this run's; returns a note where that cannot be done.
+
+        Raises ValueError if they are known to differ.
+        """
+        tag = self.newest()
+        saved = self._facts(tag).get("target_identity")
+        change = what_changed(saved, self.target_identity)
+        if change is not None:
+            problem = f"{self.folder / tag} was trained for another target: {change} ({saved}, now {self.target_identity})"
+            raise ValueError(f"{problem}. Restore the target, or start a new run in another output_dir")
+        if saved is None or self.target_identity is None:
+            where = "checkpoint" if saved is None else "store"
+            return f"the {where} does not say what its target's weights were, so whether they are still the same is not known"
+        return None
 
     def check_end(self, step: int, max_steps: int | None) -> None:
         """Raise ValueError if a run of `max_steps` steps ends before the checkpoint of `step`."""

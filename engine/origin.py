@@ -11,9 +11,12 @@ from engine.data.documents import Documents
 from engine.data.fingerprint import trained_with
 from engine.kernels.self_check import SelfCheck
 from engine.parallel.mesh import TargetMesh, World
+from engine.parallel.quantised import check_quantisation
 from engine.store.reader import open_store
 from engine.target.checked_kernels import check_target_kernels
+from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
+from engine.target.identity import shared_identity
 from engine.target.stored import StoredTarget
 from engine.telemetry import Telemetry
 
@@ -30,7 +33,15 @@ class Online:
         self._config, self._tokenizer, self._world, self._telemetry = config, tokenizer, world, telemetry
         self.mesh = TargetMesh.of(config.parallel, world)
         self.aux_layers = config.target.aux_layers
-        self.trained_with = trained_with(tokenizer, config.data)
+        self.target_identity = self._identify()
+        self.trained_with = trained_with(tokenizer, config.data) | {"target_identity": self.target_identity}
+
+    def _identify(self) -> str:
+        """Check that the target can be read, before anything else takes time; a collective of all ranks."""
+        section = self._config.target
+        check_quantisation(load_target_config(section), section.path, is_shared=self.mesh.size > 1)
+        with self._telemetry.stage("Checking the target's files"):
+            return shared_identity(section, self._world)
 
     def documents(self) -> Documents:
         """Of `data.train`. Raises ValueError for conversations that cannot be used."""
@@ -81,7 +92,10 @@ class Offline:
         for problem in self._store.problems:
             telemetry.note(f"  left out: {problem}")
         self.aux_layers = self._store.contents.aux_layers
+        self.target_identity = self._store.contents.target_identity
         self.trained_with = self._store.trained_with
+        if self.target_identity is not None:
+            self.trained_with |= {"target_identity": self.target_identity}
 
     def documents(self) -> Documents:
         return self._store.documents

@@ -87,6 +87,11 @@ class Trainer:
         target_config = load_target_config(section)
         check_fp8_activations(target_config, section)
         origin = open_origin(self.config, tokenizer, self.world, self.telemetry)
+        self.checkpoints = replace(self.checkpoints, target_identity=origin.target_identity)
+        if position is not None:
+            unknown = self.checkpoints.check_target()
+            if unknown is not None:
+                self.telemetry.note(f"  {unknown}")
         draft_config = derive_draft_config(target_config, self.config.draft, origin.aux_layers)
         draft_config = replace(draft_config, trained_with=origin.trained_with)
         kernels = self.choose_kernels(draft_config)

@@ -32,7 +32,6 @@ from engine.models.draft_config import DraftConfig
 from engine.models.registry import check_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
 from engine.parallel.quantised import check_quantisation
-from engine.parallel.weight_files import find_weight_files
 from engine.recipe import load_config
 from engine.report import acceptance_table
 from engine.store.format import Manifest
@@ -40,6 +39,7 @@ from engine.strict import parse_json, read_text
 from engine.target.checked_kernels import check_target_kernels
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
+from engine.target.identity import shared_identity, what_changed
 from engine.telemetry import Telemetry
 from launcher.command import join_environment, run_plugins, stop, user_cache
 
@@ -120,7 +120,6 @@ def check_target(draft: DraftConfig, section: TargetSection, is_shared: bool) ->
     path = section.path
     config = load_target_config(section)
     check_quantisation(config, path, is_shared)
-    find_weight_files(path, section.revision).check()
     target = text_config(config)
     facts = {
         "a vocabulary of": (draft.vocab_size, target.vocab_size),
@@ -154,6 +153,10 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     telemetry = Telemetry(speaks=world.is_main)
     mesh = TargetMesh.of(run.parallel, world)
     check_target(draft_config, run.target, is_shared=mesh.size > 1)
+    identity = shared_identity(run.target, world)
+    change = what_changed((draft_config.trained_with or {}).get("target_identity"), identity)
+    if change is not None:
+        telemetry.note(f"The draft was trained for another target: {change}.", style="bold")
     tokenizer = load_tokenizer(run.target, run.data)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     check_prompts(prompts, draft_config.vocab_size)

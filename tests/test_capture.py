@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.config import Config
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
 from engine.origin import Offline
 from engine.parallel.mesh import World
+from engine.parallel.weight_files import SINGLE
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, StoreError
 from engine.store.reader import open_store
@@ -134,6 +136,43 @@ def test_another_capture_is_not_continued(tmp_path, tiny_target, tiny_corpus):
     with pytest.raises(StoreError, match="conversations: 40 documents, now 4, or other words"):
         run_capture(capture_config(tmp_path / "store", tiny_target, tiny_corpus.held_out))
     assert files(tmp_path / "store") == before
+
+
+def with_other_weights(target: Path, folder: Path) -> Path:
+    """A copy of a target, one of whose tensors was trained a little more."""
+    shutil.copytree(target, folder, dirs_exist_ok=True)
+    weights = load_file(folder / SINGLE)
+    weights["model.layers.2.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, folder / SINGLE, {"format": "pt"})
+    return folder
+
+
+def test_a_capture_is_not_continued_with_other_weights_at_the_same_path(tmp_path, tiny_target, tiny_corpus):
+    target = shutil.copytree(tiny_target, tmp_path / "target")
+    config = capture_config(tmp_path / "store", target, tiny_corpus.train)
+    run_capture(config)
+    kept, *others = sorted((tmp_path / "store").glob("shard-*"))
+    for shard in others:
+        shard.unlink()
+    before = kept.read_bytes()
+    with_other_weights(tiny_target, target)
+    with pytest.raises(StoreError, match="holds another capture: target_identity: .*the target's weights or its config"):
+        run_capture(config)
+    assert kept.read_bytes() == before and not others[0].exists()
+
+
+def test_an_old_capture_without_an_identity_is_continued_and_says_so(tmp_path, tiny_target, tiny_corpus, capsys):
+    config = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train)
+    run_capture(config)
+    path = tmp_path / "store" / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["contents"]["target_identity"]
+    path.write_text(json.dumps(manifest))
+    sorted((tmp_path / "store").glob("shard-*"))[0].unlink()
+    run_capture(config)
+    assert "begun before the target's identity was recorded" in " ".join(capsys.readouterr().out.split())
+    assert json.loads(path.read_text())["contents"]["target_identity"] is None
+    assert open_store(tmp_path / "store", skip_bad=False).contents.target_identity is None
 
 
 def test_captures_with_and_without_quantised_activations_are_not_mixed(tmp_path, tiny_target, tiny_corpus):

@@ -1,5 +1,6 @@
 """A resumed run is the uninterrupted one, bit for bit; a checkpoint is complete or it is not named."""
 
+import json
 import random
 import shutil
 from dataclasses import replace
@@ -272,6 +273,22 @@ def test_a_checkpoint_that_cannot_be_rewritten_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"step_4 cannot be rewritten for another number of ranks: "):
         Checkpoints(tmp_path, keep=1).reshape(make_draft(), replace(ALONE, size=4))
     assert tags(Checkpoints(tmp_path, keep=1)) == ["step_4"]
+
+
+def test_a_checkpoint_of_another_target_is_refused_and_an_old_one_says_what_is_not_known(tmp_path):
+    (tmp_path / "step_3").mkdir()
+    (tmp_path / "latest").write_text("step_3")
+    facts = {"ranks": 1, "step": 3, "data": {}, "options": {}}
+    checkpoints = Checkpoints(tmp_path, keep=1, target_identity="config-weights")
+    for saved, note in (({}, "checkpoint"), ({"target_identity": "config-weights"}, None)):
+        (tmp_path / "step_3" / "run.json").write_text(json.dumps(facts | saved))
+        found = checkpoints.check_target()
+        assert found is None if note is None else found.startswith(f"the {note} does not say")
+    unknown = replace(checkpoints, target_identity=None)
+    assert unknown.check_target().startswith("the store does not say")
+    changed = replace(checkpoints, target_identity="config-others")
+    with pytest.raises(ValueError, match="step_3 was trained for another target: the target's weights are other ones"):
+        changed.check_target()
 
 
 def test_other_options_are_refused_by_name(tmp_path):

@@ -116,6 +116,7 @@ LAYOUTS = {
     "mxfp4": "MXFP4",
     "int4": "packed int4",
 }
+HOLDS_FP8 = ("fp8", "scaled_fp8", "nvfp4")  # in which linear maps may be in fp8; NVFP4 is mixed with it
 MODELOPT = ("modelopt", "modelopt_fp8", "modelopt_fp4")
 
 

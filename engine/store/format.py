@@ -45,6 +45,7 @@ class Contents:
     target, revision: as the recipe named it. config_hash, tokenizer_hash, template_hash: of what decides the hidden states.
     aux_layers, mask_alignment, temperature: as in a recipe. dtype: of the hidden states in the shards. fp8_activations: as in a
     recipe; manifests of before there was such an option lack it.
+    target_identity: hashes of the target's published config and of its weights; None in manifests of before it was recorded.
     """
 
     target: str
@@ -59,11 +60,24 @@ class Contents:
     temperature: float
     dtype: str
     fp8_activations: bool = False
+    target_identity: str | None = None
 
     def differences(self, other: "Contents") -> list[str]:
-        """What another's differ in, as `key: theirs, ours`; where the target lies is no difference."""
-        pairs = ((f.name, getattr(other, f.name), getattr(self, f.name)) for f in fields(self) if f.name != "target")
-        return [f"{name}: {theirs!r}, now {ours!r}" for name, theirs, ours in pairs if theirs != ours]
+        """What another's differ in, as `key: theirs, ours`.
+
+        Where the target lies is no difference, and neither is an identity that one of the two does not know.
+        """
+        compared = {f.name for f in fields(self)} - {"target"}
+        if self.target_identity is None or other.target_identity is None:
+            compared.discard("target_identity")
+        found = []
+        for f in fields(self):
+            theirs, ours = getattr(other, f.name), getattr(self, f.name)
+            if f.name in compared and theirs != ours:
+                found.append(f"{f.name}: {theirs!r}, now {ours!r}")
+        if any(text.startswith("target_identity") for text in found):
+            found.append("so the target's weights or its config.json are not those of the shards that are there")
+        return found
 
     @property
     def bytes_per_token(self) -> int:

@@ -63,12 +63,15 @@ def merge_stores(folders: Sequence[Path], into: Path) -> Merge:
     if into.exists():
         raise StoreError(f"{into} exists; name a folder that does not")
     manifests = [Manifest.read(folder) for folder in folders]
+    identities = [manifest.contents.target_identity for manifest in manifests]
+    # compared with a store that knows its target's identity, so that two that know others never meet
+    first_known = next((place for place, identity in enumerate(identities) if identity is not None), 0)
+    expected = manifests[first_known].contents
     for folder, manifest in zip(folders, manifests, strict=True):
-        differences = manifest.contents.differences(manifests[0].contents)
+        differences = manifest.contents.differences(expected)
         if differences:
-            raise StoreError(
-                f"{folder} is not of what {folders[0]} is: {'; '.join(differences)}; stores so different stay apart"
-            )
+            problem = f"{folder} is not of what {folders[first_known]} is: {'; '.join(differences)}"
+            raise StoreError(f"{problem}; stores so different stay apart")
         if not manifest.is_complete:
             raise StoreError(f"{folder}: the capture is not complete; run it again to continue it, then merge")
     chosen: list[tuple[MappedShard, Shard]] = []
@@ -86,7 +89,8 @@ def merge_stores(folders: Sequence[Path], into: Path) -> Merge:
             for digest in map(_content, map(mapped.document, range(shard.num_documents))):
                 documents[digest] = documents.get(digest, 0) + 1
     corpus = xxhash.xxh3_64("".join(manifest.corpus_checksum for manifest in manifests).encode()).hexdigest()
-    merged = Manifest(manifests[0].contents, corpus, tuple(shard for _, shard in chosen))
+    contents = expected if None not in identities else replace(expected, target_identity=None)
+    merged = Manifest(contents, corpus, tuple(shard for _, shard in chosen))
     _write_merged(folders[0], chosen, merged, into)
     doubled_shards = sum(len(manifest.shards) for manifest in manifests) - len(chosen)
     return Merge(merged, doubled_shards, sum(count - 1 for count in documents.values()))

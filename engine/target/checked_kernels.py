@@ -6,7 +6,7 @@ from engine.config import TargetSection
 from engine.kernels import choose_target_kernels, stop_using
 from engine.kernels.self_check import TARGET_ONLY, SelfCheck
 from engine.models.registry import text_config
-from engine.parallel.quantised import layout_of
+from engine.parallel.quantised import HOLDS_FP8, layout_of
 from engine.target.anatomy import dtype_of
 
 
@@ -18,7 +18,7 @@ def check_target_kernels(config: PreTrainedConfig, section: TargetSection, self_
     device = self_check.device
     dtype = dtype_of(section, device)
     layout, _ = layout_of(config)
-    stays_fp8 = layout == "fp8" and section.keep_quantised in ("fp8", "all")
+    stays_fp8 = layout in HOLDS_FP8 and section.keep_quantised in ("fp8", "all")
     kernels = choose_target_kernels(
         device,
         dtype,

@@ -1,5 +1,6 @@
 """A check reads every byte; a merge has every document of its parts once for each shard that differs."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.store.format import StoreError
+from engine.store.format import MANIFEST, StoreError
 from engine.store.reader import open_store
 from engine.store.upkeep import check_store, merge_stores
 from tests.captures import capture_config, run_capture
@@ -61,6 +62,24 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_written(parts,
     with pytest.raises(StoreError, match="exists"):
         merge_stores(parts, tmp_path / "bf16")
     assert not (tmp_path / "both").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def renamed(store: Path, folder: Path, identity: str | None) -> Path:
+    """A copy of a store that says it is of a target of another identity; None: of none that it names."""
+    shutil.copytree(store, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["contents"]["target_identity"] = identity
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def test_stores_of_other_weights_are_not_merged_even_behind_one_that_names_none(parts, tmp_path):
+    old = renamed(parts[0], tmp_path / "old", None)
+    other = renamed(parts[1], tmp_path / "other", "of-others")
+    for folders in ([parts[0], other], [old, parts[0], other]):
+        with pytest.raises(StoreError, match=f"{other} is not of what {parts[0]} is: target_identity: .*'of-others'"):
+            merge_stores(folders, tmp_path / "both")
+    assert merge_stores([old, parts[1]], tmp_path / "both").manifest.contents.target_identity is None
 
 
 def test_the_command_shows_checks_and_merges(parts, tmp_path):
