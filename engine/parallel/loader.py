@@ -66,9 +66,7 @@ def load_cut(
     """
     keep_in_float32(model)
     whole = model.state_dict()
-    plan, problems = _plan(model, whole, checkpoint, wrapper, dropped)
-    if problems:
-        raise MisfitError(checkpoint.path, problems)
+    plan = _fitting_plan(model, whole, checkpoint, wrapper, dropped)
 
     def load(parameter: _Parameter) -> int:
         num_bytes = 0
@@ -88,6 +86,29 @@ def load_cut(
                 progress.move_to(done, f"bytes of weights, {rate:.2f} GB/s")
     there = {name for parameter in plan for name in parameter.names}
     _complete(model, device, missing=set(whole) - there)
+
+
+def check_fit(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    wrapper: PreTrainedModel | None = None,
+    dropped: Collection[str] = (),
+) -> None:
+    """Raise what `load_cut` would raise for a checkpoint that does not fit, and read nothing but names and shapes."""
+    _fitting_plan(model, model.state_dict(), checkpoint, wrapper, dropped)
+
+
+def _fitting_plan(
+    model: PreTrainedModel,
+    whole: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    wrapper: PreTrainedModel | None,
+    dropped: Collection[str],
+) -> list["_Parameter"]:
+    plan, problems = _plan(model, whole, checkpoint, wrapper, dropped)
+    if problems:
+        raise MisfitError(checkpoint.path, problems)
+    return plan
 
 
 def keep_in_float32(model: PreTrainedModel) -> None:

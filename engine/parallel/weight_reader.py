@@ -21,9 +21,10 @@ class MisfitError(ValueError):
     """A checkpoint whose tensors are not those of the model that its config describes."""
 
     def __init__(self, path: str, problems: Sequence[str]) -> None:
-        shown = list(problems[:SHOWN])
-        if len(problems) > SHOWN:
-            shown.append(f"and {len(problems) - SHOWN} more")
+        shown = list(problems)
+        if len(problems) > SHOWN:  # both ends, since what is missing comes before what is not known
+            half = SHOWN // 2
+            shown = [*problems[:half], f"... {len(problems) - SHOWN} more ...", *problems[-half:]]
         heading = f"target.path={path}: the checkpoint does not fit the target's config"
         advice = "Fetch the checkpoint again, or name the revision that its config.json belongs to."
         super().__init__("\n  ".join([f"{heading}:", *shown]) + f"\n{advice}")

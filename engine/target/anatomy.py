@@ -7,18 +7,14 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from engine.config import TargetSection
 from engine.models.registry import final_logits, num_layers
 from engine.parallel.mesh import ALONE, Group
 from engine.parallel.rules import Cut, part_of_rows
-from engine.parallel.weight_files import find_published, find_weight_files
-from engine.parallel.weight_reader import MisfitError
 from engine.target.head import TargetHead
 
 NEVER = -3e4  # the logit of a row that is no token, before any scale: no softmax sees it, no precision overflows
@@ -44,37 +40,6 @@ def without_weights(config: PreTrainedConfig, section: TargetSection, device: to
         return auto_class(config).from_config(
             config, dtype=dtype_of(section, device), trust_remote_code=section.trust_remote_code
         )
-
-
-def read_generation_config(model: PreTrainedModel, section: TargetSection) -> None:
-    """Give a model the generation config of its folder, which may name more end tokens than its config does."""
-    if find_published(section.path, GENERATION_CONFIG_NAME, section.revision) is not None:
-        found = GenerationConfig.from_pretrained(section.path, revision=section.revision)
-        model.generation_config = found
-
-
-def load_by_transformers(config: PreTrainedConfig, section: TargetSection, device: torch.device) -> PreTrainedModel:
-    """A whole model on `device`, read by Transformers: for quantisations that only it knows.
-
-    Raises MisfitError, listing them, for weights that the checkpoint lacks, does not know or has in another shape.
-    """
-    find_weight_files(section.path, section.revision).check()
-    model, seen = auto_class(config).from_pretrained(
-        section.path,
-        config=config,
-        dtype=dtype_of(section, device),
-        device_map=device,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **section.hub_arguments,
-    )
-    problems = [f"{name}: missing" for name in sorted(seen["missing_keys"])]
-    problems += [f"{name}: no such weight" for name in sorted(seen["unexpected_keys"])]
-    for name, shape, expected in sorted(seen["mismatched_keys"]):
-        problems.append(f"{name}: has shape {list(shape)}, the config says {list(expected)}")
-    if problems:
-        raise MisfitError(section.path, problems)
-    return model
 
 
 def wrapper_without_weights(config: PreTrainedConfig, section: TargetSection) -> PreTrainedModel | None:

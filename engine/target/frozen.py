@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.config import TargetSection
@@ -22,17 +22,15 @@ from engine.models.registry import (
     text_config,
 )
 from engine.parallel.collectives import gather_objects
-from engine.parallel.loader import Bar, load_cut
+from engine.parallel.loader import Bar
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.parallel.own_rows import OwnRows
 from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
 from engine.parallel.quantised import (
     check_fp8_activations,
     check_quantisation,
-    is_left_to_transformers,
-    open_checkpoint,
 )
-from engine.parallel.rules import Cut, check_proven, part_of_rows
+from engine.parallel.rules import check_proven, part_of_rows
 from engine.parallel.tokens import Tokens, tokens_of_forward
 from engine.target.anatomy import (
     cut_head,
@@ -40,17 +38,12 @@ from engine.target.anatomy import (
     drop_other_towers,
     head_of,
     layers_of,
-    load_by_transformers,
-    name_of,
-    read_generation_config,
-    vocabulary_cuts,
-    without_weights,
-    wrapper_without_weights,
 )
 from engine.target.attention import NAME, ONE, one_document, packed_attention
 from engine.target.configuration import load_target_config
 from engine.target.embedding import SharedEmbedding, TargetEmbedding
 from engine.target.head import TargetHead
+from engine.target.loading import read_target
 from engine.target.packed_row import PackedRow
 from engine.target.rotary import rotate_by_length
 from engine.target.shared_head import SharedHead
@@ -182,10 +175,7 @@ class FrozenTarget:
         if mesh.size > 1 and not unproven:
             check_proven(text_config(config))
         aux_layers = aux_layers or section.aux_layers
-        if is_left_to_transformers(config):
-            model = load_by_transformers(config, section, device)
-            return cls(model, aux_layers, temperature)
-        model, plan = _stream(config, section, device, mesh, bar)
+        model, plan = read_target(config, section, device, mesh, bar)
         return cls(model, aux_layers, temperature, mesh, plan)
 
     @property
@@ -291,26 +281,3 @@ class FrozenTarget:
         tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
         if ours.shape != expected.shape or not (ours - expected).abs().max() <= tolerance * expected.abs().max():
             raise ValueError(f"target family {family!r} changes its logits after the head in an unknown way; use another")
-
-
-def _stream(
-    config: PreTrainedConfig, section: TargetSection, device: torch.device, mesh: TargetMesh, bar: Bar | None
-) -> tuple[PreTrainedModel, TargetPlan]:
-    """Build a target on the meta device and read its weights, or a rank's part of them, straight to `device`."""
-    checkpoint = open_checkpoint(config, section.path, section.revision, section.keep_quantised, section.fp8_activations)
-    model = without_weights(config, section, device)
-    decoder = decoder_of(model)
-    built = set(model.state_dict())
-    drop_other_towers(model, decoder)
-    dropped = built - set(model.state_dict())
-    plan = TargetPlan()
-    cuts: dict[str, Cut] = {}
-    if mesh.size > 1:
-        plan = TargetPlan.of(decoder, mesh)
-        prefix = name_of(decoder, model)
-        cuts = {f"{prefix}.{name}": cut for name, cut in plan.cuts.items()}
-        cuts |= vocabulary_cuts(model, mesh.tp)
-    wrapper = wrapper_without_weights(config, section)
-    load_cut(model, cuts, checkpoint, device, bar, wrapper, dropped)
-    read_generation_config(model, section)
-    return model, plan

@@ -20,6 +20,7 @@ from engine.parallel.collectives import gather_objects
 from engine.parallel.mesh import Group, World
 from engine.parallel.weight_files import LENGTH_BYTES, find_published, find_weight_files
 from engine.target.configuration import MODELOPT_CONFIG
+from engine.target.loading import refuse_misfits
 
 SAMPLE_BYTES = 1 << 14
 SAMPLES_PER_FILE = 256
@@ -45,12 +46,14 @@ def target_identity(section: TargetSection) -> str:
 def shared_identity(section: TargetSection, world: World) -> str:
     """`target_identity` on every rank; a collective of all ranks, of which the first on each node reads.
 
-    Raises ValueError on every rank if a node cannot read its files, or if nodes hold different targets under the same path.
+    Raises ValueError on every rank if a node's files are not whole or do not fit the config beside them, or if nodes hold
+    different targets under the same path.
     """
     own: tuple[str | None, str | None] = (None, None)
     if world.local_rank == 0:
         try:
             own = (target_identity(section), None)
+            refuse_misfits(section)
         except (ValueError, OSError) as error:
             own = (None, str(error))
     everyone = gather_objects(own, Group(world.size, world.rank))
