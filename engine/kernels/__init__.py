@@ -22,12 +22,14 @@ __all__ = [
     "RowWeights",
     "SlotTargets",
     "TargetKernels",
+    "TokenPermute",
     "VocabLoss",
     "choose_fp8_activations",
     "choose_fp8_linear",
     "choose_kernels",
     "choose_packed_attention",
     "choose_target_kernels",
+    "choose_token_permute",
     "stop_using",
 ]
 
@@ -108,6 +110,24 @@ def choose_fp8_activations(device: torch.device) -> Callable[..., Tensor] | None
     from engine.kernels import fp8_activations  # it needs Triton
 
     return fp8_activations.fp8_activations
+
+
+@dataclass(frozen=True)
+class TokenPermute:
+    """Implementations of the reference's `permute_rows`, `quantise_rows` and `unpermute_rows`."""
+
+    permute_rows: Callable[..., Tensor] = reference.permute_rows
+    quantise_rows: Callable[..., None] = reference.quantise_rows
+    unpermute_rows: Callable[..., Tensor] = reference.unpermute_rows
+
+
+def choose_token_permute(device: torch.device) -> TokenPermute:
+    """Return what sorts rows by expert and sums them up again on a device: one launch each where Triton runs."""
+    if not _runs_triton(device):
+        return TokenPermute()
+    from engine.kernels import token_permute  # it needs Triton
+
+    return TokenPermute(token_permute.permute_rows, token_permute.quantise_rows, token_permute.unpermute_rows)
 
 
 def choose_packed_attention(device: torch.device, dtype: torch.dtype) -> PackedAttention:

@@ -102,7 +102,25 @@ def fp8_activations() -> None:
         fp8_activations.fp8_activations(rows_MK, codes_XNK[:1], scale_XGJ[:1], block, None, group=128)
 
 
-CASES = {case.__name__: case for case in (ancestor_attention, prefix_flash, row_loss, fp8_linear, fp8_activations)}
+def token_permute() -> None:
+    from engine.kernels import token_permute
+
+    place_TJ, weight_TJ = torch.zeros(4, 8, dtype=torch.int64), torch.zeros(4, 8)
+    for dtype, width in ((torch.bfloat16, 2048), (torch.bfloat16, 7168), (torch.float16, 2880), (torch.float32, 48)):
+        rows_TD, source_N = torch.zeros(4, width, dtype=dtype), place_TJ[:, 0].contiguous()
+        codes_ND, scale_N = torch.zeros(4, width, dtype=torch.float8_e4m3fn), torch.zeros(4)
+        token_permute.permute_rows(rows_TD, source_N, torch.zeros_like(rows_TD))
+        token_permute.permute_rows(codes_ND, source_N, torch.zeros_like(rows_TD), scale_N)
+        token_permute.quantise_rows(rows_TD, source_N, codes_ND, scale_N)
+        token_permute.quantise_rows(rows_TD, None, codes_ND, scale_N)
+        token_permute.unpermute_rows(rows_TD, place_TJ, torch.zeros_like(rows_TD), weight_TJ)
+        token_permute.unpermute_rows(rows_TD, place_TJ, torch.zeros_like(rows_TD))
+        token_permute.unpermute_rows(codes_ND, place_TJ, torch.zeros_like(rows_TD), weight_TJ)
+
+
+CASES = {
+    case.__name__: case for case in (ancestor_attention, prefix_flash, row_loss, fp8_linear, fp8_activations, token_permute)
+}
 
 
 def main() -> None:
