@@ -123,7 +123,7 @@ class TokenPermute:
 
 def choose_token_permute(device: torch.device) -> TokenPermute:
     """Return what sorts rows by expert and sums them up again on a device: one launch each where Triton runs."""
-    if not _runs_triton(device):
+    if not _runs_triton(device) or "token_permute" in _failed:
         return TokenPermute()
     from engine.kernels import token_permute  # it needs Triton
 
@@ -148,20 +148,29 @@ class TargetKernels:
     packed_attention: PackedAttention | None = None
     fp8_linear: Callable[..., Tensor] | None = None
     fp8_activations: Callable[..., Tensor] | None = None
+    token_permute: TokenPermute | None = None
 
 
 def choose_target_kernels(
-    device: torch.device, dtype: torch.dtype, *, fp8: bool = False, fp8_activations: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    fp8: bool = False,
+    fp8_activations: bool = False,
+    experts: bool = False,
 ) -> TargetKernels:
     """Return the kernels of a target of this precision.
 
     fp8: whether weights stay in fp8. fp8_activations: whether their inputs are quantised as well.
+    experts: whether it has any.
     """
     attention = choose_packed_attention(device, dtype)
+    permute = choose_token_permute(device) if experts else TokenPermute()
     return TargetKernels(
         packed_attention=attention if attention.flash is not None else None,
         fp8_linear=choose_fp8_linear(device) if fp8 else None,
         fp8_activations=choose_fp8_activations(device) if fp8_activations else None,
+        token_permute=permute if permute != TokenPermute() else None,
     )
 
 

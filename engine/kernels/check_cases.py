@@ -14,6 +14,7 @@ from engine.kernels import (
     FlashWhereDense,
     Kernels,
     TargetKernels,
+    TokenPermute,
     blocked_attention,
     packed_attention,
     plain_attention,
@@ -32,6 +33,7 @@ NUM_SLOTS, SLOTS_PER_CHUNK, HIDDEN_SIZE, VOCAB_SIZE = 19, 8, 48, 4099  # a row l
 FP8_BLOCK = (128, 128)
 FP8_SIZES = (160, 320)  # outputs and inputs, neither a multiple of the block
 FP8_COUNTS = (3, 0, 37, 1)  # rows of each expert
+PERMUTED = (7, 3, 2051)  # tokens, choices of each, and a width of more than one block
 EPS = 1e-5
 PLAIN_ATTENTION = (
     plain_attention,
@@ -91,6 +93,9 @@ def target_cases(kernels: TargetKernels, head_dim: int, device: torch.device) ->
         ours = partial(kernels.fp8_activations, **options)
         plain = partial(reference.fp8_activations, **options)
         yield from _fp8_cases("fp8_activations", ours, plain, device)
+    if kernels.token_permute is not None:
+        for is_fp8 in (False, True):
+            yield _token_permute_case(kernels.token_permute, is_fp8, device)
 
 
 def _attention_case(name: str, attention: Operation, head_dim: int, is_dense: bool, device: torch.device) -> Case:
@@ -213,6 +218,34 @@ def _packed_attention_case(attention: PackedAttention, head_dim: int, window: in
 
     ours, plain = partial(run, attention), partial(run, packed_attention.in_blocks)
     return Case("packed_attention", tuple(leaves), ours, plain, differentiates=False)
+
+
+def _token_permute_case(permute: TokenPermute, is_fp8: bool, device: torch.device) -> Case:
+    """Rows in the order of their experts, as they are or quantised on the way, and their weighted sums by token."""
+    num_tokens, num_choices, width = PERMUTED
+    order_M = torch.randperm(num_tokens * num_choices, generator=torch.Generator().manual_seed(1))
+    row_M = (order_M // num_choices).to(device)
+    place_TK = order_M.argsort().view(num_tokens, num_choices)
+    place_TK[0, 0] = -1
+    place_TK = place_TK.to(device)
+
+    def run(functions: TokenPermute, rows_TD: Tensor, weight_TK: Tensor) -> tuple[Tensor, ...]:
+        scale_T = None
+        if is_fp8:
+            # Codes are drawn from rounded numbers, which all precisions of the run hold.
+            codes_TD = torch.empty(rows_TD.shape, dtype=torch.float8_e4m3fn, device=rows_TD.device)
+            scale_T = torch.empty(num_tokens, device=rows_TD.device)
+            functions.quantise_rows(rows_TD, None, codes_TD, scale_T)
+        sorted_MD = rows_TD.new_empty(len(row_M), width)
+        functions.permute_rows(codes_TD if is_fp8 else rows_TD, row_M, sorted_MD, scale_T)
+        summed_TD = functions.unpermute_rows(sorted_MD, place_TK, torch.empty_like(rows_TD), weight_TK)
+        return sorted_MD, summed_TD
+
+    leaves = _draw(num_tokens, width, seed=1), _draw(num_tokens, num_choices, seed=2)
+    if is_fp8:
+        leaves = leaves[0].to(torch.float8_e4m3fn).float(), leaves[1]
+    ours, plain = partial(run, permute), partial(run, TokenPermute())
+    return Case("token_permute", leaves, ours, plain, differentiates=False)
 
 
 def _fp8_cases(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:

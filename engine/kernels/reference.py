@@ -166,8 +166,8 @@ def permute_rows(
 ) -> torch.Tensor:
     """Write row `source_N[n]` of rows_TD to row n of out_ND, and return that.
 
-    scale_T: fp32, needed where rows_TD holds codes of e4m3; a row is then its codes times its scale. out_ND may be a view with
-    room between its rows.
+    scale_T: fp32, needed where rows_TD holds codes of e4m3; a row is then its codes times its scale.
+    out_ND may be a view with room between its rows.
     """
     if scale_T is None:
         return torch.index_select(rows_TD, 0, source_N, out=out_ND)
@@ -175,13 +175,12 @@ def permute_rows(
     return out_ND.copy_(values_ND * scale_T.index_select(0, source_N)[:, None])
 
 
-def quantise_rows(
-    rows_TD: torch.Tensor, source_N: torch.Tensor | None, codes_ND: torch.Tensor, scale_N: torch.Tensor
-) -> None:
-    """Write row `source_N[n]` in e4m3 to row n of codes_ND, and its one scale to scale_N. source_N: None = every row in order.
+def quantise_rows(rows_TD: torch.Tensor, source_N: torch.Tensor | None, codes_ND: torch.Tensor, scale_N: torch.Tensor) -> None:
+    """Write row `source_N[n]` in e4m3 to row n of codes_ND, and its one scale to scale_N.
 
-    Scales are those of `quantised_rows` with one group for each row. A value differs from what its code means by at most a
-    sixteenth of its magnitude, or where that is less by 2**-10 of its row's scale.
+    source_N: None = every row in order. Scales are those of `quantised_rows` with one group for each
+    row. A value differs from what its code means by at most a sixteenth of its magnitude, or, where
+    that is less, by 2**-10 of its row's scale.
     """
     chosen_ND = rows_TD if source_N is None else rows_TD.index_select(0, source_N)
     codes, scale_N1 = quantised_rows(chosen_ND, rows_TD.shape[1])
@@ -194,8 +193,9 @@ def unpermute_rows(
 ) -> torch.Tensor:
     """Write to out_TD the sum of each token's rows, in fp32 and in the order of J, and return that.
 
-    place_TJ: which rows of rows_MD are the token's, -1 for none. weight_TJ: what each is multiplied by; None = 1. rows_MD may be
-    codes of e4m3. Where a place is -1 neither rows nor weights matter, even if they are NaN.
+    place_TJ: which rows of rows_MD are the token's, -1 for none. weight_TJ: what each is multiplied
+    by; None = 1. rows_MD may be codes of e4m3. Where a place is -1 neither rows nor weights matter,
+    even if they are NaN.
     """
     total_TD = torch.zeros(out_TD.shape, dtype=torch.float32, device=out_TD.device)
     if len(rows_MD) == 0:

@@ -9,6 +9,8 @@ from engine.models.registry import text_config
 from engine.parallel.quantised import HOLDS_FP8, layout_of
 from engine.target.anatomy import dtype_of
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 
 def check_target_kernels(config: PreTrainedConfig, section: TargetSection, self_check: SelfCheck) -> None:
     """Check what a target will run, and let plain PyTorch take the place of what fails.
@@ -24,6 +26,7 @@ def check_target_kernels(config: PreTrainedConfig, section: TargetSection, self_
         dtype,
         fp8=stays_fp8,
         fp8_activations=stays_fp8 and section.fp8_activations,
+        experts=any(isinstance(getattr(text_config(config), name, None), int) for name in EXPERT_COUNTS),
     )
     head_dim = _head_dim(text_config(config))
     stop_using(self_check.failed(TARGET_ONLY, dtype, target=kernels, head_dim=head_dim))

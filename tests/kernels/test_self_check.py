@@ -15,10 +15,12 @@ from engine.kernels import (
     FlashWhereDense,
     Kernels,
     TargetKernels,
+    TokenPermute,
     blocked_attention,
     check_cases,
     choose_packed_attention,
     choose_target_kernels,
+    choose_token_permute,
     flash,
     flash_where_dense,
     kernel_cache,
@@ -37,6 +39,7 @@ ancestor_attention = pytest.importorskip(
 ).ancestor_attention
 from engine.kernels import fp8_linear as fp8_linear_file  # noqa: E402
 from engine.kernels import row_loss as row_loss_file  # noqa: E402
+from engine.kernels import token_permute as token_permute_file  # noqa: E402
 from tests.kernels.plain_flash import PLAIN  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -54,6 +57,8 @@ def small_cases(monkeypatch):
     monkeypatch.setattr(check_cases, "VOCAB_SIZE", 67)
     monkeypatch.setattr(row_loss_file, "MAX_BLOCK_U", 64)
     monkeypatch.setattr(check_cases, "FP8_COUNTS", (3, 0, 2))
+    monkeypatch.setattr(check_cases, "PERMUTED", (3, 2, 67))
+    monkeypatch.setattr(token_permute_file, "MAX_BLOCK_D", 64)
     monkeypatch.setattr(flash, "available_flash", lambda: PLAIN)
 
 
@@ -219,6 +224,24 @@ def test_a_target_s_kernel_that_is_wrong_is_replaced(monkeypatch):
     chosen = choose_packed_attention(GPU, torch.bfloat16)
     assert chosen.flash is None and "failed its self-check" in chosen.reason
     assert packed_attention.in_blocks  # what `PackedAttention` runs without flash attention
+
+
+def test_token_permute_that_is_wrong_is_replaced(monkeypatch):
+    monkeypatch.setattr(package, "_failed", set())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    triton_functions = choose_token_permute(GPU)
+    assert choose_target_kernels(GPU, torch.bfloat16, experts=True).token_permute == triton_functions
+    for dtype in (torch.float32, torch.float16):  # the interpreter cuts numbers off where it stores them as bf16
+        assert checks_of(Kernels(), TargetKernels(token_permute=triton_functions), dtype)["token_permute"].ok
+
+    def unweighted(rows_MD, place_TJ, out_TD, weight_TJ=None):
+        return triton_functions.unpermute_rows(rows_MD, place_TJ, out_TD)
+
+    broken = replace(triton_functions, unpermute_rows=unweighted)
+    assert not checks_of(Kernels(), TargetKernels(token_permute=broken))["token_permute"].ok
+    stop_using({"token_permute"})
+    assert choose_token_permute(GPU) == TokenPermute()
+    assert choose_target_kernels(GPU, torch.bfloat16, experts=True).token_permute is None
 
 
 def test_results_are_kept_until_something_changes(tmp_path, monkeypatch):
