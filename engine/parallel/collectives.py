@@ -16,15 +16,18 @@ def gather_rows(local: Tensor, dim: int, counts: Sequence[int], group: Group) ->
 
 
 def start_gathering(local: Tensor, dim: int, counts: Sequence[int], group: Group) -> Finish:
-    """The same, which goes on until it is finished."""
+    """Asynchronous `gather_rows`; call the returned handle to wait.
+
+    Where all ranks bring equally many rows nothing is padded or copied: they arrive in the result.
+    """
     if group.size == 1:
         return lambda: local
     assert local.shape[dim] == counts[group.rank], f"rank {group.rank} brings {local.shape[dim]} rows, not {counts[group.rank]}"
-    longest, rows = max(counts), local.movedim(dim, 0)
-    padded = rows.new_empty(longest, *rows.shape[1:])
-    padded[: rows.shape[0]] = rows
+    longest = max(counts)
+    rows = local.movedim(dim, 0)
+    sent = rows.contiguous() if len(rows) == longest else _padded(rows, longest)
     received = rows.new_empty(group.size * longest, *rows.shape[1:])
-    work = distributed.all_gather_into_tensor(received, padded, group=group.process_group, async_op=True)
+    work = distributed.all_gather_into_tensor(received, sent, group=group.process_group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
@@ -42,21 +45,32 @@ def sum_rows(partial: Tensor, dim: int, counts: Sequence[int], group: Group) -> 
 
 
 def start_summing(partial: Tensor, dim: int, counts: Sequence[int], group: Group) -> Finish:
-    """The same, which goes on until it is finished."""
+    """Asynchronous `sum_rows`; call the returned handle to wait.
+
+    Where all ranks get equally many rows nothing is padded or copied, as in `start_gathering`.
+    """
     if group.size == 1:
         return lambda: partial
-    longest, parts = max(counts), partial.movedim(dim, 0).split(list(counts))
-    padded = parts[0].new_zeros(group.size, longest, *parts[0].shape[1:])
-    for rank, part in enumerate(parts):
-        padded[rank, : part.shape[0]] = part
-    received = torch.empty_like(padded[0])
-    work = distributed.reduce_scatter_tensor(received, padded.flatten(0, 1), group=group.process_group, async_op=True)
+    longest = max(counts)
+    rows = partial.movedim(dim, 0)
+    if min(counts) == longest:
+        sent = rows.contiguous()
+    else:
+        sent = torch.cat([_padded(part, longest) for part in rows.split(list(counts))])
+    received = sent.new_empty(longest, *sent.shape[1:])
+    work = distributed.reduce_scatter_tensor(received, sent, group=group.process_group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
         return received[: counts[group.rank]].movedim(0, dim)
 
     return finish
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    padded = rows.new_zeros(count, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded
 
 
 def sum_over(values: Tensor, group: Group) -> Tensor:
@@ -75,18 +89,30 @@ def max_over(values: Tensor, group: Group) -> Tensor:
     return values
 
 
-def exchange_counts(counts_R: Tensor, group: Group) -> Tensor:
-    """How many rows each rank sends to this one: int64 [R] -> int64 [R]. counts_R: what this one sends to each."""
-    received_R = torch.empty_like(counts_R)
-    distributed.all_to_all_single(received_R, counts_R, group=group.process_group)
-    return received_R
+def exchange_counts(counts: Tensor, group: Group) -> Tensor:
+    """Exchange what each rank tells every other one: row r of [R, ...] goes to rank r, row r of the result came from it."""
+    received = torch.empty_like(counts)
+    distributed.all_to_all_single(received, counts, group=group.process_group)
+    return received
 
 
 def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
     """Rows sorted by the rank they go to -> rows sorted by the rank they came from. sent, received: rows by rank."""
+    return start_exchanging(rows, sent, received, group)()
+
+
+def start_exchanging(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Finish:
+    """Asynchronous `exchange_rows`; call the returned handle to wait."""
+    rows = rows.contiguous()
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
-    distributed.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent), group=group.process_group)
-    return arrived
+    splits = list(received), list(sent)
+    work = distributed.all_to_all_single(arrived, rows, *splits, group=group.process_group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return arrived
+
+    return finish
 
 
 def gather_objects(own: object, group: Group) -> list:
