@@ -88,8 +88,8 @@ def test_a_training_step_waits_and_launches_no_more_than_counted(training):
     places = [(wait.file, wait.function) for wait in step.waits]
     unlogged = [place for place in places if place not in EVERY_LOGGED_STEP]
     assert len(unlogged) <= 1
-    # 993 with five layers of the target and two TTT steps, a quarter of them the optimizer's
-    assert step.launches <= 1000
+    # with five layers of the target, two TTT steps and an optimizer that loops over weights
+    assert step.launches <= 925
 
 
 @pytest.mark.parametrize(
