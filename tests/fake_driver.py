@@ -1,6 +1,7 @@
 """Stand-ins for a CUDA driver, and for libraries that compute on a GPU alone."""
 
 import collections
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,9 +31,14 @@ class FakeEvent:
     def __init__(self, wait: Callable[[str], None]) -> None:
         """wait: notes what the host waits for."""
         self._wait = wait
+        self._recorded_s = 0.0
 
     def record(self, stream: object = None) -> None:
-        pass
+        self._recorded_s = time.perf_counter()
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        """Milliseconds of the host from this event to `end`."""
+        return 1e3 * (end._recorded_s - self._recorded_s)
 
     def wait(self, stream: object = None) -> None:
         pass
@@ -58,7 +64,9 @@ class FakeStream:
         pass
 
     def record_event(self, event: FakeEvent | None = None) -> FakeEvent:
-        return event or FakeEvent(self._wait)
+        event = event or FakeEvent(self._wait)
+        event.record()
+        return event
 
     def synchronize(self) -> None:
         self._wait("stream")
