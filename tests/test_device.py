@@ -25,7 +25,6 @@ ONCE_PER_RUN = {
 # Elsewhere: (file, function): reason.
 ONCE_PER_STAGE = {
     ("engine/models/eagle3.py", "cos_sin"): "rotary frequencies are moved",
-    ("engine/metrics.py", "__init__"): "weights of the steps are moved",
     ("engine/ttt.py", "_weight_S"): "weights of the steps are moved",
     ("engine/held_out.py", "_measure"): "sums of all ranks",
     ("engine/capture.py", "run"): "the bytes that all ranks wrote are printed",
@@ -34,8 +33,7 @@ EVERY_MICRO_BATCH = {
     ("engine/rows.py", "plan_rows"): "the number of rows depends on the target; one read of all counts",
 }
 EVERY_LOGGED_STEP = {
-    ("engine/metrics.py", "read"): "the metrics of the steps since the last log",
-    ("engine/trainer.py", "write"): "the tokens of all ranks",
+    ("engine/host_copy.py", "wait"): "metrics, a step late, when the device has passed them",
 }
 EVERY_DECODED_TOKEN = {
     ("engine/decode.py", "read"): "tokens to read come from the host, and choices go there",
