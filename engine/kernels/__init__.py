@@ -26,6 +26,7 @@ __all__ = [
     "VocabLoss",
     "choose_fp8_activations",
     "choose_fp8_linear",
+    "choose_head_stats",
     "choose_kernels",
     "choose_packed_attention",
     "choose_target_kernels",
@@ -130,6 +131,15 @@ def choose_token_permute(device: torch.device) -> TokenPermute:
     return TokenPermute(token_permute.permute_rows, token_permute.quantise_rows, token_permute.unpermute_rows)
 
 
+def choose_head_stats(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
+    """Return `reference.head_stats` in one pass, None where Triton does not run."""
+    if not _runs_triton(device) or "head_stats" in _failed:
+        return None
+    from engine.kernels import head_stats  # it needs Triton
+
+    return head_stats.head_stats
+
+
 def choose_packed_attention(device: torch.device, dtype: torch.dtype) -> PackedAttention:
     """Attention of packed documents in a frozen target of this precision."""
     refused = flash.refusal(dtype, device)
@@ -149,6 +159,7 @@ class TargetKernels:
     fp8_linear: Callable[..., Tensor] | None = None
     fp8_activations: Callable[..., Tensor] | None = None
     token_permute: TokenPermute | None = None
+    head_stats: Callable[..., tuple[Tensor, ...]] | None = None
 
 
 def choose_target_kernels(
@@ -171,6 +182,7 @@ def choose_target_kernels(
         fp8_linear=choose_fp8_linear(device) if fp8 else None,
         fp8_activations=choose_fp8_activations(device) if fp8_activations else None,
         token_permute=permute if permute != TokenPermute() else None,
+        head_stats=choose_head_stats(device),
     )
 
 

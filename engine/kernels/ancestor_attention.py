@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.kernels.attention_tiles import tile_of
 from engine.kernels.interface import AttentionRows
 from engine.kernels.rows import add_rows
 
@@ -225,30 +226,6 @@ def _backward_keys(
             key_sum_KE = tl.dot(score_grad_KM.to(query_ME.dtype), query_ME, key_sum_KE, input_precision="ieee")
     _store(key_grad, key_K, group, key_sum_KE * scale, exists_K, E, E_PAD)
     _store(value_grad, key_K, group, value_sum_KE, exists_K, E, E_PAD)
-
-
-class Tile(NamedTuple):
-    """Members M and keys K of a program's blocks, powers of two; warps and stages it is compiled for."""
-
-    members: int
-    keys: int
-    num_warps: int
-    num_stages: int
-
-
-def tile_of(kernel: str, head_dim: int, element_size: int) -> Tile:
-    """kernel: forward, rows or keys, the last two those of the backward pass. head_dim: a power of two."""
-    if head_dim > 256:
-        raise ValueError(f"a head dim padded to {head_dim} is more than these kernels hold; use one of at most 256")
-    if element_size == 4:  # no tensor core multiplies fp32: a thread's share of all operands must fit its 255 registers
-        return Tile(32, 32, 8, 1) if head_dim <= 64 else Tile(16, 16, 8, 1)
-    # The largest whose sums stay in registers, with stages that fit 227 KiB of shared memory; ancestors cost `rows` the most.
-    tiles = {
-        "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
-        "rows": {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
-        "keys": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 32, 8, 2)},
-    }
-    return tiles[kernel][max(head_dim, 64)]
 
 
 def _view(x: Tensor) -> _View:

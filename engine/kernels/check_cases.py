@@ -21,7 +21,13 @@ from engine.kernels import (
     reference,
 )
 from engine.kernels.elementwise import Elementwise
-from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets
+from engine.kernels.interface import (
+    AttentionRows,
+    LogitTransform,
+    LossRows,
+    RowWeights,
+    SlotTargets,
+)
 from engine.kernels.packed_attention import PackedAttention, Scores, Segments
 from engine.kernels.vocab_loss import row_loss
 
@@ -86,6 +92,9 @@ def target_cases(kernels: TargetKernels, head_dim: int, device: torch.device) ->
         for window in (None, 9):
             attention = kernels.packed_attention
             yield _packed_attention_case(attention, head_dim, window, device)
+    if kernels.head_stats is not None:
+        for transform in (LogitTransform(), LogitTransform(0.5, 3.0, 0.7)):
+            yield _head_case(kernels.head_stats, transform)
     if kernels.fp8_linear is not None:
         yield from _fp8_cases("fp8_linear", kernels.fp8_linear, reference.fp8_linear, device)
     if kernels.fp8_activations is not None:
@@ -246,6 +255,19 @@ def _token_permute_case(permute: TokenPermute, is_fp8: bool, device: torch.devic
         leaves = leaves[0].to(torch.float8_e4m3fn).float(), leaves[1]
     ours, plain = partial(run, permute), partial(run, TokenPermute())
     return Case("token_permute", leaves, ours, plain, differentiates=False)
+
+
+def _head_case(ours: Operation, transform: LogitTransform) -> Case:
+    """Logits of which several tie for the largest: the first token is the right one."""
+    logits_NV = _draw(NUM_SLOTS, VOCAB_SIZE, seed=1)
+    logits_NV[::2, [VOCAB_SIZE // 2, VOCAB_SIZE - 1]] = 5.0
+
+    def run(function: Operation, logits_NV: Tensor) -> tuple[Tensor, ...]:
+        best_N, argmax_N, lse_N = function(logits_NV, transform)
+        return best_N, argmax_N.double(), lse_N
+
+    ours, plain = partial(run, ours), partial(run, reference.head_stats)
+    return Case("head_stats", (logits_NV,), ours, plain, differentiates=False)
 
 
 def _fp8_cases(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:

@@ -86,6 +86,26 @@ class RowWeights:
 
 
 @dataclass(frozen=True)
+class LogitTransform:
+    """The steps between a target's head and its distribution, in this order.
+
+    scale: factor. soft_cap: cap of the magnitude by tanh; None = no cap. temperature: divisor.
+    """
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+    temperature: float = 1.0
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the transformed logits, in their own precision."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.soft_cap is not None:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return logits if self.temperature == 1.0 else logits / self.temperature
+
+
+@dataclass(frozen=True)
 class LossChunk:
     """Rows that are scored together, r in all, and the n slots that they learn.
 

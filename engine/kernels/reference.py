@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets, VocabLoss
+from engine.kernels.interface import (
+    AttentionRows,
+    LogitTransform,
+    LossRows,
+    RowWeights,
+    SlotTargets,
+    VocabLoss,
+)
 
 TINY = torch.finfo(torch.float32).tiny
 FLOOR, LARGEST = 1e-10, torch.finfo(torch.float8_e4m3fn).max  # of the magnitudes in a group of inputs; in e4m3
@@ -85,6 +92,17 @@ def vocab_loss(
     result = VocabLoss(torch.zeros(()), cross_entropy_S, log_acceptance_S, acceptance_S, sums(correct_R))
     total = result.per_step(weights, sums(torch.ones_like(acceptance_R))).sum()
     return VocabLoss(total, *(sum_S.detach() for sum_S in result.sums))
+
+
+def head_stats(logits_NV: torch.Tensor, transform: LogitTransform) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the largest logit of each row, its first token, and the log-sum-exp of the row.
+
+    logits_NV: products with the target's head, in any precision, not yet transformed.
+    Returns fp32 [N], int64 [N] and fp32 [N].
+    """
+    logits_NV = transform(upcast(logits_NV))
+    best_N, argmax_N = logits_NV.max(dim=-1)
+    return best_N, argmax_N, logits_NV.logsumexp(dim=-1)
 
 
 def dequantised(codes: torch.Tensor, scale: torch.Tensor, block: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

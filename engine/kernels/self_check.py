@@ -21,8 +21,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import FlashWhereDense, Kernels, TargetKernels, blocked_attention
-from engine.kernels.check_cases import Case, Operation, draft_cases, target_cases
+from engine.kernels import (
+    FlashWhereDense,
+    Kernels,
+    TargetKernels,
+    attention_tiles,
+    blocked_attention,
+    tile_timing,
+)
+from engine.kernels.check_cases import PLAIN_ATTENTION, Case, Operation, draft_cases, target_cases
 from engine.kernels.elementwise import Elementwise
 from engine.kernels.kernel_cache import KernelCache
 from engine.kernels.vocab_loss import row_loss
@@ -79,6 +86,8 @@ def check_kernels(
     checks = []
     for name, of_one in cases.items():
         key = f"{name}, {dtype}, head dim {head_dim}"
+        if name == "ancestor_attention":
+            key += f", {sorted(attention_tiles.tiles_in_use().items())}"
         check = _known_check(known.get(key))
         if check is None:
             check = _check(name, of_one, device, dtype)
@@ -235,6 +244,8 @@ class Ranks(Protocol):
 
     def any_rank(self, flags: list[bool]) -> list[bool]: ...
 
+    def sum(self, values: Tensor) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class SelfCheck:
@@ -243,6 +254,7 @@ class SelfCheck:
     cache_dir: folder of earlier results; None = none are kept. any_rank: from what is wrong on
     this rank, one flag per kernel, to what is wrong on any; a collective. warn: shows a line.
     even_on_cpu: whether kernels are checked without a GPU, where Triton interprets them.
+    total: sums of this rank's numbers and those of the others; a collective.
     """
 
     device: torch.device
@@ -250,12 +262,18 @@ class SelfCheck:
     any_rank: Callable[[list[bool]], list[bool]]
     warn: Callable[[str], None]
     even_on_cpu: bool = False
+    total: Callable[[list[float]], list[float]] = list
 
     @classmethod
     def of(cls, world: Ranks, cache_dir: str | Path | None, warn: Callable[[str], None]) -> "SelfCheck":
         """Return the self-check of a run. cache_dir: as in `data`."""
         folder = None if cache_dir is None else Path(cache_dir)
-        return cls(world.device, folder, world.any_rank, warn)
+
+        def total(values: list[float]) -> list[float]:
+            summed = world.sum(torch.tensor(values, dtype=torch.float64, device=world.device))
+            return summed.tolist()
+
+        return cls(world.device, folder, world.any_rank, warn, total=total)
 
     def failed(
         self,
@@ -281,5 +299,26 @@ class SelfCheck:
         return failed
 
     def sound(self, kernels: Kernels, dtype: torch.dtype, head_dim: int) -> Kernels:
-        """Return `kernels` without those that failed on any rank; a collective."""
+        """Choose tiles, and return `kernels` without those that failed on any rank; a collective."""
+        if self.device.type == "cuda":
+            self.choose_tiles(kernels, dtype, head_dim)
         return without_failed(kernels, self.failed(kernels, dtype, head_dim=head_dim))
+
+    def choose_tiles(
+        self,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        head_dim: int,
+        timer: tile_timing.Timer = tile_timing.cuda_seconds,
+    ) -> None:
+        """Let ancestor attention take the tiles that are the fastest over all ranks; a collective."""
+        attention = kernels.attention
+        if isinstance(attention, FlashWhereDense):
+            attention = attention.otherwise
+        if attention in PLAIN_ATTENTION:
+            return
+        cache = KernelCache(self.cache_dir, self.device)
+        times_s = tile_timing.tile_times(head_dim, dtype, self.device, cache, timer)
+        shared = {key: self.total(of_one) for key, of_one in times_s.items()}
+        capability = torch.cuda.get_device_capability(self.device)
+        attention_tiles.use_tiles(tile_timing.choose_tiles(shared, capability))

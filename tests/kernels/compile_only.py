@@ -58,6 +58,24 @@ def ancestor_attention() -> None:
     attend(ancestor_attention, {torch.bfloat16: (64, 128, 256), torch.float32: (128,)})
 
 
+def attention_tiles() -> None:
+    """Every tile that would be tried on this GPU and is no default; those are compiled above."""
+    from triton.runtime import driver
+
+    from engine.kernels.ancestor_attention import ancestor_attention
+    from engine.kernels.attention_tiles import KERNELS, TileKey, candidates, use_tiles
+    from tests.kernels.attention_cases import make_case, with_gradients
+
+    capability = divmod(driver.active.get_current_target().arch, 10)
+    for head_dim in (64, 128, 256):
+        keys = [TileKey(kernel, head_dim, 2) for kernel in KERNELS]
+        tiles = {key: candidates(key, capability)[1:] for key in keys}
+        for index in range(max(map(len, tiles.values()))):
+            use_tiles({key: own[min(index, len(own) - 1)] for key, own in tiles.items() if own})
+            case = make_case((64, 33), (8, 2), torch.arange(97), (1, False), head_dim)
+            with_gradients(ancestor_attention, case, torch.bfloat16)
+
+
 def prefix_flash() -> None:
     from engine.kernels import flash, prefix_flash
     from tests.kernels.plain_flash import PLAIN
@@ -74,6 +92,15 @@ def row_loss() -> None:
         slot_r, lse_n = torch.arange(3), torch.zeros(3)
         logits_rU, target_nU = torch.zeros(3, vocab, dtype=dtype), torch.zeros(3, vocab)
         row_loss(LossChunk(logits_rU, target_nU, slot_r, lse_n, slot_r, torch.zeros(3, 3), [3], mixes), True)
+
+
+def head_stats() -> None:
+    from engine.kernels.head_stats import head_stats
+    from engine.kernels.interface import LogitTransform
+
+    for dtype, vocab_size in ((torch.bfloat16, 65536), (torch.float32, 500)):
+        head_stats(torch.zeros(3, vocab_size, dtype=dtype), LogitTransform(0.5, 30.0, 0.7))
+    head_stats(torch.zeros(3, 65536, dtype=torch.bfloat16), LogitTransform())
 
 
 def fp8_linear() -> None:
@@ -118,9 +145,9 @@ def token_permute() -> None:
         token_permute.unpermute_rows(codes_ND, place_TJ, torch.zeros_like(rows_TD), weight_TJ)
 
 
-CASES = {
-    case.__name__: case for case in (ancestor_attention, prefix_flash, row_loss, fp8_linear, fp8_activations, token_permute)
-}
+OF_DRAFTS = (ancestor_attention, attention_tiles, prefix_flash, row_loss)
+OF_TARGETS = (head_stats, fp8_linear, fp8_activations, token_permute)
+CASES = {case.__name__: case for case in (*OF_DRAFTS, *OF_TARGETS)}
 
 
 def main() -> None:

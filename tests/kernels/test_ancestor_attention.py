@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.kernels import AttentionRows, reference
+from engine.kernels.attention_tiles import Tile
 from tests.kernels.attention_cases import (
     ANCESTORS,
     HEADS,
@@ -31,7 +32,7 @@ LAYOUTS = {
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks of rows and of keys in a dozen tokens, with and without masks; a GPU multiplies no block under 16."""
-    tile = kernels.Tile(16, 8, 1, 1) if DEVICE == "cpu" else kernels.Tile(16, 16, 4, 1)
+    tile = Tile(16, 8, 1, 1) if DEVICE == "cpu" else Tile(16, 16, 4, 1)
     monkeypatch.setattr(kernels, "tile_of", lambda *_: tile)
 
 

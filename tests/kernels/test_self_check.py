@@ -38,6 +38,7 @@ ancestor_attention = pytest.importorskip(
     "engine.kernels.ancestor_attention", reason="Triton is not installed"
 ).ancestor_attention
 from engine.kernels import fp8_linear as fp8_linear_file  # noqa: E402
+from engine.kernels import head_stats as head_stats_file  # noqa: E402
 from engine.kernels import row_loss as row_loss_file  # noqa: E402
 from engine.kernels import token_permute as token_permute_file  # noqa: E402
 from tests.kernels.plain_flash import PLAIN  # noqa: E402
@@ -45,7 +46,11 @@ from tests.kernels.plain_flash import PLAIN  # noqa: E402
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DEVICE = GPU if torch.cuda.is_available() else CPU
 TRITON = Kernels(ancestor_attention, walk=Walk(row_loss_file.row_loss, in_place=True), reason="Triton")
-TARGET = TargetKernels(PackedAttention(PLAIN, "stand-in"), fp8_linear_file.fp8_linear)
+TARGET = TargetKernels(
+    PackedAttention(PLAIN, "stand-in"),
+    fp8_linear_file.fp8_linear,
+    head_stats=head_stats_file.head_stats,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -134,8 +139,8 @@ BROKEN_LOSS = {
 
 def test_sound_kernels_pass():
     checks = checks_of(flash_where_dense(TRITON), TARGET, torch.float16)
-    expected = ["prefix_flash", "ancestor_attention", "row_loss", "packed_attention", "fp8_linear"]
-    assert list(checks) == expected
+    of_the_draft = ["prefix_flash", "ancestor_attention", "row_loss"]
+    assert list(checks) == [*of_the_draft, "packed_attention", "head_stats", "fp8_linear"]
     for check in checks.values():
         assert check.ok and not check.message, check
         assert 0 < check.error <= check.bound < 0.02
@@ -214,10 +219,15 @@ def test_a_target_s_kernel_that_is_wrong_is_replaced(monkeypatch):
         return 1.01 * fp8_linear_file.fp8_linear(*arguments)
 
     silent = replace(PLAIN, forward=lambda inputs: tuple(0 * x for x in PLAIN.forward(inputs)))
-    target = TargetKernels(PackedAttention(silent, "stand-in"), wrong)
+
+    def last_of_equals(logits_NV, transform):
+        best_N, argmax_N, lse_N = head_stats_file.head_stats(logits_NV.flip(1), transform)
+        return best_N, logits_NV.shape[1] - 1 - argmax_N, lse_N
+
+    target = TargetKernels(PackedAttention(silent, ""), wrong, head_stats=last_of_equals)
     checks = checks_of(Kernels(), target)
     failed = {check.name for check in checks.values() if not check.ok}
-    assert failed == {"packed_attention", "fp8_linear"}
+    assert failed == {"packed_attention", "fp8_linear", "head_stats"}
     assert choose_target_kernels(GPU, torch.bfloat16, fp8=True).fp8_linear is not None
     stop_using(failed)
     assert choose_target_kernels(GPU, torch.bfloat16, fp8=True) == TargetKernels()

@@ -66,3 +66,22 @@ def test_half_precision_heads_give_fp32_logits():
     head = TargetHead(torch.randn(50, 16, dtype=torch.bfloat16))
     assert head.logits(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.float32
     assert head.logits(torch.randn(3, 16)).shape == (3, 50)
+
+
+@pytest.mark.parametrize("final", FINALS)
+@pytest.mark.parametrize("slots, vocab", [(0, 50), (9, 97)])
+def test_the_fused_pass_gives_what_plain_pytorch_gives(slots, vocab, final, small_blocks, monkeypatch):
+    fused = pytest.importorskip("engine.kernels.head_stats", reason="Triton is not installed")
+    head, hidden_ND = _head(vocab, **final), torch.randn(slots, 16)
+    expected_argmax_N, expected_lse_N = head.argmax_and_lse(hidden_ND)
+    launches = []
+
+    def counted(*arguments):
+        launches.append(1)
+        return fused.head_stats(*arguments)
+
+    monkeypatch.setattr(head_module, "choose_head_stats", lambda device: counted)
+    argmax_N, lse_N = head.argmax_and_lse(hidden_ND)
+    assert torch.equal(argmax_N, expected_argmax_N)
+    torch.testing.assert_close(lse_N, expected_lse_N)
+    assert len(launches) == -(-slots // 8) * -(-vocab // 32)

@@ -1,0 +1,138 @@
+"""Tiles of ancestor attention: how many members and keys a program takes at a time.
+
+Which tile is the fastest depends on the architecture: on its shared memory, on how its tensor cores
+read operands, and on how many programs share a multiprocessor. So each architecture has a few
+candidates per kernel and head dim, all of which compile within its shared memory. The first
+candidate is the default, and at the first start on a GPU `tile_timing.py` tries the others.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+KERNELS = ("forward", "rows", "keys")  # the last two are those of the backward pass
+MAX_HEAD_DIM = 256
+# Share of the default's time that another tile must save: less may be noise of the clock.
+LEAST_GAIN = 0.03
+
+
+class Tile(NamedTuple):
+    """Members M and keys K of a program's blocks, powers of two; warps and stages of the compiler."""
+
+    members: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+class TileKey(NamedTuple):
+    """What a tile is for. kernel: one of `KERNELS`. head_dim: padded to a power of two."""
+
+    kernel: str
+    head_dim: int
+    element_size: int
+
+
+# The largest whose sums stay in registers; ancestors cost `rows` the most. They fit every architecture.
+DEFAULTS = {
+    "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "rows": {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
+    "keys": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 32, 8, 2)},
+}
+
+# With 99 KiB of shared memory: two small programs share a multiprocessor.
+_SMALL = {
+    "forward": {64: (Tile(64, 64, 4, 3),), 128: (Tile(64, 64, 4, 2), Tile(128, 32, 8, 3))},
+    "rows": {64: (Tile(64, 64, 4, 3),), 128: (Tile(64, 32, 4, 2),)},
+    "keys": {64: (Tile(64, 64, 4, 3),), 128: (Tile(32, 64, 4, 2),)},
+}
+# With 163 KiB and operands of tensor cores in registers.
+_AMPERE = {
+    "forward": {64: (Tile(128, 128, 8, 3),), 128: (Tile(64, 64, 4, 3), Tile(128, 32, 4, 4))},
+    "rows": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3),)},
+    "keys": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3),)},
+}
+# With 227 KiB and operands of tensor cores in shared memory.
+_LARGE = {
+    "forward": {64: (Tile(128, 128, 8, 3),), 128: (Tile(128, 128, 8, 2), Tile(64, 64, 4, 3))},
+    "rows": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2))},
+    "keys": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 128, 8, 3), Tile(64, 64, 4, 3))},
+}
+ALTERNATIVES = {
+    "sm_80": _AMPERE,
+    "sm_86": _SMALL,
+    "sm_89": _SMALL,
+    "sm_90": _LARGE,
+    "sm_100": _LARGE,
+    "sm_120": _SMALL,
+}
+
+_chosen: dict[TileKey, Tile] = {}
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """Return the row of the table for a compute capability; unknown ones get the smallest tiles."""
+    name = "sm_{}{}".format(*capability)
+    if name in ALTERNATIVES:
+        return name
+    return "sm_100" if capability[0] == 10 else "sm_86"
+
+
+def candidates(key: TileKey, capability: tuple[int, int]) -> tuple[Tile, ...]:
+    """Return the tiles to try, the default first. Raises ValueError for a head dim beyond 256."""
+    default = _default(key)
+    if key.element_size == 4:
+        return (default,)
+    others = ALTERNATIVES[architecture(capability)][key.kernel].get(max(key.head_dim, 64), ())
+    return (default, *others)
+
+
+def _default(key: TileKey) -> Tile:
+    if key.head_dim > MAX_HEAD_DIM:
+        problem = f"a head dim padded to {key.head_dim} is more than these kernels hold"
+        raise ValueError(f"{problem}; use one of at most {MAX_HEAD_DIM}")
+    if key.element_size == 4:
+        # No tensor core multiplies fp32: a thread's share of all operands must fit its 255 registers.
+        return Tile(32, 32, 8, 1) if key.head_dim <= 64 else Tile(16, 16, 8, 1)
+    return DEFAULTS[key.kernel][max(key.head_dim, 64)]
+
+
+def tile_of(kernel: str, head_dim: int, element_size: int) -> Tile:
+    """Return the tile in use: the one chosen by timing, or the default.
+
+    head_dim: padded to a power of two. Raises ValueError for a head dim beyond 256.
+    """
+    key = TileKey(kernel, head_dim, element_size)
+    return _chosen.get(key) or _default(key)
+
+
+def use_tiles(tiles: Mapping[TileKey, Tile]) -> None:
+    """Let kernels take these tiles from now on, in this process."""
+    _chosen.update(tiles)
+
+
+def tiles_in_use() -> dict[TileKey, Tile]:
+    """Return the tiles that were chosen by timing."""
+    return dict(_chosen)
+
+
+@contextmanager
+def trying(key: TileKey, tile: Tile) -> Iterator[None]:
+    """Within it, one kernel takes this tile."""
+    before = tiles_in_use()
+    _chosen[key] = tile
+    try:
+        yield
+    finally:
+        _chosen.clear()
+        _chosen.update(before)
+
+
+def fastest(times_s: Sequence[float]) -> int:
+    """Return the index of the tile to use; times_s: of the candidates, infinite where one fails.
+
+    The default, which comes first, stays unless another one saves `LEAST_GAIN` of its time.
+    """
+    best = min(range(len(times_s)), key=lambda index: times_s[index])
+    saves_enough = times_s[best] <= (1 - LEAST_GAIN) * times_s[0]
+    return best if saves_enough else 0

@@ -1,0 +1,102 @@
+"""Statistics of a target's logits in one pass: the largest one, its token, and the log-sum-exp.
+
+N rows, V tokens, B tokens of a block. With x the product of a row and the head as it lies in
+memory, in the precision of the target, and c the soft-cap,
+
+    y[v] = scale x[v]        z[v] = c tanh(y[v] / c) / temperature        (without a cap, z = y / temperature)
+    best = max_v z[v]        argmax = the lowest v with z[v] = best        lse = log sum_v exp(z[v])
+
+A program reads its row once. The largest logit so far is the reference of the exponentials; when
+it grows, the sums shrink by exp(old - new). Sums, largest logits and their tokens stay apart by
+lane until the end, so a block takes one reduction. Of a row with a NaN, `best` and `lse` are NaN
+and the token is 0 or another one that exists.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.interface import LogitTransform
+
+# As many tokens as 16 bytes per load and thread take in bf16, and few rows in flight per program.
+MAX_BLOCK_V, TOKENS_PER_WARP = 4096, 256
+
+# Less than any logit, yet finite: minus infinity less itself is no number.
+_LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+_NO_TOKEN = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _tanh(x):
+    """Relative error below 2**-20. Near 1 it is rounded as PyTorch's, so saturated logits tie."""
+    size = tl.abs(x)
+    shrunk = tl.exp(-2.0 * size)
+    far = 1.0 - 2.0 * shrunk / (1.0 + shrunk)
+    # Where the difference above cancels: the first terms of the series.
+    square = x * x
+    near = size * (1.0 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
+    magnitude = tl.where(size < 0.15, near, far)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit(do_not_specialize=["vocab_size"])
+def _stats_kernel(
+    logits_NV, best_N, argmax_N, lse_N, row_stride, vocab_size, scale, soft_cap, temperature,
+    HAS_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits_V = logits_NV + row * row_stride
+    lane_B = tl.arange(0, BLOCK_V)
+    largest = tl.full([], _LEAST, tl.float32)
+    largest_B = tl.full([BLOCK_V], float("-inf"), tl.float32)
+    token_B = tl.full([BLOCK_V], _NO_TOKEN, tl.int32)
+    sum_B = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, vocab_size, BLOCK_V):
+        v_B = start + lane_B
+        exists_B = v_B < vocab_size
+        z_B = tl.load(logits_V + v_B, mask=exists_B, other=0.0).to(tl.float32) * scale
+        if HAS_CAP:
+            z_B = soft_cap * _tanh(z_B / soft_cap)
+        z_B = tl.where(exists_B, tl.div_rn(z_B, temperature), float("-inf"))
+        grown = tl.maximum(largest, tl.max(z_B, 0))
+        sum_B = sum_B * tl.exp(largest - grown) + tl.exp(z_B - grown)
+        largest = grown
+        # A later token takes the place of an equal one nowhere; the first of a lane stays.
+        token_B = tl.where((z_B > largest_B) | (token_B == _NO_TOKEN) & exists_B, v_B, token_B)
+        largest_B = tl.maximum(largest_B, z_B)
+    total = tl.sum(sum_B, 0)
+    best = tl.max(largest_B, 0)
+    argmax = tl.min(tl.where(largest_B == best, token_B, _NO_TOKEN), 0)
+    tl.store(best_N + row, tl.where(total == total, best, total))
+    tl.store(argmax_N + row, tl.where(argmax == _NO_TOKEN, 0, argmax).to(tl.int64))
+    tl.store(lse_N + row, tl.log(total) + largest)
+
+
+def head_stats(logits_NV: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.head_stats` in one launch that reads each logit once."""
+    logits_NV = logits_NV if logits_NV.stride(-1) == 1 else logits_NV.contiguous()
+    num_rows, vocab_size = logits_NV.shape
+    best_N = torch.empty(num_rows, dtype=torch.float32, device=logits_NV.device)
+    lse_N = torch.empty_like(best_N)
+    argmax_N = torch.empty(num_rows, dtype=torch.int64, device=logits_NV.device)
+    if num_rows == 0:
+        return best_N, argmax_N, lse_N
+    block = min(MAX_BLOCK_V, triton.next_power_of_2(vocab_size))
+    has_cap = transform.soft_cap is not None
+    soft_cap = transform.soft_cap if has_cap else 1.0
+    _stats_kernel[(num_rows,)](
+        logits_NV,
+        best_N,
+        argmax_N,
+        lse_N,
+        logits_NV.stride(0),
+        vocab_size,
+        float(transform.scale),
+        float(soft_cap),
+        float(transform.temperature),
+        HAS_CAP=has_cap,
+        BLOCK_V=block,
+        num_warps=max(1, block // TOKENS_PER_WARP),
+    )
+    return best_N, argmax_N, lse_N

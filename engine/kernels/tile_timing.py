@@ -1,0 +1,132 @@
+"""The fastest tiles of ancestor attention on the GPU at hand, timed once and then kept."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.kernels import attention_tiles
+from engine.kernels.attention_tiles import KERNELS, Tile, TileKey
+from engine.kernels.interface import AttentionRows
+from engine.kernels.kernel_cache import KernelCache
+
+SECTION = "attention_tiles"
+# A step of a draft, large enough to fill a GPU: documents, heads, ancestors of a row.
+LENGTHS, HEADS, GROUPS, NUM_ANCESTORS = (1536, 512, 2048), 32, 8, 3
+WARM_UP_CALLS, TIMED_CALLS = 2, 5
+
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def cuda_seconds(work: Callable[[], Any]) -> float:
+    """Return the median time of some calls on the current GPU, without the first ones."""
+    for _ in range(WARM_UP_CALLS):
+        work()
+    times_ms = []
+    for _ in range(TIMED_CALLS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times_ms.append(start.elapsed_time(end))
+    return statistics.median(times_ms) / 1000
+
+
+def padded(head_dim: int) -> int:
+    """Return the power of two, at least 16, that holds a head."""
+    return 1 << max(head_dim - 1, 15).bit_length()
+
+
+def tile_times(
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache: KernelCache,
+    timer: Timer = cuda_seconds,
+) -> dict[TileKey, list[float]]:
+    """Return the time of every candidate of each kernel, in seconds, from the cache or by timing.
+
+    Kernels with one candidate are left out. A candidate that raises takes infinitely long. Times,
+    not choices, are what is kept, so that ranks can add theirs up and choose alike.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    known = cache.read(SECTION)
+    found: dict[TileKey, list[float]] = {}
+    for kernel in KERNELS:
+        key = TileKey(kernel, padded(head_dim), dtype.itemsize)
+        tiles = attention_tiles.candidates(key, capability)
+        if len(tiles) == 1:
+            continue
+        label = f"{kernel}, {dtype}, head dim {head_dim}, {[tuple(tile) for tile in tiles]}"
+        times_s = _known_times(known.get(label), len(tiles))
+        if times_s is None:
+            work = _work(kernel, head_dim, dtype, device)
+            times_s = [_time(work, key, tile, timer) for tile in tiles]
+            cache.add(SECTION, {label: [str(time_s) for time_s in times_s]})
+        found[key] = times_s
+    return found
+
+
+def choose_tiles(times_s: Mapping[TileKey, Sequence[float]], capability: tuple[int, int]) -> dict[TileKey, Tile]:
+    """Return the tile to use for each kernel, from the times of its candidates."""
+    chosen = {}
+    for key, of_one in times_s.items():
+        tiles = attention_tiles.candidates(key, capability)
+        chosen[key] = tiles[attention_tiles.fastest(of_one)]
+    return chosen
+
+
+def _known_times(entry: object, count: int) -> list[float] | None:
+    """Return times as the cache holds them, as text since JSON has no infinite number."""
+    if not isinstance(entry, list) or len(entry) != count:
+        return None
+    try:
+        return [float(time_s) for time_s in entry]
+    except (TypeError, ValueError):
+        return None
+
+
+def _time(work: Callable[[], Any], key: TileKey, tile: Tile, timer: Timer) -> float:
+    with attention_tiles.trying(key, tile):
+        try:
+            return timer(work)
+        except Exception:
+            # Whatever a compiler or a launch raises: this tile is not for this GPU.
+            return float("inf")
+
+
+def _work(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
+    """Return a call that runs a kernel, among others that take the same time for every tile."""
+    from engine.kernels.ancestor_attention import ancestor_attention  # it needs Triton
+
+    generator = torch.Generator(device).manual_seed(0)
+    num_rows = sum(LENGTHS)
+
+    def draw(num_heads: int) -> Tensor:
+        shape = num_rows, num_heads, head_dim
+        drawn = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return drawn.requires_grad_()
+
+    position_Q = torch.arange(num_rows, device=device)
+    cu_seqlens = torch.tensor((0, *LENGTHS), device=device).cumsum(0).int()
+    rows = AttentionRows(position_Q, cu_seqlens, (position_Q,) * NUM_ANCESTORS)
+    leaves = [draw(HEADS), draw(GROUPS), draw(GROUPS)]
+    extras = [draw(GROUPS) for _ in range(2 * NUM_ANCESTORS)]
+    keys, values = extras[:NUM_ANCESTORS], extras[NUM_ANCESTORS:]
+    if kernel == "forward":
+        return partial(_forward, ancestor_attention, (*leaves, keys, values, rows))
+    output_QHE, _ = ancestor_attention(*leaves, keys, values, rows)
+    return partial(_backward, output_QHE, [*leaves, *extras], torch.randn_like(output_QHE))
+
+
+@torch.no_grad()
+def _forward(attention: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    attention(*arguments)
+
+
+def _backward(output_QHE: Tensor, leaves: list[Tensor], grad_QHE: Tensor) -> None:
+    torch.autograd.grad(output_QHE, leaves, grad_QHE, retain_graph=True)
