@@ -58,7 +58,9 @@ def _reduced(values: Tensor, group: Any, op: Any = None) -> int:
     return 2 * _others(group) * values.nbytes // (_others(group) + 1)
 
 
-def _exchanged(_: Tensor, rows: Tensor, received: Any = None, sent: Any = None, group: Any = None) -> int:
+def _exchanged(
+    _: Tensor, rows: Tensor, received: Any = None, sent: Any = None, group: Any = None, async_op: bool = False
+) -> int:
     sent = sent or [len(rows) // (_others(group) + 1)] * (_others(group) + 1)
     return (sum(sent) - sent[distributed.get_rank(group)]) * rows[:1].nbytes
 
@@ -117,9 +119,10 @@ class Watch(ExitStack):
         self._calls.setdefault(kind, []).append((num_bytes(*arguments, **options), moments))
         return _Watched(result, moments, self._device) if options.get("async_op") else result
 
-    def _note_rows(self, inner: Callable, counts_R: Tensor, group: Group) -> Tensor:
-        self._rows.append((counts_R, group.rank))
-        return inner(counts_R, group)
+    def _note_rows(self, inner: Callable, counts_RP2: Tensor, group: Group) -> Tensor:
+        """counts_RP2: rows and choices that each part of a rank's tokens sends to each rank."""
+        self._rows.append((counts_RP2[..., 0].sum(1), group.rank))
+        return inner(counts_RP2, group)
 
     @property
     def sent(self) -> dict[str, Sent]:

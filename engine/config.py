@@ -169,9 +169,15 @@ class ParallelSection:
     ep_size: int = option(1, "ranks that share the experts of a mixture (expert parallelism)", unit="ranks", at_least=1)
     exchange_parts: int = option(
         0,
-        "parts of a shared layer's documents, of which one is exchanged while another is computed; 0 = 2 on a GPU, 1 on a CPU",
-        unit="parts",
+        "chunks per sharded layer, so that one chunk's communication overlaps with another's compute; "
+        "0 = 2 on a GPU, 1 on a CPU",
+        unit="chunks",
         at_least=0,
+    )
+    fp8_exchange: Literal["none", "dispatch", "both"] = option(
+        "none",
+        "send rows to other ranks' experts as fp8 (e4m3) with one scale per row, which rounds each value by up to "
+        "6.25%: dispatch = rows on the way there, both = also results on the way back",
     )
     unproven: bool = option(
         False, "share also a target whose family was not shown to give the same results shared (docs/targets.md)"

@@ -120,28 +120,39 @@ class TargetMesh:
     """With whom a rank runs the target. tp: shares attention, dense MLPs and the head. ep: shares the experts.
 
     parts: into how many the tokens of a shared layer are divided, so that their exchange overlaps with its products.
+    fp8_exchange: `ParallelSection.fp8_exchange`.
     Ranks of a group follow one another. Each rank brings micro-batches of its own and gets their hidden states back.
     """
 
     tp: Group = Group()
     ep: Group = Group()
     parts: int = 1
+    fp8_exchange: str = "none"
 
     @classmethod
-    def make(cls, world: World, tp_size: int, ep_size: int, timeout_s: int | None = None, parts: int = 1) -> "TargetMesh":
+    def make(
+        cls,
+        world: World,
+        tp_size: int,
+        ep_size: int,
+        timeout_s: int | None = None,
+        parts: int = 1,
+        fp8_exchange: str = "none",
+    ) -> "TargetMesh":
         """The groups of a rank; a collective of all ranks, which must ask for the same sizes.
 
         timeout_s: after which a stuck collective of theirs ends the job; None = PyTorch's. Raises ValueError, naming sizes that
         would do, if they do not divide the world or each other.
         """
         check_sizes(world.size, tp_size, ep_size)
-        return cls(*(_own_group(world, size, timeout_s) for size in (tp_size, ep_size)), parts)
+        tp, ep = (_own_group(world, size, timeout_s) for size in (tp_size, ep_size))
+        return cls(tp, ep, parts, fp8_exchange)
 
     @classmethod
     def of(cls, parallel: ParallelSection, world: World) -> "TargetMesh":
         """As `make`, with what a recipe says."""
         parts = parallel.exchange_parts or (1 if world.device.type == "cpu" else PARTS_ON_A_GPU)
-        return cls.make(world, parallel.tp_size, parallel.ep_size, parallel.timeout_s, parts)
+        return cls.make(world, parallel.tp_size, parallel.ep_size, parallel.timeout_s, parts, parallel.fp8_exchange)
 
     @property
     def whole(self) -> Group:

@@ -180,9 +180,9 @@ def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, p
         norm_over(modules[name], mesh.tp)
     for name, num_experts in plan.experts.items():
         if _takes_choices(modules[name]):
-            dispatch(modules[name], num_experts, mesh.ep)
+            dispatch(modules[name], num_experts, mesh.ep, mesh.parts, mesh.fp8_exchange)
         else:
-            dispatch_dense(modules[name.rpartition(".")[0]], num_experts, mesh.ep)
+            dispatch_dense(modules[name.rpartition(".")[0]], num_experts, mesh.ep, mesh.parts, mesh.fp8_exchange)
     for name, module in _mixers(decoder):
         if not packs:
             by_document(module, shared=name in plan.shared)

@@ -233,7 +233,8 @@ class Planner:
     def plan(self, ranks: Ranks) -> "JobPlan":
         sizes = ranks.tp_size, ranks.ep_size
         if sizes not in self._costs:
-            self._costs[sizes] = TargetCost(self.model, ranks.mesh, self.quantised)
+            mesh = replace(ranks.mesh, fp8_exchange=self.config.parallel.fp8_exchange)
+            self._costs[sizes] = TargetCost(self.model, mesh, self.quantised)
         return JobPlan(self.config, self.ds_config, self.draft, self._costs[sizes], ranks, fused=True)
 
     def smallest(self, limit: int) -> list["JobPlan"]:

@@ -90,7 +90,11 @@ class TargetCost:
             sent["all-gather of slots (head)"] = self.tokens_sent(forward.num_slots)
         if self.plan.experts:
             rows = sum(self._ranks_of_a_token(count) for count in self.plan.experts.values())
-            sent["all-to-all of tokens (EP)"] = sent["all-to-all back (EP)"] = round(rows * tokens_bytes)
+            in_fp8 = tokens_bytes // self.itemsize  # scales aside
+            there = tokens_bytes if self.mesh.fp8_exchange == "none" else in_fp8
+            back = in_fp8 if self.mesh.fp8_exchange == "both" else tokens_bytes
+            sent["all-to-all of tokens (EP)"] = round(rows * there)
+            sent["all-to-all back (EP)"] = round(rows * back)
         return sent
 
     def tokens_sent(self, num_tokens: int) -> int:

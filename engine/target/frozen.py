@@ -22,6 +22,7 @@ from engine.models.registry import (
     text_config,
 )
 from engine.parallel.collectives import gather_objects
+from engine.parallel.expert_products import compute_experts_in_order
 from engine.parallel.loader import Bar
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.parallel.own_rows import OwnRows
@@ -131,6 +132,7 @@ class FrozenTarget:
         if self.packs:
             rotate_by_length(self.decoder)
         self.mesh, self.plan = mesh, plan or TargetPlan()
+        compute_experts_in_order(self.decoder)
         table, head = model.get_input_embeddings(), head_of(model)
         self.is_tied = head.weight_VD.data_ptr() == table.weight.data_ptr()
         if mesh.size > 1:

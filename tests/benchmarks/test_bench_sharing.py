@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.bench_sharing import Watch, measure, meshes
 from benchmarks.bench_target import random_model
+from engine.parallel.experts import Record
 from engine.parallel.mesh import TargetMesh
 from engine.target.frozen import FrozenTarget
 from tests.benchmarks.test_bench_target import ON_CPU, SHAPES
@@ -54,7 +56,9 @@ def test_experts_are_sent_the_rows_that_are_counted():
             assert row["rows"] == row["even_rows"] == 0
             continue
         (sent,) = [sent for sent in row["collectives"] if sent["collective"] == "all-to-all"]
-        of_a_row = 2 * config.hidden_size * 4 + config.num_experts_per_tok * (8 + 4)  # both ways; choices and their weights
-        assert sent["bytes"] == row["rows"] * of_a_row + config.num_hidden_layers * 8  # how many follow
+        there = Record(config.hidden_size, torch.float32, config.num_experts_per_tok, is_fp8=False).num_bytes
+        back = config.hidden_size * 4
+        of_counts = config.num_hidden_layers * 2 * 8  # how many rows and choices follow
+        assert sent["bytes"] == row["rows"] * (there + back) + of_counts
         assert row["rows"] == pytest.approx(row["even_rows"], rel=0.3)
         assert row["rows"] <= row["most_rows"] <= config.num_hidden_layers * shape.num_tokens
