@@ -60,6 +60,7 @@ class TargetOutput:
     last_hidden_ND: [N, D] state after the target's final norm at the slots.
     argmax_N: int32 [N], most likely token over the full vocabulary.
     lse_N: fp32 [N], log-sum-exp of the target's logits (after soft-cap, scale and temperature) over the full vocabulary.
+    embed_TD: [T, D], rows of the target's embedding, where its forward had to exchange them; None = they are to be looked up.
     """
 
     aux_TA: torch.Tensor
@@ -67,6 +68,7 @@ class TargetOutput:
     last_hidden_ND: torch.Tensor
     argmax_N: torch.Tensor
     lse_N: torch.Tensor
+    embed_TD: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -252,8 +252,11 @@ class Trainer:
             slots_N = slots_of(allowed_ST)
             batch = batch.to(device)
             output = target(batch, slots_N)
-            embed_TD = target.embedding.rows(batch.input_ids_T).to(dtype)
-            return MicroBatch(batch, replace(output, aux_TA=output.aux_TA.to(dtype)), embed_TD, to_device(allowed_ST, device))
+            embed_TD = output.embed_TD
+            if embed_TD is None:
+                embed_TD = target.embedding.rows(batch.input_ids_T)
+            output = replace(output, aux_TA=output.aux_TA.to(dtype), embed_TD=None)
+            return MicroBatch(batch, output, embed_TD.to(dtype), to_device(allowed_ST, device))
 
         return lambda item: ([forward(batch) for batch in item[0]], item[1])
 

@@ -19,6 +19,7 @@ from engine.parallel.quantised import StaysQuantised
 from engine.planning.draft_memory import DraftStates, Sharing
 from engine.planning.target_cost import Forward, TargetCost
 from engine.rows import allowed_rows, slots_of
+from engine.target.embedding import gives_rows
 
 ENOUGH_TOKENS = 32_768  # of a micro-batch: with more, products gain nothing
 
@@ -145,7 +146,7 @@ class JobPlan:
     def traffic(self, counts: StepCounts) -> dict[str, int]:
         """Bytes that a rank sends for a micro-batch, by collective."""
         sent, others = self.target.traffic(self._forward(counts)), self.sharing.num_ranks - 1
-        if self.target.plan.embedding is not None:
+        if self.target.plan.embedding is not None and not gives_rows(self.target.decoder.get_input_embeddings()):
             sent["reduce-scatter of embeddings (TP)"] = self.target.tokens_sent(counts.num_tokens)
         whole = self.num_draft_weights * self.sharing.itemsize * others // self.sharing.num_ranks
         if others and self.sharing.stage == 3:

@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.parallel.collectives import gather_objects, gather_rows
 from engine.parallel.own_rows import OwnRows
+
+
+def gives_rows(embedding: nn.Module) -> bool:
+    """Return whether a module gives rows of its table as they are; Gemma's, for one, scales them."""
+    return type(embedding).forward is nn.Embedding.forward
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from engine.target.anatomy import (
 )
 from engine.target.attention import NAME, ONE, one_document, packed_attention
 from engine.target.configuration import load_target_config
-from engine.target.embedding import SharedEmbedding, TargetEmbedding
+from engine.target.embedding import SharedEmbedding, TargetEmbedding, gives_rows
 from engine.target.head import TargetHead
 from engine.target.loading import read_target
 from engine.target.packed_row import PackedRow
@@ -57,6 +57,7 @@ class Capture:
         self._by_layer: dict[int, Tensor | None] = dict.fromkeys(aux_layers)
         self._num_streams = num_streams
         self._last_hidden: Tensor | None = None
+        self._embedded: tuple[Tensor, int] | None = None  # and how often it had been written to
 
     def aux(self) -> Tensor:
         """[batch, tokens, 3D], outputs of the auxiliary layers in ascending order, each the mean of its residual streams."""
@@ -68,6 +69,13 @@ class Capture:
     def last_hidden(self) -> Tensor:
         """[batch, tokens, D], the state after the final norm: what the LM head reads."""
         return self._last_hidden
+
+    def embedded(self) -> Tensor | None:
+        """[batch, tokens, D], rows that the token embedding gave; None if they were not captured, or were written to since."""
+        if self._embedded is None:
+            return None
+        rows, version = self._embedded
+        return rows if rows._version == version else None
 
     def _hook(self, layer: int):
         def keep(module, args, output) -> None:
@@ -81,15 +89,23 @@ class Capture:
     def _keep_last(self, module, args, output) -> None:
         self._last_hidden = output[0]
 
+    def _keep_embedded(self, module, args, output) -> None:
+        self._embedded = output, output._version
+
 
 @contextmanager
-def capture(model: PreTrainedModel, aux_layers: tuple[int, ...]) -> Iterator[Capture]:
-    """Within it, every forward of the causal LM `model` leaves its aux layers' outputs and its last hidden state."""
+def capture(model: PreTrainedModel, aux_layers: tuple[int, ...], embeds: bool = False) -> Iterator[Capture]:
+    """Within it, every forward of the causal LM `model` leaves its aux layers' outputs and its last hidden state.
+
+    embeds: whether it leaves what its token embedding gave as well.
+    """
     decoder = decoder_of(model)
     layers = layers_of(decoder)
     seen = Capture(aux_layers, num_streams(model.config))
     hooks = [layers[layer].register_forward_hook(seen._hook(layer)) for layer in aux_layers]
     hooks.append(decoder.register_forward_hook(seen._keep_last))
+    if embeds:
+        hooks.append(decoder.get_input_embeddings().register_forward_hook(seen._keep_embedded))
     try:
         yield seen
     finally:
@@ -237,7 +253,9 @@ class FrozenTarget:
         """The same with the mesh's other ranks, which bring batches of their own, or `rest`; a collective of all of them."""
         seen = self._run_shared(batch.input_ids_T, gather_objects(batch.host_lengths, self.mesh.whole))
         last_hidden_ND = seen.last_hidden()[0, slots_N]
-        return TargetOutput(seen.aux()[0], slots_N, last_hidden_ND, *self.head.argmax_and_lse(last_hidden_ND))
+        embedded = seen.embedded()
+        embed_TD = None if embedded is None else embedded[0]
+        return TargetOutput(seen.aux()[0], slots_N, last_hidden_ND, *self.head.argmax_and_lse(last_hidden_ND), embed_TD)
 
     @torch.no_grad()
     def rest(self) -> None:
@@ -252,7 +270,8 @@ class FrozenTarget:
         tp = self.mesh.tp
         first = self.mesh.whole.rank // tp.size * tp.size
         tokens = Tokens(tuple(documents or (1,) for documents in everyone[first : first + tp.size]), tp.rank)
-        with capture(self.model, self.aux_layers) as seen, self._forward_of(tokens) as arguments:
+        embeds = self.plan.embedding is not None and gives_rows(self.decoder.get_input_embeddings())
+        with capture(self.model, self.aux_layers, embeds) as seen, self._forward_of(tokens) as arguments:
             self.decoder(input_ids=input_ids_T[None], use_cache=False, **arguments)
         return seen
 

@@ -44,6 +44,11 @@ def documents(rank: int) -> list[torch.Tensor]:
     return [3 + torch.randperm(VOCAB - 3, generator=generator)[:length] for length in LENGTHS[rank]]
 
 
+def as_documents(rank: int) -> list[Document]:
+    """A rank's documents, all of whose tokens are the assistant's."""
+    return [Document(ids.numpy().astype("int32"), np.ones(len(ids), dtype=bool), ()) for ids in documents(rank)]
+
+
 @torch.no_grad()
 def reference(family: str, rank: int) -> list[torch.Tensor]:
     """Auxiliary states, last states and logits of a rank's tokens: whole model, own attention, a document at a time."""
@@ -65,8 +70,7 @@ def shared(family: str, rank: int, mesh: TargetMesh) -> tuple[list[torch.Tensor]
 
 def run_own(target: FrozenTarget, rank: int) -> list[torch.Tensor]:
     """Auxiliary and last states of a rank's documents; a collective of the target's mesh."""
-    own = [Document(ids.numpy().astype("int32"), np.ones(len(ids), dtype=bool), ()) for ids in documents(rank)]
-    output = target(collate(own), torch.arange(sum(LENGTHS[rank])))
+    output = target(collate(as_documents(rank)), torch.arange(sum(LENGTHS[rank])))
     return [output.aux_TA, output.last_hidden_ND]
 
 
