@@ -1,6 +1,5 @@
 """The capture job, in order: data, plan, target, shards, manifest. What it leaves is what offline training reads."""
 
-import errno
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from engine.data.documents import Document, Documents
 from engine.data.fingerprint import hash_of, trained_with
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer
+from engine.files import DISK_FULL, PARTIAL, write_text, writing
 from engine.kernels.self_check import SelfCheck
 from engine.models.registry import check_aux_layers, default_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
@@ -24,7 +24,7 @@ from engine.parallel.quantised import check_fp8_activations, check_quantisation
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, Shard, StoreError, plan_shards
 from engine.store.reader import MappedShard
-from engine.store.writer import PARTIAL, Piece, ShardFile, StoreWriter, stored_tensors, write_whole
+from engine.store.writer import Piece, ShardFile, StoreWriter, stored_tensors
 from engine.target.checked_kernels import check_target_kernels
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
@@ -183,11 +183,12 @@ class Capture:
 
     def begin(self, manifest: Manifest, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> None:
         """The folder, the plan, and the target's config and tokenizer, which offline training reads."""
-        (self.folder / TARGET_FOLDER).mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"*{PARTIAL}"):
-            leftover.unlink()
-        target_config.save_pretrained(self.folder / TARGET_FOLDER)
-        tokenizer.save_pretrained(self.folder / TARGET_FOLDER)
+        with writing(self.folder):
+            (self.folder / TARGET_FOLDER).mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(f"*{PARTIAL}"):
+                leftover.unlink()
+            target_config.save_pretrained(self.folder / TARGET_FOLDER)
+            tokenizer.save_pretrained(self.folder / TARGET_FOLDER)
         if not (self.folder / MANIFEST).exists():
             self.write_manifest(manifest)
 
@@ -196,10 +197,10 @@ class Capture:
         path, head = self.folder / TARGET_FOLDER / HEAD, target.whole_head()
         embed_weight_VD = None if target.is_tied else target.embedding.whole()
         if self.world.is_main and not path.is_file():
-            write_whole(path, lambda place: save_head(place, head, embed_weight_VD))
+            save_head(path, head, embed_weight_VD)
 
     def write_manifest(self, manifest: Manifest) -> None:
-        write_whole(self.folder / MANIFEST, lambda path: path.write_text(manifest.to_json(), encoding="utf-8"))
+        write_text(self.folder / MANIFEST, manifest.to_json())
 
     def capture(self, target: FrozenTarget, documents: Documents, contents: Contents, shards: Sequence[Shard]) -> int:
         """Write this rank's shards; returns the bytes."""
@@ -219,7 +220,7 @@ class Capture:
             writer.stop()
             for file in files:
                 file.abandon()
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in DISK_FULL:
                 raise
             there = sum((self.folder / shard.name).is_file() for shard in shards)
             problem = f"{self.folder}: the disk is full; {there} of this rank's {len(shards)} shards are written and whole"

@@ -14,13 +14,14 @@ import torch
 from torch import distributed
 
 from engine.config import OPTIONS
+from engine.files import write_json, write_text, writing
 from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, consolidated_weights, is_sharded, remove_universal, to_universal
 from engine.target.identity import what_changed
 
 TAG = re.compile(r"step_(\d+)")
-RUN = "run.json"
+RUN, LATEST = "run.json", "latest"
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,21 @@ class Checkpoints:
     def save(self, draft: ZeroDraft, world: World, step: int, data_state: dict[str, Any]) -> None:
         """Save after optimizer step `step`; a collective. Earlier checkpoints beyond `keep` are deleted afterwards.
 
+        Raises WriteError; `latest` then names the checkpoint before.
+
         data_state: plain values, the same on every rank.
         """
         tag = f"step_{step}"
         if world.is_main:
             shutil.rmtree(self.folder / tag, ignore_errors=True)  # what a run that was killed here may have left
-            (self.folder / tag).mkdir(parents=True)
             facts = {"ranks": world.size, "step": step, "data": data_state, "options": dict(self.options)}
             facts["target_identity"] = self.target_identity
-            (self.folder / tag / RUN).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            with writing(self.folder / tag):
+                (self.folder / tag).mkdir(parents=True)
+            write_json(self.folder / tag / RUN, facts, indent=2)
         world.barrier()
-        draft.save(self.folder, tag, {"rng": _all_rng_states(world)})
+        with writing(self.folder / tag):
+            draft.save(self.folder, tag, {"rng": _all_rng_states(world)})
         if world.is_main:
             self._name_newest(tag)
             for old in [other for other in self._steps() if other <= step][: -self.keep]:
@@ -57,9 +62,27 @@ class Checkpoints:
         world.barrier()
 
     def newest(self) -> str | None:
-        """Tag of the newest complete checkpoint: the one that `latest` names, written after all else."""
-        latest = self.folder / "latest"
-        return latest.read_text(encoding="utf-8").strip() if latest.exists() else None
+        """Tag of the newest complete checkpoint: the one that `latest` names, written after all else.
+
+        Raises ValueError if `latest` names none.
+        """
+        latest = self.folder / LATEST
+        if not latest.exists():
+            return None
+        try:
+            tag = latest.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{latest} cannot be read ({error}); {self._advice()}") from error
+        if TAG.fullmatch(tag) is None:
+            problem = f"{latest} is damaged: expected the name of a checkpoint such as step_100, found {tag[:40]!r}"
+            raise ValueError(f"{problem}; {self._advice()}")
+        return tag
+
+    def _advice(self) -> str:
+        """What to do about a newest checkpoint that cannot be read."""
+        tags = [f"step_{step}" for step in self._steps()]
+        others = f"write one of {', '.join(tags)} into {self.folder / LATEST}, or " if tags else ""
+        return f"{others}start a new run in another output_dir"
 
     def find(self) -> tuple[int, dict[str, Any]] | None:
         """Step and data state of the newest checkpoint, or None if there is none; reads no weights.
@@ -142,18 +165,28 @@ class Checkpoints:
             remove_universal(self.folder, tag)
 
     def _facts(self, tag: str) -> dict[str, Any]:
-        """What `save` wrote of a checkpoint beside its weights. Raises ValueError if it is not there."""
+        """What `save` wrote of a checkpoint beside its weights. Raises ValueError if it is not there, or damaged."""
         path = self.folder / tag / RUN
-        if not path.exists():
-            mend = f"delete {self.folder} or set checkpoint.resume=false"
-            raise ValueError(f"{self.folder / tag} is no complete checkpoint; {mend}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            problem = f"{self.folder / tag} is not a complete checkpoint: it has no {RUN}"
+            raise ValueError(f"{problem}; {self._advice()}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({error}); {self._advice()}") from error
+        kinds = {"ranks": int, "step": int, "data": dict, "options": dict}
+        for key, kind in kinds.items():
+            value = facts.get(key) if isinstance(facts, dict) else None
+            if type(value) is not kind:
+                problem = f"{path} is damaged: expected {kind.__name__} under {key!r}, found {value!r:.40}"
+                raise ValueError(f"{problem}; {self._advice()}")
+        if f"step_{facts['step']}" != tag:
+            raise ValueError(f"{path} is damaged: it is of step {facts['step']}; {self._advice()}")
+        return facts
 
     def _name_newest(self, tag: str) -> None:
         """Write `latest`, the file DeepSpeed's tools read too, in one stroke: a kill leaves the old name or the new one."""
-        written = self.folder / "latest.new"
-        written.write_text(tag, encoding="utf-8")
-        written.replace(self.folder / "latest")
+        write_text(self.folder / LATEST, tag)
 
     def _steps(self) -> list[int]:
         tags = (TAG.fullmatch(path.name) for path in self.folder.iterdir())

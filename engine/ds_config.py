@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.config import OPTIONS, SECTIONS
 from engine.ds_keys import DS_KEYS, REFUSED, REQUIRED_BY_SCHEDULER, SCHEDULERS, STAGE3
+from engine.secret_values import HIDDEN
 from engine.strict import ConfigError, checked, dotted_keys, parse_json, read_text, type_name, unknown_key
 
 DEFAULT_LR, DEFAULT_LR_WIDTH = 1e-4, 4096
@@ -107,6 +108,11 @@ def _check_keys(raw: dict[str, Any], schema: dict[str, Any], prefix: str, valid:
             if key not in AUTO_KEYS:
                 problem = f"'auto' is resolved for {', '.join(AUTO_KEYS)} only; write a value, or delete the key"
                 raise ConfigError(problem, key=key, value=value, source=source)
+        elif value == HIDDEN:
+            problem = (
+                "is hidden in files that a run wrote; write the secret itself, or delete the key and set it in the environment"
+            )
+            raise ConfigError(problem, key=key, source=source)
         elif not isinstance(kind, dict):
             checked(value, kind, key=key, source=source)
         elif isinstance(value, dict):

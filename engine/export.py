@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from engine.files import write_json, write_tensors, writing
 from engine.kernels import PLAIN, Kernels
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft, RotaryTable, ServedDraft
@@ -61,15 +61,20 @@ def check_replaceable(folder: Path) -> None:
 
 def _replace_folder(folder: Path, tensors: dict[str, torch.Tensor], config: DraftConfig) -> None:
     partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(dict(sorted(tensors.items())), partial / WEIGHTS, metadata={"format": "pt"})
-    (partial / CONFIG).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, previous)
-    os.replace(partial, folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            write_tensors(partial / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
+            write_json(partial / CONFIG, config.to_dict(), indent=2, sort_keys=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, previous)
+        os.replace(partial, folder)
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def load_draft(
@@ -109,7 +114,7 @@ def load_draft(
 def save_vocab_map(vocab_map: VocabMap, path: Path, facts: Mapping[str, Any] | None = None) -> None:
     """facts: plain values that say what it was counted from; by `tokenizer_hash` others see whether it is for them."""
     tables = {"d2t": vocab_map.d2t.contiguous(), "t2d": vocab_map.in_draft_V.contiguous()}
-    save_file(tables, path, metadata={"facts": json.dumps(dict(facts or {}))})
+    write_tensors(path, tables, {"facts": json.dumps(dict(facts or {}))})
 
 
 def load_vocab_facts(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from engine.batch import DraftOutput
+from engine.files import write_whole, writing
 from engine.parallel.mesh import PendingSum, World
 from engine.strict import finite_or_null
 
@@ -64,17 +65,30 @@ class MetricsFile:
     def __init__(self, path: Path, first_step: int) -> None:
         """Keeps the lines of steps up to `first_step`: a resumed run goes on where its checkpoint stands.
 
-        A line without its end was cut by a kill; no checkpoint came after it, so it is dropped.
+        A line that is not whole was cut by a kill or a full disk, so it is dropped. Raises WriteError.
         """
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step and path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-        path.write_text("".join(kept), encoding="utf-8")
+        lines = path.read_bytes().splitlines(keepends=True) if first_step and path.exists() else []
+        kept = []
+        for line in lines:
+            step = _step_of(line)
+            if step is not None and step <= first_step:
+                kept.append(line)
+        write_whole(path, lambda place: place.write_bytes(b"".join(kept)))
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append a line. Numbers that are not finite become null, and `non_finite` then says how many they were."""
         metrics, num_replaced = finite_or_null(metrics)
         if num_replaced:
             metrics["non_finite"] = num_replaced
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics; None if the line is not whole."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.files import write_text
 from engine.portrait import VOCAB_SIZES, Portrait
 
 Run = tuple[str, bool]  # text, and whether the assistant says it
@@ -47,7 +48,7 @@ def write_page(path: Path, title: str, portrait: Portrait, samples: Sequence[tup
 </html>
 """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def plots(portrait: Portrait) -> list[str]:

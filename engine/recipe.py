@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.config import OPTIONS, RECIPE_KEYS, SECTIONS, Config, kind_of
 from engine.ds_keys import DS_HOMES
+from engine.secret_values import without_secrets
 from engine.strict import ConfigError, as_yaml, checked, dump_yaml, parse_yaml, read_text, type_name, unknown_key
 
 COMMAND_LINE = "command line"
@@ -84,12 +85,12 @@ def _home_in_deepspeed(key: str) -> str | None:
 
 
 def dump_config(config: Config) -> str:
-    """The whole configuration as a YAML recipe that load_config reads back to an equal Config."""
+    """The whole configuration as a YAML recipe that load_config reads back to an equal Config; secrets are hidden."""
 
     def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}
 
-    return dump_yaml(dataclasses.asdict(config, dict_factory=plain), width=120)
+    return dump_yaml(without_secrets(dataclasses.asdict(config, dict_factory=plain)), width=120)
 
 
 def describe_options(sections: Sequence[str] = ()) -> str:

@@ -1,6 +1,5 @@
 """What a run leaves behind for a person: the summary at its end, and the same as JSON."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from engine.config import DRAFT
 from engine.evaluate import AcceptanceReport
+from engine.files import write_json
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class RunReport:
     prompt_lookup: AcceptanceReport | None = None
 
     def save(self) -> None:
-        """Write `summary.json` into the output folder."""
+        """Write `summary.json` into the output folder. Raises WriteError."""
         content = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        (self.output_dir / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(self.output_dir / "summary.json", content, indent=2)
 
     def show(self, console: Console) -> None:
         if self.after is not None and self.after.num_prompts:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from engine.secret_values import HIDDEN, hidden_in_text, is_secret_name, without_secrets
+
 NO_VALUE = object()
 TYPE_NAMES = {types.NoneType: "null", dict: "mapping", Any: "anything"}
 EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
@@ -25,8 +27,14 @@ class ConfigError(ValueError):
         self.problem, self.key, self.value, self.source = problem, key, value, source
 
     def __str__(self) -> str:
-        option = self.key if self.value is NO_VALUE else f"{self.key} = {as_yaml(self.value)}"
-        return ": ".join(part for part in (str(self.source), option, self.problem) if part)
+        option = self.key if self.value is NO_VALUE else f"{self.key} = {as_yaml(shown_value(self.key, self.value))}"
+        message = ": ".join(part for part in (str(self.source), option, self.problem) if part)
+        return hidden_in_text(message)
+
+
+def shown_value(key: str, value: Any) -> Any:
+    """Return the value of an option as it may be shown: without the secrets in it."""
+    return HIDDEN if is_secret_name(key) else without_secrets(value)
 
 
 def as_yaml(value: Any) -> str:
@@ -157,6 +165,8 @@ def unknown_key(
     elsewhere: says in one sentence where a key of the other file belongs, None for any other key.
     """
     guess = nearest(key, valid)
+    if guess is not None and is_secret_name(guess):
+        value = HIDDEN
     section, _, name = key.rpartition(".")
     if guess is not None and guess.rpartition(".")[2] == name:
         problem = f"unknown key; did you mean '{guess}'?"
@@ -232,7 +242,8 @@ def parse_json(text: str, source: str | Path) -> Any:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen:
-                raise ConfigError(f"given twice, as {as_yaml(seen[key])} and as {as_yaml(value)}", key=key, source=source)
+                first, second = (as_yaml(shown_value(key, given)) for given in (seen[key], value))
+                raise ConfigError(f"given twice, as {first} and as {second}", key=key, source=source)
             seen[key] = value
         return seen
 

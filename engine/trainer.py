@@ -3,7 +3,6 @@
 import collections
 import copy
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from engine.data.templates import load_tokenizer, template_token_ids
 from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config
 from engine.evaluate import Prompt, check_prompts, held_out_prompts
 from engine.export import VOCAB, check_replaceable, export_draft, load_draft, load_vocab_map, save_vocab_map
+from engine.files import write_json, write_text
 from engine.held_out import HeldOut
 from engine.kernels import Kernels, choose_kernels
 from engine.kernels.self_check import SelfCheck
@@ -40,6 +40,7 @@ from engine.parallel.zero import ZeroDraft
 from engine.recipe import dump_config
 from engine.report import RunReport
 from engine.rows import allowed_rows, slots_of
+from engine.secret_values import without_secrets
 from engine.target.configuration import load_target_config
 from engine.telemetry import Telemetry
 from engine.train_log import LogSettings, TrainLog
@@ -215,8 +216,8 @@ class Trainer:
             how = ", written by another number of ranks" if reshaped else ""
             self.telemetry.note(f"  resumed after step {first_step}{how}")
         if self.world.is_main:
-            (self.output_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-            (self.output_dir / "ds_config.json").write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+            write_text(self.output_dir / "config.yaml", dump_config(self.config))
+            write_json(self.output_dir / "ds_config.json", without_secrets(resolved), indent=2)
             save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB, corpus.vocab_facts)
         return zero
 

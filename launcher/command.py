@@ -15,11 +15,14 @@ from typing import NoReturn
 from engine.config import CHECKPOINTS, EMBEDDED, Config, ConfigError
 from engine.data_config import NAMED_TEMPLATES
 from engine.recipe import COMMAND_LINE, describe_options
+from engine.secret_values import hidden_in_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
 EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+# Environment variables that hold secrets, which no message may repeat.
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "COMET_API_KEY", "WANDB_API_KEY")
 SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure
 
 
@@ -167,7 +170,8 @@ def write_embedded_corpus(config: Config, corpus: Path) -> None:
 def stop(error: Exception, rank: int) -> NoReturn:
     """End this rank with one message. Ranks but the first wait: what ends them all is then said once, by rank 0."""
     command = Path(sys.argv[0]).name
+    message = hidden_in_text(str(error), *(os.environ.get(name) for name in SECRETS))
     if rank == 0:
-        sys.exit(f"{command}: {error}")
+        sys.exit(f"{command}: {message}")
     time.sleep(SECONDS_FOR_RANK_0)
-    sys.exit(f"{command}: rank {rank}: {error}")
+    sys.exit(f"{command}: rank {rank}: {message}")

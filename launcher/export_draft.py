@@ -6,28 +6,26 @@ The run's `config.yaml` says what the draft looks like, its `vocab_map.safetenso
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers.utils import cached_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.checkpoint import TAG, Checkpoints
 from engine.config import CHECKPOINTS, DRAFT, TargetSection
-from engine.export import VOCAB, WEIGHTS, check_replaceable, export_draft, load_vocab_facts, load_vocab_map
+from engine.export import VOCAB, check_replaceable, export_draft, load_vocab_facts, load_vocab_map
 from engine.models.draft_config import DraftConfig, derive_draft_config
+from engine.parallel.weight_files import find_weight_files, read_header
 from engine.parallel.zero import consolidated_weights
 from engine.recipe import load_config
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 
 RECIPE = "config.yaml"
-INDEX = "model.safetensors.index.json"
 EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 
 
@@ -74,19 +72,18 @@ def read_embedding(section: TargetSection, config: DraftConfig) -> torch.Tensor:
     return FrozenTarget.load(section, torch.device("cpu"), config.aux_layers).embedding.whole()
 
 
-def _embedding_candidates(section: TargetSection) -> list[tuple[str, str]]:
+def _embedding_candidates(section: TargetSection) -> list[tuple[str, Path]]:
     """(tensor, file) of every tensor of the target's safetensors checkpoint that is named like an embedding."""
-
-    def find(name: str) -> str | None:
-        return cached_file(section.path, name, revision=section.revision, _raise_exceptions_for_missing_entries=False)
-
-    if whole := find(WEIGHTS):
-        with safe_open(whole, "pt") as file:
-            files = dict.fromkeys(file.keys(), WEIGHTS)
+    files = find_weight_files(section.path, section.revision)
+    if not files.is_safetensors:
+        return []
+    files.check()
+    if files.index is not None:
+        places = [(name, files.paths[file]) for name, file in files.index.items()]
     else:
-        index = find(INDEX)
-        files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"] if index else {}
-    return [(name, find(file)) for name, file in files.items() if name.endswith(EMBEDDING_NAMES)]
+        (whole,) = files.paths.values()
+        places = [(name, whole) for name in read_header(whole)]
+    return [(name, path) for name, path in places if name.endswith(EMBEDDING_NAMES)]
 
 
 def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:

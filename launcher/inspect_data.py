@@ -6,7 +6,6 @@ target.store=FOLDER it looks at a store's conversations.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from engine.data.dataset import Bad, UnusableData
 from engine.data.documents import Document
 from engine.data.segments import segments_of, write_segments
 from engine.data.templates import load_tokenizer
+from engine.files import write_json, write_text
 from engine.models.draft_config import derive_draft_config
 from engine.origin import open_origin
 from engine.parallel.mesh import World
@@ -79,7 +79,7 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
         telemetry.note(f"{len(documents):,} documents with their masks: {arguments.samples_json}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(portrait.facts(), indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, portrait.facts(), indent=2)
     if arguments.html:
         title = config.target.store or ", ".join(Path(path).name for path in config.data.train)
         write_page(arguments.html, title, portrait, samples)
@@ -90,7 +90,7 @@ def write_bad(path: Path | None, bad: Sequence[Bad], telemetry: Telemetry) -> No
     """All refused conversations, a line each: file:line, reason, detail."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{place}: {reason}: {detail}\n" for place, reason, detail in bad), encoding="utf-8")
+        write_text(path, "".join(f"{place}: {reason}: {detail}\n" for place, reason, detail in bad))
         telemetry.note(f"{len(bad):,} unusable conversations listed: {path}")
 
 

@@ -7,7 +7,6 @@ Target, prompts and settings are those of the run's `config.yaml` beside the dra
 """
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import replace
@@ -25,6 +24,7 @@ from engine.data.templates import load_tokenizer
 from engine.decode import Generation
 from engine.evaluate import AcceptanceReport, Prompt, check_prompts, held_out_prompts
 from engine.export import CONFIG, load_draft
+from engine.files import write_json
 from engine.held_out import HeldOut
 from engine.kernels import choose_kernels
 from engine.kernels.self_check import SelfCheck
@@ -206,7 +206,7 @@ def main() -> None:
         reports = measure(arguments, draft_config, run, world)
         if arguments.json and world.is_main:
             content = {name: report.to_dict() for name, report in reports.items()}
-            arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_json(arguments.json, content, indent=2)
     except (ValueError, OSError, ImportError) as error:
         stop(error, world.rank)
     if world.size > 1:

@@ -5,7 +5,6 @@ the target, how large a micro-batch may be, what each collective sends, and how 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from engine.config import Config, ConfigError
 from engine.ds_config import load_ds_config
+from engine.files import write_json
 from engine.flops import PEAKS
 from engine.models.registry import check_family, text_config
 from engine.parallel.mesh import check_sizes
@@ -166,15 +166,15 @@ def main() -> None:
         run_plugins(config.target.plugins)
         planner = make_planner(with_paths(config, Path(config.output_dir)), ds_config, arguments)
         found = plans(planner, arguments)
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(arguments.json, planner.facts(found[0]), indent=2)
     except (ConfigError, ValueError, OSError, ImportError) as error:
         stop(error, rank=0)
     telemetry.note(planner.target_line(), style="bold")
     show_ways(planner, found, telemetry)
     show_plan(planner, found[0], telemetry)
     show_advice(planner, found[0], arguments, telemetry)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(planner.facts(found[0]), indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

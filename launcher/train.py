@@ -83,10 +83,11 @@ def main() -> None:
             write_embedded_corpus(config, corpus)
         world.barrier()
         report = trainer.run()
+        if world.is_main:
+            report.save()
     except (ValueError, OSError, ImportError) as error:
         stop(error, world.rank)
     if world.is_main:
-        report.save()
         report.show(trainer.telemetry.console)
     disconnect()
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import stat
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from engine.parallel.weight_files import SINGLE
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, StoreError
 from engine.store.reader import open_store
+from engine.store.upkeep import merge_stores
 from engine.store.writer import ShardFile
 from engine.target.frozen import FrozenTarget
 from engine.target.stored import StoredTarget
@@ -56,6 +58,9 @@ def whole(tmp_path_factory, tiny_target, tiny_corpus) -> dict[str, bytes]:
     """The files of a capture that nothing interrupted."""
     store = tmp_path_factory.mktemp("whole") / "store"
     run_capture(capture_config(store, tiny_target, tiny_corpus.train))
+    (store.parent / "mine").touch()
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in store.rglob("*") if path.is_file()}
+    assert modes == {stat.S_IMODE((store.parent / "mine").stat().st_mode)}, "files are readable as the umask says"
     return files(store)
 
 
@@ -251,3 +256,23 @@ def test_the_manifest_says_what_serving_must_match(whole):
     assert all(len(contents[name]) == 16 for name in ("config_hash", "tokenizer_hash", "template_hash"))
     assert all(shard["checksum"] for shard in manifest["shards"])
     assert {"target/config.json", "target/tokenizer.json", "target/head.safetensors"} <= whole.keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/tmp/outside.safetensors", "target/head.safetensors", "", ".safetensors", 5]
+)
+def test_a_manifest_whose_shard_leaves_the_store_is_refused_before_anything_is_written(
+    whole, tmp_path, tiny_target, tiny_corpus, name
+):
+    store = tmp_path / "store"
+    store.mkdir()
+    values = json.loads(whole[MANIFEST])
+    values["shards"][0] |= {"name": name, "checksum": None}
+    (store / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(StoreError, match="manifest.json names a shard"):
+        run_capture(capture_config(store, tiny_target, tiny_corpus.train))
+    with pytest.raises(StoreError, match="manifest.json names a shard"):
+        open_store(store, skip_bad=True)
+    with pytest.raises(StoreError, match="manifest.json names a shard"):
+        merge_stores([store], tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [MANIFEST, "store"]

@@ -13,6 +13,7 @@ import torch
 
 from engine.checkpoint import Checkpoints
 from engine.ds_config import load_ds_config, resolve_ds_config
+from engine.files import WriteError
 from engine.normaliser import Normaliser
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, consolidated_weights
@@ -307,5 +308,56 @@ def test_a_named_checkpoint_that_is_gone_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(PaperDraft(), ALONE, 4, {})
     shutil.rmtree(tmp_path / "step_4")
-    with pytest.raises(ValueError, match="step_4 is no complete checkpoint; delete .* or set checkpoint.resume=false"):
+    with pytest.raises(
+        ValueError, match="step_4 is not a complete checkpoint: it has no run.json; start a new run in another output_dir"
+    ):
         checkpoints.find()
+
+
+@pytest.mark.parametrize("content", [b"", b"step_", b"../step_3", b"/tmp/step_3", b"step_3/../..", b"\xff\xfe", b"\0" * 6])
+def test_a_damaged_latest_is_one_error_that_names_it_and_the_checkpoints(tmp_path, content):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (3, 9):
+        checkpoints.save(PaperDraft(), ALONE, step, {})
+    (tmp_path / "latest").write_bytes(content)
+    for read in (checkpoints.newest, checkpoints.find):
+        with pytest.raises(ValueError, match=rf"latest .*write one of step_3, step_9 into {tmp_path / 'latest'}"):
+            read()
+    assert tags(checkpoints) == ["step_3", "step_9"]
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"", "damaged"),
+        (b'{"ranks": 1, "step": 9, "da', "damaged"),
+        (b"\xff", "damaged"),
+        (b"[]", "expected int under 'ranks'"),
+        (b'{"ranks": 1, "step": 9, "data": {}}', "expected dict under 'options', found None"),
+        (b'{"ranks": "2", "step": 9, "data": {}, "options": {}}', "expected int under 'ranks', found '2'"),
+        (b'{"ranks": 1, "step": 3, "data": {}, "options": {}}', "it is of step 3"),
+    ],
+)
+def test_a_damaged_run_json_is_one_error_that_names_it_and_the_checkpoints(tmp_path, content, problem):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (3, 9):
+        checkpoints.save(PaperDraft(), ALONE, step, {})
+    (tmp_path / "step_9" / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"step_9/run.json is damaged.*write one of step_3, step_9 into") as error:
+        checkpoints.find()
+    assert problem in str(error.value)
+
+
+class FullDisk(PaperDraft):
+    """A draft whose checkpoint does not fit the disk, as torch.save reports it."""
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        torch.save(client_state, "/dev/full")
+
+
+def test_a_full_disk_is_one_error_that_names_the_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 3, {"position": 3})
+    with pytest.raises(WriteError, match="step_9 cannot be written: .*"):
+        checkpoints.save(FullDisk(), ALONE, 9, {})
+    assert checkpoints.find() == (3, {"position": 3})

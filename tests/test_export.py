@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from engine import export
 from engine.export import export_draft, load_draft, load_vocab_map, save_vocab_map
+from engine.files import WriteError
 from engine.models.eagle3 import Eagle3Draft
 from engine.models.vocab_map import VocabMap
 from engine.ttt import unroll
@@ -141,7 +142,7 @@ def test_a_vocabulary_or_an_embedding_of_another_target_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("step", ["save_file", "replace"])
+@pytest.mark.parametrize("step", ["write_tensors", "write_json", "replace"])
 def test_a_write_that_fails_leaves_the_previous_export(step, tmp_path, monkeypatch):
     folder = write(tmp_path / "draft", draft_with())
     before = digests(folder)
@@ -149,8 +150,8 @@ def test_a_write_that_fails_leaves_the_previous_export(step, tmp_path, monkeypat
     def fail(*arguments, **options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(export if step == "save_file" else export.os, step, fail)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(export.os if step == "replace" else export, step, fail)
+    with pytest.raises(WriteError, match="draft.* cannot be written: no space left on device"):
         write(folder, make_draft(seed=9))
     assert digests(folder) == before
     monkeypatch.undo()

@@ -1,10 +1,14 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine import files
 from engine.batch import DraftOutput
+from engine.files import WriteError
 from engine.metrics import MetricsFile, StepMetrics
 from engine.parallel.mesh import World
 
@@ -143,3 +147,28 @@ def test_a_line_is_json_whatever_the_numbers_are(tmp_path):
 
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
     assert line == {"step": 1, "loss": None, "loss_per_step": [1.0, None], "lr": 0.5, "non_finite": 2}
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 3, "lo', b'{"step": 3, "lo\n', b"\0" * 40 + b"\n", b'{"st{"step": 5}\n', b"\xff\n", b"3\n"]
+)
+def test_a_line_that_a_full_disk_tore_is_dropped_wherever_it_is(written, torn):
+    lines = written.read_bytes().splitlines(keepends=True)
+    written.write_bytes(b"".join([lines[0], torn, *lines[1:]]))
+    MetricsFile(written, first_step=6).write({"step": 7})
+    assert [step for step in steps(written) if step != 4] == [2, 6, 7]
+
+
+def test_a_full_disk_names_the_metrics_and_leaves_what_was_there(written, monkeypatch):
+    file = MetricsFile(written, first_step=4)
+    file.path = Path("/dev/full")
+    with pytest.raises(WriteError, match="/dev/full cannot be written: No space left on device; free some space"):
+        file.write({"step": 5})
+
+    def fails(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "sync", fails)
+    with pytest.raises(WriteError, match="metrics.jsonl cannot be written"):
+        MetricsFile(written, first_step=2)
+    assert steps(written) == [2, 4]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -90,7 +91,19 @@ def test_without_a_recipe_it_trains_for_the_embedded_target(tmp_path):
 
 def test_a_run_that_may_not_resume_leaves_the_earlier_ones_record(tmp_path, tiny_target, tiny_corpus):
     options = ("max_steps=2", "checkpoint.every_steps=1")
-    run([sys.executable, *arguments(tmp_path, tiny_target, tiny_corpus, *options)])
+    ds_config = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    (tmp_path / "ds.json").write_text(json.dumps(ds_config | {"comet": {"enabled": False, "api_key": "very-secret-key"}}))
+    command = arguments(tmp_path / "run", tiny_target, tiny_corpus, *options)
+    command[command.index("ds_configs/zero3.json")] = str(tmp_path / "ds.json")
+    command.append("regenerate.servers=[http://user:very-secret-key@host:30000/v1]")
+    assert "very-secret-key" not in run([sys.executable, *command])
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file():
+            assert b"very-secret-key" not in path.read_bytes(), path
+            allowed = path.stat().st_mode & 0o666  # DeepSpeed's own script may be executed too
+            assert allowed == stat.S_IMODE((tmp_path / "ds.json").stat().st_mode), path
+    assert json.loads((tmp_path / "run" / "ds_config.json").read_text())["comet"]["api_key"] == "<hidden>"
+    tmp_path = tmp_path / "run"
     record = {name: (tmp_path / name).read_bytes() for name in ("config.yaml", "ds_config.json", "vocab_map.safetensors")}
     other = Path(tiny_corpus.train).read_text().replace("w1 ", "w2 ")
     (tmp_path / "other.jsonl").write_text(other)

@@ -6,10 +6,11 @@ inputs, "sample": {...}}. They come in the order in which they were finished; `w
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from engine.files import write_whole
 
 FORMAT = "draftspeed regenerated conversations, version 1"
 
@@ -68,12 +69,12 @@ class Journal:
 
     def write_to(self, output: Path) -> None:
         """Write the conversations to a JSONL file that appears, or takes the place of an earlier one, whole."""
-        unfinished = output.with_name(f"{output.name}.new")
-        with unfinished.open("wb") as file:
-            file.writelines(as_line(sample) for sample in self.samples())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, output)
+
+        def write(place: Path) -> None:
+            with place.open("wb") as file:
+                file.writelines(as_line(sample) for sample in self.samples())
+
+        write_whole(output, write)
 
     def delete(self) -> None:
         """Remove the file: the output holds all that it held."""

@@ -24,9 +24,9 @@ from rich.text import Text
 from engine.config import Config, PrepareSection
 from engine.conversations.sources import Row, Rows, conversation_of, open_source
 from engine.data.messages import BadSample, Message
+from engine.files import PARTIAL, WriteError, sync
 
 TRAIN, HELD_OUT, REPORT = "train.jsonl", "held_out.jsonl", "report.json"
-PARTIAL = ".partial"
 NAMED_ROWS = 5
 MAX_DETAIL = 240
 ROWS_TO_JUDGE = 10_000
@@ -171,8 +171,8 @@ def prepare(config: Config, progress: Progress) -> PrepareReport:
         _put_in_place([folder / name for name in (REPORT, *sides)])
         return report
     except OSError as error:
-        if error.errno and not error.filename:
-            error.filename = str(folder)  # a full disk does not say which it is
+        if error.errno and not error.filename and not isinstance(error, WriteError):
+            raise WriteError(folder, error.strerror, error.errno) from error  # a full disk does not say which it is
         raise
     finally:
         _remove_partials(folder)
@@ -333,8 +333,7 @@ def _partial(path: Path) -> Path:
 
 def _put_in_place(paths: Sequence[Path]) -> None:
     for path in paths:
-        with _partial(path).open("rb") as file:
-            os.fsync(file.fileno())
+        sync(_partial(path))
     for path in paths:
         os.replace(_partial(path), path)
 

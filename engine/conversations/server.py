@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.conversations.journal import as_line
 from engine.data.messages import BadSample, Message, as_object, with_arguments
+from engine.secret_values import hidden_in_text
 from engine.strict import ConfigError
 
 CHECK_ATTEMPTS, CHECK_TIMEOUT_S = 3, 30.0
@@ -29,12 +30,13 @@ class Reply:
 class Server:
     """One server; it sends requests again, with growing pauses or those that the server asks for.
 
-    unanswered: requests given up since it last answered one.
+    address: as messages show it, without a password. unanswered: requests given up since it last answered one.
     """
 
     def __init__(self, address: str, attempts: int, timeout_s: float, api_key: str) -> None:
         """attempts: times that a request is sent. timeout_s: silence after which it counts as lost."""
-        self.address, self.unanswered = address, 0
+        self.address, self.unanswered = hidden_in_text(address), 0
+        self._api_key = api_key
         self._openai = _import_openai()
         self._client = self._openai.AsyncOpenAI(base_url=address, api_key=api_key, max_retries=attempts - 1, timeout=timeout_s)
         self._check_client = self._client.with_options(
@@ -81,7 +83,7 @@ class Server:
             text = f"{error.status_code}: {body['message'] if isinstance(body, dict) and 'message' in body else body}"
         else:
             text = f"{error} {error.__cause__ or ''}"
-        return " ".join(text.split())[:300]
+        return hidden_in_text(" ".join(text.split())[:300], self._api_key)
 
 
 async def served_model(servers: Sequence[Server], wanted: str | None) -> str:

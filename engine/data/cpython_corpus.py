@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.files import write_text, writing
+
 HELD_OUT_SHARE = 0.05
 MIN_TEXT_CHARS = 40
 MAX_TURN_CHARS = 700
@@ -70,17 +72,16 @@ def cpython_conversations() -> Iterator[tuple[dict[str, Any], bool]]:
 
 
 def write_corpus(folder: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `held_out.jsonl` into `folder`; both paths are returned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "train.jsonl", folder / "held_out.jsonl"
-    partial = [path.with_suffix(".partial") for path in paths]
-    with partial[0].open("w", encoding="utf-8") as train, partial[1].open("w", encoding="utf-8") as held_out:
-        for conversation, is_held_out in cpython_conversations():
-            side = held_out if is_held_out else train
-            side.write(json.dumps(conversation, ensure_ascii=False) + "\n")
-    for source, path in zip(partial, paths, strict=True):
-        source.replace(path)
-    return paths
+    """Write `train.jsonl` and `held_out.jsonl` into `folder`; both paths are returned. Raises WriteError."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lines: dict[bool, list[str]] = {False: [], True: []}
+    for conversation, is_held_out in cpython_conversations():
+        lines[is_held_out].append(json.dumps(conversation, ensure_ascii=False) + "\n")
+    train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
+    write_text(train, "".join(lines[False]))
+    write_text(held_out, "".join(lines[True]))
+    return train, held_out
 
 
 def _is_held_out(text: str) -> bool:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data.documents import Document, Documents
 from engine.data.messages import BadSample, parse
+from engine.files import write_whole
 
 
 class Segment(NamedTuple):
@@ -36,16 +37,20 @@ def write_segments(path: Path, documents: Documents, tokenizer: PreTrainedTokeni
     """Write all documents as one JSON list, one document per line, in their order.
 
     Each is {"id", "place", "segments": [{"text", "assistant"}]}. id: as its conversation has it, or its place.
-    place: `file:line`.
+    place: `file:line`. Raises WriteError.
     """
-    with path.open("w", encoding="utf-8") as file:
-        file.write("[")
-        for index, own_id in enumerate(conversation_ids(documents)):
-            segments = [segment._asdict() for segment in segments_of(documents[index], tokenizer)]
-            entry = {"id": own_id, "place": documents.name_of(index), "segments": segments}
-            file.write(",\n" if index else "\n")
-            file.write(json.dumps(entry, ensure_ascii=False))
-        file.write("\n]\n")
+
+    def write(place: Path) -> None:
+        with place.open("w", encoding="utf-8") as file:
+            file.write("[")
+            for index, own_id in enumerate(conversation_ids(documents)):
+                segments = [segment._asdict() for segment in segments_of(documents[index], tokenizer)]
+                entry = {"id": own_id, "place": documents.name_of(index), "segments": segments}
+                file.write(",\n" if index else "\n")
+                file.write(json.dumps(entry, ensure_ascii=False))
+            file.write("\n]\n")
+
+    write_whole(path, write)
 
 
 def conversation_ids(documents: Documents) -> Iterator[Any]:

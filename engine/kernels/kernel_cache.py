@@ -6,8 +6,6 @@ kernels. A change of any of them begins a new file, so nothing in a file is ever
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from engine.files import write_json
 
 PACKAGES = ("torch", "triton", "liger-kernel", "flash-attn")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -79,11 +79,7 @@ class KernelCache:
         content |= {"environment": self._facts, section: self.read(section) | dict(entries)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=self.path.parent, suffix=".partial", delete=False
-            ) as file:
-                json.dump(content, file, indent=2)
-            os.replace(file.name, self.path)
+            write_json(self.path, content, shared=True, indent=2)
         except OSError:
             self.path = None
 

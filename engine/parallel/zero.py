@@ -28,6 +28,7 @@ from engine.kernels import Kernels
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
+from engine.secret_values import without_secrets
 from engine.ttt import TrainingTimeTest, unroll
 
 UNIVERSAL = ".universal"  # behind a checkpoint's tag
@@ -78,6 +79,7 @@ class ZeroDraft:
         module = _TttModule(draft, test)
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        self.engine.config = without_secrets(self.engine.config)  # which it writes into checkpoints
         stage = self.engine.zero_optimization_stage()
         if stage == 0 and optimizer is not None:
             _forget_steps(optimizer)

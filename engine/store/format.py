@@ -19,7 +19,10 @@ import numpy as np
 import torch
 import xxhash
 
+from engine.files import is_plain_name
+
 MANIFEST, TARGET_FOLDER, VERSION = "manifest.json", "target", 1
+SUFFIX = ".safetensors"
 NO_CHECKSUM = "0" * 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
 BY_SLOT = {"slots", "argmax", "lse", "last_hidden", "last_hidden_scale"}  # tensors with a row a slot; others have one a token
@@ -150,6 +153,7 @@ class Manifest:
                 raise StoreError(f"{path} is of version {values['version']}, this DraftSpeed reads {VERSION}; capture anew")
             contents = values["contents"] | {"aux_layers": tuple(values["contents"]["aux_layers"])}
             shards = tuple(Shard(**shard) for shard in values["shards"])
+            _check_shards(shards, path)
             return cls(Contents(**contents), values["corpus_checksum"], shards)
         except FileNotFoundError as error:
             raise StoreError(
@@ -158,6 +162,22 @@ class Manifest:
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             problem = f"{path} is not a manifest of a store, or was altered ({type(error).__name__}: {error})"
             raise StoreError(f"{problem}; restore it, or capture anew into another folder") from error
+
+
+def _check_shards(shards: Sequence[Shard], path: Path) -> None:
+    """Raise StoreError if a shard is not a file of the store's own folder, two are one file, or a count is none."""
+    names = [shard.name for shard in shards]
+    for name in names:
+        if not is_plain_name(name) or not name.endswith(SUFFIX):
+            problem = f"{path} names a shard {name!r}, expected a file such as shard-00000{SUFFIX} in the same folder"
+            raise StoreError(f"{problem}; the manifest was altered, so restore it or capture anew into another folder")
+    for shard in shards:
+        counts = (shard.first_document, shard.num_documents, shard.num_tokens, shard.num_slots)
+        if any(type(count) is not int or count < 0 for count in counts):
+            problem = f"{path} gives {shard.name} the counts {counts}, expected whole numbers of at least 0"
+            raise StoreError(f"{problem}; it was altered, so restore it or capture anew into another folder")
+    if len(set(names)) < len(names):
+        raise StoreError(f"{path} names a shard twice; it was altered, so restore it or capture anew into another folder")
 
 
 @dataclass(frozen=True)
@@ -245,7 +265,7 @@ def plan_shards(num_tokens: Sequence[int], num_slots: Sequence[int], contents: C
             tokens, slots = tokens + more_tokens, slots + more_slots
         yield first, len(num_tokens) - first, tokens, slots
 
-    return tuple(Shard(f"shard-{index:05d}.safetensors", *sizes) for index, sizes in enumerate(cut()))
+    return tuple(Shard(f"shard-{index:05d}{SUFFIX}", *sizes) for index, sizes in enumerate(cut()))
 
 
 def document_checksum(parts: Sequence[np.ndarray]) -> int:

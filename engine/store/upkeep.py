@@ -8,9 +8,9 @@ from pathlib import Path
 
 import xxhash
 
-from engine.store.format import MANIFEST, TARGET_FOLDER, Manifest, Shard, StoreError
+from engine.files import PARTIAL, sync, write_text, writing
+from engine.store.format import MANIFEST, SUFFIX, TARGET_FOLDER, Manifest, Shard, StoreError
 from engine.store.reader import MappedShard
-from engine.store.writer import PARTIAL, sync_folder, write_whole
 
 OnProgress = Callable[[int], None]
 
@@ -84,7 +84,7 @@ def merge_stores(folders: Sequence[Path], into: Path) -> Merge:
             if shard.checksum in checksums:
                 continue
             checksums.add(shard.checksum)
-            chosen.append((mapped, replace(shard, name=f"shard-{len(chosen):05d}.safetensors", first_document=first)))
+            chosen.append((mapped, replace(shard, name=f"shard-{len(chosen):05d}{SUFFIX}", first_document=first)))
             first += shard.num_documents
             for digest in map(_content, map(mapped.document, range(shard.num_documents))):
                 documents[digest] = documents.get(digest, 0) + 1
@@ -102,13 +102,14 @@ def _content(document) -> int:
 
 def _write_merged(first: Path, chosen: list[tuple[MappedShard, Shard]], merged: Manifest, into: Path) -> None:
     partial = into.with_name(f"{into.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(first / TARGET_FOLDER, partial / TARGET_FOLDER)
-    for mapped, shard in chosen:
-        try:
-            os.link(mapped.path, partial / shard.name)
-        except OSError:
-            shutil.copyfile(mapped.path, partial / shard.name)
-    write_whole(partial / MANIFEST, lambda path: path.write_text(merged.to_json(), encoding="utf-8"))
-    os.replace(partial, into)
-    sync_folder(into.parent)
+    with writing(into):
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(first / TARGET_FOLDER, partial / TARGET_FOLDER, copy_function=shutil.copyfile)
+        for mapped, shard in chosen:
+            try:
+                os.link(mapped.path, partial / shard.name)
+            except OSError:
+                shutil.copyfile(mapped.path, partial / shard.name)
+        write_text(partial / MANIFEST, merged.to_json())
+        os.replace(partial, into)
+        sync(into.parent)

@@ -7,7 +7,6 @@ its name when it is whole and on the disk: whatever has the name is complete, wh
 import errno
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,8 @@ import torch
 import xxhash
 
 from engine.batch import PackedBatch, TargetOutput
+from engine.files import PARTIAL, sync
 from engine.store.format import BY_SLOT, Contents, Layout, Shard, document_checksum, to_stored
-
-PARTIAL = ".partial"
 
 
 class ShardFile:
@@ -31,7 +29,7 @@ class ShardFile:
         self._path, self._lock, self._missing = folder / shard.name, threading.Lock(), shard.num_documents
         self._checksums = np.zeros(shard.num_documents, dtype=np.int64)
         self._bounds = {name: np.zeros(shard.num_documents + 1, dtype=np.int64) for name in ("token_bounds", "slot_bounds")}
-        self._file: int | None = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._file: int | None = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             os.posix_fallocate(self._file, 0, self.layout.num_bytes)
         except OSError as error:
@@ -71,7 +69,7 @@ class ShardFile:
         os.fsync(self._file)
         self._close()
         os.replace(self._partial, self._path)
-        sync_folder(self._path.parent)
+        sync(self._path.parent)
 
     def abandon(self) -> None:
         """Leave nothing behind of a shard that has not got its name."""
@@ -87,25 +85,6 @@ class ShardFile:
 def shard_checksum(checksums: np.ndarray, token_bounds: np.ndarray, slot_bounds: np.ndarray) -> str:
     """Of the checksums of a shard's documents, int64 [n], and of where they lie, int64 [n + 1] each."""
     return xxhash.xxh3_64(np.concatenate((checksums, token_bounds, slot_bounds)).tobytes()).hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """A rename survives a power cut once its folder is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file beside `path`, then put it in its place at once."""
-    partial = path.with_name(f"{path.name}{PARTIAL}")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
 
 
 @dataclass(frozen=True)

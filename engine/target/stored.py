@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.batch import PackedBatch, TargetOutput, to_device
+from engine.files import write_tensors
 from engine.store.format import DTYPES, TARGET_FOLDER, StoreError, from_stored
 from engine.store.reader import MappedShard, OpenStore
 from engine.target.embedding import TargetEmbedding
@@ -26,7 +26,8 @@ def save_head(path: Path, head: TargetHead, embed_weight_VD: Tensor | None) -> N
         tensors["bias"] = head.bias_V
     facts = {"scale": head.scale, "soft_cap": head.soft_cap, "temperature": head.temperature}
     metadata = {"head": json.dumps(facts)}  # one entry: safetensors writes several in no order
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(path, on_host, metadata)
 
 
 class StoredTarget:

@@ -189,3 +189,17 @@ def test_a_missing_package_is_one_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match=r"needs the package openai: pip install 'draftspeed\[data\]'"):
         Server("http://127.0.0.1:1/v1", 1, 1.0, "none")
+
+
+def test_no_message_repeats_a_password_or_a_key():
+    async def check() -> None:
+        server = Server("http://me:s3cr3t-word@127.0.0.1:9/v1", 1, 2.0, "s3cr3t-key")
+        try:
+            assert server._words(ValueError("wrong key s3cr3t-key")) == "wrong key <hidden>"
+            await server.models()
+        finally:
+            await server.close()
+
+    with pytest.raises(ConfigError, match="127.0.0.1:9/v1/models does not answer") as error:
+        asyncio.run(check())
+    assert "s3cr3t" not in str(error.value)

@@ -89,7 +89,9 @@ def test_a_checksum_sees_a_single_bit():
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path):
-    manifest = Manifest(contents_of(), "abc", (Shard("a", 0, 2, 9, 3, "f" * 16), Shard("b", 2, 1, 4, 2)))
+    manifest = Manifest(
+        contents_of(), "abc", (Shard("a.safetensors", 0, 2, 9, 3, "f" * 16), Shard("b.safetensors", 2, 1, 4, 2))
+    )
     (tmp_path / "manifest.json").write_text(manifest.to_json())
     assert Manifest.read(tmp_path) == manifest and not manifest.is_complete
     assert manifest.contents.differences(dataclasses.replace(manifest.contents, target="elsewhere")) == []

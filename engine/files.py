@@ -1,0 +1,124 @@
+"""Files that appear whole or not at all, readable as the user's umask says; names from files that stay in their folder.
+
+A failed write is one error that names the file and what to do about it, whatever library wrote it.
+"""
+
+import errno
+import json
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # commands that write no tensors need not wait for torch
+    import torch
+
+PARTIAL = ".partial"  # behind the name of a file that is being written
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Parts of the messages with which torch.save reports that its file cannot be written; it has no class of its own.
+TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error", "No space left")
+
+
+class WriteError(OSError):
+    """A file or folder that cannot be written; str() names it and says what to do."""
+
+    def __init__(self, path: Path, problem: str, number: int | None = None) -> None:
+        super().__init__(number, problem)
+        self.path, self.problem = path, problem
+
+    def __str__(self) -> str:
+        if self.errno in DISK_FULL or "No space left" in self.problem:
+            advice = "free some space on its disk, then run the same command again"
+        else:
+            advice = "check the folder, its permissions and its disk"
+        return f"{self.path} cannot be written: {self.problem}; {advice}"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a failed write raises into a WriteError that names `path`, a file or a folder of files."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(path, error.strerror or str(error), error.errno) from error
+    except RuntimeError as error:
+        message = str(error)
+        if not any(part in message for part in TORCH_WRITE_ERRORS):
+            raise
+        raise WriteError(path, message.splitlines()[0]) from error
+
+
+def write_whole(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
+    """Have `write` make a file next to `path`, then put it in place at once; a failure leaves the old file.
+
+    shared: several processes may write it at the same time. A path that is no regular file, such as /dev/stdout, is
+    written directly. Raises WriteError.
+    """
+    path = Path(os.path.realpath(path))  # so that a link stays a link
+    with writing(path):
+        if path.exists() and not path.is_file():
+            write(path)
+            return
+        suffix = f".{socket.gethostname()}-{os.getpid()}{PARTIAL}" if shared else PARTIAL
+        partial = path.with_name(f"{path.name}{suffix}")
+        try:
+            with partial.open("wb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            write(partial)
+            partial.chmod(mode)  # some writers make files that only their owner can read
+            sync(partial)
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Write a UTF-8 file as `write_whole` does. Raises WriteError."""
+    write_whole(path, lambda place: place.write_text(text, encoding="utf-8"), shared=shared)
+
+
+def write_json(path: Path, value: Any, *, shared: bool = False, **options: Any) -> None:
+    """Write a value as JSON as `write_whole` does. options: those of `json.dumps`. Raises WriteError."""
+    write_text(path, json.dumps(value, **options) + "\n", shared=shared)
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str] | None = None) -> None:
+    """Write contiguous tensors on the host as safetensors as `write_whole` does. Raises WriteError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    known = None if metadata is None else dict(metadata)
+
+    def write(place: Path) -> None:
+        if not place.is_file():  # safetensors would put a file in the place of a device
+            raise WriteError(path, "it is not a regular file")
+        try:
+            save_file(dict(tensors), place, metadata=known)
+        except SafetensorError as error:
+            raise WriteError(path, str(error)) from error
+
+    write_whole(path, write)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a value read from a file names a file of the same folder: text without a path, not hidden, not empty."""
+    if not isinstance(name, str) or not name or name.startswith("."):
+        return False
+    return not any(character in name for character in ("/", "\\", "\0"))
