@@ -36,6 +36,11 @@ class DataSection:
         "'whole' = one document a conversation, refused where the chat template rewrites earlier turns; 'each' = one per "
         "assistant turn, as served; 'auto' = whole where it can be verified, else each",
     )
+    lost_thinking: Literal["count", "refuse"] = option(
+        "count",
+        "thinking of a reply that the chat template does not write, or for which the prompt leaves no place: 'count' such "
+        "conversations and train on the rest of the reply, or 'refuse' them",
+    )
     long_documents: Literal["cut", "split"] = option(
         "cut", "a document above max_tokens: 'cut' it at its last whole turn, or 'split' it into several at turns"
     )

@@ -8,6 +8,7 @@ is searched for what the template puts around replies.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data.documents import Document
 from engine.data.messages import BadSample, Message, on_sample
-from engine.data.preformatted import Markers, Span
-from engine.data.templates import UNVERIFIED, ChatTemplate
+from engine.data.preformatted import Markers
+from engine.data.reply_shape import UNVERIFIED
+from engine.data.templates import ChatTemplate, Span
+from engine.data.turns import Turn, last_turn, marked_turns
 
 TrainOn = Literal["all", "last"]
 
@@ -37,14 +40,14 @@ def render(
     template = ChatTemplate(tokenizer, {**extra, **(template_kwargs or {})})
     replies = _chosen(_replies(messages), train_on)
     if tokenizer.is_fast and template.format.marks:
-        text, spans = template.marked(messages)
-        return _document(text, spans[-len(replies) :], tokenizer)
-    turns = [template.last_turn(messages[: index + 1]) for index in replies]
+        text, turns = marked_turns(template, messages, replies)
+        return _document(text, turns, tokenizer)
+    turns, messages = _turns(template, messages, replies)
     text = turns[-1].text if replies[-1] == len(messages) - 1 else template.text(messages)
     for index, turn in zip(replies, turns, strict=True):
         if not text.startswith(turn.text[: turn.end]):
             raise BadSample(UNVERIFIED, f"the chat template writes turn {index} differently once later turns follow")
-    return _document(text, [(turn.start, turn.end) for turn in turns], tokenizer)
+    return _document(text, turns, tokenizer)
 
 
 def render_turns(
@@ -59,8 +62,8 @@ def render_turns(
     Raises BadSample where the template fails or writes a turn otherwise than after its generation prompt.
     """
     template = ChatTemplate(tokenizer, {**extra, **(template_kwargs or {})})
-    turns = [template.last_turn(messages[: index + 1]) for index in _chosen(_replies(messages), train_on)]
-    return [_document(turn.text, [(turn.start, turn.end)], tokenizer) for turn in turns]
+    turns, _ = _turns(template, messages, _chosen(_replies(messages), train_on))
+    return [_document(turn.text, [turn], tokenizer) for turn in turns]
 
 
 def render_text(text: str, markers: Markers, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all") -> Document:
@@ -68,7 +71,21 @@ def render_text(text: str, markers: Markers, tokenizer: PreTrainedTokenizerBase,
     spans = markers.find(text)
     if not spans:
         raise BadSample("no assistant turn", f"the text holds nothing that opens a reply, as {markers.headers[0]!r} does")
-    return _document(text, _chosen(spans, train_on), tokenizer)
+    return _masked(text, _chosen(spans, train_on), tokenizer)
+
+
+def _turns(template: ChatTemplate, messages: Sequence[Message], replies: Sequence[int]) -> tuple[list[Turn], list[Message]]:
+    """Return the turns of some replies, and the messages as a server would have them after these turns.
+
+    Thinking that a prompt leaves no place for was never generated, so later turns do not read it either.
+    """
+    history = list(messages)
+    turns = []
+    for index in replies:
+        turn = last_turn(template, history[: index + 1])
+        history[index] = turn.reply
+        turns.append(turn)
+    return turns, history
 
 
 def _replies(messages: Sequence[Message]) -> list[int]:
@@ -84,7 +101,14 @@ def _chosen(replies: Sequence[Any], train_on: TrainOn) -> Sequence[Any]:
     return replies[-1:] if train_on == "last" else replies
 
 
-def _document(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Document:
+def _document(text: str, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Document:
+    """A document of which some turns are the assistant's."""
+    document = _masked(text, [(turn.start, turn.end) for turn in turns], tokenizer)
+    left_out = tuple(turn.left_out for turn in turns if turn.left_out)
+    return replace(document, left_out=left_out)
+
+
+def _masked(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Document:
     """A document of which the characters `spans` are the assistant's."""
     input_ids, spans = (_by_offsets if tokenizer.is_fast else _by_prefixes)(text, spans, tokenizer)
     mask = np.zeros(len(input_ids), dtype=bool)

@@ -7,9 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from engine.data.control_tokens import thinking_mark
 from engine.data.messages import BadSample, Message
-from engine.data.templates import OPENED_THINKING, QUESTION, REPLY, TOOL, UNVERIFIED, ChatTemplate, Span
+from engine.data.reply_shape import QUESTION, UNVERIFIED
+from engine.data.templates import TOOL, ChatTemplate, Span
+from engine.data.turns import last_turn
 
+REPLY = "First reply."
 RESULT, NEXT_QUESTION, NEXT_REPLY = "First result.", "Second question.", "Second reply."
 CALL = {"id": "functions.search:0", "type": "function", "function": {"name": "search", "arguments": {"query": "it"}}}
 PLAIN = ((QUESTION, "user"), (REPLY, "assistant"), (NEXT_QUESTION, "user"), (NEXT_REPLY, "assistant"))
@@ -41,12 +45,12 @@ class Markers:
             with_tools = ChatTemplate(tokenizer, {**(template_kwargs or {}), "tools": [TOOL]})
             with suppress(BadSample):
                 found.learn(with_tools, [_message(*turn) for turn in WITH_TOOLS])
-        opened = [match[0] for match in map(OPENED_THINKING.search, found.headers) if match]
-        thinking = max(opened, key=len, default="")
+        marks = [thinking_mark(header).text for header in found.headers]
+        thinking = max(marks, key=len)
         headers = {header.removesuffix(thinking) for header in found.headers} - {""}
         others = {token for token in found.others - found.ends if token not in found.said}
         markers = cls(tuple(sorted(headers, key=len, reverse=True)), thinking, tuple(sorted(found.ends)), tuple(sorted(others)))
-        text = template.last_turn(messages).text
+        text = last_turn(template, messages).text
         with suppress(BadSample):
             replies = [text[start:end] for start, end in markers.find(text)]
             if len(replies) == 2 and REPLY in replies[0] and NEXT_REPLY in replies[1]:
@@ -95,7 +99,7 @@ class _Found:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            turn, words = template.last_turn(messages[: index + 1]), messages[index - 1]["content"]
+            turn, words = last_turn(template, messages[: index + 1]), messages[index - 1]["content"]
             header = template.text(messages[:index], add_generation_prompt=True).rpartition(words)[2]
             self.headers.append(_own_part(header, template.text(messages[:index]).rpartition(words)[2], template))
             said = turn.text[turn.start : turn.end]
@@ -105,7 +109,8 @@ class _Found:
             asked = turn.text.partition(words)[0]
             self.others |= {token for _, token in [max((asked.rfind(token), token) for token in template.special_tokens)]}
             history = whole.partition(message["content"])[2] if message["content"] else ""
-            self.ends |= {token for token in template.special_tokens if history.startswith(token)}
+            following = {token for token in template.special_tokens if history.startswith(token)}
+            self.ends |= {token for token in following if said.endswith(token) or token not in said}
 
 
 def _own_part(header: str, unasked: str, template: ChatTemplate) -> str:

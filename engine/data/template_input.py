@@ -11,7 +11,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from engine.data.messages import BadSample, Message, with_text_arguments
-from engine.data.templates import NEXT, QUESTION, REPLY, TOOL, ChatTemplate
+from engine.data.reply_shape import NEXT, QUESTION, WORDS
+from engine.data.templates import TOOL, ChatTemplate
 
 DEVELOPER_AS_SYSTEM = "role developer, which the chat template does not have, written as system"
 ORDER = "Answer briefly, as ordered."
@@ -93,7 +94,7 @@ def _argument_form(tokenizer: PreTrainedTokenizerBase, source: str, arguments: s
         {"role": "user", "content": QUESTION},
         {"role": "assistant", "content": "", "tool_calls": [CALL]},
         RESULT,
-        {"role": "assistant", "content": REPLY},
+        {"role": "assistant", "content": WORDS},
         {"role": "user", "content": NEXT},
     ]
     as_objects = _rendered(template, messages)

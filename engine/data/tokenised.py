@@ -170,7 +170,7 @@ def tokenise(
 
 def entry_name(scan: Scan, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> str:
     """Of everything that decides what the conversations become."""
-    options = ("template_kwargs", "train_on", "turns", "long_documents", "max_tokens")
+    options = ("template_kwargs", "train_on", "turns", "lost_thinking", "long_documents", "max_tokens")
     code = [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
     made_by = [*code, transformers.__version__, tokenizers.__version__, jinja2.__version__]
     template = [tokenizer.chat_template, tokenizer.special_tokens_map]

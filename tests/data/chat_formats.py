@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.data.chat import render, render_turns
 from engine.data.documents import Document
 from engine.data.messages import BadSample
-from engine.data.templates import UNVERIFIED
+from engine.data.reply_shape import UNVERIFIED
 from engine.data_config import NAMED_TEMPLATES
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "masks.md"

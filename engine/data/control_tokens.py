@@ -1,0 +1,96 @@
+"""Control tokens in the text that chat templates write: ends of turns, and the marks of a thinking block.
+
+A control token is a special token of the tokenizer, or a tag such as `<|im_end|>` or `[/INST]` that the template itself
+writes. Functions here look only at text that is known to be the template's own, never at the words of a message.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+TAG = r"(?:<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\])"
+THINKING_NAME = re.compile(r"think|thought|reason|inner|analysis", re.IGNORECASE)
+CLOSING_NAME = re.compile(r"^[<\[]/|[<\[]\|?(?:end|close)|(?:end|close|suffix|stop)\|?[>\]]$|^<[^|<>]+\|>$", re.IGNORECASE)
+TAG_PAIR_AT_END = re.compile(rf"(?P<first>{TAG})\s*\w*\s*(?P<second>{TAG})\s*$")
+TAG_AT_END = re.compile(rf"(?P<tag>{TAG})(?P<name>\w*)\s*$")
+
+PromptThinking = Literal["none", "opened", "closed"]
+
+
+@dataclass(frozen=True)
+class ThinkingMark:
+    """What a generation prompt says about thinking behind its header.
+
+    kind: 'opened' if the model continues inside a thinking block, 'closed' if the prompt holds an empty one.
+    text: the end of the prompt that says so, with its blanks; "" for 'none'.
+    """
+
+    kind: PromptThinking
+    text: str
+
+
+NO_MARK = ThinkingMark("none", "")
+
+
+def thinking_mark(header: str) -> ThinkingMark:
+    """Return what a generation prompt's header says about thinking, judged by the names of its last tags."""
+    last = TAG_AT_END.search(header)
+    if last is None or header[last.end("name") :].strip():
+        return NO_MARK
+    pair = TAG_PAIR_AT_END.search(header)
+    if pair is not None and THINKING_NAME.search(pair[0]) and _closes(pair["second"]):
+        opening_is_thinking = THINKING_NAME.search(header[pair.start("first") : pair.start("second")])
+        start = pair.start() if opening_is_thinking else pair.start("second")
+        return ThinkingMark("closed", header[start:])
+    if not THINKING_NAME.search(last[0]):
+        return NO_MARK
+    return ThinkingMark("closed" if _closes(last["tag"]) else "opened", header[last.start() :])
+
+
+def is_empty_block(text: str) -> bool:
+    """Whether a text is nothing but an opening tag, at most one word, and a closing tag."""
+    pair = TAG_PAIR_AT_END.fullmatch(text.lstrip())
+    return pair is not None
+
+
+def _closes(tag: str) -> bool:
+    return CLOSING_NAME.search(tag) is not None
+
+
+@lru_cache(maxsize=64)
+def special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
+    """Return a tokenizer's special tokens, longest first. template: the tokenizer's own, so that a change is noticed."""
+    added = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
+    return tuple(sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True))
+
+
+def leading_token(text: str, known: Sequence[str]) -> str:
+    """Return the control token at the start of a template's own text, "" if there is none."""
+    for token in known:
+        if text.startswith(token):
+            return token
+    tag = re.match(TAG, text)
+    return "" if tag is None else tag[0]
+
+
+def token_ends(text: str, known: Sequence[str]) -> list[tuple[str, int]]:
+    """Return the control tokens of a text made of control tokens and blanks, each with the place where it ends."""
+    found = []
+    position = len(text) - len(text.lstrip())
+    while token := leading_token(text[position:], known):
+        position += len(token)
+        found.append((token, position))
+        rest = text[position:]
+        position += len(rest) - len(rest.lstrip())
+    return found
+
+
+def token_tail(text: str, known: Sequence[str]) -> str:
+    """Return the longest end of a text that holds nothing but control tokens and blanks, from its first token on."""
+    alternatives = "|".join([*map(re.escape, known), TAG])
+    tail = re.search(rf"(?:(?:{alternatives})\s*)+$", text)
+    return "" if tail is None else tail[0]

@@ -1,0 +1,272 @@
+"""Turns of the assistant in a rendered conversation: where each begins, and the token at which a server stops."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from engine.data.control_tokens import ThinkingMark, thinking_mark
+from engine.data.messages import CLOSE, OPEN, BadSample, Message, thinking_and_words
+from engine.data.reply_shape import UNVERIFIED, first_part, probe_of, without_thinking, written_probe
+from engine.data.templates import ChatTemplate, Span
+
+CLOSED_BY_PROMPT = "the prompt closes the thinking block"
+NOT_WRITTEN = "the chat template does not write it in that turn"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A conversation that ends with a reply, as a server reads and generates it.
+
+    text: the whole conversation. [start, end): the reply with its end token, in characters of the text.
+    reply: the message that the text holds, without its thinking if that had to be left out.
+    left_out: why thinking of the reply is not in the text, "" if all of it is.
+    """
+
+    text: str
+    start: int
+    end: int
+    reply: Message
+    left_out: str
+
+
+def marked_turns(template: ChatTemplate, messages: Sequence[Message], chosen: Sequence[int]) -> tuple[str, list[Turn]]:
+    """Return the text, and the chosen turns of those that its `{% generation %}` tags mark.
+
+    A reply begins where its prompt ends, and ends with the token at which a server stops, wherever the tags lie.
+    Raises BadSample unless each tag holds its whole reply.
+    """
+    text, spans = template.tagged(messages)
+    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(spans) != len(replies):
+        raise BadSample(UNVERIFIED, f"the chat template marks {len(spans)} replies of {len(replies)}")
+    span_of = dict(zip(replies, spans, strict=True))
+    turns = [_marked_turn(template, text, span_of[index], messages[: index + 1]) for index in chosen]
+    return text, turns
+
+
+def _marked_turn(template: ChatTemplate, text: str, span: Span, messages: Sequence[Message]) -> Turn:
+    *before, reply = messages
+    number = len(before)
+    if not holds(reply, text[span[0] : span[1]]):
+        problem = f"what the chat template marks as turn {number} does not hold all of it"
+        raise BadSample(UNVERIFIED, problem)
+    start = span[0]
+    prompt = template.text(before, add_generation_prompt=True)
+    if prompt != template.text(before):
+        if not text.startswith(prompt):
+            problem = f"the chat template does not write turn {number} after its generation prompt"
+            raise BadSample(UNVERIFIED, problem)
+        start = len(prompt)
+    elif template.format.tags_hold_header:
+        problem = "the chat template's {% generation %} tags mark more than replies"
+        raise BadSample(UNVERIFIED, problem)
+    end = _marked_end(template, text, span, reply)
+    if not start < end:
+        raise BadSample(UNVERIFIED, f"what the chat template marks as turn {number} lies in its prompt")
+    return Turn(text, start, end, reply, _left_out(reply, text[start:end]))
+
+
+def _marked_end(template: ChatTemplate, text: str, span: Span, reply: Message) -> int:
+    """Where a marked reply's end token ends: inside the span, or just behind a span that leaves it out."""
+    shape = template.shape(reply)
+    stop = shape.tail[: shape.stop] or shape.next_token
+    end = span[0] + len(text[span[0] : span[1]].rstrip())
+    if not stop or text[:end].endswith(stop):
+        return end
+    inside = text.rfind(stop, span[0], end)
+    if inside >= 0 and shape.tail.startswith(stop) and text[inside:end].rstrip() == shape.tail.rstrip():
+        return inside + len(stop)
+    behind = text[end:]
+    blanks = len(behind) - len(behind.lstrip())
+    if behind.startswith(stop, blanks):
+        return end + blanks + len(stop)
+    raise BadSample(UNVERIFIED, "what the chat template marks does not end with an end token")
+
+
+def last_turn(template: ChatTemplate, messages: Sequence[Message]) -> Turn:
+    """Return messages that end with a reply, as a server reads and generates them.
+
+    The reply is what its turn adds to the prompt that asks for it, up to the token at which a server stops. Thinking
+    that the prompt leaves no place for is left out. Raises BadSample where the text cannot be verified.
+    """
+    *before, reply = messages
+    number = len(before)
+    reply, text, start = TurnFinder(template, before, reply).find()
+    said = text[start:]
+    if not holds(reply, said):
+        raise BadSample(UNVERIFIED, f"the chat template leaves out words of turn {number}")
+    text, end = _ended(template, reply, text, start)
+    left_out = CLOSED_BY_PROMPT if reply is not messages[-1] else _left_out(reply, text[start:end])
+    return Turn(text, start, end, reply, left_out)
+
+
+def _ended(template: ChatTemplate, reply: Message, text: str, start: int) -> tuple[str, int]:
+    """Return the text and where the reply's end token ends in it; a token of the next turn is added (GLM).
+
+    Raises BadSample if anything but control tokens stands behind the words.
+    """
+    shape = template.shape(reply)
+    said = text[start:]
+    problem = "the chat template writes more than control tokens behind a reply"
+    if not said.endswith(shape.tail):
+        raise BadSample(UNVERIFIED, problem)
+    body = said[: len(said) - len(shape.tail)].rstrip()
+    words = thinking_and_words(reply)[1]
+    if words and not reply.get("tool_calls") and not body.endswith(words.rstrip()):
+        raise BadSample(UNVERIFIED, problem)
+    if shape.next_token:
+        text = text[: start + len(said.rstrip())] + shape.next_token
+        return text, len(text)
+    return text, len(text) - len(shape.tail) + shape.stop
+
+
+def _left_out(reply: Message, said: str) -> str:
+    """Return why a reply's thinking is not in what is masked, "" if it is there or the reply has none."""
+    thinking, words = thinking_and_words(reply)
+    before_words = said.rpartition(words)[0] if words else said
+    if thinking.strip() and thinking.strip() not in before_words:
+        return NOT_WRITTEN
+    return ""
+
+
+@dataclass(frozen=True)
+class TurnFinder:
+    """Finds where in a rendered conversation its last reply begins, behind the prompt that asks for it."""
+
+    template: ChatTemplate
+    before: Sequence[Message]
+    reply: Message
+
+    def find(self) -> tuple[Message, str, int]:
+        """Return the reply, without thinking where it had to be left out, the text, and where the reply begins in it."""
+        thinks = bool(thinking_and_words(self.reply)[0].strip())
+        if thinks and self._mark.kind == "closed":
+            return self._silent().find()
+        text = self._text
+        if text.startswith(self._prompt):
+            if self._prompt == self._unasked:
+                self._check_header()
+            return self.reply, text, len(self._prompt)
+        if not thinks and not holds(self.reply, text):
+            raise BadSample(UNVERIFIED, f"the chat template leaves out words of turn {len(self.before)}")
+        if thinks and self._mark.kind == "none" and self._silent()._text.startswith(self._prompt):
+            return self._silent().find()
+        return self._behind_header()
+
+    @cached_property
+    def _prompt(self) -> str:
+        return self.template.text(self.before, add_generation_prompt=True)
+
+    @cached_property
+    def _unasked(self) -> str:
+        return self.template.text(self.before)
+
+    @cached_property
+    def _text(self) -> str:
+        return self.template.text([*self.before, self.reply])
+
+    @cached_property
+    def _header(self) -> str:
+        """The generation prompt alone, "" if there is none."""
+        if self._prompt.startswith(self._unasked):
+            return self._prompt[len(self._unasked) :]
+        header = self.template.format.header
+        return header if self._prompt.endswith(header) else ""
+
+    @cached_property
+    def _mark(self) -> ThinkingMark:
+        """What the generation prompt says about thinking."""
+        empty_thought = self.template.format.empty_thought
+        if empty_thought and self._header.endswith(empty_thought):
+            return ThinkingMark("closed", empty_thought)
+        return thinking_mark(self._header)
+
+    @cached_property
+    def _lead(self) -> str:
+        """The text up to the reply's first part, found with a probe in its place."""
+        _, text = written_probe(probe_of(self.reply), self.before, self.template.text)
+        return text[: first_part(text)]
+
+    def _silent(self) -> "TurnFinder":
+        """Find the reply without its thinking instead. Raises BadSample if nothing else is in it."""
+        reply = without_thinking(self.reply)
+        if not reply["content"].strip() and not reply.get("tool_calls"):
+            problem = f"turn {len(self.before)} only thinks, and {CLOSED_BY_PROMPT}"
+            raise BadSample(UNVERIFIED, problem)
+        return TurnFinder(self.template, self.before, reply)
+
+    def _check_header(self) -> None:
+        """Raise BadSample if the template asks for no reply here, and a header may stand before it.
+
+        None does if the reply's parts follow at once, or what precedes them also follows the generation prompt elsewhere.
+        """
+        if self.template.format.bare:
+            return
+        if not self._lead.startswith(self._unasked):
+            raise self._misfit()
+        opening = self._lead[len(self._unasked) :]
+        if not opening.strip():
+            return
+        if self.template.format.header and opening == self.template.shape(self.reply).opening:
+            return
+        problem = f"there is no generation prompt, so the header of turn {len(self.before)} cannot be told from the reply"
+        raise BadSample(UNVERIFIED, problem)
+
+    def _behind_header(self) -> tuple[Message, str, int]:
+        """Find the reply behind the last header before its first part.
+
+        The template writes the reply otherwise than behind its prompt: the prompt opens a thinking block that replies do
+        not keep (DeepSeek) or holds an empty one (Gemma 4), or what stands before is rewritten once the reply is there
+        (GPT-OSS).
+        """
+        text, mark = self._text, self._mark
+        header = self._header.removesuffix(mark.text)
+        at = self._lead.rfind(header)
+        if not header.strip() or at < 0 or not text.startswith(self._lead):
+            raise self._misfit()
+        start = at + len(header)
+        if mark.kind == "opened":
+            return self._in_opened_block(start)
+        opening = self._lead[start:]
+        rest = text[start:]
+        if mark.kind == "closed" and opening.startswith(mark.text.rstrip()):
+            rest = rest[len(mark.text.rstrip()) :].lstrip()
+        elif opening.strip() and not self._follows_prompt_elsewhere(opening):
+            raise self._misfit()
+        return self.reply, self._prompt + rest, len(self._prompt)
+
+    def _in_opened_block(self, start: int) -> tuple[Message, str, int]:
+        """Put a reply behind a prompt that opens a thinking block. start: where the text continues behind the header."""
+        rest = self._text[start:]
+        opening = self._lead[start:].lstrip()
+        opened = self._mark.text.strip()
+        thinking = thinking_and_words(self.reply)[0].strip()
+        if opening.startswith(opened):
+            return self.reply, self._prompt + rest.lstrip()[len(opened) :].lstrip(), len(self._prompt)
+        closes = opening.startswith(CLOSE)
+        if not thinking:
+            if closes:
+                return self.reply, self._prompt + rest.lstrip(), len(self._prompt)
+            return self.reply, self._text, start
+        if closes:
+            return self.reply, self._prompt + thinking + rest.lstrip(), len(self._prompt)
+        if opened != OPEN or opening.strip():
+            raise self._misfit()
+        said = f"{thinking}\n{CLOSE}\n\n{rest.lstrip()}"
+        return self.reply, self._prompt + said, len(self._prompt)
+
+    def _follows_prompt_elsewhere(self, opening: str) -> bool:
+        """Whether a reply with the same parts opens so behind the generation prompt of a question."""
+        return opening == self.template.shape(self.reply).opening
+
+    def _misfit(self) -> BadSample:
+        problem = f"the chat template does not write turn {len(self.before)} after its generation prompt"
+        return BadSample(UNVERIFIED, problem)
+
+
+def holds(reply: Message, said: str) -> bool:
+    """Whether all of a reply is in what was said: its words and calls, or else its thinking."""
+    thinking, words = thinking_and_words(reply)
+    calls = [call.get("function", call)["name"] for call in reply.get("tool_calls") or ()]
+    parts = [words, *calls] if words or calls else [thinking]
+    return all(part.strip() in said for part in parts) and any(part.strip() for part in parts)
