@@ -37,7 +37,8 @@ LENGTHS = (1, 33, 63)  # documents of an attention
 HEADS, GROUPS, NUM_ANCESTORS = 8, 2, 2
 NUM_SLOTS, SLOTS_PER_CHUNK, HIDDEN_SIZE, VOCAB_SIZE = 19, 8, 48, 4099  # a row loss reads 4096 at once
 FP8_BLOCK = (128, 128)
-FP8_SIZES = (160, 320)  # outputs and inputs, neither a multiple of the block
+FP8_SIZES = (160, 1056)  # outputs and inputs, neither a multiple of the block
+FP8_MANY = 1025  # rows for which one weight is dequantised in memory
 FP8_COUNTS = (3, 0, 37, 1)  # rows of each expert
 PERMUTED = (7, 3, 2051)  # tokens, choices of each, and a width of more than one block
 EPS = 1e-5
@@ -271,8 +272,8 @@ def _head_case(ours: Operation, transform: LogitTransform) -> Case:
 
 
 def _fp8_cases(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
-    """One weight, and those of experts of which one has no row."""
-    for counts in ((sum(FP8_COUNTS),), FP8_COUNTS):
+    """One weight for few and for many rows, and those of experts of which one has no row."""
+    for counts in ((sum(FP8_COUNTS),), (FP8_MANY,), FP8_COUNTS):
         num_outputs, num_inputs = FP8_SIZES
         values_XNK = _draw(len(counts), num_outputs, num_inputs, seed=1)
         codes_XNK = values_XNK.to(torch.float8_e4m3fn).to(device)

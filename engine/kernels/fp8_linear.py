@@ -14,6 +14,11 @@ A program computes a tile of the transpose, weight [N, K] times rows [K, M]: wha
 there Hopper's tensor cores take the left operand alone. A tile of rows is one expert's, so there are at most M // BLOCK_M + X;
 which expert's follows from the ends of the experts' rows, on the device, and programs behind the last tile do nothing.
 
+Three ranges of rows per weight take three ways. Few rows do not fill a GPU with tiles of outputs, so
+K is split: each part's sums go to memory in fp32, and one more launch adds them in a fixed order. Many
+rows would dequantise a weight once for every tile of rows; it is dequantised once into scratch memory,
+which the next product uses again, and multiplied by cuBLAS or by PyTorch's grouped products.
+
 e4m3, of bias 7, lies in the bits of an fp32, of bias 127, as its sign, four bits of exponent and, from bit 22 on, three of
 fraction; 2**120 makes up for the bias, and is exact for subnormal values too. GPUs before compute capability 8.9 read it so,
 and NaN, which published weights do not hold, as 480.
@@ -24,6 +29,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Estimates from a roofline count; none of them has been measured on a GPU.
+FEW_ROWS, LEAST_PART = 64, 512  # rows per weight up to which K is split, into parts of so many inputs
+PROGRAMS = 264  # that splitting aims at: two for each multiprocessor of an H100
+MANY_ROWS = 1024  # rows per weight from which dequantising it once pays
+MAX_SCRATCH_BYTES = 1 << 30  # larger weights are dequantised on the chip, however many rows there are
 ROWS_TOGETHER = 8  # tiles of rows that walk over the outputs side by side, so that both operands are found in L2
 
 _SIGN_EXPONENT_FRACTION = tl.constexpr(-(1 << 31) + (((1 << 7) - 1) << 20))
@@ -76,10 +86,14 @@ def _product_kernel(
     num_rows, row_tiles,
     X: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TOGETHER: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     expert, first_row, end, first_output = tile_of(ends_X, num_rows, row_tiles, X, N, BLOCK_X, BLOCK_M, BLOCK_N, TOGETHER)
     if expert >= X:
         return
+    part = tl.program_id(1)
+    first_input = 0 if PART >= K else part * PART
+    stop = K if PART >= K else tl.minimum(first_input + PART, K)
     m_M = first_row + tl.arange(0, BLOCK_M)
     n_N = first_output + tl.arange(0, BLOCK_N)
     # Past the ends the last row, output or input is read once more: a load without a mask costs no registers for it.
@@ -88,7 +102,7 @@ def _product_kernel(
     codes_N1 = codes_XNK + expert * codes_stride_x + near_N1 * codes_stride_n
     scale_N1 = scale_XGJ + expert * scale_stride_x + near_N1 // BLOCK_ROWS * scale_stride_g
     sum_NM = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(first_input, stop, BLOCK_K):
         k_K = start + tl.arange(0, BLOCK_K)
         near_1K = k_K[None, :]
         if K % BLOCK_K == 0:
@@ -103,8 +117,92 @@ def _product_kernel(
             scale_NK = tl.load(scale_N1 + near_1K // BLOCK_COLUMNS * scale_stride_j)
         weight_NK = (_decode(codes_NK) * scale_NK).to(rows_KM.dtype)
         sum_NM = tl.dot(weight_NK, rows_KM, sum_NM, input_precision="ieee")
-    out_NM = out_MN + m_M.to(tl.int64)[None, :] * N + n_N[:, None]
+    out_NM = out_MN + (part.to(tl.int64) * num_rows + m_M.to(tl.int64))[None, :] * N + n_N[:, None]
     tl.store(out_NM, sum_NM.to(out_MN.dtype.element_ty), mask=(m_M[None, :] < end) & (n_N[:, None] < N))
+
+
+@triton.jit
+def _dequantise_kernel(
+    codes_XNK, scale_XGJ, weight_XNK,
+    codes_stride_x, codes_stride_n, codes_stride_k, scale_stride_x, scale_stride_g, scale_stride_j,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(1).to(tl.int64)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    n_N1 = (tl.program_id(0) // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    k_1K = (tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
+    exists_NK = (n_N1 < N) & (k_1K < K)
+    codes_NK = codes_XNK + expert * codes_stride_x + n_N1 * codes_stride_n + k_1K * codes_stride_k
+    scale_NK = (
+        scale_XGJ + expert * scale_stride_x + n_N1 // BLOCK_ROWS * scale_stride_g + k_1K // BLOCK_COLUMNS * scale_stride_j
+    )
+    weight_NK = _decode(tl.load(codes_NK, mask=exists_NK)) * tl.load(scale_NK, mask=exists_NK, other=0.0)
+    to_NK = weight_XNK + (expert * N + n_N1) * K + k_1K
+    tl.store(to_NK, weight_NK.to(weight_XNK.dtype.element_ty), mask=exists_NK)
+
+
+class Scratch:
+    """Memory for one dequantised weight per device, stream and precision, which grows and stays.
+
+    Products on one stream follow one another, so the next one may overwrite what the last one read.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
+
+    def take(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory of this shape, with anything in it."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = device, stream, dtype
+        size = shape.numel()
+        if key not in self._memory or self._memory[key].numel() < size:
+            self._memory[key] = torch.empty(size, dtype=dtype, device=device)
+        return self._memory[key][:size].view(shape)
+
+
+SCRATCH = Scratch()
+
+
+def dequantised(codes_XNK: Tensor, scale_XGJ: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """`reference.dequantised` of all experts' weights, in scratch memory: the next call overwrites it."""
+    weight_XNK = SCRATCH.take(codes_XNK.shape, dtype, codes_XNK.device)
+    num_experts, num_outputs, num_inputs = codes_XNK.shape
+    tiles = triton.cdiv(num_outputs, 32) * triton.cdiv(num_inputs, 128)
+    codes_XNK = codes_XNK if reads_fp8(codes_XNK.device) else codes_XNK.view(torch.uint8)
+    _dequantise_kernel[(tiles, num_experts)](
+        codes_XNK, scale_XGJ, weight_XNK, *codes_XNK.stride(), *scale_XGJ.stride(),
+        N=num_outputs, K=num_inputs, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1], BLOCK_N=32, BLOCK_K=128,
+    )  # fmt: skip
+    return weight_XNK
+
+
+def _suits_dense(rows_MK: Tensor, codes_XNK: Tensor, ends_X: Tensor | None) -> bool:
+    """Whether a weight is read often enough to be dequantised once, and a product exists for it."""
+    num_experts, num_outputs, num_inputs = codes_XNK.shape
+    is_often = triton.cdiv(len(rows_MK), num_experts) >= MANY_ROWS
+    if not is_often or codes_XNK.numel() * rows_MK.dtype.itemsize > MAX_SCRATCH_BYTES:
+        return False
+    if ends_X is None:
+        return True
+    return _has_grouped_products(rows_MK) and num_outputs % 8 == num_inputs % 8 == 0
+
+
+def _has_grouped_products(rows_MK: Tensor) -> bool:
+    """Whether PyTorch multiplies sorted rows by their experts' weights without waiting for the device."""
+    if not hasattr(torch, "_grouped_mm") or rows_MK.dtype != torch.bfloat16:
+        return False
+    return rows_MK.device.type == "cuda" and torch.cuda.get_device_capability(rows_MK.device) >= (9, 0)
+
+
+def _part(num_rows: int, num_tiles: int, num_inputs: int, block_k: int) -> int:
+    """Inputs that a program sums over: all, or where tiles of few rows leave a GPU idle, a part."""
+    if num_rows > FEW_ROWS:
+        return num_inputs
+    num_parts = min(PROGRAMS // max(num_tiles, 1), num_inputs // LEAST_PART)
+    if num_parts <= 1:
+        return num_inputs
+    return triton.cdiv(triton.cdiv(num_inputs, num_parts), block_k) * block_k
 
 
 def reads_fp8(device: torch.device) -> bool:
@@ -125,20 +223,31 @@ def _tile(rows_an_expert: int, block_columns: int, dtype: torch.dtype) -> dict[s
 def fp8_linear(
     rows_MK: Tensor, codes_XNK: Tensor, scale_XGJ: Tensor, block: tuple[int, int], ends_X: Tensor | None = None
 ) -> Tensor:
-    """As `reference.fp8_linear`, without a weight that is dequantised in memory and without waiting for the device."""
+    """`reference.fp8_linear` without waiting for the device; only many rows dequantise a weight in memory."""
     assert codes_XNK.dtype == torch.float8_e4m3fn and scale_XGJ.dtype == torch.float32
     (num_rows, num_inputs), (num_experts, num_outputs, _) = rows_MK.shape, codes_XNK.shape
     assert ends_X is not None or num_experts == 1, "which rows are whose?"
     rows_MK = rows_MK if rows_MK.stride(1) == 1 else rows_MK.contiguous()
+    if _suits_dense(rows_MK, codes_XNK, ends_X):
+        weight_XNK = dequantised(codes_XNK, scale_XGJ, block, rows_MK.dtype)
+        if ends_X is None:
+            return torch.nn.functional.linear(rows_MK, weight_XNK[0])
+        return torch._grouped_mm(rows_MK, weight_XNK.mT, offs=ends_X)
     out_MN = rows_MK.new_empty(num_rows, num_outputs)
     if out_MN.numel() == 0:
         return out_MN
     tile = _tile(triton.cdiv(num_rows, num_experts), block[1], rows_MK.dtype)
     row_tiles = triton.cdiv(num_rows, tile["BLOCK_M"]) if ends_X is None else num_rows // tile["BLOCK_M"] + num_experts
-    _product_kernel[(row_tiles * triton.cdiv(num_outputs, tile["BLOCK_N"]),)](
-        rows_MK, codes_XNK if reads_fp8(rows_MK.device) else codes_XNK.view(torch.uint8), scale_XGJ, ends_X, out_MN,
+    num_tiles = row_tiles * triton.cdiv(num_outputs, tile["BLOCK_N"])
+    part = _part(triton.cdiv(num_rows, num_experts), num_tiles, num_inputs, tile["BLOCK_K"])
+    num_parts = triton.cdiv(num_inputs, part)
+    sums = out_MN
+    if num_parts > 1:
+        sums = rows_MK.new_empty(num_parts, num_rows, num_outputs, dtype=torch.float32)
+    _product_kernel[(num_tiles, num_parts)](
+        rows_MK, codes_XNK if reads_fp8(rows_MK.device) else codes_XNK.view(torch.uint8), scale_XGJ, ends_X, sums,
         rows_MK.stride(0), *codes_XNK.stride(), *scale_XGJ.stride(), num_rows, row_tiles,
         X=num_experts, N=num_outputs, K=num_inputs, BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1],
-        BLOCK_X=triton.next_power_of_2(num_experts), TOGETHER=ROWS_TOGETHER, **tile,
+        BLOCK_X=triton.next_power_of_2(num_experts), TOGETHER=ROWS_TOGETHER, PART=part, **tile,
     )  # fmt: skip
-    return out_MN
+    return out_MN if num_parts == 1 else sums.sum(0).to(rows_MK.dtype)

@@ -107,6 +107,73 @@ def test_rows_behind_the_last_end_change_nothing():
     assert torch.equal(kernel.fp8_linear(*more)[:-3], kernel.fp8_linear(*case))
 
 
+@pytest.mark.parametrize("counts", ["several", "experts"])
+@pytest.mark.parametrize("weight", ["cut short", "odd"])
+def test_few_rows_split_the_inputs_and_add_up_to_the_same(weight, counts, monkeypatch):
+    case = make_case(weight, COUNTS[counts])
+    assert kernel._part(7, 1, 61, 16) == 61  # nothing is split below `LEAST_PART` inputs per part
+    monkeypatch.setattr(kernel, "FEW_ROWS", 100)
+    monkeypatch.setattr(kernel, "LEAST_PART", 16)
+    parts = []
+    original = kernel._part
+
+    def spied(*arguments):
+        parts.append((arguments[2], original(*arguments)))
+        return parts[-1][1]
+
+    monkeypatch.setattr(kernel, "_part", spied)
+    ours, plain, size = errors(case)
+    assert ours <= 2 * plain + 1e-6 * size
+    ((num_inputs, part),) = parts
+    assert part < num_inputs
+
+
+@pytest.mark.parametrize("reads_fp8", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_dequantised_weight_is_the_plain_one_bit_for_bit(weight, dtype, reads_fp8, monkeypatch):
+    monkeypatch.setattr(kernel, "reads_fp8", lambda device: reads_fp8)
+    case = make_case(weight, [1, 1])
+    ours = kernel.dequantised(case.codes_XNK, case.scale_XGJ, case.block, dtype)
+    expected = reference.dequantised(case.codes_XNK, case.scale_XGJ, (1, *case.block), dtype)
+    if dtype == torch.float32:
+        assert torch.equal(ours, expected)
+    else:
+        # Triton's interpreter cuts off what a GPU rounds.
+        torch.testing.assert_close(ours, expected, rtol=2**-7, atol=0)
+
+
+def test_many_rows_multiply_a_weight_that_is_dequantised_once_into_the_same_memory(monkeypatch):
+    monkeypatch.setattr(kernel, "MANY_ROWS", 5)
+    monkeypatch.setattr(kernel, "SCRATCH", kernel.Scratch())
+    case = make_case("cut short", [5])
+    assert torch.equal(kernel.fp8_linear(*case), reference.fp8_linear(*case))
+    (memory,) = kernel.SCRATCH._memory.values()
+    smaller = make_case("odd", [7])
+    assert torch.equal(kernel.fp8_linear(*smaller), reference.fp8_linear(*smaller))
+    assert [memory] == list(kernel.SCRATCH._memory.values())
+    monkeypatch.setattr(kernel, "MAX_SCRATCH_BYTES", 0)
+    assert not kernel._suits_dense(case.rows_MK, case.codes_XNK, None)
+
+
+def test_experts_with_many_rows_need_grouped_products(monkeypatch):
+    monkeypatch.setattr(kernel, "MANY_ROWS", 1)
+    case = make_case("published", [2, 3])
+    assert not kernel._suits_dense(*case[:2], case.ends_X) or DEVICE == "cuda"
+    monkeypatch.setattr(kernel, "_has_grouped_products", lambda rows: True)
+    assert kernel._suits_dense(*case[:2], case.ends_X)
+    calls = []
+
+    def grouped(rows_MK, weight_XKN, *, offs):
+        calls.append(offs)
+        return reference.grouped_linear(rows_MK, lambda expert: weight_XKN[expert].mT, weight_XKN.shape[2], offs)
+
+    monkeypatch.setattr(torch, "_grouped_mm", grouped)
+    assert torch.equal(kernel.fp8_linear(*case), reference.fp8_linear(*case)) and len(calls) == 1
+    odd = make_case("odd", [2, 3])
+    assert not kernel._suits_dense(*odd[:2], odd.ends_X)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device: the kernel is interpreted above, not compiled")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
