@@ -10,18 +10,21 @@ from engine.decode import ChainDrafter, Drafter, Generation, PromptLookupDrafter
 from engine.evaluate import AcceptanceCounts, AcceptanceReport, Prompt, eos_ids, measure_acceptance
 from engine.models.eagle3 import ServedDraft
 from engine.parallel.mesh import World
-from engine.replies import Reply, greedy_replies, replay
+from engine.replies import Reply, batched_replies, greedy_replies, propose_along, replay
 from engine.target.frozen import FrozenTarget
 from engine.telemetry import Telemetry
 
 OnReply = Callable[[Prompt, Generation], None]
+BATCH_SIZE = {"cpu": 1, "cuda": 32}  # prompts decoded together by default
 
 
 class HeldOut:
     """Speculative decoding of this rank's share of `prompts`; every report is over all ranks.
 
-    With a cache where the target is whole, which is timed and compared with plain greedy decoding. A target that ranks share,
-    or whose cache cannot roll back, says its greedy replies once, and drafters are judged by them.
+    One prompt at a time where the target is whole and `evaluation.batch_size` is 1: that is timed
+    and compared with plain greedy decoding. In larger batches the target decodes its greedy
+    replies once, and drafters are judged by them, without times; so does a target that ranks
+    share, or whose cache cannot roll back, whatever the batch size.
     """
 
     def __init__(
@@ -38,15 +41,23 @@ class HeldOut:
         self._section, self._target, self._world, self._telemetry = section, target, world, telemetry
         self._until = {"max_new_tokens": section.max_new_tokens, "eos_ids": eos_ids(target.model, tokenizer)}
         self._prompts, self._max_tokens = prompts[world.rank :: world.size], max_tokens
-        self._replays = target.mesh.size > 1 or not rolls_back(target)
+        self._uses_cache = target.mesh.size == 1 and rolls_back(target)
+        self._batch_size = section.batch_size or BATCH_SIZE[target.device.type]
+        self._replays = not self._uses_cache or self._batch_size > 1
 
     def measure_draft(self, draft: ServedDraft, on_reply: OnReply | None = None) -> AcceptanceReport:
         """on_reply is called with each of this rank's prompts and what was generated with the draft's help."""
-        return self._measure(lambda: ChainDrafter(draft), "with the draft", on_reply)
+        if self._replays:
+            drafters = propose_along(draft, self._replies, self._section.draft_tokens, self._max_tokens)
+            return self._measure(self._replayed(drafters), "with the draft", on_reply)
+        return self._measure(self._decoded(lambda: ChainDrafter(draft)), "with the draft", on_reply)
 
     def measure_prompt_lookup(self) -> AcceptanceReport:
         """The baseline that needs no draft."""
-        return self._measure(PromptLookupDrafter, "with prompt lookup", None)
+        if self._replays:
+            drafters = [PromptLookupDrafter() for _ in self._replies]
+            return self._measure(self._replayed(drafters), "with prompt lookup", None)
+        return self._measure(self._decoded(PromptLookupDrafter), "with prompt lookup", None)
 
     @cached_property
     def _plain(self) -> list[Generation]:
@@ -65,17 +76,25 @@ class HeldOut:
             def on_forward(num_tokens: int) -> None:
                 progress.move_to(num_tokens, "tokens of replies")
 
-            return greedy_replies(self._target, prompts, **self._until, max_tokens=self._max_tokens, on_forward=on_forward)
+            limits = self._until | {"on_forward": on_forward}
+            if self._uses_cache:
+                return batched_replies(self._target, prompts, **limits, batch_size=self._batch_size)
+            return greedy_replies(self._target, prompts, **limits, max_tokens=self._max_tokens)
+
+    def _replayed(self, drafters: Sequence[Drafter]) -> Iterator[Generation]:
+        """Lead a drafter along each reply."""
+        limits = self._until | {"draft_tokens": self._section.draft_tokens}
+        for reply, drafter in zip(self._replies, drafters, strict=True):
+            yield replay(reply, drafter, **limits)
 
     def _decoded(self, make_drafter: Callable[[], Drafter]) -> Iterator[Generation]:
+        """Decode one prompt after the other with a drafter of its own."""
         limits = self._until | {"draft_tokens": self._section.draft_tokens}
-        if self._replays:
-            return (replay(reply, make_drafter(), **limits) for reply in self._replies)
-        prompts = (prompt.token_ids for prompt in self._prompts)
-        return (speculative_decode(self._target, make_drafter(), token_ids, **limits) for token_ids in prompts)
+        for prompt in self._prompts:
+            yield speculative_decode(self._target, make_drafter(), prompt.token_ids, **limits)
 
-    def _measure(self, make_drafter: Callable[[], Drafter], drafting: str, on_reply: OnReply | None) -> AcceptanceReport:
-        plain, generations = None if self._replays else self._plain, self._decoded(make_drafter)
+    def _measure(self, generations: Iterator[Generation], drafting: str, on_reply: OnReply | None) -> AcceptanceReport:
+        plain = None if self._replays else self._plain
         with self._telemetry.progress(len(self._prompts), "prompts") as progress:
 
             def decoded(prompt: Prompt, generation: Generation) -> None:

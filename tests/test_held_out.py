@@ -8,7 +8,7 @@ import pytest
 from engine.config import EvaluationSection
 from engine.decode import greedy_decode
 from engine.evaluate import AcceptanceReport, Prompt
-from engine.held_out import HeldOut
+from engine.held_out import BATCH_SIZE, HeldOut
 from engine.parallel.mesh import TargetMesh, World
 from engine.telemetry import Telemetry
 from tests.distributed import run_ranks
@@ -33,6 +33,15 @@ def test_ranks_that_share_the_target_report_what_one_reports_alone(count):
     for reports in run_ranks(measure, 2, "llama", 2, count):
         assert reports == [replace(report, **untimed) for report in alone]
     assert all(report.num_prompts == count and report.mismatches == (0 if count else None) for report in alone)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_prompts_decoded_together_give_the_report_of_one_by_one(batch_size, monkeypatch):
+    alone = measure(World.alone(), "llama", 1)
+    monkeypatch.setitem(BATCH_SIZE, "cpu", batch_size)
+    together = measure(World.alone(), "llama", 1)
+    untimed = {"tokens_per_s": None, "plain_tokens_per_s": None, "mismatches": None}
+    assert together == [replace(report, **untimed) for report in alone]
 
 
 def test_a_target_whose_cache_cannot_roll_back_is_measured_too():

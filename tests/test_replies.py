@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.decode import ChainDrafter, PromptLookupDrafter, greedy_decode, speculative_decode
 from engine.parallel.mesh import TargetMesh
-from engine.replies import greedy_replies, replay
+from engine.replies import batched_replies, greedy_replies, propose_along, replay
 from engine.target.frozen import FrozenTarget, capture
 from tests.distributed import run_ranks
-from tests.drafters import Oracle, prompts, random_draft, tiny_target
+from tests.drafters import SHAPE, Oracle, prompts, random_draft, tiny_target
 
 CLOSE = 1e-5
 
@@ -136,3 +137,79 @@ def test_copies_of_a_shared_target_need_not_be_in_step():
     shares = (slice(0, 1), slice(0), slice(1, 6), slice(6, 8))
     for replies, expected, *_ in run_ranks(reply_together, 4, "llama", (2, 1), shares):
         assert replies == expected
+
+
+SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "gemma3_text", "gpt_oss"])
+def cached_target(request) -> FrozenTarget:
+    """Targets whose cache rolls back: plain, with experts, with sliding windows, with sinks and sliding windows."""
+    options = {"gemma3_text": SLIDING, "gpt_oss": SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2}}
+    if request.param not in options:
+        return tiny_target(request.param)
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(request.param, **SHAPE, **options[request.param])
+    return FrozenTarget(AutoModelForCausalLM.from_config(config, dtype=torch.float32), (0, 1, 3))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_prompts_decoded_together_get_the_replies_that_each_gets_alone(cached_target, batch_size):
+    asked = prompts(8)
+    alone = [greedy_decode(cached_target, ids, 17, ()).token_ids for ids in asked]
+    common = torch.tensor(alone).mode().values[0].item()
+    for eos_ids in ((), {common}):
+        until = {"max_new_tokens": 17, "eos_ids": eos_ids}
+        counted = []
+        replies = batched_replies(cached_target, asked, **until, batch_size=batch_size, on_forward=counted.append)
+        for prompt_ids, reply in zip(asked, replies, strict=True):
+            assert reply.prompt_ids == prompt_ids
+            assert reply.token_ids == greedy_decode(cached_target, prompt_ids, **until).token_ids
+            with capture(cached_target.model, cached_target.aux_layers) as seen:
+                cached_target.model(torch.tensor([prompt_ids + reply.token_ids[:-1]]))
+            assert differs(reply.aux_TA, seen.aux()[0]) < CLOSE
+        assert counted == sorted(counted) and counted[-1] == sum(len(reply.token_ids) for reply in replies)
+    assert len(set(map(tuple, alone))) > 1
+
+
+def test_a_batch_takes_one_forward_per_token_and_refuses_what_greedy_decoding_refuses(target):
+    until = {"max_new_tokens": 9, "eos_ids": ()}
+    counted = []
+    batched_replies(target, prompts(8), **until, batch_size=8, on_forward=counted.append)
+    assert counted == [8 * (step + 1) for step in range(9)]
+    with pytest.raises(ValueError, match="no token"):
+        batched_replies(target, [[1], []], **until, batch_size=2)
+    assert batched_replies(target, [], **until, batch_size=2) == []
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4096])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"fc_norm": True, "norm_output": True}])
+def test_a_draft_proposes_behind_all_tokens_at_once_what_it_proposes_one_by_one(target, options, max_tokens):
+    draft = random_draft(target, **options)
+    common = torch.tensor([greedy_decode(target, ids, 17, ()).token_ids for ids in prompts(8)]).mode().values[0].item()
+    seen = set()
+    for max_new_tokens, draft_tokens, eos_ids in ((1, 3, ()), (2, 1, ()), (20, 4, ()), (20, 3, {common})):
+        until = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+        replies = greedy_replies(target, prompts(8), **until, max_tokens=4096)
+        along = propose_along(draft, replies, draft_tokens, max_tokens)
+        for reply, proposals in zip(replies, along, strict=True):
+            one_by_one = _Recorded(ChainDrafter(draft))
+            at_once = _Recorded(proposals)
+            limits = until | {"draft_tokens": draft_tokens}
+            assert replay(reply, at_once, **limits) == replay(reply, one_by_one, **limits)
+            assert at_once.proposed == one_by_one.proposed
+            seen.update(map(tuple, at_once.proposed))
+    assert len(seen) > 10
+
+
+class _Recorded:
+    """A drafter that keeps what it proposed."""
+
+    def __init__(self, drafter) -> None:
+        self.drafter = drafter
+        self.start, self.extend = drafter.start, drafter.extend
+        self.proposed: list[list[int]] = []
+
+    def propose(self, count: int) -> list[int]:
+        self.proposed.append(self.drafter.propose(count))
+        return self.proposed[-1]
