@@ -280,7 +280,8 @@ def _held(tensor: Tensor, name: str, checkpoint: Checkpoint, model: PreTrainedMo
         is_factor = tensor.ndim == 3 or (isinstance(owner, nn.Linear) and owner is not model.get_output_embeddings())
         tensor = tensor.to(device)
         tensor = tensor if checkpoint.keeps(tensor) and is_factor else tensor.dequantised()
-    return tensor.to(device, getattr(owner, leaf).dtype)
+    # to the device first: it converts faster than the host, which then needs no room for the result
+    return tensor.to(device).to(getattr(owner, leaf).dtype)
 
 
 def _complete(model: PreTrainedModel, device: torch.device, missing: set[str]) -> None:
