@@ -72,16 +72,49 @@ class TargetOutput:
 
 
 @dataclass(frozen=True)
+class StateFaults:
+    """Documents of a packed batch whose states are NaN or infinite, on the device.
+
+    by_place: bool [num_documents, 5], where a document has such values: `finite.place_names`.
+    left_out_T: bool [T], the tokens of the documents that have any.
+    """
+
+    by_place: torch.Tensor
+    left_out_T: torch.Tensor
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """All that one draft step reads: documents, the target's view of them, their token embeddings, and the rows allowed.
 
     embed_TD: [T, D], rows of the target's embedding, in the target's width. allowed_ST: bool [S, T], `rows.allowed_rows`.
+    faults: documents that were left out of it; None if that was not looked for.
     """
 
     batch: PackedBatch
     target: TargetOutput
     embed_TD: torch.Tensor
     allowed_ST: torch.Tensor
+    faults: StateFaults | None = None
+
+    @property
+    def num_tokens(self) -> int | torch.Tensor:
+        """Tokens of the documents that are not left out: a number, or an int64 scalar on the device."""
+        if self.faults is None:
+            return self.batch.num_tokens
+        return self.batch.num_tokens - self.faults.left_out_T.sum()
+
+    @property
+    def num_left_out(self) -> int | torch.Tensor:
+        """Documents that are left out, likewise."""
+        return 0 if self.faults is None else self.faults.by_place.any(1).sum()
+
+    @property
+    def num_slots(self) -> int | torch.Tensor:
+        """Slots of the documents that are not left out, likewise."""
+        if self.faults is None:
+            return self.target.slots_N.numel()
+        return self.target.slots_N.numel() - self.faults.left_out_T[self.target.slots_N].sum()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import distributed
 
 from engine.config import OPTIONS
+from engine.fault_watch import NonFiniteError
 from engine.files import write_json, write_text, writing
 from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
@@ -40,10 +41,10 @@ class Checkpoints:
     def save(self, draft: ZeroDraft, world: World, step: int, data_state: dict[str, Any]) -> None:
         """Save after optimizer step `step`; a collective. Earlier checkpoints beyond `keep` are deleted afterwards.
 
-        Raises WriteError; `latest` then names the checkpoint before.
-
-        data_state: plain values, the same on every rank.
+        data_state: plain values, the same on every rank. Raises WriteError; `latest` then names the checkpoint before. Raises
+        NonFiniteError, before anything is written or deleted, if a weight is not finite.
         """
+        check_finite_weights(draft, world, step)
         tag = f"step_{step}"
         if world.is_main:
             shutil.rmtree(self.folder / tag, ignore_errors=True)  # what a run that was killed here may have left
@@ -191,6 +192,16 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         tags = (TAG.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(tag[1]) for tag in tags if tag)
+
+
+def check_finite_weights(draft: ZeroDraft, world: World, step: int) -> None:
+    """Raise NonFiniteError on every rank if a weight is not finite after optimizer step `step`; a collective."""
+    if not draft.has_finite_weights(world):
+        raise NonFiniteError(
+            f"weights of the draft are not finite after step {step}; neither a checkpoint nor a draft is made of them, and "
+            "earlier ones stay. Resume from the newest checkpoint (checkpoint.resume=true) with a lower learning rate "
+            "(optimizer.params.lr) or gradient_clipping"
+        )
 
 
 def _all_rng_states(world: World) -> list[dict[str, Any]]:

@@ -39,6 +39,10 @@ class TargetSection:
     store: str | None = option(
         None, "folder of captured hidden states: capture_hidden_states.py writes it, train.py learns from it without the target"
     )
+    non_finite: Literal["leave_out", "stop"] = option(
+        "leave_out",
+        "documents whose hidden states are NaN or infinite: leave_out = name and do not learn them; stop = end the run",
+    )
 
     @property
     def hub_arguments(self) -> dict[str, Any]:

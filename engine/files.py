@@ -5,6 +5,7 @@ A failed write is one error that names the file and what to do about it, whateve
 
 import errno
 import json
+import math
 import os
 import socket
 import stat
@@ -86,8 +87,32 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any, *, shared: bool = False, **options: Any) -> None:
-    """Write a value as JSON as `write_whole` does. options: those of `json.dumps`. Raises WriteError."""
-    write_text(path, json.dumps(value, **options) + "\n", shared=shared)
+    """Write a value as JSON as `write_whole` does; numbers that are not finite become null. Raises WriteError.
+
+    options: those of `json.dumps`.
+    """
+    write_text(path, json_text(value, **options) + "\n", shared=shared)
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """Return a value as JSON that any reader accepts: numbers that are not finite become null.
+
+    options: those of `json.dumps`.
+    """
+    return json.dumps(finite_or_null(value)[0], allow_nan=False, **options)
+
+
+def finite_or_null(value: Any) -> tuple[Any, int]:
+    """Replace the numbers in a value of plain containers that are not finite by None; returns how many there were too."""
+    if isinstance(value, float):
+        return (value, 0) if math.isfinite(value) else (None, 1)
+    if isinstance(value, dict):
+        parts = {key: finite_or_null(part) for key, part in value.items()}
+        return {key: part for key, (part, _) in parts.items()}, sum(count for _, count in parts.values())
+    if isinstance(value, list | tuple):
+        replaced = [finite_or_null(part) for part in value]
+        return [part for part, _ in replaced], sum(count for _, count in replaced)
+    return value, 0
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str] | None = None) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from engine.batch import DraftOutput
-from engine.files import write_whole, writing
+from engine.files import finite_or_null, write_whole, writing
 from engine.parallel.mesh import PendingSum, World
-from engine.strict import finite_or_null
 
-SCALARS = ("tokens",)  # counted per micro-batch, not per TTT step
+SCALARS = ("tokens", "left_out_documents")  # counted per micro-batch, not per TTT step
 COUNTS = ("num_loss_rows_S", "num_allowed_rows_S", "num_correct_S", "accepted_S")
 
 
@@ -27,11 +26,12 @@ class StepMetrics:
         rows = 1 + len(COUNTS)
         self._sums = torch.zeros(rows * steps + len(SCALARS), dtype=torch.float64, device=device)
 
-    def add(self, output: DraftOutput, num_tokens: int) -> None:
-        """Count one micro-batch, without a host sync."""
+    def add(self, output: DraftOutput, num_tokens: int | torch.Tensor, num_left_out: int | torch.Tensor = 0) -> None:
+        """Count one micro-batch, without a host sync: the tokens learned from, and the documents left out of it."""
         rows = [output.loss_S.detach(), *(getattr(output, name) for name in COUNTS)]
         self._sums[: len(rows) * self._steps] += torch.cat([row.double() for row in rows])
-        self._sums[len(rows) * self._steps] += num_tokens
+        self._sums[-2] += num_tokens
+        self._sums[-1] += num_left_out
 
     def start_read(self, world: World) -> PendingSum:
         """Start to read the sums over all ranks, and begin new ones; one collective, which the host does not wait for."""

@@ -11,7 +11,10 @@ from engine.rows import loss_rows
 
 
 class Normaliser:
-    """`positions`: positions of the micro-batch, LK means over its own rows. `slots`: slots and rows of the global batch."""
+    """`positions`: positions of the micro-batch, LK means over its own rows. `slots`: slots and rows of the global batch.
+
+    Documents that are left out of a micro-batch count in neither.
+    """
 
     def __init__(self, draft: ZeroDraft, world: World) -> None:
         self._draft, self._world, self._test = draft, world, draft.test
@@ -20,10 +23,10 @@ class Normaliser:
         """Norms of the micro-batches of one optimizer step; under `slots` a collective."""
         rows_per_micro = [self._loss_rows(micro) for micro in micros]
         if self._test.loss.normaliser == "positions":
-            positions = [float(micro.batch.num_tokens) for micro in micros]
-            return [LossNorms(rows_S.new_full((), n), rows_S) for n, rows_S in zip(positions, rows_per_micro, strict=True)]
+            pairs = zip(micros, rows_per_micro, strict=True)
+            return [LossNorms((rows_S.new_zeros(()) + micro.num_tokens).clamp_min(1), rows_S) for micro, rows_S in pairs]
         rows_S = torch.stack(rows_per_micro).sum(0)
-        num_slots = rows_S.new_full((1,), sum(micro.target.slots_N.numel() for micro in micros))
+        num_slots = rows_S.new_zeros(1) + sum(micro.num_slots for micro in micros)
         totals = self._world.sum(torch.cat((num_slots, rows_S)))
         norms = LossNorms(totals[0].clamp_min(1), totals[1:])
         if self._test.loss.kind == "lk_lambda":

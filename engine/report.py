@@ -11,12 +11,15 @@ from engine.config import DRAFT
 from engine.evaluate import AcceptanceReport
 from engine.files import write_json
 
+SUMMARY = "summary.json"
+
 
 @dataclass(frozen=True)
 class RunReport:
     """Acceptance on held-out prompts before and after training and with prompt lookup; seconds a stage; the draft's place.
 
     before, after, prompt_lookup: None where the target was not loaded, so that nothing could be decoded.
+    left_out: documents that nothing was learned from because their states are not finite, by name.
     """
 
     output_dir: Path
@@ -25,11 +28,12 @@ class RunReport:
     before: AcceptanceReport | None = None
     after: AcceptanceReport | None = None
     prompt_lookup: AcceptanceReport | None = None
+    left_out: tuple[str, ...] = ()
 
     def save(self) -> None:
         """Write `summary.json` into the output folder. Raises WriteError."""
         content = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        write_json(self.output_dir / "summary.json", content, indent=2)
+        write_json(self.output_dir / SUMMARY, content, indent=2)
 
     def show(self, console: Console) -> None:
         if self.after is not None and self.after.num_prompts:
@@ -37,6 +41,10 @@ class RunReport:
             console.print(acceptance_table(reports))
         times = ", ".join(f"{name[0].lower()}{name[1:]} {seconds:.0f} s" for name, seconds in self.stage_s.items())
         console.print(f"Time: {times}")
+        if self.left_out:
+            console.print(
+                f"Left out, since the target's states are not finite: {len(self.left_out)} documents, named in {SUMMARY}"
+            )
         console.print(f"Draft, ready for SGLang: {self.output_dir / DRAFT}\n\nNext:")
         timed = self.after is None or self.after.num_prompts == 0 or self.after.tokens_per_s is not None
         start = "python" if timed else "deepspeed"  # an untimed target may need all its ranks

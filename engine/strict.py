@@ -44,27 +44,6 @@ def as_yaml(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def json_text(value: Any, **options: Any) -> str:
-    """Return a value as JSON that any reader accepts: numbers that are not finite become null.
-
-    options: those of `json.dumps`.
-    """
-    return json.dumps(finite_or_null(value)[0], allow_nan=False, **options)
-
-
-def finite_or_null(value: Any) -> tuple[Any, int]:
-    """Replace the numbers in a value of plain containers that are not finite by None; returns how many there were too."""
-    if isinstance(value, float):
-        return (value, 0) if math.isfinite(value) else (None, 1)
-    if isinstance(value, dict):
-        parts = {key: finite_or_null(part) for key, part in value.items()}
-        return {key: part for key, (part, _) in parts.items()}, sum(count for _, count in parts.values())
-    if isinstance(value, list | tuple):
-        replaced = [finite_or_null(part) for part in value]
-        return [part for part, _ in replaced], sum(count for _, count in replaced)
-    return value, 0
-
-
 def type_name(kind: Any) -> str:
     """A type as a user reads it: 'int >= 1 or null', 'cut | split', 'list of str'."""
     origin, args = get_origin(kind), get_args(kind)

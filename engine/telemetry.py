@@ -22,6 +22,10 @@ class Telemetry:
         """Print a line as it is: square brackets, as paths have them, are no markup."""
         self.console.print(text, style=style, markup=False)
 
+    def warn(self, text: str) -> None:
+        """Print a line to standard error, from any rank."""
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="yellow", markup=False)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage and keep its duration in seconds."""

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from engine.batch import DraftOutput, MicroBatch
+from engine.fault_watch import FaultWatch
 from engine.host_copy import TimeMark
 from engine.metrics import MetricsFile, StepMetrics
 from engine.parallel.mesh import PendingSum, World
@@ -49,8 +50,8 @@ class TrainLog:
     those that arrive within `SECONDS_AFTER_ERROR` are still written; other ranks may never send theirs.
     """
 
-    def __init__(self, settings: LogSettings, zero: ZeroDraft, world: World) -> None:
-        self._settings, self._zero, self._world = settings, zero, world
+    def __init__(self, settings: LogSettings, zero: ZeroDraft, world: World, watch: FaultWatch) -> None:
+        self._settings, self._zero, self._world, self._watch = settings, zero, world, watch
         self._metrics = StepMetrics(zero.test.ttt.steps, zero.test.step_weights, world.device)
         self._file: MetricsFile | None = None
         if world.is_main:
@@ -69,13 +70,19 @@ class TrainLog:
         else:
             self._flush_what_arrives()
 
-    def count(self, output: DraftOutput, micro: MicroBatch) -> None:
-        """Count one micro-batch, without a host sync."""
-        self._metrics.add(output, micro.batch.num_tokens)
+    def count(self, step: int, output: DraftOutput, micro: MicroBatch) -> None:
+        """Count one micro-batch of a step, without a host sync."""
+        self._metrics.add(output, micro.num_tokens, micro.num_left_out)
+        self._watch.add(step, output, micro)
 
     def end_step(self, step: int) -> None:
-        """Write the metrics of earlier steps, and start to read those of this one if it is logged; then a collective."""
-        self.flush()
+        """Write the metrics of earlier steps, and start to read those of this one if it is logged; then a collective.
+
+        Raises NonFiniteError if the watch found in an earlier step what ends the run.
+        """
+        self._write_pending()
+        self._watch.read(until_step=step - 1)
+        self._watch.count_skipped(step, self._zero.num_skipped_steps)
         is_last = step == self._settings.num_steps
         if step % self._settings.every_steps == 0 or is_last:
             self._pending = self._start_line(step)
@@ -83,7 +90,14 @@ class TrainLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write all metrics of the steps that have ended."""
+        """Write all metrics of the steps that have ended, and end their watch; waits for the device.
+
+        Raises NonFiniteError as `end_step` does.
+        """
+        self._write_pending()
+        self._watch.read(until_step=self._settings.num_steps)
+
+    def _write_pending(self) -> None:
         pending = self._pending
         if pending is not None:
             self._pending = None
@@ -122,7 +136,7 @@ class TrainLog:
         deadline = time.monotonic() + SECONDS_AFTER_ERROR
         while self._pending is not None and time.monotonic() < deadline:
             if self._pending.sums.is_ready():
-                self.flush()
+                self._write_pending()
             else:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 

@@ -3,6 +3,7 @@
 import collections
 import copy
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import MicroBatch, PackedBatch, to_device
-from engine.checkpoint import Checkpoints
+from engine.checkpoint import Checkpoints, check_finite_weights
 from engine.config import CHECKPOINTS, DRAFT, Config
+from engine.data.documents import Document
 from engine.data.fingerprint import tokenizer_hash
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
@@ -22,7 +24,9 @@ from engine.data.templates import load_tokenizer, template_token_ids
 from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config
 from engine.evaluate import Prompt, check_prompts, held_out_prompts
 from engine.export import VOCAB, check_replaceable, export_draft, load_draft, load_vocab_map, save_vocab_map
+from engine.fault_watch import FaultWatch, WatchSettings
 from engine.files import write_json, write_text
+from engine.finite import without_faulty_documents
 from engine.held_out import HeldOut
 from engine.kernels import Kernels, choose_kernels
 from engine.kernels.self_check import SelfCheck
@@ -47,6 +51,7 @@ from engine.train_log import LogSettings, TrainLog
 from engine.ttt import Teacher, TrainingTimeTest, unroll
 
 Origin = Online | Offline
+EXCERPT_TOKENS = 24
 RELOAD_TOLERANCE = 2**-5  # of the largest logit: a few bf16 roundings; a wrong tensor gives errors near 1
 
 
@@ -54,13 +59,14 @@ RELOAD_TOLERANCE = 2**-5  # of the largest logit: a few bf16 roundings; a wrong 
 class Corpus:
     """The training side of a run: its stream of batches, one document of it, and the draft vocabulary.
 
-    vocab_facts: what that was counted with, and its coverage of it.
+    vocab_facts: what that was counted with, and its coverage of it. name_of: names a document by its place.
     """
 
     loader: PackedLoader
     sample: PackedBatch
     vocab_map: VocabMap
     vocab_facts: dict[str, Any]
+    name_of: Callable[[int], str]
 
 
 class Trainer:
@@ -114,7 +120,8 @@ class Trainer:
 
         zero = self.start_zero(draft, corpus, target, first_step)
         with self.telemetry.stage("Training"):
-            self.train(zero, corpus, target, first_step)
+            left_out = self.train(zero, corpus, target, first_step)
+            report = replace(report, left_out=tuple(left_out.values()))
         with self.telemetry.stage("Exporting"):
             exported = self.export(zero, corpus, target)
         if held_out:
@@ -142,7 +149,11 @@ class Trainer:
         self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of {origin.counted}")
         facts = {"tokenizer_hash": tokenizer_hash(tokenizer), "coverage": coverage, "counted": self.config.draft.vocab_from}
         facts["trained_with"] = config.trained_with
-        return Corpus(loader, collate([documents[0]], [0]), vocab_map.to(self.world.device), facts)
+
+        def name_of(index: int) -> str:
+            return f"{documents.name_of(index)} ({excerpt(tokenizer, documents[index])})"
+
+        return Corpus(loader, collate([documents[0]], [0]), vocab_map.to(self.world.device), facts, name_of)
 
     def draft_vocabulary(self, counts_V: torch.Tensor, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> VocabMap:
         path = self.config.draft.vocab_map
@@ -221,24 +232,32 @@ class Trainer:
             save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB, corpus.vocab_facts)
         return zero
 
-    def train(self, zero: ZeroDraft, corpus: Corpus, target: Target, first_step: int) -> None:
+    def train(self, zero: ZeroDraft, corpus: Corpus, target: Target, first_step: int) -> dict[int, str]:
+        """Train to the last step. Returns the documents of all ranks that were left out, and why, by their place."""
         normalise = Normaliser(zero, self.world)
+        stops = self.config.target.non_finite == "stop"
+        watch_settings = WatchSettings(target.aux_layers, corpus.name_of, stops, self.world.rank)
+        watch = FaultWatch(watch_settings, self.telemetry.warn)
         batches = itertools.islice(corpus.loader, self.num_steps - first_step)
         work = run_ahead(batches, self.prepare(target, zero.dtype), self.config.run_ahead, self.world.device)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, first_step, self.num_steps)
         with (
             self.telemetry.progress(self.num_steps, "steps") as progress,
-            TrainLog(settings, zero, self.world) as log,
+            TrainLog(settings, zero, self.world, watch) as log,
         ):
             progress.start_at(first_step)
             for step, (micros, data_state) in zip(range(first_step + 1, self.num_steps + 1), work, strict=False):
                 for micro, norms in zip(micros, normalise(micros), strict=True):
-                    log.count(zero.train(micro, norms), micro)
+                    log.count(step, zero.train(micro, norms), micro)
                 log.end_step(step)
                 progress.move_to(step, log.line)
                 if self.saves_after(step):
                     log.flush()
                     self.checkpoints.save(zero, self.world, step, data_state)
+        left_out: dict[int, str] = {}
+        for own in self.world.gather(watch.left_out):
+            left_out |= own
+        return dict(sorted(left_out.items()))
 
     def saves_after(self, step: int) -> bool:
         every = self.config.checkpoint.every_steps
@@ -257,12 +276,17 @@ class Trainer:
             if embed_TD is None:
                 embed_TD = target.embedding.rows(batch.input_ids_T)
             output = replace(output, aux_TA=output.aux_TA.to(dtype), embed_TD=None)
-            return MicroBatch(batch, output, embed_TD.to(dtype), to_device(allowed_ST, device))
+            micro = MicroBatch(batch, output, embed_TD.to(dtype), to_device(allowed_ST, device))
+            return without_faulty_documents(micro)
 
         return lambda item: ([forward(batch) for batch in item[0]], item[1])
 
     def export(self, zero: ZeroDraft, corpus: Corpus, target: Target) -> ServedDraft:
-        """Write the draft's folder, load it again on every rank and compare its logits with the trained draft's."""
+        """Write the draft's folder, load it again on every rank and compare its logits with the trained draft's.
+
+        Raises NonFiniteError, before an earlier draft is replaced, if a weight is not finite.
+        """
+        check_finite_weights(zero, self.world, self.num_steps)
         folder, weights, embed_weight_VD = self.output_dir / DRAFT, zero.gathered_weights(), target.embedding.whole()
         if self.world.is_main:
             export_draft(folder, weights, zero.config, corpus.vocab_map, embed_weight_VD)
@@ -271,9 +295,13 @@ class Trainer:
         self.world.barrier()
         exported = load_draft(folder, embed_weight_VD, zero.dtype, self.world.device, zero.kernels)
         (micro,), _ = self.prepare(target, zero.dtype)(([corpus.sample], None))
+        if micro.num_left_out:
+            # its states are zeros now, on which any two drafts agree
+            random_TA = torch.randn(micro.target.aux_TA.shape, generator=torch.Generator().manual_seed(0))
+            micro = replace(micro, target=replace(micro.target, aux_TA=random_TA.to(micro.target.aux_TA)))
         difference = reload_difference(zero, exported, micro)
         self.telemetry.note(f"  {folder}, reloaded: largest logit difference {difference:.1e}")
-        if difference > RELOAD_TOLERANCE:
+        if not difference <= RELOAD_TOLERANCE:
             raise RuntimeError(f"the exported draft does not reproduce the trained one: logits differ by {difference:.3g}")
         return exported
 
@@ -281,6 +309,12 @@ class Trainer:
         """An untrained copy of the draft, in the target's precision, as a server would run it."""
         frozen = copy.deepcopy(draft).to(target.dtype).eval().requires_grad_(False)
         return ServedDraft(frozen, vocab_map, frozen.embed(target.embedding.whole()))
+
+
+def excerpt(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
+    """Return the first words of a document, quoted."""
+    text = tokenizer.decode(document.input_ids[:EXCERPT_TOKENS].tolist())
+    return json.dumps(text, ensure_ascii=False) + ("..." if len(document) > EXCERPT_TOKENS else "")
 
 
 @torch.no_grad()

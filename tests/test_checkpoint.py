@@ -13,6 +13,7 @@ import torch
 
 from engine.checkpoint import Checkpoints
 from engine.ds_config import load_ds_config, resolve_ds_config
+from engine.fault_watch import NonFiniteError
 from engine.files import WriteError
 from engine.normaliser import Normaliser
 from engine.parallel.mesh import World
@@ -221,8 +222,11 @@ def test_consolidated_weights_are_the_gathered_ones_in_fp32(saved, folder, capfd
 class PaperDraft:
     """Stands in for a ZeroDraft: its checkpoint is its client state."""
 
-    def __init__(self, fails: bool = False) -> None:
-        self.fails = fails
+    def __init__(self, fails: bool = False, is_finite: bool = True) -> None:
+        self.fails, self.is_finite = fails, is_finite
+
+    def has_finite_weights(self, world: World) -> bool:
+        return self.is_finite
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
         if self.fails:
@@ -257,6 +261,33 @@ def test_a_failed_save_leaves_the_previous_checkpoint_named_and_kept(tmp_path):
     assert checkpoints.find() == (3, {"position": 3})
     checkpoints.save(PaperDraft(), ALONE, 5, {"position": 5})
     assert checkpoints.find() == (5, {"position": 5}), "pruning kept the unfinished step_9 instead"
+
+
+def test_no_checkpoint_is_made_of_weights_that_are_not_finite_and_none_is_deleted(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 3, {})
+    with pytest.raises(NonFiniteError, match="not finite after step 9"):
+        checkpoints.save(PaperDraft(is_finite=False), ALONE, 9, {})
+    assert tags(checkpoints) == ["step_3"] and checkpoints.newest() == "step_3"
+
+
+def poison(world: World) -> dict[str, list[bool]]:
+    """For each stage, whether the weights of a draft are found finite before and after one of them is not."""
+    found = {}
+    for stage in STAGES:
+        zero = start(world, stage, seed=0)
+        before = zero.has_finite_weights(world)
+        weight = zero.engine.module.draft.fc.weight
+        own = getattr(weight, "ds_tensor", weight)
+        if world.is_main:
+            own.data.view(-1)[5] = float("nan")
+        found[stage] = [before, zero.has_finite_weights(world)]
+    return found
+
+
+def test_a_weight_that_is_not_finite_on_one_rank_is_found_on_all():
+    for rank in run_ranks(poison, 2):
+        assert rank == {stage: [True, False] for stage in STAGES}
 
 
 def test_every_generator_is_restored(tmp_path):

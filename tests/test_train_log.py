@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from engine.fault_watch import FaultWatch, WatchSettings
 from engine.parallel.mesh import World
 from engine.train_log import LogSettings, TrainLog
 from tests.test_metrics import FIRST, SECOND
@@ -34,9 +35,11 @@ class CountingWorld(World):
         return LateSum(values, arrives=ARRIVES[0])
 
 
+WATCH = WatchSettings((0, 1, 3), name_of=lambda index: f"document {index}", stops=False)
+WARNINGS: list[str] = []
 COLLECTIVES: list[int] = []
 ARRIVES = [True]
-MICRO = SimpleNamespace(batch=SimpleNamespace(num_tokens=10))
+MICRO = SimpleNamespace(num_tokens=10, num_left_out=0, faults=None)
 
 
 @pytest.fixture
@@ -44,12 +47,16 @@ def zero() -> SimpleNamespace:
     """Stands in for a ZeroDraft with two TTT steps."""
     COLLECTIVES.clear()
     ARRIVES[0] = True
-    test = SimpleNamespace(ttt=SimpleNamespace(steps=2), step_weights=[1.0, 0.5], loss=SimpleNamespace(normaliser="slots"))
-    return SimpleNamespace(test=test, learning_rate=0.5, accumulation_steps=1, write_monitors=lambda values, step: None)
+    loss = SimpleNamespace(normaliser="slots")
+    test = SimpleNamespace(ttt=SimpleNamespace(steps=2), step_weights=[1.0, 0.5], loss=loss)
+    facts = {"learning_rate": 0.5, "accumulation_steps": 1, "num_skipped_steps": 0}
+    return SimpleNamespace(test=test, write_monitors=lambda values, step: None, **facts)
 
 
 def open_log(folder: Path, zero: SimpleNamespace, every_steps: int = 1, num_steps: int = 5) -> TrainLog:
-    return TrainLog(LogSettings(folder, every_steps, 0, num_steps), zero, CountingWorld(0, 1, 0, 1))
+    settings = LogSettings(folder, every_steps, 0, num_steps)
+    watch = FaultWatch(WATCH, WARNINGS.append)
+    return TrainLog(settings, zero, CountingWorld(0, 1, 0, 1), watch)
 
 
 def lines(folder: Path) -> list[dict]:
@@ -60,7 +67,7 @@ def test_a_step_is_written_once_the_next_has_been_issued(tmp_path, zero):
     written = []
     with open_log(tmp_path, zero) as log:
         for step in range(1, 6):
-            log.count(FIRST if step % 2 else SECOND, MICRO)
+            log.count(step, FIRST if step % 2 else SECOND, MICRO)
             zero.learning_rate = step / 10
             log.end_step(step)
             written.append([line["step"] for line in lines(tmp_path)])
@@ -73,7 +80,7 @@ def test_a_step_is_written_once_the_next_has_been_issued(tmp_path, zero):
 def test_a_line_is_the_mean_over_the_steps_since_the_last(tmp_path, zero):
     with open_log(tmp_path, zero, every_steps=2, num_steps=3) as log:
         for step in (1, 2, 3):
-            log.count(FIRST if step % 2 else SECOND, MICRO)
+            log.count(step, FIRST if step % 2 else SECOND, MICRO)
             log.end_step(step)
     assert [(line["step"], line["loss"], line["tokens"]) for line in lines(tmp_path)] == [(2, 2.5, 20), (3, 4.0, 10)]
     assert len(COLLECTIVES) == 2
@@ -81,7 +88,7 @@ def test_a_line_is_the_mean_over_the_steps_since_the_last(tmp_path, zero):
 
 def test_a_flush_leaves_nothing_behind_for_a_checkpoint_to_miss(tmp_path, zero):
     with open_log(tmp_path, zero) as log:
-        log.count(FIRST, MICRO)
+        log.count(1, FIRST, MICRO)
         log.end_step(1)
         log.flush()
         assert [line["step"] for line in lines(tmp_path)] == [1]
@@ -91,7 +98,7 @@ def test_a_flush_leaves_nothing_behind_for_a_checkpoint_to_miss(tmp_path, zero):
 
 def test_an_error_still_leaves_the_line_of_the_step_before_it(tmp_path, zero):
     with pytest.raises(ValueError, match="a bad batch"), open_log(tmp_path, zero) as log:
-        log.count(FIRST, MICRO)
+        log.count(1, FIRST, MICRO)
         log.end_step(1)
         raise ValueError("a bad batch")
     assert [line["step"] for line in lines(tmp_path)] == [1]
@@ -101,7 +108,7 @@ def test_an_error_is_not_held_up_by_ranks_that_are_gone(tmp_path, zero, monkeypa
     monkeypatch.setattr("engine.train_log.SECONDS_AFTER_ERROR", 0.05)
     ARRIVES[0] = False
     with pytest.raises(ValueError, match="a bad batch"), open_log(tmp_path, zero) as log:
-        log.count(FIRST, MICRO)
+        log.count(1, FIRST, MICRO)
         log.end_step(1)
         raise ValueError("a bad batch")
     assert not lines(tmp_path)

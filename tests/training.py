@@ -130,7 +130,8 @@ def merged(micros: list[MicroBatch]) -> MicroBatch:
     starts = list(itertools.accumulate((batch.num_tokens for batch in batches), initial=0))
     bounds = [batch.cu_seqlens[1:] + start for batch, start in zip(batches, starts, strict=False)]
     slots = [target.slots_N + start for target, start in zip(targets, starts, strict=False)]
-    columns = {name: torch.cat([getattr(target, name) for target in targets]) for name in vars(targets[0]) if name != "slots_N"}
+    names = ("aux_TA", "last_hidden_ND", "argmax_N", "lse_N")
+    columns = {name: torch.cat([getattr(target, name) for target in targets]) for name in names}
     batch = PackedBatch(
         torch.cat([batch.input_ids_T for batch in batches]),
         torch.cat([batch.assistant_mask_T for batch in batches]),

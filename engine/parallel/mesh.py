@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed
@@ -54,6 +55,14 @@ class World:
     def start_sum(self, values: torch.Tensor) -> "PendingSum":
         """Start the sum of a tensor over all ranks; call `wait` of the result for it. A collective."""
         return PendingSum(values.clone(), self.size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the plain values of all ranks, by rank; a collective."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            distributed.all_gather_object(values, value)
+        return values
 
     def send_from_main(self, values: torch.Tensor) -> None:
         """Give every rank what rank 0 has, in place."""

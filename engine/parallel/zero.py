@@ -137,6 +137,22 @@ class ZeroDraft:
         self.engine.step()
         return output
 
+    @property
+    def num_skipped_steps(self) -> int:
+        """Optimizer steps that DeepSpeed has left out because their gradient was not finite."""
+        return self.engine.skipped_steps
+
+    @torch.no_grad()
+    def has_finite_weights(self, world: World) -> bool:
+        """Return whether every weight is finite, on all ranks; waits for the device. A collective."""
+        largest = [torch.zeros(1)]
+        for parameter in self.engine.module.parameters():
+            own = getattr(parameter, "ds_tensor", parameter)  # the rank's part, at stage 3
+            if own.numel():
+                largest.append(torch.linalg.vector_norm(own.flatten(), ord=float("inf")).float().cpu().reshape(1))
+        is_bad = ~torch.cat(largest).isfinite().all()
+        return not world.sum(is_bad.to(world.device, torch.int32)).item()
+
     def write_monitors(self, values: dict[str, float], step: int) -> None:
         """Feed the monitors that the DeepSpeed configuration enables."""
         if self.engine.monitor.enabled:

@@ -122,6 +122,10 @@ class StoredDocuments(Documents):
         shard, own = self.find(index)
         return shard.document(own)
 
+    def name_of(self, index: int) -> str:
+        shard, own = self.find(index)
+        return f"document {shard.shard.first_document + own} of {shard.path}"
+
     def count_argmax(self, vocab_size: int) -> np.ndarray:
         """How often each token is the target's most likely one, over all slots: int64 [V]."""
         counts = (np.bincount(shard.rows("argmax", 0, None), minlength=vocab_size) for shard in self.shards)
