@@ -137,7 +137,15 @@ def test_every_module_says_what_it_is(engine_file):
 
 
 def test_a_test_mirrors_the_file_it_tests():
-    free_standing = {"test_architecture", "test_device", "test_fake_device", "test_equalities", "test_golden", "test_recipes"}
+    free_standing = {
+        "test_published_templates",
+        "test_architecture",
+        "test_device",
+        "test_fake_device",
+        "test_equalities",
+        "test_golden",
+        "test_recipes",
+    }
     homes = {path.relative_to(ROOT / "engine").with_suffix("") for path in files("engine")}
     homes |= {Path("launcher", path.stem) for path in files("launcher")}
     homes |= {path.relative_to(ROOT).with_suffix("") for path in files("benchmarks")}

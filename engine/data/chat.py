@@ -19,7 +19,7 @@ from engine.data.messages import BadSample, Message, on_sample
 from engine.data.preformatted import Markers
 from engine.data.reply_shape import UNVERIFIED
 from engine.data.templates import ChatTemplate, Span
-from engine.data.turns import Turn, last_turn, marked_turns
+from engine.data.turns import Turn, last_turn, tagged_turns
 
 TrainOn = Literal["all", "last"]
 
@@ -39,9 +39,10 @@ def render(
     """
     template = ChatTemplate(tokenizer, {**extra, **(template_kwargs or {})})
     replies = _chosen(_replies(messages), train_on)
-    if tokenizer.is_fast and template.format.marks:
-        text, turns = marked_turns(template, messages, replies)
-        return _document(text, turns, tokenizer)
+    if tokenizer.is_fast and template.format.tagged:
+        if not template.format.header:
+            return _document_of_tags(messages, replies, template, tokenizer)
+        tagged_turns(template, messages)  # which verifies the tags
     turns, messages = _turns(template, messages, replies)
     text = turns[-1].text if replies[-1] == len(messages) - 1 else template.text(messages)
     for index, turn in zip(replies, turns, strict=True):
@@ -74,6 +75,21 @@ def render_text(text: str, markers: Markers, tokenizer: PreTrainedTokenizerBase,
     return _masked(text, _chosen(spans, train_on), tokenizer)
 
 
+def _document_of_tags(
+    messages: Sequence[Message], replies: Sequence[int], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
+) -> Document:
+    """A document of which the template's tags mark the turns, for a template without a generation prompt."""
+    if template.format.tags_hold_header:
+        raise BadSample(UNVERIFIED, "the chat template's {% generation %} tags mark more than replies")
+    tagged = tagged_turns(template, messages)
+    turns = [tagged[index] for index in replies]
+    for index, turn in zip(replies, turns, strict=True):
+        prompt = template.text(messages[:index])
+        if not turn.text.startswith(prompt) or turn.start < len(prompt):
+            raise BadSample(UNVERIFIED, f"the chat template writes turn {index} differently once later turns follow")
+    return _document(turns[-1].text, turns, tokenizer)
+
+
 def _turns(template: ChatTemplate, messages: Sequence[Message], replies: Sequence[int]) -> tuple[list[Turn], list[Message]]:
     """Return the turns of some replies, and the messages as a server would have them after these turns.
 
@@ -104,8 +120,8 @@ def _chosen(replies: Sequence[Any], train_on: TrainOn) -> Sequence[Any]:
 def _document(text: str, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Document:
     """A document of which some turns are the assistant's."""
     document = _masked(text, [(turn.start, turn.end) for turn in turns], tokenizer)
-    left_out = tuple(turn.left_out for turn in turns if turn.left_out)
-    return replace(document, left_out=left_out)
+    changes = tuple(turn.change for turn in turns if turn.change)
+    return replace(document, changes=changes)
 
 
 def _masked(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Document:

@@ -19,6 +19,7 @@ from engine.data.preformatted import Markers
 from engine.data.reply_shape import UNVERIFIED
 from engine.data.template_input import DEVELOPER_AS_SYSTEM, accepted_arguments, accepted_roles
 from engine.data.templates import ChatTemplate
+from engine.data.turns import LOST_THINKING
 
 MIN_TOKENS = 3  # row (0, 0) learns slot 1, which predicts token 2
 NAMED_SAMPLES = 5
@@ -137,16 +138,16 @@ class Renderer:
         documents = self._render_any(alternatives, extra, rendered.counts)
         if accepted != messages:
             rendered.changes[DEVELOPER_AS_SYSTEM] += 1
-        rendered.changes.update({f"thinking left out: {reason}" for reason in self._left_out(documents)})
+        rendered.changes.update(self._changes(documents))
         return documents
 
-    def _left_out(self, documents: Sequence[Document]) -> set[str]:
-        """Return why thinking of replies is not in their documents. Raises BadSample if `lost_thinking` refuses that."""
-        reasons = {reason for document in documents for reason in document.left_out}
-        if reasons and self.section.lost_thinking == "refuse":
-            problem = "; ".join(sorted(reasons))
-            raise BadSample("thinking left out", f"{problem}; data.lost_thinking=count would train on the rest")
-        return reasons
+    def _changes(self, documents: Sequence[Document]) -> set[str]:
+        """Return how replies are written otherwise. Raises BadSample if `lost_thinking` refuses such a conversation."""
+        changes = {change for document in documents for change in document.changes}
+        lost = sorted(changes.intersection(LOST_THINKING))
+        if lost and self.section.lost_thinking == "refuse":
+            raise BadSample("thinking left out", f"{'; '.join(lost)}; data.lost_thinking=count trains on the rest")
+        return changes
 
     def _render_any(self, alternatives: list[list[Message]], extra: dict[str, Any], counts: Counter[str]) -> list[Document]:
         """Render the first alternative that can be; the error is that of the first, which is the more usual form."""

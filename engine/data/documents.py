@@ -16,14 +16,14 @@ class Document:
     assistant_mask: bool [T], true for the assistant's replies with their end-of-turn tokens.
     turn_ends: ascending token indices, each just after an assistant turn.
     place: number of its conversation's file among those read, and line, from 1; None = unknown.
-    left_out: for each marked reply whose thinking is not in the document, why it is not.
+    changes: for each marked reply that is written otherwise than its message has it, how it is.
     """
 
     input_ids: np.ndarray
     assistant_mask: np.ndarray
     turn_ends: tuple[int, ...]
     place: tuple[int, int] | None = None
-    left_out: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -181,6 +181,8 @@ class Ending:
         candidates = self.own
         if not candidates:
             candidates = self.last[:1] if ends_with_words else self.last
+        if not ends_with_words and eos in [token for token, _ in self.last]:
+            candidates = self.last  # tokens that close a call stand before the one that ends generation
         if not candidates:
             return self.length
         for token, end in candidates:

@@ -69,13 +69,13 @@ class Format:
 
     header: the generation prompt behind the question, "" if there is none. empty_thought: the end of the header that the
     template does not write before replies. bare: whether nothing stands between question and reply (Mistral).
-    marks: whether `{% generation %}` tags mark replies. tags_hold_header: whether they mark a reply's header too.
+    tagged: whether `{% generation %}` tags mark replies. tags_hold_header: whether they mark a reply's header too.
     """
 
     header: str
     empty_thought: str
     bare: bool
-    marks: bool
+    tagged: bool
     tags_hold_header: bool
 
 
@@ -168,13 +168,13 @@ def _format_of(tokenizer: PreTrainedTokenizerBase, source: str, arguments: str) 
     if prompt.startswith(lead) and len(question) < len(lead.rstrip()) < len(prompt):
         rest = prompt[len(lead) :]
         empty_thought = rest if is_empty_block(rest) else ""
-    marks = bool(GENERATION_TAG.search(source))
+    tagged = bool(GENERATION_TAG.search(source))
     tags_hold_header = False
-    if marks:
-        tagged, spans = chat.tagged(messages)
-        openings = [tagged[start:end].partition(WORDS)[0] for start, end in spans]
+    if tagged:
+        marked, spans = chat.tagged(messages)
+        openings = [marked[start:end].partition(WORDS)[0] for start, end in spans]
         tags_hold_header = any(_holds_more_than_thinking(opening) for opening in openings)
-    return Format(header, empty_thought, bare, marks, tags_hold_header)
+    return Format(header, empty_thought, bare, tagged, tags_hold_header)
 
 
 def _holds_more_than_thinking(opening: str) -> bool:

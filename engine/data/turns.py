@@ -9,8 +9,10 @@ from engine.data.messages import CLOSE, OPEN, BadSample, Message, thinking_and_w
 from engine.data.reply_shape import UNVERIFIED, first_part, probe_of, without_thinking, written_probe
 from engine.data.templates import ChatTemplate, Span
 
-CLOSED_BY_PROMPT = "the prompt closes the thinking block"
-NOT_WRITTEN = "the chat template does not write it in that turn"
+CLOSED_BY_PROMPT = "thinking left out: the prompt closes the thinking block"
+NOT_WRITTEN = "thinking left out: the chat template does not write it in that turn"
+NOT_OPENED = "replies without thinking behind a header alone, where the prompt also opens a thinking block"
+LOST_THINKING = (CLOSED_BY_PROMPT, NOT_WRITTEN)
 
 
 @dataclass(frozen=True)
@@ -19,68 +21,46 @@ class Turn:
 
     text: the whole conversation. [start, end): the reply with its end token, in characters of the text.
     reply: the message that the text holds, without its thinking if that had to be left out.
-    left_out: why thinking of the reply is not in the text, "" if all of it is.
+    change: what is written otherwise than the message or the prompt has it, for the report; "" if nothing is.
     """
 
     text: str
     start: int
     end: int
     reply: Message
-    left_out: str
+    change: str
 
 
-def marked_turns(template: ChatTemplate, messages: Sequence[Message], chosen: Sequence[int]) -> tuple[str, list[Turn]]:
-    """Return the text, and the chosen turns of those that its `{% generation %}` tags mark.
+def tagged_turns(template: ChatTemplate, messages: Sequence[Message]) -> dict[int, Turn]:
+    """Return what the template's `{% generation %}` tags mark: each reply with its end token, by its index.
 
-    A reply begins where its prompt ends, and ends with the token at which a server stops, wherever the tags lie.
-    Raises BadSample unless each tag holds its whole reply.
+    Raises BadSample unless there is one tag per reply, and each holds its whole reply.
     """
     text, spans = template.tagged(messages)
     replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if len(spans) != len(replies):
         raise BadSample(UNVERIFIED, f"the chat template marks {len(spans)} replies of {len(replies)}")
-    span_of = dict(zip(replies, spans, strict=True))
-    turns = [_marked_turn(template, text, span_of[index], messages[: index + 1]) for index in chosen]
-    return text, turns
-
-
-def _marked_turn(template: ChatTemplate, text: str, span: Span, messages: Sequence[Message]) -> Turn:
-    *before, reply = messages
-    number = len(before)
-    if not holds(reply, text[span[0] : span[1]]):
-        problem = f"what the chat template marks as turn {number} does not hold all of it"
-        raise BadSample(UNVERIFIED, problem)
-    start = span[0]
-    prompt = template.text(before, add_generation_prompt=True)
-    if prompt != template.text(before):
-        if not text.startswith(prompt):
-            problem = f"the chat template does not write turn {number} after its generation prompt"
+    turns = {}
+    for index, (start, end) in zip(replies, spans, strict=True):
+        reply = messages[index]
+        if not holds(reply, text[start:end]):
+            problem = f"what the chat template marks as turn {index} does not hold all of it"
             raise BadSample(UNVERIFIED, problem)
-        start = len(prompt)
-    elif template.format.tags_hold_header:
-        problem = "the chat template's {% generation %} tags mark more than replies"
-        raise BadSample(UNVERIFIED, problem)
-    end = _marked_end(template, text, span, reply)
-    if not start < end:
-        raise BadSample(UNVERIFIED, f"what the chat template marks as turn {number} lies in its prompt")
-    return Turn(text, start, end, reply, _left_out(reply, text[start:end]))
+        end = _tagged_end(template, text, (start, end), reply)
+        turns[index] = Turn(text, start, end, reply, _lost_thinking(reply, text[start:end]))
+    return turns
 
 
-def _marked_end(template: ChatTemplate, text: str, span: Span, reply: Message) -> int:
-    """Where a marked reply's end token ends: inside the span, or just behind a span that leaves it out."""
+def _tagged_end(template: ChatTemplate, text: str, span: Span, reply: Message) -> int:
+    """Where a tagged reply's end token ends: inside the span, or just behind a span that leaves it out."""
     shape = template.shape(reply)
     stop = shape.tail[: shape.stop] or shape.next_token
     end = span[0] + len(text[span[0] : span[1]].rstrip())
-    if not stop or text[:end].endswith(stop):
-        return end
-    inside = text.rfind(stop, span[0], end)
-    if inside >= 0 and shape.tail.startswith(stop) and text[inside:end].rstrip() == shape.tail.rstrip():
-        return inside + len(stop)
     behind = text[end:]
     blanks = len(behind) - len(behind.lstrip())
-    if behind.startswith(stop, blanks):
+    if not text[:end].endswith(stop) and behind.startswith(stop, blanks):
         return end + blanks + len(stop)
-    raise BadSample(UNVERIFIED, "what the chat template marks does not end with an end token")
+    return end
 
 
 def last_turn(template: ChatTemplate, messages: Sequence[Message]) -> Turn:
@@ -91,13 +71,18 @@ def last_turn(template: ChatTemplate, messages: Sequence[Message]) -> Turn:
     """
     *before, reply = messages
     number = len(before)
-    reply, text, start = TurnFinder(template, before, reply).find()
+    finder = TurnFinder(template, before, reply)
+    reply, text, start = finder.find()
     said = text[start:]
     if not holds(reply, said):
         raise BadSample(UNVERIFIED, f"the chat template leaves out words of turn {number}")
     text, end = _ended(template, reply, text, start)
-    left_out = CLOSED_BY_PROMPT if reply is not messages[-1] else _left_out(reply, text[start:end])
-    return Turn(text, start, end, reply, left_out)
+    change = _lost_thinking(reply, text[start:end])
+    if reply is not messages[-1]:
+        change = CLOSED_BY_PROMPT
+    elif not text.startswith(finder.prompt):
+        change = NOT_OPENED
+    return Turn(text, start, end, reply, change)
 
 
 def _ended(template: ChatTemplate, reply: Message, text: str, start: int) -> tuple[str, int]:
@@ -120,7 +105,7 @@ def _ended(template: ChatTemplate, reply: Message, text: str, start: int) -> tup
     return text, len(text) - len(shape.tail) + shape.stop
 
 
-def _left_out(reply: Message, said: str) -> str:
+def _lost_thinking(reply: Message, said: str) -> str:
     """Return why a reply's thinking is not in what is masked, "" if it is there or the reply has none."""
     thinking, words = thinking_and_words(reply)
     before_words = said.rpartition(words)[0] if words else said
@@ -143,18 +128,22 @@ class TurnFinder:
         if thinks and self._mark.kind == "closed":
             return self._silent().find()
         text = self._text
-        if text.startswith(self._prompt):
-            if self._prompt == self._unasked:
+        if text.startswith(self.prompt):
+            if self.prompt == self._unasked:
                 self._check_header()
-            return self.reply, text, len(self._prompt)
+            said = text[len(self.prompt) :]
+            if thinks and self._mark.kind == "opened" and said.lstrip().startswith(CLOSE):
+                said = thinking_and_words(self.reply)[0].strip() + said
+            return self.reply, self.prompt + said, len(self.prompt)
         if not thinks and not holds(self.reply, text):
             raise BadSample(UNVERIFIED, f"the chat template leaves out words of turn {len(self.before)}")
-        if thinks and self._mark.kind == "none" and self._silent()._text.startswith(self._prompt):
+        if thinks and self._mark.kind == "none" and self._silent()._text.startswith(self.prompt):
             return self._silent().find()
         return self._behind_header()
 
     @cached_property
-    def _prompt(self) -> str:
+    def prompt(self) -> str:
+        """What a server reads before the reply."""
         return self.template.text(self.before, add_generation_prompt=True)
 
     @cached_property
@@ -168,10 +157,10 @@ class TurnFinder:
     @cached_property
     def _header(self) -> str:
         """The generation prompt alone, "" if there is none."""
-        if self._prompt.startswith(self._unasked):
-            return self._prompt[len(self._unasked) :]
+        if self.prompt.startswith(self._unasked):
+            return self.prompt[len(self._unasked) :]
         header = self.template.format.header
-        return header if self._prompt.endswith(header) else ""
+        return header if self.prompt.endswith(header) else ""
 
     @cached_property
     def _mark(self) -> ThinkingMark:
@@ -191,7 +180,7 @@ class TurnFinder:
         """Find the reply without its thinking instead. Raises BadSample if nothing else is in it."""
         reply = without_thinking(self.reply)
         if not reply["content"].strip() and not reply.get("tool_calls"):
-            problem = f"turn {len(self.before)} only thinks, and {CLOSED_BY_PROMPT}"
+            problem = f"turn {len(self.before)} only thinks, and the prompt closes the thinking block"
             raise BadSample(UNVERIFIED, problem)
         return TurnFinder(self.template, self.before, reply)
 
@@ -233,7 +222,7 @@ class TurnFinder:
             rest = rest[len(mark.text.rstrip()) :].lstrip()
         elif opening.strip() and not self._follows_prompt_elsewhere(opening):
             raise self._misfit()
-        return self.reply, self._prompt + rest, len(self._prompt)
+        return self.reply, self.prompt + rest, len(self.prompt)
 
     def _in_opened_block(self, start: int) -> tuple[Message, str, int]:
         """Put a reply behind a prompt that opens a thinking block. start: where the text continues behind the header."""
@@ -242,18 +231,18 @@ class TurnFinder:
         opened = self._mark.text.strip()
         thinking = thinking_and_words(self.reply)[0].strip()
         if opening.startswith(opened):
-            return self.reply, self._prompt + rest.lstrip()[len(opened) :].lstrip(), len(self._prompt)
+            return self.reply, self.prompt + rest.lstrip()[len(opened) :].lstrip(), len(self.prompt)
         closes = opening.startswith(CLOSE)
         if not thinking:
             if closes:
-                return self.reply, self._prompt + rest.lstrip(), len(self._prompt)
+                return self.reply, self.prompt + rest.lstrip(), len(self.prompt)
             return self.reply, self._text, start
         if closes:
-            return self.reply, self._prompt + thinking + rest.lstrip(), len(self._prompt)
+            return self.reply, self.prompt + thinking + rest.lstrip(), len(self.prompt)
         if opened != OPEN or opening.strip():
             raise self._misfit()
         said = f"{thinking}\n{CLOSE}\n\n{rest.lstrip()}"
-        return self.reply, self._prompt + said, len(self._prompt)
+        return self.reply, self.prompt + said, len(self.prompt)
 
     def _follows_prompt_elsewhere(self, opening: str) -> bool:
         """Whether a reply with the same parts opens so behind the generation prompt of a question."""

@@ -7,7 +7,7 @@ from engine.data.chat import render, render_turns
 from engine.data.dataset import load_documents
 from engine.data.messages import BadSample
 from engine.data.templates import ChatTemplate
-from engine.data.turns import CLOSED_BY_PROMPT, NOT_WRITTEN
+from engine.data.turns import CLOSED_BY_PROMPT, NOT_OPENED, NOT_WRITTEN
 from tests.data.chat_formats import make_tokenizer, said
 
 ASKED = {"role": "user", "content": "2+2?"}
@@ -67,7 +67,7 @@ def test_thinking_is_left_out_where_the_prompt_closes_it(name, reply):
     end = {"qwen3": "4<|im_end|>", "glm-4.5": "\n4<|user|>"}[name]
     assert said(document, tokenizer) == [end]
     assert decoded(tokenizer, document.input_ids).rstrip() == prompt + end
-    assert document.left_out == (CLOSED_BY_PROMPT,)
+    assert document.changes == (CLOSED_BY_PROMPT,)
 
 
 def test_with_thinking_off_later_turns_do_not_read_thoughts_that_were_never_generated():
@@ -83,7 +83,7 @@ def test_with_thinking_off_later_turns_do_not_read_thoughts_that_were_never_gene
 
 
 def test_a_reply_that_only_thinks_is_refused_where_the_prompt_closes_thinking():
-    with pytest.raises(BadSample, match=CLOSED_BY_PROMPT):
+    with pytest.raises(BadSample, match="the prompt closes the thinking block"):
         render_turns([ASKED, THINKS | {"content": ""}], {}, make_tokenizer("qwen3"), {"enable_thinking": False})
 
 
@@ -91,13 +91,30 @@ def test_thinking_left_out_is_counted_or_refused(write_jsonl):
     path = write_jsonl(*({"conversations": [ASKED, reply]} for reply in (THINKS, THINKS_INLINE, ASKED | {"role": "assistant"})))
     section = DataSection(template_kwargs={"enable_thinking": False})
     _, report = load_documents([path], make_tokenizer("qwen3"), section)
-    assert report.changes == {f"thinking left out: {CLOSED_BY_PROMPT}": 2}
-    assert f"2 conversations with thinking left out: {CLOSED_BY_PROMPT}" in report.summary()
+    assert report.changes == {CLOSED_BY_PROMPT: 2}
+    assert f"2 conversations with {CLOSED_BY_PROMPT}" in report.summary()
     _, report = load_documents([path], make_tokenizer("llama3"), section)
-    assert report.changes == {f"thinking left out: {NOT_WRITTEN}": 1}  # an inline block is kept as words
+    assert report.changes == {NOT_WRITTEN: 1}  # an inline block is kept as words
     refusing = DataSection(template_kwargs={"enable_thinking": False}, lost_thinking="refuse", max_bad_share=1.0)
     documents, report = load_documents([path], make_tokenizer("qwen3"), refusing)
     assert len(documents) == 1 and [reason for _, reason, _ in report.bad] == ["thinking left out"] * 2
+
+
+def test_replies_without_thinking_behind_a_prompt_that_opens_it_are_counted(write_jsonl):
+    path = write_jsonl({"conversations": [ASKED, {"role": "assistant", "content": "4"}]}, {"conversations": [ASKED, THINKS]})
+    documents, report = load_documents([path], make_tokenizer("deepseek-r1"), DataSection(lost_thinking="refuse"))
+    assert len(documents) == 2 and report.changes == {NOT_OPENED: 1}
+
+
+def test_a_thought_is_put_into_the_block_that_the_prompt_opens_and_the_template_leaves_empty():
+    """As Kimi-K2.5's: final answers are written with an empty block, behind a prompt that opens it."""
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ '<think></think>' if m.role == 'assistant' else '' }}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|message|><think>{% endif %}"
+    )
+    tokenizer = tokenizer_with(template)
+    (document,) = render_turns([ASKED, THINKS], {}, tokenizer, None)
+    assert said(document, tokenizer) == ["Two and two.</think>4<|end|>"] and document.changes == ()
 
 
 RESULTS = ['{"t": 1}', 'He said "tea".', "Two\nlines.", "", "42", "assistant", "<|start|>assistant"]
@@ -129,7 +146,7 @@ def test_an_empty_thought_of_any_spelling_stays_in_the_prompt(reply, special):
     assert said(document, tokenizer) == ["4<turn|>"]
     prompt = "<|turn>user\n2+2?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
     assert decoded(tokenizer, document.input_ids).rstrip() == prompt + "4<turn|>"
-    assert bool(document.left_out) is (reply["content"] != "4" or "reasoning_content" in reply)
+    assert bool(document.changes) is (reply["content"] != "4" or "reasoning_content" in reply)
 
 
 def test_a_header_is_no_empty_thought():
@@ -187,10 +204,32 @@ def test_with_tags_and_thinking_off_the_thought_is_left_out():
             "assistant<|message|>{% endif %}", "assistant<|message|><think></think>{% endif %}"
         )
     )
-    (document,) = render_turns([ASKED, THINKS], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["4<|end|>"]
-    with pytest.raises(BadSample):
-        render([ASKED, THINKS], {}, tokenizer, None)
+    document = render([ASKED, THINKS, ASKED, THINKS], {}, tokenizer, None)
+    assert said(document, tokenizer) == ["4<|end|>"] * 2
+    assert document.changes == (CLOSED_BY_PROMPT,) * 2
+
+
+def test_with_tags_a_thought_that_the_history_drops_is_kept_in_its_own_turn():
+    thought = "{% if loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    tokenizer = tokenizer_with(TAGGED.replace("{{ m.content }}", thought, 1))
+    messages = [ASKED, THINKS, ASKED, THINKS]
+    with pytest.raises(BadSample, match="differently once later turns follow"):
+        render(messages, {}, tokenizer, None)
+    documents = render_turns(messages, {}, tokenizer, None)
+    assert [said(document, tokenizer) for document in documents] == [["<think>Two and two.</think>4<|end|>"]] * 2
+
+
+def test_a_call_ends_with_the_token_that_ends_generation():
+    """As GPT-OSS's: the last turn ends otherwise than the history, here behind a token that closes the call."""
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<|call|>{{ c.function.arguments | tojson }}<|channel|>{% endfor %}"
+        "{{ '<|return|>' if loop.last else '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}"
+    )
+    tokenizer = tokenizer_with(template, eos="<|return|>")
+    (document,) = render_turns([ASKED, CALLS | {"content": "I search."}], {}, tokenizer, None)
+    assert said(document, tokenizer)[0].endswith("<|channel|><|return|>")
 
 
 def test_a_call_without_a_header_of_its_own_is_the_assistants():
@@ -208,3 +247,16 @@ def test_a_call_without_a_header_of_its_own_is_the_assistants():
     document = render([ASKED, calls, tool, calls, tool, {"role": "assistant", "content": "4"}], {}, tokenizer, None)
     call = '<|call>search {"query": "tea"}<call|>'
     assert said(document, tokenizer) == [call, call, "4<turn|>"]
+
+
+def test_tags_without_a_generation_prompt_do_not_hide_that_history_is_rewritten():
+    """As Mistral's: the system message stands in the last question, so earlier ones are written otherwise."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
+        "{% else %}<|start|>{{ 'Be brief. ' if loop.revindex <= 2 else '' }}{{ m.content }}<|message|>{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_with(template)
+    reply = {"role": "assistant", "content": "4"}
+    with pytest.raises(BadSample, match="differently once later turns follow"):
+        render([ASKED, reply, ASKED, reply], {}, tokenizer, None)
+    assert said(render([ASKED, reply], {}, tokenizer, None), tokenizer) == ["4<|end|>"]
