@@ -32,7 +32,7 @@ from engine.host_memory import keep_freed_memory
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, plan_shards
 from engine.store.reader import open_store
-from engine.store.writer import Piece, ShardFile, StoreWriter, stored_tensors
+from engine.store.writer import Piece, ShardFile, StoredTensors, StoreWriter
 from engine.target.stored import HEAD, StoredTarget
 
 HIDDEN, DOCUMENT_TOKENS, PACK_TOKENS, CHUNK = 4096, 512, 8192, 8 << 20
@@ -57,7 +57,7 @@ def make_pack(pack: list[Document], dtype: str) -> dict[str, torch.Tensor]:
     slots_N = slots_of(allowed_rows(collate(pack), TttSection()))
     states_TD, few_N = torch.randn(PACK_TOKENS, HIDDEN).bfloat16(), torch.zeros(len(slots_N))
     output = TargetOutput(states_TD.repeat(1, 3), slots_N, states_TD[: len(slots_N)], few_N.int(), few_N)
-    return stored_tensors(output, dtype)[0]
+    return StoredTensors.of(collate(pack), output, dtype).tensors
 
 
 def write_store(folder: Path, documents: list[Document], contents: Contents, tensors: dict[str, torch.Tensor]) -> Manifest:
@@ -74,7 +74,8 @@ def write_store(folder: Path, documents: list[Document], contents: Contents, ten
             own_slots_N = slots_of(allowed_rows(batch, ttt))
             rows = {n: x[: batch.num_tokens if n.startswith("aux") else len(own_slots_N)] for n, x in tensors.items()}
             start = first * DOCUMENT_TOKENS, first * len(slots_N) // len(pack)
-            writer.put(Piece(file, first, *start, batch, own_slots_N, rows))
+            no_faults = torch.zeros(len(own), 5, dtype=torch.bool)
+            writer.put(Piece(file, first, *start, batch, own_slots_N, rows, no_faults))
     writer.close()
     return Manifest(contents, "", shards)
 

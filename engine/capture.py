@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from engine.data.documents import Document, Documents
 from engine.data.fingerprint import hash_of, trained_with
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer
+from engine.fault_watch import MAX_NAMED, MAX_SHARE, MIN_SEEN, NonFiniteError
 from engine.files import DISK_FULL, PARTIAL, write_text, writing
+from engine.finite import place_names
 from engine.kernels.self_check import SelfCheck
 from engine.models.registry import check_aux_layers, default_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
@@ -24,7 +26,14 @@ from engine.parallel.quantised import check_fp8_activations, check_quantisation
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, Shard, StoreError, plan_shards
 from engine.store.reader import MappedShard
-from engine.store.writer import Piece, ShardFile, StoreWriter, stored_tensors
+from engine.store.writer import (
+    LeftOut,
+    NonFiniteDocument,
+    Piece,
+    ShardFile,
+    StoredTensors,
+    StoreWriter,
+)
 from engine.target.checked_kernels import check_target_kernels
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
@@ -47,6 +56,7 @@ class CaptureReport:
     num_bytes: int
     new_bytes: int
     seconds: float
+    num_left_out: int = 0
 
     def summary(self) -> str:
         per_token = self.num_bytes / max(1, self.num_tokens) / 1024
@@ -56,6 +66,9 @@ class CaptureReport:
             f"written now: {self.new_bytes / 2**20:,.1f} MiB in {self.seconds:.0f} s",
             f"Next: deepspeed launcher/train.py --ds_config ds_configs/zero3.json target.store={self.folder}",
         ]
+        if self.num_left_out:
+            count = f"{self.num_left_out:,} documents have states that are not finite and are left out"
+            lines.insert(1, f"{count}; launcher/inspect_store.py names them")
         return "\n".join(lines)
 
 
@@ -101,7 +114,8 @@ class Capture:
         num_tokens, num_slots = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("num_tokens", "num_slots"))
         sizes = len(documents), num_tokens, num_slots, manifest.num_bytes
         new_bytes = int(self.world.sum(torch.tensor(new_bytes, device=self.world.device)).item())
-        return CaptureReport(self.folder, *sizes, new_bytes, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return CaptureReport(self.folder, *sizes, new_bytes, seconds, manifest.num_left_out)
 
     @property
     def is_shared(self) -> bool:
@@ -204,22 +218,32 @@ class Capture:
 
     def capture(self, target: FrozenTarget, documents: Documents, contents: Contents, shards: Sequence[Shard]) -> int:
         """Write this rank's shards; returns the bytes."""
-        writer, files = StoreWriter(self.config.store.threads, depth=2 * self.config.store.threads), []
+        threads, stops = self.config.store.threads, self.config.target.non_finite == "stop"
+        writer, files = StoreWriter(threads, depth=2 * threads, stops=stops), []
+        namer = Namer(documents, target.aux_layers, self.telemetry.warn)
         try:
             with self.telemetry.progress(sum(shard.num_tokens for shard in shards), "tokens") as progress:
-                done = 0
+                done = num_documents = 0
                 for shard in shards:
                     files.append(ShardFile(self.folder, contents, shard))
                     for piece in self.pieces(target, documents, files[-1]):
                         writer.put(piece)
                         done += piece.batch.num_tokens
+                        num_documents += len(piece.batch.host_lengths)
+                        namer.name_new(writer.left_out)
+                        check_share(len(writer.left_out), num_documents)
                         progress.move_to(done, f"tokens, {writer.num_bytes / 2**20:,.0f} MiB written")
             target.rest()
             writer.close()
+            namer.name_new(writer.left_out)
+        except (NonFiniteDocument, NonFiniteError) as error:
+            abandon(writer, files)
+            if isinstance(error, NonFiniteError):
+                raise
+            advice = "Delete it, or set target.non_finite=leave_out to capture without it"
+            raise StoreError(f"{namer.describe(error.left_out)}. {advice}") from error
         except OSError as error:
-            writer.stop()
-            for file in files:
-                file.abandon()
+            abandon(writer, files)
             if error.errno not in DISK_FULL:
                 raise
             there = sum((self.folder / shard.name).is_file() for shard in shards)
@@ -232,18 +256,58 @@ class Capture:
         first_document = first_token = first_slot = 0
         for batch in packed_in_order([documents[index] for index in file.shard.documents], self.config.data.max_tokens):
             slots_N = slots_of(allowed_rows(batch, self.config.ttt))
-            tensors, ready = stored_tensors(target(batch, slots_N), file.contents.dtype)
-            yield Piece(file, first_document, first_token, first_slot, batch, slots_N, tensors, ready)
+            stored = StoredTensors.of(batch.to(target.device), target(batch, slots_N), file.contents.dtype)
+            yield Piece(file, first_document, first_token, first_slot, batch, slots_N, **vars(stored))
             first_document += len(batch.host_lengths)
             first_token, first_slot = first_token + batch.num_tokens, first_slot + len(slots_N)
 
     def complete(self, manifest: Manifest) -> Manifest:
-        """The manifest with every shard's checksum, written by rank 0."""
-        shards = (replace(s, checksum=MappedShard(self.folder, manifest.contents, s).checksum) for s in manifest.shards)
+        """The manifest with every shard's checksum and what was left out of it, written by rank 0."""
+        shards = []
+        for shard in manifest.shards:
+            mapped = MappedShard(self.folder, manifest.contents, shard)
+            shards.append(replace(shard, checksum=mapped.checksum, left_out=mapped.left_out))
         manifest = replace(manifest, shards=tuple(shards))
         if self.world.is_main:
             self.write_manifest(manifest)
         return manifest
+
+
+class Namer:
+    """Names the documents that a capture leaves out, on this rank."""
+
+    def __init__(self, documents: Documents, aux_layers: tuple[int, ...], warn: Callable[[str], None]) -> None:
+        self._documents, self._warn = documents, warn
+        self._places = place_names(aux_layers)
+        self._num_named = 0
+
+    def describe(self, entry: LeftOut) -> str:
+        """Return a document's name and the first place where its states are not finite."""
+        place = self._places[entry.place]
+        return f"{self._documents.name_of(entry.document)}: NaN or infinity, first in {place} of the target"
+
+    def name_new(self, left_out: Sequence[LeftOut]) -> None:
+        """Print what was added since the last call; beyond `MAX_NAMED` documents the manifest alone names them."""
+        new = left_out[self._num_named : MAX_NAMED]
+        for entry in new:
+            self._warn(f"  left out {self.describe(entry)}")
+        self._num_named += len(new)
+
+
+def check_share(num_left_out: int, num_documents: int) -> None:
+    """Raise NonFiniteError if so many of the documents so far were left out that the target must be broken."""
+    if num_documents >= MIN_SEEN and num_left_out > MAX_SHARE * num_documents:
+        raise NonFiniteError(
+            f"{num_left_out} of {num_documents} documents so far have states that are not finite, so the target itself is "
+            "broken. Check its checkpoint, and target.dtype: float16 overflows where the target was trained in bfloat16"
+        )
+
+
+def abandon(writer: StoreWriter, files: Sequence[ShardFile]) -> None:
+    """Stop writing, and leave nothing behind of the shards that are not whole."""
+    writer.stop()
+    for file in files:
+        file.abandon()
 
 
 def count_slots(documents: Documents, ttt: TttSection) -> list[int]:

@@ -91,6 +91,9 @@ class Offline:
         )
         for problem in self._store.problems:
             telemetry.note(f"  left out: {problem}")
+        num_left_out = sum(len(shard.left_out) for shard in self._store.documents.shards)
+        if num_left_out:
+            telemetry.note(f"  {num_left_out:,} documents were left out by the capture: their states are not finite")
         self.aux_layers = self._store.contents.aux_layers
         self.target_identity = self._store.contents.target_identity
         self.trained_with = self._store.trained_with

@@ -35,10 +35,18 @@ def facts(manifest: Manifest) -> Table:
     for name, value in vars(manifest.contents).items():
         table.add_row(name, str(value))
     table.add_row("documents", f"{manifest.num_documents:,} in {len(manifest.shards):,} shards")
+    if manifest.num_left_out:
+        table.add_row("left out", f"{manifest.num_left_out:,} documents, whose states were not finite: {left_out(manifest)}")
     table.add_row("tokens", f"{num_tokens:,}, {num_slots:,} of them slots ({num_slots / max(1, num_tokens):.0%})")
     per_token = manifest.num_bytes / max(1, num_tokens) / 1024
     table.add_row("size", f"{manifest.num_bytes / 2**30:,.2f} GiB, {per_token:.2f} KiB a token")
     return table
+
+
+def left_out(manifest: Manifest) -> str:
+    """Return the numbers of the documents that nothing is learned from."""
+    numbers = [shard.first_document + index for shard in manifest.shards for index in shard.left_out]
+    return ", ".join(map(str, numbers))
 
 
 def inspect(folder: Path, quick: bool, telemetry: Telemetry) -> bool:

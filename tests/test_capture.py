@@ -15,16 +15,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.batch import StateFaults
 from engine.config import Config
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
+from engine.fault_watch import NonFiniteError
+from engine.finite import find_faults
 from engine.origin import Offline
 from engine.parallel.mesh import World
 from engine.parallel.weight_files import SINGLE
 from engine.rows import allowed_rows, slots_of
-from engine.store.format import MANIFEST, StoreError
+from engine.store.format import MANIFEST, Manifest, StoreError
 from engine.store.reader import open_store
-from engine.store.upkeep import merge_stores
+from engine.store.upkeep import check_store, merge_stores
 from engine.store.writer import ShardFile
 from engine.target.frozen import FrozenTarget
 from engine.target.stored import StoredTarget
@@ -276,3 +279,95 @@ def test_a_manifest_whose_shard_leaves_the_store_is_refused_before_anything_is_w
     with pytest.raises(StoreError, match="manifest.json names a shard"):
         merge_stores([store], tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.rglob("*")) == [MANIFEST, "store"]
+
+
+BAD_WORD = 17  # token id of a word that the corpus holds in a few documents
+
+
+@pytest.fixture(scope="module")
+def bad_target(tmp_path_factory, tiny_target) -> Path:
+    """A target whose states are not finite from one word of a document on."""
+    folder = shutil.copytree(tiny_target, tmp_path_factory.mktemp("bad") / "target")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][BAD_WORD, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def bad_documents(store: Path) -> list[int]:
+    """Documents of a store with the word whose embedding is bad."""
+    documents = open_store(store, skip_bad=False).documents
+    return [index for index in range(len(documents)) if BAD_WORD in documents[index].input_ids]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3"])
+def test_a_store_holds_no_state_that_is_not_finite(dtype, tmp_path, bad_target, tiny_target, tiny_corpus, capsys):
+    store = tmp_path / "store"
+    config = capture_config(store, bad_target, tiny_corpus.train, f"store.dtype={dtype}")
+    report = run_capture(config)
+    printed = capsys.readouterr().err
+    check = check_store(store)
+    assert not check.problems and not check.missing
+    expected = bad_documents(store)
+    manifest = Manifest.read(store)
+    named = [shard.first_document + index for shard in manifest.shards for index in shard.left_out]
+    assert named == expected and 0 < len(expected) == report.num_left_out < 20
+    assert all(f"{tiny_corpus.train}:{index + 1}" in printed for index in expected[:20])
+    assert "first in the output of layer 0 of the target" in printed
+
+    opened = open_store(store, skip_bad=False)
+    assert [index for index in range(40) if opened.documents.said[index] == 0] == expected
+    run_capture(capture_config(tmp_path / "whole", tiny_target, tiny_corpus.train, f"store.dtype={dtype}"))
+    whole = open_store(tmp_path / "whole", skip_bad=False)
+    good = tuple(index for index in range(40) if index not in expected)
+    batch = replace(collate([opened.documents[index] for index in good]), document_ids=good)
+    slots_N = slots_of(allowed_rows(batch, config.ttt))
+    ours, theirs = (StoredTarget(each, CPU)(batch, slots_N) for each in (opened, whole))
+    assert torch.equal(ours.aux_TA, theirs.aux_TA) and torch.equal(ours.lse_N, theirs.lse_N)
+    num_counted = sum(int(opened.documents.find(i)[0].slots(opened.documents.find(i)[1]).size) for i in good)
+    assert opened.documents.count_argmax(64).sum() == num_counted, "those left out are in no draft vocabulary"
+
+    before = files(store)
+    for path in list(store.glob("*.safetensors"))[::2]:
+        path.unlink()
+    run_capture(config)
+    assert files(store) == before, "a capture that goes on leaves the same bytes"
+
+
+def test_a_capture_that_shall_stop_at_such_a_document_does(tmp_path, bad_target, tiny_corpus):
+    config = capture_config(tmp_path / "store", bad_target, tiny_corpus.train, "target.non_finite=stop")
+    with pytest.raises(StoreError, match=r"train.jsonl:\d+: NaN or infinity, .*target.non_finite=leave_out"):
+        run_capture(config)
+    assert not list((tmp_path / "store").glob("*.partial"))
+    run_capture(capture_config(tmp_path / "store", bad_target, tiny_corpus.train))
+    assert Manifest.read(tmp_path / "store").num_left_out == len(bad_documents(tmp_path / "store"))
+
+
+def test_a_target_that_is_broken_ends_the_capture(tmp_path, tiny_target, tiny_corpus):
+    folder = shutil.copytree(tiny_target, tmp_path / "target")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][30:] = float("inf")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match="of .* documents so far .* the target itself is broken"):
+        run_capture(capture_config(tmp_path / "store", folder, tiny_corpus.train, "store.threads=1"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3"])
+def test_such_states_in_a_store_of_an_earlier_version_are_found(dtype, tmp_path, bad_target, tiny_corpus, monkeypatch):
+    def none_found(batch, output, embed_TD):
+        faults = find_faults(batch, output, embed_TD)
+        return StateFaults(torch.zeros_like(faults.by_place), torch.zeros_like(faults.left_out_T))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.store.writer.find_faults", none_found)
+        config = capture_config(tmp_path / "store", bad_target, tiny_corpus.train, f"store.dtype={dtype}")
+        run_capture(config)
+    expected = bad_documents(tmp_path / "store")
+    problems = "\n".join(check_store(tmp_path / "store").problems)
+    assert all(f" {index} (aux" in problems for index in expected) and "run the capture again" in problems
+    opened = open_store(tmp_path / "store", skip_bad=False)
+    ids = tuple(range(40))
+    batch = replace(collate([opened.documents[index] for index in ids]), document_ids=ids)
+    output = StoredTarget(opened, CPU)(batch, slots_of(allowed_rows(batch, config.ttt)))
+    faults = find_faults(batch, output, embed_TD=None)
+    assert faults.by_place.any(1).nonzero().flatten().tolist() == expected, "training leaves them out"

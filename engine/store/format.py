@@ -103,6 +103,7 @@ class Shard:
     """A file of the store. first_document: of its documents, which follow one another in the corpus.
 
     checksum: of its documents' checksums, 16 hexadecimal digits; None until it is written.
+    left_out: its documents, counted from 0, that nothing is learned from, since the target's states were not finite.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Shard:
     num_tokens: int
     num_slots: int
     checksum: str | None = None
+    left_out: tuple[int, ...] = ()
 
     @property
     def documents(self) -> range:
@@ -134,6 +136,11 @@ class Manifest:
         return sum(shard.num_documents for shard in self.shards)
 
     @property
+    def num_left_out(self) -> int:
+        """Documents that nothing is learned from."""
+        return sum(len(shard.left_out) for shard in self.shards)
+
+    @property
     def num_bytes(self) -> int:
         return sum(Layout.of(self.contents, shard).num_bytes for shard in self.shards)
 
@@ -152,7 +159,7 @@ class Manifest:
             if values["version"] != VERSION:
                 raise StoreError(f"{path} is of version {values['version']}, this DraftSpeed reads {VERSION}; capture anew")
             contents = values["contents"] | {"aux_layers": tuple(values["contents"]["aux_layers"])}
-            shards = tuple(Shard(**shard) for shard in values["shards"])
+            shards = tuple(_shard(shard) for shard in values["shards"])
             _check_shards(shards, path)
             return cls(Contents(**contents), values["corpus_checksum"], shards)
         except FileNotFoundError as error:
@@ -162,6 +169,11 @@ class Manifest:
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             problem = f"{path} is not a manifest of a store, or was altered ({type(error).__name__}: {error})"
             raise StoreError(f"{problem}; restore it, or capture anew into another folder") from error
+
+
+def _shard(values: dict[str, Any]) -> Shard:
+    """Return a shard as a manifest has it; those of earlier captures name no documents that were left out."""
+    return Shard(**values | {"left_out": tuple(values.get("left_out", ()))})
 
 
 def _check_shards(shards: Sequence[Shard], path: Path) -> None:

@@ -26,6 +26,7 @@ from engine.store.writer import shard_checksum
 MEND = "copy it again, or delete it and run the capture again, which writes it anew"
 
 
+STATES = ("aux", "aux_scale", "last_hidden", "last_hidden_scale", "lse")  # tensors that hold what the target computed
 NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32, torch.bool: np.bool_}
 
 
@@ -71,6 +72,26 @@ class MappedShard:
     def slot_bounds(self) -> np.ndarray:
         return np.array(self.rows("slot_bounds", 0, None))
 
+    @cached_property
+    def left_out(self) -> tuple[int, ...]:
+        """Documents that the capture left out, since the target's states were not finite.
+
+        Their states are zeros and their assistant mask is empty, though they have slots.
+        """
+        assistants = np.concatenate(([0], np.cumsum(self.rows("assistant_mask", 0, None))))
+        num_assistants = assistants[self.token_bounds[1:]] - assistants[self.token_bounds[:-1]]
+        has_slots = np.diff(self.slot_bounds) > 0
+        return tuple(np.flatnonzero(has_slots & (num_assistants == 0)).tolist())
+
+    def non_finite(self, index: int) -> str | None:
+        """Return the name of a tensor in which a document holds NaN or infinity; None if there is none."""
+        for name in STATES:
+            if name in self.layout.places:
+                values = self.rows(name, *self.span(name, index))
+                if not _is_finite(values, self.layout.places[name].dtype):
+                    return name
+        return None
+
     def document(self, index: int) -> Document:
         ids, mask = (self.rows(name, *self.span(name, index)) for name in ("input_ids", "assistant_mask"))
         return Document(ids, mask, turn_ends=())
@@ -105,6 +126,27 @@ class MappedShard:
             raise StoreError(f"{self.path}: document {document} was altered after it was written; {MEND}")
 
 
+def _is_finite(rows: np.ndarray, dtype: torch.dtype) -> bool:
+    """Return whether all values are finite. rows: bytes in formats that numpy does not know."""
+    if dtype == torch.bfloat16:
+        exponent = np.uint16(0x7F80)
+        return not ((np.ascontiguousarray(rows).view(np.uint16) & exponent) == exponent).any()
+    if dtype == torch.float8_e4m3fn:  # has NaN, and no infinity
+        return not ((rows & 0x7F) == 0x7F).any()
+    return bool(np.isfinite(rows).all())
+
+
+def _learned_argmax(shard: MappedShard) -> np.ndarray:
+    """The target's most likely tokens at the slots of the documents that are not left out."""
+    argmax_N = shard.rows("argmax", 0, None)
+    if not shard.left_out:
+        return argmax_N
+    is_learned_N = np.ones(len(argmax_N), dtype=bool)
+    for document in shard.left_out:
+        is_learned_N[slice(*shard.span("argmax", document))] = False
+    return argmax_N[is_learned_N]
+
+
 @dataclass(frozen=True)
 class StoredDocuments(Documents):
     """The documents of a store's shards, in order; their tokens stay on the disk."""
@@ -128,7 +170,7 @@ class StoredDocuments(Documents):
 
     def count_argmax(self, vocab_size: int) -> np.ndarray:
         """How often each token is the target's most likely one, over all slots: int64 [V]."""
-        counts = (np.bincount(shard.rows("argmax", 0, None), minlength=vocab_size) for shard in self.shards)
+        counts = (np.bincount(_learned_argmax(shard), minlength=vocab_size) for shard in self.shards)
         return sum(counts).astype(np.int64)
 
     def find(self, index: int) -> tuple[MappedShard, int]:

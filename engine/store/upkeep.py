@@ -12,6 +12,7 @@ from engine.files import PARTIAL, sync, write_text, writing
 from engine.store.format import MANIFEST, SUFFIX, TARGET_FOLDER, Manifest, Shard, StoreError
 from engine.store.reader import MappedShard
 
+MAX_NAMED = 10  # documents of a shard
 OnProgress = Callable[[int], None]
 
 
@@ -39,11 +40,25 @@ def check_store(folder: Path, on_progress: OnProgress = lambda num_bytes: None) 
             mapped = MappedShard(folder, manifest.contents, shard)
             for document in range(shard.num_documents):
                 mapped.verify(document)
+            _check_finite(mapped)
             done += mapped.layout.num_bytes
             on_progress(done)
         except StoreError as error:
             problems.append(str(error))
     return StoreCheck(manifest, tuple(problems), missing, len(manifest.shards) - missing - len(problems))
+
+
+def _check_finite(mapped: MappedShard) -> None:
+    """Raise StoreError, naming the documents, if a shard holds states that are not finite."""
+    shard = mapped.shard
+    found = {index: name for index in range(shard.num_documents) if (name := mapped.non_finite(index)) is not None}
+    if found:
+        named = ", ".join(f"{shard.first_document + index} ({name})" for index, name in list(found.items())[:MAX_NAMED])
+        more = ", ..." if len(found) > MAX_NAMED else ""
+        raise StoreError(
+            f"{mapped.path}: {len(found)} documents hold NaN or infinity: {named}{more}. Training leaves them out and names "
+            "them; delete the shard and run the capture again for a store without them"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import errno
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ import xxhash
 
 from engine.batch import PackedBatch, TargetOutput
 from engine.files import PARTIAL, sync
-from engine.store.format import BY_SLOT, Contents, Layout, Shard, document_checksum, to_stored
+from engine.finite import cleaned, find_faults
+from engine.store.format import BY_SLOT, DTYPES, Contents, Layout, Shard, document_checksum, to_stored
 
 
 class ShardFile:
@@ -92,7 +93,7 @@ class Piece:
     """Some documents of a shard that went through the target together.
 
     first_document, first_token, first_slot: within the shard. batch, slots_N: on the host. tensors: rows of the shard's
-    tensors, on the host once `ready` has happened.
+    tensors; faults: bool [num_documents, 5], `StateFaults.by_place`; both on the host once `ready` has happened.
     """
 
     file: ShardFile
@@ -102,34 +103,75 @@ class Piece:
     batch: PackedBatch
     slots_N: torch.Tensor
     tensors: dict[str, torch.Tensor]
+    faults: torch.Tensor
     ready: torch.cuda.Event | None = None
 
 
-def stored_tensors(output: TargetOutput, dtype: str) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
-    """A target's output as a shard holds it, on its way to the host, and when it will be there."""
-    aux, aux_scale = to_stored(output.aux_TA, dtype, num_scales=3)
-    last_hidden, last_hidden_scale = to_stored(output.last_hidden_ND, dtype, num_scales=1)
-    tensors = {"argmax": output.argmax_N, "lse": output.lse_N, "aux": aux, "last_hidden": last_hidden}
-    if aux_scale is not None:
-        tensors |= {"aux_scale": aux_scale, "last_hidden_scale": last_hidden_scale}
-    if not aux.is_cuda:
-        return tensors, None
-    moved = {
-        name: torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for name, x in tensors.items()
-    }
-    return moved, torch.cuda.current_stream(aux.device).record_event()
+@dataclass(frozen=True)
+class StoredTensors:
+    """A target's output as a shard holds it, on its way to the host. Fields as in `Piece`."""
+
+    tensors: dict[str, torch.Tensor]
+    faults: torch.Tensor
+    ready: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, batch: PackedBatch, output: TargetOutput, dtype: str) -> "StoredTensors":
+        """Documents whose states are not finite become zeros. batch: on the device of `output`, whose `aux_TA` may change."""
+        if dtype != "float8_e4m3":  # what overflows in the store's precision is found too
+            precision = DTYPES[dtype]
+            output = replace(output, aux_TA=output.aux_TA.to(precision), last_hidden_ND=output.last_hidden_ND.to(precision))
+        faults = find_faults(batch, output, embed_TD=None)
+        output = cleaned(output, faults)
+        aux, aux_scale = to_stored(output.aux_TA, dtype, num_scales=3)
+        last_hidden, last_hidden_scale = to_stored(output.last_hidden_ND, dtype, num_scales=1)
+        tensors = {"argmax": output.argmax_N, "lse": output.lse_N, "aux": aux, "last_hidden": last_hidden}
+        if aux_scale is not None:
+            tensors |= {"aux_scale": aux_scale, "last_hidden_scale": last_hidden_scale}
+        if not aux.is_cuda:
+            return cls(tensors, faults.by_place, None)
+        moved = {name: _to_pinned(tensor) for name, tensor in tensors.items()}
+        by_place = _to_pinned(faults.by_place)
+        return cls(moved, by_place, torch.cuda.current_stream(aux.device).record_event())
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A document whose states are not finite. document: its place in the corpus. place: as in `finite.place_names`."""
+
+    document: int
+    place: int
+
+    def error(self) -> "NonFiniteDocument":
+        return NonFiniteDocument(self)
+
+
+class NonFiniteDocument(Exception):
+    """Raised by a writer that stops at documents whose states are not finite."""
+
+    def __init__(self, left_out: LeftOut) -> None:
+        super().__init__(left_out)
+        self.left_out = left_out
 
 
 @dataclass
 class StoreWriter:
     """Writes pieces in threads, at most `depth` of them waiting: who puts another one waits too.
 
+    stops: whether a document whose states are not finite is an error, raised before anything of it is written. left_out:
+    documents that are written as zeros; a thread adds them before their shard has its name.
     An error of a thread is raised by the next `put`, or by `close`.
     """
 
     num_threads: int
     depth: int
+    stops: bool = False
     num_bytes: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
     _error: BaseException | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -158,6 +200,11 @@ class StoreWriter:
     def _write(self, piece: Piece) -> None:
         try:
             if self._error is None:
+                left_out = _left_out(piece)
+                if left_out and self.stops:
+                    raise left_out[0].error()
+                with self._lock:
+                    self.left_out += left_out
                 num_bytes = _write_piece(piece)
                 with self._lock:
                     self.num_bytes += num_bytes
@@ -167,16 +214,23 @@ class StoreWriter:
             self._room.release()
 
 
-def _write_piece(piece: Piece) -> int:
-    """Bytes written."""
+def _left_out(piece: Piece) -> list[LeftOut]:
+    """Return the documents of a piece whose states are not finite; waits until the piece is on the host."""
     if piece.ready is not None:
         piece.ready.synchronize()
+    first = piece.file.shard.first_document + piece.first_document
+    return [LeftOut(first + index, faults.index(True)) for index, faults in enumerate(piece.faults.tolist()) if any(faults)]
+
+
+def _write_piece(piece: Piece) -> int:
+    """Write a piece that is on the host; returns the bytes."""
+    is_left_out_T = torch.repeat_interleave(piece.faults.any(1), torch.tensor(piece.batch.host_lengths))
     rows = {name: as_bytes(tensor) for name, tensor in piece.tensors.items()}
     slots_N = piece.slots_N.numpy().astype(np.int32)
     rows |= {
         "input_ids": piece.batch.input_ids_T.numpy().astype(np.int32),
         "slots": slots_N + np.int32(piece.first_token),
-        "assistant_mask": piece.batch.assistant_mask_T.numpy(),
+        "assistant_mask": (piece.batch.assistant_mask_T & ~is_left_out_T).numpy(),
     }
     for name, values in rows.items():
         piece.file.write(name, piece.first_slot if name in BY_SLOT else piece.first_token, values)
