@@ -36,6 +36,7 @@ from engine.telemetry import Telemetry
 from launcher.command import check_target, make_parser, run_plugins, stop, with_paths, wrong_options
 
 SHOWN = 5
+LEAST_TOKENS = 2048  # of a pack: shorter ones would cut many conversations
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -102,6 +103,20 @@ def plans(planner: Planner, arguments: argparse.Namespace) -> list[JobPlan]:
     return found
 
 
+def with_packs_that_fit(planner: Planner, arguments: argparse.Namespace) -> Planner:
+    """Return the planner with packs half as long, and half again, until a job fits the GPUs.
+
+    Where none fits even with `LEAST_TOKENS`, it is returned as it was.
+    """
+    smaller = planner
+    while not arguments.fixed and not smaller.smallest(arguments.gpus):
+        max_tokens = smaller.config.data.max_tokens // 2
+        if max_tokens < LEAST_TOKENS:
+            return planner
+        smaller = smaller.with_max_tokens(max_tokens)
+    return smaller
+
+
 def gigabytes(count: float) -> str:
     return f"{count / 1e9:,.2f}"
 
@@ -145,9 +160,11 @@ def show_advice(planner: Planner, plan: JobPlan, arguments: argparse.Namespace, 
     if not planner.fits(plan):
         usable = gigabytes(planner.usable_bytes)
         telemetry.note(f"This does not fit {usable} GB a GPU; leave out --fixed to look for ways that do", style="bold red")
+    max_tokens = planner.config.data.max_tokens
     telemetry.note(
-        f"Set train_micro_batch_size_per_gpu to {ranks.micro_batch} in {arguments.ds_config.name}, start {ranks.size} ranks, "
-        f"and set parallel.tp_size={ranks.tp_size} parallel.ep_size={ranks.ep_size}; "
+        f"Set data.max_tokens={max_tokens} and, in {arguments.ds_config.name}, "
+        f"train_micro_batch_size_per_gpu to {ranks.micro_batch}: a micro-batch then has up to {plan.num_tokens:,} tokens per "
+        f"GPU. Start {ranks.size} ranks, and set parallel.tp_size={ranks.tp_size} parallel.ep_size={ranks.ep_size}; "
         f"an optimizer step then reads {ranks.size * plan.num_tokens * plan.accumulation:,} tokens"
     )
 
@@ -165,6 +182,7 @@ def main() -> None:
     try:
         run_plugins(config.target.plugins)
         planner = make_planner(with_paths(config, Path(config.output_dir)), ds_config, arguments)
+        planner = with_packs_that_fit(planner, arguments)
         found = plans(planner, arguments)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -85,6 +85,16 @@ def test_recipe_says_what_it_is_and_how_to_run_it(recipe):
     assert load_config(FOLDER / f"{recipe}.yaml", []).output_dir == f"outputs/{recipe}"
 
 
+# Recipes whose targets leave no room for 16,384 tokens on as many GPUs as hold one copy.
+LESS_TOKENS = {"llama3.3-70b": 8192, "deepseek-v3": 8192, "llama4-scout": 4096, "llama4-maverick": 4096}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_micro_batch_is_large_enough_for_a_gpu(recipe):
+    config = load_config(FOLDER / f"{recipe}.yaml", [])
+    assert config.data.max_tokens == LESS_TOKENS.get(recipe, 16384)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_draft_has_the_shape_of_its_target(recipe):
     layers, shape, (vocab_size, positions), rope = EXPECTED[recipe]

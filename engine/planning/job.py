@@ -238,6 +238,17 @@ class Planner:
             self._costs[sizes] = TargetCost(self.model, mesh, self.quantised)
         return JobPlan(self.config, self.ds_config, self.draft, self._costs[sizes], ranks, fused=True)
 
+    def with_max_tokens(self, max_tokens: int) -> "Planner":
+        """Return the planner of the same job with packs of `max_tokens` tokens."""
+        data = replace(self.config.data, max_tokens=max_tokens)
+        config = replace(self.config, data=data)
+        documents = self.assumed.documents
+        shorter = replace(documents, num_tokens=min(documents.num_tokens, max_tokens))
+        assumed = replace(self.assumed, documents=shorter)
+        planner = Planner(config, self.ds_config, self.model, self.gpus, assumed, self.quantised, self.may_share)
+        planner._costs = self._costs
+        return planner
+
     def smallest(self, limit: int) -> list["JobPlan"]:
         """Plans of the smallest number of GPUs that fits, the fastest first; none where even `limit` GPUs do not.
 

@@ -22,12 +22,20 @@ def test_the_embedded_job_fits_one_gpu(monkeypatch, capsys, tmp_path):
     assert facts["fits"] and facts["gpus"] == 1 and sum(facts["bytes"].values()) > 1e9
 
 
+def test_packs_that_do_not_fit_are_halved(monkeypatch, capsys, tmp_path):
+    options = ("--gpus", "1", "--memory_gb", "3", "data.max_tokens=32768")
+    run(monkeypatch, *options, f"output_dir={tmp_path}")
+    printed = capsys.readouterr().out
+    assert "Set data.max_tokens=16384" in printed and "up to 16,384 tokens per GPU" in printed
+
+
 def test_a_large_target_is_planned_from_its_config_alone(monkeypatch, capsys, tmp_path):
     target_config("llama3.3-70b").save_pretrained(tmp_path)
     options = ("--recipe", "launcher/recipes/llama3.3-70b.yaml", f"target.path={tmp_path}", "--gpu", "H100")
     run(monkeypatch, *options)
     printed = capsys.readouterr().out
     assert "70.55 billion weights" in printed and "all-gather of tokens (TP)" in printed
+    assert "Set data.max_tokens=8192" in printed
     run(monkeypatch, *options, "--fixed", "--gpus", "4")
     assert "does not fit" in capsys.readouterr().out
 
