@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,7 @@ from engine.kernels.self_check import SelfCheck
 from engine.models.draft_config import DraftConfig
 from engine.models.eagle3 import Eagle3Draft
 from engine.parallel.mesh import World
+from engine.parallel.zero import ZeroDraft
 from engine.recipe import load_config
 from engine.target.frozen import FrozenTarget
 from engine.telemetry import Telemetry
@@ -42,8 +44,8 @@ class Step:
 
 
 @dataclass
-class PlainDraft:
-    """A draft in training without DeepSpeed, with the interface of `ZeroDraft`.
+class PlainDraft(ZeroDraft):
+    """A `ZeroDraft` without DeepSpeed.
 
     steps: what happened in each step but the first.
     """
@@ -56,6 +58,7 @@ class PlainDraft:
 
     def __post_init__(self) -> None:
         self.draft.to(self.dtype)
+        self.engine = SimpleNamespace(module=self.draft)
         trained = [parameter for parameter in self.draft.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-3)
         self.learning_rate = 1e-3
@@ -63,6 +66,7 @@ class PlainDraft:
 
     optimizer_name = "torch.optim.AdamW"
     accumulation_steps = 1
+    num_skipped_steps = 0
     dtype = torch.bfloat16
 
     @property

@@ -35,11 +35,12 @@ EVERY_MICRO_BATCH = {
 EVERY_LOGGED_STEP = {
     ("engine/host_copy.py", "wait"): "metrics, a step late, when the device has passed them",
 }
-EVERY_DECODED_TOKEN = {
-    ("engine/decode.py", "read"): "tokens to read come from the host, and choices go there",
-    ("engine/decode.py", "extend"): "committed tokens come from the host",
-    ("engine/decode.py", "seen_from"): "the length of the prefix comes from the host",
-    ("engine/decode.py", "propose"): "drafted tokens go to the host",
+DECODING = {
+    ("engine/replies.py", "__init__"): "prompts come from the host, once per batch",
+    ("engine/replies.py", "decode_one_token"): "tokens and states go to the host, once per forward",
+    ("engine/replies.py", "_draft_from_all"): "tokens come from the host, once per batch of replies",
+    ("engine/replies.py", "<genexpr>"): "tokens and states come from the host, as above",
+    ("engine/replies.py", "propose_along"): "drafted tokens go to the host, once per batch of replies",
 }
 STORING = {
     ("engine/store/writer.py", "_write_piece"): "a writing thread waits, and nobody waits for it",
@@ -69,8 +70,8 @@ def test_a_run_waits_for_the_device_only_where_it_has_to(training):
     assert not unexpected(training, EVERY_MICRO_BATCH, EVERY_LOGGED_STEP)
     evaluation = [wait for wait in waits if wait.stage.startswith("Measuring")]
     assert evaluation
-    assert not unexpected(evaluation, EVERY_DECODED_TOKEN)
-    assert not unexpected(waits, EVERY_MICRO_BATCH, EVERY_LOGGED_STEP, EVERY_DECODED_TOKEN)
+    assert not unexpected(evaluation, DECODING)
+    assert not unexpected(waits, EVERY_MICRO_BATCH, EVERY_LOGGED_STEP, DECODING)
 
 
 def test_a_run_on_the_device_trains_exports_and_measures(training):
@@ -87,7 +88,7 @@ def test_a_training_step_waits_and_launches_no_more_than_counted(training):
     unlogged = [place for place in places if place not in EVERY_LOGGED_STEP]
     assert len(unlogged) <= 1
     # with five layers of the target, two TTT steps and an optimizer that loops over weights
-    assert step.launches <= 914
+    assert step.launches <= 976
 
 
 @pytest.mark.parametrize(
