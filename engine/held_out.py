@@ -2,18 +2,24 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from itertools import compress
+from typing import TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from engine.batch import PackedBatch
 from engine.config import EvaluationSection
 from engine.decode import ChainDrafter, Drafter, Generation, PromptLookupDrafter, greedy_decode, rolls_back, speculative_decode
 from engine.evaluate import AcceptanceCounts, AcceptanceReport, Prompt, eos_ids, measure_acceptance
+from engine.finite import find_faults, place_names
 from engine.models.eagle3 import ServedDraft
 from engine.parallel.mesh import World
 from engine.replies import Reply, batched_replies, greedy_replies, propose_along, replay
 from engine.target.frozen import FrozenTarget
 from engine.telemetry import Telemetry
 
+Continued = TypeVar("Continued", Generation, Reply)
 OnReply = Callable[[Prompt, Generation], None]
 BATCH_SIZE = {"cpu": 1, "cuda": 32}  # prompts decoded together by default
 
@@ -25,6 +31,8 @@ class HeldOut:
     and compared with plain greedy decoding. In larger batches the target decodes its greedy
     replies once, and drafters are judged by them, without times; so does a target that ranks
     share, or whose cache cannot roll back, whatever the batch size.
+
+    Prompts for which the target's states are not finite are named and left out of every report.
     """
 
     def __init__(
@@ -66,7 +74,7 @@ class HeldOut:
             for prompt in self._prompts:
                 generations.append(greedy_decode(self._target, prompt.token_ids, **self._until))
                 progress.advance("prompts, plain greedy decoding")
-        return generations
+        return self._without_faults(generations)
 
     @cached_property
     def _replies(self) -> list[Reply]:
@@ -78,8 +86,37 @@ class HeldOut:
 
             limits = self._until | {"on_forward": on_forward}
             if self._uses_cache:
-                return batched_replies(self._target, prompts, **limits, batch_size=self._batch_size)
-            return greedy_replies(self._target, prompts, **limits, max_tokens=self._max_tokens)
+                replies = batched_replies(self._target, prompts, **limits, batch_size=self._batch_size)
+            else:
+                replies = greedy_replies(self._target, prompts, **limits, max_tokens=self._max_tokens)
+        return self._without_faults(replies)
+
+    def _without_faults(self, continued: list[Continued]) -> list[Continued]:
+        """Name the prompts whose states, or those of their replies, are not finite, and go on without them.
+
+        continued: what each prompt was continued with. A collective where ranks share the target.
+        """
+        places = place_names(self._target.aux_layers)
+        faults = []
+        for prompt, reply in zip(self._prompts, continued, strict=True):
+            faults.append(self._first_fault(prompt.token_ids, reply.token_ids))
+        self._target.rest()
+        for prompt, place in zip(self._prompts, faults, strict=True):
+            if place is not None:
+                problem = f"NaN or infinity, first in {places[place]} of the target"
+                self._telemetry.warn(f"  held-out prompt {prompt.source}: {problem}; it is left out of the measurement")
+        is_good = [place is None for place in faults]
+        self._prompts = list(compress(self._prompts, is_good))
+        return list(compress(continued, is_good))
+
+    def _first_fault(self, prompt_ids: list[int], reply_ids: list[int]) -> int | None:
+        """Return the first place where the states of a prompt and its reply are not finite; None if there is none."""
+        token_ids = torch.tensor(prompt_ids + reply_ids[:-1])
+        batch = PackedBatch(token_ids, torch.zeros_like(token_ids, dtype=torch.bool), torch.tensor([0, len(token_ids)]).int())
+        output = self._target(batch, torch.arange(len(prompt_ids) - 1, len(token_ids)))
+        faults = find_faults(batch.to(self._target.device), output, embed_TD=None)
+        (by_place,) = faults.by_place.tolist()
+        return by_place.index(True) if any(by_place) else None
 
     def _replayed(self, drafters: Sequence[Drafter]) -> Iterator[Generation]:
         """Lead a drafter along each reply."""

@@ -50,3 +50,26 @@ def test_a_target_whose_cache_cannot_roll_back_is_measured_too():
     assert replies == [(prompt, greedy_decode(target, prompt.token_ids, 12, {7}).token_ids) for prompt in PROMPTS]
     assert all(report.num_tokens == sum(len(ids) - 1 for _, ids in replies) and report.mismatches is None for report in reports)
     assert reports[1].acceptance_length > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_prompts_for_which_the_target_is_not_finite_are_named_and_left_out(batch_size, monkeypatch, capsys):
+    monkeypatch.setitem(BATCH_SIZE, "cpu", batch_size)
+    good = measure_prompts([PROMPTS[0], PROMPTS[2]], None)
+    bad_id = next(token for token in PROMPTS[1].token_ids if token not in PROMPTS[0].token_ids + PROMPTS[2].token_ids)
+    capsys.readouterr()
+    mixed = measure_prompts(PROMPTS[:3], bad_id)
+    printed = capsys.readouterr().err
+    assert "held-out prompt file:1: NaN or infinity, first in the output of layer" in printed and "file:0" not in printed
+    untimed = {"tokens_per_s": None, "plain_tokens_per_s": None}
+    assert [replace(report, **untimed) for report in mixed] == [replace(report, **untimed) for report in good]
+    assert mixed[0].num_prompts == 2
+
+
+def measure_prompts(chosen: list[Prompt], bad_id: int | None) -> list[AcceptanceReport]:
+    """Reports of these prompts by a target whose embedding of one token is not finite."""
+    target = tiny_target("llama")
+    if bad_id is not None:
+        target.embedding.weight_VD.data[bad_id, 0] = float("inf")
+    held_out = HeldOut(SECTION, target, TOKENIZER, chosen, World.alone(), Telemetry(speaks=False), max_tokens=50)
+    return [held_out.measure_draft(random_draft(tiny_target("llama"))), held_out.measure_prompt_lookup()]
