@@ -91,6 +91,17 @@ def token_ends(text: str, known: Sequence[str]) -> list[tuple[str, int]]:
 
 def token_tail(text: str, known: Sequence[str]) -> str:
     """Return the longest end of a text that holds nothing but control tokens and blanks, from its first token on."""
-    alternatives = "|".join([*map(re.escape, known), TAG])
-    tail = re.search(rf"(?:(?:{alternatives})\s*)+$", text)
+    tail = re.search(rf"(?:(?:{_any_token(known)})\s*)+$", text)
     return "" if tail is None else tail[0]
+
+
+def whole_token_start(text: str, start: int, known: Sequence[str]) -> int:
+    """Return `start`, or the end of the control token in which it lies."""
+    for token in re.finditer(_any_token(known), text):
+        if token.start() < start < token.end():
+            return token.end()
+    return start
+
+
+def _any_token(known: Sequence[str]) -> str:
+    return "|".join([*map(re.escape, known), TAG])

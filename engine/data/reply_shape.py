@@ -8,7 +8,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from engine.data.control_tokens import token_ends, token_tail
+from engine.data.control_tokens import (
+    leading_token,
+    thinking_mark,
+    token_ends,
+    token_tail,
+    whole_token_start,
+)
 from engine.data.messages import (
     CLOSE,
     OPEN,
@@ -36,16 +42,19 @@ Render = Callable[[Sequence[Message], bool], str]
 class ReplyShape:
     """What a template writes around the parts of a reply.
 
-    opening: between the generation prompt and the first part; None if the reply does not follow the prompt.
+    opening: between the generation prompt and the first part; an empty thought of the prompt that replies do not keep
+        counts as no part of it. None if the reply does not follow the prompt.
     tail: the control tokens behind the last part, with blanks, up to the end of the text; "" if there are none.
     stop: number of characters of `tail` up to the end of the token at which a server stops.
     next_token: for an empty tail, the control token of the next turn that ends a reply (GLM); "" if there is none.
+    always_asked: a generation prompt that the template writes even behind a reply (Command-R7B); "" if there is none.
     """
 
     opening: str | None
     tail: str
     stop: int
     next_token: str
+    always_asked: str = ""
 
 
 def probe_of(reply: Message) -> Message:
@@ -90,15 +99,28 @@ def shape_of(probe: Message, render: Render, known: Sequence[str], eos: str | No
     prompt = render(asked, True)
     probe, text = written_probe(probe, asked, render)
     first = first_part(text)
-    opening = text[len(prompt) : first] if text.startswith(prompt) and first >= len(prompt) else None
+    header_end = len(prompt) if text.startswith(prompt) else len(prompt) - len(thinking_mark(prompt).text)
+    opening = text[header_end:first] if text.startswith(prompt[:header_end]) and first >= header_end else None
     behind = behind_last_part(text)
+    always_asked = _always_asked(prompt, behind, known) if prompt == render(asked, False) else ""
+    behind = behind[: len(behind) - len(always_asked)]
     tail = token_tail(behind, known)
     ends_with_words = WORDS in text and not probe.get("tool_calls")
     if ends_with_words and behind[: len(behind) - len(tail)].strip():
         raise BadSample(UNVERIFIED, "the chat template writes more than control tokens behind a reply")
     later = _behind_in_history(asked, probe, render)
     ending = Ending.of(behind, tail, later, known, bos)
-    return ReplyShape(opening, tail, ending.stop(eos, ends_with_words), ending.next_token)
+    stop = ending.stop(eos, ends_with_words)
+    return ReplyShape(opening, tail, stop, ending.next_token, always_asked)
+
+
+def _always_asked(prompt: str, behind: str, known: Sequence[str]) -> str:
+    """Return the generation prompt that stands behind both a question and a reply, without the token that ends a turn."""
+    length = _shared_length(prompt[::-1], behind[::-1])
+    shared = behind[whole_token_start(behind, len(behind) - length, known) :]
+    end_token = leading_token(shared, known)
+    asked = shared[len(end_token) :]
+    return asked if asked.strip() else ""
 
 
 def written_probe(probe: Message, before: Sequence[Message], render: Render) -> tuple[Message, str]:

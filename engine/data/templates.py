@@ -67,12 +67,14 @@ def template_sources(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 class Format:
     """What a template writes around a reply behind one question.
 
-    header: the generation prompt behind the question, "" if there is none. empty_thought: the end of the header that the
+    header: the generation prompt behind the question, "" if there is none. always_asked: whether the template writes it
+    even where nobody asks for a reply. empty_thought: the end of the header that the
     template does not write before replies. bare: whether nothing stands between question and reply (Mistral).
     tagged: whether `{% generation %}` tags mark replies. tags_hold_header: whether they mark a reply's header too.
     """
 
     header: str
+    always_asked: bool
     empty_thought: str
     bare: bool
     tagged: bool
@@ -127,7 +129,7 @@ class ChatTemplate:
 
     def shape(self, reply: Message) -> ReplyShape:
         """How the template writes replies with the same parts. Raises BadSample if it cannot write such a reply."""
-        probe = json.dumps(probe_of(reply), sort_keys=True)
+        probe = json.dumps(probe_of(reply))
         try:
             return _shape_of(self.tokenizer, self.source, self._probe_arguments, probe)
         except BadSample:
@@ -162,6 +164,8 @@ def _format_of(tokenizer: PreTrainedTokenizerBase, source: str, arguments: str) 
     messages = [*asked, {"role": "assistant", "content": WORDS}]
     question, prompt, text = chat.text(asked), chat.text(asked, add_generation_prompt=True), chat.text(messages)
     header = prompt.removeprefix(question) if prompt.startswith(question) else ""
+    always_asked = chat.shape(messages[-1]).always_asked if prompt == question else ""
+    header = header or always_asked
     lead = text.partition(WORDS)[0]
     bare = not lead.removeprefix(question).strip()
     empty_thought = ""
@@ -174,7 +178,7 @@ def _format_of(tokenizer: PreTrainedTokenizerBase, source: str, arguments: str) 
         marked, spans = chat.tagged(messages)
         openings = [marked[start:end].partition(WORDS)[0] for start, end in spans]
         tags_hold_header = any(_holds_more_than_thinking(opening) for opening in openings)
-    return Format(header, empty_thought, bare, tagged, tags_hold_header)
+    return Format(header, bool(always_asked), empty_thought, bare, tagged, tags_hold_header)
 
 
 def _holds_more_than_thinking(opening: str) -> bool:

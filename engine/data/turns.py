@@ -93,6 +93,9 @@ def _ended(template: ChatTemplate, reply: Message, text: str, start: int) -> tup
     shape = template.shape(reply)
     said = text[start:]
     problem = "the chat template writes more than control tokens behind a reply"
+    if shape.always_asked and said.endswith(shape.always_asked):
+        text = text[: len(text) - len(shape.always_asked)]
+        said = text[start:]
     if not said.endswith(shape.tail):
         raise BadSample(UNVERIFIED, problem)
     body = said[: len(said) - len(shape.tail)].rstrip()
@@ -129,7 +132,7 @@ class TurnFinder:
             return self._silent().find()
         text = self._text
         if text.startswith(self.prompt):
-            if self.prompt == self._unasked:
+            if self.prompt == self._unasked and not self._asked_always:
                 self._check_header()
             said = text[len(self.prompt) :]
             if thinks and self._mark.kind == "opened" and said.lstrip().startswith(CLOSE):
@@ -157,10 +160,16 @@ class TurnFinder:
     @cached_property
     def _header(self) -> str:
         """The generation prompt alone, "" if there is none."""
-        if self.prompt.startswith(self._unasked):
-            return self.prompt[len(self._unasked) :]
         header = self.template.format.header
+        if self.prompt.startswith(self._unasked) and not self._asked_always:
+            return self.prompt[len(self._unasked) :]
         return header if self.prompt.endswith(header) else ""
+
+    @cached_property
+    def _asked_always(self) -> bool:
+        """Whether the prompt ends with a header that the template writes even where nobody asks for a reply."""
+        plain = self.template.format
+        return plain.always_asked and self.prompt.endswith(plain.header)
 
     @cached_property
     def _mark(self) -> ThinkingMark:

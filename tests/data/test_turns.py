@@ -260,3 +260,49 @@ def test_tags_without_a_generation_prompt_do_not_hide_that_history_is_rewritten(
     with pytest.raises(BadSample, match="differently once later turns follow"):
         render([ASKED, reply, ASKED, reply], {}, tokenizer, None)
     assert said(render([ASKED, reply], {}, tokenizer, None), tokenizer) == ["4<|end|>"]
+
+
+# As Command-R7B's: the header and an empty thought are written even behind a reply.
+ALWAYS_ASKED = (
+    "{% for m in messages %}<|START|>{% if m.role == 'assistant' %}<|CHATBOT|>"
+    "{% if m.tool_calls %}<|START_THINKING|><|END_THINKING|><|START_ACTION|>{{ m.tool_calls[0].function | tojson }}"
+    "<|END_ACTION|>"
+    "{% else %}<|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>{% endif %}"
+    "{% else %}<|USER|>{{ m.content }}{% endif %}<|END_OF_TURN|>{% endfor %}"
+    "<|START|><|CHATBOT|><|START_THINKING|><|END_THINKING|>"
+)
+
+
+def test_a_header_that_is_written_even_behind_a_reply_is_the_prompt():
+    names = ("START", "CHATBOT", "USER", "START_RESPONSE", "END_RESPONSE", "END_OF_TURN", "START_THINKING", "END_THINKING")
+    special = [f"<|{name}|>" for name in (*names, "START_ACTION", "END_ACTION")]
+    tokenizer = tokenizer_with(ALWAYS_ASKED, special, "<|END_OF_TURN|>")
+    tool = {"role": "tool", "name": "search", "tool_call_id": "c1", "content": "Green"}
+    messages = [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, tool, THINKS]
+    call, answer = render_turns(messages, {}, tokenizer, None)
+    called = '<|START_ACTION|>{"name": "search", "arguments": {"query": "tea"}}<|END_ACTION|><|END_OF_TURN|>'
+    assert said(call, tokenizer) == [called]
+    assert said(answer, tokenizer) == ["<|START_RESPONSE|>4<|END_RESPONSE|><|END_OF_TURN|>"]
+    assert answer.changes == (CLOSED_BY_PROMPT,)
+    prompt = ChatTemplate(tokenizer, {}).text(messages[:3], add_generation_prompt=True)
+    assert decoded(tokenizer, answer.input_ids[~answer.assistant_mask]) == prompt
+
+
+def test_a_llama_header_that_is_written_even_behind_a_reply_is_the_prompt():
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}<|start|>assistant<|message|>"
+    )
+    tokenizer = tokenizer_with(template)
+    reply = {"role": "assistant", "content": "4"}
+    assert said(render([ASKED, reply, ASKED, reply], {}, tokenizer, None), tokenizer) == ["4<|end|>"] * 2
+
+
+def test_an_empty_thought_of_the_prompt_stays_there_before_a_call():
+    template = EMPTY_THOUGHT.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}<|call>{{ c.function | tojson }}<call|>{% endfor %}"
+    )
+    tokenizer = tokenizer_with(template, ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|call>", "<call|>"])
+    (document,) = render_turns([ASKED, CALLS], {}, tokenizer, None)
+    (masked,) = said(document, tokenizer)
+    assert masked.startswith("<|call>{") and masked.endswith("<call|><turn|>")
+    assert document.changes == (CLOSED_BY_PROMPT,)
