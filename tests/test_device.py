@@ -43,7 +43,7 @@ DECODING = {
     ("engine/replies.py", "propose_along"): "drafted tokens go to the host, once per batch of replies",
 }
 STORING = {
-    ("engine/store/writer.py", "_write_piece"): "a writing thread waits, and nobody waits for it",
+    ("engine/store/writer.py", "_left_out"): "a writing thread waits, and nobody waits for it",
 }
 
 
