@@ -36,7 +36,7 @@ EVERY_LOGGED_STEP = {
     ("engine/host_copy.py", "wait"): "metrics, a step late, when the device has passed them",
 }
 DECODING = {
-    ("engine/held_out.py", "_first_fault"): "whether the target is finite, once per batch of prompts",
+    ("engine/held_out.py", "_first_fault"): "whether the target is finite, once per prompt",
     ("engine/replies.py", "__init__"): "prompts come from the host, once per batch",
     ("engine/replies.py", "decode_one_token"): "tokens and states go to the host, once per forward",
     ("engine/replies.py", "_draft_from_all"): "tokens come from the host, once per batch of replies",
