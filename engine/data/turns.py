@@ -245,7 +245,8 @@ class TurnFinder:
         if not thinking:
             if closes:
                 return self.reply, self.prompt + rest.lstrip(), len(self.prompt)
-            return self.reply, self._text, start
+            header = self.prompt.removesuffix(self._mark.text)
+            return self.reply, header + rest, len(header)
         if closes:
             return self.reply, self.prompt + thinking + rest.lstrip(), len(self.prompt)
         if opened != OPEN or opening.strip():

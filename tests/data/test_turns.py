@@ -306,3 +306,18 @@ def test_an_empty_thought_of_the_prompt_stays_there_before_a_call():
     (masked,) = said(document, tokenizer)
     assert masked.startswith("<|call>{") and masked.endswith("<call|><turn|>")
     assert document.changes == (CLOSED_BY_PROMPT,)
+
+
+def test_a_reply_without_thinking_follows_the_header_of_its_prompt():
+    """As Jamba-Reasoning's: the question is written otherwise once a reply without thinking follows it."""
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ 'Think. ' if loop.last and m.role == 'user' else '' }}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|message|><think>\n{% endif %}"
+    )
+    tokenizer = tokenizer_with(template)
+    (document,) = render_turns([ASKED, {"role": "assistant", "content": "4"}], {}, tokenizer, None)
+    assert (
+        decoded(tokenizer, document.input_ids)
+        == "<|start|>user<|message|>Think. 2+2?<|end|><|start|>assistant<|message|>4<|end|>"
+    )
+    assert said(document, tokenizer) == ["4<|end|>"] and document.changes == (NOT_OPENED,)
