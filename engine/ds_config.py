@@ -14,6 +14,10 @@ WARMUP_SHARE = 0.015
 # As DeepSpeed's own AdamW has them; torch's decays weights where the file does not say.
 OPTIMIZER_DEFAULTS = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
+# Below this many weights the states of a draft fit every rank at stages 1 and 2 (16 bytes per weight on one rank), and the host
+# work of stage 3 shows in the time of a step.
+SMALL_DRAFT_WEIGHTS = 2_000_000_000
+SMALL_DRAFT_CONFIG, LARGE_DRAFT_CONFIG = "zero2.json", "zero3.json"
 MICRO, ACCUMULATION, GLOBAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
 
 
@@ -127,6 +131,25 @@ def _home_in_recipe(key: str) -> str | None:
         return f"belongs to the recipe, where {name} is a section"
     homes = [option for option in OPTIONS if option in (key, name) or option.endswith(f".{name}")]
     return f"belongs to the recipe; set {homes[0]} there or on the command line" if homes else None
+
+
+def default_stage_config(num_weights: int) -> str:
+    """Return the name of the shipped configuration that fits a draft of so many trained weights."""
+    return SMALL_DRAFT_CONFIG if num_weights < SMALL_DRAFT_WEIGHTS else LARGE_DRAFT_CONFIG
+
+
+def stage_advice(ds: dict[str, Any], num_weights: int) -> str | None:
+    """Return a line of advice if ZeRO stage 3 is more than a draft of so many weights needs, else None.
+
+    A run that keeps the weights in host memory needs stage 3, and gets no advice.
+    """
+    zero = ds.get("zero_optimization", {})
+    offloads_weights = zero.get("offload_param", {}).get("device", "none") != "none"
+    if zero.get("stage", 0) < 3 or offloads_weights or num_weights >= SMALL_DRAFT_WEIGHTS:
+        return None
+    size = f"{num_weights / 1e9:.2f} billion weights"
+    limit = f"{SMALL_DRAFT_WEIGHTS / 1e9:.0f} billion"
+    return f"ZeRO stage 3 for a draft of {size}: below {limit} stage 2 is enough and faster (ds_configs/{SMALL_DRAFT_CONFIG})"
 
 
 def _check_contradictions(raw: dict[str, Any]) -> None:

@@ -16,7 +16,14 @@ import torch
 from rich.table import Table
 
 from engine.config import Config, ConfigError
-from engine.ds_config import load_ds_config
+from engine.ds_config import (
+    LARGE_DRAFT_CONFIG,
+    SMALL_DRAFT_CONFIG,
+    SMALL_DRAFT_WEIGHTS,
+    default_stage_config,
+    load_ds_config,
+    stage_advice,
+)
 from engine.files import write_json
 from engine.flops import PEAKS
 from engine.models.registry import check_family, text_config
@@ -42,7 +49,9 @@ LEAST_TOKENS = 2048  # of a pack: shorter ones would cut many conversations
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, ("target", "data", "draft", "ttt", "parallel", "overlap"))
     add = parser.add_argument
-    add("--ds_config", type=Path, default=ROOT / "ds_configs" / "zero3.json", help="DeepSpeed's JSON; default: zero3.json")
+    limit = f"{SMALL_DRAFT_WEIGHTS / 1e9:.0f} billion weights"
+    shipped = f"{SMALL_DRAFT_CONFIG}, or {LARGE_DRAFT_CONFIG} for a draft of {limit} and more"
+    add("--ds_config", type=Path, help=f"DeepSpeed's JSON; default: {shipped}")
     add("--gpus", type=int, default=32, metavar="N", help="GPUs there are; default 32")
     add("--gpu", default="H200", metavar="NAME", help=f"their kind, or a part of its name: {', '.join(PEAKS)}; default H200")
     add("--gpus_per_node", type=int, default=8, metavar="N", help="of them in a node; default 8")
@@ -67,8 +76,11 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def make_planner(config: Config, ds_config: dict[str, Any], arguments: argparse.Namespace) -> Planner:
-    """Raises ValueError or OSError for what a user can mend."""
+def make_planner(config: Config, ds_config: dict[str, Any] | None, arguments: argparse.Namespace) -> Planner:
+    """Return the planner of a job; without a `ds_config`, under the shipped one that fits the size of the draft.
+
+    Raises ValueError or OSError for what a user can fix.
+    """
     section = config.target
     target = load_target_config(section)
     check_family(target)
@@ -88,7 +100,11 @@ def make_planner(config: Config, ds_config: dict[str, Any], arguments: argparse.
     quantised = StaysQuantised.of(target, section.keep_quantised, section.fp8_activations)
     forget_quantisation(target)
     model = without_weights(target, section, torch.device("cuda"))
-    return Planner(config, ds_config, model, gpus, assumed, quantised, may_share)
+    planner = Planner(config, ds_config or {}, model, gpus, assumed, quantised, may_share)
+    if ds_config is None:
+        arguments.ds_config = ROOT / "ds_configs" / default_stage_config(planner.num_draft_weights)
+        planner.ds_config = load_ds_config(arguments.ds_config)
+    return planner
 
 
 def plans(planner: Planner, arguments: argparse.Namespace) -> list[JobPlan]:
@@ -167,6 +183,9 @@ def show_advice(planner: Planner, plan: JobPlan, arguments: argparse.Namespace, 
         f"GPU. Start {ranks.size} ranks, and set parallel.tp_size={ranks.tp_size} parallel.ep_size={ranks.ep_size}; "
         f"an optimizer step then reads {ranks.size * plan.num_tokens * plan.accumulation:,} tokens"
     )
+    advice = stage_advice(planner.ds_config, plan.num_draft_weights)
+    if advice is not None:
+        telemetry.note(advice)
 
 
 def main() -> None:
@@ -177,7 +196,7 @@ def main() -> None:
         if config.target.store is not None:
             problem = "a run that learns from a store loads no target; leave it out to plan the capture, or an online run"
             raise ConfigError(problem, key="target.store", value=config.target.store)
-        ds_config = load_ds_config(arguments.ds_config)
+        ds_config = None if arguments.ds_config is None else load_ds_config(arguments.ds_config)
     telemetry = Telemetry(speaks=True)
     try:
         run_plugins(config.target.plugins)

@@ -8,7 +8,15 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from engine.config import SECTIONS
-from engine.ds_config import AUTO_KEYS, accumulation_steps, load_ds_config, micro_batch_size, resolve_ds_config
+from engine.ds_config import (
+    AUTO_KEYS,
+    accumulation_steps,
+    default_stage_config,
+    load_ds_config,
+    micro_batch_size,
+    resolve_ds_config,
+    stage_advice,
+)
 from engine.ds_keys import DS_HOMES, DS_KEYS, OPTIMIZER, REFUSED, REQUIRED_BY_SCHEDULER, SCHEDULERS
 from engine.strict import ConfigError, dotted_keys, read_as
 
@@ -344,3 +352,14 @@ def test_batch_sizes_that_do_not_fit_the_ranks_are_refused(given):
 def test_no_key_has_a_home_in_both_files():
     assert {key for key in DS_KEYS if key in SECTIONS} == {"checkpoint"}, "the one name both files use, for different keys"
     assert {home for home in DS_HOMES.values() if home.split(".")[0] not in DS_KEYS} == set()
+
+
+def test_stage_3_is_advised_against_for_a_small_draft_alone():
+    stage3, stage2 = ({"zero_optimization": {"stage": stage}} for stage in (3, 2))
+    advice = stage_advice(stage3, 420_000_000)
+    assert "0.42 billion weights" in advice and "ds_configs/zero2.json" in advice
+    assert (SHIPPED[0].parent / default_stage_config(420_000_000)).name == "zero2.json"
+    assert (SHIPPED[0].parent / default_stage_config(2_000_000_000)).name == "zero3.json"
+    offloaded = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    for ds_config, num_weights in [(stage3, 2_000_000_000), (stage2, 420_000_000), (offloaded, 420_000_000), ({}, 1)]:
+        assert stage_advice(ds_config, num_weights) is None

@@ -167,10 +167,7 @@ class JobPlan:
     @cached_property
     def num_draft_weights(self) -> int:
         """Trained ones."""
-        with torch.device("meta"):
-            named = Eagle3Draft(self.draft).named_parameters()
-        frozen = () if self.config.draft.train_embedding_projection else ("embed_projection.weight",)
-        return sum(weight.numel() for name, weight in named if name not in frozen)
+        return num_draft_weights(self.config, self.draft)
 
     def _forward(self, counts: StepCounts) -> Forward:
         return Forward(counts.num_tokens, counts.num_slots, counts.prefix_pairs)
@@ -180,6 +177,14 @@ class JobPlan:
         if "ZeRO" in collective:
             return self.ranks.size
         return self.ranks.ep_size if "EP" in collective else self.ranks.tp_size
+
+
+def num_draft_weights(config: Config, draft: DraftConfig) -> int:
+    """Return the number of weights of a draft that are trained."""
+    with torch.device("meta"):
+        named = Eagle3Draft(draft).named_parameters()
+    frozen = () if config.draft.train_embedding_projection else ("embed_projection.weight",)
+    return sum(weight.numel() for name, weight in named if name not in frozen)
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,11 @@ class Planner:
         self.gpus, self.assumed, self.may_share = gpus, assumed, may_share
         self.draft = derive_draft_config(model.config, config.draft, config.target.aux_layers)
         self._costs: dict[tuple[int, int], TargetCost] = {}
+
+    @property
+    def num_draft_weights(self) -> int:
+        """Trained ones."""
+        return num_draft_weights(self.config, self.draft)
 
     def plan(self, ranks: Ranks) -> "JobPlan":
         sizes = ranks.tp_size, ranks.ep_size
