@@ -5,7 +5,8 @@
 Run from the repository's root. Random hidden states are written through the queue and threads of a capture, fsync included,
 and read back in shuffled packs of 8192 tokens, checksums included, as training reads them to the host. `cold`: the files' pages
 are dropped from the page cache first. The disk's own rates are those of one thread that writes (then syncs) and reads as many
-bytes in order.
+bytes in order. `loop s, N ahead`: seconds of a loop that reads each pack, N packs ahead, and sleeps as long as a pack takes to
+read, in place of a GPU's step.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from safetensors.torch import save_file
 
 from benchmarks.record import show, write_record
 from engine.batch import TargetOutput
-from engine.config import TttSection
+from engine.config import AHEAD_OF_STORE, TttSection
 from engine.data.documents import Document
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
 from engine.host_memory import keep_freed_memory
+from engine.overlap import run_ahead
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, plan_shards
 from engine.store.reader import open_store
@@ -97,6 +99,23 @@ def read_store(folder: Path) -> None:
         target.read(batch, slots_of(allowed_rows(batch, TttSection())))
 
 
+def train_from_store(folder: Path, ahead: int, step_s: float) -> float:
+    """Seconds of a loop that reads each pack and then waits for a step, as the host does for a GPU; `ahead` as run_ahead."""
+    opened = open_store(folder, skip_bad=True)
+    target = StoredTarget(opened, torch.device("cpu"))
+    sizes = {"packs_per_batch": 1, "rank": 0, "world_size": 1, "accumulation_steps": 1, "balance_steps": 8}
+    loader = PackedLoader(opened.documents, max_tokens=PACK_TOKENS, **sizes, seed=0, epochs=1)
+
+    def read(item: tuple) -> None:
+        (batch,), _ = item
+        target.read(batch, slots_of(allowed_rows(batch, TttSection())))
+
+    start = time.perf_counter()
+    for _ in run_ahead(loader, read, ahead, torch.device("cpu")):
+        time.sleep(step_s)
+    return time.perf_counter() - start
+
+
 def write_plainly(path: Path, num_bytes: int) -> None:
     chunk = os.urandom(CHUNK)
     with path.open("wb", buffering=0) as file:
@@ -146,6 +165,11 @@ def measure(parent: Path, dtype: str, num_tokens: int) -> dict[str, float]:
                 if where == "cold":
                     drop_from_cache(Path(name))
                 rates[f"{what} read, {where}"] = rate(work, num_bytes)
+        # A step as long as reading its pack, which is where reading ahead gains most.
+        step_s = num_bytes / 1e6 / rates["store read, cold"] / (num_tokens / PACK_TOKENS)
+        for ahead in (0, AHEAD_OF_STORE):
+            drop_from_cache(Path(name))
+            rates[f"loop s, {ahead} ahead"] = train_from_store(folder, ahead, step_s)
     return rates | {"KiB a token": num_bytes / num_tokens / 1024}
 
 
@@ -163,7 +187,7 @@ def main() -> None:
     for dtype in PRECISIONS:
         rounds = [measure(options.folder, dtype, options.tokens) for _ in range(ROUNDS)]
         rows.append({"dtype": dtype} | {name: statistics.median(r[name] for r in rounds) for name in rounds[0]})
-    show(rows, "{:,.1f}")
+    show(rows, "{:,.2f}")
     write_record(options.json, f"python -m benchmarks.bench_store --tokens {options.tokens}", rows)
 
 

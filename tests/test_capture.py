@@ -252,6 +252,25 @@ def test_slots_that_were_not_captured_are_refused(tmp_path, tiny_target, tiny_co
         StoredTarget(opened, CPU)(batch, torch.arange(1, batch.num_tokens))
 
 
+@pytest.mark.parametrize("pins", [True, False])
+def test_states_on_their_way_to_a_gpu_are_read_into_pinned_memory(pins, tmp_path, tiny_target, tiny_corpus, monkeypatch):
+    config = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train)
+    run_capture(config)
+    opened = open_store(tmp_path / "store", skip_bad=False)
+    stored = StoredTarget(opened, CPU)
+    monkeypatch.setattr(stored, "_pins", pins)
+    real_empty, asked = torch.empty, []
+
+    def empty(*shape, pin_memory: bool = False, **options) -> torch.Tensor:
+        asked.append(pin_memory)
+        return real_empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    batch = replace(collate([opened.documents[0]]), document_ids=(0,))
+    found = stored.read(batch, slots_of(allowed_rows(batch, config.ttt)))
+    assert len(asked) == sum(states is not None for states in found.values()) and set(asked) == {pins}
+
+
 def test_the_manifest_says_what_serving_must_match(whole):
     manifest = json.loads(whole[MANIFEST])
     contents = manifest["contents"]

@@ -40,6 +40,7 @@ class StoredTarget:
         """Raises StoreError if the store lacks the target's embedding and head."""
         self.documents, self.aux_layers = store.documents, store.contents.aux_layers
         self._dtype, self._device = DTYPES[store.contents.dtype], device
+        self._pins = device.type == "cuda"
         self._head_path, self._verified = store.folder / TARGET_FOLDER / HEAD, set()
         if not self._head_path.is_file():
             raise StoreError(f"{self._head_path} is missing; run the capture again, which writes it")
@@ -71,7 +72,10 @@ class StoredTarget:
         )
 
     def read(self, batch: PackedBatch, slots_N: Tensor) -> dict[str, Tensor | None]:
-        """The same on the host as it is stored: formats that numpy does not know as bytes, and None where there is no scale."""
+        """Read a batch's states to the host as they are stored, into pinned memory if they go on to a GPU.
+
+        Formats that numpy does not know come as bytes, and there is None where there is no scale.
+        """
         parts = self._parts(batch, slots_N.numpy())
         for shard, own, *_ in parts:
             shard.will_need(own)
@@ -98,8 +102,9 @@ class StoredTarget:
         shard = parts[0][0]
         if name not in shard.layout.places:
             return None
-        like = shard.rows(name, 0, 0)
-        return torch.from_numpy(np.empty((num_rows, *like.shape[1:]), dtype=like.dtype))
+        like = torch.from_numpy(shard.rows(name, 0, 0).copy())
+        # pinned from the start, so that the disk's bytes are copied once and the GPU fetches them by itself
+        return torch.empty((num_rows, *like.shape[1:]), dtype=like.dtype, pin_memory=self._pins)
 
     def _read(self, shard: MappedShard, own: int, tokens: slice, slots: slice, rows: np.ndarray, by_token, by_slot) -> None:
         if (shard.path, own) not in self._verified:
