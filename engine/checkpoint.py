@@ -137,12 +137,9 @@ class Checkpoints:
 
         The draft gets what the checkpoint holds of its frozen weights, which that form leaves out.
         """
-        tag = self.newest()
-        if self._facts(tag)["ranks"] == world.size or not is_sharded(self.folder, tag):
+        tag = world.decide(lambda: self._reshaped(world.size))
+        if tag is None:
             return False
-        if world.is_main:
-            to_universal(self.folder, tag)
-        world.barrier()
         frozen = {name: parameter.data for name, parameter in draft.named_parameters() if not parameter.requires_grad}
         if frozen and world.is_main:
             weights = consolidated_weights(self.folder, tag)
@@ -152,12 +149,20 @@ class Checkpoints:
             world.send_from_main(weight)
         return True
 
+    def _reshaped(self, num_ranks: int) -> str | None:
+        """Rewrite the newest checkpoint for `num_ranks` ranks and return its tag; None if it fits them as it is."""
+        tag = self.newest()
+        if self._facts(tag)["ranks"] == num_ranks or not is_sharded(self.folder, tag):
+            return None
+        to_universal(self.folder, tag)
+        return tag
+
     def load(self, draft: ZeroDraft, world: World) -> None:
         """Restore the newest checkpoint, and this rank's RNG if as many ranks wrote it; a collective.
 
         Raises ValueError if a part of it is missing.
         """
-        tag = self.newest()
+        tag = world.decide(self.newest)
         state = draft.load(self.folder, tag)
         if len(state["rng"]) == world.size:
             _restore_rng(state["rng"][world.rank])

@@ -21,9 +21,9 @@ from engine.data.fingerprint import tokenizer_hash
 from engine.data.loader import PackedLoader
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer, template_token_ids
-from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config
+from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config, stage_advice
 from engine.evaluate import Prompt, check_prompts, held_out_prompts
-from engine.export import VOCAB, check_replaceable, export_draft, load_draft, load_vocab_map, save_vocab_map
+from engine.export import CONFIG, VOCAB, WEIGHTS, check_replaceable, export_draft, load_draft, load_vocab_map, save_vocab_map
 from engine.fault_watch import FaultWatch, WatchSettings
 from engine.files import write_json, write_text
 from engine.finite import without_faulty_documents
@@ -39,6 +39,7 @@ from engine.normaliser import Normaliser
 from engine.origin import Offline, Online, Target, open_origin
 from engine.overlap import run_ahead
 from engine.parallel.mesh import World
+from engine.parallel.nodes import copy_from_main
 from engine.parallel.quantised import check_fp8_activations
 from engine.parallel.zero import ZeroDraft
 from engine.recipe import dump_config
@@ -84,10 +85,8 @@ class Trainer:
 
     def run(self) -> RunReport:
         """The whole job; the same report on every rank. Raises ValueError, before any expensive work where it can be."""
-        check_replaceable(self.output_dir / DRAFT)
-        position = self.checkpoints.find() if self.config.checkpoint.resume else None
-        if position is not None:
-            self.checkpoints.check_end(position[0], self.config.max_steps)
+        self.check_output()
+        position = self.world.decide(self.find_position)
         torch.manual_seed(self.config.seed)
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
@@ -96,7 +95,7 @@ class Trainer:
         origin = open_origin(self.config, tokenizer, self.world, self.telemetry)
         self.checkpoints = replace(self.checkpoints, target_identity=origin.target_identity)
         if position is not None:
-            unknown = self.checkpoints.check_target()
+            unknown = self.world.decide(self.checkpoints.check_target)
             if unknown is not None:
                 self.telemetry.note(f"  {unknown}")
         draft_config = derive_draft_config(target_config, self.config.draft, origin.aux_layers)
@@ -130,6 +129,33 @@ class Trainer:
                 report = replace(report, after=after, prompt_lookup=held_out.measure_prompt_lookup())
         return report
 
+    def check_output(self) -> None:
+        """Say whether the nodes share the output folder. Raise ValueError if this run could not write there what it has to."""
+        draft = self.output_dir / DRAFT
+        self.world.decide(lambda: check_replaceable(draft))
+        if self.world.writes_output:
+            check_replaceable(draft)
+        if self.world.num_nodes == 1:
+            return
+        if self.world.shares_output:
+            self.telemetry.note(f"Output folder: shared by {self.world.num_nodes} nodes")
+            return
+        section = self.config.checkpoint
+        asked = "checkpoint.resume=true" if section.resume else f"checkpoint.every_steps={section.every_steps}"
+        if section.resume or section.every_steps:
+            raise ValueError(
+                f"{self.output_dir} is not one folder on all {self.world.num_nodes} nodes, and {asked} needs the parts of "
+                "every rank in one place. Name an output_dir that the nodes share, or train without checkpoints"
+            )
+        self.telemetry.note("Output folder: not shared; rank 0's gets the run's record, and every node's the exported draft")
+
+    def find_position(self) -> tuple[int, dict[str, Any]] | None:
+        """Return the step and data state to resume from, if any. Raise ValueError as `Checkpoints.find` and `check_end` do."""
+        position = self.checkpoints.find() if self.config.checkpoint.resume else None
+        if position is not None:
+            self.checkpoints.check_end(position[0], self.config.max_steps)
+        return position
+
     def read_corpus(self, origin: Origin, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
         documents = origin.documents()
         counts_V = origin.count_tokens(documents, config.vocab_size)
@@ -145,6 +171,10 @@ class Trainer:
             epochs=self.config.epochs,
             balance_steps=self.config.data.balance_steps,
         )
+        stream = self.world.decide(lambda: loader.stream)
+        if stream != loader.stream:
+            problem = f"rank {self.world.rank} reads other training data than rank 0"
+            raise ValueError(f"{problem}: {loader.stream}, there {stream}. Give every node the same files")
         coverage = vocab_map.coverage(counts_V)
         self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of {origin.counted}")
         facts = {"tokenizer_hash": tokenizer_hash(tokenizer), "coverage": coverage, "counted": self.config.draft.vocab_from}
@@ -220,8 +250,12 @@ class Trainer:
         )
         teacher = Teacher(target.head_rows(corpus.vocab_map.target_ids_U).logits, corpus.vocab_map)
         reshaped = first_step > 0 and self.checkpoints.reshape(draft, self.world)
+        num_weights = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
         zero = ZeroDraft(draft, TrainingTimeTest(self.config.ttt, self.config.loss, teacher), resolved, universal=reshaped)
         self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {self.num_steps} steps")
+        advice = stage_advice(self.ds_config, num_weights)
+        if advice is not None:
+            self.telemetry.note(f"  {advice}")
         if first_step:
             self.checkpoints.load(zero, self.world)
             how = ", written by another number of ranks" if reshaped else ""
@@ -293,6 +327,8 @@ class Trainer:
         else:
             collections.deque(weights, maxlen=0)
         self.world.barrier()
+        if not self.world.shares_output:
+            copy_from_main(folder, (WEIGHTS, CONFIG), self.world)
         exported = load_draft(folder, embed_weight_VD, zero.dtype, self.world.device, zero.kernels)
         (micro,), _ = self.prepare(target, zero.dtype)(([corpus.sample], None))
         if micro.num_left_out:

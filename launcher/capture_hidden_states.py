@@ -43,10 +43,14 @@ def main() -> None:
     resolved = with_paths(config, corpus)
 
     from engine.parallel.mesh import World
+    from engine.parallel.nodes import is_shared
     from engine.parallel.zero import connect, disconnect
 
     world = World(**environment)
     connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
+    if not is_shared(Path(config.target.store).absolute(), world):
+        problem = f"target.store = {config.target.store} is not one folder on all {world.num_nodes} nodes"
+        stop(ValueError(f"{problem}; name one on a file system that they share"), world.rank)
     from engine.capture import Capture
 
     capture = Capture(resolved, world)

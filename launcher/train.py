@@ -7,6 +7,7 @@ capture_hidden_states.py wrote there, and loads no target.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,12 +75,14 @@ def main() -> None:
     from engine.parallel.zero import connect, disconnect
 
     connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
+    from engine.parallel.nodes import is_shared
     from engine.trainer import Trainer
 
+    world = replace(world, shares_output=is_shared(Path(config.output_dir).absolute(), world))
     trainer = Trainer(resolved, ds_config, world)
     try:
         run_plugins(config.target.plugins)
-        if world.is_main:
+        if world.writes_output:
             write_embedded_corpus(config, corpus)
         world.barrier()
         report = trainer.run()

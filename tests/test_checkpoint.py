@@ -299,7 +299,8 @@ def test_every_generator_is_restored(tmp_path):
     assert numbers == [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(3)]
 
 
-def test_a_checkpoint_that_cannot_be_rewritten_is_one_clear_error(tmp_path):
+def test_a_checkpoint_that_cannot_be_rewritten_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "decide", lambda world, decision: decision())  # rank 0, without the other three
     Checkpoints(tmp_path, keep=1).save(PaperDraft(), ALONE, 4, {})
     (tmp_path / "step_4" / "zero_optim_states.pt").write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"step_4 cannot be rewritten for another number of ranks: "):

@@ -71,7 +71,7 @@ class PackedLoader:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Start where `state` was yielded. Raises ValueError if it was saved with other data or settings."""
-        saved, current = state["stream"], self._stream
+        saved, current = state["stream"], self.stream
         changes = [f"{key} was {saved.get(key)}, now {current[key]}" for key in current if saved.get(key) != current[key]]
         if changes:
             raise ValueError(
@@ -101,7 +101,7 @@ class PackedLoader:
         return self._world_size * self._packs_per_batch * self._accumulation_steps
 
     @cached_property
-    def _stream(self) -> dict[str, int]:
+    def stream(self) -> dict[str, int]:
         return {
             "num_documents": len(self._lengths),
             "num_tokens": int(self._lengths.sum()),
@@ -113,7 +113,7 @@ class PackedLoader:
 
     def _state_at(self, num_packs: int) -> dict[str, Any]:
         epoch_plan = self._plan_of(self._epoch_of(num_packs))
-        return {"packs": num_packs, "plan": list(self._plan), "epoch_plan": list(epoch_plan), "stream": self._stream}
+        return {"packs": num_packs, "plan": list(self._plan), "epoch_plan": list(epoch_plan), "stream": self.stream}
 
     def _micro_batch(self, first: int, index: int) -> PackedBatch:
         begin = first + (index * self._world_size + self._rank) * self._packs_per_batch

@@ -1,8 +1,9 @@
 """Who takes part in a run: the process's place among the others, its device, and with whom it runs one target."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -10,6 +11,7 @@ from torch import distributed
 from engine.config import ParallelSection, divisors
 from engine.host_copy import HostCopy
 
+Decision = TypeVar("Decision")
 PARTS_ON_A_GPU = 2  # there collectives run beside products
 
 
@@ -18,12 +20,14 @@ class World:
     """One process of a job.
 
     rank: 0 .. size - 1 over all nodes; local_rank: 0 .. local_size - 1 on this node.
+    shares_output: whether the ranks of all nodes see one output folder.
     """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+    shares_output: bool = True
 
     @classmethod
     def alone(cls) -> "World":
@@ -33,6 +37,15 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.size // self.local_size)
+
+    @property
+    def writes_output(self) -> bool:
+        """Whether this process writes what every rank reads from its own view of the output folder."""
+        return self.is_main or (not self.shares_output and self.local_rank == 0)
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +81,28 @@ class World:
         """Give every rank what rank 0 has, in place."""
         if self.size > 1:
             distributed.broadcast(values, src=0)
+
+    def decide(self, decision: Callable[[], Decision]) -> Decision:
+        """Return on every rank what `decision()` returns on rank 0, which alone calls it; a collective.
+
+        Files are read this way if ranks must agree on what they hold. A ValueError on rank 0 is raised on every rank.
+        """
+        if self.size == 1:
+            return decision()
+        outcome: list[Any] = [None, None]
+        failure: ValueError | None = None
+        if self.is_main:
+            try:
+                outcome[0] = decision()
+            except ValueError as error:
+                failure = error
+                outcome[1] = str(error)
+        distributed.broadcast_object_list(outcome, src=0)
+        if failure is not None:
+            raise failure
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
 
     def barrier(self) -> None:
         if self.size > 1:

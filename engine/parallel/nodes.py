@@ -1,0 +1,78 @@
+"""Folders of a job on several nodes: whether all nodes see one, and files for those that do not."""
+
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from engine.parallel.mesh import World
+
+SECONDS_TO_APPEAR = 5.0  # network file systems show a new file a little later to other nodes
+CHUNK_BYTES = 256 << 20
+
+
+def is_shared(folder: Path, world: World) -> bool:
+    """Return whether every node sees the folder that rank 0 sees; a collective.
+
+    Rank 0 writes a file with a name that nobody else can know, and the first rank of every node looks for it.
+    """
+    if world.num_nodes == 1:
+        return True
+    token = folder / world.decide(lambda: f".shared-{uuid.uuid4().hex}")
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    world.barrier()
+    misses = torch.zeros(1, device=world.device)
+    if world.local_rank == 0 and not _appears(token):
+        misses += 1
+    is_seen = world.sum(misses).item() == 0
+    if world.is_main:
+        token.unlink()
+    return is_seen
+
+
+def copy_from_main(folder: Path, names: Iterable[str], world: World) -> None:
+    """Copy files of rank 0's folder to the same folder of nodes that do not share it; a collective.
+
+    The bytes travel through the process group. The first rank of a node writes them.
+    """
+    writes = world.writes_output and not world.is_main
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        _copy_file(folder / name, writes, world)
+    world.barrier()
+
+
+def _copy_file(path: Path, writes: bool, world: World) -> None:
+    num_bytes = world.decide(lambda: path.stat().st_size)
+    partial = path.parent.with_name(f".{path.parent.name}.{path.name}.partial")  # a folder left half-way stays a draft's
+    source = path.open("rb") if world.is_main else None
+    copy = partial.open("wb") if writes else None
+    for start in range(0, num_bytes, CHUNK_BYTES):
+        size = min(CHUNK_BYTES, num_bytes - start)
+        chunk = torch.empty(size, dtype=torch.uint8)
+        if source is not None:
+            source.readinto(chunk.numpy())
+        chunk = chunk.to(world.device)
+        distributed.broadcast(chunk, src=0)
+        if copy is not None:
+            copy.write(chunk.cpu().numpy())
+    if source is not None:
+        source.close()
+    if copy is not None:
+        copy.close()
+        partial.replace(path)
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
