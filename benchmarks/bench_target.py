@@ -6,7 +6,8 @@ Run from the repository's root. A shape's name says whose config, from tests/rec
 how many tokens the micro-batch has: documents of 2048, on a CPU of 512, of which the assistant says the second half. Weights
 are random and made on the device. `packed` and the two in fp8 are what training calls: `packed fp8` keeps the decoder's linear
 maps and experts in fp8 with a scale for each block of 128 x 128, as published checkpoints have it, and `packed fp8 x fp8`
-quantises what they are multiplied with as well (`target.fp8_activations`). `transformers`: the model's forward with its sdpa
+quantises what they are multiplied with as well (`target.fp8_activations`). `packed liger` is `packed` with norms, SwiGLU and
+rotary embeddings of liger-kernel, as training has them where it is installed. `transformers`: the model's forward with its sdpa
 attention and logits of the slots alone; it keeps no auxiliary states. FLOPs are those of engine/planning.
 
 Asked of an H200, at llama3.1-8b-32k: `packed` does half of the FLOP/s that a large product does (`of product`), and
@@ -34,6 +35,7 @@ from engine.planning.target_cost import Forward, TargetCost
 from engine.rows import allowed_rows, slots_of
 from engine.target.anatomy import auto_class, decoder_of, without_weights
 from engine.target.frozen import FrozenTarget
+from engine.target.fused_elementwise import fuse_elementwise, liger_operations
 from tests.recipes_configs import target_config
 
 BLOCK, SAID = 128, 0.5
@@ -124,6 +126,15 @@ def _packed_fp8_by_fp8(tensors: TargetTensors) -> Callable[[], object]:
     return _packed(replace(tensors, model=in_fp8(tensors.model, fp8_activations=True)))
 
 
+def _packed_liger(tensors: TargetTensors) -> Callable[[], object]:
+    """Run a copy of the model that shares its weights, for others run the model as it is."""
+    operations = liger_operations()
+    model = copy.deepcopy(tensors.model, {id(weight): weight for weight in tensors.model.parameters()})
+    target = FrozenTarget(model, None)
+    fuse_elementwise(target.decoder, target.dtype, target.device, operations)
+    return lambda: target(tensors.batch, tensors.slots_N)
+
+
 def in_fp8(model: PreTrainedModel, fp8_activations: bool = False) -> PreTrainedModel:
     """The model with its decoder's linear maps and experts in fp8; all other weights are those of the given one.
 
@@ -179,6 +190,7 @@ BENCHMARK = Benchmark(
     default_shapes={"cpu": ("cpu-*2k",), "cuda": ("llama3.1-8b-*", "qwen3-30b-a3b-*")},
     providers={
         "packed": Provider(lambda: _packed),
+        "packed liger": Provider(lambda: _packed_liger, devices=("cuda",)),
         "packed fp8": Provider(lambda: _packed_fp8),
         "packed fp8 x fp8": Provider(lambda: _packed_fp8_by_fp8),
         "transformers": Provider(lambda: _transformers),

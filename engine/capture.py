@@ -37,6 +37,7 @@ from engine.store.writer import (
 from engine.target.checked_kernels import check_target_kernels
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
+from engine.target.fused_elementwise import use_liger
 from engine.target.identity import shared_identity
 from engine.target.stored import HEAD, save_head
 from engine.telemetry import Telemetry
@@ -105,6 +106,8 @@ class Capture:
             of = self.config.loss.temperature, mesh, self.config.parallel.unproven, self.telemetry.progress
             target = FrozenTarget.load(section, self.world.device, contents.aux_layers, *of)
             self.telemetry.note(f"  attention: {target.attention}")
+            replaced = use_liger(target.decoder, target.dtype, self.config.kernels, self_check)
+            self.telemetry.note(f"  liger: {replaced}")
             self.keep_head(target)
         started = time.perf_counter()
         with self.telemetry.stage("Capturing"):

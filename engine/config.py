@@ -250,7 +250,8 @@ class Config:
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     kernels: Literal["auto", "triton", "flash", "reference"] = option(
         "auto",
-        "attention and loss; auto = Triton on a GPU, blocks of PyTorch on a CPU; flash = flash attention for the prefix",
+        "attention and loss; auto = Triton on a GPU, blocks of PyTorch on a CPU; flash = flash attention for the prefix; "
+        "all but reference use liger-kernel in draft and target on a GPU",
     )
     output_dir: str = option("outputs/run", "folder for the draft, checkpoints, metrics and the resolved configuration")
     seed: int = option(0, "seed of shuffling and initialisation", at_least=0)

@@ -16,6 +16,7 @@ from engine.store.reader import open_store
 from engine.target.checked_kernels import check_target_kernels
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
+from engine.target.fused_elementwise import use_liger
 from engine.target.identity import shared_identity
 from engine.target.stored import StoredTarget
 from engine.telemetry import Telemetry
@@ -67,6 +68,8 @@ class Online:
             self._telemetry.progress,
         )
         self._telemetry.note(f"  attention: {target.attention}")
+        replaced = use_liger(target.decoder, target.dtype, self._config.kernels, self_check)
+        self._telemetry.note(f"  liger: {replaced}")
         for line in target.plan.summary(self.mesh):
             self._telemetry.note(f"  {line}")
         return target

@@ -39,6 +39,7 @@ from engine.strict import parse_json, read_text
 from engine.target.checked_kernels import check_target_kernels
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
+from engine.target.fused_elementwise import use_liger
 from engine.target.identity import shared_identity, what_changed
 from engine.telemetry import Telemetry
 from launcher.command import join_environment, run_plugins, stop, user_cache
@@ -167,6 +168,8 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
         run.target, world.device, draft_config.aux_layers, mesh=mesh, unproven=run.parallel.unproven, bar=telemetry.progress
     )
     dtype = target.dtype
+    replaced = use_liger(target.decoder, dtype, run.kernels, self_check)
+    telemetry.note(f"liger in the target: {replaced}")
     kernels = choose_kernels(run.kernels, world.device, dtype, draft_config.head_dim)
     kernels = self_check.sound(kernels, dtype, draft_config.head_dim)
     draft = load_draft(arguments.draft, target.embedding.whole(), dtype, world.device, kernels)

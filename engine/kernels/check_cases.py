@@ -67,7 +67,8 @@ class Case:
     roundings: int = 1
 
 
-def _draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Return normal numbers from a seed, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator) * scale
 
@@ -127,10 +128,10 @@ def _attention_case(name: str, attention: Operation, head_dim: int, is_dense: bo
         is_dense=is_dense,
         longest=max(LENGTHS),
     )
-    leaves = [_draw(num_rows, HEADS, head_dim, seed=1)]
-    leaves += [_draw(total, GROUPS, head_dim, seed=seed) for seed in (2, 3)]
+    leaves = [draw(num_rows, HEADS, head_dim, seed=1)]
+    leaves += [draw(total, GROUPS, head_dim, seed=seed) for seed in (2, 3)]
     for seed in range(2 * NUM_ANCESTORS):
-        leaves.append(_draw(num_rows + NUM_ANCESTORS, GROUPS, head_dim, seed=4 + seed))
+        leaves.append(draw(num_rows + NUM_ANCESTORS, GROUPS, head_dim, seed=4 + seed))
 
     def run(function: Operation, query, key, value, *extras) -> tuple[Tensor, ...]:
         keys, values = list(extras[:NUM_ANCESTORS]), list(extras[NUM_ANCESTORS:])
@@ -163,14 +164,14 @@ def _loss_rows(device: torch.device) -> LossRows:
 def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> Case:
     """A draft near enough to its target that some of its rows are right."""
     rows = _loss_rows(device)
-    target_ND = _draw(NUM_SLOTS, HIDDEN_SIZE, seed=1)
-    head_UD = _draw(VOCAB_SIZE, HIDDEN_SIZE, seed=2, scale=3 * HIDDEN_SIZE**-0.5)
+    target_ND = draw(NUM_SLOTS, HIDDEN_SIZE, seed=1)
+    head_UD = draw(VOCAB_SIZE, HIDDEN_SIZE, seed=2, scale=3 * HIDDEN_SIZE**-0.5)
     logits_NU = target_ND @ head_UD.mT
     lse_N = (logits_NU.logsumexp(-1) + 0.1).to(device)  # a tenth of the mass is outside
     draft_id_N = logits_NU.argmax(-1).to(device)
     slot_R = rows.slot_R.cpu()
-    noise_RD = _draw(len(slot_R), HIDDEN_SIZE, seed=3, scale=0.3)
-    leaves = (target_ND[slot_R] + noise_RD, head_UD + _draw(*head_UD.shape, seed=4, scale=0.1))
+    noise_RD = draw(len(slot_R), HIDDEN_SIZE, seed=3, scale=0.3)
+    leaves = (target_ND[slot_R] + noise_RD, head_UD + draw(*head_UD.shape, seed=4, scale=0.1))
     target_ND, head_UD = target_ND.to(device), head_UD.to(device)
 
     def run(function: Operation, hidden_RD: Tensor, weight_UD: Tensor) -> tuple[Tensor, ...]:
@@ -190,7 +191,7 @@ def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> C
 
 def _elementwise_cases(own: Elementwise, head_dim: int, device: torch.device) -> Iterator[Case]:
     plain, rows = Elementwise(), 37
-    x_QD, weight_D = _draw(rows, 200, seed=1), 1 + _draw(200, seed=2, scale=0.25)
+    x_QD, weight_D = draw(rows, 200, seed=1), 1 + draw(200, seed=2, scale=0.25)
     if own.rms_norm is not plain.rms_norm:
 
         def norm(operations: Elementwise, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -203,25 +204,25 @@ def _elementwise_cases(own: Elementwise, head_dim: int, device: torch.device) ->
         def swiglu(operations: Elementwise, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
             return (operations.swiglu(gate, up),)
 
-        leaves = (3 * x_QD, _draw(rows, 200, seed=3))
+        leaves = (3 * x_QD, draw(rows, 200, seed=3))
         yield Case("swiglu", leaves, partial(swiglu, own), partial(swiglu, plain))
     if own.rotate_both is not plain.rotate_both:
-        angle_QE = _draw(rows, head_dim // 2, seed=4).repeat(1, 2)
+        angle_QE = draw(rows, head_dim // 2, seed=4).repeat(1, 2)
         cos_sin = angle_QE.cos()[:, None].to(device), angle_QE.sin()[:, None].to(device)
 
         def rotate(operations: Elementwise, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
             # Some implementations rotate in place, which leaves are not open to.
             return operations.rotate_both(query.clone(), key.clone(), cos_sin)
 
-        leaves = (_draw(rows, HEADS, head_dim, seed=5), _draw(rows, GROUPS, head_dim, seed=6))
+        leaves = (draw(rows, HEADS, head_dim, seed=5), draw(rows, GROUPS, head_dim, seed=6))
         yield Case("rotate_both", leaves, partial(rotate, own), partial(rotate, plain))
 
 
 def _packed_attention_case(attention: PackedAttention, head_dim: int, window: int | None, device: torch.device) -> Case:
     total = sum(LENGTHS)
     segments, scores = Segments(LENGTHS, device, window), Scores(head_dim**-0.5)
-    leaves = [_draw(HEADS, total, head_dim, seed=1)]
-    leaves += [_draw(GROUPS, total, head_dim, seed=seed) for seed in (2, 3)]
+    leaves = [draw(HEADS, total, head_dim, seed=1)]
+    leaves += [draw(GROUPS, total, head_dim, seed=seed) for seed in (2, 3)]
 
     def run(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
         return (function(*tensors, segments, scores),)
@@ -251,7 +252,7 @@ def _token_permute_case(permute: TokenPermute, is_fp8: bool, device: torch.devic
         summed_TD = functions.unpermute_rows(sorted_MD, place_TK, torch.empty_like(rows_TD), weight_TK)
         return sorted_MD, summed_TD
 
-    leaves = _draw(num_tokens, width, seed=1), _draw(num_tokens, num_choices, seed=2)
+    leaves = draw(num_tokens, width, seed=1), draw(num_tokens, num_choices, seed=2)
     if is_fp8:
         leaves = leaves[0].to(torch.float8_e4m3fn).float(), leaves[1]
     ours, plain = partial(run, permute), partial(run, TokenPermute())
@@ -260,7 +261,7 @@ def _token_permute_case(permute: TokenPermute, is_fp8: bool, device: torch.devic
 
 def _head_case(ours: Operation, transform: LogitTransform) -> Case:
     """Logits of which several tie for the largest: the first token is the right one."""
-    logits_NV = _draw(NUM_SLOTS, VOCAB_SIZE, seed=1)
+    logits_NV = draw(NUM_SLOTS, VOCAB_SIZE, seed=1)
     logits_NV[::2, [VOCAB_SIZE // 2, VOCAB_SIZE - 1]] = 5.0
 
     def run(function: Operation, logits_NV: Tensor) -> tuple[Tensor, ...]:
@@ -275,10 +276,10 @@ def _fp8_cases(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tens
     """One weight for few and for many rows, and those of experts of which one has no row."""
     for counts in ((sum(FP8_COUNTS),), (FP8_MANY,), FP8_COUNTS):
         num_outputs, num_inputs = FP8_SIZES
-        values_XNK = _draw(len(counts), num_outputs, num_inputs, seed=1)
+        values_XNK = draw(len(counts), num_outputs, num_inputs, seed=1)
         codes_XNK = values_XNK.to(torch.float8_e4m3fn).to(device)
         blocks = [-(-size // step) for size, step in zip(FP8_SIZES, FP8_BLOCK, strict=True)]
-        scale_XGJ = (_draw(len(counts), *blocks, seed=2).abs() + 0.5).to(device)
+        scale_XGJ = (draw(len(counts), *blocks, seed=2).abs() + 0.5).to(device)
         ends_X = None
         if len(counts) > 1:
             ends_X = torch.tensor(counts).cumsum(0).int().to(device)
@@ -287,5 +288,5 @@ def _fp8_cases(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tens
         def run(function: Callable[..., Tensor], rows_MK: Tensor, weight=weight):
             return (function(rows_MK, *weight),)
 
-        leaves = (_draw(sum(counts), num_inputs, seed=3),)
+        leaves = (draw(sum(counts), num_inputs, seed=3),)
         yield Case(name, leaves, partial(run, ours), partial(run, plain), differentiates=False)

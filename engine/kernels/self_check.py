@@ -90,7 +90,7 @@ def check_kernels(
             key += f", {sorted(attention_tiles.tiles_in_use().items())}"
         check = _known_check(known.get(key))
         if check is None:
-            check = _check(name, of_one, device, dtype)
+            check = check_kernel(name, of_one, device, dtype)
             cache.add(SECTION, {key: _entry(check)})
             if not check.ok:
                 _check_device(name, device)
@@ -112,7 +112,8 @@ def _known_check(entry: object) -> KernelCheck | None:
         return None
 
 
-def _check(name: str, cases: Sequence[Case], device: torch.device, dtype: torch.dtype) -> KernelCheck:
+def check_kernel(name: str, cases: Sequence[Case], device: torch.device, dtype: torch.dtype) -> KernelCheck:
+    """Compare one kernel with plain PyTorch on all of `cases`."""
     started = time.perf_counter()
     error, bound, message = 0.0, FLOOR, ""
     for case in cases:

@@ -51,5 +51,14 @@ def norm_late(mixer: nn.Module, name: str, num_groups: int, group: Group) -> Non
     norm.forward, mixer.forward = norm_and_note, forward
 
 
+def epsilon_of(norm: nn.Module) -> float | None:
+    """Return what a norm adds to the mean of squares, None where it does not say."""
+    named = (getattr(norm, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
+    return next((value for value in named if value is not None), None)
+
+
 def _epsilon(norm: nn.Module) -> float:
-    return next(value for key in ("variance_epsilon", "eps", "epsilon") if (value := getattr(norm, key, None)) is not None)
+    """Return the epsilon of a norm that has one."""
+    epsilon = epsilon_of(norm)
+    assert epsilon is not None, f"{type(norm).__name__} does not name its epsilon"
+    return epsilon

@@ -20,8 +20,9 @@ BYTES_OF_8B = 40 << 30
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_provider_runs(shape, monkeypatch):
     monkeypatch.setitem(harness.PRODUCT_SIZE, "cpu", 256)
-    (figures,) = measured(replace(BENCHMARK, shapes=SHAPES), [shape], list(BENCHMARK.providers), ON_CPU, 1)
-    assert [row["provider"] for row in figures["rows"]] == list(BENCHMARK.providers)
+    on_cpu = [name for name, provider in BENCHMARK.providers.items() if "cpu" in provider.devices]
+    (figures,) = measured(replace(BENCHMARK, shapes=SHAPES), [shape], on_cpu, ON_CPU, 1)
+    assert [row["provider"] for row in figures["rows"]] == on_cpu
     for row in figures["rows"]:
         assert "error" not in row and row["tokens/s"] > 0
         assert row["of_product"] == row["mfu"], "no datasheet knows this machine"

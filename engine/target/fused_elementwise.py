@@ -1,0 +1,476 @@
+"""RMSNorm, SwiGLU and rotary embedding of a frozen target, one launch each, by liger-kernel.
+
+A family's modules are innocent of it: `fuse_elementwise` replaces the `forward` of single modules of
+a loaded decoder from outside. A module is replaced only if
+
+- its `forward` is still that of its class, so nothing that ranks exchange is passed over;
+- the fused operation agrees with it on small random inputs in the precision of the run, within the
+  bound of `engine/kernels/self_check.py`. This tells the forms of RMSNorm apart as well, and refuses
+  interleaved rotary embeddings, clamped activations and whatever else a family does differently.
+
+Calls for which the check does not speak (another precision, no rows) run the family's own code.
+
+Shapes: R rows, D width of a norm, W width of an MLP; B batch, T tokens, H and G heads, E head dim.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType, MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from engine.kernels.check_cases import Case, draw
+from engine.kernels.self_check import SelfCheck, check_kernel
+from engine.parallel.norms import epsilon_of
+
+NORM, MLP, ROTARY = KINDS = ("RMSNorm", "SwiGLU", "rotary")
+ROTATE = "apply_rotary_pos_emb"  # the name that attention modules of Transformers call
+NUM_ROWS = 37
+# liger-kernel norms narrow rows by another kernel where there are this many of them.
+NARROW, MANY_ROWS = 256, 8 * 4096
+SCALES = (3.0, 30.0)  # of an MLP's inputs; the larger one meets the limits of clamped activations
+SETTINGS = (bool, int, float, str, tuple, list, type(None))
+NOT_SETTINGS = {"training", "layer_idx", "layer_id"}
+Sizes = frozenset[tuple[int, int]]  # widths of heads, and of the tables that rotate them
+
+
+@dataclass(frozen=True)
+class NormForm:
+    """One way to write RMSNorm: x / rms(x) * (offset + weight).
+
+    casting: "llama" rounds x / rms(x) to the precision of x before the product with the weight,
+    "gemma" rounds the product alone.
+    """
+
+    offset: float
+    casting: str
+
+
+NORM_FORMS = (NormForm(0.0, "llama"), NormForm(0.0, "gemma"), NormForm(1.0, "gemma"))
+
+
+@dataclass(frozen=True)
+class FusedOperations:
+    """The operations that take the place of a family's own.
+
+    rms_norm: of x [..., D], weight [D], epsilon and form. swiglu: silu(gate) * up. rotate: of
+    queries [B, H, T, E], keys [B, G, T, E], cosines and sines, each [B or 1, T, up to E]; its
+    arguments stay as they are.
+    """
+
+    rms_norm: Callable[[Tensor, Tensor, float, NormForm], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def liger_operations() -> FusedOperations:
+    """Return the operations of liger-kernel. Raises ImportError where it is not installed."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+    from liger_kernel.ops.rope import LigerRopeFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    def rms_norm(x: Tensor, weight_D: Tensor, eps: float, form: NormForm) -> Tensor:
+        return LigerRMSNormFunction.apply(x, weight_D, eps, form.offset, form.casting, False)
+
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        # Further entries, which some versions return, are not ours.
+        rotated = LigerRopeFunction.apply(_to_overwrite(query), _to_overwrite(key), cos, sin)
+        return rotated[0], rotated[1]
+
+    return FusedOperations(rms_norm, LigerSiLUMulFunction.apply, rotate)
+
+
+def _to_overwrite(x_BHTE: Tensor) -> Tensor:
+    """Return a copy where liger-kernel would rotate in place; it copies other layouts itself."""
+    is_in_place = x_BHTE.transpose(1, 2).is_contiguous()
+    return x_BHTE.clone() if is_in_place else x_BHTE
+
+
+@dataclass
+class Fused:
+    """What was replaced: counts of modules by kind, and those refused, with the first reason."""
+
+    replaced: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, kind: str, problem: str) -> None:
+        """Count one module. problem: why it was left alone; empty where it was replaced."""
+        counts = self.refused if problem else self.replaced
+        counts[kind] = counts.get(kind, 0) + 1
+        if problem:
+            self.reasons.setdefault(kind, problem)
+
+    def summary(self) -> str:
+        """Return a line for the run's log."""
+        parts = [f"{kind} ({self.replaced[kind]})" for kind in KINDS if kind in self.replaced]
+        text = ", ".join(parts) or "nothing replaced"
+        for kind in KINDS:
+            if kind in self.refused:
+                count = self.refused[kind]
+                text += f"; the family's own {kind} ({count}) stays: {self.reasons[kind]}"
+        return text
+
+
+def use_liger(decoder: PreTrainedModel, dtype: torch.dtype, kernels: str, check: SelfCheck) -> str:
+    """Replace what liger-kernel computes as the family does; returns a line for the run's log.
+
+    A collective of all ranks on CUDA devices, to be called once after the target is loaded.
+    kernels: the run's option; "reference" leaves everything as it is. dtype: of the target.
+    """
+    if kernels == "reference":
+        return "nothing replaced, since kernels=reference"
+    if check.device.type != "cuda":
+        return "nothing replaced, since this is not a CUDA device"
+    operations, problem = None, ""
+    try:
+        operations = liger_operations()
+    except ModuleNotFoundError:
+        problem = "liger-kernel is not installed (pip install -e '.[gpu]')"
+    except Exception as error:
+        # Whatever the import of another version raises: the run can do without.
+        problem = f"liger-kernel cannot be imported ({type(error).__name__}: {error})"
+    (is_missing,) = check.any_rank([operations is None])
+    if is_missing or operations is None:
+        return f"nothing replaced, since {problem or 'another rank cannot import liger-kernel'}"
+    return fuse_elementwise(decoder, dtype, check.device, operations, check.any_rank).summary()
+
+
+def fuse_elementwise(
+    decoder: PreTrainedModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    operations: FusedOperations,
+    any_rank: Callable[[list[bool]], list[bool]] = list,
+) -> Fused:
+    """Replace those modules of `decoder` that `operations` agree with.
+
+    any_rank: from what is refused on this rank, one flag per module, to what is refused on any, so
+    that ranks that share a target compute alike; a collective.
+    """
+    checks = _Checks(operations, dtype, device)
+    rotary = _Rotary(decoder, checks)
+    found: list[_Candidate] = []
+    with torch.no_grad():
+        for module in decoder.modules():
+            if "forward" in vars(module):
+                continue
+            if _is_norm(module, dtype):
+                found.append(_check_norm(module, checks))
+            elif _is_silu_mlp(module):
+                found.append(_check_mlp(module, checks))
+            elif rotary.is_called_by(module):
+                found.append(rotary.check(module))
+    flags = any_rank([bool(candidate.problem) for candidate in found]) if found else []
+    fused = Fused()
+    for candidate, is_refused in zip(found, flags, strict=True):
+        problem = candidate.problem
+        if is_refused and not problem:
+            problem = "it was refused on another rank"
+        fused.add(candidate.kind, problem)
+        if not problem:
+            candidate.replace()
+    return fused
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A module that may be replaced. problem: why it may not; empty where it may."""
+
+    kind: str
+    problem: str
+    replace: Callable[[], None]
+
+
+class _Checks:
+    """Comparisons with the operations of modules, one for all modules that are set up alike."""
+
+    def __init__(self, operations: FusedOperations, dtype: torch.dtype, device: torch.device) -> None:
+        self.operations, self.dtype, self.device = operations, dtype, device
+        self._known: dict[object, object] = {}
+
+    def problem(self, name: str, *cases: Case) -> str:
+        """Return what is wrong with an operation; empty where it agrees in all cases."""
+        return check_kernel(name, cases, self.device, self.dtype).message
+
+    def once(self, key: object, compute: Callable[[], object]):
+        """Return what `compute` gives, or gave for an equal key before."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+
+def _settings(module: nn.Module) -> tuple[object, ...]:
+    """Return the class of a module and its plain attributes, which modules set up alike share."""
+    found = vars(module).items()
+    plain = [(name, repr(value)) for name, value in found if isinstance(value, SETTINGS)]
+    return type(module), *sorted(pair for pair in plain if pair[0] not in NOT_SETTINGS)
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    return len(inspect.signature(type(module).forward).parameters) == 2  # self is one of them
+
+
+# RMSNorm
+
+
+def _is_norm(module: nn.Module, dtype: torch.dtype) -> bool:
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith(NORM) or not isinstance(weight, Tensor):
+        return False
+    # A wider weight widens the result, which liger-kernel gives in the precision of the input.
+    fits = weight.ndim == 1 and weight.dtype == dtype
+    return fits and isinstance(epsilon_of(module), float) and _takes_one_argument(module)
+
+
+def _check_norm(module: nn.Module, checks: _Checks) -> _Candidate:
+    key = *_settings(module), module.weight.shape
+    form, problem = checks.once(key, partial(_norm_form, module, checks))
+    return _Candidate(NORM, problem, partial(_replace_norm, module, form, checks))
+
+
+def _norm_form(module: nn.Module, checks: _Checks) -> tuple[NormForm, str]:
+    """Return the form nearest to a norm, and what is wrong with it.
+
+    Several can be within the bound: in 16 bits they differ by a rounding.
+    """
+    (width,) = module.weight.shape
+    eps, operations = epsilon_of(module), checks.operations
+    copies = -(-MANY_ROWS // NUM_ROWS) if width <= NARROW else 1
+    leaves = draw(NUM_ROWS, width, seed=1), 1 + draw(width, seed=2, scale=0.25)
+
+    def own(x_RD: Tensor, weight_D: Tensor) -> tuple[Tensor, ...]:
+        return (functional_call(module, {"weight": weight_D}, (x_RD.repeat(copies, 1),)),)
+
+    def fused(form: NormForm, x_RD: Tensor, weight_D: Tensor) -> tuple[Tensor, ...]:
+        return (operations.rms_norm(x_RD.repeat(copies, 1), weight_D, eps, form),)
+
+    problems, distances = [], []
+    for form in NORM_FORMS:
+        case = Case(NORM, leaves, partial(fused, form), own, differentiates=False)
+        problems.append(checks.problem(NORM, case))
+        distance = float("inf")
+        if not problems[-1]:
+            on_device = [leaf.to(checks.device, checks.dtype) for leaf in leaves]
+            difference = fused(form, *on_device)[0].double() - own(*on_device)[0].double()
+            distance = difference.norm().item()
+        distances.append(distance)
+    best = distances.index(min(distances))
+    return NORM_FORMS[best], problems[best]
+
+
+def _replace_norm(module: nn.Module, form: NormForm, checks: _Checks) -> None:
+    own = module.forward
+    eps = epsilon_of(module)
+    rms_norm = checks.operations.rms_norm
+    dtype = checks.dtype
+
+    def forward(*arguments: Tensor, **named: Tensor) -> Tensor:
+        (hidden,) = (*arguments, *named.values())
+        if hidden.dtype != dtype or hidden.numel() == 0:
+            return own(hidden)
+        return rms_norm(hidden, module.weight, eps, form)
+
+    module.forward = forward
+
+
+# SwiGLU
+
+
+class _Part(nn.Module):
+    """A stand-in for a linear map: gives one half of its input's features, or all of them."""
+
+    def __init__(self, half: int | None = None) -> None:
+        super().__init__()
+        self.half = half
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.half is None else x.chunk(2, -1)[self.half]
+
+
+def _is_silu_mlp(module: nn.Module) -> bool:
+    children = dict(module.named_children())
+    if not {"gate_proj", "up_proj", "down_proj"} <= set(children):
+        return False
+    is_silu = "SiLU" in type(getattr(module, "act_fn", None)).__name__
+    return is_silu and _takes_one_argument(module)
+
+
+def _check_mlp(module: nn.Module, checks: _Checks) -> _Candidate:
+    weight = getattr(module.gate_proj, "weight", None)
+    width = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 200
+    key = *_settings(module), width
+    problem = checks.once(key, partial(_mlp_problem, module, width, checks))
+    return _Candidate(MLP, problem, partial(_replace_mlp, module, checks))
+
+
+def _mlp_problem(module: nn.Module, width: int, checks: _Checks) -> str:
+    """Compare what an MLP does between its linear maps, which need not be run for that."""
+    between = type(module).__new__(type(module))
+    vars(between).update(vars(module))
+    stand_ins = {"gate_proj": _Part(0), "up_proj": _Part(1), "down_proj": _Part()}
+    vars(between)["_modules"] = vars(module)["_modules"] | stand_ins
+
+    def own(gate_RW: Tensor, up_RW: Tensor) -> tuple[Tensor, ...]:
+        return (type(module).forward(between, torch.cat((gate_RW, up_RW), -1)),)
+
+    def fused(gate_RW: Tensor, up_RW: Tensor) -> tuple[Tensor, ...]:
+        return (checks.operations.swiglu(gate_RW, up_RW),)
+
+    cases = []
+    for scale in SCALES:
+        leaves = [draw(NUM_ROWS, width, seed=seed, scale=scale) for seed in (1, 2)]
+        cases.append(Case(MLP, tuple(leaves), fused, own, differentiates=False))
+    return checks.problem(MLP, *cases)
+
+
+def _replace_mlp(module: nn.Module, checks: _Checks) -> None:
+    swiglu = checks.operations.swiglu
+    dtype = checks.dtype
+
+    def forward(*arguments: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*arguments, *named.values())
+        gate = module.gate_proj(x)
+        up = module.up_proj(x)
+        is_checked = gate.dtype == up.dtype == dtype and gate.numel() > 0
+        inner = swiglu(gate, up) if is_checked else module.act_fn(gate) * up
+        return module.down_proj(inner)
+
+    module.forward = forward
+
+
+# Rotary embedding
+
+
+class _Rotary:
+    """The rotary embedding of a decoder's attention, which is a function of the modeling module.
+
+    The function is not replaced for the process, since other models may call it: attention modules
+    get their `forward` with another one under its name.
+    """
+
+    def __init__(self, decoder: PreTrainedModel, checks: _Checks) -> None:
+        self._decoder, self._checks = decoder, checks
+
+    def is_called_by(self, module: nn.Module) -> bool:
+        forward = type(module).forward
+        if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+            return False
+        return ROTATE in forward.__code__.co_names and ROTATE in forward.__globals__
+
+    def check(self, module: nn.Module) -> _Candidate:
+        head_dim = getattr(module, "head_dim", None)
+        own = type(module).forward.__globals__[ROTATE]
+        sizes, problem = self._checks.once((own, head_dim), partial(self._sizes, own, head_dim))
+        return _Candidate(ROTARY, problem, partial(self._replace, module, own, sizes))
+
+    def _sizes(self, own: Callable[..., object], head_dim: object) -> tuple[Sizes, str]:
+        """Return for which widths of heads and tables the operations agree, and what is wrong.
+
+        Some functions rotate the first features of wider heads, others are given those alone.
+        """
+        widths = self._checks.once("tables", self._table_widths)
+        if not widths:
+            return frozenset(), "its tables are not two equal halves"
+        agree: set[tuple[int, int]] = set()
+        problems = []
+        for width in sorted(widths):
+            heads = {width, head_dim} if isinstance(head_dim, int) else {width}
+            for head in sorted(heads):
+                problem = self._checks.problem(ROTARY, self._case(own, head, width))
+                if not problem:
+                    agree.add((head, width))
+                problems.append(problem)
+        return frozenset(agree), "" if agree else problems[0]
+
+    def _case(self, own: Callable[..., object], head_dim: int, width: int) -> Case:
+        num_heads, num_groups = 4, 2
+        shape = 2, NUM_ROWS  # documents and their tokens
+        angle_BTE = draw(*shape, width // 2, seed=3).repeat(1, 1, 2)
+        query_BTHE = draw(*shape, num_heads, head_dim, seed=1)
+        key_BTGE = draw(*shape, num_groups, head_dim, seed=2)
+
+        def run(rotate: Callable[..., tuple[Tensor, Tensor]], query, key, cos, sin) -> tuple[Tensor, ...]:
+            # A family may read what it has rotated again, so the arguments are compared as well.
+            query, key = query.clone().transpose(1, 2), key.clone().transpose(1, 2)
+            return *rotate(query, key, cos, sin), query, key
+
+        leaves = query_BTHE, key_BTGE, angle_BTE.cos(), angle_BTE.sin()
+        fused = partial(run, self._checks.operations.rotate)
+        return Case(ROTARY, leaves, fused, partial(run, own), differentiates=False)
+
+    def _table_widths(self) -> set[int]:
+        """Return the widths of the decoder's tables; none unless all repeat their first half."""
+        widths = set()
+        for cos, sin in self._tables():
+            for table in (cos, sin):
+                first, second = table.chunk(2, -1)
+                if table.ndim != 3 or not torch.equal(first, second):
+                    return set()
+            widths.add(cos.shape[-1])
+        return widths
+
+    def _tables(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the cosines and sines of some positions; one entry that fits nothing if they are unknown."""
+        device = self._checks.device
+        x = torch.zeros(1, 1, 1, dtype=self._checks.dtype, device=device)
+        position_1T = torch.arange(NUM_ROWS, device=device)[None]
+        unknown = x.new_tensor([1.0, 0.0])
+        kinds = dict.fromkeys(getattr(self._decoder.config, "layer_types", None) or ())
+        for name, module in self._decoder.named_modules():
+            if not name.endswith("rotary_emb"):
+                continue
+            takes_kind = "layer_type" in inspect.signature(type(module).forward).parameters
+            for arguments in [(kind,) for kind in kinds] if takes_kind else [()]:
+                try:
+                    cos, sin = module(x, position_1T, *arguments)
+                except Exception:
+                    # A rotary embedding that is called otherwise, or is none for this kind of layer.
+                    cos, sin = unknown, unknown
+                yield cos, sin
+
+    def _replace(self, module: nn.Module, own: Callable[..., object], sizes: Sizes) -> None:
+        forward = type(module).forward
+        key = "globals", id(forward.__globals__), sizes
+        of_module = self._checks.once(key, partial(self._globals, forward, own, sizes))
+        rebuilt = FunctionType(
+            forward.__code__,
+            of_module,
+            forward.__name__,
+            forward.__defaults__,
+            forward.__closure__,
+        )
+        rebuilt.__kwdefaults__ = forward.__kwdefaults__
+        module.forward = MethodType(rebuilt, module)
+
+    def _globals(self, forward: FunctionType, own: Callable[..., object], sizes: Sizes) -> dict[str, object]:
+        """Return the global names of a modeling module, with a fused function in one place."""
+        fused_rotate = self._checks.operations.rotate
+        dtype = self._checks.dtype
+
+        def rotate(*arguments, **options) -> object:
+            is_checked = len(arguments) == 4 and options in ({}, {"unsqueeze_dim": 1})
+            if is_checked and _is_rotatable(arguments, sizes, dtype):
+                return fused_rotate(*arguments)
+            return own(*arguments, **options)
+
+        return forward.__globals__ | {ROTATE: rotate}
+
+
+def _is_rotatable(arguments: tuple[object, ...], sizes: Sizes, dtype: torch.dtype) -> bool:
+    """Return whether queries, keys and tables are of kinds that were checked."""
+    if not all(isinstance(x, Tensor) and x.dtype == dtype for x in arguments):
+        return False
+    query, key, cos, sin = arguments
+    num_rows, _, num_tokens, head_dim = query.shape if query.ndim == 4 else (0, 0, 0, 0)
+    if query.numel() == 0 or key.numel() == 0:
+        return False
+    width = cos.shape[-1]
+    same = (num_rows, num_tokens, head_dim) == (key.shape[0], *key.shape[2:])
+    tables = cos.shape in ((1, num_tokens, width), (num_rows, num_tokens, width))
+    return same and tables and sin.shape == cos.shape and (head_dim, width) in sizes
