@@ -1,12 +1,15 @@
 """How a chat template writes a reply, found with a probe: a reply of the same parts whose words occur nowhere else.
 
 The text around a probe's parts is the template's own, so a turn is found by its place and never by the words of a message.
+Behind a conversation, `unused_words` chooses words for the probe that the conversation does not
+contain.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 
 from engine.data.control_tokens import (
     leading_token,
@@ -21,21 +24,69 @@ from engine.data.messages import (
     REASONING_KEYS,
     BadSample,
     Message,
+    as_object,
     thinking_and_words,
 )
 
 UNVERIFIED = "mask cannot be verified"
 QUESTION = "First question."
 NEXT = "Go on."
-THOUGHT = "Zqa thought zqa."
-WORDS = "Zqb words zqb."
-CALL_NAME = "zqc_function"
-CALL_ID = "zqd"
-VALUE = "Zqe value zqe"
-PARTS = (THOUGHT, WORDS, CALL_NAME, CALL_ID, VALUE)
 MISTRAL_ID_LENGTH = 9
 
 Render = Callable[[Sequence[Message], bool], str]
+
+
+@dataclass(frozen=True)
+class ProbeWords:
+    """The words of a probe.
+
+    suffix: digits at the end of each of them, which make them differ from a conversation's words.
+    """
+
+    suffix: str = ""
+
+    @property
+    def thought(self) -> str:
+        return f"Zqa thought zqa{self.suffix}."
+
+    @property
+    def words(self) -> str:
+        return f"Zqb words zqb{self.suffix}."
+
+    @property
+    def call_name(self) -> str:
+        return f"zqc_function{self.suffix}"
+
+    @property
+    def call_id(self) -> str:
+        return f"zqd{self.suffix}"
+
+    @property
+    def value(self) -> str:
+        return f"Zqe value zqe{self.suffix}"
+
+    @property
+    def last_message(self) -> str:
+        """Words for the message before the probe, which are no part of the probe."""
+        return f"Zqf message zqf{self.suffix}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (self.thought, self.words, self.call_name, self.call_id, self.value)
+
+
+PROBE_WORDS = ProbeWords()
+WORDS = PROBE_WORDS.words
+
+
+def unused_words(text: str) -> ProbeWords:
+    """Return words for a probe of which none occurs in a text."""
+    words = PROBE_WORDS
+    for number in count(1):
+        if not any(part in text for part in (*words.parts, words.last_message)):
+            break
+        words = ProbeWords(str(number))
+    return words
 
 
 @dataclass(frozen=True)
@@ -57,17 +108,18 @@ class ReplyShape:
     always_asked: str = ""
 
 
-def probe_of(reply: Message) -> Message:
+def probe_of(reply: Message, probe_words: ProbeWords = PROBE_WORDS) -> Message:
     """Return a reply with the same parts, each replaced by words that occur nowhere else."""
     thinking, words = thinking_and_words(reply)
-    probe: Message = {"role": "assistant", "content": WORDS if words else ""}
+    probe: Message = {"role": "assistant", "content": probe_words.words if words else ""}
     key = next((key for key in REASONING_KEYS if reply.get(key)), None)
     if key is not None:
-        probe[key] = THOUGHT
+        probe[key] = probe_words.thought
     elif thinking:
-        probe["content"] = f"{OPEN}\n{THOUGHT}\n{CLOSE}\n\n{probe['content']}"
+        probe["content"] = f"{OPEN}\n{probe_words.thought}\n{CLOSE}\n\n{probe['content']}"
     if reply.get("tool_calls"):
-        probe["tool_calls"] = [_probe_call(call, index) for index, call in enumerate(reply["tool_calls"])]
+        calls = enumerate(reply["tool_calls"])
+        probe["tool_calls"] = [_probe_call(call, index, probe_words) for index, call in calls]
     return probe
 
 
@@ -78,15 +130,15 @@ def without_thinking(reply: Message) -> Message:
     return kept | {"content": words}
 
 
-def first_part(text: str) -> int:
+def first_part(text: str, words: ProbeWords = PROBE_WORDS) -> int:
     """Return where the first part of a probe begins in a text, -1 if the text holds none."""
-    places = [text.find(part) for part in PARTS if part in text]
+    places = [text.find(part) for part in words.parts if part in text]
     return min(places, default=-1)
 
 
 def behind_last_part(text: str) -> str:
     """Return the text behind the last part of a probe."""
-    ends = [text.rfind(part) + len(part) for part in PARTS if part in text]
+    ends = [text.rfind(part) + len(part) for part in PROBE_WORDS.parts if part in text]
     return text[max(ends, default=len(text)) :]
 
 
@@ -116,40 +168,60 @@ def shape_of(probe: Message, render: Render, known: Sequence[str], eos: str | No
 
 def _always_asked(prompt: str, behind: str, known: Sequence[str]) -> str:
     """Return the generation prompt that stands behind both a question and a reply, without the token that ends a turn."""
-    length = _shared_length(prompt[::-1], behind[::-1])
+    length = shared_length(prompt[::-1], behind[::-1])
     shared = behind[whole_token_start(behind, len(behind) - length, known) :]
     end_token = leading_token(shared, known)
     asked = shared[len(end_token) :]
     return asked if asked.strip() else ""
 
 
-def written_probe(probe: Message, before: Sequence[Message], render: Render) -> tuple[Message, str]:
+def written_probe(
+    probe: Message,
+    before: Sequence[Message],
+    render: Render,
+    words: ProbeWords = PROBE_WORDS,
+) -> tuple[Message, str]:
     """Return a probe that the template writes behind some messages, and the text that it writes.
 
     A probe that only thinks, of which the template writes nothing, is replaced by words at the same place.
     Raises BadSample if the template writes no part of a reply.
     """
-    plain = {"role": "assistant", "content": WORDS}
+    plain = {"role": "assistant", "content": words.words}
     for candidate in (probe, plain):
         text = render([*before, candidate], False)
-        if first_part(text) >= 0:
+        if first_part(text, words) >= 0:
             return candidate, text
-        if probe.get("tool_calls") or WORDS in probe["content"]:
+        if probe.get("tool_calls") or words.words in probe["content"]:
             break
     raise BadSample(UNVERIFIED, "the chat template leaves out words of a reply")
 
 
-def _probe_call(call: dict, index: int) -> dict:
+def _probe_call(call: dict, index: int, words: ProbeWords) -> dict:
     function = call.get("function", call)
-    arguments = {"query": VALUE}
-    as_text = isinstance(function.get("arguments"), str)
-    probe = {"name": CALL_NAME, "arguments": json.dumps(arguments) if as_text else arguments}
-    identifier = f"functions.{CALL_ID}:{index}"
+    probe = {
+        "name": words.call_name,
+        "arguments": _probe_arguments(function.get("arguments"), words),
+    }
+    identifier = f"functions.{words.call_id}:{index}"
     if len(str(call.get("id", ""))) == MISTRAL_ID_LENGTH:
-        identifier = f"{CALL_ID}{index:06d}"
+        digits = MISTRAL_ID_LENGTH - len(words.call_id)
+        identifier = words.call_id + str(index).zfill(digits)
     if "function" in call:
         return {"id": identifier, "type": "function", "function": probe}
     return {"id": identifier, **probe}
+
+
+def _probe_arguments(arguments: object, words: ProbeWords) -> object:
+    """Return arguments of the same form, none where the call has none.
+
+    Some formats close each argument (GLM-4.5), so a call without arguments ends otherwise.
+    """
+    if arguments is None:
+        return {}
+    if not as_object(arguments):
+        return arguments
+    probe = {"query": words.value}
+    return json.dumps(probe) if isinstance(arguments, str) else probe
 
 
 def _behind_in_history(asked: Sequence[Message], probe: Message, render: Render) -> str | None:
@@ -157,7 +229,9 @@ def _behind_in_history(asked: Sequence[Message], probe: Message, render: Render)
     following: list[Message] = [{"role": "user", "content": NEXT}]
     calls = probe.get("tool_calls")
     if calls:
-        following = [{"role": "tool", "content": NEXT, "name": CALL_NAME, "tool_call_id": call["id"]} for call in calls]
+        following = [
+            {"role": "tool", "content": NEXT, "name": PROBE_WORDS.call_name, "tool_call_id": call["id"]} for call in calls
+        ]
     plain = {"role": "assistant", "content": WORDS}
     candidates = [probe] if calls else [probe, plain]  # a reply that only thinks may be gone from the history
     for candidate in candidates:
@@ -220,11 +294,12 @@ def _has_bars(token: str) -> bool:
 def _shared(tokens: Sequence[tuple[str, int]], behind: str, tail: str, later: str | None) -> tuple[tuple[str, int], ...]:
     """Return the tokens of a tail that stand behind the reply in the history too."""
     offset = len(behind) - len(tail)
-    shared = 0 if later is None else _shared_length(behind, later)
+    shared = 0 if later is None else shared_length(behind, later)
     return tuple((token, end) for token, end in tokens if offset + end <= shared)
 
 
-def _shared_length(first: str, second: str) -> int:
+def shared_length(first: str, second: str) -> int:
+    """Return the number of characters with which both texts begin."""
     length = 0
     for one, other in zip(first, second, strict=False):
         if one != other:

@@ -1,18 +1,29 @@
 """Turns of the assistant in a rendered conversation: where each begins, and the token at which a server stops."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from engine.data.control_tokens import ThinkingMark, thinking_mark
 from engine.data.messages import CLOSE, OPEN, BadSample, Message, thinking_and_words
-from engine.data.reply_shape import UNVERIFIED, first_part, probe_of, without_thinking, written_probe
+from engine.data.reply_shape import (
+    UNVERIFIED,
+    ProbeWords,
+    first_part,
+    probe_of,
+    shared_length,
+    unused_words,
+    without_thinking,
+    written_probe,
+)
 from engine.data.templates import ChatTemplate, Span
 
 CLOSED_BY_PROMPT = "thinking left out: the prompt closes the thinking block"
 NOT_WRITTEN = "thinking left out: the chat template does not write it in that turn"
+NOT_BEHIND_PROMPT = "thinking left out: the chat template does not write it behind its generation prompt"
 NOT_OPENED = "replies without thinking behind a header alone, where the prompt also opens a thinking block"
-LOST_THINKING = (CLOSED_BY_PROMPT, NOT_WRITTEN)
+LOST_THINKING = (CLOSED_BY_PROMPT, NOT_WRITTEN, NOT_BEHIND_PROMPT)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def last_turn(template: ChatTemplate, messages: Sequence[Message]) -> Turn:
     text, end = _ended(template, reply, text, start)
     change = _lost_thinking(reply, text[start:end])
     if reply is not messages[-1]:
-        change = CLOSED_BY_PROMPT
+        change = CLOSED_BY_PROMPT if finder.prompt_closes_thinking else NOT_BEHIND_PROMPT
     elif not text.startswith(finder.prompt):
         change = NOT_OPENED
     return Turn(text, start, end, reply, change)
@@ -128,7 +139,7 @@ class TurnFinder:
     def find(self) -> tuple[Message, str, int]:
         """Return the reply, without thinking where it had to be left out, the text, and where the reply begins in it."""
         thinks = bool(thinking_and_words(self.reply)[0].strip())
-        if thinks and self._mark.kind == "closed":
+        if thinks and self.prompt_closes_thinking:
             return self._silent().find()
         text = self._text
         if text.startswith(self.prompt):
@@ -148,6 +159,11 @@ class TurnFinder:
     def prompt(self) -> str:
         """What a server reads before the reply."""
         return self.template.text(self.before, add_generation_prompt=True)
+
+    @property
+    def prompt_closes_thinking(self) -> bool:
+        """Whether the prompt holds an empty thinking block, so that no thinking follows it."""
+        return self._mark.kind == "closed"
 
     @cached_property
     def _unasked(self) -> str:
@@ -182,8 +198,37 @@ class TurnFinder:
     @cached_property
     def _lead(self) -> str:
         """The text up to the reply's first part, found with a probe in its place."""
-        _, text = written_probe(probe_of(self.reply), self.before, self.template.text)
-        return text[: first_part(text)]
+        return self._lead_behind(self.before)
+
+    def _lead_behind(self, before: Sequence[Message]) -> str:
+        words = self._words
+        probe = probe_of(self.reply, words)
+        _, text = written_probe(probe, before, self.template.text, words)
+        return text[: first_part(text, words)]
+
+    @cached_property
+    def _words(self) -> ProbeWords:
+        """Words for the probe that neither the messages before it nor their rendered text contain."""
+        given = [*self.before, self.template.arguments]
+        as_text = json.dumps(given, ensure_ascii=False, default=str)
+        return unused_words("\n".join([as_text, self._unasked, self.prompt]))
+
+    @cached_property
+    def _history_end(self) -> int:
+        """Where the last message before the reply ends in the lead, 0 if it is not written.
+
+        What follows that message is the template's own. It is found with other words in the
+        message's place.
+        """
+        if not self.before or not self.before[-1]["content"].strip():
+            return 0
+        *earlier, last = self.before
+        replaced = last | {"content": self._words.last_message}
+        lead = self._lead_behind([*earlier, replaced])
+        _, written, behind = lead.rpartition(self._words.last_message)
+        if not written:
+            return 0
+        return len(self._lead) - shared_length(self._lead[::-1], behind[::-1])
 
     def _silent(self) -> "TurnFinder":
         """Find the reply without its thinking instead. Raises BadSample if nothing else is in it."""
@@ -223,6 +268,8 @@ class TurnFinder:
         if not header.strip() or at < 0 or not text.startswith(self._lead):
             raise self._misfit()
         start = at + len(header)
+        if start < self._history_end:
+            raise self._misfit()
         if mark.kind == "opened":
             return self._in_opened_block(start)
         opening = self._lead[start:]

@@ -7,7 +7,7 @@ from engine.data.chat import render, render_turns
 from engine.data.dataset import load_documents
 from engine.data.messages import BadSample
 from engine.data.templates import ChatTemplate
-from engine.data.turns import CLOSED_BY_PROMPT, NOT_OPENED, NOT_WRITTEN
+from engine.data.turns import CLOSED_BY_PROMPT, NOT_BEHIND_PROMPT, NOT_OPENED, NOT_WRITTEN
 from tests.data.chat_formats import make_tokenizer, said
 
 ASKED = {"role": "user", "content": "2+2?"}
@@ -321,3 +321,98 @@ def test_a_reply_without_thinking_follows_the_header_of_its_prompt():
         == "<|start|>user<|message|>Think. 2+2?<|end|><|start|>assistant<|message|>4<|end|>"
     )
     assert said(document, tokenizer) == ["4<|end|>"] and document.changes == (NOT_OPENED,)
+
+
+PROBE_PARTS = ("Zqa thought zqa.", "Zqb words zqb.", "zqc_function", "zqd", "Zqe value zqe", "Zqf message zqf")
+
+
+@pytest.mark.parametrize("part", [*PROBE_PARTS, " ".join(PROBE_PARTS), "zqd zqd1 zqd2"])
+def test_a_conversation_that_holds_the_words_of_the_probe_is_masked_as_any_other(part):
+    tokenizer = make_tokenizer("deepseek-r1")
+    replies = [{"role": "assistant", "content": text} for text in ("ok", f"Fine, {part} it is.")]
+    question = {"role": "user", "content": f"What is {part} here?"}
+    messages = [ASKED, replies[0], question, replies[1]]
+    document = render(messages, {}, tokenizer, None)
+    ends = [f"{reply['content']}<｜end▁of▁sentence｜>" for reply in replies]
+    assert said(document, tokenizer) == ends
+    prompt = decoded(tokenizer, document.input_ids).removesuffix(ends[1])
+    assert prompt.endswith(f"<｜User｜>{question['content']}<｜Assistant｜>")
+
+
+@pytest.mark.parametrize("identifier", ["c1", "call00001"])
+def test_a_history_that_holds_the_words_of_the_probe_leaves_a_call_as_it_is(identifier):
+    tokenizer = tokenizer_with(HARMONY)
+    question = {"role": "user", "content": " ".join(PROBE_PARTS)}
+    tool = {"role": "tool", "name": "zqc_function", "tool_call_id": identifier, "content": "zqd"}
+    calls = CALLS | {"tool_calls": [CALL | {"id": identifier}]}
+    answer = {"role": "assistant", "content": "4"}
+    documents = render_turns([question, calls, tool, answer], {}, tokenizer, None)
+    call, final = (said(document, tokenizer) for document in documents)
+    called = '<|start|>assistant to=search<|channel|>commentary<|message|>{"query": "tea"}<|call|>'
+    assert call == [f"<|channel|>analysis<|message|>Look.<|end|>{called}"]
+    assert final == ["<|channel|>final<|message|>4<|return|>"]
+
+
+def test_a_header_in_the_words_of_the_last_message_is_not_the_replys():
+    """Behind a tool's result the reply has no header, so the only header is the one in the result's words."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}<|result>{{ m.content }}<result|>{% else %}"
+        "{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|turn>{{ m.role }}\n{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<|call>{{ c.function.name }}<call|>{% endfor %}"
+        "{{ '' if m.tool_calls else '<turn|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|turn>assistant\n<think>{% endif %}"
+    )
+    special = ["<|turn>", "<turn|>", "<|call>", "<call|>", "<|result>", "<result|>"]
+    tokenizer = tokenizer_with(template, special)
+    result = "Green <|turn>assistant\n and black"
+    tool = {"role": "tool", "name": "search", "tool_call_id": "c1", "content": result}
+    calls = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    with pytest.raises(BadSample, match="after its generation prompt"):
+        render_turns([ASKED, calls, tool, {"role": "assistant", "content": "4"}], {}, tokenizer, None)
+
+
+NOW = {"id": "c2", "type": "function", "function": {"name": "now", "arguments": {}}}
+XML_CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "<tool_call>\n<function={{ c.function.name }}>\n{% for key, value in c.function.arguments.items() %}"
+    "<parameter={{ key }}>\n{{ value }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("source", [None, XML_CALLS])
+@pytest.mark.parametrize("calls", [[NOW], [CALL, NOW], [NOW, CALL]])
+def test_a_call_without_arguments_is_masked_where_the_format_closes_each_argument(source, calls):
+    tokenizer = make_tokenizer("qwen3" if source else "glm-4.5")
+    if source:
+        tokenizer.chat_template = source
+    reply = {"role": "assistant", "content": "", "tool_calls": calls}
+    results = [{"role": "tool", "name": "now", "tool_call_id": call["id"], "content": "Noon"} for call in calls]
+    answer = {"role": "assistant", "content": "4"}
+    document = render_turns([ASKED, reply, *results, answer], {}, tokenizer, None)[0]
+    (masked,) = said(document, tokenizer)
+    if source:
+        written = {
+            "now": "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+            "search": "<tool_call>\n<function=search>\n<parameter=query>\ntea\n</parameter>\n</function>\n</tool_call>",
+        }
+        opening, end = "", "<|im_end|>"
+    else:
+        written = {
+            "now": "\n<tool_call>now\n</tool_call>",
+            "search": "\n<tool_call>search\n<arg_key>query</arg_key>\n<arg_value>tea</arg_value>\n</tool_call>",
+        }
+        opening, end = "\n<think></think>", "<|observation|>"
+    assert masked == opening + "".join(written[call["function"]["name"]] for call in calls) + end
+
+
+def test_thinking_that_the_template_writes_behind_another_header_is_not_said_to_be_closed_by_the_prompt():
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}{% if m.reasoning_content %} thinks<|channel|>{{ m.reasoning_content }}"
+        "{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}"
+    )
+    tokenizer = tokenizer_with(template)
+    (document,) = render_turns([ASKED, THINKS], {}, tokenizer, None)
+    assert said(document, tokenizer) == ["4<|end|>"]
+    assert document.changes == (NOT_BEHIND_PROMPT,)
