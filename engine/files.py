@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # commands that write no tensors need not wait for torch
     import torch
 
-PARTIAL = ".partial"  # behind the name of a file that is being written
+PARTIAL = ".partial"  # behind the name of a file that grows over a run, and that a later run may continue
+WRITING = ".writing"  # behind the name of a file that `write_whole` is writing; no other file is called so
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Parts of the messages with which torch.save reports that its file cannot be written; it has no class of its own.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error", "No space left")
@@ -46,6 +47,9 @@ def writing(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as error:
+        read_from = isinstance(error.filename, str) and not error.filename.startswith(str(path))
+        if read_from:  # what is written came from another file, which is the one that failed
+            raise
         raise WriteError(path, error.strerror or str(error), error.errno) from error
     except RuntimeError as error:
         message = str(error)
@@ -60,12 +64,14 @@ def write_whole(path: Path, write: Callable[[Path], object], *, shared: bool = F
     shared: several processes may write it at the same time. A path that is no regular file, such as /dev/stdout, is
     written directly. Raises WriteError.
     """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # asked of the name as given: a pipe's real name is no path
+        with writing(path):
+            write(path)
+        return
     path = Path(os.path.realpath(path))  # so that a link stays a link
     with writing(path):
-        if path.exists() and not path.is_file():
-            write(path)
-            return
-        suffix = f".{socket.gethostname()}-{os.getpid()}{PARTIAL}" if shared else PARTIAL
+        suffix = f".{socket.gethostname()}-{os.getpid()}{WRITING}" if shared else WRITING
         partial = path.with_name(f"{path.name}{suffix}")
         try:
             with partial.open("wb") as file:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from engine.config import Config
 from engine.corpus import read_documents
@@ -54,7 +54,7 @@ class Online:
 
     def load_target(self, aux_layers: tuple[int, ...]) -> Target:
         section, temperature = self._config.target, self._config.loss.temperature
-        config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
+        config = load_target_config(section)
         cache_dir = self._config.data.cache_dir
         self_check = SelfCheck.of(self._world, cache_dir, self._telemetry.note)
         check_target_kernels(config, section, self_check)

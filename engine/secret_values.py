@@ -14,8 +14,9 @@ SECRET_NAME = re.compile(
 USER_IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]+@")
 SECRET_IN_QUERY = re.compile(r"([?&](?:api_?key|access_?key|(?:\w*_)?token|secret|password)=)[^&#\s]+", re.IGNORECASE)
 BEARER = re.compile(r"\b(Bearer\s+)[\w.~+/-]{8,}", re.IGNORECASE)
-# Keys by their published beginnings: Hugging Face, OpenAI.
-KNOWN_KEYS = re.compile(r"\b(hf_|sk-)[A-Za-z0-9_-]{16,}")
+# Keys by their published forms: Hugging Face's have 30 letters and digits or more, OpenAI's mix digits and both cases. Names of
+# files and folders that begin alike, such as hf_datasets_2025, are none.
+KNOWN_KEYS = re.compile(r"\b(hf_(?=[A-Za-z0-9]{30})|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])(?=[\w-]*[a-z])(?=[\w-]{20}))[\w-]+")
 
 
 def is_secret_name(name: str) -> bool:

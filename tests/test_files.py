@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +102,19 @@ def test_only_names_without_a_path_are_plain():
     assert is_plain_name("shard-00000.safetensors")
     for name in ("../x", "/x", "a/b", "a\\b", "..", ".", "", ".hidden", "a\0", None, 3, ["x"]):
         assert not is_plain_name(name), name
+
+
+def test_a_pipe_is_written_directly(tmp_path):
+    reading, writing_end = os.pipe()
+    write_text(Path(f"/dev/fd/{writing_end}"), "words")
+    os.close(writing_end)
+    with os.fdopen(reading) as pipe:
+        assert pipe.read() == "words"
+
+
+def test_a_file_that_cannot_be_read_while_another_is_written_is_named_itself(tmp_path):
+    missing = tmp_path / "source"
+    with pytest.raises(FileNotFoundError) as error:
+        write_whole(tmp_path / "out", lambda place: place.write_bytes(missing.read_bytes()))
+    assert error.value.filename == str(missing)
+    assert list(tmp_path.iterdir()) == []

@@ -79,8 +79,13 @@ class _LineReader:
         self._number, self._line = 0, b""
 
     def line(self, number: int) -> bytes:
+        """Return a line. Raises ValueError if the file has become shorter than it was when it was tokenised."""
         while self._number < number:
-            self._number, self._line = next(self._numbered)
+            found = next(self._numbered, None)
+            if found is None:
+                problem = f"{self.path} has no line {number} any more, so it was changed while it was read"
+                raise ValueError(f"{problem}; run the same command again")
+            self._number, self._line = found
         return self._line
 
 

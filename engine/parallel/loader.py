@@ -189,6 +189,8 @@ def _plan(
         targets = rule.target_patterns if rule else [name]
         made = tuple(name.replace(targets[0], target) for target in targets)
         shape, expected = checkpoint.shape(found[0][0]), list(whole[name].shape)
+        if rule is None and len(found) > 1:
+            problems.append(f"{' and '.join(key for key, _ in found)}: are both {name}")
         if rule is None and shape != expected:
             problems.append(f"{found[0][0]}: has shape {shape}, the config says {expected}")
         plan.append(_Parameter(made, tuple(found), rule))

@@ -157,7 +157,7 @@ class Manifest:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["version"] != VERSION:
-                raise StoreError(f"{path} is of version {values['version']}, this DraftSpeed reads {VERSION}; capture anew")
+                raise StoreError(f"{path} is of version {values['version']}, this DraftSpeed reads {VERSION}; capture again")
             contents = values["contents"] | {"aux_layers": tuple(values["contents"]["aux_layers"])}
             shards = tuple(_shard(shard) for shard in values["shards"])
             _check_shards(shards, path)
@@ -168,7 +168,7 @@ class Manifest:
             ) from error
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             problem = f"{path} is not a manifest of a store, or was altered ({type(error).__name__}: {error})"
-            raise StoreError(f"{problem}; restore it, or capture anew into another folder") from error
+            raise StoreError(f"{problem}; restore it, or capture again into another folder") from error
 
 
 def _shard(values: dict[str, Any]) -> Shard:
@@ -182,14 +182,14 @@ def _check_shards(shards: Sequence[Shard], path: Path) -> None:
     for name in names:
         if not is_plain_name(name) or not name.endswith(SUFFIX):
             problem = f"{path} names a shard {name!r}, expected a file such as shard-00000{SUFFIX} in the same folder"
-            raise StoreError(f"{problem}; the manifest was altered, so restore it or capture anew into another folder")
+            raise StoreError(f"{problem}; the manifest was altered, so restore it or capture again into another folder")
     for shard in shards:
         counts = (shard.first_document, shard.num_documents, shard.num_tokens, shard.num_slots)
         if any(type(count) is not int or count < 0 for count in counts):
             problem = f"{path} gives {shard.name} the counts {counts}, expected whole numbers of at least 0"
-            raise StoreError(f"{problem}; it was altered, so restore it or capture anew into another folder")
+            raise StoreError(f"{problem}; it was altered, so restore it or capture again into another folder")
     if len(set(names)) < len(names):
-        raise StoreError(f"{path} names a shard twice; it was altered, so restore it or capture anew into another folder")
+        raise StoreError(f"{path} names a shard twice; it was altered, so restore it or capture again into another folder")
 
 
 @dataclass(frozen=True)

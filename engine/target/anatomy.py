@@ -36,10 +36,20 @@ def dtype_of(section: TargetSection, device: torch.device) -> torch.dtype:
 
 def without_weights(config: PreTrainedConfig, section: TargetSection, device: torch.device) -> PreTrainedModel:
     """The model that `device` is to run, on the meta device."""
+    options = {"trust_remote_code": section.trust_remote_code, **_code_revision(config, section)}
     with torch.device("meta"):
-        return auto_class(config).from_config(
-            config, dtype=dtype_of(section, device), trust_remote_code=section.trust_remote_code
-        )
+        return auto_class(config).from_config(config, dtype=dtype_of(section, device), **options)
+
+
+def _code_revision(config: PreTrainedConfig, section: TargetSection) -> dict[str, str]:
+    """Return the option that pins code which the checkpoint's own repository ships to `target.revision`.
+
+    Classes of Transformers do not take it, nor does it mean anything for code of another repository.
+    """
+    reference = (getattr(config, "auto_map", None) or {}).get(auto_class(config).__name__)
+    if section.revision is None or not section.trust_remote_code or reference is None or "--" in reference:
+        return {}
+    return {"code_revision": section.revision}
 
 
 def wrapper_without_weights(config: PreTrainedConfig, section: TargetSection) -> PreTrainedModel | None:
@@ -47,7 +57,8 @@ def wrapper_without_weights(config: PreTrainedConfig, section: TargetSection) ->
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return None
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=section.trust_remote_code)
+        options = {"trust_remote_code": section.trust_remote_code, **_code_revision(config, section)}
+        return AutoModelForImageTextToText.from_config(config, **options)
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

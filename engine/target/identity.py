@@ -9,6 +9,7 @@ two samples and keeps every name, type and shape is missed. The same weights in 
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -50,6 +51,9 @@ def shared_identity(section: TargetSection, world: World) -> str:
     different targets under the same path.
     """
     own: tuple[str | None, str | None] = (None, None)
+    # Every rank waits here while one downloads, on the hub's file locks, which have no time limit; a collective has one.
+    with suppress(ValueError, OSError):
+        find_weight_files(section.path, section.revision)
     if world.local_rank == 0:
         try:
             own = (target_identity(section), None)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.conversations.journal import Journal, JournalError
+from engine.conversations.regenerate import partial_of
 from tests.conversations.chat_server import read_lines
 
 OPTIONS = {"regenerate.model": "tiny", "regenerate.temperature": 0.0, "data.template_kwargs": {"b": 1, "a": None}}
@@ -32,6 +33,15 @@ def test_what_was_added_comes_out_once_in_the_order_of_the_inputs(tmp_path):
         assert list(journal.samples())[2] == {"text": "after reading"}
         journal.delete()
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_the_output_is_written_while_the_journal_beside_it_is_read(tmp_path):
+    output = tmp_path / "out.jsonl"
+    written(partial_of(output))
+    with Journal(partial_of(output), OPTIONS) as journal:
+        journal.write_to(output)
+        assert [json.loads(line) for line in output.read_bytes().splitlines()] == [SAMPLES[0], SAMPLES[3], SAMPLES[11]]
+        assert list(journal.samples()) == [SAMPLES[0], SAMPLES[3], SAMPLES[11]]
 
 
 def test_cut_off_at_any_byte_it_keeps_every_whole_conversation(tmp_path):
