@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from benchmarks.bench_target import TINY, TargetShape, random_model
 from benchmarks.bench_target import parts as target_parts
-from benchmarks.harness import Benchmark, Place, Provider, main
+from benchmarks.harness import Benchmark, Place, Provider, choose_tiles, main
 from engine.batch import LossNorms, MicroBatch, PackedBatch, to_device
 from engine.config import DraftSection, LossSection, TttSection
 from engine.flops import Part, StepCounts, step_parts
@@ -91,6 +91,7 @@ def prepare(shape: OverlapShape, place: Place) -> OverlapTensors:
     in_draft_V = torch.arange(config.vocab_size, device=place.device) < config.draft_vocab_size
     teacher = Teacher(target.head_rows(chosen_U).logits, VocabMap(chosen_U, in_draft_V))
     kernels = choose_kernels("auto", place.device, place.dtype, config.head_dim)
+    choose_tiles(kernels, place, config.head_dim)
     with place.device:
         draft = Eagle3Draft(config, kernels).to(place.dtype)
     batches = [shape.batch(seed) for seed in range(NUM_MICRO_BATCHES)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Benchmark, Place, Provider, main
+from benchmarks.harness import Benchmark, Place, Provider, choose_tiles, main
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
 from engine.config import TttSection
 from engine.flops import Part, StepCounts, step_parts
@@ -137,6 +137,7 @@ def setup(options: dict[str, str], tensors: StepTensors) -> Callable[[], object]
     head, batch, place = tensors.head, tensors.batch, tensors.place
     own = Kernels(recompute=config.ttt.recompute)
     kernels = choose_kernels(config.kernels, place.device, place.dtype, tensors.config.head_dim, own)
+    choose_tiles(kernels, place, tensors.config.head_dim)
     draft = _random_draft(tensors.config, kernels, place)
     teacher = Teacher(head.rows(tensors.vocab_map.target_ids_U).logits, tensors.vocab_map)
     test = TrainingTimeTest(config.ttt, config.loss, teacher)

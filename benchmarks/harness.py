@@ -37,7 +37,10 @@ from rich.table import Table
 from benchmarks.record import machine_and_versions
 from engine.flops import HardwarePeak, Part, floor_s, peak_of
 from engine.host_memory import keep_freed_memory
+from engine.kernels import Kernels
 from engine.kernels.matmul import product
+from engine.kernels.self_check import SelfCheck
+from engine.parallel.mesh import World
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,6 +115,12 @@ class Row:
             | ({"kernels": self.kernels} if self.kernels else {})
             | benchmark.figures(shape, median_s)
         )
+
+
+def choose_tiles(kernels: Kernels, place: Place, head_dim: int) -> None:
+    """Let the kernels take the tiles that a run would take on this GPU, by timing; nothing on a CPU."""
+    if place.device.type == "cuda":
+        SelfCheck.of(World.alone(place.device), None, print).choose_tiles(kernels, place.dtype, head_dim)
 
 
 def main(benchmark: Benchmark) -> None:

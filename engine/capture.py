@@ -101,7 +101,7 @@ class Capture:
             self.begin(manifest, tokenizer, target_config)
         self.world.barrier()
         with self.telemetry.stage("Loading the target"):
-            self_check = SelfCheck.of(self.world, self.config.data.cache_dir, self.telemetry.note)
+            self_check = SelfCheck.of(self.world, self.config.data.cache_dir, self.telemetry.warn)
             check_target_kernels(target_config, section, self_check)
             of = self.config.loss.temperature, mesh, self.config.parallel.unproven, self.telemetry.progress
             target = FrozenTarget.load(section, self.world.device, contents.aux_layers, *of)

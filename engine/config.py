@@ -224,7 +224,7 @@ class EvaluationSection:
     num_prompts: int = option(24, "held-out prompts decoded; 0 = no evaluation", unit="prompts", at_least=0)
     max_new_tokens: int = option(64, "tokens generated per prompt", unit="tokens", at_least=1)
     draft_tokens: int = option(5, "tokens the draft proposes per target forward", unit="tokens", at_least=1)
-    batch_size: int | None = option(
+    prompts_per_batch: int | None = option(
         None,
         "prompts decoded together; null = 32 on a GPU, 1 on a CPU; 1 decodes them one by one and reports speeds too",
         unit="prompts",

@@ -27,7 +27,7 @@ BATCH_SIZE = {"cpu": 1, "cuda": 32}  # prompts decoded together by default
 class HeldOut:
     """Speculative decoding of this rank's share of `prompts`; every report is over all ranks.
 
-    One prompt at a time where the target is whole and `evaluation.batch_size` is 1: that is timed
+    One prompt at a time where the target is whole and `evaluation.prompts_per_batch` is 1: that is timed
     and compared with plain greedy decoding. In larger batches the target decodes its greedy
     replies once, and drafters are judged by them, without times; so does a target that ranks
     share, or whose cache cannot roll back, whatever the batch size.
@@ -50,7 +50,7 @@ class HeldOut:
         self._until = {"max_new_tokens": section.max_new_tokens, "eos_ids": eos_ids(target.model, tokenizer)}
         self._prompts, self._max_tokens = prompts[world.rank :: world.size], max_tokens
         self._uses_cache = target.mesh.size == 1 and rolls_back(target)
-        self._batch_size = section.batch_size or BATCH_SIZE[target.device.type]
+        self._batch_size = section.prompts_per_batch or BATCH_SIZE[target.device.type]
         self._replays = not self._uses_cache or self._batch_size > 1
 
     def measure_draft(self, draft: ServedDraft, on_reply: OnReply | None = None) -> AcceptanceReport:

@@ -56,7 +56,7 @@ class Online:
         section, temperature = self._config.target, self._config.loss.temperature
         config = load_target_config(section)
         cache_dir = self._config.data.cache_dir
-        self_check = SelfCheck.of(self._world, cache_dir, self._telemetry.note)
+        self_check = SelfCheck.of(self._world, cache_dir, self._telemetry.warn)
         check_target_kernels(config, section, self_check)
         target = FrozenTarget.load(
             section,

@@ -235,7 +235,7 @@ class Trainer:
         own = Kernels(walk=walk, recompute=self.config.ttt.recompute)
         dtype = getattr(torch, compute_dtype(self.ds_config))
         kernels = choose_kernels(self.config.kernels, self.world.device, dtype, draft_config.head_dim, own)
-        self_check = SelfCheck.of(self.world, self.config.data.cache_dir, self.telemetry.note)
+        self_check = SelfCheck.of(self.world, self.config.data.cache_dir, self.telemetry.warn)
         kernels = self_check.sound(kernels, dtype, draft_config.head_dim)
         self.telemetry.note(f"Kernels: {kernels.reason}")
         return kernels

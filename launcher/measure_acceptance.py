@@ -161,7 +161,7 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     tokenizer = load_tokenizer(run.target, run.data)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     check_prompts(prompts, draft_config.vocab_size)
-    self_check = SelfCheck.of(world, run.data.cache_dir or user_cache(), telemetry.note)
+    self_check = SelfCheck.of(world, run.data.cache_dir or user_cache(), telemetry.warn)
     target_config = load_target_config(run.target)
     check_target_kernels(target_config, run.target, self_check)
     target = FrozenTarget.load(

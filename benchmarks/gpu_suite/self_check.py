@@ -7,9 +7,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:  # what it imports is Triton's, which reads the environment when it is imported
+    from engine.kernels.self_check import KernelCheck
 
 HEAD_DIM = 128
 
@@ -18,14 +25,15 @@ def main() -> int:
     options = parse_options()
     if options.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined, so before they are imported
-    results = []
-    for where, check in checks(options.device):
-        values = asdict(check)
+    results: list[dict[str, object]] = []
+
+    def keep(where: str, check: "KernelCheck") -> None:
         # JSON has no infinite numbers.
-        values["error"] = str(check.error)
-        values["bound"] = str(check.bound)
-        results.append({"where": where} | values)
+        numbers = {"error": str(check.error), "bound": str(check.bound)}
+        results.append({"where": where} | asdict(check) | numbers)
         write(results, options.json)
+
+    run_checks(options.device, keep)
     failed = [result for result in results if not result["ok"]]
     print("\n".join(lines_of(results)))
     return 1 if failed or not results else 0
@@ -33,31 +41,29 @@ def main() -> int:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--json", type=Path, required=True, help="file for the results, rewritten after every group of checks")
+    parser.add_argument("--json", type=Path, required=True, help="file for the results, rewritten after every check")
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     return parser.parse_args()
 
 
-def checks(device_type: str) -> Iterator[tuple[str, "KernelCheck"]]:  # noqa: F821 (its module imports Triton's users)
-    """Yield where a kernel is used and its check; nothing is read from or kept in a cache."""
-    import torch
-
-    from engine.kernels import PLAIN, TargetKernels, choose_target_kernels, flash, flash_where_dense, fused
+def run_checks(device_type: str, keep: Callable[[str, "KernelCheck"], None]) -> None:
+    """Check all kernels. keep: called with where a kernel is used and its check; nothing is read from or kept in a cache."""
+    from engine.kernels import PLAIN, choose_target_kernels, flash, flash_where_dense, fused
     from engine.kernels.self_check import check_kernels
 
     device = torch.device(device_type)
     draft = fused(PLAIN)
     if device_type == "cpu":
-        for check in check_kernels(draft, device, torch.float32, None, target=TargetKernels(), head_dim=HEAD_DIM):
-            yield "draft, fp32", check
+        where = partial(keep, "draft, fp32")
+        check_kernels(draft, device, torch.float32, None, head_dim=HEAD_DIM, on_check=where)
         return
     for dtype in (torch.bfloat16, torch.float32):
-        target = choose_target_kernels(device, dtype, fp8=True, fp8_activations=True)
-        for check in check_kernels(draft, device, dtype, None, target=target, head_dim=HEAD_DIM):
-            yield f"draft and target, {dtype}", check
+        target = choose_target_kernels(device, dtype, fp8=True, fp8_activations=True, experts=True)
+        where = partial(keep, f"draft and target, {dtype}")
+        check_kernels(draft, device, dtype, None, target=target, head_dim=HEAD_DIM, on_check=where)
     if flash.refusal(torch.bfloat16, device) is None:
-        for check in check_kernels(flash_where_dense(draft), device, torch.bfloat16, None, head_dim=HEAD_DIM):
-            yield "draft with kernels=flash, torch.bfloat16", check
+        where = partial(keep, "draft with kernels=flash, torch.bfloat16")
+        check_kernels(flash_where_dense(draft), device, torch.bfloat16, None, head_dim=HEAD_DIM, on_check=where)
 
 
 def lines_of(results: list[dict[str, object]]) -> list[str]:

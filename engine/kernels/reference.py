@@ -152,7 +152,9 @@ def quantised_rows(rows_MK: torch.Tensor, group: int) -> tuple[torch.Tensor, tor
     """
     num_inputs = rows_MK.shape[1]
     rows_MJg = torch.nn.functional.pad(rows_MK.float(), (0, -num_inputs % group)).unflatten(1, (-1, group))
-    scale_MJ = rows_MJg.abs().amax(-1).clamp_min(FLOOR) / LARGEST
+    # A division by a number of the host would be a product with its rounded inverse on a GPU, which rounds otherwise.
+    largest = torch.full((), LARGEST, device=rows_MK.device)
+    scale_MJ = rows_MJg.abs().amax(-1).clamp_min(FLOOR) / largest
     return (rows_MJg / scale_MJ[..., None]).to(torch.float8_e4m3fn).flatten(1)[:, :num_inputs], scale_MJ
 
 

@@ -65,8 +65,10 @@ def tile_times(
         times_s = _known_times(known.get(label), len(tiles))
         if times_s is None:
             work = _work(kernel, head_dim, dtype, device)
-            times_s = [_time(work, key, tile, timer) for tile in tiles]
-            cache.add(SECTION, {label: [str(time_s) for time_s in times_s]})
+            tried = [_time(work, key, tile, timer) for tile in tiles]
+            times_s = [float("inf") if time_s is None else time_s for time_s in tried]
+            if None not in tried:
+                cache.add(SECTION, {label: [str(time_s) for time_s in times_s]})
         found[key] = times_s
     return found
 
@@ -90,10 +92,13 @@ def _known_times(entry: object, count: int) -> list[float] | None:
         return None
 
 
-def _time(work: Callable[[], Any], key: TileKey, tile: Tile, timer: Timer) -> float:
+def _time(work: Callable[[], Any], key: TileKey, tile: Tile, timer: Timer) -> float | None:
+    """Return the time of a candidate; infinity if it fails, None if the GPU had no memory left to try it."""
     with attention_tiles.trying(key, tile):
         try:
             return timer(work)
+        except torch.OutOfMemoryError:
+            return None
         except Exception:
             # Whatever a compiler or a launch raises: this tile is not for this GPU.
             return float("inf")

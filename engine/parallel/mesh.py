@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -109,6 +110,12 @@ class World:
             distributed.barrier()
 
 
+@lru_cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a device's `PendingSum`s: one for all, since PyTorch hands out its few streams in turn."""
+    return torch.cuda.Stream(device)
+
+
 class PendingSum:
     """Asynchronous `World.sum`: the sum over all ranks, on its way to the host.
 
@@ -122,7 +129,7 @@ class PendingSum:
         self._work = distributed.all_reduce(values, async_op=True) if num_ranks > 1 else None
         if not values.is_cuda:
             return
-        side = torch.cuda.Stream(values.device)
+        side = _copy_stream(values.device)
         side.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(side):
             if self._work is not None:

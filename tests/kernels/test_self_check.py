@@ -339,6 +339,6 @@ def test_a_device_that_a_kernel_left_unusable_ends_the_run_and_is_remembered(tmp
 @pytest.mark.skipif(DEVICE == CPU, reason="no CUDA device: the kernels are interpreted above")
 def test_on_a_gpu_every_kernel_passes():
     chosen = package.choose_kernels("auto", GPU, torch.bfloat16, 128)
-    target = choose_target_kernels(GPU, torch.bfloat16, fp8=True, fp8_activations=True)
+    target = choose_target_kernels(GPU, torch.bfloat16, fp8=True, fp8_activations=True, experts=True)
     for check in checks_of(chosen, target, torch.bfloat16, head_dim=128).values():
         assert check.ok, check
