@@ -65,7 +65,7 @@ class CaptureReport:
             f"{self.folder}: {self.num_documents:,} documents, {self.num_tokens:,} tokens, {self.num_slots:,} slots, "
             f"{self.num_bytes / 2**20:,.1f} MiB, {per_token:.2f} KiB a token",
             f"written now: {self.new_bytes / 2**20:,.1f} MiB in {self.seconds:.0f} s",
-            f"Next: deepspeed launcher/train.py --ds_config ds_configs/zero3.json target.store={self.folder}",
+            f"Next: deepspeed launcher/train.py --ds_config ds_configs/zero2.json target.store={self.folder}",
         ]
         if self.num_left_out:
             count = f"{self.num_left_out:,} documents have states that are not finite and are left out"

@@ -50,7 +50,7 @@ class RunReport:
         start = "python" if timed else "deepspeed"  # an untimed target may need all its ranks
         console.print(f"  {start} launcher/measure_acceptance.py --draft {self.output_dir / DRAFT} --show")
         console.print(
-            "  deepspeed launcher/train.py --ds_config ds_configs/zero3.json --recipe launcher/recipes/llama3.1-8b.yaml "
+            "  deepspeed launcher/train.py --ds_config ds_configs/zero2.json --recipe launcher/recipes/llama3.1-8b.yaml "
             "data.train=YOURS.jsonl data.held_out=HELD_OUT.jsonl"
         )
         console.print("  python launcher/train.py --help")

@@ -69,7 +69,7 @@ def next_command(folder: Path, names: list[str]) -> str:
     """How to train on what was written."""
     options = {TRAIN: "data.train", HELD_OUT: "data.held_out"}
     files = " ".join(f"'{option}=[{folder / name}]'" for name, option in options.items() if name in names)
-    return f"deepspeed launcher/train.py --ds_config ds_configs/zero3.json --recipe RECIPE.yaml {files}"
+    return f"deepspeed launcher/train.py --ds_config ds_configs/zero2.json --recipe RECIPE.yaml {files}"
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ HEADS, GROUPS, NUM_ANCESTORS = 8, 2, 2
 NUM_SLOTS, SLOTS_PER_CHUNK, HIDDEN_SIZE, VOCAB_SIZE = 19, 8, 48, 4099  # a row loss reads 4096 at once
 FP8_BLOCK = (128, 128)
 FP8_SIZES = (160, 1056)  # outputs and inputs, neither a multiple of the block
+FP8_EVEN_SIZES = (256, 1024)  # multiples of what cuBLAS's scaled products take
 FP8_MANY = 1025  # rows for which one weight is dequantised in memory
 FP8_COUNTS = (3, 0, 37, 1)  # rows of each expert
 PERMUTED = (7, 3, 2051)  # tokens, choices of each, and a width of more than one block
@@ -279,12 +280,18 @@ def _head_case(ours: Operation, transform: LogitTransform) -> Case:
 
 
 def _fp8_cases(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
-    """One weight for few and for many rows, and those of experts of which one has no row."""
-    for counts in ((sum(FP8_COUNTS),), (FP8_MANY,), FP8_COUNTS):
-        num_outputs, num_inputs = FP8_SIZES
+    """One weight for few and for many rows, and those of experts of which one has no row.
+
+    On a GPU also the sizes and numbers of rows for which library products take over.
+    """
+    shapes = [(FP8_SIZES, (sum(FP8_COUNTS),)), (FP8_SIZES, (FP8_MANY,)), (FP8_SIZES, FP8_COUNTS)]
+    if device.type == "cuda":
+        shapes += [(FP8_EVEN_SIZES, (FP8_MANY,)), (FP8_EVEN_SIZES, (FP8_MANY, FP8_MANY))]
+    for sizes, counts in shapes:
+        num_outputs, num_inputs = sizes
         values_XNK = draw(len(counts), num_outputs, num_inputs, seed=1)
         codes_XNK = values_XNK.to(torch.float8_e4m3fn).to(device)
-        blocks = [-(-size // step) for size, step in zip(FP8_SIZES, FP8_BLOCK, strict=True)]
+        blocks = [-(-size // step) for size, step in zip(sizes, FP8_BLOCK, strict=True)]
         scale_XGJ = (draw(len(counts), *blocks, seed=2).abs() + 0.5).to(device)
         ends_X = None
         if len(counts) > 1:

@@ -1,5 +1,6 @@
 """Checkpoints in the quantised layouts that they are published in: a quantised weight is read where it is quantised."""
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -213,6 +214,9 @@ def check_quantisation(config: PreTrainedConfig, path: str, is_shared: bool) -> 
         return
     can_be_alone = is_left_to_transformers(config)
     if can_be_alone and not is_shared:
+        if importlib.util.find_spec("accelerate") is None:
+            problem = f"target.path={path}: is quantised by {facts.get('quant_method')!r}, which Transformers reads"
+            raise ValueError(f"{problem} with the package accelerate; pip install accelerate")
         return
     details = {key: facts.get(key) for key in ("quant_method", "quant_algo", "format") if facts.get(key) is not None}
     method = ", ".join(f"{key} {value!r}" for key, value in details.items()) or "a method that it does not name"

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.config import TargetSection
+from engine.parallel import quantised
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.quantised import check_quantisation
 from engine.parallel.weight_files import SINGLE
@@ -39,7 +40,20 @@ def test_a_method_that_nobody_knows_is_refused_by_name_on_one_rank(method, tmp_p
         FrozenTarget.load(section, CPU, AUX)
 
 
-def test_a_method_that_transformers_knows_is_refused_where_ranks_share_the_target(tmp_path):
+@pytest.fixture
+def with_accelerate(monkeypatch):
+    """As if the package accelerate were installed, which Transformers needs for its quantisers."""
+    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: name)
+
+
+def test_a_method_that_transformers_reads_needs_accelerate_from_the_start(tmp_path, monkeypatch):
+    section = quantised_by(tmp_path, quant_method="gptq", bits=4)
+    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'gptq'.*pip install accelerate"):
+        check_quantisation(AutoConfig.from_pretrained(tmp_path), section.path, is_shared=False)
+
+
+def test_a_method_that_transformers_knows_is_refused_where_ranks_share_the_target(tmp_path, with_accelerate):
     section = quantised_by(tmp_path, quant_method="gptq", bits=4)
     config = AutoConfig.from_pretrained(tmp_path)
     check_quantisation(config, section.path, is_shared=False)
@@ -59,7 +73,7 @@ class Reader:
         return AutoModelForCausalLM.from_pretrained(path, config=plain, **options)
 
 
-def test_what_transformers_reads_has_to_fit_too(tmp_path, monkeypatch):
+def test_what_transformers_reads_has_to_fit_too(tmp_path, monkeypatch, with_accelerate):
     section = quantised_by(tmp_path, quant_method="gptq", bits=4)
     monkeypatch.setattr(loading, "auto_class", lambda config: Reader)
     weights = load_file(tmp_path / SINGLE)
