@@ -25,7 +25,7 @@ def start_gathering(local: Tensor, dim: int, counts: Sequence[int], group: Group
     assert local.shape[dim] == counts[group.rank], f"rank {group.rank} brings {local.shape[dim]} rows, not {counts[group.rank]}"
     longest = max(counts)
     rows = local.movedim(dim, 0)
-    sent = rows.contiguous() if len(rows) == longest else _padded(rows, longest)
+    sent = rows.contiguous() if len(rows) == longest else _padded([rows], longest)
     received = rows.new_empty(group.size * longest, *rows.shape[1:])
     work = distributed.all_gather_into_tensor(received, sent, group=group.process_group, async_op=True)
 
@@ -53,10 +53,8 @@ def start_summing(partial: Tensor, dim: int, counts: Sequence[int], group: Group
         return lambda: partial
     longest = max(counts)
     rows = partial.movedim(dim, 0)
-    if min(counts) == longest:
-        sent = rows.contiguous()
-    else:
-        sent = torch.cat([_padded(part, longest) for part in rows.split(list(counts))])
+    is_even = min(counts) == longest
+    sent = rows.contiguous() if is_even else _padded(rows.split(list(counts)), longest)
     received = sent.new_empty(longest, *sent.shape[1:])
     work = distributed.reduce_scatter_tensor(received, sent, group=group.process_group, async_op=True)
 
@@ -67,10 +65,12 @@ def start_summing(partial: Tensor, dim: int, counts: Sequence[int], group: Group
     return finish
 
 
-def _padded(rows: Tensor, count: int) -> Tensor:
-    padded = rows.new_zeros(count, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    return padded
+def _padded(parts: Sequence[Tensor], count: int) -> Tensor:
+    """Return parts one after the other, each in `count` rows, filled up with zeros."""
+    padded = parts[0].new_zeros(len(parts), count, *parts[0].shape[1:])
+    for place, part in enumerate(parts):
+        padded[place, : len(part)] = part
+    return padded.flatten(0, 1)
 
 
 def sum_over(values: Tensor, group: Group) -> Tensor:
@@ -96,13 +96,11 @@ def exchange_counts(counts: Tensor, group: Group) -> Tensor:
     return received
 
 
-def exchange_rows(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Tensor:
-    """Rows sorted by the rank they go to -> rows sorted by the rank they came from. sent, received: rows by rank."""
-    return start_exchanging(rows, sent, received, group)()
-
-
 def start_exchanging(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Finish:
-    """Asynchronous `exchange_rows`; call the returned handle to wait."""
+    """Start to exchange rows sorted by the rank they go to; the returned handle gives those of all ranks, sorted by rank.
+
+    sent, received: rows by rank.
+    """
     rows = rows.contiguous()
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
     splits = list(received), list(sent)

@@ -5,10 +5,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.parallel.collectives import (
     exchange_counts,
-    exchange_rows,
     gather_objects,
     gather_rows,
     max_over,
+    start_exchanging,
     sum_over,
     sum_rows,
 )
@@ -38,7 +38,7 @@ def collect(world) -> dict:
         "max": max_over(torch.tensor([1.0, -world.rank]), group),
         "kept": kept.item(),
         "received": received,
-        "rows": exchange_rows(rows, counts_R.tolist(), received, group),
+        "rows": start_exchanging(rows, counts_R.tolist(), received, group)(),
         "objects": gather_objects((world.rank,) * world.rank, group),
     }
 
