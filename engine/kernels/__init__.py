@@ -1,13 +1,16 @@
 """The hot operations, of draft training and of frozen targets; which implementation of each runs is decided here alone."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from engine.kernels import blocked_attention, flash, reference
+from engine.kernels.attention_tiles import MAX_HEAD_DIM
 from engine.kernels.elementwise import Elementwise, liger_elementwise
 from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.packed_attention import PackedAttention
@@ -95,22 +98,23 @@ def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_d
     return replace(chosen, reason=f"{chosen.reason}, {'as asked' if wanted == 'triton' else 'since this is a GPU'}")
 
 
+def _triton_file(name: str, device: torch.device) -> ModuleType | None:
+    """Return the file of a target's kernel; None where Triton does not run or the kernel failed its self-check."""
+    if not _runs_triton(device) or name in _failed:
+        return None
+    return importlib.import_module(f"engine.kernels.{name}")
+
+
 def choose_fp8_linear(device: torch.device) -> Callable[..., Tensor] | None:
     """`reference.fp8_linear` on the chip, where Triton runs; elsewhere None, and weights have to be dequantised first."""
-    if not _runs_triton(device) or "fp8_linear" in _failed:
-        return None
-    from engine.kernels import fp8_linear  # it needs Triton
-
-    return fp8_linear.fp8_linear
+    file = _triton_file("fp8_linear", device)
+    return None if file is None else file.fp8_linear
 
 
 def choose_fp8_activations(device: torch.device) -> Callable[..., Tensor] | None:
     """`reference.fp8_activations` on the chip, where Triton runs; elsewhere None, and both operands have to be dequantised."""
-    if not _runs_triton(device) or "fp8_activations" in _failed:
-        return None
-    from engine.kernels import fp8_activations  # it needs Triton
-
-    return fp8_activations.fp8_activations
+    file = _triton_file("fp8_activations", device)
+    return None if file is None else file.fp8_activations
 
 
 @dataclass(frozen=True)
@@ -124,20 +128,14 @@ class TokenPermute:
 
 def choose_token_permute(device: torch.device) -> TokenPermute:
     """Return what sorts rows by expert and sums them up again on a device: one launch each where Triton runs."""
-    if not _runs_triton(device) or "token_permute" in _failed:
-        return TokenPermute()
-    from engine.kernels import token_permute  # it needs Triton
-
-    return TokenPermute(token_permute.permute_rows, token_permute.quantise_rows, token_permute.unpermute_rows)
+    file = _triton_file("token_permute", device)
+    return TokenPermute() if file is None else TokenPermute(file.permute_rows, file.quantise_rows, file.unpermute_rows)
 
 
 def choose_head_stats(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
     """Return `reference.head_stats` in one pass, None where Triton does not run."""
-    if not _runs_triton(device) or "head_stats" in _failed:
-        return None
-    from engine.kernels import head_stats  # it needs Triton
-
-    return head_stats.head_stats
+    file = _triton_file("head_stats", device)
+    return None if file is None else file.head_stats
 
 
 def choose_packed_attention(device: torch.device, dtype: torch.dtype) -> PackedAttention:
@@ -204,7 +202,9 @@ def _refusal(head_dim: int, device: torch.device) -> str | None:
     """Why Triton's attention cannot run there, None where it can."""
     if _is_too_old(device):
         return "Triton's attention needs a CUDA device of compute capability 8.0, the A100's, or later"
-    return f"Triton's attention holds head dims of at most 256, not {head_dim}" if head_dim > 256 else None
+    if head_dim > MAX_HEAD_DIM:
+        return f"Triton's attention holds head dims of at most {MAX_HEAD_DIM}, not {head_dim}"
+    return None
 
 
 def fused(own: Kernels) -> Kernels:

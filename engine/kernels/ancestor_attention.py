@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.kernels.attention_tiles import tile_of
+from engine.kernels.attention_tiles import padded_head_dim, tile_of
 from engine.kernels.interface import AttentionRows
 from engine.kernels.rows import add_rows
 
@@ -245,9 +245,10 @@ class _Attention(NamedTuple):
     def sizes(self, kernel: str) -> dict[str, int]:
         """Compile-time constants of a kernel."""
         (_, num_heads, head_dim), num_groups = self.query_QHE.shape, self.key_TGE.shape[1]
-        padded_heads, padded_head_dim = map(triton.next_power_of_2, (num_heads // num_groups, max(head_dim, 16)))
-        tile = tile_of(kernel, padded_head_dim, self.query_QHE.element_size())
-        sizes = {"R": num_heads // num_groups, "R_PAD": padded_heads, "E": head_dim, "E_PAD": padded_head_dim}
+        padded_heads = triton.next_power_of_2(num_heads // num_groups)
+        padded = padded_head_dim(head_dim)
+        tile = tile_of(kernel, padded, self.query_QHE.element_size())
+        sizes = {"R": num_heads // num_groups, "R_PAD": padded_heads, "E": head_dim, "E_PAD": padded}
         sizes |= {"M": max(tile.members, padded_heads), "K": tile.keys}
         return sizes | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 

@@ -25,8 +25,13 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+def padded_head_dim(head_dim: int) -> int:
+    """Return the power of two, at least 16, that holds a head: what launches and `TileKey`s name it by."""
+    return 1 << max(head_dim - 1, 15).bit_length()
+
+
 class TileKey(NamedTuple):
-    """What a tile is for. kernel: one of `KERNELS`. head_dim: padded to a power of two."""
+    """Kernel, head dim and precision that a tile belongs to. kernel: one of `KERNELS`. head_dim: padded to a power of two."""
 
     kernel: str
     head_dim: int
@@ -118,7 +123,7 @@ def tiles_in_use() -> dict[TileKey, Tile]:
 
 @contextmanager
 def trying(key: TileKey, tile: Tile) -> Iterator[None]:
-    """Within it, one kernel takes this tile."""
+    """Use `tile` for one kernel inside the `with` block, then restore the tiles before it."""
     before = tiles_in_use()
     _chosen[key] = tile
     try:

@@ -189,7 +189,7 @@ def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> C
 
         targets = SlotTargets(target_ND.to(hidden_RD.dtype), logits, lse_N, draft_id_N)
         loss = function(hidden_RD, weight_UD, rows, targets, weights, kernels.walk)
-        # A count is no number with an error: it stands as one of many, beside the sums.
+        # A count is exact or off by one, so its own relative error says little; it is compared together with the sums.
         return loss.total, torch.cat((*loss.sums[:3], loss.correct_S / len(slot_R)))
 
     ours, plain = partial(run, kernels.vocab_loss), partial(run, reference.vocab_loss)

@@ -43,12 +43,12 @@ MANY_ROWS = 1024  # from here on cuBLASLt's tiles fill a GPU
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _rounded(values):
+def rounded(values):
     """To three bits of fraction, halves to even, or to multiples of 2**-9: numbers that e4m3 has."""
     power = (values.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
     shifted = tl.maximum(power, _SMALLEST_NORMAL) * _SHIFT
@@ -68,9 +68,9 @@ def _quantise_kernel(
     there_MG = (m_M < num_rows)[:, None] & there_G[None, :]
     from_MG = rows_MK + m_M.to(tl.int64)[:, None] * rows_stride + k_G[None, :]
     rows_MG = tl.load(from_MG, mask=there_MG, other=0.0).to(tl.float32)
-    largest_M = _larger(tl.reduce(tl.abs(rows_MG), 1, _larger), FLOOR)
+    largest_M = larger(tl.reduce(tl.abs(rows_MG), 1, larger), FLOOR)
     scale_M = tl.div_rn(largest_M, tl.full([BLOCK_M], LARGEST, tl.float32))
-    codes_MG = _rounded(tl.div_rn(rows_MG, tl.broadcast_to(scale_M[:, None], [BLOCK_M, BLOCK_G])))
+    codes_MG = rounded(tl.div_rn(rows_MG, tl.broadcast_to(scale_M[:, None], [BLOCK_M, BLOCK_G])))
     to_MG = codes_MK + m_M.to(tl.int64)[:, None] * K + k_G[None, :]
     tl.store(to_MG, codes_MG.to(codes_MK.dtype.element_ty), mask=there_MG)
     tl.store(scale_JM + group.to(tl.int64) * padded_rows + m_M, scale_M, mask=m_M < num_rows)

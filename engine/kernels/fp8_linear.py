@@ -14,7 +14,7 @@ A program computes a tile of the transpose, weight [N, K] times rows [K, M]: wha
 there Hopper's tensor cores take the left operand alone. A tile of rows is one expert's, so there are at most M // BLOCK_M + X;
 which expert's follows from the ends of the experts' rows, on the device, and programs behind the last tile do nothing.
 
-Three ranges of rows per weight take three ways. Few rows do not fill a GPU with tiles of outputs, so
+The number of rows per weight decides between three methods. Few rows do not fill a GPU with tiles of outputs, so
 K is split: each part's sums go to memory in fp32, and one more launch adds them in a fixed order. Many
 rows would dequantise a weight once for every tile of rows; it is dequantised once into scratch memory,
 which the next product uses again, and multiplied by cuBLAS or by PyTorch's grouped products.
@@ -41,7 +41,8 @@ _OF_BIAS = tl.constexpr(2.0**120)
 
 
 @triton.jit
-def _decode(codes):
+def decode(codes):
+    """Codes of e4m3, as such or as bytes -> fp32."""
     if codes.dtype == tl.float8e4nv:
         return codes.to(tl.float32)
     spread = (codes.to(tl.int8, bitcast=True).to(tl.int32) << 20) & _SIGN_EXPONENT_FRACTION
@@ -115,7 +116,7 @@ def _product_kernel(
             scale_NK = tl.load(scale_N1 + start // BLOCK_COLUMNS * scale_stride_j)
         else:
             scale_NK = tl.load(scale_N1 + near_1K // BLOCK_COLUMNS * scale_stride_j)
-        weight_NK = (_decode(codes_NK) * scale_NK).to(rows_KM.dtype)
+        weight_NK = (decode(codes_NK) * scale_NK).to(rows_KM.dtype)
         sum_NM = tl.dot(weight_NK, rows_KM, sum_NM, input_precision="ieee")
     out_NM = out_MN + (part.to(tl.int64) * num_rows + m_M.to(tl.int64))[None, :] * N + n_N[:, None]
     tl.store(out_NM, sum_NM.to(out_MN.dtype.element_ty), mask=(m_M[None, :] < end) & (n_N[:, None] < N))
@@ -137,7 +138,7 @@ def _dequantise_kernel(
     scale_NK = (
         scale_XGJ + expert * scale_stride_x + n_N1 // BLOCK_ROWS * scale_stride_g + k_1K // BLOCK_COLUMNS * scale_stride_j
     )
-    weight_NK = _decode(tl.load(codes_NK, mask=exists_NK)) * tl.load(scale_NK, mask=exists_NK, other=0.0)
+    weight_NK = decode(tl.load(codes_NK, mask=exists_NK)) * tl.load(scale_NK, mask=exists_NK, other=0.0)
     to_NK = weight_XNK + (expert * N + n_N1) * K + k_1K
     tl.store(to_NK, weight_NK.to(weight_XNK.dtype.element_ty), mask=exists_NK)
 

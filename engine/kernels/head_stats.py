@@ -18,12 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.interface import LogitTransform
+from engine.kernels.row_loss import LEAST, maximum_and_sum
 
 # As many tokens as 16 bytes per load and thread take in bf16, and few rows in flight per program.
 MAX_BLOCK_V, TOKENS_PER_WARP = 4096, 256
 
-# Less than any logit, yet finite: minus infinity less itself is no number.
-_LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
@@ -48,7 +47,7 @@ def _stats_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits_V = logits_NV + row * row_stride
     lane_B = tl.arange(0, BLOCK_V)
-    largest = tl.full([], _LEAST, tl.float32)
+    largest = tl.full([], LEAST, tl.float32)
     largest_B = tl.full([BLOCK_V], float("-inf"), tl.float32)
     token_B = tl.full([BLOCK_V], _NO_TOKEN, tl.int32)
     sum_B = tl.zeros([BLOCK_V], tl.float32)
@@ -59,9 +58,7 @@ def _stats_kernel(
         if HAS_CAP:
             z_B = soft_cap * _tanh(z_B / soft_cap)
         z_B = tl.where(exists_B, tl.div_rn(z_B, temperature), float("-inf"))
-        grown = tl.maximum(largest, tl.max(z_B, 0))
-        sum_B = sum_B * tl.exp(largest - grown) + tl.exp(z_B - grown)
-        largest = grown
+        largest, sum_B = maximum_and_sum(largest, sum_B, z_B)
         # A later token takes the place of an equal one nowhere; the first of a lane stays.
         token_B = tl.where((z_B > largest_B) | (token_B == _NO_TOKEN) & exists_B, v_B, token_B)
         largest_B = tl.maximum(largest_B, z_B)

@@ -1,4 +1,4 @@
-"""What is known of kernels on this machine, in a file: results of the self-check, and tiles.
+"""Cache file of what was found about kernels on this machine: results of the self-check, and times of tiles.
 
 One file per GPU type, driver, versions of what compiles and runs kernels, and source of our own
 kernels. A change of any of them begins a new file, so nothing in a file is ever out of date.
@@ -56,8 +56,7 @@ class KernelCache:
     """One file of results.
 
     Entries lie in sections, which are mappings from text to something that JSON holds. An
-    unreadable file counts as an empty one. Where nothing can be written, results live as long as
-    the process.
+    unreadable file counts as an empty one. Where nothing can be written, nothing is kept.
     """
 
     def __init__(self, folder: Path | None, device: torch.device) -> None:
@@ -68,19 +67,19 @@ class KernelCache:
 
     def read(self, section: str) -> dict[str, Any]:
         """Return the entries of a section, none where there is no readable file."""
-        entries = self._content().get(section)
-        return entries if isinstance(entries, dict) else {}
+        return _section(self._content(), section)
 
     def add(self, section: str, entries: Mapping[str, Any]) -> None:
         """Write entries next to those that are there; the file is replaced as a whole."""
         if self.path is None or not entries:
             return
         content = self._content()
-        content |= {"environment": self._facts, section: self.read(section) | dict(entries)}
+        content |= {"environment": self._facts, section: _section(content, section) | dict(entries)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, content, shared=True, indent=2)
         except OSError:
+            # A folder that cannot be written to costs another check at the next start, and no run.
             self.path = None
 
     def _content(self) -> dict[str, Any]:
@@ -91,3 +90,8 @@ class KernelCache:
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
+
+
+def _section(content: dict[str, Any], section: str) -> dict[str, Any]:
+    entries = content.get(section)
+    return entries if isinstance(entries, dict) else {}

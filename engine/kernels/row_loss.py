@@ -37,7 +37,7 @@ MAX_BLOCK_U, TOKENS_PER_WARP = 4096, 256
 
 _TINY = tl.constexpr(TINY)
 # A maximum starts here and not at -inf, lest -inf - -inf come of a block of nothing but -inf
-_LEAST = tl.constexpr(torch.finfo(torch.float32).min)
+LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _load(logits_U, v_B, U: tl.constexpr):
 
 
 @triton.jit
-def _maximum_and_sum(max_so_far, sum_B, logits_B):
+def maximum_and_sum(max_so_far, sum_B, logits_B):
     """One block further: the largest logit, and the sums of exp(logit - largest), which stay apart by lane until the end."""
     maximum = tl.maximum(max_so_far, tl.max(logits_B, 0))
     return maximum, sum_B * tl.exp(max_so_far - maximum) + tl.exp(logits_B - maximum)
@@ -55,14 +55,14 @@ def _maximum_and_sum(max_so_far, sum_B, logits_B):
 @triton.jit
 def _normalise(z_U, t_U, U: tl.constexpr, BLOCK_U: tl.constexpr):
     """Of the draft's and of the target's logits: the largest, and the sum of exp(logit - largest)."""
-    max_z = tl.full([], _LEAST, tl.float32)
-    max_t = tl.full([], _LEAST, tl.float32)
+    max_z = tl.full([], LEAST, tl.float32)
+    max_t = tl.full([], LEAST, tl.float32)
     sum_z_B = tl.zeros([BLOCK_U], tl.float32)
     sum_t_B = tl.zeros([BLOCK_U], tl.float32)
     for start in range(0, U, BLOCK_U):
         v_B = start + tl.arange(0, BLOCK_U)
-        max_z, sum_z_B = _maximum_and_sum(max_z, sum_z_B, _load(z_U, v_B, U))
-        max_t, sum_t_B = _maximum_and_sum(max_t, sum_t_B, _load(t_U, v_B, U))
+        max_z, sum_z_B = maximum_and_sum(max_z, sum_z_B, _load(z_U, v_B, U))
+        max_t, sum_t_B = maximum_and_sum(max_t, sum_t_B, _load(t_U, v_B, U))
     return max_z, tl.sum(sum_z_B, 0), max_t, tl.sum(sum_t_B, 0)
 
 

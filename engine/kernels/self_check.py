@@ -241,7 +241,7 @@ def warning(check: KernelCheck, device: torch.device, cache_dir: Path | None) ->
     kept = "" if path is None else f" and {path}; delete that file to try the kernel again"
     return (
         f"Warning: the kernel {check.name} failed its self-check on {device}: {found}. "
-        f"Plain PyTorch takes its place, which is right but slower. "
+        f"Plain PyTorch takes its place, which gives correct results but is slower. "
         f"Please report this with the output of `python -m torch.utils.collect_env`{kept}."
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import attention_tiles
-from engine.kernels.attention_tiles import KERNELS, Tile, TileKey
+from engine.kernels.attention_tiles import KERNELS, Tile, TileKey, padded_head_dim
 from engine.kernels.interface import AttentionRows
 from engine.kernels.kernel_cache import KernelCache
 
@@ -36,11 +36,6 @@ def cuda_seconds(work: Callable[[], Any]) -> float:
     return statistics.median(times_ms) / 1000
 
 
-def padded(head_dim: int) -> int:
-    """Return the power of two, at least 16, that holds a head."""
-    return 1 << max(head_dim - 1, 15).bit_length()
-
-
 def tile_times(
     head_dim: int,
     dtype: torch.dtype,
@@ -57,7 +52,7 @@ def tile_times(
     known = cache.read(SECTION)
     found: dict[TileKey, list[float]] = {}
     for kernel in KERNELS:
-        key = TileKey(kernel, padded(head_dim), dtype.itemsize)
+        key = TileKey(kernel, padded_head_dim(head_dim), dtype.itemsize)
         tiles = attention_tiles.candidates(key, capability)
         if len(tiles) == 1:
             continue

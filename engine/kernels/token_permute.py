@@ -19,39 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels import reference
+from engine.kernels.fp8_activations import FLOOR, LARGEST, larger, rounded
+from engine.kernels.fp8_linear import decode
 
-FLOOR, LARGEST = tl.constexpr(reference.FLOOR), tl.constexpr(reference.LARGEST)
 MAX_BLOCK_D = 2048
 VALUES_PER_WARP = 512  # sixteen for each thread
 
-_BIAS = tl.constexpr(2.0**120)  # between the exponents of e4m3 and of fp32
-_INVERSE_BIAS = tl.constexpr(2.0**-120)
-_EXPONENT = tl.constexpr(255 << 23)
-_SMALLEST_NORMAL = tl.constexpr(2.0**-6)
-_SHIFT = tl.constexpr(1.5 * 2.0**20)  # times a power of two, an fp32 whose last bit is an eighth of that power
-_SIGN_EXPONENT_FRACTION = tl.constexpr(-(1 << 31) + (((1 << 7) - 1) << 20))
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _decode(codes):
-    """uint8 codes of e4m3 -> fp32."""
-    spread = (codes.to(tl.int8, bitcast=True).to(tl.int32) << 20) & _SIGN_EXPONENT_FRACTION
-    return spread.to(tl.float32, bitcast=True) * _BIAS
+_INVERSE_BIAS = tl.constexpr(2.0**-120)  # between the exponents of fp32 and of e4m3
 
 
 @triton.jit
 def _encode(values):
     """fp32 of magnitude at most 448 -> uint8 codes of e4m3, rounded to nearest, halves to even."""
-    power = (values.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
-    shift = tl.maximum(power, _SMALLEST_NORMAL) * _SHIFT
-    rounded = (values + shift) - shift
-    bits = (rounded * _INVERSE_BIAS).to(tl.int32, bitcast=True)
+    bits = (rounded(values) * _INVERSE_BIAS).to(tl.int32, bitcast=True)
     magnitude = (bits >> 20) & 127
     sign = tl.where(values < 0, 128, 0)
     return (magnitude | sign).to(tl.uint8)
@@ -66,7 +46,7 @@ def _permute_kernel(
     source = tl.load(source_N + n).to(tl.int64)
     values_B = tl.load(rows_TD + source * rows_stride + d_B, mask=d_B < D, other=0)
     if scale_T is not None:
-        values_B = _decode(values_B) * tl.load(scale_T + source * scale_stride)
+        values_B = decode(values_B) * tl.load(scale_T + source * scale_stride)
     tl.store(out_ND + n * out_stride + d_B, values_B.to(out_ND.dtype.element_ty), mask=d_B < D)
 
 
@@ -80,7 +60,7 @@ def _quantise_kernel(
         source = tl.load(source_N + n).to(tl.int64)
     d_B = tl.arange(0, BLOCK_D)
     values_B = tl.load(rows_TD + source * rows_stride + d_B, mask=d_B < D, other=0.0).to(tl.float32)
-    largest = _larger(tl.reduce(tl.abs(values_B), 0, _larger), FLOOR)
+    largest = larger(tl.reduce(tl.abs(values_B), 0, larger), FLOOR)
     scale = tl.div_rn(largest, tl.full([], LARGEST, tl.float32))
     codes_B = _encode(tl.div_rn(values_B, tl.broadcast_to(scale, [BLOCK_D])))
     tl.store(codes_ND + n * codes_stride + d_B, codes_B, mask=d_B < D)
@@ -101,7 +81,7 @@ def _unpermute_kernel(
         if place >= 0:
             values_B = tl.load(rows_MD + place * rows_stride + d_B, mask=d_B < D, other=0)
             if IS_FP8:
-                values_B = _decode(values_B)
+                values_B = decode(values_B)
             values_B = values_B.to(tl.float32)
             if weight_TJ is not None:
                 values_B *= tl.load(weight_TJ + t * weight_stride_t + j * weight_stride_j).to(tl.float32)
