@@ -252,7 +252,7 @@ def _beside_identity(inner, identity: int):
     return forward
 
 
-def dispatch_dense(moe: nn.Module, num_experts: int, group: Group, parts: int = 1, fp8_exchange: str = "none") -> None:
+def dispatch_dense(moe: nn.Module, num_experts: int, group: Group, parts: int, fp8_exchange: str) -> None:
     """`dispatch` for Llama 4, whose experts take inputs that the router has scaled, as many for each expert.
 
     moe: with `router` (hidden [T, D] -> scores [T, num_experts], 0 where not chosen), `shared_expert` and `experts`.

@@ -3,11 +3,13 @@
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import distributed
 
+from engine.files import PARTIAL, writing
 from engine.parallel.mesh import World
 
 SECONDS_TO_APPEAR = 5.0  # network file systems show a new file a little later to other nodes
@@ -26,10 +28,8 @@ def is_shared(folder: Path, world: World) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         token.touch()
     world.barrier()
-    misses = torch.zeros(1, device=world.device)
-    if world.local_rank == 0 and not _appears(token):
-        misses += 1
-    is_seen = world.sum(misses).item() == 0
+    is_missing = world.local_rank == 0 and not _appears(token)
+    is_seen = not world.any_rank([is_missing])[0]
     if world.is_main:
         token.unlink()
     return is_seen
@@ -50,22 +50,24 @@ def copy_from_main(folder: Path, names: Iterable[str], world: World) -> None:
 
 def _copy_file(path: Path, writes: bool, world: World) -> None:
     num_bytes = world.decide(lambda: path.stat().st_size)
-    partial = path.parent.with_name(f".{path.parent.name}.{path.name}.partial")  # a folder left half-way stays a draft's
-    source = path.open("rb") if world.is_main else None
-    copy = partial.open("wb") if writes else None
-    for start in range(0, num_bytes, CHUNK_BYTES):
-        size = min(CHUNK_BYTES, num_bytes - start)
-        chunk = torch.empty(size, dtype=torch.uint8)
-        if source is not None:
-            source.readinto(chunk.numpy())
-        chunk = chunk.to(world.device)
-        distributed.broadcast(chunk, src=0)
-        if copy is not None:
-            copy.write(chunk.cpu().numpy())
-    if source is not None:
-        source.close()
-    if copy is not None:
-        copy.close()
+    # Written outside of the folder: after a crash it must hold nothing but a draft's files.
+    partial = path.parent.with_name(f".{path.parent.name}.{path.name}{PARTIAL}")
+    with ExitStack() as opened:
+        source = opened.enter_context(path.open("rb")) if world.is_main else None
+        copy = None
+        if writes:
+            opened.enter_context(writing(path))
+            copy = opened.enter_context(partial.open("wb"))
+        for start in range(0, num_bytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, num_bytes - start)
+            chunk = torch.empty(size, dtype=torch.uint8)
+            if source is not None:
+                source.readinto(chunk.numpy())
+            chunk = chunk.to(world.device)
+            distributed.broadcast(chunk, src=0)
+            if copy is not None:
+                copy.write(chunk.cpu().numpy())
+    if writes:
         partial.replace(path)
 
 

@@ -119,18 +119,24 @@ LAYOUTS = {
 }
 HOLDS_FP8 = ("fp8", "scaled_fp8", "nvfp4")  # in which linear maps may be in fp8; NVFP4 is mixed with it
 MODELOPT = ("modelopt", "modelopt_fp8", "modelopt_fp4")
+MODELOPT_FP8 = {"FP8", "FP8_PER_CHANNEL_PER_TOKEN"}
+
+
+def _weight_groups(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return how a compressed-tensors config quantises the weights of each of its groups of modules."""
+    return [group.get("weights") or {} for group in (facts.get("config_groups") or {}).values()]
 
 
 def _is_packed_int4(facts: dict[str, Any]) -> bool:
     """Whether all that is quantised is in symmetric int4, by groups of columns or by row."""
-    groups = [group.get("weights") or {} for group in (facts.get("config_groups") or {}).values()]
+    groups = _weight_groups(facts)
     plain = all(group.get("num_bits") == 4 and group.get("type", "int") == "int" and group.get("symmetric") for group in groups)
     return bool(groups) and plain and facts.get("format") == "pack-quantized"
 
 
 def _bits_and_kind(facts: dict[str, Any]) -> set[tuple[Any, Any, Any]]:
     """Bits, type and strategy of the weights of each group of a compressed-tensors config."""
-    groups = [group.get("weights") or {} for group in (facts.get("config_groups") or {}).values()]
+    groups = _weight_groups(facts)
     return {(group.get("num_bits"), group.get("type"), group.get("strategy")) for group in groups}
 
 
@@ -151,10 +157,10 @@ def _layout_of_modelopt(facts: dict[str, Any]) -> str | None:
     if algorithms == {"MIXED_PRECISION"}:
         layers = (facts.get("quantized_layers") or {}).values()
         algorithms = {str(layer.get("quant_algo")).upper() for layer in layers}
-    if algorithms <= {"FP8", "FP8_PER_CHANNEL_PER_TOKEN"}:
+    if algorithms <= MODELOPT_FP8:
         return "scaled_fp8"
     # a mix with fp8 counts as NVFP4, whose reader takes both
-    return "nvfp4" if algorithms <= {"FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"} else None
+    return "nvfp4" if algorithms <= MODELOPT_FP8 | {"NVFP4"} else None
 
 
 def _levels(config: PreTrainedConfig) -> list[PreTrainedConfig]:
@@ -167,14 +173,14 @@ def _published_facts(config: PreTrainedConfig) -> Any:
 
 
 def forget_quantisation(config: PreTrainedConfig) -> None:
-    """Make a config that of a checkpoint that is not quantised."""
+    """Remove the quantisation settings from a config and from its text config."""
     for level in _levels(config):
         if hasattr(level, "quantization_config"):
             del level.quantization_config
 
 
 def quantisation_facts(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a config says of the quantisation of its checkpoint; empty if it is not quantised."""
+    """Return the quantisation settings of a config as a dict; empty if its checkpoint is not quantised."""
     quantised = next((found for found in map(_published_facts, _levels(config)) if found), {})
     facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
     return facts | (facts.get("quantization") or {})  # older ModelOpt nests it
@@ -255,8 +261,7 @@ class StaysQuantised:
             rows, columns = facts["weight_block_size"]
             skipped = tuple(facts.get("modules_to_not_convert") or ())
             return cls(1 + 4 / (rows * columns), False, skipped, 1 + 4 / columns if fp8_activations else 0.0)
-        groups = [group["weights"].get("group_size") or 0 for group in (facts.get("config_groups") or {}).values()]
-        size = 32 if layout == "mxfp4" else min(groups)
+        size = 32 if layout == "mxfp4" else min(group.get("group_size") or 0 for group in _weight_groups(facts))
         return cls(1 / PER_BYTE + (2 / size if size > 0 else 0), True)
 
     def holds(self, name: str, is_expert: bool, is_linear: bool) -> bool:

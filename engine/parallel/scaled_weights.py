@@ -1,6 +1,6 @@
 """Checkpoints in fp8 with a scale per tensor or row, and in NVFP4, as ModelOpt and compressed-tensors write them.
 
-Which of the two a weight is in follows from the tensors that lie beside it, so a checkpoint may mix them with each other and
+Which of the two a weight is in follows from the tensors that lie next to it, so a checkpoint may mix them with each other and
 with weights that are not quantised.
 
     fp8      weight = code * scale
@@ -23,8 +23,8 @@ PER_BYTE = 2  # values of 4 bits
 NVFP4_BLOCK = 16  # inputs that share a scale
 
 SCALES = ("_scale", "_scale_inv")  # behind the name of a weight; both multiply the codes
-GLOBAL_SCALE = "_scale_2"  # ModelOpt's multiplies
-GLOBAL_DIVISOR = "_global_scale"  # compressed-tensors' divides
+GLOBAL_SCALE = "_scale_2"  # of ModelOpt: weights are multiplied by it
+GLOBAL_DIVISOR = "_global_scale"  # of compressed-tensors: scales are divided by it
 PACKED = "_packed"  # compressed-tensors' name for 4-bit codes
 OF_INPUTS = ("input_scale", "input_global_scale", "input_scale_ub", "activation_scale")
 OF_CACHE = (".k_scale", ".v_scale", ".q_scale")
@@ -32,7 +32,7 @@ NOT_WEIGHTS = (*OF_INPUTS, *OF_CACHE)
 
 
 class ScaledCheckpoint(Checkpoint):
-    """A checkpoint whose weights in fp8 or NVFP4 have their scales beside them.
+    """A checkpoint whose weights in fp8 or NVFP4 have their scales next to them.
 
     NAME in fp8 has `NAME_scale` (or `NAME_scale_inv`) with one value, a value per output row, or a value per expert.
     NAME in NVFP4 (or `NAME_packed`), uint8 [out, in / 2], the first of two values in the lower half of a byte, has

@@ -69,7 +69,13 @@ def find_weight_files(path: str, revision: str | None = None) -> WeightFiles:
 def _named_by_index(path: str, index_path: Path, revision: str | None, is_safetensors: bool) -> WeightFiles:
     index = _read_index(index_path)
     names = sorted(set(index.values()))
-    paths = {name: find_published(path, name, revision) for name in names}
+
+    def find(name: str) -> Path | None:
+        # Files of one revision lie in one folder, so for those that are there the hub need not be asked.
+        neighbour = index_path.parent / name
+        return neighbour if neighbour.is_file() else find_published(path, name, revision)
+
+    paths = {name: find(name) for name in names}
     missing = [name for name, found in paths.items() if found is None]
     if missing:
         listed = ", ".join(missing[:SHOWN])
@@ -107,7 +113,7 @@ def _refuse_pointer(path: Path, start: bytes) -> None:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """What a safetensors file says of its tensors: `dtype`, `shape` and `data_offsets` by name.
+    """Read `dtype`, `shape` and `data_offsets` of each tensor from the header of a safetensors file.
 
     Raises ValueError if the file is cut off, a git-lfs pointer, or no safetensors file.
     """

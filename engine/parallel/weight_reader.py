@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.parallel.quantised_weight import QuantisedWeight
 from engine.parallel.rules import Cut
-from engine.parallel.weight_files import FETCH_AGAIN, SHOWN, check_pickled, find_weight_files
+from engine.parallel.weight_files import FETCH_AGAIN, SHOWN, find_weight_files
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
 
@@ -35,7 +35,6 @@ class PickledFile:
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError if it cannot be read, or holds anything but tensors."""
-        check_pickled(path)
         try:
             is_archive = zipfile.is_zipfile(path)
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
@@ -67,7 +66,9 @@ class PickledSlice:
 
     def get_dtype(self) -> str:
         kind = self._tensor.dtype
-        letter = "BF" if kind == torch.bfloat16 else "F" if kind.is_floating_point else "I"
+        if kind == torch.bfloat16:
+            return "BF16"
+        letter = "F" if kind.is_floating_point else "I"
         return f"{letter}{8 * kind.itemsize}"
 
     def __getitem__(self, place: Any) -> Tensor:
@@ -104,7 +105,7 @@ class Checkpoint:
         return self._open[self._by_name[name]].get_slice(name).get_shape()
 
     def stored_dtype(self, name: str) -> str:
-        """What a tensor of the files is stored in, as safetensors names it, such as `BF16` or `F8_E4M3`."""
+        """Return the dtype that a tensor is stored in, as safetensors names it, such as `BF16` or `F8_E4M3`."""
         return self._open[self._by_name[name]].get_slice(name).get_dtype()
 
     def keeps(self, weight: QuantisedWeight) -> bool:

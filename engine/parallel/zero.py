@@ -150,8 +150,8 @@ class ZeroDraft:
             own = getattr(parameter, "ds_tensor", parameter)  # the rank's part, at stage 3
             if own.numel():
                 largest.append(torch.linalg.vector_norm(own.flatten(), ord=float("inf")).float().cpu().reshape(1))
-        is_bad = ~torch.cat(largest).isfinite().all()
-        return not world.sum(is_bad.to(world.device, torch.int32)).item()
+        is_bad = not torch.cat(largest).isfinite().all()
+        return not world.any_rank([is_bad])[0]
 
     def write_monitors(self, values: dict[str, float], step: int) -> None:
         """Feed the monitors that the DeepSpeed configuration enables."""

@@ -17,8 +17,7 @@ from transformers.utils import CONFIG_NAME
 
 from engine.config import TargetSection
 from engine.data.fingerprint import hash_of
-from engine.parallel.collectives import gather_objects
-from engine.parallel.mesh import Group, World
+from engine.parallel.mesh import World
 from engine.parallel.weight_files import LENGTH_BYTES, find_published, find_weight_files
 from engine.target.configuration import MODELOPT_CONFIG
 from engine.target.loading import refuse_misfits
@@ -60,7 +59,7 @@ def shared_identity(section: TargetSection, world: World) -> str:
             refuse_misfits(section)
         except (ValueError, OSError) as error:
             own = (None, str(error))
-    everyone = gather_objects(own, Group(world.size, world.rank))
+    everyone = world.gather(own)
     for rank, (_, problem) in enumerate(everyone):
         if problem is not None:
             where = f"rank {rank}: " if world.size > 1 else ""
