@@ -58,7 +58,8 @@ def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus)
     config = json.loads((tmp_path / "offline" / "draft" / "config.json").read_text())
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 3]
     contents = json.loads((tmp_path / "store" / "manifest.json").read_text())["contents"]
-    assert config["draftspeed"] == {name: contents[name] for name in ("tokenizer_hash", "template_hash")}
+    recorded = ("tokenizer_hash", "template_hash", "target_identity")
+    assert config["draftspeed"] == {name: contents[name] for name in recorded}
     assert config["draftspeed"] == json.loads((tmp_path / "online" / "draft" / "config.json").read_text())["draftspeed"]
 
 

@@ -88,16 +88,17 @@ def test_a_draft_of_another_width_ships_the_target_s_embedding_read_alone(shards
 
 def test_an_embedding_of_an_unknown_name_is_found_by_loading_the_target(make_run, tiny_target, tmp_path, monkeypatch):
     target = tmp_path / "target"
-    LlamaForCausalLM.from_pretrained(tiny_target).save_pretrained(target)
+    model = LlamaForCausalLM.from_pretrained(tiny_target)
+    model.config.num_nextn_predict_layers = 1
+    model.save_pretrained(target)
     weights = load_file(target / "model.safetensors")
     section = TargetSection(path=str(target), dtype="bfloat16", aux_layers=AUX_LAYERS)
     config = derive_draft_config(AutoConfig.from_pretrained(target), DraftSection(vocab_size=40), AUX_LAYERS)
     alone = export_draft.read_embedding(section, config)
     assert torch.equal(alone, weights["model.embed_tokens.weight"].bfloat16())
-    # two tensors of the right name and shape: which of them is the embedding, only the model can tell
-    save_file(
-        weights | {"twin.embed_tokens.weight": torch.zeros(len(WORDS), HIDDEN)}, target / "model.safetensors", {"format": "pt"}
-    )
+    # As DeepSeek-V3 does, the MTP layer has an embedding of its own; only the model tells which of the two is the target's.
+    twin = f"model.layers.{model.config.num_hidden_layers}.embed_tokens.weight"
+    save_file(weights | {twin: torch.zeros(len(WORDS), HIDDEN)}, target / "model.safetensors", {"format": "pt"})
     assert torch.equal(export_draft.read_embedding(section, config), alone)
 
 
