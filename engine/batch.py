@@ -10,6 +10,12 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x
 
 
+def documents_of(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Return the number of each token's document, int64 [T]."""
+    position_T = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens.long(), position_T, right=True) - 1
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Documents laid end to end; no position is padding.
@@ -106,12 +112,12 @@ class MicroBatch:
 
     @property
     def num_left_out(self) -> int | torch.Tensor:
-        """Documents that are left out, likewise."""
+        """Number of documents that are left out: a number, or an int64 scalar on the device."""
         return 0 if self.faults is None else self.faults.by_place.any(1).sum()
 
     @property
     def num_slots(self) -> int | torch.Tensor:
-        """Slots of the documents that are not left out, likewise."""
+        """Number of slots of the documents that are not left out: a number, or an int64 scalar on the device."""
         if self.faults is None:
             return self.target.slots_N.numel()
         return self.target.slots_N.numel() - self.faults.left_out_T[self.target.slots_N].sum()

@@ -16,13 +16,13 @@ from engine.data.documents import Document, Documents
 from engine.data.fingerprint import hash_of, trained_with
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer
-from engine.fault_watch import MAX_NAMED, MAX_SHARE, MIN_SEEN, NonFiniteError
+from engine.fault_watch import MAX_NAMED, NonFiniteError, check_share
 from engine.files import DISK_FULL, PARTIAL, write_text, writing
-from engine.finite import place_names
-from engine.kernels.self_check import SelfCheck
+from engine.finite import fault_of, place_names
 from engine.models.registry import check_aux_layers, default_aux_layers, num_layers, text_config
-from engine.parallel.mesh import TargetMesh, World
-from engine.parallel.quantised import check_fp8_activations, check_quantisation
+from engine.origin import Online
+from engine.parallel.mesh import World
+from engine.parallel.quantised import check_fp8_activations
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, Shard, StoreError, plan_shards
 from engine.store.reader import MappedShard
@@ -34,11 +34,7 @@ from engine.store.writer import (
     StoredTensors,
     StoreWriter,
 )
-from engine.target.checked_kernels import check_target_kernels
-from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
-from engine.target.fused_elementwise import use_liger
-from engine.target.identity import shared_identity
 from engine.target.stored import HEAD, save_head
 from engine.telemetry import Telemetry
 
@@ -84,12 +80,9 @@ class Capture:
         """The whole job; raises ValueError before the target is loaded where it can be, StoreError or OSError on a bad disk."""
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
-        target_config = load_target_config(section)
-        check_quantisation(target_config, section.path, self.is_shared)
-        with self.telemetry.stage("Checking the target's files"):
-            identity = shared_identity(section, self.world)
-        contents = self.contents(tokenizer, target_config, identity)
-        mesh = TargetMesh.of(self.config.parallel, self.world)
+        source = Online(self.config, tokenizer, self.world, self.telemetry)
+        target_config = source.target_config
+        contents = self.contents(tokenizer, target_config, source.target_identity)
         with self.telemetry.stage("Reading the data"):
             documents, _ = read_documents(self.config.data, tokenizer, self.world, self.telemetry)
             documents.check_token_ids(contents.vocab_size)
@@ -101,13 +94,7 @@ class Capture:
             self.begin(manifest, tokenizer, target_config)
         self.world.barrier()
         with self.telemetry.stage("Loading the target"):
-            self_check = SelfCheck.of(self.world, self.config.data.cache_dir, self.telemetry.warn)
-            check_target_kernels(target_config, section, self_check)
-            of = self.config.loss.temperature, mesh, self.config.parallel.unproven, self.telemetry.progress
-            target = FrozenTarget.load(section, self.world.device, contents.aux_layers, *of)
-            self.telemetry.note(f"  attention: {target.attention}")
-            replaced = use_liger(target.decoder, target.dtype, self.config.kernels, self_check)
-            self.telemetry.note(f"  liger: {replaced}")
+            target = source.load_target(contents.aux_layers)
             self.keep_head(target)
         started = time.perf_counter()
         with self.telemetry.stage("Capturing"):
@@ -120,16 +107,8 @@ class Capture:
         seconds = time.perf_counter() - started
         return CaptureReport(self.folder, *sizes, new_bytes, seconds, manifest.num_left_out)
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether several ranks share the target."""
-        parallel = self.config.parallel
-        return max(parallel.tp_size, parallel.ep_size) > 1
-
-    def contents(
-        self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig, identity: str | None = None
-    ) -> Contents:
-        """What the store is to be of. identity: the target's, as `target_identity`."""
+    def contents(self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig, identity: str) -> Contents:
+        """Return the contents of the store to be written. identity: as `target_identity` returns it."""
         config, text = self.config, text_config(target_config)
         check_fp8_activations(target_config, config.target)
         count = num_layers(text)
@@ -239,10 +218,11 @@ class Capture:
             target.rest()
             writer.close()
             namer.name_new(writer.left_out)
-        except (NonFiniteDocument, NonFiniteError) as error:
+        except NonFiniteError:
             abandon(writer, files)
-            if isinstance(error, NonFiniteError):
-                raise
+            raise
+        except NonFiniteDocument as error:
+            abandon(writer, files)
             advice = "Delete it, or set target.non_finite=leave_out to capture without it"
             raise StoreError(f"{namer.describe(error.left_out)}. {advice}") from error
         except OSError as error:
@@ -259,7 +239,8 @@ class Capture:
         first_document = first_token = first_slot = 0
         for batch in packed_in_order([documents[index] for index in file.shard.documents], self.config.data.max_tokens):
             slots_N = slots_of(allowed_rows(batch, self.config.ttt))
-            stored = StoredTensors.of(batch.to(target.device), target(batch, slots_N), file.contents.dtype)
+            on_device = batch.to(target.device)
+            stored = StoredTensors.of(on_device, target(on_device, slots_N), file.contents.dtype)
             yield Piece(file, first_document, first_token, first_slot, batch, slots_N, **vars(stored))
             first_document += len(batch.host_lengths)
             first_token, first_slot = first_token + batch.num_tokens, first_slot + len(slots_N)
@@ -287,7 +268,7 @@ class Namer:
     def describe(self, entry: LeftOut) -> str:
         """Return a document's name and the first place where its states are not finite."""
         place = self._places[entry.place]
-        return f"{self._documents.name_of(entry.document)}: NaN or infinity, first in {place} of the target"
+        return fault_of(self._documents.name_of(entry.document), place)
 
     def name_new(self, left_out: Sequence[LeftOut]) -> None:
         """Print what was added since the last call; beyond `MAX_NAMED` documents the manifest alone names them."""
@@ -295,15 +276,6 @@ class Namer:
         for entry in new:
             self._warn(f"  left out {self.describe(entry)}")
         self._num_named += len(new)
-
-
-def check_share(num_left_out: int, num_documents: int) -> None:
-    """Raise NonFiniteError if so many of the documents so far were left out that the target must be broken."""
-    if num_documents >= MIN_SEEN and num_left_out > MAX_SHARE * num_documents:
-        raise NonFiniteError(
-            f"{num_left_out} of {num_documents} documents so far have states that are not finite, so the target itself is "
-            "broken. Check its checkpoint, and target.dtype: float16 overflows where the target was trained in bfloat16"
-        )
 
 
 def abandon(writer: StoreWriter, files: Sequence[ShardFile]) -> None:

@@ -52,7 +52,7 @@ class Checkpoints:
             facts["target_identity"] = self.target_identity
             with writing(self.folder / tag):
                 (self.folder / tag).mkdir(parents=True)
-            write_json(self.folder / tag / RUN, facts, indent=2)
+            write_json(self.folder / tag / RUN, facts)
         world.barrier()
         with writing(self.folder / tag):
             draft.save(self.folder, tag, {"rng": _all_rng_states(world)})
@@ -125,7 +125,7 @@ class Checkpoints:
             self.refuse_end(step, f"max_steps={max_steps}", "max_steps")
 
     def refuse_end(self, step: int, setting: str, option: str) -> NoReturn:
-        """Raise ValueError: the checkpoint of `step` lies behind the end that `setting` gives the run."""
+        """Raise ValueError: with `setting` the run ends before the checkpoint of `step`."""
         raise ValueError(
             f"{self.folder / f'step_{step}'} was saved after step {step}, and {setting} ends the run before it, so there is "
             f"nothing to resume. Raise {option} (a run of exactly {step} steps exports this checkpoint again), or name another "
@@ -171,7 +171,10 @@ class Checkpoints:
             remove_universal(self.folder, tag)
 
     def _facts(self, tag: str) -> dict[str, Any]:
-        """What `save` wrote of a checkpoint beside its weights. Raises ValueError if it is not there, or damaged."""
+        """Return the facts that `save` wrote next to a checkpoint's weights.
+
+        Raises ValueError if they are not there, or damaged.
+        """
         path = self.folder / tag / RUN
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))

@@ -41,7 +41,8 @@ class TargetSection:
     )
     non_finite: Literal["leave_out", "stop"] = option(
         "leave_out",
-        "documents whose hidden states are NaN or infinite: leave_out = name and do not learn them; stop = end the run",
+        "documents whose hidden states are NaN or infinite: leave_out = print their names and train without them; "
+        "stop = end the run",
     )
 
     @property

@@ -66,7 +66,7 @@ def _replace_folder(folder: Path, tensors: dict[str, torch.Tensor], config: Draf
         partial.mkdir(parents=True)
         try:
             write_tensors(partial / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
-            write_json(partial / CONFIG, config.to_dict(), indent=2, sort_keys=True)
+            write_json(partial / CONFIG, config.to_dict(), sort_keys=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -91,7 +91,7 @@ def load_draft(
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not an exported draft: it has no {name}; export one with launcher/export_draft.py")
-    config = DraftConfig.from_dict(parse_json(read_text(folder / CONFIG), folder / CONFIG))
+    config = DraftConfig.from_dict(parse_json(read_text(folder / CONFIG), folder / CONFIG), folder / CONFIG)
     with safe_open(folder / WEIGHTS, "pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     _check_vocabulary(tensors, config)

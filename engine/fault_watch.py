@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import DraftOutput, MicroBatch
-from engine.finite import place_names
+from engine.finite import fault_of, place_names
 from engine.host_copy import HostCopy
 
 MAX_NAMED = 20  # documents that a rank names in words
@@ -20,6 +20,18 @@ MAX_SKIPPED = 50  # optimizer steps in a row that DeepSpeed may leave out; fp16 
 
 class NonFiniteError(ValueError):
     """Training that cannot go on because of NaN or infinity; the message names the step or the document."""
+
+
+def check_share(num_left_out: int, num_documents: int, when: str = "") -> None:
+    """Raise NonFiniteError if so many of the documents so far were left out that the target must be broken.
+
+    when: put in front of the message.
+    """
+    if num_documents >= MIN_SEEN and num_left_out > MAX_SHARE * num_documents:
+        raise NonFiniteError(
+            f"{when}{num_left_out} of {num_documents} documents so far have states that are not finite, so the target itself "
+            "is broken. Check its checkpoint, and target.dtype: float16 overflows where the target was trained in bfloat16"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,17 +113,10 @@ class FaultWatch:
             faults = by_place[index * num_places : (index + 1) * num_places]
             if any(faults) and document not in self.left_out:
                 self._name(seen.step, document, self._places[faults.index(True)])
-        num_left_out, num_seen = len(self.left_out), len(self._seen_documents)
-        if num_seen >= MIN_SEEN and num_left_out > MAX_SHARE * num_seen:
-            problem = f"step {seen.step}: {num_left_out} of {num_seen} documents so far have states that are not finite"
-            raise NonFiniteError(
-                f"{problem}, so the target itself is broken. Check its checkpoint, and target.dtype: float16 overflows "
-                "where the target was trained in bfloat16"
-            )
+        check_share(len(self.left_out), len(self._seen_documents), f"step {seen.step}: ")
 
     def _name(self, step: int, document: int, place: str) -> None:
-        name = self._settings.name_of(document)
-        problem = f"{name}: NaN or infinity, first in {place} of the target"
+        problem = fault_of(self._settings.name_of(document), place)
         self.left_out[document] = problem
         if self._settings.stops:
             raise NonFiniteError(f"step {step}: {problem}. Delete it, or set target.non_finite=leave_out to learn without it")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, readable as the user's umask says; names from files that stay in their folder.
+"""Files that appear whole or not at all, with the permissions of the user's umask; a check of names read from other files.
 
 A failed write is one error that names the file and what to do about it, whatever library wrote it.
 """
@@ -92,20 +92,10 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
     write_whole(path, lambda place: place.write_text(text, encoding="utf-8"), shared=shared)
 
 
-def write_json(path: Path, value: Any, *, shared: bool = False, **options: Any) -> None:
-    """Write a value as JSON as `write_whole` does; numbers that are not finite become null. Raises WriteError.
-
-    options: those of `json.dumps`.
-    """
-    write_text(path, json_text(value, **options) + "\n", shared=shared)
-
-
-def json_text(value: Any, **options: Any) -> str:
-    """Return a value as JSON that any reader accepts: numbers that are not finite become null.
-
-    options: those of `json.dumps`.
-    """
-    return json.dumps(finite_or_null(value)[0], allow_nan=False, **options)
+def write_json(path: Path, value: Any, *, shared: bool = False, sort_keys: bool = False) -> None:
+    """Write a value as indented JSON as `write_whole` does; numbers that are not finite become null. Raises WriteError."""
+    text = json.dumps(finite_or_null(value)[0], allow_nan=False, indent=2, sort_keys=sort_keys)
+    write_text(path, text + "\n", shared=shared)
 
 
 def finite_or_null(value: Any) -> tuple[Any, int]:

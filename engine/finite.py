@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.batch import MicroBatch, PackedBatch, StateFaults, TargetOutput
+from engine.batch import MicroBatch, PackedBatch, StateFaults, TargetOutput, documents_of
 
 NUM_AUX = 3
 INFINITY = float("inf")
@@ -22,15 +22,18 @@ def place_names(aux_layers: Sequence[int]) -> list[str]:
     return ["the token embeddings", *layers, "the last hidden states"]
 
 
+def fault_of(name: str, place: str) -> str:
+    """Return what is said of a document or prompt whose states are not finite. place: one of `place_names`."""
+    return f"{name}: NaN or infinity, first in {place} of the target"
+
+
 def find_faults(batch: PackedBatch, target: TargetOutput, embed_TD: Tensor | None) -> StateFaults:
     """Find the documents with states that are not finite; everything on the device of `target`, nothing is read from it.
 
     embed_TD: [T, D] embeddings of the tokens; None if nobody reads them.
     """
     num_documents = batch.cu_seqlens.shape[0] - 1
-    document_T = torch.repeat_interleave(
-        torch.arange(num_documents, device=batch.cu_seqlens.device), batch.lengths.long(), output_size=batch.num_tokens
-    )
+    document_T = documents_of(batch.cu_seqlens, batch.num_tokens)
     aux_T3A = target.aux_TA.unflatten(1, (NUM_AUX, -1))
     bad_T4 = torch.zeros(batch.num_tokens, 1 + NUM_AUX, dtype=torch.bool, device=document_T.device)
     bad_T4[:, 1:] = has_fault(aux_T3A)
@@ -51,7 +54,7 @@ def has_fault(states: Tensor) -> Tensor:
 
 
 def cleaned(target: TargetOutput, faults: StateFaults) -> TargetOutput:
-    """Set all that a target says of the documents with faults to zero; `aux_TA` in place."""
+    """Zero everything that a target gives for documents with faults; `aux_TA` is changed in place."""
     left_out_N = faults.left_out_T[target.slots_N]
     return replace(
         target,

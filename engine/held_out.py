@@ -8,14 +8,13 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from engine.batch import PackedBatch
 from engine.config import EvaluationSection
 from engine.decode import ChainDrafter, Drafter, Generation, PromptLookupDrafter, greedy_decode, rolls_back, speculative_decode
 from engine.evaluate import AcceptanceCounts, AcceptanceReport, Prompt, eos_ids, measure_acceptance
-from engine.finite import find_faults, place_names
+from engine.finite import fault_of, find_faults, place_names
 from engine.models.eagle3 import ServedDraft
 from engine.parallel.mesh import World
-from engine.replies import Reply, batched_replies, greedy_replies, propose_along, replay
+from engine.replies import Reply, batched_replies, greedy_replies, packed, propose_along, replay
 from engine.target.frozen import FrozenTarget
 from engine.telemetry import Telemetry
 
@@ -103,17 +102,16 @@ class HeldOut:
         self._target.rest()
         for prompt, place in zip(self._prompts, faults, strict=True):
             if place is not None:
-                problem = f"NaN or infinity, first in {places[place]} of the target"
-                self._telemetry.warn(f"  held-out prompt {prompt.source}: {problem}; it is left out of the measurement")
+                problem = fault_of(f"held-out prompt {prompt.source}", places[place])
+                self._telemetry.warn(f"  {problem}; it is left out of the measurement")
         is_good = [place is None for place in faults]
         self._prompts = list(compress(self._prompts, is_good))
         return list(compress(continued, is_good))
 
     def _first_fault(self, prompt_ids: list[int], reply_ids: list[int]) -> int | None:
         """Return the first place where the states of a prompt and its reply are not finite; None if there is none."""
-        token_ids = torch.tensor(prompt_ids + reply_ids[:-1])
-        batch = PackedBatch(token_ids, torch.zeros_like(token_ids, dtype=torch.bool), torch.tensor([0, len(token_ids)]).int())
-        output = self._target(batch, torch.arange(len(prompt_ids) - 1, len(token_ids)))
+        batch = packed([prompt_ids + reply_ids[:-1]])
+        output = self._target(batch, torch.arange(len(prompt_ids) - 1, batch.num_tokens))
         faults = find_faults(batch.to(self._target.device), output, embed_TD=None)
         (by_place,) = faults.by_place.tolist()
         return by_place.index(True) if any(by_place) else None

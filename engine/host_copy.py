@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def to_pinned(values: Tensor) -> Tensor:
+    """Return a copy in pinned memory, made in the order of the current stream; the host does not wait for it."""
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
 class HostCopy:
     """A copy of a device tensor on the host; call `wait` for it.
 
@@ -17,8 +22,7 @@ class HostCopy:
         if not values.is_cuda:
             self._host = values.clone()
             return
-        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        self._host.copy_(values, non_blocking=True)
+        self._host = to_pinned(values)
         self._ready = torch.cuda.current_stream(values.device).record_event()
 
     def is_ready(self) -> bool:

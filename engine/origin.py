@@ -33,6 +33,7 @@ class Online:
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> None:
         self._config, self._tokenizer, self._world, self._telemetry = config, tokenizer, world, telemetry
         self.mesh = TargetMesh.of(config.parallel, world)
+        self.target_config = load_target_config(config.target)
         self.aux_layers = config.target.aux_layers
         self.target_identity = self._identify()
         self.trained_with = trained_with(tokenizer, config.data) | {"target_identity": self.target_identity}
@@ -40,7 +41,7 @@ class Online:
     def _identify(self) -> str:
         """Check that the target can be read, before anything else takes time; a collective of all ranks."""
         section = self._config.target
-        check_quantisation(load_target_config(section), section.path, is_shared=self.mesh.size > 1)
+        check_quantisation(self.target_config, section.path, is_shared=self.mesh.size > 1)
         with self._telemetry.stage("Checking the target's files"):
             return shared_identity(section, self._world)
 
@@ -52,12 +53,11 @@ class Online:
         """int64 [V], how often each token is counted for the draft vocabulary."""
         return torch.from_numpy(documents.count_assistant_tokens(vocab_size))
 
-    def load_target(self, aux_layers: tuple[int, ...]) -> Target:
+    def load_target(self, aux_layers: tuple[int, ...]) -> FrozenTarget:
+        """Load the target with kernels that passed the self-check; a collective of all ranks."""
         section, temperature = self._config.target, self._config.loss.temperature
-        config = load_target_config(section)
-        cache_dir = self._config.data.cache_dir
-        self_check = SelfCheck.of(self._world, cache_dir, self._telemetry.warn)
-        check_target_kernels(config, section, self_check)
+        self_check = SelfCheck.of(self._world, self._config.data.cache_dir, self._telemetry.warn)
+        check_target_kernels(self.target_config, section, self_check)
         target = FrozenTarget.load(
             section,
             self._world.device,

@@ -1,10 +1,10 @@
 """Greedy replies of a target to many prompts together, and any drafter judged by them.
 
 Speculative decoding emits the target's greedy reply whoever drafts: a drafter only changes how many
-forwards that takes. So the target decodes its reply to each prompt once. A drafter is then led along
-it with the target's own states: it drafts, is judged and reads on as in decoding with a cache, at no
-further forward. An EAGLE-3 draft need not even go along one token at a time: `propose_along` drafts
-behind all tokens of all replies at once, in as many steps as tokens are proposed.
+forwards that takes. So the target decodes its reply to each prompt once. A drafter is then
+replayed on that reply with the target's own states, as in decoding with a cache, without another
+forward of the target. An EAGLE-3 draft need not even be run one token at a time: `propose_along`
+drafts behind all tokens of all replies at once, in as many steps as tokens are proposed.
 
 `batched_replies` decodes with a cache, for a whole target. `greedy_replies` needs none, for a target
 that ranks share or whose cache cannot roll back: each forward reads everything again, of all prompts
@@ -290,7 +290,13 @@ def _how_many_fit(lengths: Sequence[int], max_tokens: int) -> int:
 
 def _read_together(target: FrozenTarget, documents: Sequence[list[int]]) -> tuple[TargetOutput, list[int]]:
     """A forward over whole documents, and the target's choice after each of them."""
+    batch = packed(documents)
+    output = target(batch, batch.cu_seqlens[1:].long() - 1)
+    return output, output.argmax_N.tolist()
+
+
+def packed(documents: Sequence[list[int]]) -> PackedBatch:
+    """Return documents of token ids end to end, none of which is the assistant's."""
     ids_T = torch.tensor([token_id for document in documents for token_id in document])
     cu_seqlens = torch.tensor([0, *accumulate(map(len, documents))], dtype=torch.int32)
-    output = target(PackedBatch(ids_T, torch.zeros_like(ids_T, dtype=torch.bool), cu_seqlens), cu_seqlens[1:].long() - 1)
-    return output, output.argmax_N.tolist()
+    return PackedBatch(ids_T, torch.zeros_like(ids_T, dtype=torch.bool), cu_seqlens)

@@ -33,7 +33,7 @@ class RunReport:
     def save(self) -> None:
         """Write `summary.json` into the output folder. Raises WriteError."""
         content = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
-        write_json(self.output_dir / SUMMARY, content, indent=2)
+        write_json(self.output_dir / SUMMARY, content)
 
     def show(self, console: Console) -> None:
         if self.after is not None and self.after.num_prompts:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.batch import PackedBatch, TargetOutput
+from engine.batch import PackedBatch, TargetOutput, documents_of
 from engine.config import TttSection
 from engine.kernels import LossRows
 from engine.kernels.rows import ROW_GRANULE
@@ -124,12 +124,6 @@ def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chun
         loss_rows.append(rank_T[position_R])
         slots.append(slot_ST[step, position_R])
     return RowPlan(kept, is_dense, loss_rows, LossRows(torch.cat(slots), bounds, slots_per_chunk))
-
-
-def documents_of(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Return the number of each token's document, int64 [T]."""
-    position_T = torch.arange(num_tokens, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens.long(), position_T, right=True) - 1
 
 
 def _gaps(alive_ST: torch.Tensor, document_T: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "<hidden>"
-# Names of options that hold a secret. Token counts and token ids, which end alike, are none.
+# Names of options that hold a secret. Token counts and token ids, which end alike, are no secrets.
 SECRET_NAME = re.compile(
     r"(^|[._-])(api_?key|access_?key|private_?key|secret(_?key)?|passw(or)?d|credentials?"
     r"|((api|access|auth|hub|hf|bearer)_?)token)$",
@@ -15,7 +15,7 @@ USER_IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]+@")
 SECRET_IN_QUERY = re.compile(r"([?&](?:api_?key|access_?key|(?:\w*_)?token|secret|password)=)[^&#\s]+", re.IGNORECASE)
 BEARER = re.compile(r"\b(Bearer\s+)[\w.~+/-]{8,}", re.IGNORECASE)
 # Keys by their published forms: Hugging Face's have 30 letters and digits or more, OpenAI's mix digits and both cases. Names of
-# files and folders that begin alike, such as hf_datasets_2025, are none.
+# files and folders that begin alike, such as hf_datasets_2025, are no keys.
 KNOWN_KEYS = re.compile(r"\b(hf_(?=[A-Za-z0-9]{30})|sk-(?=[\w-]*\d)(?=[\w-]*[A-Z])(?=[\w-]*[a-z])(?=[\w-]{20}))[\w-]+")
 
 

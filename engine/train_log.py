@@ -14,13 +14,13 @@ from engine.parallel.mesh import PendingSum, World
 from engine.parallel.zero import ZeroDraft
 
 METRICS = "metrics.jsonl"
-SECONDS_AFTER_ERROR = 2.0  # that a run which failed waits for metrics that are still on their way
+SECONDS_AFTER_ERROR = 2.0  # that a failed run waits for metrics still on their way
 SECONDS_BETWEEN_LOOKS = 0.01
 
 
 @dataclass(frozen=True)
 class LogSettings:
-    """What a log is kept of.
+    """Where and how often a training log is written.
 
     every_steps: optimizer steps between lines. first_step: steps that an earlier run took. num_steps: the last step.
     """

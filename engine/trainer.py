@@ -133,7 +133,7 @@ class Trainer:
         """Say whether the nodes share the output folder. Raise ValueError if this run could not write there what it has to."""
         draft = self.output_dir / DRAFT
         self.world.decide(lambda: check_replaceable(draft))
-        if self.world.writes_output:
+        if self.world.writes_output and not self.world.is_main:
             check_replaceable(draft)
         if self.world.num_nodes == 1:
             return
@@ -262,7 +262,7 @@ class Trainer:
             self.telemetry.note(f"  resumed after step {first_step}{how}")
         if self.world.is_main:
             write_text(self.output_dir / "config.yaml", dump_config(self.config))
-            write_json(self.output_dir / "ds_config.json", without_secrets(resolved), indent=2)
+            write_json(self.output_dir / "ds_config.json", without_secrets(resolved))
             save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB, corpus.vocab_facts)
         return zero
 

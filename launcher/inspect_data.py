@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from engine.config import Config
 from engine.corpus import read_documents
@@ -32,6 +32,7 @@ from engine.parallel.mesh import World
 from engine.portrait import VOCAB_SIZES, Bin, Portrait, histogram, portray
 from engine.portrait_page import Run, write_page
 from engine.recipe import load_config
+from engine.target.configuration import load_target_config
 from engine.telemetry import Telemetry
 from launcher.command import check_inputs, make_parser, stop, with_paths, with_store, write_embedded_corpus, wrong_options
 
@@ -46,7 +47,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page with plots")
     parser.add_argument("--bad", type=Path, metavar="FILE", help="write a line for each conversation that cannot be used")
     parser.add_argument(
-        "--samples_json", type=Path, metavar="FILE", help="write all documents as text segments, with whose they are"
+        "--samples_json",
+        type=Path,
+        metavar="FILE",
+        help="write all documents as text segments, each marked as the assistant's or not",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     return parser.parse_intermixed_args()
@@ -55,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry) -> None:
     """Read, count, show. Raises ValueError, OSError or ImportError for what a user can mend."""
     tokenizer = load_tokenizer(config.target, config.data)
-    target = AutoConfig.from_pretrained(config.target.path, **config.target.hub_arguments)
+    target = load_target_config(config.target)
     draft = derive_draft_config(target, config.draft, config.target.aux_layers)
     if config.target.store is None:
         data = replace(config.data, max_bad_share=1.0)  # a look costs nothing, whatever is found
@@ -79,7 +83,7 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
         telemetry.note(f"{len(documents):,} documents with their masks: {arguments.samples_json}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.json, portrait.facts(), indent=2)
+        write_json(arguments.json, portrait.facts())
     if arguments.html:
         title = config.target.store or ", ".join(Path(path).name for path in config.data.train)
         write_page(arguments.html, title, portrait, samples)

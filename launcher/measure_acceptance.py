@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -110,11 +110,11 @@ def read_draft_config(folder: Path) -> DraftConfig:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} is not an exported draft: it has no {CONFIG}; a run writes one to its output_dir/draft")
-    return DraftConfig.from_dict(parse_json(read_text(path), path))
+    return DraftConfig.from_dict(parse_json(read_text(path), path), path)
 
 
-def check_target(draft: DraftConfig, section: TargetSection, is_shared: bool) -> None:
-    """Raises ValueError if the draft was not trained for the target, or that cannot be read, before it is loaded.
+def check_target(draft: DraftConfig, section: TargetSection, is_shared: bool) -> PreTrainedConfig:
+    """Return the target's config. Raises ValueError if the draft was not trained for it, or it cannot be read.
 
     is_shared: whether several ranks share the target.
     """
@@ -136,6 +136,7 @@ def check_target(draft: DraftConfig, section: TargetSection, is_shared: bool) ->
             check_aux_layers(draft.aux_layers, num_layers(target))
         except ValueError as error:
             raise ValueError(f"the draft reads layers that {path} cannot give; name its own target ({error})") from error
+    return config
 
 
 def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -153,7 +154,7 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     """Load the draft and what the run's configuration names, decode, and print the table; reports by drafter, on every rank."""
     telemetry = Telemetry(speaks=world.is_main)
     mesh = TargetMesh.of(run.parallel, world)
-    check_target(draft_config, run.target, is_shared=mesh.size > 1)
+    target_config = check_target(draft_config, run.target, is_shared=mesh.size > 1)
     identity = shared_identity(run.target, world)
     change = what_changed((draft_config.trained_with or {}).get("target_identity"), identity)
     if change is not None:
@@ -162,7 +163,6 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     check_prompts(prompts, draft_config.vocab_size)
     self_check = SelfCheck.of(world, run.data.cache_dir or user_cache(), telemetry.warn)
-    target_config = load_target_config(run.target)
     check_target_kernels(target_config, run.target, self_check)
     target = FrozenTarget.load(
         run.target, world.device, draft_config.aux_layers, mesh=mesh, unproven=run.parallel.unproven, bar=telemetry.progress
@@ -209,7 +209,7 @@ def main() -> None:
         reports = measure(arguments, draft_config, run, world)
         if arguments.json and world.is_main:
             content = {name: report.to_dict() for name, report in reports.items()}
-            write_json(arguments.json, content, indent=2)
+            write_json(arguments.json, content)
     except (ValueError, OSError, ImportError) as error:
         stop(error, world.rank)
     if world.size > 1:

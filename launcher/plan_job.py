@@ -84,18 +84,18 @@ def make_planner(config: Config, ds_config: dict[str, Any] | None, arguments: ar
     section = config.target
     target = load_target_config(section)
     check_family(target)
+    is_shared = config.parallel.tp_size > 1 or config.parallel.ep_size > 1
     may_share = config.parallel.unproven
     try:
         check_proven(text_config(target))
         may_share = True
     except ValueError:
-        if config.parallel.tp_size > 1 or config.parallel.ep_size > 1:
+        if is_shared:
             raise
     gpus = Gpus.named(arguments.gpu, arguments.memory_gb, arguments.network_gb_per_s, arguments.gpus_per_node)
     documents = Documents(min(arguments.document_tokens, config.data.max_tokens), arguments.said)
     assumed = Assumed(documents, arguments.share_of_peak, arguments.headroom)
     check_fp8_activations(target, section)
-    is_shared = config.parallel.tp_size > 1 or config.parallel.ep_size > 1
     check_quantisation(target, section.path, is_shared)
     quantised = StaysQuantised.of(target, section.keep_quantised, section.fp8_activations)
     forget_quantisation(target)
@@ -107,30 +107,24 @@ def make_planner(config: Config, ds_config: dict[str, Any] | None, arguments: ar
     return planner
 
 
-def plans(planner: Planner, arguments: argparse.Namespace) -> list[JobPlan]:
-    """The best first; one alone with --fixed. Raises ValueError where nothing fits."""
+def find_plans(planner: Planner, arguments: argparse.Namespace) -> tuple[Planner, list[JobPlan]]:
+    """Return the plans of a job, the best first, and their planner; packs are halved until a job fits the GPUs.
+
+    With --fixed there is one plan. Raises ValueError if nothing fits even with packs of `LEAST_TOKENS`.
+    """
     if arguments.fixed:
         ranks = Ranks.of(planner.config, planner.ds_config, arguments.gpus)
         check_sizes(ranks.size, ranks.tp_size, ranks.ep_size)
-        return [planner.plan(ranks)]
-    found = planner.smallest(arguments.gpus)
-    if not found:
-        raise ValueError(f"{planner.config.target.path} {planner.why_nothing_fits(arguments.gpus)}")
-    return found
-
-
-def with_packs_that_fit(planner: Planner, arguments: argparse.Namespace) -> Planner:
-    """Return the planner with packs half as long, and half again, until a job fits the GPUs.
-
-    Where none fits even with `LEAST_TOKENS`, it is returned as it was.
-    """
+        return planner, [planner.plan(ranks)]
     smaller = planner
-    while not arguments.fixed and not smaller.smallest(arguments.gpus):
+    while True:
+        found = smaller.smallest(arguments.gpus)
+        if found:
+            return smaller, found
         max_tokens = smaller.config.data.max_tokens // 2
         if max_tokens < LEAST_TOKENS:
-            return planner
+            raise ValueError(f"{planner.config.target.path} {planner.why_nothing_fits(arguments.gpus)}")
         smaller = smaller.with_max_tokens(max_tokens)
-    return smaller
 
 
 def gigabytes(count: float) -> str:
@@ -201,11 +195,10 @@ def main() -> None:
     try:
         run_plugins(config.target.plugins)
         planner = make_planner(with_paths(config, Path(config.output_dir)), ds_config, arguments)
-        planner = with_packs_that_fit(planner, arguments)
-        found = plans(planner, arguments)
+        planner, found = find_plans(planner, arguments)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            write_json(arguments.json, planner.facts(found[0]), indent=2)
+            write_json(arguments.json, planner.facts(found[0]))
     except (ConfigError, ValueError, OSError, ImportError) as error:
         stop(error, rank=0)
     telemetry.note(planner.target_line(), style="bold")

@@ -281,8 +281,8 @@ class FakeDevice(TorchFunctionMode):
         if FakeDevice.active is not self:  # in a thread that outlives it
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        special = _SPECIAL.get(name) if name in _SPECIAL else None
-        if special is not None and (name != "__get__"):
+        special = _SPECIAL.get(name)
+        if special is not None:
             return special(self, func, args, kwargs)
         if _is_device(kwargs.get("device")):
             with self.made_within.operation(is_on_device=False):

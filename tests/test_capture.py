@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from engine.batch import StateFaults
 from engine.config import Config
@@ -23,7 +22,6 @@ from engine.fault_watch import NonFiniteError
 from engine.finite import find_faults
 from engine.origin import Offline
 from engine.parallel.mesh import World
-from engine.parallel.weight_files import SINGLE
 from engine.rows import allowed_rows, slots_of
 from engine.store.format import MANIFEST, Manifest, StoreError
 from engine.store.reader import open_store
@@ -35,6 +33,7 @@ from engine.telemetry import Telemetry
 from tests.captures import capture_config, run_capture
 from tests.distributed import run_ranks
 from tests.parallel.test_quantised import to_fp8
+from tests.published import Weights, change_weights
 
 CPU = torch.device("cpu")
 
@@ -149,9 +148,11 @@ def test_another_capture_is_not_continued(tmp_path, tiny_target, tiny_corpus):
 def with_other_weights(target: Path, folder: Path) -> Path:
     """A copy of a target, one of whose tensors was trained a little more."""
     shutil.copytree(target, folder, dirs_exist_ok=True)
-    weights = load_file(folder / SINGLE)
-    weights["model.layers.2.mlp.up_proj.weight"] *= 1.01
-    save_file(weights, folder / SINGLE, {"format": "pt"})
+
+    def train_more(weights: Weights) -> None:
+        weights["model.layers.2.mlp.up_proj.weight"] *= 1.01
+
+    change_weights(folder, train_more)
     return folder
 
 
@@ -307,9 +308,11 @@ BAD_WORD = 17  # token id of a word that the corpus holds in a few documents
 def bad_target(tmp_path_factory, tiny_target) -> Path:
     """A target whose states are not finite from one word of a document on."""
     folder = shutil.copytree(tiny_target, tmp_path_factory.mktemp("bad") / "target")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][BAD_WORD, 3] = float("nan")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    def spoil(weights: Weights) -> None:
+        weights["model.embed_tokens.weight"][BAD_WORD, 3] = float("nan")
+
+    change_weights(folder, spoil)
     return folder
 
 
@@ -364,9 +367,11 @@ def test_a_capture_that_shall_stop_at_such_a_document_does(tmp_path, bad_target,
 
 def test_a_target_that_is_broken_ends_the_capture(tmp_path, tiny_target, tiny_corpus):
     folder = shutil.copytree(tiny_target, tmp_path / "target")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"][30:] = float("inf")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    def spoil(weights: Weights) -> None:
+        weights["model.embed_tokens.weight"][30:] = float("inf")
+
+    change_weights(folder, spoil)
     with pytest.raises(NonFiniteError, match="of .* documents so far .* the target itself is broken"):
         run_capture(capture_config(tmp_path / "store", folder, tiny_corpus.train, "store.threads=1"))
 

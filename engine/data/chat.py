@@ -1,10 +1,11 @@
 """A conversation becomes token ids and the mask of what the assistant said.
 
-The chat template writes the text. Which of it is the assistant's is read from its `{% generation %}` tags. A template without
-them is rendered once per prefix of the conversation: what a turn adds to the prompt that asks for it, up to its end
-token, is the turn, and it must hold the words of the message and nothing behind them. A template that rewrites earlier turns
-(drops their reasoning, ends them otherwise) gives a document a reply instead. Text that was written with the template already
-is searched for what the template puts around replies.
+The chat template writes the text. Each reply is found by rendering the conversation up to it: the
+reply is what its turn adds to the prompt that asks for it, up to the token at which a server stops,
+and it must hold the words of the message. `{% generation %}` tags are verified where a template has
+them, and decide where it has no generation prompt. Where a template rewrites earlier turns (drops
+their reasoning, ends them otherwise), the conversation becomes one document per reply. Text that
+was written with the template already is searched for what the template puts around replies.
 """
 
 from collections.abc import Mapping, Sequence

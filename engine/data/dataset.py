@@ -202,7 +202,7 @@ class DataReport:
     by_turn: conversations that became a document per assistant turn.
     cut, split: documents above max_tokens that were shortened, or made into several.
     dropped: documents and pieces that can carry no loss: under 3 tokens, or no assistant token left.
-    changes: for each thing that is written otherwise than the conversation has it, the number of conversations.
+    changes: number of conversations for each kind of difference between the text and the messages.
     bad: (file:line, reason, detail) of each refused conversation. long: (file:line, tokens) of each that was cut or split.
     """
 

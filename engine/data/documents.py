@@ -16,7 +16,7 @@ class Document:
     assistant_mask: bool [T], true for the assistant's replies with their end-of-turn tokens.
     turn_ends: ascending token indices, each just after an assistant turn.
     place: number of its conversation's file among those read, and line, from 1; None = unknown.
-    changes: for each marked reply that is written otherwise than its message has it, how it is.
+    changes: one description for each marked reply whose text differs from its message.
     """
 
     input_ids: np.ndarray

@@ -98,14 +98,14 @@ class ReplyShape:
     tail: the control tokens behind the last part, with blanks, up to the end of the text; "" if there are none.
     stop: number of characters of `tail` up to the end of the token at which a server stops.
     next_token: for an empty tail, the control token of the next turn that ends a reply (GLM); "" if there is none.
-    always_asked: a generation prompt that the template writes even behind a reply (Command-R7B); "" if there is none.
+    unasked_prompt: a generation prompt that the template writes even behind a reply (Command-R7B); "" if there is none.
     """
 
     opening: str | None
     tail: str
     stop: int
     next_token: str
-    always_asked: str = ""
+    unasked_prompt: str = ""
 
 
 def probe_of(reply: Message, probe_words: ProbeWords = PROBE_WORDS) -> Message:
@@ -154,8 +154,8 @@ def shape_of(probe: Message, render: Render, known: Sequence[str], eos: str | No
     header_end = len(prompt) if text.startswith(prompt) else len(prompt) - len(thinking_mark(prompt).text)
     opening = text[header_end:first] if text.startswith(prompt[:header_end]) and first >= header_end else None
     behind = behind_last_part(text)
-    always_asked = _always_asked(prompt, behind, known) if prompt == render(asked, False) else ""
-    behind = behind[: len(behind) - len(always_asked)]
+    unasked_prompt = _unasked_prompt(prompt, behind, known) if prompt == render(asked, False) else ""
+    behind = behind[: len(behind) - len(unasked_prompt)]
     tail = token_tail(behind, known)
     ends_with_words = WORDS in text and not probe.get("tool_calls")
     if ends_with_words and behind[: len(behind) - len(tail)].strip():
@@ -163,10 +163,10 @@ def shape_of(probe: Message, render: Render, known: Sequence[str], eos: str | No
     later = _behind_in_history(asked, probe, render)
     ending = Ending.of(behind, tail, later, known, bos)
     stop = ending.stop(eos, ends_with_words)
-    return ReplyShape(opening, tail, stop, ending.next_token, always_asked)
+    return ReplyShape(opening, tail, stop, ending.next_token, unasked_prompt)
 
 
-def _always_asked(prompt: str, behind: str, known: Sequence[str]) -> str:
+def _unasked_prompt(prompt: str, behind: str, known: Sequence[str]) -> str:
     """Return the generation prompt that stands behind both a question and a reply, without the token that ends a turn."""
     length = shared_length(prompt[::-1], behind[::-1])
     shared = behind[whole_token_start(behind, len(behind) - length, known) :]

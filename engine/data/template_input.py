@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data.messages import BadSample, Message, with_text_arguments
 from engine.data.reply_shape import NEXT, QUESTION, WORDS
-from engine.data.templates import TOOL, ChatTemplate
+from engine.data.templates import ChatTemplate
 
 DEVELOPER_AS_SYSTEM = "role developer, which the chat template does not have, written as system"
 ORDER = "Answer briefly, as ordered."
@@ -61,14 +61,11 @@ def argument_form(template: ChatTemplate) -> ArgumentForm | None:
 
 
 def _probe_arguments(template: ChatTemplate) -> str:
-    """Arguments of the template as JSON text; any tools are replaced by one, so that few kinds have to be tried."""
-    arguments = dict(template.arguments)
-    if arguments.get("tools"):
-        arguments["tools"] = [TOOL]
-    return json.dumps(arguments, sort_keys=True, default=str)
+    return template.probe_arguments(with_tool=bool(template.arguments.get("tools")))
 
 
 def _rendered(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
+    """Return the text; None if the template cannot write these messages."""
     try:
         return template.text(messages)
     except BadSample:

@@ -103,18 +103,25 @@ class ChatTemplate:
     @cached_property
     def format(self) -> Format:
         """Found by rendering a question and a reply. Raises BadSample if the template cannot write these."""
-        return _format_of(self.tokenizer, self.source, self._probe_arguments)
+        return _format_of(self.tokenizer, self.source, self._own_probe_arguments)
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
         return special_tokens(self.tokenizer, self.source)
 
     @cached_property
-    def _probe_arguments(self) -> str:
-        """Arguments without the sample's own tools as JSON text, so that few kinds have to be tried."""
+    def _own_probe_arguments(self) -> str:
+        is_for_tools = isinstance(self.tokenizer.chat_template, dict) and bool(self.arguments.get("tools"))
+        return self.probe_arguments(with_tool=is_for_tools)  # a template for tools need not work without any
+
+    def probe_arguments(self, with_tool: bool) -> str:
+        """Return the arguments as JSON text, with one known tool or none in place of the sample's own.
+
+        So few kinds of arguments have to be tried.
+        """
         arguments = {key: value for key, value in self.arguments.items() if key != "tools"}
-        if isinstance(self.tokenizer.chat_template, dict) and self.arguments.get("tools"):
-            arguments["tools"] = [TOOL]  # a template for tools need not work without any
+        if with_tool:
+            arguments["tools"] = [TOOL]
         return json.dumps(arguments, sort_keys=True, default=str)
 
     def text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -131,12 +138,11 @@ class ChatTemplate:
         """How the template writes replies with the same parts. Raises BadSample if it cannot write such a reply."""
         probe = json.dumps(probe_of(reply))
         try:
-            return _shape_of(self.tokenizer, self.source, self._probe_arguments, probe)
+            return _shape_of(self.tokenizer, self.source, self._own_probe_arguments, probe)
         except BadSample:
             if not self.arguments.get("tools"):
                 raise
-        arguments = json.dumps({**self.arguments, "tools": [TOOL]}, sort_keys=True, default=str)
-        return _shape_of(self.tokenizer, self.source, arguments, probe)
+        return _shape_of(self.tokenizer, self.source, self.probe_arguments(with_tool=True), probe)
 
     def tagged(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """Return the text, and the spans inside its `{% generation %}` tags, in characters."""
@@ -164,8 +170,8 @@ def _format_of(tokenizer: PreTrainedTokenizerBase, source: str, arguments: str) 
     messages = [*asked, {"role": "assistant", "content": WORDS}]
     question, prompt, text = chat.text(asked), chat.text(asked, add_generation_prompt=True), chat.text(messages)
     header = prompt.removeprefix(question) if prompt.startswith(question) else ""
-    always_asked = chat.shape(messages[-1]).always_asked if prompt == question else ""
-    header = header or always_asked
+    unasked_prompt = chat.shape(messages[-1]).unasked_prompt if prompt == question else ""
+    header = header or unasked_prompt
     lead = text.partition(WORDS)[0]
     bare = not lead.removeprefix(question).strip()
     empty_thought = ""
@@ -178,7 +184,7 @@ def _format_of(tokenizer: PreTrainedTokenizerBase, source: str, arguments: str) 
         marked, spans = chat.tagged(messages)
         openings = [marked[start:end].partition(WORDS)[0] for start, end in spans]
         tags_hold_header = any(_holds_more_than_thinking(opening) for opening in openings)
-    return Format(header, bool(always_asked), empty_thought, bare, tagged, tags_hold_header)
+    return Format(header, bool(unasked_prompt), empty_thought, bare, tagged, tags_hold_header)
 
 
 def _holds_more_than_thinking(opening: str) -> bool:

@@ -104,8 +104,8 @@ def _ended(template: ChatTemplate, reply: Message, text: str, start: int) -> tup
     shape = template.shape(reply)
     said = text[start:]
     problem = "the chat template writes more than control tokens behind a reply"
-    if shape.always_asked and said.endswith(shape.always_asked):
-        text = text[: len(text) - len(shape.always_asked)]
+    if shape.unasked_prompt and said.endswith(shape.unasked_prompt):
+        text = text[: len(text) - len(shape.unasked_prompt)]
         said = text[start:]
     if not said.endswith(shape.tail):
         raise BadSample(UNVERIFIED, problem)
@@ -151,8 +151,10 @@ class TurnFinder:
             return self.reply, self.prompt + said, len(self.prompt)
         if not thinks and not holds(self.reply, text):
             raise BadSample(UNVERIFIED, f"the chat template leaves out words of turn {len(self.before)}")
-        if thinks and self._mark.kind == "none" and self._silent()._text.startswith(self.prompt):
-            return self._silent().find()
+        if thinks and self._mark.kind == "none":
+            silent = self._silent()
+            if silent._text.startswith(self.prompt):
+                return silent.find()
         return self._behind_header()
 
     @cached_property

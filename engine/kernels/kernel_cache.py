@@ -77,7 +77,7 @@ class KernelCache:
         content |= {"environment": self._facts, section: _section(content, section) | dict(entries)}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, content, shared=True, indent=2)
+            write_json(self.path, content, shared=True)
         except OSError:
             # A folder that cannot be written to costs another check at the next start, and no run.
             self.path = None

@@ -287,7 +287,7 @@ def _held(tensor: Tensor, name: str, checkpoint: Checkpoint, model: PreTrainedMo
 
 
 def _complete(model: PreTrainedModel, device: torch.device, missing: set[str]) -> None:
-    """What no checkpoint holds: buffers that follow from the config, and tied weights.
+    """Fill in what no checkpoint holds: buffers that follow from the config, and tied weights.
 
     missing: names that the checkpoint lacks. Weights that are tied by the config but differ in the checkpoint stay apart.
     """

@@ -238,7 +238,7 @@ class Planner:
 
     @property
     def num_draft_weights(self) -> int:
-        """Trained ones."""
+        """Number of trained weights of the draft."""
         return num_draft_weights(self.config, self.draft)
 
     def plan(self, ranks: Ranks) -> "JobPlan":

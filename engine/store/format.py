@@ -66,19 +66,17 @@ class Contents:
     target_identity: str | None = None
 
     def differences(self, other: "Contents") -> list[str]:
-        """What another's differ in, as `key: theirs, ours`.
+        """Return the fields in which other contents differ, each as `name: theirs, now ours`.
 
         Where the target lies is no difference, and neither is an identity that one of the two does not know.
         """
-        compared = {f.name for f in fields(self)} - {"target"}
-        if self.target_identity is None or other.target_identity is None:
-            compared.discard("target_identity")
-        found = []
-        for f in fields(self):
-            theirs, ours = getattr(other, f.name), getattr(self, f.name)
-            if f.name in compared and theirs != ours:
-                found.append(f"{f.name}: {theirs!r}, now {ours!r}")
-        if any(text.startswith("target_identity") for text in found):
+        skipped = {"target"}
+        if None in (self.target_identity, other.target_identity):
+            skipped.add("target_identity")
+        compared = [f.name for f in fields(self) if f.name not in skipped]
+        differing = [name for name in compared if getattr(other, name) != getattr(self, name)]
+        found = [f"{name}: {getattr(other, name)!r}, now {getattr(self, name)!r}" for name in differing]
+        if "target_identity" in differing:
             found.append("so the target's weights or its config.json are not those of the shards that are there")
         return found
 
@@ -103,7 +101,7 @@ class Shard:
     """A file of the store. first_document: of its documents, which follow one another in the corpus.
 
     checksum: of its documents' checksums, 16 hexadecimal digits; None until it is written.
-    left_out: its documents, counted from 0, that nothing is learned from, since the target's states were not finite.
+    left_out: places within the shard, from 0, of documents left out because the target's states were not finite.
     """
 
     name: str
@@ -177,7 +175,10 @@ def _shard(values: dict[str, Any]) -> Shard:
 
 
 def _check_shards(shards: Sequence[Shard], path: Path) -> None:
-    """Raise StoreError if a shard is not a file of the store's own folder, two are one file, or a count is none."""
+    """Raise StoreError for a shard that is no file of the store's own folder, a shard named twice, or a bad count.
+
+    A count is a whole number of at least 0.
+    """
     names = [shard.name for shard in shards]
     for name in names:
         if not is_plain_name(name) or not name.endswith(SUFFIX):

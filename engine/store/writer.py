@@ -18,6 +18,7 @@ import xxhash
 from engine.batch import PackedBatch, TargetOutput
 from engine.files import PARTIAL, sync
 from engine.finite import cleaned, find_faults
+from engine.host_copy import to_pinned
 from engine.store.format import BY_SLOT, DTYPES, Contents, Layout, Shard, document_checksum, to_stored
 
 
@@ -117,7 +118,10 @@ class StoredTensors:
 
     @classmethod
     def of(cls, batch: PackedBatch, output: TargetOutput, dtype: str) -> "StoredTensors":
-        """Documents whose states are not finite become zeros. batch: on the device of `output`, whose `aux_TA` may change."""
+        """Return a target's output as a shard holds it; documents whose states are not finite become zeros.
+
+        batch: on the device of `output`, whose `aux_TA` may change.
+        """
         if dtype != "float8_e4m3":  # what overflows in the store's precision is found too
             precision = DTYPES[dtype]
             output = replace(output, aux_TA=output.aux_TA.to(precision), last_hidden_ND=output.last_hidden_ND.to(precision))
@@ -130,13 +134,9 @@ class StoredTensors:
             tensors |= {"aux_scale": aux_scale, "last_hidden_scale": last_hidden_scale}
         if not aux.is_cuda:
             return cls(tensors, faults.by_place, None)
-        moved = {name: _to_pinned(tensor) for name, tensor in tensors.items()}
-        by_place = _to_pinned(faults.by_place)
+        moved = {name: to_pinned(tensor) for name, tensor in tensors.items()}
+        by_place = to_pinned(faults.by_place)
         return cls(moved, by_place, torch.cuda.current_stream(aux.device).record_event())
-
-
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,6 @@ class LeftOut:
 
     document: int
     place: int
-
-    def error(self) -> "NonFiniteDocument":
-        return NonFiniteDocument(self)
 
 
 class NonFiniteDocument(Exception):
@@ -202,7 +199,7 @@ class StoreWriter:
             if self._error is None:
                 left_out = _left_out(piece)
                 if left_out and self.stops:
-                    raise left_out[0].error()
+                    raise NonFiniteDocument(left_out[0])
                 with self._lock:
                     self.left_out += left_out
                 num_bytes = _write_piece(piece)

@@ -36,20 +36,22 @@ def dtype_of(section: TargetSection, device: torch.device) -> torch.dtype:
 
 def without_weights(config: PreTrainedConfig, section: TargetSection, device: torch.device) -> PreTrainedModel:
     """The model that `device` is to run, on the meta device."""
-    options = {"trust_remote_code": section.trust_remote_code, **_code_revision(config, section)}
+    auto = auto_class(config)
     with torch.device("meta"):
-        return auto_class(config).from_config(config, dtype=dtype_of(section, device), **options)
+        return auto.from_config(config, dtype=dtype_of(section, device), **_code_options(config, section, auto))
 
 
-def _code_revision(config: PreTrainedConfig, section: TargetSection) -> dict[str, str]:
-    """Return the option that pins code which the checkpoint's own repository ships to `target.revision`.
+def _code_options(config: PreTrainedConfig, section: TargetSection, auto: AutoClass) -> dict[str, object]:
+    """Return whether code that the checkpoint ships may run, and the revision of it that `auto` takes.
 
-    Classes of Transformers do not take it, nor does it mean anything for code of another repository.
+    Classes of Transformers take no revision, and `target.revision` means nothing for code of another repository.
     """
-    reference = (getattr(config, "auto_map", None) or {}).get(auto_class(config).__name__)
-    if section.revision is None or not section.trust_remote_code or reference is None or "--" in reference:
-        return {}
-    return {"code_revision": section.revision}
+    options: dict[str, object] = {"trust_remote_code": section.trust_remote_code}
+    reference = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
+    is_own_code = reference is not None and "--" not in reference
+    if section.revision is not None and section.trust_remote_code and is_own_code:
+        options["code_revision"] = section.revision
+    return options
 
 
 def wrapper_without_weights(config: PreTrainedConfig, section: TargetSection) -> PreTrainedModel | None:
@@ -57,7 +59,7 @@ def wrapper_without_weights(config: PreTrainedConfig, section: TargetSection) ->
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return None
     with torch.device("meta"):
-        options = {"trust_remote_code": section.trust_remote_code, **_code_revision(config, section)}
+        options = _code_options(config, section, AutoModelForImageTextToText)
         return AutoModelForImageTextToText.from_config(config, **options)
 
 

@@ -13,7 +13,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 
 def check_target_kernels(config: PreTrainedConfig, section: TargetSection, self_check: SelfCheck) -> None:
-    """Check what a target will run, and let plain PyTorch take the place of what fails.
+    """Self-check the kernels that a target will run, and replace those that fail by plain PyTorch.
 
     A collective of all ranks, to be called before the target is loaded.
     """

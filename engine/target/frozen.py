@@ -32,7 +32,7 @@ from engine.parallel.quantised import (
     check_quantisation,
 )
 from engine.parallel.rules import check_proven, part_of_rows
-from engine.parallel.tokens import Tokens, tokens_of_forward
+from engine.parallel.tokens import Tokens, bounds, tokens_of_forward
 from engine.target.anatomy import (
     cut_head,
     decoder_of,
@@ -57,7 +57,7 @@ class Capture:
         self._by_layer: dict[int, Tensor | None] = dict.fromkeys(aux_layers)
         self._num_streams = num_streams
         self._last_hidden: Tensor | None = None
-        self._embedded: tuple[Tensor, int] | None = None  # and how often it had been written to
+        self._embedded: tuple[Tensor, int] | None = None  # the rows, and their version counter when they were captured
 
     def aux(self) -> Tensor:
         """[batch, tokens, 3D], outputs of the auxiliary layers in ascending order, each the mean of its residual streams."""
@@ -235,16 +235,13 @@ class FrozenTarget:
         """Run each document by itself; returns auxiliary states [T, 3D] and states of slots [N, D]."""
         aux: list[Tensor] = []
         last_hidden: list[Tensor] = []
-        ends = torch.tensor(batch.host_lengths).cumsum(0)
-        starts = ends - torch.tensor(batch.host_lengths)
-        first_slots = torch.searchsorted(slots_N.cpu(), starts)
-        end_slots = torch.searchsorted(slots_N.cpu(), ends)
-        bounds = torch.stack((starts, ends, first_slots, end_slots), 1).tolist()
-        for start, end, first_slot, end_slot in bounds:
+        host_slots_N = slots_N.cpu()
+        for start, end in bounds(batch.host_lengths):
+            first_slot, end_slot = torch.searchsorted(host_slots_N, torch.tensor((start, end))).tolist()
             row = PackedRow((end - start,), self.device)
             with capture(self.model, self.aux_layers) as seen, one_document(row):
                 self.decoder(input_ids=batch.input_ids_T[None, start:end], use_cache=False)
-            own_slots_N = to_device(slots_N[first_slot:end_slot] - start, self.device)
+            own_slots_N = to_device(host_slots_N[first_slot:end_slot] - start, self.device)
             aux.append(seen.aux()[0])
             last_hidden.append(seen.last_hidden()[0, own_slots_N])
         return torch.cat(aux), torch.cat(last_hidden)

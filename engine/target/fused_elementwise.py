@@ -1,6 +1,6 @@
 """RMSNorm, SwiGLU and rotary embedding of a frozen target, one launch each, by liger-kernel.
 
-A family's modules are innocent of it: `fuse_elementwise` replaces the `forward` of single modules of
+A family's modules are not edited: `fuse_elementwise` replaces the `forward` of single modules of
 a loaded decoder from outside. A module is replaced only if
 
 - its `forward` is still that of its class, so nothing that ranks exchange is passed over;
@@ -8,7 +8,7 @@ a loaded decoder from outside. A module is replaced only if
   bound of `engine/kernels/self_check.py`. This tells the forms of RMSNorm apart as well, and refuses
   interleaved rotary embeddings, clamped activations and whatever else a family does differently.
 
-Calls for which the check does not speak (another precision, no rows) run the family's own code.
+Calls that the check did not cover (another precision, no rows) run the family's own code.
 
 Shapes: R rows, D width of a norm, W width of an MLP; B batch, T tokens, H and G heads, E head dim.
 """
@@ -188,7 +188,7 @@ class _Candidate:
 
 
 class _Checks:
-    """Comparisons with the operations of modules, one for all modules that are set up alike."""
+    """Comparisons of fused operations with modules, one per distinct setup of a module."""
 
     def __init__(self, operations: FusedOperations, dtype: torch.dtype, device: torch.device) -> None:
         self.operations, self.dtype, self.device = operations, dtype, device
@@ -214,9 +214,6 @@ def _settings(module: nn.Module) -> tuple[object, ...]:
 
 def _takes_one_argument(module: nn.Module) -> bool:
     return len(inspect.signature(type(module).forward).parameters) == 2  # self is one of them
-
-
-# RMSNorm
 
 
 def _is_norm(module: nn.Module, dtype: torch.dtype) -> bool:
@@ -279,9 +276,6 @@ def _replace_norm(module: nn.Module, form: NormForm, checks: _Checks) -> None:
     module.forward = forward
 
 
-# SwiGLU
-
-
 class _Part(nn.Module):
     """A stand-in for a linear map: gives one half of its input's features, or all of them."""
 
@@ -342,9 +336,6 @@ def _replace_mlp(module: nn.Module, checks: _Checks) -> None:
         return module.down_proj(inner)
 
     module.forward = forward
-
-
-# Rotary embedding
 
 
 class _Rotary:

@@ -44,13 +44,14 @@ def target_identity(section: TargetSection) -> str:
 
 
 def shared_identity(section: TargetSection, world: World) -> str:
-    """`target_identity` on every rank; a collective of all ranks, of which the first on each node reads.
+    """Return `target_identity` on every rank; a collective, in which the first rank of each node reads the files.
 
     Raises ValueError on every rank if a node's files are not whole or do not fit the config beside them, or if nodes hold
     different targets under the same path.
     """
     own: tuple[str | None, str | None] = (None, None)
     # Every rank waits here while one downloads, on the hub's file locks, which have no time limit; a collective has one.
+    # What it raises is raised below, on every rank, by the first rank of the node.
     with suppress(ValueError, OSError):
         find_weight_files(section.path, section.revision)
     if world.local_rank == 0:

@@ -62,14 +62,14 @@ def refuse_misfits(section: TargetSection) -> None:
 
 
 def _open(config: PreTrainedConfig, section: TargetSection) -> Checkpoint:
-    """The checkpoint of a config, which then is that of a model that is not quantised."""
+    """Open the checkpoint that a config describes; the config itself loses its quantisation settings."""
     return open_checkpoint(config, section.path, section.revision, section.keep_quantised, section.fp8_activations)
 
 
 def _text_without_weights(
     config: PreTrainedConfig, section: TargetSection, device: torch.device
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The model that runs text, on the meta device, and the names of the weights of other towers that it lost."""
+    """Build the text model on the meta device; returns it and the names of the weights of other towers that were dropped."""
     model = without_weights(config, section, device)
     built = set(model.state_dict())
     drop_other_towers(model, decoder_of(model))

@@ -2,8 +2,9 @@
 
 Transformers says it in a function of two places in the row, joined by `and_masks` from few kinds of closure. A kind is told by
 its code object, which no other function has, and its numbers are read from the closure. Samples of the function's values would
-say nothing of what lies between them; this needs no square and cannot take one mask for another. What the closures hold of the
-packing (positions, document ids) is ours, or is compared with ours; that the kinds mean what we think is tried out once.
+say nothing of what lies between them; this needs no square and cannot take one mask for another. The tensors in the closures
+(positions, document ids) are the row's own, or are compared with them; a test that runs once per process confirms that each
+kind of mask means what `Reach` says.
 Whatever else there is, such as an overlay of a family's own, is evaluated on each document's square.
 """
 

@@ -1,8 +1,8 @@
 """The packing of a row that goes through a target, known on the host and kept on the device.
 
-Transformers finds out from the positions whether a row holds several documents, and waits for the
-device to do so. A forward of ours knows it before: `row_of_forward` says it, and Transformers is
-answered from there where the positions are the very tensor that the row handed out.
+Transformers reads from the device whether a row holds several documents, and so waits for it. We
+know the packing beforehand: `row_of_forward` holds it, and our `find_packed_sequence_indices`
+answers from it if the positions are the row's own tensor.
 """
 
 from contextvars import ContextVar

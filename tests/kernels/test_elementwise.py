@@ -1,12 +1,12 @@
 """Norm, SwiGLU and rotary embedding written out in float64, and liger-kernel's beside PyTorch's, gradients included."""
 
-import sys
 import types
 
 import pytest
 import torch
 
 from engine.kernels.elementwise import Elementwise, liger_elementwise
+from tests.kernels.fake_liger import install_liger
 
 EPS, ROWS = 1e-5, (0, 1, 9, 130)
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: Triton cannot interpret this kernel")
@@ -77,13 +77,7 @@ def test_liger_s_rotary_embedding_is_ours():
 def test_of_ligers_rotary_embedding_only_query_and_key_are_taken(monkeypatch):
     """Its versions return two tensors or more."""
     rope = types.SimpleNamespace(apply=lambda query, key, cos, sin: (query + 1, key + 2, cos, sin))
-    unused = types.SimpleNamespace(apply=None)
-    for name, function in {"rms_norm": "LigerRMSNorm", "rope": "LigerRope", "swiglu": "LigerSiLUMul"}.items():
-        module = types.ModuleType(name)
-        setattr(module, f"{function}Function", rope if name == "rope" else unused)
-        monkeypatch.setitem(sys.modules, f"liger_kernel.ops.{name}", module)
-    for name in ("liger_kernel", "liger_kernel.ops"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    install_liger(monkeypatch, rope=rope)
     query_QHE, key_QGE = draw(3, 4, 8), draw(3, 2, 8, seed=1)
     tables = (draw(3, 1, 8), draw(3, 1, 8))
     query, key = liger_elementwise().rotate_both(query_QHE, key_QGE, tables)

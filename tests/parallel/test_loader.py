@@ -33,6 +33,7 @@ from engine.target.frozen import FrozenTarget
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import AUX, TOLERANCE, reference, relative, run_own
+from tests.published import change_config, change_weights
 
 # Plain, fused, per-expert, transposed and renamed layouts; tied heads; recurrences; linear attention of every kind; names that
 # a rule for other layouts fits by chance; experts without weights.
@@ -142,8 +143,7 @@ def test_all_that_does_not_fit_is_listed_before_anything_is_read(tmp_path):
 def broken(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> TargetSection:
     """A tiny target whose tensors were changed."""
     tiny_model("llama").save_pretrained(folder)
-    weights = load_file(folder / SINGLE)
-    save_file(change(weights), folder / SINGLE, {"format": "pt"})
+    change_weights(folder, change)
     return TargetSection(path=str(folder))
 
 
@@ -190,8 +190,7 @@ def test_what_no_model_reads_and_layers_that_predict_several_tokens_are_passed_o
     save_file(load_file(tmp_path / SINGLE) | {behind: torch.zeros(2)}, tmp_path / SINGLE)
     with pytest.raises(MisfitError, match=f"{behind}: no such weight"):
         FrozenTarget.load(section, CPU, AUX)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    change_config(tmp_path, num_nextn_predict_layers=1)
     FrozenTarget.load(section, CPU, AUX)
 
 
@@ -201,8 +200,7 @@ def test_a_tied_head_is_found_under_either_name_and_stays_apart_where_it_differs
     weights = load_file(tmp_path / SINGLE)
     absent = {f"{name}.weight" for name in ("lm_head", "model.embed_tokens") if name not in present}
     save_file({name: weight for name, weight in weights.items() if name not in absent}, tmp_path / SINGLE)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    change_config(tmp_path, tie_word_embeddings=True)
     target = FrozenTarget.load(TargetSection(path=str(tmp_path)), CPU, AUX)
     for name in present:
         assert torch.equal(target.model.state_dict()[f"{name}.weight"], weights[f"{name}.weight"])

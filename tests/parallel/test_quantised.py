@@ -24,6 +24,7 @@ from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import AUX, TOLERANCE, relative, run_own
 from tests.parallel.test_loader import cuts_of
+from tests.published import change_config
 
 CPU = torch.device("cpu")
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # and their negatives, by the highest bit
@@ -79,11 +80,22 @@ def to_int4(folder: Path, group: int) -> dict[str, torch.Tensor]:
         weights[f"{name}_scale"], weights[f"{name}_shape"] = scale, torch.tensor([rows, columns])
         meant[name] = values * scale.repeat_interleave(group, 1)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
     groups = {"group_0": {"weights": {"num_bits": 4, "type": "int", "symmetric": True, "group_size": group}}}
     facts = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": facts}))
+    change_config(folder, quantization_config=facts)
     return meant
+
+
+def assert_experts_are_fused(weights: dict[str, torch.Tensor], cuts: dict[str, Cut], meant: dict[str, torch.Tensor]) -> None:
+    """The gate and up projections of all experts lie in one weight, of which a rank holds its part."""
+    fused = [name for name in weights if name.endswith("experts.gate_up_proj")]
+    assert fused
+    for name in fused:
+        stem = name.removesuffix("gate_up_proj")
+        count = sum(key.startswith(stem) and key.endswith("gate_proj.weight") for key in meant)
+        halves = [torch.stack([meant[f"{stem}{e}.{half}_proj.weight"] for e in range(count)]) for half in ("gate", "up")]
+        whole = torch.cat(halves, dim=1)
+        assert torch.equal(weights[name], cuts[name].of(whole) if name in cuts else whole), name
 
 
 def test_int4_experts_are_read_as_what_they_mean(tmp_path):
@@ -92,14 +104,7 @@ def test_int4_experts_are_read_as_what_they_mean(tmp_path):
     meant = to_int4(tmp_path, group=8)
     for tp, ep, rank in ((1, 1, 0), (2, 1, 1), (1, 2, 1)):
         weights, cuts = load(tmp_path, tp, ep, rank)
-        fused = [name for name in weights if name.endswith("experts.gate_up_proj")]
-        assert fused
-        for name in fused:
-            stem = name.removesuffix("gate_up_proj")
-            count = sum(key.startswith(stem) and key.endswith("gate_proj.weight") for key in meant)
-            halves = [torch.stack([meant[f"{stem}{e}.{half}_proj.weight"] for e in range(count)]) for half in ("gate", "up")]
-            whole = torch.cat(halves, dim=1)
-            assert torch.equal(weights[name], cuts[name].of(whole) if name in cuts else whole), name
+        assert_experts_are_fused(weights, cuts, meant)
 
 
 def load(folder: Path, tp: int, ep: int, rank: int, keep: str = "none") -> tuple[dict[str, torch.Tensor], dict[str, Cut]]:

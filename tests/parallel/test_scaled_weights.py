@@ -16,10 +16,9 @@ from engine.target.configuration import MODELOPT_CONFIG, load_target_config
 from engine.target.frozen import FrozenTarget
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import AUX, TOLERANCE, relative, run_own
-from tests.parallel.test_quantised import CPU, load
+from tests.parallel.test_quantised import CPU, FP4, assert_experts_are_fused, load
 
 FP8_MAX = 448.0
-FP4_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 MODELOPT_FP8 = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
 MODELOPT_NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
 FLOAT_GROUP = {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
@@ -54,7 +53,7 @@ def packed(codes: torch.Tensor) -> torch.Tensor:
 
 
 def meaning_of_nvfp4(codes: torch.Tensor, scale: torch.Tensor, over_all: torch.Tensor) -> torch.Tensor:
-    values = FP4_VALUES[codes % 8] * (1 - 2 * (codes // 8))
+    values = FP4[codes % 8] * (1 - 2 * (codes // 8))
     return values * (scale.float() * over_all).repeat_interleave(16, 1)
 
 
@@ -127,14 +126,7 @@ def test_weights_are_what_codes_times_scales_mean(layout, tmp_path):
         assert any("self_attn" in name for name in plain)
         for name in plain:
             assert torch.equal(weights[name], cuts[name].of(meant[name]) if name in cuts else meant[name]), name
-        fused = [name for name in weights if name.endswith("experts.gate_up_proj")]
-        assert fused
-        for name in fused:
-            stem = name.removesuffix("gate_up_proj")
-            count = sum(key.startswith(stem) and key.endswith("gate_proj.weight") for key in meant)
-            halves = [torch.stack([meant[f"{stem}{e}.{half}_proj.weight"] for e in range(count)]) for half in ("gate", "up")]
-            whole = torch.cat(halves, dim=1)
-            assert torch.equal(weights[name], cuts[name].of(whole) if name in cuts else whole), name
+        assert_experts_are_fused(weights, cuts, meant)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

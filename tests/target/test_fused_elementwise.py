@@ -1,9 +1,7 @@
 """Modules of a target are replaced by fused operations where these compute what the family does."""
 
-import sys
 from collections import Counter
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from engine.parallel.norms import norm_over
 from engine.target import fused_elementwise
 from engine.target.anatomy import decoder_of
 from engine.target.fused_elementwise import FusedOperations, NormForm, fuse_elementwise, liger_operations, use_liger
+from tests.kernels.fake_liger import install_liger
 from tests.parallel.families import LAYERS, VOCAB, tiny_model
 
 CPU = torch.device("cpu")
@@ -211,14 +210,7 @@ def test_of_liger_kernel_only_what_is_needed_is_taken_and_nothing_is_overwritten
                     x.zero_()
             return query, key, cos, sin
 
-    names = {"rms_norm": "LigerRMSNorm", "rope": "LigerRope", "swiglu": "LigerSiLUMul"}
-    for name, function in names.items():
-        module = ModuleType(name)
-        setattr(module, f"{function}Function", Rope if name == "rope" else Function)
-        monkeypatch.setitem(sys.modules, f"liger_kernel.ops.{name}", module)
-    for name in ("liger_kernel", "liger_kernel.ops"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-
+    install_liger(monkeypatch, rms_norm=Function, rope=Rope, swiglu=Function)
     operations = liger_operations()
     x = torch.ones(2)
     assert operations.rms_norm(x, x, 1e-6, NormForm(1.0, "gemma")) == (x, x, 1e-6, 1.0, "gemma", False)

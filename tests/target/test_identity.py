@@ -1,6 +1,5 @@
 """A target's identity changes when its weights or its config do, and costs a few samples of each file."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from engine.target import identity as identity_file
 from engine.target.identity import sampled_ranges, shared_identity, target_identity, what_changed
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
+from tests.published import change_config
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,6 @@ def copied(published, tmp_path) -> Path:
 
 def identity_of(folder: Path) -> str:
     return target_identity(TargetSection(path=str(folder)))
-
-
-def change_config(folder: Path, **values: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
 
 
 def test_a_copy_has_the_same_identity_whoever_wrote_its_config(published, copied):

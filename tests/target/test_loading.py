@@ -1,6 +1,5 @@
 """Quantisations that only Transformers knows are left to it on one rank, and any other is refused by name."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from engine.target.frozen import FrozenTarget
 from engine.target.loading import refuse_misfits
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import AUX
+from tests.published import change_config
 
 CPU = torch.device("cpu")
 
@@ -26,8 +26,7 @@ CPU = torch.device("cpu")
 def quantised_by(folder: Path, **facts: object) -> TargetSection:
     """A tiny target whose config says that it is quantised."""
     tiny_model("llama").save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": facts}))
+    change_config(folder, quantization_config=facts)
     return TargetSection(path=str(folder))
 
 
