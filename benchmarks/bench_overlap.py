@@ -21,17 +21,17 @@ from benchmarks.bench_target import TINY, TargetShape, random_model
 from benchmarks.bench_target import parts as target_parts
 from benchmarks.harness import Benchmark, Place, Provider, choose_tiles, main
 from engine.batch import LossNorms, MicroBatch, PackedBatch, to_device
-from engine.config import DraftSection, LossSection, TttSection
-from engine.flops import Part, StepCounts, step_parts
+from engine.config.sections import DraftSection, LossSection, TttSection
 from engine.kernels import choose_kernels
-from engine.models.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3 import Eagle3Draft
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3.flops import Part, StepCounts, step_parts
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
-from engine.overlap import run_ahead
 from engine.planning.job import Documents
-from engine.rows import allowed_rows, slots_of
+from engine.runtime.overlap import run_ahead
 from engine.target.frozen import FrozenTarget
-from engine.ttt import Teacher, TrainingTimeTest
 from tests.recipes_configs import target_config
 
 NUM_MICRO_BATCHES = 4

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.record import show, write_record
-from engine.config import DataSection
+from engine.config.sections import DataSection
 from engine.data.packing import alike_steps, pack
 from tests.data.test_packing import MIXES, mix, wait
 

@@ -30,7 +30,7 @@ from torch import Tensor, distributed
 from benchmarks.bench_target import BENCHMARK, TargetShape, random_model
 from benchmarks.harness import WARM_UP_CALLS, Place
 from benchmarks.record import show, write_record
-from engine.config import divisors
+from engine.config.sections import divisors
 from engine.parallel import experts
 from engine.parallel.mesh import ALONE, Group, TargetMesh, World
 from engine.parallel.zero import connect, disconnect

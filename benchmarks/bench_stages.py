@@ -26,7 +26,7 @@ LAUNCH = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={NUM
 
 def time_stages() -> dict[str, float]:
     """Median ms of a step by stage, on this rank of a checkout's own engine."""
-    from engine.normaliser import Normaliser
+    from engine.models.eagle3.normaliser import Normaliser
     from engine.parallel.mesh import World
     from engine.parallel.zero import ZeroDraft, connect, disconnect
     from tests.training import Job, zero_step

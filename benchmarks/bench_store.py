@@ -25,17 +25,17 @@ from safetensors.torch import save_file
 
 from benchmarks.record import show, write_record
 from engine.batch import TargetOutput
-from engine.config import AHEAD_OF_STORE, TttSection
+from engine.config.sections import AHEAD_OF_STORE, TttSection
 from engine.data.documents import Document
-from engine.data.loader import PackedLoader
+from engine.data.packed_loader import PackedLoader
 from engine.data.packing import collate
-from engine.host_memory import keep_freed_memory
-from engine.overlap import run_ahead
-from engine.rows import allowed_rows, slots_of
-from engine.store.format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, plan_shards
-from engine.store.reader import open_store
-from engine.store.writer import Piece, ShardFile, StoredTensors, StoreWriter
-from engine.target.stored import HEAD, StoredTarget
+from engine.hidden_states.store_format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, plan_shards
+from engine.hidden_states.store_reader import open_store
+from engine.hidden_states.store_writer import Piece, ShardFile, StoredTensors, StoreWriter
+from engine.hidden_states.stored_target import HEAD, StoredTarget
+from engine.host.freed_memory import keep_freed_memory
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.runtime.overlap import run_ahead
 
 HIDDEN, DOCUMENT_TOKENS, PACK_TOKENS, CHUNK = 4096, 512, 8192, 8 << 20
 PRECISIONS, THREADS, ROUNDS = ("bfloat16", "float8_e4m3"), 4, 3

@@ -26,16 +26,16 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.batch import PackedBatch
-from engine.config import TargetSection, TttSection
-from engine.flops import Cost, Part
+from engine.config.sections import TargetSection, TttSection
+from engine.models.eagle3.flops import Cost, Part
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.parallel.mesh import ALONE, TargetMesh
-from engine.parallel.quantised_weight import QuantisedWeight
 from engine.planning.job import Documents
 from engine.planning.target_cost import Forward, TargetCost
-from engine.rows import allowed_rows, slots_of
-from engine.target.anatomy import auto_class, decoder_of, without_weights
 from engine.target.frozen import FrozenTarget
 from engine.target.fused_elementwise import fuse_elementwise, liger_operations
+from engine.target.structure import auto_class, decoder_of, without_weights
+from engine.weights.quantised_weight import QuantisedWeight
 from tests.recipes_configs import target_config
 
 BLOCK, SAID = 128, 0.5

@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from benchmarks.record import show, write_record
-from engine.config import DataSection
+from engine.config.sections import DataSection
 from engine.data.cpython_corpus import cpython_conversations
 from engine.data.dataset import load_documents
 from engine.data.tokenised import tokenise

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, choose_tiles, main
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
-from engine.config import TttSection
-from engine.flops import Part, StepCounts, step_parts
+from engine.config.recipe import load_config
+from engine.config.sections import TttSection
 from engine.kernels import Kernels, choose_kernels
-from engine.models.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3 import Eagle3Draft
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3.flops import Part, StepCounts, step_parts
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
-from engine.recipe import load_config
-from engine.rows import allowed_rows, slots_of
 from engine.target.head import TargetHead
-from engine.ttt import Teacher, TrainingTimeTest
 from tests.recipes_configs import target_config
 
 RECIPES = Path(__file__).resolve().parents[1] / "launcher" / "recipes"

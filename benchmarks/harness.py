@@ -1,4 +1,4 @@
-"""Times the providers of a benchmark side by side, measures the memory they need, and holds both against engine/flops.py.
+"""Time the providers of a benchmark side by side, measure their memory, and compare both with engine/models/eagle3/flops.py.
 
 A benchmark is data: shapes, providers, and one `setup` that turns a provider and a shape's tensors into a call that does the
 work and leaves nothing behind. All providers of a shape are set up and warmed up, then timed in turn, A B A B ..., so that
@@ -35,11 +35,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import machine_and_versions
-from engine.flops import HardwarePeak, Part, floor_s, peak_of
-from engine.host_memory import keep_freed_memory
+from engine.host.freed_memory import keep_freed_memory
 from engine.kernels import Kernels
 from engine.kernels.matmul import product
 from engine.kernels.self_check import SelfCheck
+from engine.models.eagle3.flops import HardwarePeak, Part, floor_s, peak_of
 from engine.parallel.mesh import World
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,42 +14,51 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import MicroBatch, PackedBatch, to_device
-from engine.checkpoint import Checkpoints, check_finite_weights
-from engine.config import CHECKPOINTS, DRAFT, Config
+from engine.config.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config, stage_advice
+from engine.config.recipe import dump_config
+from engine.config.secret_values import without_secrets
+from engine.config.sections import CHECKPOINTS, DRAFT, Config
 from engine.data.documents import Document
 from engine.data.fingerprint import tokenizer_hash
-from engine.data.loader import PackedLoader
+from engine.data.packed_loader import PackedLoader
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer, template_token_ids
-from engine.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config, stage_advice
-from engine.evaluate import Prompt, check_prompts, held_out_prompts
-from engine.export import CONFIG, VOCAB, WEIGHTS, check_replaceable, export_draft, load_draft, load_vocab_map, save_vocab_map
-from engine.fault_watch import FaultWatch, WatchSettings
-from engine.files import write_json, write_text
-from engine.finite import without_faulty_documents
-from engine.held_out import HeldOut
+from engine.evaluation.acceptance import Prompt, check_prompts, held_out_prompts
+from engine.evaluation.evaluator import HeldOut
+from engine.evaluation.report import RunReport
+from engine.hidden_states.finite import without_faulty_documents
+from engine.hidden_states.sources import Offline, Online, Target, open_origin
+from engine.host.files import write_json, write_text
+from engine.host.telemetry import Telemetry
 from engine.kernels import Kernels, choose_kernels
 from engine.kernels.self_check import SelfCheck
 from engine.kernels.vocab_loss import Walk
-from engine.models.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3 import Eagle3Draft, ServedDraft
-from engine.models.initial import start_from_target
+from engine.models.eagle3.draft import Eagle3Draft, ServedDraft
+from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3.export import (
+    CONFIG,
+    VOCAB,
+    WEIGHTS,
+    check_replaceable,
+    export_draft,
+    load_draft,
+    load_vocab_map,
+    save_vocab_map,
+)
+from engine.models.eagle3.initial_weights import start_from_target
+from engine.models.eagle3.normaliser import Normaliser
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.unroll import Teacher, TrainingTimeTest, unroll
 from engine.models.vocab_map import VocabMap
-from engine.normaliser import Normaliser
-from engine.origin import Offline, Online, Target, open_origin
-from engine.overlap import run_ahead
 from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main
-from engine.parallel.quantised import check_fp8_activations
 from engine.parallel.zero import ZeroDraft
-from engine.recipe import dump_config
-from engine.report import RunReport
-from engine.rows import allowed_rows, slots_of
-from engine.secret_values import without_secrets
+from engine.runtime.checkpoint import Checkpoints, check_finite_weights
+from engine.runtime.fault_watch import FaultWatch, WatchSettings
+from engine.runtime.overlap import run_ahead
+from engine.runtime.train_log import LogSettings, TrainLog
 from engine.target.configuration import load_target_config
-from engine.telemetry import Telemetry
-from engine.train_log import LogSettings, TrainLog
-from engine.ttt import Teacher, TrainingTimeTest, unroll
+from engine.weights.quantised_checkpoint import check_fp8_activations
 
 Origin = Online | Offline
 EXCERPT_TOKENS = 24
@@ -323,13 +332,13 @@ class Trainer:
         check_finite_weights(zero, self.world, self.num_steps)
         folder, weights, embed_weight_VD = self.output_dir / DRAFT, zero.gathered_weights(), target.embedding.whole()
         if self.world.is_main:
-            export_draft(folder, weights, zero.config, corpus.vocab_map, embed_weight_VD)
+            export_draft(folder, weights, zero.draft.config, corpus.vocab_map, embed_weight_VD)
         else:
             collections.deque(weights, maxlen=0)
         self.world.barrier()
         if not self.world.shares_output:
             copy_from_main(folder, (WEIGHTS, CONFIG), self.world)
-        exported = load_draft(folder, embed_weight_VD, zero.dtype, self.world.device, zero.kernels)
+        exported = load_draft(folder, embed_weight_VD, zero.dtype, self.world.device, zero.draft.kernels)
         (micro,), _ = self.prepare(target, zero.dtype)(([corpus.sample], None))
         if micro.num_left_out:
             # its states are zeros now, on which any two drafts agree

@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.config import Config, ConfigError
-from engine.recipe import load_config
+from engine.config.recipe import load_config
+from engine.config.sections import Config, ConfigError
 from launcher.command import (
     check_inputs,
     join_environment,
@@ -51,7 +51,7 @@ def main() -> None:
     if not is_shared(Path(config.target.store).absolute(), world):
         problem = f"target.store = {config.target.store} is not one folder on all {world.num_nodes} nodes"
         stop(ValueError(f"{problem}; name one on a file system that they share"), world.rank)
-    from engine.capture import Capture
+    from engine.hidden_states.capture import Capture
 
     capture = Capture(resolved, world)
     try:

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from engine.config import CHECKPOINTS, EMBEDDED, Config, ConfigError
-from engine.data_config import NAMED_TEMPLATES
-from engine.recipe import COMMAND_LINE, describe_options
-from engine.secret_values import hidden_in_text
+from engine.config.data_section import NAMED_TEMPLATES
+from engine.config.recipe import COMMAND_LINE, describe_options
+from engine.config.secret_values import hidden_in_text
+from engine.config.sections import CHECKPOINTS, EMBEDDED, Config, ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
@@ -123,7 +123,7 @@ def with_store(config: Config) -> Config:
 
     Raises ValueError if `target.store` is no store.
     """
-    from engine.store.format import TARGET_FOLDER, Manifest  # it imports torch
+    from engine.hidden_states.store_format import TARGET_FOLDER, Manifest  # it imports torch
 
     store = Path(config.target.store)
     layers = config.target.aux_layers or Manifest.read(store).contents.aux_layers

@@ -15,15 +15,15 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.checkpoint import TAG, Checkpoints
-from engine.config import CHECKPOINTS, DRAFT, TargetSection
-from engine.export import VOCAB, check_replaceable, export_draft, load_vocab_facts, load_vocab_map
-from engine.models.draft_config import DraftConfig, derive_draft_config
-from engine.parallel.weight_files import find_weight_files, read_header
+from engine.config.recipe import load_config
+from engine.config.sections import CHECKPOINTS, DRAFT, TargetSection
+from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3.export import VOCAB, check_replaceable, export_draft, load_vocab_facts, load_vocab_map
 from engine.parallel.zero import consolidated_weights
-from engine.recipe import load_config
+from engine.runtime.checkpoint import TAG, Checkpoints
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
+from engine.weights.weight_files import find_weight_files, read_header
 
 RECIPE = "config.yaml"
 EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")

@@ -19,21 +19,21 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from engine.config import Config
-from engine.corpus import read_documents
+from engine.config.recipe import load_config
+from engine.config.sections import Config
+from engine.data.corpus import read_documents
 from engine.data.dataset import Bad, UnusableData
+from engine.data.dataset_stats import VOCAB_SIZES, Bin, Portrait, histogram, portray
+from engine.data.dataset_stats_page import Run, write_page
 from engine.data.documents import Document
 from engine.data.segments import segments_of, write_segments
 from engine.data.templates import load_tokenizer
-from engine.files import write_json, write_text
-from engine.models.draft_config import derive_draft_config
-from engine.origin import open_origin
+from engine.hidden_states.sources import open_origin
+from engine.host.files import write_json, write_text
+from engine.host.telemetry import Telemetry
+from engine.models.eagle3.draft_config import derive_draft_config
 from engine.parallel.mesh import World
-from engine.portrait import VOCAB_SIZES, Bin, Portrait, histogram, portray
-from engine.portrait_page import Run, write_page
-from engine.recipe import load_config
 from engine.target.configuration import load_target_config
-from engine.telemetry import Telemetry
 from launcher.command import check_inputs, make_parser, stop, with_paths, with_store, write_embedded_corpus, wrong_options
 
 BAR_CHARACTERS = 40

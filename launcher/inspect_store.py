@@ -12,10 +12,10 @@ sys.path.insert(0, str(ROOT))
 
 from rich.table import Table
 
-from engine.store.format import Manifest, StoreError
-from engine.store.reader import MappedShard
-from engine.store.upkeep import check_store, merge_stores
-from engine.telemetry import Telemetry
+from engine.hidden_states.store_format import Manifest, StoreError
+from engine.hidden_states.store_reader import MappedShard
+from engine.hidden_states.store_upkeep import check_store, merge_stores
+from engine.host.telemetry import Telemetry
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -19,29 +19,29 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config import Config, EvaluationSection, TargetSection
+from engine.config.recipe import load_config
+from engine.config.sections import Config, EvaluationSection, TargetSection
+from engine.config.strict import parse_json, read_text
 from engine.data.templates import load_tokenizer
-from engine.decode import Generation
-from engine.evaluate import AcceptanceReport, Prompt, check_prompts, held_out_prompts
-from engine.export import CONFIG, load_draft
-from engine.files import write_json
-from engine.held_out import HeldOut
+from engine.evaluation.acceptance import AcceptanceReport, Prompt, check_prompts, held_out_prompts
+from engine.evaluation.decoding import Generation
+from engine.evaluation.evaluator import HeldOut
+from engine.evaluation.report import acceptance_table
+from engine.hidden_states.store_format import Manifest
+from engine.host.files import write_json
+from engine.host.telemetry import Telemetry
 from engine.kernels import choose_kernels
 from engine.kernels.self_check import SelfCheck
-from engine.models.draft_config import DraftConfig
-from engine.models.registry import check_aux_layers, num_layers, text_config
+from engine.models.eagle3.draft_config import DraftConfig
+from engine.models.eagle3.export import CONFIG, load_draft
+from engine.models.target_families import check_aux_layers, num_layers, text_config
 from engine.parallel.mesh import TargetMesh, World
-from engine.parallel.quantised import check_quantisation
-from engine.recipe import load_config
-from engine.report import acceptance_table
-from engine.store.format import Manifest
-from engine.strict import parse_json, read_text
 from engine.target.checked_kernels import check_target_kernels
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.target.fused_elementwise import use_liger
 from engine.target.identity import shared_identity, what_changed
-from engine.telemetry import Telemetry
+from engine.weights.quantised_checkpoint import check_quantisation
 from launcher.command import join_environment, run_plugins, stop, user_cache
 
 

@@ -15,8 +15,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from rich.table import Table
 
-from engine.config import Config, ConfigError
-from engine.ds_config import (
+from engine.config.ds_config import (
     LARGE_DRAFT_CONFIG,
     SMALL_DRAFT_CONFIG,
     SMALL_DRAFT_WEIGHTS,
@@ -24,22 +23,23 @@ from engine.ds_config import (
     load_ds_config,
     stage_advice,
 )
-from engine.files import write_json
-from engine.flops import PEAKS
-from engine.models.registry import check_family, text_config
+from engine.config.recipe import load_config
+from engine.config.sections import Config, ConfigError
+from engine.host.files import write_json
+from engine.host.telemetry import Telemetry
+from engine.models.eagle3.flops import PEAKS
+from engine.models.target_families import check_family, text_config
 from engine.parallel.mesh import check_sizes
-from engine.parallel.quantised import (
+from engine.parallel.rules import check_proven
+from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Ranks
+from engine.target.configuration import load_target_config
+from engine.target.structure import without_weights
+from engine.weights.quantised_checkpoint import (
     StaysQuantised,
     check_fp8_activations,
     check_quantisation,
     forget_quantisation,
 )
-from engine.parallel.rules import check_proven
-from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Ranks
-from engine.recipe import load_config
-from engine.target.anatomy import without_weights
-from engine.target.configuration import load_target_config
-from engine.telemetry import Telemetry
 from launcher.command import check_target, make_parser, run_plugins, stop, with_paths, wrong_options
 
 SHOWN = 5

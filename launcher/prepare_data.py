@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT))
 from rich import box
 from rich.table import Table
 
-from engine.config import Config, ConfigError
+from engine.config.recipe import load_config
+from engine.config.sections import Config, ConfigError
 from engine.conversations.prepare import HELD_OUT, TRAIN, prepare
-from engine.conversations.sources import SOURCES
-from engine.recipe import load_config
-from engine.telemetry import SECONDS_BETWEEN_LINES, ProgressBar, Telemetry
+from engine.conversations.published_sets import SOURCES
+from engine.host.telemetry import SECONDS_BETWEEN_LINES, ProgressBar, Telemetry
 from launcher.command import make_parser, stop, wrong_options
 
 

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config import Config, ConfigError, RegenerateSection
+from engine.config.recipe import load_config
+from engine.config.sections import Config, ConfigError, RegenerateSection
 from engine.conversations.regenerate import Regeneration, partial_of
-from engine.recipe import load_config
-from engine.telemetry import Telemetry
+from engine.host.telemetry import Telemetry
 from launcher.command import make_parser, stop, wrong_options
 
 

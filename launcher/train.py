@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.config import Config, ConfigError
-from engine.ds_config import accumulation_steps, load_ds_config
-from engine.recipe import load_config
+from engine.config.ds_config import accumulation_steps, load_ds_config
+from engine.config.recipe import load_config
+from engine.config.sections import Config, ConfigError
 from launcher.command import (
     check_inputs,
     check_output,
@@ -65,8 +65,8 @@ def main() -> None:
         except ValueError as error:
             stop(error, environment["rank"])
 
-    from engine.overlap import check_run_ahead
     from engine.parallel.mesh import World
+    from engine.runtime.overlap import check_run_ahead
 
     world = World(**environment)
     with wrong_options(arguments, world.rank):

@@ -5,11 +5,11 @@ from unittest import mock
 
 import torch
 
-from engine import capture
-from engine.config import Config
+from engine.config.recipe import load_config
+from engine.config.sections import Config
+from engine.hidden_states import capture
+from engine.hidden_states.store_format import plan_shards
 from engine.parallel.mesh import World
-from engine.recipe import load_config
-from engine.store.format import plan_shards
 
 torch.set_num_threads(1)  # as ranks have: another number of threads may round the target's sums differently
 

@@ -17,18 +17,17 @@ from transformers import PreTrainedModel
 
 from engine import trainer
 from engine.batch import DraftOutput, LossNorms, MicroBatch, PackedBatch
-from engine.capture import Capture, CaptureReport
-from engine.ds_config import load_ds_config
+from engine.config.ds_config import load_ds_config
+from engine.config.recipe import load_config
+from engine.hidden_states.capture import Capture, CaptureReport
+from engine.host.telemetry import Telemetry
 from engine.kernels import Kernels
 from engine.kernels.self_check import SelfCheck
-from engine.models.draft_config import DraftConfig
-from engine.models.eagle3 import Eagle3Draft
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.unroll import TrainingTimeTest
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
-from engine.recipe import load_config
 from engine.target.frozen import FrozenTarget
-from engine.telemetry import Telemetry
-from engine.ttt import TrainingTimeTest, unroll
 from tests.device_tensors import DEVICE
 from tests.fake_device import FakeDevice, Wait
 
@@ -51,7 +50,7 @@ class PlainDraft(ZeroDraft):
     """
 
     draft: Eagle3Draft
-    test: TrainingTimeTest
+    objective: TrainingTimeTest
     ds_config: dict[str, Any]
     universal: bool = False
     steps: list[Step] = field(default_factory=list)
@@ -69,21 +68,12 @@ class PlainDraft(ZeroDraft):
     num_skipped_steps = 0
     dtype = torch.bfloat16
 
-    @property
-    def config(self) -> DraftConfig:
-        return self.draft.config
-
-    @property
-    def kernels(self) -> Kernels:
-        return self.draft.kernels
-
     def forward(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
-        return self.test(self.draft, micro, norms)
+        return self.objective(self.draft, micro, norms)
 
     @torch.no_grad()
     def logits(self, micro: MicroBatch) -> torch.Tensor:
-        outputs = unroll(self.draft, micro, self.test.ttt.steps)
-        return torch.stack([self.draft.logits(output_TD) for output_TD in outputs])
+        return torch.stack(self.objective.logits(self.draft, micro))
 
     def train(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         output = self.forward(micro, norms)

@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.models.draft_config import DraftConfig
-from engine.models.eagle3 import Eagle3Draft, ServedDraft
+from engine.models.eagle3.draft import Eagle3Draft, ServedDraft
+from engine.models.eagle3.draft_config import DraftConfig
 from engine.models.vocab_map import VocabMap
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.target.frozen import FrozenTarget

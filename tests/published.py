@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.parallel.weight_files import SINGLE
+from engine.weights.weight_files import SINGLE
 
 Weights = dict[str, torch.Tensor]
 

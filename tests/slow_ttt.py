@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import MicroBatch, PackedBatch
-from engine.config import TttSection
-from engine.models.eagle3 import Eagle3Draft
+from engine.config.sections import TttSection
+from engine.models.eagle3.draft import Eagle3Draft
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from engine.batch import MicroBatch, PackedBatch, TargetOutput
-from engine.config import LossSection, TttSection
+from engine.config.sections import LossSection, TttSection
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
-from engine.rows import allowed_rows, slots_of
 from engine.target.head import TargetHead
-from engine.ttt import Teacher, TrainingTimeTest
 
 VOCAB, HIDDEN, DRAFT_VOCAB = 96, 32, 64
 ALIGNMENTS, STEPS = ("inference", "specforge"), (1, 2, 7)

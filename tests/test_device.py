@@ -24,27 +24,27 @@ ONCE_PER_RUN = {
 }
 # Elsewhere: (file, function): reason.
 ONCE_PER_STAGE = {
-    ("engine/models/eagle3.py", "cos_sin"): "rotary frequencies are moved",
-    ("engine/ttt.py", "_weight_S"): "weights of the steps are moved",
-    ("engine/held_out.py", "_measure"): "sums of all ranks",
-    ("engine/capture.py", "run"): "the bytes that all ranks wrote are printed",
+    ("engine/models/eagle3/draft.py", "cos_sin"): "rotary frequencies are moved",
+    ("engine/models/eagle3/unroll.py", "_weight_S"): "weights of the steps are moved",
+    ("engine/evaluation/evaluator.py", "_measure"): "sums of all ranks",
+    ("engine/hidden_states/capture.py", "run"): "the bytes that all ranks wrote are printed",
 }
 EVERY_MICRO_BATCH = {
-    ("engine/rows.py", "plan_rows"): "the number of rows depends on the target; one read of all counts",
+    ("engine/models/eagle3/training_rows.py", "plan_rows"): "the number of rows depends on the target; one read of all counts",
 }
 EVERY_LOGGED_STEP = {
-    ("engine/host_copy.py", "wait"): "metrics, a step late, when the device has passed them",
+    ("engine/host/pinned_copy.py", "wait"): "metrics, a step late, when the device has passed them",
 }
 DECODING = {
-    ("engine/held_out.py", "_first_fault"): "whether the target is finite, once per prompt",
-    ("engine/replies.py", "__init__"): "prompts come from the host, once per batch",
-    ("engine/replies.py", "decode_one_token"): "tokens and states go to the host, once per forward",
-    ("engine/replies.py", "_draft_from_all"): "tokens come from the host, once per batch of replies",
-    ("engine/replies.py", "<genexpr>"): "tokens and states come from the host, as above",
-    ("engine/replies.py", "propose_along"): "drafted tokens go to the host, once per batch of replies",
+    ("engine/evaluation/evaluator.py", "_first_fault"): "whether the target is finite, once per prompt",
+    ("engine/evaluation/replay.py", "__init__"): "prompts come from the host, once per batch",
+    ("engine/evaluation/replay.py", "decode_one_token"): "tokens and states go to the host, once per forward",
+    ("engine/evaluation/replay.py", "_draft_from_all"): "tokens come from the host, once per batch of replies",
+    ("engine/evaluation/replay.py", "<genexpr>"): "tokens and states come from the host, as above",
+    ("engine/evaluation/replay.py", "propose_along"): "drafted tokens go to the host, once per batch of replies",
 }
 STORING = {
-    ("engine/store/writer.py", "_left_out"): "a writing thread waits, and nobody waits for it",
+    ("engine/hidden_states/store_writer.py", "_left_out"): "a writing thread waits, and nobody waits for it",
 }
 
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from engine.batch import LossNorms, MicroBatch, PackedBatch
-from engine.config import DraftSection, LossSection, TargetSection, TttSection
-from engine.decode import ChainDrafter, greedy_decode, speculative_decode
-from engine.export import export_draft, load_draft
+from engine.config.sections import DraftSection, LossSection, TargetSection, TttSection
+from engine.evaluation.decoding import ChainDrafter, greedy_decode, speculative_decode
 from engine.kernels import Kernels, reference
-from engine.models.draft_config import derive_draft_config
-from engine.models.eagle3 import Eagle3Draft, ServedDraft
+from engine.models.eagle3.draft import Eagle3Draft, ServedDraft
+from engine.models.eagle3.draft_config import derive_draft_config
+from engine.models.eagle3.export import export_draft, load_draft
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
-from engine.overlap import run_ahead
-from engine.rows import allowed_rows, slots_of
+from engine.runtime.overlap import run_ahead
 from engine.target.frozen import FrozenTarget
-from engine.ttt import Teacher, TrainingTimeTest
+from tests.models.eagle3.test_unroll import SHAPES, draft_with, gradients
 from tests.tasks import MASKS, Task, make_documents
-from tests.test_ttt import SHAPES, draft_with, gradients
 
 CPU = torch.device("cpu")
 VOCAB_MAP = VocabMap.most_frequent(torch.arange(64), 40)

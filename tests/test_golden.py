@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
-from engine.config import LossSection, TttSection
-from engine.models.draft_config import DraftConfig
-from engine.models.eagle3 import Eagle3Draft
+from engine.config.sections import LossSection, TttSection
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import DraftConfig
+from engine.models.eagle3.training_rows import allowed_rows, loss_rows, slots_of
+from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
-from engine.rows import allowed_rows, loss_rows, slots_of
-from engine.ttt import Teacher, TrainingTimeTest
 from tests.paths import ComputePath
 
 FOLDER = Path(os.environ.get("DRAFTSPEED_GOLDEN", Path(__file__).parent / "golden"))

@@ -6,10 +6,10 @@ import pytest
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from engine.config import EMBEDDED
-from engine.models.draft_config import DraftConfig, derive_draft_config
-from engine.models.registry import default_aux_layers, text_config
-from engine.recipe import load_config
+from engine.config.recipe import load_config
+from engine.config.sections import EMBEDDED
+from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
+from engine.models.target_families import default_aux_layers, text_config
 from tests.recipes_configs import RECIPES, target_config
 
 FOLDER = Path(__file__).parents[1] / "launcher" / "recipes"

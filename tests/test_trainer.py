@@ -19,15 +19,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer
 
 from engine import trainer as trainer_file
-from engine.config import Config, DataSection
+from engine.config.ds_config import load_ds_config
+from engine.config.recipe import load_config
+from engine.config.sections import Config, DataSection
 from engine.data.documents import Document, DocumentList
-from engine.data.loader import PackedLoader
+from engine.data.packed_loader import PackedLoader
 from engine.data.packing import collate
-from engine.ds_config import load_ds_config
 from engine.kernels import Kernels, blocked_attention
 from engine.kernels.self_check import SelfCheck
 from engine.parallel.mesh import World
-from engine.recipe import load_config
 from engine.target.frozen import FrozenTarget
 from engine.trainer import Trainer
 from tests.distributed import free_port

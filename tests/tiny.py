@@ -3,13 +3,13 @@
 import torch
 
 from engine.batch import MicroBatch, PackedBatch, TargetOutput
-from engine.config import LossSection, TttSection
+from engine.config.sections import LossSection, TttSection
 from engine.kernels import PLAIN, Kernels
-from engine.models.draft_config import DraftConfig
-from engine.models.eagle3 import Eagle3Draft
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import DraftConfig
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
-from engine.rows import allowed_rows, slots_of
-from engine.ttt import Teacher, TrainingTimeTest
 
 VOCAB, DRAFT_VOCAB, HIDDEN = 96, 64, 32
 

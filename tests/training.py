@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
-from engine.ds_config import load_ds_config, resolve_ds_config
+from engine.config.ds_config import load_ds_config, resolve_ds_config
 from engine.kernels import Kernels
-from engine.models.eagle3 import Eagle3Draft
-from engine.normaliser import Normaliser
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.normaliser import Normaliser
+from engine.models.eagle3.training_rows import loss_rows
+from engine.models.eagle3.unroll import TrainingTimeTest
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
-from engine.rows import loss_rows
-from engine.ttt import TrainingTimeTest
 from tests.tiny import make_draft, make_micro, make_test
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
@@ -88,7 +88,7 @@ def zero_step(zero: ZeroDraft, normalise: Normaliser, world: World, micros: list
     """Take one optimizer step; returns its loss over all ranks."""
     outputs = [zero.train(micro, norms) for micro, norms in zip(micros, normalise(micros), strict=True)]
     loss = world.sum(sum(output.loss.detach() for output in outputs)).item()
-    return loss if zero.test.loss.normaliser == "slots" else loss / (world.size * len(micros))
+    return loss if zero.objective.loss.normaliser == "slots" else loss / (world.size * len(micros))
 
 
 def plain_run(job: Job) -> tuple[list[float], dict[str, torch.Tensor]]:

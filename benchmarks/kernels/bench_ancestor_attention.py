@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import Benchmark, Place, Provider, main
-from engine.flops import Part, attention_part
 from engine.kernels.interface import AttentionRows
+from engine.models.eagle3.flops import Part, attention_part
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
-from engine.flops import Cost, Part
 from engine.kernels import reference
-from engine.parallel.quantised_weight import QuantisedWeight
+from engine.models.eagle3.flops import Cost, Part
+from engine.weights.quantised_weight import QuantisedWeight
 
 BLOCK = (128, 128)
 

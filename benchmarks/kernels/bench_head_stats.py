@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
-from engine.flops import Part, frozen_head_part
 from engine.kernels import reference
+from engine.models.eagle3.flops import Part, frozen_head_part
 from engine.target.head import TargetHead
 
 Stats = Callable[..., tuple[Tensor, ...]]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
-from engine.flops import Cost, Part
 from engine.kernels import TokenPermute
+from engine.models.eagle3.flops import Cost, Part
 
 
 @dataclass(frozen=True)

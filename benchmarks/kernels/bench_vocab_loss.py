@@ -3,7 +3,7 @@
     python -m benchmarks.kernels.bench_vocab_loss --shapes '8b-4096x7-*'
 
 Run from the repository's root. A shape's name says whose draft, slots x TTT steps (a slot has a row at each), and the loss.
-`products` does what remains when everything but the products is free: a floor measured where engine/flops.py's is computed.
+`products` runs the matrix products alone: a measured floor, next to the computed one of engine/models/eagle3/flops.py.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
-from engine.config import LossSection, TttSection
-from engine.flops import Part, frozen_head_part, head_part
+from engine.config.sections import LossSection, TttSection
 from engine.kernels import reference
 from engine.kernels.interface import LossRows, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.matmul import product
 from engine.kernels.vocab_loss import Walk, vocab_loss
+from engine.models.eagle3.flops import Part, frozen_head_part, head_part
+from engine.models.eagle3.training_rows import plan_rows
+from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
-from engine.rows import plan_rows
 from engine.target.head import TargetHead
-from engine.ttt import Teacher, TrainingTimeTest
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     python benchmarks/peers/bench_specforge.py [--shape cpu|llama-8b] [--backend sdpa] [--json FILE]
 
-Each side is a process of its own. Ours keeps freed host memory for the next step, as in every run (engine/host_memory.py).
+Each side is a process of its own. Ours keeps freed host memory for the next step, as every run does
+(engine/host/freed_memory.py).
 SpecForge runs with its own torch.compile and, on a CPU, its plain loss, since its Triton loss needs a GPU; it lies in a folder
 of its own, installed there from PyPI at the first run without what it depends on, unless this environment has it, and imports
 the torch and Transformers of this environment. A step is target head, forward and backward.

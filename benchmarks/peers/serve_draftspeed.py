@@ -5,15 +5,15 @@ from torch import Tensor
 
 from benchmarks.peers.task import STEPS, read_task, serve
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
-from engine.config import LossSection, TttSection
-from engine.host_memory import keep_freed_memory
+from engine.config.sections import LossSection, TttSection
+from engine.host.freed_memory import keep_freed_memory
 from engine.kernels import choose_kernels
-from engine.models.draft_config import DraftConfig
-from engine.models.eagle3 import Eagle3Draft
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import DraftConfig
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
-from engine.rows import allowed_rows, slots_of
 from engine.target.head import TargetHead
-from engine.ttt import Teacher, TrainingTimeTest
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.files import write_whole
+from engine.host.files import write_whole
 
 FORMAT = "draftspeed regenerated conversations, version 1"
 

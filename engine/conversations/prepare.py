@@ -21,10 +21,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from engine.config import Config, PrepareSection
-from engine.conversations.sources import Row, Rows, conversation_of, open_source
+from engine.config.sections import Config, PrepareSection
+from engine.conversations.published_sets import Row, Rows, conversation_of, open_source
 from engine.data.messages import BadSample, Message
-from engine.files import PARTIAL, WriteError, sync
+from engine.host.files import PARTIAL, WriteError, sync
 
 TRAIN, HELD_OUT, REPORT = "train.jsonl", "held_out.jsonl", "report.json"
 NAMED_ROWS = 5

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from engine.config.data_section import DataSection, RegenerateSection
 from engine.conversations.journal import Journal, as_line
 from engine.conversations.server import Server, as_sent, served_model
 from engine.data.messages import BadSample, Message, parse, read_messages
-from engine.data_config import DataSection, RegenerateSection
-from engine.telemetry import ProgressBar, Telemetry
+from engine.host.telemetry import ProgressBar, Telemetry
 
 NAMED_CONVERSATIONS = 5
 LOST_IN_A_ROW = 3  # requests at least, and as many as a server has at a time, before it is taken for dead

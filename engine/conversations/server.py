@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from engine.config.secret_values import hidden_in_text
+from engine.config.strict import ConfigError
 from engine.conversations.journal import as_line
 from engine.data.messages import BadSample, Message, as_object, with_arguments
-from engine.secret_values import hidden_in_text
-from engine.strict import ConfigError
 
 CHECK_ATTEMPTS, CHECK_TIMEOUT_S = 3, 30.0
 WHOLE = ("stop", "tool_calls", "function_call")  # how a reply ends that nothing cut short

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.files import write_text, writing
+from engine.host.files import write_text, writing
 
 HELD_OUT_SHARE = 0.05
 MIN_TEXT_CHARS = 40

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from engine.config import DataSection
+from engine.config.sections import DataSection
 from engine.data.chat import render, render_text, render_turns
 from engine.data.documents import Document, DocumentList
 from engine.data.messages import BadSample, Message, parse, read_messages, written_text

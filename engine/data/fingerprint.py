@@ -5,7 +5,7 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
-from engine.config import DataSection
+from engine.config.sections import DataSection
 
 
 def hash_of(value: object) -> str:

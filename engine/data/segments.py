@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.data.documents import Document, Documents
 from engine.data.messages import BadSample, parse
-from engine.files import write_whole
+from engine.host.files import write_whole
 
 
 class Segment(NamedTuple):

@@ -16,7 +16,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from engine.config import DataSection, TargetSection
+from engine.config.data_section import NAMED_TEMPLATES
+from engine.config.sections import DataSection, TargetSection
 from engine.data.control_tokens import is_empty_block, special_tokens, thinking_mark
 from engine.data.messages import BadSample, Message, on_sample
 from engine.data.reply_shape import (
@@ -26,7 +27,6 @@ from engine.data.reply_shape import (
     probe_of,
     shape_of,
 )
-from engine.data_config import NAMED_TEMPLATES
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TOOL = {

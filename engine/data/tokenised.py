@@ -32,7 +32,7 @@ import xxhash
 from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import init_hf_modules
 
-from engine.config import DataSection
+from engine.config.sections import DataSection
 from engine.data.dataset import (
     Chunk,
     DataReport,

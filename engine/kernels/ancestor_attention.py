@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.kernels.attention_tiles import padded_head_dim, tile_of
 from engine.kernels.interface import AttentionRows
-from engine.kernels.rows import add_rows
+from engine.kernels.row_index import add_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Less than any score, yet finite: minus infinity less itself is no number, and a block may hold no key that a row sees.

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.kernels.interface import AttentionRows
 from engine.kernels.matmul import batched_product
-from engine.kernels.rows import add_rows
+from engine.kernels.row_index import add_rows
 
 ROWS_PER_BLOCK = 256
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.files import write_json
+from engine.host.files import write_json
 
 PACKAGES = ("torch", "triton", "liger-kernel", "flash-attn")
 DRIVER = Path("/proc/driver/nvidia/version")

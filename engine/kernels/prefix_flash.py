@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from engine.kernels import flash
 from engine.kernels.flash import HEAD_DIM_GRANULE, MAX_HEAD_DIM, FlashAttention, FlashInputs
 from engine.kernels.interface import AttentionRows
-from engine.kernels.rows import add_rows
+from engine.kernels.row_index import add_rows
 
 # Eight numbers a thread: 16 bytes a load, and for ptxas at most 128 registers (sm_90, six ancestors), so that two programs
 # share a multiprocessor and one computes while the other waits.

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from engine.kernels.interface import LossChunk, LossRows, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.matmul import product
 from engine.kernels.reference import TINY
-from engine.kernels.rows import ROW_GRANULE
+from engine.kernels.row_index import ROW_GRANULE
 
 
 def row_loss(chunk: LossChunk, with_gradients: bool) -> Tensor:

@@ -1,1 +1,1 @@
-"""The draft, its config, its vocabulary, and what differs between target families."""
+"""Draft methods, one folder each; the draft vocabulary; facts about target families."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from engine.parallel.collectives import Finish, start_gathering, start_summing
 from engine.parallel.mesh import Group
-from engine.parallel.own_rows import OwnRows
 from engine.parallel.tokens import ByDocument, Part, bounds, current_tokens, tokens_of_forward
+from engine.parallel.vocab_shard import OwnRows
 
 Change = Callable[[Tensor, int], Any]
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from engine.config import ParallelSection, divisors
-from engine.host_copy import HostCopy
+from engine.config.sections import ParallelSection, divisors
+from engine.host.pinned_copy import HostCopy
 
 Decision = TypeVar("Decision")
 PARTS_ON_A_GPU = 2  # there collectives run beside products

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from engine.files import PARTIAL, writing
+from engine.host.files import PARTIAL, writing
 from engine.parallel.mesh import World
 
 SECONDS_TO_APPEAR = 5.0  # network file systems show a new file a little later to other nodes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from engine.config import divisors
+from engine.config.sections import divisors
 from engine.parallel.mesh import Group
 from engine.parallel.names import Names, names_of
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -23,13 +23,9 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from torch import nn
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
-from engine.host_memory import keep_freed_memory
-from engine.kernels import Kernels
-from engine.models.draft_config import DraftConfig
-from engine.models.eagle3 import Eagle3Draft
+from engine.config.secret_values import without_secrets
+from engine.host.freed_memory import keep_freed_memory
 from engine.parallel.mesh import World
-from engine.secret_values import without_secrets
-from engine.ttt import TrainingTimeTest, unroll
 
 UNIVERSAL = ".universal"  # behind a checkpoint's tag
 
@@ -54,29 +50,48 @@ def disconnect() -> None:
     torch.distributed.destroy_process_group()
 
 
-class _TttModule(nn.Module):
-    """The draft under its training-time test, as one module whose inputs and outputs DeepSpeed sees as tensors."""
+class Objective(Protocol):
+    """How a draft method trains its draft on a micro-batch."""
 
-    def __init__(self, draft: Eagle3Draft, test: TrainingTimeTest) -> None:
+    @property
+    def is_normalised_globally(self) -> bool:
+        """Whether losses are already divided by counts over the global batch, so that gradients are summed over ranks."""
+        ...
+
+    def __call__(self, draft: nn.Module, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
+        """Compute the loss of a micro-batch and the counts behind its metrics."""
+        ...
+
+    def logits(self, draft: nn.Module, micro: MicroBatch) -> list[torch.Tensor]:
+        """Compute the draft's logits of every row: one tensor [T, U] for each prediction that a position makes."""
+        ...
+
+
+class _ObjectiveModule(nn.Module):
+    """The draft and its objective as one module, whose inputs and outputs DeepSpeed sees as tensors."""
+
+    def __init__(self, draft: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.draft = draft
-        self.test = test
+        self.objective = objective
 
     def forward(self, micro: MicroBatch, norms: LossNorms | None) -> tuple[torch.Tensor, ...]:
         if norms is None:
-            return tuple(self.draft.logits(output_TD) for output_TD in unroll(self.draft, micro, self.test.ttt.steps))
-        return tuple(vars(self.test(self.draft, micro, norms)).values())
+            return tuple(self.objective.logits(self.draft, micro))
+        return tuple(vars(self.objective(self.draft, micro, norms)).values())
 
 
 class ZeroDraft:
     """The draft under DeepSpeed: forward, backward and optimizer step of micro-batches, checkpoints and gathered weights."""
 
-    def __init__(self, draft: Eagle3Draft, test: TrainingTimeTest, ds_config: dict[str, Any], universal: bool = False) -> None:
+    def __init__(self, draft: nn.Module, objective: Objective, ds_config: dict[str, Any], universal: bool = False) -> None:
         """ds_config: a resolved DeepSpeed configuration, handed over as it is. universal: load what `to_universal` wrote."""
-        self.test, self._universal = test, universal
+        self.draft = draft
+        self.objective = objective
+        self._universal = universal
         if universal:
             ds_config = ds_config | {"checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
-        module = _TttModule(draft, test)
+        module = _ObjectiveModule(draft, objective)
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
         self.engine.config = without_secrets(self.engine.config)  # which it writes into checkpoints
@@ -106,14 +121,6 @@ class ZeroDraft:
             return torch.bfloat16
         return torch.float16 if self.engine.fp16_enabled() else torch.float32
 
-    @property
-    def config(self) -> DraftConfig:
-        return self.engine.module.draft.config
-
-    @property
-    def kernels(self) -> Kernels:
-        return self.engine.module.draft.kernels
-
     def forward(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         return DraftOutput(*self.engine(micro, norms))
 
@@ -126,11 +133,11 @@ class ZeroDraft:
         """Forward, backward and, at the last micro-batch of an accumulation, the optimizer step.
 
         DeepSpeed averages gradients over ranks and accumulation steps. Under the `slots` normaliser losses are already divided
-        by what the global batch holds, so that division is undone.
+        by counts over the global batch, so that division is undone.
         """
         output = self.forward(micro, norms)
         loss = output.loss
-        if self.test.loss.normaliser == "slots":
+        if self.objective.is_normalised_globally:
             loss = loss * (self.engine.dp_world_size * self.accumulation_steps)
         self.engine.backward(loss)
         self.learning_rate = self.engine.get_lr()[0]
@@ -190,7 +197,7 @@ class ZeroDraft:
 
     def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight whole, on the CPU of rank 0, one at a time; a collective: every rank must iterate to the end."""
-        for name, parameter in self.engine.module.draft.named_parameters():
+        for name, parameter in self.draft.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
                 yield name, parameter.detach().cpu().clone() if self.engine.global_rank == 0 else torch.empty(0)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from engine.config import CHUNK_MB, LossSection
-from engine.ds_config import compute_dtype
-from engine.flops import DraftShape, StepCounts
+from engine.config.ds_config import compute_dtype
+from engine.config.sections import CHUNK_MB, LossSection
 from engine.kernels.vocab_loss import Walk
+from engine.models.eagle3.flops import DraftShape, StepCounts
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's, where the file names none
 FULL = 4  # bytes of a number in fp32

@@ -9,21 +9,21 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.batch import PackedBatch
-from engine.config import Config, ConfigError, divisors
-from engine.ds_config import GLOBAL, accumulation_steps, compute_dtype, micro_batch_size
-from engine.flops import PEAKS, HardwarePeak, StepCounts, step_parts
-from engine.models.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3 import Eagle3Draft
+from engine.config.ds_config import GLOBAL, accumulation_steps, compute_dtype, micro_batch_size
+from engine.config.sections import Config, ConfigError, divisors
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3.flops import PEAKS, HardwarePeak, StepCounts, step_parts
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.parallel.mesh import Group, TargetMesh
-from engine.parallel.quantised import StaysQuantised
 from engine.planning.draft_memory import DraftStates, Sharing
 from engine.planning.target_cost import Forward, TargetCost
-from engine.rows import allowed_rows, slots_of
 from engine.target.embedding import gives_rows
+from engine.weights.quantised_checkpoint import StaysQuantised
 
 ENOUGH_TOKENS = 32_768  # of a micro-batch: with more, products gain nothing
 
-# NVIDIA's datasheets (see engine/flops.py): memory, and what NVLink carries each way, in units of 1e9 bytes.
+# NVIDIA's datasheets (see engine/models/eagle3/flops.py): memory, and what NVLink carries each way, in units of 1e9 bytes.
 _MEMORY_AND_LINK = {
     "NVIDIA A100-SXM4-40GB": (40, 300),
     "NVIDIA A100-SXM4-80GB": (80, 300),

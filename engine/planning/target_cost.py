@@ -11,13 +11,13 @@ from math import comb
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.parallel.loader import own_bytes
 from engine.parallel.mesh import TargetMesh
 from engine.parallel.names import Names, names_of
 from engine.parallel.plan import TargetPlan, parts_of_layers
-from engine.parallel.quantised import StaysQuantised
 from engine.parallel.rules import compares_pairs, is_experts
-from engine.target.anatomy import decoder_of
+from engine.target.structure import decoder_of
+from engine.weights.quantised_checkpoint import StaysQuantised
+from engine.weights.weight_loader import own_bytes
 
 CHOSEN = (
     "num_experts_per_tok",

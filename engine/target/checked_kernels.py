@@ -2,12 +2,12 @@
 
 from transformers import PreTrainedConfig
 
-from engine.config import TargetSection
+from engine.config.sections import TargetSection
 from engine.kernels import choose_target_kernels, stop_using
 from engine.kernels.self_check import TARGET_ONLY, SelfCheck
-from engine.models.registry import text_config
-from engine.parallel.quantised import HOLDS_FP8, layout_of
-from engine.target.anatomy import dtype_of
+from engine.models.target_families import text_config
+from engine.target.structure import dtype_of
+from engine.weights.quantised_checkpoint import HOLDS_FP8, layout_of
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

@@ -2,9 +2,9 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from engine.config import TargetSection
-from engine.parallel.weight_files import find_published
-from engine.strict import parse_json, read_text
+from engine.config.sections import TargetSection
+from engine.config.strict import parse_json, read_text
+from engine.weights.weight_files import find_published
 
 MODELOPT_CONFIG = "hf_quant_config.json"
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.parallel.collectives import gather_objects, gather_rows
-from engine.parallel.own_rows import OwnRows
+from engine.parallel.vocab_shard import OwnRows
 
 
 def gives_rows(embedding: nn.Module) -> bool:

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.batch import PackedBatch, TargetOutput, to_device
-from engine.config import TargetSection
+from engine.config.sections import TargetSection
 from engine.kernels import choose_packed_attention
-from engine.models.registry import (
+from engine.models.target_families import (
     check_aux_layers,
     check_family,
     default_aux_layers,
@@ -23,23 +23,11 @@ from engine.models.registry import (
 )
 from engine.parallel.collectives import gather_objects
 from engine.parallel.expert_products import compute_experts_in_order
-from engine.parallel.loader import Bar
 from engine.parallel.mesh import ALONE, TargetMesh
-from engine.parallel.own_rows import OwnRows
 from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
-from engine.parallel.quantised import (
-    check_fp8_activations,
-    check_quantisation,
-)
 from engine.parallel.rules import check_proven, part_of_rows
 from engine.parallel.tokens import Tokens, bounds, tokens_of_forward
-from engine.target.anatomy import (
-    cut_head,
-    decoder_of,
-    drop_other_towers,
-    head_of,
-    layers_of,
-)
+from engine.parallel.vocab_shard import OwnRows
 from engine.target.attention import NAME, ONE, one_document, packed_attention
 from engine.target.configuration import load_target_config
 from engine.target.embedding import SharedEmbedding, TargetEmbedding, gives_rows
@@ -48,6 +36,18 @@ from engine.target.loading import read_target
 from engine.target.packed_row import PackedRow
 from engine.target.rotary import rotate_by_length
 from engine.target.shared_head import SharedHead
+from engine.target.structure import (
+    cut_head,
+    decoder_of,
+    drop_other_towers,
+    head_of,
+    layers_of,
+)
+from engine.weights.quantised_checkpoint import (
+    check_fp8_activations,
+    check_quantisation,
+)
+from engine.weights.weight_loader import Bar
 
 
 class Capture:

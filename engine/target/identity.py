@@ -15,12 +15,12 @@ from pathlib import Path
 import xxhash
 from transformers.utils import CONFIG_NAME
 
-from engine.config import TargetSection
+from engine.config.sections import TargetSection
 from engine.data.fingerprint import hash_of
 from engine.parallel.mesh import World
-from engine.parallel.weight_files import LENGTH_BYTES, find_published, find_weight_files
 from engine.target.configuration import MODELOPT_CONFIG
 from engine.target.loading import refuse_misfits
+from engine.weights.weight_files import LENGTH_BYTES, find_published, find_weight_files
 
 SAMPLE_BYTES = 1 << 14
 SAMPLES_PER_FILE = 256

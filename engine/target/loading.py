@@ -4,15 +4,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from engine.config import TargetSection
-from engine.parallel.loader import Bar, check_fit, load_cut
+from engine.config.sections import TargetSection
 from engine.parallel.mesh import TargetMesh
 from engine.parallel.plan import TargetPlan
-from engine.parallel.quantised import is_left_to_transformers, open_checkpoint
 from engine.parallel.rules import Cut
-from engine.parallel.weight_files import find_published, find_weight_files
-from engine.parallel.weight_reader import Checkpoint, MisfitError
-from engine.target.anatomy import (
+from engine.target.configuration import load_target_config
+from engine.target.structure import (
     auto_class,
     decoder_of,
     drop_other_towers,
@@ -22,7 +19,10 @@ from engine.target.anatomy import (
     without_weights,
     wrapper_without_weights,
 )
-from engine.target.configuration import load_target_config
+from engine.weights.quantised_checkpoint import is_left_to_transformers, open_checkpoint
+from engine.weights.weight_files import find_published, find_weight_files
+from engine.weights.weight_loader import Bar, check_fit, load_cut
+from engine.weights.weight_reader import Checkpoint, MisfitError
 
 
 def read_target(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.batch import to_device
-from engine.models.registry import rope_kinds
+from engine.models.target_families import rope_kinds
 from engine.target.packed_row import row_of_forward
 
 

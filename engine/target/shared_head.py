@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.parallel.collectives import gather_objects, gather_rows, max_over, sum_over
 from engine.parallel.mesh import Group
-from engine.parallel.own_rows import OwnRows
+from engine.parallel.vocab_shard import OwnRows
 from engine.target.head import TargetHead
 
 

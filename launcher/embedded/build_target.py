@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from engine.data.cpython_corpus import write_corpus
-from engine.host_memory import keep_freed_memory
+from engine.host.freed_memory import keep_freed_memory
 
 VOCAB_SIZE = 1024
 SPECIAL_TOKENS = ["<|begin|>", "<|user|>", "<|assistant|>", "<|end|>"]

@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from engine.config import TargetSection
+from engine.config.sections import TargetSection
 from engine.data.cpython_corpus import write_corpus
-from engine.decode import greedy_decode
-from engine.evaluate import eos_ids, held_out_prompts
-from engine.host_memory import keep_freed_memory
+from engine.evaluation.acceptance import eos_ids, held_out_prompts
+from engine.evaluation.decoding import greedy_decode
+from engine.host.freed_memory import keep_freed_memory
 from engine.target.frozen import FrozenTarget
 
 TARGET = Path(__file__).parent / "target"

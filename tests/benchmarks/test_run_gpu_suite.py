@@ -18,7 +18,7 @@ from benchmarks.gpu_suite.parts import DEVICE, JSON, PARTS, SuitePart
 from benchmarks.gpu_suite.runner import Suite, missing_packages, run_suite, time_limit_s
 from benchmarks.gpu_suite.summary import lines_of, problems_of
 from benchmarks.harness import Place, measured
-from engine.recipe import load_config
+from engine.config.recipe import load_config
 
 WRITES = "import json, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(json.dumps({'lines': [sys.argv[2]]}))"
 ON_CPU = Place(torch.device("cpu"), torch.float32)
@@ -209,8 +209,8 @@ def test_outcomes_of_test_files_are_counted_and_a_crash_is_one(tmp_path):
 
 def test_files_with_gpu_tests_are_found_those_of_kernels_first():
     files = kernel_tests.files_with_gpu_tests()
-    assert "tests/kernels/test_ancestor_attention.py" in files and "tests/test_ttt.py" in files
-    assert files.index("tests/kernels/test_row_loss.py") < files.index("tests/test_ttt.py")
+    assert "tests/kernels/test_ancestor_attention.py" in files and "tests/models/eagle3/test_unroll.py" in files
+    assert files.index("tests/kernels/test_row_loss.py") < files.index("tests/models/eagle3/test_unroll.py")
     assert not any(file.startswith("tests/benchmarks/") for file in files)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import xxhash
 
+from engine.config.data_section import DataSection, RegenerateSection
 from engine.conversations.regenerate import Regeneration
-from engine.data_config import DataSection, RegenerateSection
-from engine.telemetry import Telemetry
+from engine.host.telemetry import Telemetry
 
 FAULTS = ("500", "429", "stall", "close before", "close within", "broken JSON")
 MODEL = "tiny"

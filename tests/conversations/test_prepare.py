@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.config import Config, DataSection, PrepareSection
+from engine.config.sections import Config, DataSection, PrepareSection
 from engine.conversations import prepare as module
 from engine.conversations.prepare import num_taken, prepare, question_hash
 from engine.data.messages import read_messages

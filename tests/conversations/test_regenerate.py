@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from engine.config.data_section import DataSection
+from engine.config.strict import ConfigError
 from engine.conversations.journal import JournalError
 from engine.conversations.regenerate import Regeneration, Unfinished, partial_of, turns_to_answer
-from engine.data_config import DataSection
-from engine.strict import ConfigError
 from tests.conversations.chat_server import (
     FAULTS,
     ChatServer,

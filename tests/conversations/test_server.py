@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from engine.config.strict import ConfigError
 from engine.conversations.server import Reply, Server, as_sent, read_reply, served_model
 from engine.data.messages import BadSample
-from engine.strict import ConfigError
 from tests.conversations.chat_server import completion, say, serving, stop
 
 REQUEST = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "temperature": 0.0, "max_tokens": 8}

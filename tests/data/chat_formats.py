@@ -10,11 +10,11 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from engine.config.data_section import NAMED_TEMPLATES
 from engine.data.chat import render, render_turns
 from engine.data.documents import Document
 from engine.data.messages import BadSample
 from engine.data.reply_shape import UNVERIFIED
-from engine.data_config import NAMED_TEMPLATES
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "masks.md"
 DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]

@@ -18,7 +18,7 @@ import jinja2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from engine.config import DataSection
+from engine.config.sections import DataSection
 from engine.data.dataset import Rendered, Renderer
 from engine.data.messages import BadSample
 from engine.data.turns import LOST_THINKING, NOT_OPENED

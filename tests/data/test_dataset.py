@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from engine.config import DataSection
+from engine.config.sections import DataSection
 from engine.data.chat import render
 from engine.data.dataset import Scan, fit, load_documents
 from engine.data.documents import DocumentList
 from engine.data.fingerprint import trained_with
 from engine.data.templates import template_token_ids
 from engine.data.tokenised import entry_name, tokenise
-from engine.evaluate import check_prompts, held_out_prompts
+from engine.evaluation.acceptance import check_prompts, held_out_prompts
 from tests.data.chat_formats import chat
 from tests.data.conftest import TEMPLATES
 

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
+from engine.config.data_section import NAMED_TEMPLATES
 from engine.data.chat import render, render_text
 from engine.data.messages import BadSample
 from engine.data.preformatted import Markers
 from engine.data.templates import ChatTemplate
-from engine.data_config import NAMED_TEMPLATES
 from tests.data.chat_formats import CONVERSATIONS, make_tokenizer, said
 
 WHOLE = sorted(set(NAMED_TEMPLATES) - {"qwen3", "gpt-oss"})  # those that write earlier turns as they were said

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.config import DataSection
+from engine.config.sections import DataSection
 from engine.data.dataset import load_documents
 from engine.data.documents import DocumentList
 from engine.data.segments import write_segments

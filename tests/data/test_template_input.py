@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from engine.config import DataSection
+from engine.config.sections import DataSection
 from engine.data.dataset import load_documents
 from engine.data.template_input import DEVELOPER_AS_SYSTEM, argument_form, takes_developer
 from engine.data.templates import ChatTemplate
-from engine.evaluate import held_out_prompts
+from engine.evaluation.acceptance import held_out_prompts
 from tests.data.chat_formats import make_tokenizer as named_tokenizer
 from tests.data.conftest import CHATML
 

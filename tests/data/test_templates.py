@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import DataSection, TargetSection
+from engine.config.data_section import NAMED_TEMPLATES
+from engine.config.sections import DataSection, TargetSection
+from engine.config.strict import ConfigError
 from engine.data.chat import render, render_turns
 from engine.data.dataset import load_documents
 from engine.data.messages import BadSample, read_messages
 from engine.data.templates import ChatTemplate, load_tokenizer, template_token_ids
-from engine.data_config import NAMED_TEMPLATES
-from engine.strict import ConfigError
 from tests.data.chat_formats import (
     CALL,
     CONVERSATIONS,

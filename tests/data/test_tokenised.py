@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.config import DataSection
+from engine.config.sections import DataSection
 from engine.data import tokenised
 from engine.data.dataset import Scan, load_documents
 from engine.data.tokenised import IDS, entry_name, tokenise

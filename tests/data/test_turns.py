@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.config import DataSection
+from engine.config.sections import DataSection
 from engine.data.chat import render, render_turns
 from engine.data.dataset import load_documents
 from engine.data.messages import BadSample

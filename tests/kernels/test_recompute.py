@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from engine.batch import LossNorms
-from engine.config import TttSection
+from engine.config.sections import TttSection
 from engine.kernels import Kernels
-from engine.models.eagle3 import Eagle3Draft
+from engine.models.eagle3.draft import Eagle3Draft
+from tests.models.eagle3.test_unroll import SHAPES, draft_with, gradients
 from tests.tasks import Task, make_documents
-from tests.test_ttt import SHAPES, draft_with, gradients
 
 
 @pytest.mark.parametrize("compaction", [True, False])

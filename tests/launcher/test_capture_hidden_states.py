@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.store.reader import open_store
+from engine.hidden_states.store_reader import open_store
 from tests.test_trainer import DEEPSPEED, ENVIRONMENT, ROOT, arguments, metrics, run
 
 

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
-from engine.config import Config, DraftSection, TargetSection
-from engine.export import load_draft, save_vocab_map
-from engine.models.draft_config import derive_draft_config
-from engine.models.eagle3 import Eagle3Draft
+from engine.config.recipe import dump_config
+from engine.config.sections import Config, DraftSection, TargetSection
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import derive_draft_config
+from engine.models.eagle3.export import load_draft, save_vocab_map
 from engine.models.vocab_map import VocabMap
-from engine.recipe import dump_config
 from launcher import export_draft
 from tests.tiny_target import AUX_LAYERS, HIDDEN, WORDS
 

@@ -10,12 +10,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.config import Config, DataSection, DraftSection, EvaluationSection, ParallelSection, TargetSection
-from engine.export import export_draft
-from engine.models.draft_config import derive_draft_config
-from engine.models.eagle3 import Eagle3Draft
+from engine.config.recipe import dump_config
+from engine.config.sections import Config, DataSection, DraftSection, EvaluationSection, ParallelSection, TargetSection
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import derive_draft_config
+from engine.models.eagle3.export import export_draft
 from engine.models.vocab_map import VocabMap
-from engine.recipe import dump_config
 from launcher.measure_acceptance import main
 from tests.distributed import free_port
 

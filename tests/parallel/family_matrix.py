@@ -24,7 +24,7 @@ from torch import distributed
 
 from engine.data.documents import Document
 from engine.data.packing import collate
-from engine.models.registry import check_family, final_logits
+from engine.models.target_families import check_family, final_logits
 from engine.parallel.mesh import ALONE, TargetMesh, World
 from engine.parallel.rules import PROOFS
 from engine.target.frozen import FrozenTarget, capture

@@ -14,7 +14,7 @@ import engine.parallel.plan as plan_file
 from engine.parallel.linear_attention import KINDS, Kind, LinearPart, kind_of, linear_part
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.rules import Unshardable
-from engine.target.anatomy import decoder_of
+from engine.target.structure import decoder_of
 from tests.collectives import CountCollectives
 from tests.distributed import run_ranks
 from tests.parallel.families import HIDDEN, tiny_config, tiny_model

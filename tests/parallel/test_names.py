@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from engine.config import TargetSection
+from engine.config.sections import TargetSection
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.names import Names, names_of
 from engine.parallel.plan import TargetPlan
 from engine.parallel.rules import proof_of
-from engine.target.anatomy import decoder_of, without_weights
+from engine.target.structure import decoder_of, without_weights
 from tests.parallel.families import FAMILIES, tiny_config
 
 SHARED = {"colwise", "rowwise", "rowwise_split_input", "packed_colwise", "packed_rowwise", "moe_tp_experts", "grouped_gemm"}

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from engine.config import Config
-from engine.ds_config import load_ds_config
+from engine.config.ds_config import load_ds_config
+from engine.config.recipe import load_config
+from engine.config.sections import Config
 from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main, is_shared
-from engine.recipe import load_config
 from engine.trainer import Trainer
 from tests.distributed import run_ranks
 

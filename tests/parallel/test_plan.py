@@ -12,9 +12,9 @@ from engine.parallel import blocks
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
 from engine.target import attention, frozen
-from engine.target.anatomy import decoder_of
 from engine.target.masks import DocumentMasks, document_masks
 from engine.target.packed_row import PackedRow
+from engine.target.structure import decoder_of
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import (

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from engine.models.registry import check_family
+from engine.models.target_families import check_family
 from engine.parallel.mesh import Group
 from engine.parallel.names import Names, names_of, register_family
 from engine.parallel.rules import (

@@ -9,19 +9,19 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.batch import MicroBatch
-from engine.config import DraftSection, LossSection, TttSection
-from engine.ds_config import load_ds_config, resolve_ds_config
+from engine.config.ds_config import load_ds_config, resolve_ds_config
+from engine.config.sections import DraftSection, LossSection, TttSection
 from engine.kernels import Kernels
-from engine.models.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3 import Eagle3Draft
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3.normaliser import Normaliser
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
-from engine.normaliser import Normaliser
 from engine.parallel.mesh import TargetMesh, World
 from engine.parallel.zero import ZeroDraft
 from engine.planning.job import Documents
-from engine.rows import allowed_rows, slots_of
 from engine.target.frozen import FrozenTarget
-from engine.ttt import Teacher, TrainingTimeTest
 from tests.live_bytes import LiveBytes
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"

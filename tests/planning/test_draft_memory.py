@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from engine.ds_config import load_ds_config
-from engine.flops import StepCounts
+from engine.config.ds_config import load_ds_config
+from engine.models.eagle3.flops import StepCounts
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.planning.draft_memory import DraftStates, Sharing
-from engine.rows import allowed_rows, slots_of
 from tests.distributed import run_ranks
 from tests.planning.measured import FOLDER, LOSS, RANKS, TOKENS, TTT, Training, train
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from engine.config import Config, DataSection, DraftSection, TargetSection
-from engine.ds_config import load_ds_config
-from engine.models.registry import text_config
+from engine.config.ds_config import load_ds_config
+from engine.config.recipe import load_config
+from engine.config.sections import Config, DataSection, DraftSection, TargetSection
+from engine.models.target_families import text_config
 from engine.parallel.mesh import ALONE
-from engine.parallel.quantised import StaysQuantised
 from engine.parallel.rules import check_proven
 from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Ranks
 from engine.planning.target_cost import TargetCost
-from engine.recipe import load_config
-from engine.target.anatomy import without_weights
+from engine.target.structure import without_weights
+from engine.weights.quantised_checkpoint import StaysQuantised
 from tests.distributed import run_ranks
 from tests.planning.measured import LOSS, RANKS, TARGET, TOKENS, Training, train
 from tests.recipes_configs import RECIPES, target_config

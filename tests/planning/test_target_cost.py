@@ -9,18 +9,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from engine.batch import PackedBatch
-from engine.config import TargetSection
+from engine.config.sections import TargetSection
 from engine.kernels import matmul
 from engine.parallel.mesh import ALONE, Group, TargetMesh
-from engine.parallel.quantised import StaysQuantised
 from engine.planning.target_cost import Forward, TargetCost
-from engine.target.anatomy import without_weights
 from engine.target.frozen import FrozenTarget
+from engine.target.structure import without_weights
+from engine.weights.quantised_checkpoint import StaysQuantised
 from tests.collectives import CountCollectives
 from tests.distributed import run_ranks
 from tests.live_bytes import LiveBytes
 from tests.parallel.families import tiny_config, tiny_model
-from tests.parallel.test_quantised import to_fp8, to_int4
+from tests.weights.test_quantised_checkpoint import to_fp8, to_int4
 
 LENGTHS = (9, 7)
 TOKENS, SLOTS = sum(LENGTHS), torch.tensor([3, 4, 11])

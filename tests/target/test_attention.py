@@ -18,7 +18,7 @@ from transformers.masking_utils import (
 from engine.batch import PackedBatch
 from engine.kernels import choose_packed_attention, flash
 from engine.kernels.packed_attention import PackedAttention
-from engine.models.registry import runs_packed
+from engine.models.target_families import runs_packed
 from engine.target import attention, masks
 from engine.target.attention import attend_documents, attend_one
 from engine.target.frozen import FrozenTarget

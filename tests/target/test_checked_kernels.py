@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from engine import kernels as package
-from engine.config import TargetSection
+from engine.config.sections import TargetSection
 from engine.kernels import TargetKernels
 from engine.kernels.self_check import SelfCheck
 from engine.target import checked_kernels

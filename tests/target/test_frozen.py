@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from engine.batch import PackedBatch
-from engine.config import TargetSection
-from engine.models.registry import CHUNKS_START_WITH_DOCUMENTS
+from engine.config.sections import TargetSection
+from engine.models.target_families import CHUNKS_START_WITH_DOCUMENTS
 from engine.parallel.mesh import Group, TargetMesh
 from engine.target.frozen import FrozenTarget, capture
 from tests.parallel.families import tiny_config, tiny_model

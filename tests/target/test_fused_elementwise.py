@@ -11,8 +11,8 @@ from engine.kernels.self_check import SelfCheck
 from engine.parallel.mesh import Group
 from engine.parallel.norms import norm_over
 from engine.target import fused_elementwise
-from engine.target.anatomy import decoder_of
 from engine.target.fused_elementwise import FusedOperations, NormForm, fuse_elementwise, liger_operations, use_liger
+from engine.target.structure import decoder_of
 from tests.kernels.fake_liger import install_liger
 from tests.parallel.families import LAYERS, VOCAB, tiny_model
 

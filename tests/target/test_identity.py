@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.config import TargetSection
+from engine.config.sections import TargetSection
 from engine.parallel.mesh import World
-from engine.parallel.weight_files import SINGLE
 from engine.target import identity as identity_file
 from engine.target.identity import sampled_ranges, shared_identity, target_identity, what_changed
+from engine.weights.weight_files import SINGLE
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
 from tests.published import change_config

@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.config import TargetSection
-from engine.parallel import quantised
+from engine.config.sections import TargetSection
 from engine.parallel.mesh import Group, TargetMesh
-from engine.parallel.quantised import check_quantisation
-from engine.parallel.weight_files import SINGLE
-from engine.parallel.weight_reader import MisfitError
 from engine.target import loading
 from engine.target.frozen import FrozenTarget
 from engine.target.loading import refuse_misfits
+from engine.weights import quantised_checkpoint
+from engine.weights.quantised_checkpoint import check_quantisation
+from engine.weights.weight_files import SINGLE
+from engine.weights.weight_reader import MisfitError
 from tests.parallel.families import tiny_model
 from tests.parallel.family_matrix import AUX
 from tests.published import change_config
@@ -42,12 +42,12 @@ def test_a_method_that_nobody_knows_is_refused_by_name_on_one_rank(method, tmp_p
 @pytest.fixture
 def with_accelerate(monkeypatch):
     """As if the package accelerate were installed, which Transformers needs for its quantisers."""
-    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(quantised_checkpoint.importlib.util, "find_spec", lambda name: name)
 
 
 def test_a_method_that_transformers_reads_needs_accelerate_from_the_start(tmp_path, monkeypatch):
     section = quantised_by(tmp_path, quant_method="gptq", bits=4)
-    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantised_checkpoint.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="'gptq'.*pip install accelerate"):
         check_quantisation(AutoConfig.from_pretrained(tmp_path), section.path, is_shared=False)
 

@@ -19,11 +19,11 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
-from engine.models.registry import CHUNKS_START_WITH_DOCUMENTS
+from engine.models.target_families import CHUNKS_START_WITH_DOCUMENTS
 from engine.target import masks
-from engine.target.anatomy import decoder_of
 from engine.target.masks import DocumentMasks, Reach, document_masks, reach_of, whole_masks
 from engine.target.packed_row import PackedRow, row_of_forward
+from engine.target.structure import decoder_of
 from tests.parallel.families import FAMILIES, VOCAB, tiny_model
 
 CPU, LENGTHS = torch.device("cpu"), (5, 1, 13, 2)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from engine.parallel.mesh import TargetMesh
-from engine.parallel.own_rows import OwnRows
 from engine.parallel.rules import part_of_rows
+from engine.parallel.vocab_shard import OwnRows
 from engine.target.head import TargetHead
 from engine.target.shared_head import SharedHead
 from tests.distributed import run_ranks

@@ -1,0 +1,214 @@
+"""DeepSpeed's JSON, read strictly: DeepSpeed's own keys verbatim, checked against our table before any model is loaded."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from engine.config.ds_keys import DS_KEYS, REFUSED, REQUIRED_BY_SCHEDULER, SCHEDULERS, STAGE3
+from engine.config.secret_values import HIDDEN
+from engine.config.sections import OPTIONS, SECTIONS
+from engine.config.strict import ConfigError, checked, dotted_keys, parse_json, read_text, type_name, unknown_key
+
+DEFAULT_LR, DEFAULT_LR_WIDTH = 1e-4, 4096
+WARMUP_SHARE = 0.015
+# As DeepSpeed's own AdamW has them; torch's decays weights where the file does not say.
+OPTIMIZER_DEFAULTS = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
+# Below this many weights the states of a draft fit every rank at stages 1 and 2 (16 bytes per weight on one rank), and the host
+# work of stage 3 shows in the time of a step.
+SMALL_DRAFT_WEIGHTS = 2_000_000_000
+SMALL_DRAFT_CONFIG, LARGE_DRAFT_CONFIG = "zero2.json", "zero3.json"
+MICRO, ACCUMULATION, GLOBAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
+
+
+def load_ds_config(path: Path) -> dict[str, Any]:
+    """DeepSpeed's JSON as a dict, "auto" values unresolved.
+
+    Raises ConfigError, naming file, key, value and the nearest valid key, for what is unknown, mistyped, unsupported
+    or contradictory.
+    """
+    raw = parse_json(read_text(path), path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"expected an object of DeepSpeed's keys, got {type_name(type(raw))}", source=path)
+    schema = _schema_for(raw, path)
+    _check_keys(raw, schema, "", list(dotted_keys(schema)), path)
+    try:
+        _check_contradictions(raw)
+    except ConfigError as error:
+        error.source = path
+        raise
+    return raw
+
+
+def resolve_ds_config(raw: dict[str, Any], *, world_size: int, total_steps: int, hidden_size: int) -> dict[str, Any]:
+    """A copy of load_ds_config's dict that DeepSpeed can take: no "auto" left; learning rate and batch sizes always given.
+
+    total_steps: optimizer steps of the whole run; the schedule spans them, its warm-up 1.5% of them. hidden_size: the draft's;
+    the automatic learning rate is 1e-4 at width 4096 and inverse to the width, as Adam's best one is (muP, arXiv:2203.03466).
+    Raises ConfigError if the three batch sizes do not fit world_size.
+    """
+    resolved = copy.deepcopy(raw)
+    resolved[MICRO], resolved[ACCUMULATION] = _solve_batch(raw, world_size)
+    resolved["optimizer"]["params"] = {**OPTIMIZER_DEFAULTS, **resolved["optimizer"].get("params", {})}
+    values = (DEFAULT_LR * DEFAULT_LR_WIDTH / hidden_size, max(2, total_steps), max(1, round(WARMUP_SHARE * total_steps)))
+    for key, value in zip(AUTO_KEYS, values, strict=True):
+        section, _, name = key.split(".")
+        params = resolved.get(section, {}).get("params", {})
+        if params.get(name) == "auto":
+            params[name] = value
+    return resolved
+
+
+def micro_batch_size(ds: dict[str, Any], world_size: int) -> int:
+    """Packed batches a rank takes through one forward, as DeepSpeed derives it."""
+    return _solve_batch(ds, world_size)[0]
+
+
+def accumulation_steps(ds: dict[str, Any], world_size: int) -> int:
+    """Micro-batches a rank accumulates before one optimizer step, as DeepSpeed derives it."""
+    return _solve_batch(ds, world_size)[1]
+
+
+def _solve_batch(ds: dict[str, Any], world_size: int) -> tuple[int, int]:
+    """(micro-batch, accumulation) such that train_batch_size = micro-batch * accumulation * world_size; 1 where free."""
+    total, micro, accumulation = ds.get(GLOBAL), ds.get(MICRO), ds.get(ACCUMULATION)
+    if total is None:
+        return micro or 1, accumulation or 1
+    if micro is None:
+        accumulation = accumulation or 1
+        micro = total // (accumulation * world_size)
+    elif accumulation is None:
+        accumulation = total // (micro * world_size)
+    if total != micro * accumulation * world_size:
+        problem = (
+            f"is not {MICRO} * {ACCUMULATION} * ranks = {micro} * {accumulation} * {world_size}; "
+            f"delete {GLOBAL}, or make it a multiple of the ranks"
+        )
+        raise ConfigError(problem, key=GLOBAL, value=total, source="--ds_config file")
+    return micro, accumulation
+
+
+def _schema_for(raw: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The table of keys with the parameters of the scheduler that the file names."""
+    scheduler = raw.get("scheduler")
+    if not isinstance(scheduler, dict):
+        return DS_KEYS
+    if "type" not in scheduler:
+        raise ConfigError(f"is missing; use one of {', '.join(SCHEDULERS)}", key="scheduler.type", source=source)
+    params = SCHEDULERS.get(str(scheduler["type"]), {})
+    return {**DS_KEYS, "scheduler": {**DS_KEYS["scheduler"], "params": params}}
+
+
+def _check_keys(raw: dict[str, Any], schema: dict[str, Any], prefix: str, valid: list[str], source: Path) -> None:
+    """Every key known and every value of its type, in this object and those inside it."""
+    for name, value in raw.items():
+        key = prefix + name
+        if key in REFUSED:
+            raise ConfigError(f"not supported: {REFUSED[key]}", key=key, value=value, source=source)
+        if name not in schema:
+            raise unknown_key(key, value, valid, _home_in_recipe, source)
+        kind = schema[name]
+        if value == "auto":
+            if key not in AUTO_KEYS:
+                problem = f"'auto' is resolved for {', '.join(AUTO_KEYS)} only; write a value, or delete the key"
+                raise ConfigError(problem, key=key, value=value, source=source)
+        elif value == HIDDEN:
+            problem = (
+                "is hidden in files that a run wrote; write the secret itself, or delete the key and set it in the environment"
+            )
+            raise ConfigError(problem, key=key, source=source)
+        elif not isinstance(kind, dict):
+            checked(value, kind, key=key, source=source)
+        elif isinstance(value, dict):
+            _check_keys(value, kind, f"{key}.", valid, source)
+        else:
+            raise ConfigError(f"expected an object with {', '.join(kind)}", key=key, value=value, source=source)
+
+
+def _home_in_recipe(key: str) -> str | None:
+    name = key.rpartition(".")[2]
+    if name in SECTIONS:
+        return f"belongs to the recipe, where {name} is a section"
+    homes = [option for option in OPTIONS if option in (key, name) or option.endswith(f".{name}")]
+    return f"belongs to the recipe; set {homes[0]} there or on the command line" if homes else None
+
+
+def default_stage_config(num_weights: int) -> str:
+    """Return the name of the shipped configuration that fits a draft of so many trained weights."""
+    return SMALL_DRAFT_CONFIG if num_weights < SMALL_DRAFT_WEIGHTS else LARGE_DRAFT_CONFIG
+
+
+def stage_advice(ds: dict[str, Any], num_weights: int) -> str | None:
+    """Return a line of advice if ZeRO stage 3 is more than a draft of so many weights needs, else None.
+
+    A run that keeps the weights in host memory needs stage 3, and gets no advice.
+    """
+    zero = ds.get("zero_optimization", {})
+    offloads_weights = zero.get("offload_param", {}).get("device", "none") != "none"
+    if zero.get("stage", 0) < 3 or offloads_weights or num_weights >= SMALL_DRAFT_WEIGHTS:
+        return None
+    size = f"{num_weights / 1e9:.2f} billion weights"
+    limit = f"{SMALL_DRAFT_WEIGHTS / 1e9:.0f} billion"
+    return f"ZeRO stage 3 for a draft of {size}: below {limit} stage 2 is enough and faster (ds_configs/{SMALL_DRAFT_CONFIG})"
+
+
+def _check_contradictions(raw: dict[str, Any]) -> None:
+    if raw.get("bf16", {}).get("enabled") and raw.get("fp16", {}).get("enabled"):
+        raise ConfigError("bf16.enabled is true too; keep one precision", key="fp16.enabled", value=True)
+    _check_optimizer(raw.get("optimizer", {}))
+    _check_scheduler(raw.get("scheduler"))
+    _check_zero(raw.get("zero_optimization", {}))
+    if raw.get("zero_optimization", {}).get("stage", 0) == 0:
+        _check_one_precision(raw)
+
+
+def _check_optimizer(optimizer: dict[str, Any]) -> None:
+    if "type" not in optimizer:
+        problem = 'is missing; write "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}'
+        raise ConfigError(problem, key="optimizer.type")
+    betas = optimizer.get("params", {}).get("betas", (0.9, 0.95))
+    if len(betas) != 2:
+        raise ConfigError("expected two numbers", key="optimizer.params.betas", value=betas)
+
+
+def _check_scheduler(scheduler: dict[str, Any] | None) -> None:
+    if scheduler is None:
+        return
+    for name in REQUIRED_BY_SCHEDULER.get(scheduler["type"], ()):
+        if name not in scheduler.get("params", {}):
+            hint = ' or "auto"' if f"scheduler.params.{name}" in AUTO_KEYS else ""
+            problem = f"is missing, and {scheduler['type']} needs it; give it a value{hint}"
+            raise ConfigError(problem, key=f"scheduler.params.{name}")
+
+
+def _check_one_precision(raw: dict[str, Any]) -> None:
+    """Below stage 1 DeepSpeed accumulates gradients in the precision of the weights only."""
+    accumulated = raw.get("data_types", {}).get("grad_accum_dtype")
+    weights = next((name for name in ("bf16", "fp16") if raw.get(name, {}).get("enabled")), "fp32")
+    if accumulated not in (None, weights):
+        problem = f"at stage 0 gradients are accumulated in the weights' precision, {weights}; delete it or raise the stage"
+        raise ConfigError(problem, key="data_types.grad_accum_dtype", value=accumulated)
+
+
+def compute_dtype(ds: dict[str, Any]) -> str:
+    """Precision in which the draft computes, as torch names it."""
+    names = {"bf16": "bfloat16", "fp16": "float16"}
+    return next((dtype for key, dtype in names.items() if ds.get(key, {}).get("enabled")), "float32")
+
+
+def _check_zero(zero: dict[str, Any]) -> None:
+    stage = zero.get("stage", 0)
+    if stage == 3 and zero.get("elastic_checkpoint"):
+        raise ConfigError("stage 3 cannot save one; delete it", key="zero_optimization.elastic_checkpoint", value=True)
+    for section, needed in (("offload_param", 3), ("offload_optimizer", 1)):
+        offload = zero.get(section, {})
+        device, key = offload.get("device", "none"), f"zero_optimization.{section}.device"
+        if device != "none" and stage < needed:
+            problem = f"needs zero_optimization.stage of at least {needed}, which is {stage}"
+            raise ConfigError(problem, key=key, value=device)
+        if device == "nvme" and not offload.get("nvme_path"):
+            raise ConfigError(f"needs a folder in zero_optimization.{section}.nvme_path", key=key, value=device)
+    for name in STAGE3:
+        if name in zero and f"stage3_{name}" in zero:
+            problem = f"is the same option as stage3_{name}; keep one"
+            raise ConfigError(problem, key=f"zero_optimization.{name}", value=zero[name])

@@ -1,0 +1,111 @@
+"""Reading a configuration from a recipe and the command line, writing it back, and describing its options."""
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.config.ds_keys import DS_HOMES
+from engine.config.secret_values import without_secrets
+from engine.config.sections import OPTIONS, RECIPE_KEYS, SECTIONS, Config, kind_of
+from engine.config.strict import ConfigError, as_yaml, checked, dump_yaml, parse_yaml, read_text, type_name, unknown_key
+
+COMMAND_LINE = "command line"
+
+
+def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, a YAML recipe over them, and dotted overrides ('ttt.steps=5') over both.
+
+    Raises ConfigError, naming file, key, value and the nearest valid key, for anything unknown, mistyped or contradictory.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str | Path] = {}
+    if recipe is not None:
+        values.update(_read_mapping(parse_yaml(read_text(recipe), recipe), recipe))
+        sources.update(dict.fromkeys(values, recipe))
+    for override in overrides:
+        key, value = _read_override(override)
+        if sources.get(key) == COMMAND_LINE:
+            raise ConfigError("given twice", key=key, value=value, source=COMMAND_LINE)
+        values[key], sources[key] = value, COMMAND_LINE
+    try:
+        return _assemble(values)
+    except ConfigError as error:
+        error.source = sources.get(error.key, "")
+        raise
+
+
+def _assemble(values: dict[str, Any]) -> Config:
+    arguments = {key: value for key, value in values.items() if "." not in key}
+    for section, kind in SECTIONS.items():
+        own = {key.removeprefix(f"{section}."): value for key, value in values.items() if key.startswith(f"{section}.")}
+        arguments[section] = kind(**own)
+    return Config(**arguments)
+
+
+def _read_mapping(mapping: Any, source: str | Path) -> Iterator[tuple[str, Any]]:
+    """The options of a recipe as (dotted key, value); a section may be empty."""
+    if mapping is None:
+        return
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"expected sections and options, got {type_name(type(mapping))}", source=source)
+    for key, value in mapping.items():
+        if key not in SECTIONS:
+            yield _read_option(str(key), value, source)
+        elif isinstance(value, dict):
+            yield from (_read_option(f"{key}.{name}", inner, source) for name, inner in value.items())
+        elif value is not None:
+            raise ConfigError("is a section; give it options, each on its own line", key=key, value=value, source=source)
+
+
+def _read_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"'{override}' is no override; expected section.key=value", source=COMMAND_LINE)
+    if key in SECTIONS:
+        raise ConfigError(f"is a section; set one of its options, {key}.name=value", key=key, source=COMMAND_LINE)
+    return _read_option(key, parse_yaml(text, f"{COMMAND_LINE}: {key}"), COMMAND_LINE)
+
+
+def _read_option(key: str, value: Any, source: str | Path) -> tuple[str, Any]:
+    if key not in OPTIONS:
+        raise unknown_key(key, value, RECIPE_KEYS, _home_in_deepspeed, source)
+    kind = kind_of(OPTIONS[key])
+    if kind == tuple[str, ...] and isinstance(value, str):
+        value = [value]
+    return key, checked(value, kind, key=key, source=source)
+
+
+def _home_in_deepspeed(key: str) -> str | None:
+    for name in (key, key.rpartition(".")[2], key.partition(".")[0]):
+        if name in DS_HOMES and name not in SECTIONS:
+            return f"belongs to DeepSpeed; set {DS_HOMES[name]} in the --ds_config file"
+    return None
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as a YAML recipe that load_config reads back to an equal Config; secrets are hidden."""
+
+    def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}
+
+    return dump_yaml(without_secrets(dataclasses.asdict(config, dict_factory=plain)), width=120)
+
+
+def describe_options(sections: Sequence[str] = ()) -> str:
+    """Options with type, default and unit, and their line of help below, by section; for --help. sections: () = all."""
+    shown = {key: f for key, f in OPTIONS.items() if not sections or key.rpartition(".")[0] in sections}
+    columns = {key: (key, type_name(kind_of(f)), as_yaml(f.default), f.metadata["unit"]) for key, f in shown.items()}
+    key_width, type_width, default_width = (max(len(row[i]) for row in columns.values()) for i in range(3))
+    titles = {section: f"{section}: {kind.__doc__}" for section, kind in SECTIONS.items()}
+    lines: list[str] = []
+    group = None
+    for key, (_, kind, default, unit) in columns.items():
+        section = key.rpartition(".")[0]
+        if section != group:
+            lines += ["", titles.get(section, "At the top:")]
+            group = section
+        lines.append(f"  {key:{key_width}}  {kind:{type_width}}  {default:{default_width}}  {unit}".rstrip())
+        lines += textwrap.wrap(OPTIONS[key].metadata["text"], width=110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines[1:]) + "\n"

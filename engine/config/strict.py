@@ -1,0 +1,249 @@
+"""Strict reading of options: every key known, every value of its type, every error one line that says how to mend it."""
+
+import difflib
+import json
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from engine.config.secret_values import HIDDEN, hidden_in_text, is_secret_name, without_secrets
+
+NO_VALUE = object()
+TYPE_NAMES = {types.NoneType: "null", dict: "mapping", Any: "anything"}
+EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+
+
+class ConfigError(ValueError):
+    """An option that cannot be used; str() gives 'source: key = value: problem' on one line."""
+
+    def __init__(self, problem: str, *, key: str = "", value: Any = NO_VALUE, source: str | Path = ""):
+        super().__init__(problem)
+        self.problem, self.key, self.value, self.source = problem, key, value, source
+
+    def __str__(self) -> str:
+        option = self.key if self.value is NO_VALUE else f"{self.key} = {as_yaml(shown_value(self.key, self.value))}"
+        message = ": ".join(part for part in (str(self.source), option, self.problem) if part)
+        return hidden_in_text(message)
+
+
+def shown_value(key: str, value: Any) -> Any:
+    """Return the value of an option as it may be shown: without the secrets in it."""
+    return HIDDEN if is_secret_name(key) else without_secrets(value)
+
+
+def as_yaml(value: Any) -> str:
+    """A value as one would type it in a recipe or on the command line, shortened if long."""
+    value = list(value) if isinstance(value, tuple) else value
+    text = " ".join(dump_yaml(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").split())
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def type_name(kind: Any) -> str:
+    """A type as a user reads it: 'int >= 1 or null', 'cut | split', 'list of str'."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        inner, at_least, at_most = args
+        limits = [f"{sign} {limit:g}" for sign, limit in ((">=", at_least), ("<=", at_most)) if limit is not None]
+        return f"{type_name(inner)} {' and '.join(limits)}"
+    if origin is Literal:
+        return " | ".join(str(choice) for choice in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(type_name(arg) for arg in args)
+    if origin is tuple:
+        return f"list of {type_name(args[0])}"
+    return TYPE_NAMES.get(origin or kind) or kind.__name__
+
+
+def option(default: Any, text: str, *, unit: str = "", at_least: float | None = None, at_most: float | None = None) -> Any:
+    """A field of a section: its default, one line of help, its unit and its bounds."""
+    metadata = {"text": text, "unit": unit, "at_least": at_least, "at_most": at_most}
+    assert not isinstance(default, list | dict), "defaults are immutable: use a tuple"
+    return field(default=default, metadata=metadata)
+
+
+def bounded(kind: Any, at_least: float | None, at_most: float | None) -> Any:
+    """The type with bounds on its numbers, as Annotated[number, at_least, at_most]; a union carries them inside."""
+    if at_least is None and at_most is None:
+        return kind
+    if get_origin(kind) in (Union, types.UnionType):
+        return Union[tuple(bounded(arg, at_least, at_most) for arg in get_args(kind))]  # noqa: UP007 (built at run time)
+    return Annotated[kind, at_least, at_most] if kind in (int, float) else kind
+
+
+def read_as(value: Any, kind: Any) -> Any:
+    """The value as its type wants it: int becomes float, a list a tuple.
+
+    Raises ConfigError if it does not fit; bool is no number, and numbers are finite.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _read_as_any(value, kind)
+    if origin is Annotated:
+        number, (at_least, at_most) = read_as(value, args[0]), args[1:]
+        if (at_least is None or number >= at_least) and (at_most is None or number <= at_most):
+            return number
+    elif origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in args):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(read_as(item, args[0]) for item in value)
+    elif kind is float:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    elif kind is Any or type(value) is (origin or kind):
+        return value
+    raise ConfigError(f"expected {type_name(kind)}", value=value)
+
+
+def _read_as_any(value: Any, kind: Any) -> Any:
+    for member in get_args(kind):
+        try:
+            return read_as(value, member)
+        except ConfigError:
+            continue
+    raise ConfigError(f"expected {type_name(kind)}", value=value)
+
+
+def checked(value: Any, kind: Any, *, key: str, source: str | Path) -> Any:
+    """read_as, with an error that names the file, the key, the whole value and, among choices, the nearest one."""
+    try:
+        return read_as(value, kind)
+    except ConfigError:
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        guess = nearest(str(value), [str(choice) for choice in choices])
+        problem = f"expected {type_name(kind)}" + (f"; did you mean '{guess}'?" if guess else "")
+        raise ConfigError(problem, key=key, value=value, source=source) from None
+
+
+def nearest(key: str, valid: Iterable[str]) -> str | None:
+    """The valid dotted key most like this one, sought in every section: the name counts most, then the section."""
+
+    def likeness(candidate: str) -> tuple[float, float, bool]:
+        (section, _, name), (other_section, _, other_name) = key.rpartition("."), candidate.rpartition(".")
+        same_name = difflib.SequenceMatcher(None, name.lower(), other_name.lower()).ratio()
+        same_section = difflib.SequenceMatcher(None, section.lower(), other_section.lower()).ratio() if section else 0.0
+        return same_name, same_name + 0.3 * same_section, section == other_section
+
+    scored = [(likeness(candidate), candidate) for candidate in valid]
+    plausible = [(rest, candidate) for (same_name, *rest), candidate in scored if same_name >= 0.6]
+    return max(plausible, key=lambda pair: pair[0])[1] if plausible else None
+
+
+def unknown_key(
+    key: str, value: Any, valid: Sequence[str], elsewhere: Callable[[str], str | None], source: str | Path
+) -> ConfigError:
+    """The error for a key that nobody reads: it belongs to the other file, or is a misspelling of the nearest valid one.
+
+    elsewhere: says in one sentence where a key of the other file belongs, None for any other key.
+    """
+    guess = nearest(key, valid)
+    if guess is not None and is_secret_name(guess):
+        value = HIDDEN
+    section, _, name = key.rpartition(".")
+    if guess is not None and guess.rpartition(".")[2] == name:
+        problem = f"unknown key; did you mean '{guess}'?"
+    elif home := elsewhere(key):
+        problem = home
+    elif guess is not None:
+        problem = f"unknown key; did you mean '{guess}'?"
+    else:
+        siblings = [other for other in valid if other.rpartition(".")[0] == section]
+        problem = f"unknown key; valid are {', '.join(siblings or [other for other in valid if '.' not in other])}"
+    return ConfigError(problem, key=key, value=value, source=source)
+
+
+def read_text(path: Path) -> str:
+    """The text of a configuration file. Raises ConfigError, naming the most similar file beside it, if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        beside = path.parent.glob(f"*{path.suffix}") if path.parent.is_dir() else ()
+        guess = nearest(path.stem, [other.stem for other in beside])
+        hint = f"; did you mean '{path.parent / guess}{path.suffix}'?" if guess else ""
+        raise ConfigError(f"cannot be read ({error.strerror}){hint}", source=path) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not UTF-8 text ({error.reason} at byte {error.start})", source=path) from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ConfigError(f"given twice, again on line {key.start_mark.line + 1}", key=key.value)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes what _StrictLoader would take for a number."""
+
+
+# YAML 1.1, which PyYAML follows, takes 1e-4 for text; 1.2 and every user take it for a number.
+for _side in (_StrictLoader, _StrictDumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT_NUMBER, list("-+0123456789"))
+
+
+def dump_yaml(value: Any, **style: Any) -> str:
+    """Plain Python to YAML that parse_yaml reads back to an equal value; keys keep their order."""
+    return yaml.dump(value, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, **style)
+
+
+def parse_yaml(text: str, source: str | Path) -> Any:
+    """YAML to plain Python. Raises ConfigError for bad syntax, with its line, and for a duplicate key."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except ConfigError as error:
+        error.source = source
+        raise
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"is not valid YAML: {error.problem} on line {error.problem_mark.line + 1}", source=source) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is not valid YAML: {error}", source=source) from error
+
+
+def parse_json(text: str, source: str | Path) -> Any:
+    """JSON to plain Python. Raises ConfigError for bad syntax, with its line, for a duplicate key and for NaN.
+
+    A whole number written with an exponent (5e8) is an int, as DeepSpeed takes it.
+    """
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                first, second = (as_yaml(shown_value(key, given)) for given in (seen[key], value))
+                raise ConfigError(f"given twice, as {first} and as {second}", key=key, source=source)
+            seen[key] = value
+        return seen
+
+    def number(digits: str) -> int | float:
+        value = float(digits)
+        return int(value) if value.is_integer() else value
+
+    def refuse(constant: str) -> None:
+        raise ConfigError(f"{constant} is not a number that JSON knows", source=source)
+
+    try:
+        return json.loads(text, object_pairs_hook=without_duplicates, parse_float=number, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"is not valid JSON: {error.msg} on line {error.lineno}, column {error.colno}", source=source
+        ) from error
+
+
+def dotted_keys(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key of a nested table {key: type or table}, sections first, joined by dots."""
+    for key, kind in schema.items():
+        yield prefix + key
+        if isinstance(kind, dict):
+            yield from dotted_keys(kind, f"{prefix}{key}.")

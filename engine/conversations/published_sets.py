@@ -1,0 +1,329 @@
+"""Published sets and files of conversations, read row by row, and the one conversion that their rows share.
+
+A row is known by the columns it has, whatever set it is from: turns, or a question and its answer. What cannot be converted
+without altering it is refused with a reason. Files are read piece by piece, and sets of the hub are streamed by the package
+datasets, which nothing else needs.
+"""
+
+import glob
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from engine.config.strict import nearest
+from engine.data.messages import MEDIA_KEYS, BadSample, Message, parse, parse_text, read_messages
+
+TURN_COLUMNS = ("conversations", "messages", "conversation", "data")
+QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "problem", "input")
+ANSWER_COLUMNS = ("response", "output", "completion", "solution", "answer")  # an `answer` beside them is the bare result
+SYSTEM_COLUMNS = ("system", "system_prompt")
+ID_COLUMNS = ("id", "uuid", "prompt_id", "conversation_id")
+TURN_KEYS = ("role", "content", "name", "reasoning_content", "thinking", "tool_call_id", "tool_calls")  # what templates read
+ASSISTANTS = {"chatgpt", "bing", "bard", "model"}
+CALCULATOR_NOTE = re.compile(r"<<[^<>\n]*>>")
+GSM8K_RESULT = re.compile(r"\n#### .*\Z")
+HUB_NAME = re.compile(r"(?!\.)([\w.-]+/[\w.-]+)(?::([^:]*)(?::([^:]+))?)?")
+FILE_TYPES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+BETWEEN_ITEMS = re.compile(r"[\s,]*")
+CHUNK_CHARACTERS = 1 << 20
+ROWS_AT_ONCE = 200
+
+Row = Any  # the bytes of a JSONL line, or a mapping of columns
+Placed = tuple[str, Row, int]  # where the row is from, the row, and the units of its part read so far
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published set that prepare_data.py knows by name.
+
+    hub_id, config, split: its place on the Hugging Face hub; an empty config is the set's default.
+    about: one line of what it is.
+    """
+
+    name: str
+    hub_id: str
+    config: str
+    split: str
+    about: str
+
+
+_NAMED = (
+    Source("ultrachat", "HuggingFaceH4/ultrachat_200k", "", "train_sft", "chat of several turns, written by ChatGPT"),
+    Source("sharegpt", "Aeala/ShareGPT_Vicuna_unfiltered", "", "train", "what users shared of their talks with ChatGPT"),
+    Source("perfectblend", "mlabonne/open-perfectblend", "", "train", "chat, mathematics, code and instructions, blended"),
+    Source(
+        "magpie", "Magpie-Align/Magpie-Llama-3.1-Pro-300K-Filtered", "", "train", "Llama-3.1-70B's own questions and answers"
+    ),
+    Source("opencodeinstruct", "nvidia/OpenCodeInstruct", "", "train", "programming tasks and their solutions in Python"),
+    Source("gsm8k", "openai/gsm8k", "main", "train", "grade-school word problems, solved step by step"),
+)
+SOURCES = {source.name: source for source in _NAMED}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A file, or a set of the hub: how it is read, and its size in `unit` if that is known."""
+
+    read: Callable[[], Iterator[Placed]]
+    size: int | None
+    unit: str
+
+
+@dataclass
+class Rows:
+    """The rows of a source in its order: iterating gives (place, row), where `place` names the row for a report.
+
+    done: units read so far, of `total`: bytes of JSONL and JSON files, rows of anything else.
+    """
+
+    name: str
+    parts: Sequence[_Part]
+    done: int = 0
+
+    @property
+    def total(self) -> int | None:
+        """Units in all; None if a set does not say, or its files are of different kinds."""
+        if len({part.unit for part in self.parts}) > 1 or any(part.size is None for part in self.parts):
+            return None
+        return sum(part.size for part in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        for part in self.parts:
+            before = self.done
+            for place, row, done in part.read():
+                self.done = before + done
+                yield place, row
+            self.done = self.done if part.size is None else before + part.size
+
+
+def open_source(name: str) -> Rows:
+    """The rows of a named set, of a file, of the files of a folder or a glob, or of a set of the Hugging Face hub.
+
+    Raises ValueError if there is no such source, a file is empty, or the hub cannot be reached; while iterated, if a file
+    that is not JSONL is damaged. A damaged line of JSONL is a row as any other, which `conversation_of` refuses.
+    """
+    if name in SOURCES:
+        source = SOURCES[name]
+        return Rows(name, [_hub_part(name, source.hub_id, source.config, source.split)])
+    if files := _files(name):
+        return Rows(name, [_file_part(path) for path in files])
+    if not name.endswith(FILE_TYPES) and (match := HUB_NAME.fullmatch(name)):
+        hub_id, config, split = match.groups()
+        return Rows(name, [_hub_part(name, hub_id, config or "", split or "train")])
+    guess = nearest(name, SOURCES)
+    hint = f"; did you mean '{guess}'?" if guess else f"; named sets are {', '.join(SOURCES)}"
+    raise ValueError(f"{name}: no such file, and neither a named set nor a hub id (owner/name){hint}")
+
+
+def conversation_of(row: Row) -> dict[str, Any]:
+    """A row as `conversations` (role, content, and what chat templates read beside them), with its `id` and `tools` if any.
+
+    Raises BadSample for what `read_messages` refuses, for columns that are none of those known, and for turns whose roles
+    do not alternate from the user's first on; turns of system and tool may stand anywhere after that.
+    """
+    row = parse(row) if isinstance(row, bytes) else row
+    if not isinstance(row, Mapping):
+        raise BadSample("not a conversation", f"expected an object, got a {type(row).__name__}")
+    sample = {key: row[key] for key in MEDIA_KEYS if key in row}
+    sample["conversations"] = _turns(row)
+    sample["tools"] = row.get("tools")
+    messages, extra = read_messages(sample)
+    _check_order(messages)
+    messages = [{key: message[key] for key in TURN_KEYS if key in message} for message in messages]
+    own_id = next((row[key] for key in ID_COLUMNS if type(row.get(key)) in (str, int)), None)
+    return {**({} if own_id is None else {"id": own_id}), "conversations": messages, **extra}
+
+
+def _turns(row: Mapping[str, Any]) -> Any:
+    column = next((key for key in TURN_COLUMNS if row.get(key) is not None), None)
+    question, answer = _column(row, QUESTION_COLUMNS), _column(row, ANSWER_COLUMNS)
+    if column is not None:
+        turns = parse_text(row[column], column)
+    elif question is not None and answer is not None:
+        turns = [_turn("user", _question(row, question)), _turn("assistant", _answer(row[answer]))]
+    else:
+        known = f"expected one of {', '.join(TURN_COLUMNS)}, or a question and its answer"
+        raise BadSample("unknown columns", f"found {', '.join(map(str, row)) or 'none'}; {known}")
+    if not isinstance(turns, list):
+        return turns
+    if column == "data" and all(isinstance(text, str) for text in turns):
+        turns = [_turn("assistant" if index % 2 else "user", text) for index, text in enumerate(turns)]
+    turns = [_normalised(turn) for turn in turns]
+    system = next((row[key] for key in SYSTEM_COLUMNS if row.get(key)), None)
+    has_own = bool(turns) and isinstance(turns[0], dict) and "system" in (turns[0].get("role"), turns[0].get("from"))
+    return turns if system is None or has_own else [_turn("system", system), *turns]
+
+
+def _column(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of the columns that holds something; else the first that is there, whose emptiness is then refused."""
+    there = [name for name in names if name in row]
+    return next((name for name in there if row[name] is not None), there[0] if there else None)
+
+
+def _turn(role: str, content: Any) -> Message:
+    return {"role": role, "content": content}
+
+
+def _question(row: Mapping[str, Any], column: str) -> Any:
+    """The question; an instruction is followed by the input that it is about."""
+    parts = [row[column], row.get("input") if column == "instruction" else None]
+    texts = [part for part in parts if part]
+    return "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else parts  # which is refused
+
+
+def _answer(answer: Any) -> Any:
+    """The answer; GSM8K's, known by its last line, without the calculator's notes, which nobody should learn to say."""
+    return CALCULATOR_NOTE.sub("", answer) if isinstance(answer, str) and GSM8K_RESULT.search(answer.rstrip()) else answer
+
+
+def _normalised(turn: Any) -> Any:
+    """A turn with its role in lower case and by its usual name; keys without a value are gone."""
+    turn = parse_text(turn, "a turn")
+    if not isinstance(turn, dict):
+        return turn
+    turn = {key: value for key, value in turn.items() if value is not None}
+    key = "role" if "role" in turn else "from"
+    if isinstance(turn.get(key), str):
+        role = turn[key].strip().lower()
+        turn[key] = "assistant" if role in ASSISTANTS else role
+    return turn
+
+
+def _check_order(messages: Sequence[Message]) -> None:
+    roles = [message["role"] for message in messages]
+    first = next(role for role in roles if role not in ("system", "developer"))
+    if first != "user":
+        raise BadSample(f"starts with the {first}", "expected the user's turn first, after the system's if there is one")
+    for index, (role, following) in enumerate(zip(roles, roles[1:], strict=False)):
+        if role == following and role in ("user", "assistant"):
+            raise BadSample("roles do not alternate", f"turns {index} and {index + 1} are both the {role}'s")
+
+
+def _files(name: str) -> list[Path]:
+    """The files that a name stands for, sorted; none if there is nothing of that name. Raises ValueError for other files."""
+    path = Path(name)
+    if path.is_file():
+        if not name.endswith(FILE_TYPES):
+            raise ValueError(f"{name}: expected a file that ends in {', '.join(FILE_TYPES)}")
+        return [path]
+    found = path.iterdir() if path.is_dir() else [Path(file) for file in glob.glob(name)]
+    files = sorted(file for file in found if file.is_file() and file.name.endswith(FILE_TYPES))
+    if path.is_dir() and not files:
+        raise ValueError(f"{name}: the folder holds no file that ends in {', '.join(FILE_TYPES)}")
+    return files
+
+
+def _file_part(path: Path) -> _Part:
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path}: the file is empty; expected conversations")
+    if path.suffix == ".parquet":
+        parquet = _package("pyarrow.parquet")
+        with _on_one_line(str(path)):
+            num_rows = parquet.read_metadata(path).num_rows
+        return _Part(partial(_table_rows, str(path), partial(_parquet_rows, path)), num_rows, "rows")
+    return _Part(partial(_items if path.suffix == ".json" else _lines, path), size, "bytes")
+
+
+def _hub_part(name: str, hub_id: str, config: str, split: str) -> _Part:
+    datasets = _package("datasets")
+    datasets.disable_progress_bars()
+    with _on_one_line(name):
+        dataset = datasets.load_dataset(hub_id, config or None, split=split, streaming=True)
+        if dataset.features:
+            dataset = dataset.decode(False)  # images are refused, so nobody need decode them
+    info = (dataset.info.splits or {}).get(split)
+    return _Part(partial(_table_rows, name, partial(iter, dataset)), (info and info.num_examples) or None, "rows")
+
+
+def _lines(path: Path) -> Iterator[Placed]:
+    """The lines of a JSONL file that are not blank, as bytes: one that is not UTF-8 must not cost the others."""
+    number = 0
+    with path.open("rb") as raw:
+        try:
+            for number, line in enumerate(gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line, raw.tell()
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: cannot be unpacked after line {number} ({error}); fetch it again") from error
+
+
+def _items(path: Path) -> Iterator[Placed]:
+    """The items of a JSON list, or JSON values one after the other, with one of them and a chunk in memory.
+
+    Bytes that are not UTF-8 become surrogates, which no text to train on may hold.
+    """
+    decode, number = json.JSONDecoder().raw_decode, 0
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read(CHUNK_CHARACTERS).lstrip()
+        start = 1 if text.startswith("[") else 0
+        while True:
+            start = BETWEEN_ITEMS.match(text, start).end()
+            try:
+                item, start = decode(text, start)
+            except (ValueError, RecursionError) as error:
+                more = file.read(max(CHUNK_CHARACTERS, len(text) - start))  # an item may be longer than a chunk
+                if not more and text[start:].strip() not in ("", "]"):
+                    raise ValueError(f"{path}: not JSON after row {number} ({error}); mend or fetch it again") from error
+                if not more:
+                    return
+                text, start = text[start:] + more, 0
+                continue
+            number += 1
+            yield f"{path} row {number}", item, file.buffer.tell()
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with _package("pyarrow.parquet").ParquetFile(path) as file:
+        for batch in file.iter_batches(ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def _table_rows(name: str, read: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[Placed]:
+    """Rows of an Arrow table, without the keys that only other rows have."""
+    with _on_one_line(name):
+        rows = read()
+    number = 0
+    while True:
+        with _on_one_line(name):
+            row = next(rows, None)
+        if row is None:
+            return
+        number += 1
+        yield f"{name} row {number}", {column: _without_none(value) for column, value in row.items()}, number
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise ValueError(f"prepare_data.py needs the package {package}: pip install 'draftspeed[data]'") from error
+
+
+@contextmanager
+def _on_one_line(name: str) -> Iterator[None]:
+    """Whatever the package datasets, Arrow and the hub's client raise becomes a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+        of_hub = "check name, config, split (owner/name:config:split) and network, or give a file that you fetched"
+        mend = "fetch it again" if name.endswith(FILE_TYPES) else of_hub
+        raise ValueError(f"{name}: cannot be read: {problem}; {mend}") from error
+
+
+def _without_none(value: Any) -> Any:
+    """Arrow gives every row the keys of all rows; those that a row lacks are None and go."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,34 @@
+"""Reading a run's conversations, with the progress and the summary that a person sees."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.sections import DataSection
+from engine.data.dataset import DataReport, load_documents
+from engine.data.documents import Documents
+from engine.data.tokenised import tokenise
+from engine.host.telemetry import Telemetry
+from engine.parallel.mesh import World
+
+
+def read_documents(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry
+) -> tuple[Documents, DataReport]:
+    """The documents of `section.train`, and what became of its conversations: from `cache_dir`, or in memory if that is null.
+
+    Raises ValueError as `load_documents` does.
+    """
+    num_bytes = sum(Path(path).stat().st_size for path in section.train if Path(path).is_file())
+    with telemetry.progress(num_bytes, "bytes") as progress:
+
+        def show(done: int, total: int) -> None:
+            progress.move_to(done, "bytes of conversations")
+
+        if section.cache_dir is None:
+            documents, report = load_documents(section.train, tokenizer, section, on_progress=show)
+        else:
+            builds = world.local_rank == 0
+            documents, report = tokenise(section.train, tokenizer, section, builds=builds, on_progress=show)
+    telemetry.note(report.summary())
+    return documents, report

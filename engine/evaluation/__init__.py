@@ -1,0 +1,1 @@
+"""Speculative decoding, the acceptance measured with it, and the report of a run."""

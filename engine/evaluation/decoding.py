@@ -1,0 +1,297 @@
+"""Greedy speculative decoding: a drafter proposes tokens, one target forward judges them all.
+
+Committed tokens are `x[0..n]`. The target has not read `x[n]` yet: its cache and its auxiliary hidden states end at `n-1`. So
+the draft's newest step-0 row is `t = n-1`; it reads `x[n]` and proposes `x[n+1]`, and its chain `(t, 1..)` goes on from there.
+One forward over `x[n]` and the proposals keeps those that equal the target's own choices, and adds one more of these.
+The draft's step-0 keys come from true auxiliary states only; what was drafted and lost leaves no trace in either cache.
+"""
+
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import DynamicCache
+
+from engine.models.eagle3.draft import LayerKeys, ServedDraft
+from engine.models.target_families import cache_rolls_back
+from engine.target.frozen import Capture, FrozenTarget, capture
+
+_ROWS_PER_STEP = 512
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt was continued with, and at what cost.
+
+    token_ids: generated tokens; an end token is the last of them. num_target_forwards: forwards after the prompt's.
+    proposed_per_forward, accepted_per_forward: drafted tokens that were judged, and those that were right; tokens drafted
+    behind an end token are not judged. seconds: from the first token to the last, the drafter's reading of the prompt included;
+    0 where no cache kept what was read, so that time would say nothing.
+    """
+
+    token_ids: list[int]
+    num_target_forwards: int
+    proposed_per_forward: list[int]
+    accepted_per_forward: list[int]
+    seconds: float
+
+
+class Drafter(Protocol):
+    """Proposes what follows the committed tokens; it reads nothing else."""
+
+    def start(self, token_ids: list[int], aux_TA: torch.Tensor) -> None:
+        """Forget everything; read a prompt and the token after it. aux_TA: [T, 3D], states of all of these but the last."""
+        ...
+
+    def extend(self, token_ids: list[int], aux_QA: torch.Tensor) -> None:
+        """Read `Q` newly committed tokens. aux_QA: [Q, 3D], states of the positions just before them."""
+        ...
+
+    def propose(self, count: int) -> list[int]:
+        """At most `count` tokens, `count >= 1`, to follow the newest one."""
+        ...
+
+
+class Reader(Protocol):
+    """A target that has read a prompt, as `speculate` asks it."""
+
+    def read(self, token_ids: list[int], num_choices: int) -> list[int]:
+        """Read tokens; the target's choice after each of the last `num_choices` of them, or of those before its reply's end."""
+        ...
+
+    def aux(self) -> torch.Tensor:
+        """[Q, 3D], states of what was read last."""
+        ...
+
+    def forget(self, count: int) -> None:
+        """Forget the newest `count` tokens."""
+        ...
+
+
+class PrefixKeys:
+    """One layer's step-0 keys and values over the committed positions, in buffers that double when full."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._key_TGE = self._value_TGE = torch.empty(0)
+
+    def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> LayerKeys:
+        """Append `Q` positions; each attends to itself and to all before it."""
+        first, self.length = self.length, self.length + key_QGE.shape[0]
+        self._key_TGE = _write(self._key_TGE, key_QGE, first)
+        self._value_TGE = _write(self._value_TGE, value_QGE, first)
+        return self.seen_from(torch.arange(first, self.length, device=key_QGE.device))
+
+    def seen_from(self, position_Q: torch.Tensor) -> LayerKeys:
+        """The prefix as rows at `position_Q` see it; ancestors that they add stay with them."""
+        cu_seqlens = torch.tensor([0, self.length], device=position_Q.device)
+        return LayerKeys(position_Q, cu_seqlens, self._key_TGE[: self.length], self._value_TGE[: self.length])
+
+
+def _write(buffer_TGE: torch.Tensor, rows_QGE: torch.Tensor, first: int) -> torch.Tensor:
+    """`buffer_TGE` with `rows_QGE` from position `first` on: in place where they fit, else in a larger copy."""
+    end = first + rows_QGE.shape[0]
+    if end > buffer_TGE.shape[0]:
+        larger_TGE = rows_QGE.new_empty(2 * end, *rows_QGE.shape[1:])
+        if first:
+            larger_TGE[:first] = buffer_TGE[:first]
+        buffer_TGE = larger_TGE
+    buffer_TGE[first:end] = rows_QGE
+    return buffer_TGE
+
+
+class ChainDrafter:
+    """An EAGLE-3 draft, each token drafted from the one before it."""
+
+    def __init__(self, draft: ServedDraft) -> None:
+        self.draft = draft
+
+    def start(self, token_ids: list[int], aux_TA: torch.Tensor) -> None:
+        self.prefix = [PrefixKeys() for _ in self.draft.model.decoder_layers]
+        self.extend(token_ids[1:], aux_TA)
+
+    @torch.inference_mode()
+    def extend(self, token_ids: list[int], aux_QA: torch.Tensor) -> None:
+        model, embed_weight_VD = self.draft.model, self.draft.embed_weight_VD
+        token_Q = torch.tensor(token_ids, device=embed_weight_VD.device)
+        aux_QA = aux_QA.to(embed_weight_VD)
+        for rows_token_Q, rows_aux_QA in zip(token_Q.split(_ROWS_PER_STEP), aux_QA.split(_ROWS_PER_STEP), strict=True):
+            first = self.prefix[0].length
+            position_Q = torch.arange(first, first + rows_token_Q.shape[0], device=token_Q.device)
+            output_QD, _ = model.step(self.draft.embed(rows_token_Q), model.fuse(rows_aux_QA), position_Q, self.prefix)
+        self.position_1, self.output_1D = position_Q[-1:], output_QD[-1:]
+
+    @torch.inference_mode()
+    def propose(self, count: int) -> list[int]:
+        model, output_1D = self.draft.model, self.output_1D
+        keys = [prefix.seen_from(self.position_1) for prefix in self.prefix]
+        drafted = [self.draft.propose_id(output_1D)]
+        for step in range(1, count):
+            embed_1D = self.draft.embed(drafted[-1])
+            output_1D, keys = model.step(embed_1D, model.next_state(output_1D), self.position_1 + step, keys)
+            drafted.append(self.draft.propose_id(output_1D))
+        return torch.cat(drafted).tolist()
+
+
+class PromptLookupDrafter:
+    """Proposes what followed the latest earlier occurrence of the newest `max_ngram` tokens, else of fewer.
+
+    Source: prompt lookup decoding (Saxena, 2023): the baseline that needs no draft.
+    """
+
+    def __init__(self, max_ngram: int = 3) -> None:
+        self.max_ngram = max_ngram
+
+    def start(self, token_ids: list[int], aux_TA: torch.Tensor) -> None:
+        self.token_ids: list[int] = []
+        self.continuation: dict[tuple[int, ...], int] = {}
+        self.extend(token_ids, aux_TA)
+
+    def extend(self, token_ids: list[int], aux_QA: torch.Tensor) -> None:
+        for token_id in token_ids:
+            for ngram in self._newest_ngrams():
+                self.continuation[ngram] = len(self.token_ids)
+            self.token_ids.append(token_id)
+
+    def propose(self, count: int) -> list[int]:
+        for ngram in self._newest_ngrams():
+            if ngram in self.continuation:
+                start = self.continuation[ngram]
+                return self.token_ids[start : start + count]
+        return []
+
+    def _newest_ngrams(self) -> Iterator[tuple[int, ...]]:
+        for size in range(min(self.max_ngram, len(self.token_ids)), 0, -1):
+            yield tuple(self.token_ids[-size:])
+
+
+@dataclass
+class _CachedReader:
+    """The target, its cache, and what its last forward left behind."""
+
+    target: FrozenTarget
+    seen: Capture
+    cache: DynamicCache
+
+    def read(self, token_ids: list[int], num_choices: int) -> list[int]:
+        """Read tokens; the target's choice after each of the last `num_choices` of them."""
+        device = self.target.device
+        ids_1T = torch.tensor([token_ids], device=device)
+        self.target.decoder(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
+        return self.target.head.logits(self.seen.last_hidden()[0, -num_choices:]).argmax(-1).tolist()
+
+    def aux(self) -> torch.Tensor:
+        return self.seen.aux()[0]
+
+    def prepare_to_forget(self) -> None:
+        """Make the cache keep what `forget` needs. Raises ValueError for families whose cache cannot be rolled back."""
+        self.cache.activate_past_recording()
+        if not rolls_back(self.target):
+            kinds = sorted({type(layer).__name__ for layer in self.cache.layers if not layer.is_croppable}) or ["cache"]
+            raise ValueError(
+                f"target family {self.target.config.model_type!r} cannot decode speculatively: its {', '.join(kinds)} cannot "
+                "forget rejected tokens; its acceptance is measured along replies (engine/evaluation/replay.py)"
+            )
+
+    def forget(self, count: int) -> None:
+        self.cache.crop(-count)
+
+
+def rolls_back(target: FrozenTarget) -> bool:
+    """Whether the family's cache can forget rejected tokens, as `speculative_decode` needs."""
+    cache = DynamicCache(config=target.model.config)
+    cache.activate_past_recording()
+    return cache.is_croppable and cache_rolls_back(target.config)
+
+
+@contextmanager
+def _reading(target: FrozenTarget, aux_layers: tuple[int, ...]) -> Iterator[_CachedReader]:
+    with capture(target.model, aux_layers) as seen:
+        yield _CachedReader(target, seen, DynamicCache(config=target.model.config))
+
+
+@torch.inference_mode()
+def greedy_decode(target: FrozenTarget, prompt_ids: list[int], max_new_tokens: int, eos_ids: Collection[int]) -> Generation:
+    """Plain greedy decoding, one token a forward, until an end token or `max_new_tokens` tokens."""
+    check_request(prompt_ids, max_new_tokens)
+    with _reading(target, aux_layers=()) as reader:
+        token_ids = reader.read(prompt_ids, 1)
+        began = time.perf_counter()
+        while len(token_ids) < max_new_tokens and token_ids[-1] not in eos_ids:
+            token_ids += reader.read(token_ids[-1:], 1)
+    num_forwards = len(token_ids) - 1
+    return Generation(token_ids, num_forwards, [0] * num_forwards, [0] * num_forwards, time.perf_counter() - began)
+
+
+@torch.inference_mode()
+def speculative_decode(
+    target: FrozenTarget,
+    drafter: Drafter,
+    prompt_ids: list[int],
+    *,
+    max_new_tokens: int,
+    draft_tokens: int,
+    eos_ids: Collection[int],
+) -> Generation:
+    """Greedy decoding in which each target forward judges up to `draft_tokens` drafted tokens.
+
+    Its tokens are those of `greedy_decode` wherever the target's argmax does not depend on how many tokens a forward reads;
+    in low precision a near-tie may. Raises ValueError for a request that cannot be met, or a target that cannot roll back.
+    """
+    check_request(prompt_ids, max_new_tokens)
+    with _reading(target, target.aux_layers) as reader:
+        first_ids = reader.read(prompt_ids, 1)
+        reader.prepare_to_forget()
+        limits = {"max_new_tokens": max_new_tokens, "draft_tokens": draft_tokens, "eos_ids": eos_ids}
+        return speculate(reader, drafter, prompt_ids, first_ids, **limits)
+
+
+def speculate(
+    reader: Reader,
+    drafter: Drafter,
+    prompt_ids: list[int],
+    first_ids: list[int],
+    *,
+    max_new_tokens: int,
+    draft_tokens: int,
+    eos_ids: Collection[int],
+) -> Generation:
+    """`speculative_decode` from `first_ids` on, the one token that follows the prompt. reader: has read the prompt."""
+    if draft_tokens < 1:
+        raise ValueError(f"draft_tokens={draft_tokens}: expected at least 1; greedy_decode needs none")
+    token_ids, proposed, accepted = [*first_ids], [], []
+    began = time.perf_counter()
+    drafter.start(prompt_ids + token_ids, reader.aux())
+    while len(token_ids) < max_new_tokens and token_ids[-1] not in eos_ids:
+        room = min(draft_tokens, max_new_tokens - len(token_ids) - 1)
+        drafted = drafter.propose(room) if room else []
+        choices = reader.read(token_ids[-1:] + drafted, len(drafted) + 1)
+        num_accepted = _common_length(drafted, choices)
+        new_ids = _up_to_end(choices[: num_accepted + 1], eos_ids)
+        proposed.append(min(len(drafted), len(new_ids)) if new_ids[-1] in eos_ids else len(drafted))
+        accepted.append(min(num_accepted, len(new_ids)))
+        reader.forget(len(drafted) - num_accepted)
+        drafter.extend(new_ids, reader.aux()[: len(new_ids)])
+        token_ids += new_ids
+    return Generation(token_ids, len(accepted), proposed, accepted, time.perf_counter() - began)
+
+
+def check_request(prompt_ids: list[int], max_new_tokens: int) -> None:
+    """Raises ValueError for a prompt or a limit that leaves nothing to decode."""
+    if not prompt_ids:
+        raise ValueError("the prompt holds no token; expected at least one to continue")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+
+
+def _common_length(drafted: list[int], choices: list[int]) -> int:
+    pairs = enumerate(zip(drafted, choices, strict=False))
+    return next((i for i, (token_id, choice) in pairs if token_id != choice), min(len(drafted), len(choices)))
+
+
+def _up_to_end(token_ids: list[int], eos_ids: Collection[int]) -> list[int]:
+    end = next((i for i, token_id in enumerate(token_ids) if token_id in eos_ids), len(token_ids))
+    return token_ids[: end + 1]

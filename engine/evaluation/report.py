@@ -1,0 +1,81 @@
+"""What a run leaves behind for a person: the summary at its end, and the same as JSON."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from engine.config.sections import DRAFT
+from engine.evaluation.acceptance import AcceptanceReport
+from engine.host.files import write_json
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Acceptance on held-out prompts before and after training and with prompt lookup; seconds a stage; the draft's place.
+
+    before, after, prompt_lookup: None where the target was not loaded, so that nothing could be decoded.
+    left_out: documents that nothing was learned from because their states are not finite, by name.
+    """
+
+    output_dir: Path
+    stage_s: dict[str, float]
+    vocab_coverage: float
+    before: AcceptanceReport | None = None
+    after: AcceptanceReport | None = None
+    prompt_lookup: AcceptanceReport | None = None
+    left_out: tuple[str, ...] = ()
+
+    def save(self) -> None:
+        """Write `summary.json` into the output folder. Raises WriteError."""
+        content = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        write_json(self.output_dir / SUMMARY, content)
+
+    def show(self, console: Console) -> None:
+        if self.after is not None and self.after.num_prompts:
+            reports = {"untrained draft": self.before, "trained draft": self.after, "prompt lookup": self.prompt_lookup}
+            console.print(acceptance_table(reports))
+        times = ", ".join(f"{name[0].lower()}{name[1:]} {seconds:.0f} s" for name, seconds in self.stage_s.items())
+        console.print(f"Time: {times}")
+        if self.left_out:
+            console.print(
+                f"Left out, since the target's states are not finite: {len(self.left_out)} documents, named in {SUMMARY}"
+            )
+        console.print(f"Draft, ready for SGLang: {self.output_dir / DRAFT}\n\nNext:")
+        timed = self.after is None or self.after.num_prompts == 0 or self.after.tokens_per_s is not None
+        start = "python" if timed else "deepspeed"  # an untimed target may need all its ranks
+        console.print(f"  {start} launcher/measure_acceptance.py --draft {self.output_dir / DRAFT} --show")
+        console.print(
+            "  deepspeed launcher/train.py --ds_config ds_configs/zero2.json --recipe launcher/recipes/llama3.1-8b.yaml "
+            "data.train=YOURS.jsonl data.held_out=HELD_OUT.jsonl"
+        )
+        console.print("  python launcher/train.py --help")
+
+
+def acceptance_table(reports: dict[str, AcceptanceReport]) -> Table:
+    """What each way of drafting gave, beside plain greedy decoding; fits 80 columns with five drafted tokens."""
+    some = next(iter(reports.values()))
+    table = Table(
+        title=f"Greedy decoding of {some.num_prompts} held-out prompts, {some.num_tokens} tokens",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    table.add_column("drafting", no_wrap=True)
+    for heading in ("acceptance\nlength", "accepted %\nby depth", "tokens/s", "speed", "unlike\ngreedy"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("none", "1.00", "", _rate(some.plain_tokens_per_s), "1.00x" if some.plain_tokens_per_s else "-", "")
+    for name, report in reports.items():
+        depths = " ".join("-" if share is None else f"{100 * share:.0f}" for share in report.acceptance_per_depth)
+        speed = f"{report.tokens_per_s / report.plain_tokens_per_s:.2f}x" if report.plain_tokens_per_s else "-"
+        differs = "-" if report.mismatches is None else f"{report.mismatches} of {report.num_prompts}"
+        table.add_row(name, f"{report.acceptance_length:.2f}", depths, _rate(report.tokens_per_s), speed, differs)
+    return table
+
+
+def _rate(tokens_per_s: float | None) -> str:
+    return f"{tokens_per_s:.0f}" if tokens_per_s else "-"

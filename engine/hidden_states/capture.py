@@ -1,0 +1,314 @@
+"""The capture job, in order: data, plan, target, shards, manifest. What it leaves is what offline training reads."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from engine.batch import PackedBatch
+from engine.config.sections import Config, TttSection
+from engine.data.corpus import read_documents
+from engine.data.documents import Document, Documents
+from engine.data.fingerprint import hash_of, trained_with
+from engine.data.packing import collate
+from engine.data.templates import load_tokenizer
+from engine.hidden_states.finite import MAX_NAMED, NonFiniteError, check_share, fault_of, place_names
+from engine.hidden_states.sources import Online
+from engine.hidden_states.store_format import (
+    MANIFEST,
+    TARGET_FOLDER,
+    Contents,
+    Layout,
+    Manifest,
+    Shard,
+    StoreError,
+    plan_shards,
+)
+from engine.hidden_states.store_reader import MappedShard
+from engine.hidden_states.store_writer import (
+    LeftOut,
+    NonFiniteDocument,
+    Piece,
+    ShardFile,
+    StoredTensors,
+    StoreWriter,
+)
+from engine.hidden_states.stored_target import HEAD, save_head
+from engine.host.files import DISK_FULL, PARTIAL, write_text, writing
+from engine.host.telemetry import Telemetry
+from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.target_families import check_aux_layers, default_aux_layers, num_layers, text_config
+from engine.parallel.mesh import World
+from engine.target.frozen import FrozenTarget
+from engine.weights.quantised_checkpoint import check_fp8_activations
+
+SHARDS_PER_RANK = 4  # at least, so that all have work to the end
+DOCUMENTS_AT_A_TIME = 512
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """num_documents, num_tokens, num_slots, num_bytes: of the whole store. new_bytes, seconds: of this run, all ranks."""
+
+    folder: Path
+    num_documents: int
+    num_tokens: int
+    num_slots: int
+    num_bytes: int
+    new_bytes: int
+    seconds: float
+    num_left_out: int = 0
+
+    def summary(self) -> str:
+        per_token = self.num_bytes / max(1, self.num_tokens) / 1024
+        lines = [
+            f"{self.folder}: {self.num_documents:,} documents, {self.num_tokens:,} tokens, {self.num_slots:,} slots, "
+            f"{self.num_bytes / 2**20:,.1f} MiB, {per_token:.2f} KiB a token",
+            f"written now: {self.new_bytes / 2**20:,.1f} MiB in {self.seconds:.0f} s",
+            f"Next: deepspeed launcher/train.py --ds_config ds_configs/zero2.json target.store={self.folder}",
+        ]
+        if self.num_left_out:
+            count = f"{self.num_left_out:,} documents have states that are not finite and are left out"
+            lines.insert(1, f"{count}; launcher/inspect_store.py names them")
+        return "\n".join(lines)
+
+
+class Capture:
+    """One rank's share of a store."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world, self.folder = config, world, Path(config.target.store)
+        self.telemetry = Telemetry(speaks=world.is_main)
+
+    def run(self) -> CaptureReport:
+        """The whole job; raises ValueError before the target is loaded where it can be, StoreError or OSError on a bad disk."""
+        section = self.config.target
+        tokenizer = load_tokenizer(section, self.config.data)
+        source = Online(self.config, tokenizer, self.world, self.telemetry)
+        target_config = source.target_config
+        contents = self.contents(tokenizer, target_config, source.target_identity)
+        with self.telemetry.stage("Reading the data"):
+            documents, _ = read_documents(self.config.data, tokenizer, self.world, self.telemetry)
+            documents.check_token_ids(contents.vocab_size)
+            manifest = self.plan(contents, documents)
+            missing = self.missing(manifest)
+            self.check_disk(manifest, missing)
+        self.world.barrier()  # every rank has the same plan, made from the same folder
+        if self.world.is_main:
+            self.begin(manifest, tokenizer, target_config)
+        self.world.barrier()
+        with self.telemetry.stage("Loading the target"):
+            target = source.load_target(contents.aux_layers)
+            self.keep_head(target)
+        started = time.perf_counter()
+        with self.telemetry.stage("Capturing"):
+            new_bytes = self.capture(target, documents, manifest.contents, missing[self.world.rank :: self.world.size])
+        self.world.barrier()
+        manifest = self.complete(manifest)
+        num_tokens, num_slots = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("num_tokens", "num_slots"))
+        sizes = len(documents), num_tokens, num_slots, manifest.num_bytes
+        new_bytes = int(self.world.sum(torch.tensor(new_bytes, device=self.world.device)).item())
+        seconds = time.perf_counter() - started
+        return CaptureReport(self.folder, *sizes, new_bytes, seconds, manifest.num_left_out)
+
+    def contents(self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig, identity: str) -> Contents:
+        """Return the contents of the store to be written. identity: as `target_identity` returns it."""
+        config, text = self.config, text_config(target_config)
+        check_fp8_activations(target_config, config.target)
+        count = num_layers(text)
+        aux_layers = check_aux_layers(config.target.aux_layers or default_aux_layers(count), count)
+        chosen = "float32" if self.world.device.type == "cpu" else "bfloat16"
+        return Contents(
+            target=config.target.path,
+            revision=config.target.revision,
+            config_hash=hash_of(text.to_dict()),
+            **trained_with(tokenizer, config.data),
+            aux_layers=tuple(aux_layers),
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
+            mask_alignment=config.ttt.mask_alignment,
+            temperature=config.loss.temperature,
+            dtype=chosen if config.store.dtype == "auto" else config.store.dtype,
+            fp8_activations=config.target.fp8_activations,
+            target_identity=identity,
+        )
+
+    def plan(self, contents: Contents, documents: Documents) -> Manifest:
+        """That of the capture which this one continues, or a new one. Raises StoreError where it is another capture's."""
+        checksum = f"{documents.checksum:08x}"
+        if not (self.folder / MANIFEST).exists():
+            lengths, slots = documents.lengths.tolist(), count_slots(documents, self.config.ttt)
+            total = sum(lengths) * contents.bytes_per_token + sum(slots) * contents.bytes_per_slot
+            at_most = total // (SHARDS_PER_RANK * self.world.size) if self.world.size > 1 else total
+            shards = plan_shards(lengths, slots, contents, min(self.config.store.shard_mb << 20, at_most))
+            return Manifest(contents, checksum, shards)
+        manifest = Manifest.read(self.folder)
+        differences = contents.differences(manifest.contents)
+        if manifest.corpus_checksum != checksum:
+            differences.append(f"conversations: {manifest.num_documents:,} documents, now {len(documents):,}, or other words")
+        if differences:
+            problem = f"{self.folder} holds another capture: " + "; ".join(differences)
+            raise StoreError(f"{problem}. Restore these to continue it, or name another folder in target.store")
+        if manifest.contents.target_identity is None:
+            self.telemetry.note(
+                "  this capture was begun before the target's identity was recorded: whether the target's weights are "
+                "still the same is not known"
+            )
+        return manifest
+
+    def missing(self, manifest: Manifest) -> list[Shard]:
+        """Shards that are still to be written; one that is there but not whole is among them."""
+        missing = []
+        for shard in manifest.shards:
+            try:
+                MappedShard(self.folder, manifest.contents, shard)
+            except StoreError:
+                missing.append(shard)
+        there = len(manifest.shards) - len(missing)
+        if there:
+            self.telemetry.note(f"  {there} of {len(manifest.shards)} shards are there already")
+        return missing
+
+    def check_disk(self, manifest: Manifest, missing: Sequence[Shard]) -> None:
+        """Raises StoreError if what is missing does not fit the free disk."""
+        needed = sum(Layout.of(manifest.contents, shard).num_bytes for shard in missing)
+        existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in self.folder.glob(f"*{PARTIAL}"))
+        self.telemetry.note(f"  {len(missing)} shards to write, {needed / 2**30:,.2f} GiB; {free / 2**30:,.2f} GiB are free")
+        if needed > free:
+            problem = f"{self.folder} needs {needed / 2**30:,.2f} GiB, its disk has {free / 2**30:,.2f} GiB free"
+            raise StoreError(
+                f"{problem}; free some, name another disk, or set store.dtype=float8_e4m3, which takes half of bfloat16"
+            )
+
+    def begin(self, manifest: Manifest, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> None:
+        """The folder, the plan, and the target's config and tokenizer, which offline training reads."""
+        with writing(self.folder):
+            (self.folder / TARGET_FOLDER).mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(f"*{PARTIAL}"):
+                leftover.unlink()
+            target_config.save_pretrained(self.folder / TARGET_FOLDER)
+            tokenizer.save_pretrained(self.folder / TARGET_FOLDER)
+        if not (self.folder / MANIFEST).exists():
+            self.write_manifest(manifest)
+
+    def keep_head(self, target: FrozenTarget) -> None:
+        """Its head and embedding, written by rank 0; a collective where ranks share the head, which is whole only in here."""
+        path, head = self.folder / TARGET_FOLDER / HEAD, target.whole_head()
+        embed_weight_VD = None if target.is_tied else target.embedding.whole()
+        if self.world.is_main and not path.is_file():
+            save_head(path, head, embed_weight_VD)
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        write_text(self.folder / MANIFEST, manifest.to_json())
+
+    def capture(self, target: FrozenTarget, documents: Documents, contents: Contents, shards: Sequence[Shard]) -> int:
+        """Write this rank's shards; returns the bytes."""
+        threads, stops = self.config.store.threads, self.config.target.non_finite == "stop"
+        writer, files = StoreWriter(threads, depth=2 * threads, stops=stops), []
+        namer = Namer(documents, target.aux_layers, self.telemetry.warn)
+        try:
+            with self.telemetry.progress(sum(shard.num_tokens for shard in shards), "tokens") as progress:
+                done = num_documents = 0
+                for shard in shards:
+                    files.append(ShardFile(self.folder, contents, shard))
+                    for piece in self.pieces(target, documents, files[-1]):
+                        writer.put(piece)
+                        done += piece.batch.num_tokens
+                        num_documents += len(piece.batch.host_lengths)
+                        namer.name_new(writer.left_out)
+                        check_share(len(writer.left_out), num_documents)
+                        progress.move_to(done, f"tokens, {writer.num_bytes / 2**20:,.0f} MiB written")
+            target.rest()
+            writer.close()
+            namer.name_new(writer.left_out)
+        except NonFiniteError:
+            abandon(writer, files)
+            raise
+        except NonFiniteDocument as error:
+            abandon(writer, files)
+            advice = "Delete it, or set target.non_finite=leave_out to capture without it"
+            raise StoreError(f"{namer.describe(error.left_out)}. {advice}") from error
+        except OSError as error:
+            abandon(writer, files)
+            if error.errno not in DISK_FULL:
+                raise
+            there = sum((self.folder / shard.name).is_file() for shard in shards)
+            problem = f"{self.folder}: the disk is full; {there} of this rank's {len(shards)} shards are written and whole"
+            raise StoreError(f"{problem}. Free some space and run the same command: it continues with the next one") from error
+        return writer.num_bytes
+
+    def pieces(self, target: FrozenTarget, documents: Documents, file: ShardFile) -> Iterator[Piece]:
+        """A shard's documents, some at a time through the target, on their way to the host."""
+        first_document = first_token = first_slot = 0
+        for batch in packed_in_order([documents[index] for index in file.shard.documents], self.config.data.max_tokens):
+            slots_N = slots_of(allowed_rows(batch, self.config.ttt))
+            on_device = batch.to(target.device)
+            stored = StoredTensors.of(on_device, target(on_device, slots_N), file.contents.dtype)
+            yield Piece(file, first_document, first_token, first_slot, batch, slots_N, **vars(stored))
+            first_document += len(batch.host_lengths)
+            first_token, first_slot = first_token + batch.num_tokens, first_slot + len(slots_N)
+
+    def complete(self, manifest: Manifest) -> Manifest:
+        """The manifest with every shard's checksum and what was left out of it, written by rank 0."""
+        shards = []
+        for shard in manifest.shards:
+            mapped = MappedShard(self.folder, manifest.contents, shard)
+            shards.append(replace(shard, checksum=mapped.checksum, left_out=mapped.left_out))
+        manifest = replace(manifest, shards=tuple(shards))
+        if self.world.is_main:
+            self.write_manifest(manifest)
+        return manifest
+
+
+class Namer:
+    """Names the documents that a capture leaves out, on this rank."""
+
+    def __init__(self, documents: Documents, aux_layers: tuple[int, ...], warn: Callable[[str], None]) -> None:
+        self._documents, self._warn = documents, warn
+        self._places = place_names(aux_layers)
+        self._num_named = 0
+
+    def describe(self, entry: LeftOut) -> str:
+        """Return a document's name and the first place where its states are not finite."""
+        place = self._places[entry.place]
+        return fault_of(self._documents.name_of(entry.document), place)
+
+    def name_new(self, left_out: Sequence[LeftOut]) -> None:
+        """Print what was added since the last call; beyond `MAX_NAMED` documents the manifest alone names them."""
+        new = left_out[self._num_named : MAX_NAMED]
+        for entry in new:
+            self._warn(f"  left out {self.describe(entry)}")
+        self._num_named += len(new)
+
+
+def abandon(writer: StoreWriter, files: Sequence[ShardFile]) -> None:
+    """Stop writing, and leave nothing behind of the shards that are not whole."""
+    writer.stop()
+    for file in files:
+        file.abandon()
+
+
+def count_slots(documents: Documents, ttt: TttSection) -> list[int]:
+    """Slots of each document."""
+    counts: list[int] = []
+    for start in range(0, len(documents), DOCUMENTS_AT_A_TIME):
+        batch = collate([documents[index] for index in range(start, min(start + DOCUMENTS_AT_A_TIME, len(documents)))])
+        bounds = torch.searchsorted(slots_of(allowed_rows(batch, ttt)), batch.cu_seqlens.long())
+        counts += bounds.diff().tolist()
+    return counts
+
+
+def packed_in_order(documents: Sequence[Document], max_tokens: int) -> Iterator[PackedBatch]:
+    """Documents that follow one another, as many at a time as fit."""
+    together: list[Document] = []
+    for document in documents:
+        if together and sum(map(len, together)) + len(document) > max_tokens:
+            yield collate(together)
+            together = []
+        together.append(document)
+    yield collate(together)

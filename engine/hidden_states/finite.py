@@ -1,0 +1,99 @@
+"""Documents whose hidden states are NaN or infinite: found and left out on the device, without a wait of the host.
+
+A target that overflows, or that has a bad row in its embedding, gives such states for some documents. One of them would make
+the loss and every weight of the draft NaN. They are set to zero before they enter any product, since 0 * NaN is NaN.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engine.batch import MicroBatch, PackedBatch, StateFaults, TargetOutput, documents_of
+
+NUM_AUX = 3
+INFINITY = float("inf")
+MAX_NAMED = 20  # documents that a rank names in words
+MIN_SEEN = 32  # documents, before the share below is looked at
+MAX_SHARE = 0.5  # if more than this share of the documents is left out, the target must be broken
+
+
+class NonFiniteError(ValueError):
+    """Training that cannot go on because of NaN or infinity; the message names the step or the document."""
+
+
+def check_share(num_left_out: int, num_documents: int, when: str = "") -> None:
+    """Raise NonFiniteError if so many of the documents so far were left out that the target must be broken.
+
+    when: put in front of the message.
+    """
+    if num_documents >= MIN_SEEN and num_left_out > MAX_SHARE * num_documents:
+        raise NonFiniteError(
+            f"{when}{num_left_out} of {num_documents} documents so far have states that are not finite, so the target itself "
+            "is broken. Check its checkpoint, and target.dtype: float16 overflows where the target was trained in bfloat16"
+        )
+
+
+def place_names(aux_layers: Sequence[int]) -> list[str]:
+    """Names of the columns of `StateFaults.by_place`, in the order in which a target computes them."""
+    layers = [f"the output of layer {layer}" for layer in aux_layers]
+    return ["the token embeddings", *layers, "the last hidden states"]
+
+
+def fault_of(name: str, place: str) -> str:
+    """Return what is said of a document or prompt whose states are not finite. place: one of `place_names`."""
+    return f"{name}: NaN or infinity, first in {place} of the target"
+
+
+def find_faults(batch: PackedBatch, target: TargetOutput, embed_TD: Tensor | None) -> StateFaults:
+    """Find the documents with states that are not finite; everything on the device of `target`, nothing is read from it.
+
+    embed_TD: [T, D] embeddings of the tokens; None if nobody reads them.
+    """
+    num_documents = batch.cu_seqlens.shape[0] - 1
+    document_T = documents_of(batch.cu_seqlens, batch.num_tokens)
+    aux_T3A = target.aux_TA.unflatten(1, (NUM_AUX, -1))
+    bad_T4 = torch.zeros(batch.num_tokens, 1 + NUM_AUX, dtype=torch.bool, device=document_T.device)
+    bad_T4[:, 1:] = has_fault(aux_T3A)
+    if embed_TD is not None:
+        bad_T4[:, 0] = has_fault(embed_TD)
+    bad_N = has_fault(target.last_hidden_ND) | ~target.lse_N.isfinite()
+
+    counts = torch.zeros(num_documents, 2 + NUM_AUX, dtype=torch.int32, device=document_T.device)
+    counts[:, :-1].index_add_(0, document_T, bad_T4.int())
+    counts[:, -1].index_add_(0, document_T[target.slots_N], bad_N.int())
+    by_place = counts > 0
+    return StateFaults(by_place, by_place.any(1)[document_T])
+
+
+def has_fault(states: Tensor) -> Tensor:
+    """Return for each row of the last dimension whether a value of it is not finite; makes no copy of the states."""
+    return ~torch.linalg.vector_norm(states, ord=INFINITY, dim=-1).isfinite()
+
+
+def cleaned(target: TargetOutput, faults: StateFaults) -> TargetOutput:
+    """Zero everything that a target gives for documents with faults; `aux_TA` is changed in place."""
+    left_out_N = faults.left_out_T[target.slots_N]
+    return replace(
+        target,
+        aux_TA=target.aux_TA.masked_fill_(faults.left_out_T[:, None], 0),
+        last_hidden_ND=target.last_hidden_ND.masked_fill(left_out_N[:, None], 0),
+        argmax_N=target.argmax_N.masked_fill(left_out_N, 0),
+        lse_N=target.lse_N.masked_fill(left_out_N, 0),
+    )
+
+
+def without_faulty_documents(micro: MicroBatch) -> MicroBatch:
+    """Leave out the documents whose states are not finite; the rest of the micro-batch is as without them.
+
+    Their rows carry no loss, count in no metric and in no normaliser, and all that is computed from them is zero.
+    """
+    faults = find_faults(micro.batch, micro.target, micro.embed_TD)
+    return replace(
+        micro,
+        target=cleaned(micro.target, faults),
+        embed_TD=micro.embed_TD.masked_fill(faults.left_out_T[:, None], 0),
+        allowed_ST=micro.allowed_ST & ~faults.left_out_T,
+        faults=faults,
+    )

@@ -1,0 +1,124 @@
+"""Where a run learns from: the target itself, or what a capture left of it. All that differs between online and offline."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.sections import Config
+from engine.data.corpus import read_documents
+from engine.data.documents import Documents
+from engine.data.fingerprint import trained_with
+from engine.hidden_states.store_reader import open_store
+from engine.hidden_states.stored_target import StoredTarget
+from engine.host.telemetry import Telemetry
+from engine.kernels.self_check import SelfCheck
+from engine.parallel.mesh import TargetMesh, World
+from engine.target.checked_kernels import check_target_kernels
+from engine.target.configuration import load_target_config
+from engine.target.frozen import FrozenTarget
+from engine.target.fused_elementwise import use_liger
+from engine.target.identity import shared_identity
+from engine.weights.quantised_checkpoint import check_quantisation
+
+Target = FrozenTarget | StoredTarget
+
+
+class Online:
+    """Conversations, and the frozen target that runs over them."""
+
+    decodes = True  # whether the target can be asked for replies
+    counted = "the assistant's"  # tokens, for the draft vocabulary
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> None:
+        self._config, self._tokenizer, self._world, self._telemetry = config, tokenizer, world, telemetry
+        self.mesh = TargetMesh.of(config.parallel, world)
+        self.target_config = load_target_config(config.target)
+        self.aux_layers = config.target.aux_layers
+        self.target_identity = self._identify()
+        self.trained_with = trained_with(tokenizer, config.data) | {"target_identity": self.target_identity}
+
+    def _identify(self) -> str:
+        """Check that the target can be read, before anything else takes time; a collective of all ranks."""
+        section = self._config.target
+        check_quantisation(self.target_config, section.path, is_shared=self.mesh.size > 1)
+        with self._telemetry.stage("Checking the target's files"):
+            return shared_identity(section, self._world)
+
+    def documents(self) -> Documents:
+        """Of `data.train`. Raises ValueError for conversations that cannot be used."""
+        return read_documents(self._config.data, self._tokenizer, self._world, self._telemetry)[0]
+
+    def count_tokens(self, documents: Documents, vocab_size: int) -> torch.Tensor:
+        """int64 [V], how often each token is counted for the draft vocabulary."""
+        return torch.from_numpy(documents.count_assistant_tokens(vocab_size))
+
+    def load_target(self, aux_layers: tuple[int, ...]) -> FrozenTarget:
+        """Load the target with kernels that passed the self-check; a collective of all ranks."""
+        section, temperature = self._config.target, self._config.loss.temperature
+        self_check = SelfCheck.of(self._world, self._config.data.cache_dir, self._telemetry.warn)
+        check_target_kernels(self.target_config, section, self_check)
+        target = FrozenTarget.load(
+            section,
+            self._world.device,
+            aux_layers,
+            temperature,
+            self.mesh,
+            self._config.parallel.unproven,
+            self._telemetry.progress,
+        )
+        self._telemetry.note(f"  attention: {target.attention}")
+        replaced = use_liger(target.decoder, target.dtype, self._config.kernels, self_check)
+        self._telemetry.note(f"  liger: {replaced}")
+        for line in target.plan.summary(self.mesh):
+            self._telemetry.note(f"  {line}")
+        return target
+
+
+class Offline:
+    """A store of captured hidden states."""
+
+    decodes = False
+
+    def __init__(self, config: Config, world: World, telemetry: Telemetry) -> None:
+        """Raises StoreError if the store cannot be read, or was captured with other options."""
+        self._world, self._telemetry = world, telemetry
+        self._by_argmax = config.draft.vocab_from == "argmax"
+        self.counted = "the target's most likely" if self._by_argmax else Online.counted
+        self._store = open_store(Path(config.target.store), config.store.skip_bad)
+        self._store.check(
+            aux_layers=config.target.aux_layers,
+            mask_alignment=config.ttt.mask_alignment,
+            temperature=config.loss.temperature,
+            fp8_activations=config.target.fp8_activations,
+        )
+        for problem in self._store.problems:
+            telemetry.note(f"  left out: {problem}")
+        num_left_out = sum(len(shard.left_out) for shard in self._store.documents.shards)
+        if num_left_out:
+            telemetry.note(f"  {num_left_out:,} documents were left out by the capture: their states are not finite")
+        self.aux_layers = self._store.contents.aux_layers
+        self.target_identity = self._store.contents.target_identity
+        self.trained_with = self._store.trained_with
+        if self.target_identity is not None:
+            self.trained_with |= {"target_identity": self.target_identity}
+
+    def documents(self) -> Documents:
+        return self._store.documents
+
+    def count_tokens(self, documents: Documents, vocab_size: int) -> torch.Tensor:
+        """As `Online.count_tokens`."""
+        count = self._store.documents.count_argmax if self._by_argmax else documents.count_assistant_tokens
+        return torch.from_numpy(count(vocab_size))
+
+    def load_target(self, aux_layers: tuple[int, ...]) -> Target:
+        documents = len(self._store.documents)
+        self._telemetry.note(f"  {documents:,} documents of {self._store.folder}; the target itself is not loaded")
+        return StoredTarget(self._store, self._world.device)
+
+
+def open_origin(config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> Online | Offline:
+    """The one that `config.target.store` asks for."""
+    if config.target.store is None:
+        return Online(config, tokenizer, world, telemetry)
+    return Offline(config, world, telemetry)

@@ -1,0 +1,308 @@
+"""What lies in a store: shards of whole documents in safetensors, and a manifest that says of what.
+
+A shard holds, end to end and without padding, its documents' tokens with their auxiliary hidden states, and their slots, the
+positions whose target distribution is learned, with the last hidden state, argmax and log-sum-exp there. Every size follows
+from the documents' lengths and masks: a store's bytes, and any place in a shard, are known before the first is written.
+
+Shapes: T tokens, N slots, n documents of a shard; A = 3 D auxiliary features.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from engine.host.files import is_plain_name
+
+MANIFEST, TARGET_FOLDER, VERSION = "manifest.json", "target", 1
+SUFFIX = ".safetensors"
+NO_CHECKSUM = "0" * 16
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
+BY_SLOT = {"slots", "argmax", "lse", "last_hidden", "last_hidden_scale"}  # tensors with a row a slot; others have one a token
+OF_SHARD = ("checksums", "token_bounds", "slot_bounds")  # but for these, which say where the documents' rows are
+SAFETENSORS = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.bool: "BOOL",
+}
+
+
+class StoreError(ValueError):
+    """A store that cannot be written, continued or read; the message names the file and the mend."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a store is of. Captures may be continued, and stores merged, only where all of it agrees.
+
+    target, revision: as the recipe named it. config_hash, tokenizer_hash, template_hash: of what decides the hidden states.
+    aux_layers, mask_alignment, temperature: as in a recipe. dtype: of the hidden states in the shards. fp8_activations: as in a
+    recipe; manifests of before there was such an option lack it.
+    target_identity: hashes of the target's published config and of its weights; None in manifests of before it was recorded.
+    """
+
+    target: str
+    revision: str | None
+    config_hash: str
+    tokenizer_hash: str
+    template_hash: str
+    aux_layers: tuple[int, ...]
+    hidden_size: int
+    vocab_size: int
+    mask_alignment: str
+    temperature: float
+    dtype: str
+    fp8_activations: bool = False
+    target_identity: str | None = None
+
+    def differences(self, other: "Contents") -> list[str]:
+        """Return the fields in which other contents differ, each as `name: theirs, now ours`.
+
+        Where the target lies is no difference, and neither is an identity that one of the two does not know.
+        """
+        skipped = {"target"}
+        if None in (self.target_identity, other.target_identity):
+            skipped.add("target_identity")
+        compared = [f.name for f in fields(self) if f.name not in skipped]
+        differing = [name for name in compared if getattr(other, name) != getattr(self, name)]
+        found = [f"{name}: {getattr(other, name)!r}, now {getattr(self, name)!r}" for name in differing]
+        if "target_identity" in differing:
+            found.append("so the target's weights or its config.json are not those of the shards that are there")
+        return found
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of a token that is no slot: id, mask, auxiliary states."""
+        return 4 + 1 + 3 * self._bytes_per_state
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Beside those: place, argmax, log-sum-exp, last hidden state."""
+        return 4 + 4 + 4 + self._bytes_per_state
+
+    @property
+    def _bytes_per_state(self) -> int:
+        scale = 4 if self.dtype == "float8_e4m3" else 0
+        return self.hidden_size * DTYPES[self.dtype].itemsize + scale
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the store. first_document: of its documents, which follow one another in the corpus.
+
+    checksum: of its documents' checksums, 16 hexadecimal digits; None until it is written.
+    left_out: places within the shard, from 0, of documents left out because the target's states were not finite.
+    """
+
+    name: str
+    first_document: int
+    num_documents: int
+    num_tokens: int
+    num_slots: int
+    checksum: str | None = None
+    left_out: tuple[int, ...] = ()
+
+    @property
+    def documents(self) -> range:
+        return range(self.first_document, self.first_document + self.num_documents)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """corpus_checksum: of all token ids and masks, in order."""
+
+    contents: Contents
+    corpus_checksum: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        return all(shard.checksum is not None for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def num_left_out(self) -> int:
+        """Documents that nothing is learned from."""
+        return sum(len(shard.left_out) for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(Layout.of(self.contents, shard).num_bytes for shard in self.shards)
+
+    def to_json(self) -> str:
+        head = {"format": "draftspeed hidden states", "version": VERSION, "corpus_checksum": self.corpus_checksum}
+        return (
+            json.dumps(head | {"contents": asdict(self.contents), "shards": [asdict(s) for s in self.shards]}, indent=1) + "\n"
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Raises StoreError where the manifest is missing, cut off or not one of ours."""
+        path = folder / MANIFEST
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["version"] != VERSION:
+                raise StoreError(f"{path} is of version {values['version']}, this DraftSpeed reads {VERSION}; capture again")
+            contents = values["contents"] | {"aux_layers": tuple(values["contents"]["aux_layers"])}
+            shards = tuple(_shard(shard) for shard in values["shards"])
+            _check_shards(shards, path)
+            return cls(Contents(**contents), values["corpus_checksum"], shards)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{folder} is no store: it has no {MANIFEST}; write one with launcher/capture_hidden_states.py"
+            ) from error
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            problem = f"{path} is not a manifest of a store, or was altered ({type(error).__name__}: {error})"
+            raise StoreError(f"{problem}; restore it, or capture again into another folder") from error
+
+
+def _shard(values: dict[str, Any]) -> Shard:
+    """Return a shard as a manifest has it; those of earlier captures name no documents that were left out."""
+    return Shard(**values | {"left_out": tuple(values.get("left_out", ()))})
+
+
+def _check_shards(shards: Sequence[Shard], path: Path) -> None:
+    """Raise StoreError for a shard that is no file of the store's own folder, a shard named twice, or a bad count.
+
+    A count is a whole number of at least 0.
+    """
+    names = [shard.name for shard in shards]
+    for name in names:
+        if not is_plain_name(name) or not name.endswith(SUFFIX):
+            problem = f"{path} names a shard {name!r}, expected a file such as shard-00000{SUFFIX} in the same folder"
+            raise StoreError(f"{problem}; the manifest was altered, so restore it or capture again into another folder")
+    for shard in shards:
+        counts = (shard.first_document, shard.num_documents, shard.num_tokens, shard.num_slots)
+        if any(type(count) is not int or count < 0 for count in counts):
+            problem = f"{path} gives {shard.name} the counts {counts}, expected whole numbers of at least 0"
+            raise StoreError(f"{problem}; it was altered, so restore it or capture again into another folder")
+    if len(set(names)) < len(names):
+        raise StoreError(f"{path} names a shard twice; it was altered, so restore it or capture again into another folder")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a file. offset: of its first byte from the file's start."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape[0] * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A shard's file, byte by byte: a safetensors header, whose `checksum` is filled in last, and its tensors."""
+
+    places: dict[str, Place]
+    header_bytes: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, contents: Contents, shard: Shard) -> "Layout":
+        shapes = _shapes(contents, shard)
+        header_bytes, offset, places = len(_header(shapes, NO_CHECKSUM)), 0, {}
+        for name, (dtype, shape) in shapes.items():
+            places[name] = Place(dtype, shape, header_bytes + offset)
+            offset += places[name].num_bytes
+        return cls(places, header_bytes, header_bytes + offset)
+
+    def header(self, checksum: str) -> bytes:
+        return _header({name: (place.dtype, place.shape) for name, place in self.places.items()}, checksum)
+
+
+def _shapes(contents: Contents, shard: Shard) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Tensors in the order of the file; those of wide elements first, so that all are aligned."""
+    num_documents, num_tokens, num_slots, size = shard.num_documents, shard.num_tokens, shard.num_slots, contents.hidden_size
+    dtype = DTYPES[contents.dtype]
+    shapes = {
+        "token_bounds": (torch.int64, (num_documents + 1,)),
+        "slot_bounds": (torch.int64, (num_documents + 1,)),
+        "checksums": (torch.int64, (num_documents,)),
+        "input_ids": (torch.int32, (num_tokens,)),
+        "slots": (torch.int32, (num_slots,)),
+        "argmax": (torch.int32, (num_slots,)),
+        "lse": (torch.float32, (num_slots,)),
+    }
+    if contents.dtype == "float8_e4m3":
+        shapes |= {"aux_scale": (torch.float32, (num_tokens, 3)), "last_hidden_scale": (torch.float32, (num_slots, 1))}
+    return shapes | {
+        "aux": (dtype, (num_tokens, 3 * size)),
+        "last_hidden": (dtype, (num_slots, size)),
+        "assistant_mask": (torch.bool, (num_tokens,)),
+    }
+
+
+def _header(shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], checksum: str) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "checksum": checksum}}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": SAFETENSORS[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def plan_shards(num_tokens: Sequence[int], num_slots: Sequence[int], contents: Contents, shard_bytes: int) -> tuple[Shard, ...]:
+    """Shards of whole documents that follow one another, each of `shard_bytes` at most, or of one document."""
+
+    def cut() -> Iterator[tuple[int, int, int, int]]:
+        first = tokens = slots = 0
+        for document, (more_tokens, more_slots) in enumerate(zip(num_tokens, num_slots, strict=True)):
+            size = (tokens + more_tokens) * contents.bytes_per_token + (slots + more_slots) * contents.bytes_per_slot
+            if document > first and size > shard_bytes:
+                yield first, document - first, tokens, slots
+                first, tokens, slots = document, 0, 0
+            tokens, slots = tokens + more_tokens, slots + more_slots
+        yield first, len(num_tokens) - first, tokens, slots
+
+    return tuple(Shard(f"shard-{index:05d}{SUFFIX}", *sizes) for index, sizes in enumerate(cut()))
+
+
+def document_checksum(parts: Sequence[np.ndarray]) -> int:
+    """Of a document's rows of every tensor, in the order of the file; as a signed number of 64 bits."""
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).view(np.uint8).data)
+    return int(np.uint64(digest.intdigest()).astype(np.int64))
+
+
+def to_stored(states: torch.Tensor, dtype: str, num_scales: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states [rows, features] as a shard holds them, and fp32 [rows, num_scales], one for each equal part of a row.
+
+    In fp8 a part's largest magnitude becomes 448, the largest that the format has.
+    """
+    if dtype != "float8_e4m3":
+        return states.to(DTYPES[dtype]), None
+    parts = states.float().unflatten(1, (num_scales, -1))
+    scale = parts.abs().amax(-1).clamp_min(1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (parts / scale[..., None]).to(torch.float8_e4m3fn).flatten(1), scale
+
+
+def from_stored(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """What `to_stored` was given, as far as the shard holds it; fp8 becomes bf16."""
+    if scale is None:
+        return stored
+    return (stored.float().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1).bfloat16()

@@ -1,0 +1,130 @@
+"""Stores checked byte by byte, and several captures made into one."""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import xxhash
+
+from engine.hidden_states.store_format import MANIFEST, SUFFIX, TARGET_FOLDER, Manifest, Shard, StoreError
+from engine.hidden_states.store_reader import MappedShard
+from engine.host.files import PARTIAL, sync, write_text, writing
+
+MAX_NAMED = 10  # documents of a shard
+OnProgress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class StoreCheck:
+    """What a store holds, and what is wrong with it: one line a shard, `problems`, none of them if all is well.
+
+    missing: shards that the capture has still to write. seen: shards of which every byte was read and found right.
+    """
+
+    manifest: Manifest
+    problems: tuple[str, ...]
+    missing: int
+    seen: int
+
+
+def check_store(folder: Path, on_progress: OnProgress = lambda num_bytes: None) -> StoreCheck:
+    """Read every byte of a store. on_progress: is called with the bytes read so far. Raises StoreError without a manifest."""
+    manifest, problems, missing, done = Manifest.read(folder), [], 0, 0
+    for shard in manifest.shards:
+        if shard.checksum is None and not (folder / shard.name).exists():
+            missing += 1
+            continue
+        try:
+            mapped = MappedShard(folder, manifest.contents, shard)
+            for document in range(shard.num_documents):
+                mapped.verify(document)
+            _check_finite(mapped)
+            done += mapped.layout.num_bytes
+            on_progress(done)
+        except StoreError as error:
+            problems.append(str(error))
+    return StoreCheck(manifest, tuple(problems), missing, len(manifest.shards) - missing - len(problems))
+
+
+def _check_finite(mapped: MappedShard) -> None:
+    """Raise StoreError, naming the documents, if a shard holds states that are not finite."""
+    shard = mapped.shard
+    found = {index: name for index in range(shard.num_documents) if (name := mapped.non_finite(index)) is not None}
+    if found:
+        named = ", ".join(f"{shard.first_document + index} ({name})" for index, name in list(found.items())[:MAX_NAMED])
+        more = ", ..." if len(found) > MAX_NAMED else ""
+        raise StoreError(
+            f"{mapped.path}: {len(found)} documents hold NaN or infinity: {named}{more}. Training leaves them out and names "
+            "them; delete the shard and run the capture again for a store without them"
+        )
+
+
+@dataclass(frozen=True)
+class Merge:
+    """doubled_shards: left out, since an earlier store has the same. doubled_documents: that several shards hold."""
+
+    manifest: Manifest
+    doubled_shards: int
+    doubled_documents: int
+
+
+def merge_stores(folders: Sequence[Path], into: Path) -> Merge:
+    """One store of the shards of several, which stay as they are: hard links, or copies where they lie on another disk.
+
+    Raises StoreError, before it writes anything, if `into` exists, a capture is not complete or they are of different contents.
+    """
+    if into.exists():
+        raise StoreError(f"{into} exists; name a folder that does not")
+    manifests = [Manifest.read(folder) for folder in folders]
+    identities = [manifest.contents.target_identity for manifest in manifests]
+    # compared with a store that knows its target's identity, so that two that know others never meet
+    first_known = next((place for place, identity in enumerate(identities) if identity is not None), 0)
+    expected = manifests[first_known].contents
+    for folder, manifest in zip(folders, manifests, strict=True):
+        differences = manifest.contents.differences(expected)
+        if differences:
+            problem = f"{folder} is not of what {folders[first_known]} is: {'; '.join(differences)}"
+            raise StoreError(f"{problem}; stores so different stay apart")
+        if not manifest.is_complete:
+            raise StoreError(f"{folder}: the capture is not complete; run it again to continue it, then merge")
+    chosen: list[tuple[MappedShard, Shard]] = []
+    checksums: set[str] = set()
+    documents: dict[int, int] = {}
+    first = 0
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for shard in manifest.shards:
+            mapped = MappedShard(folder, manifest.contents, shard)
+            if shard.checksum in checksums:
+                continue
+            checksums.add(shard.checksum)
+            chosen.append((mapped, replace(shard, name=f"shard-{len(chosen):05d}{SUFFIX}", first_document=first)))
+            first += shard.num_documents
+            for digest in map(_content, map(mapped.document, range(shard.num_documents))):
+                documents[digest] = documents.get(digest, 0) + 1
+    corpus = xxhash.xxh3_64("".join(manifest.corpus_checksum for manifest in manifests).encode()).hexdigest()
+    contents = expected if None not in identities else replace(expected, target_identity=None)
+    merged = Manifest(contents, corpus, tuple(shard for _, shard in chosen))
+    _write_merged(folders[0], chosen, merged, into)
+    doubled_shards = sum(len(manifest.shards) for manifest in manifests) - len(chosen)
+    return Merge(merged, doubled_shards, sum(count - 1 for count in documents.values()))
+
+
+def _content(document) -> int:
+    return xxhash.xxh3_64_intdigest(document.assistant_mask.tobytes(), xxhash.xxh3_64_intdigest(document.input_ids.tobytes()))
+
+
+def _write_merged(first: Path, chosen: list[tuple[MappedShard, Shard]], merged: Manifest, into: Path) -> None:
+    partial = into.with_name(f"{into.name}{PARTIAL}")
+    with writing(into):
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(first / TARGET_FOLDER, partial / TARGET_FOLDER, copy_function=shutil.copyfile)
+        for mapped, shard in chosen:
+            try:
+                os.link(mapped.path, partial / shard.name)
+            except OSError:
+                shutil.copyfile(mapped.path, partial / shard.name)
+        write_text(partial / MANIFEST, merged.to_json())
+        os.replace(partial, into)
+        sync(into.parent)

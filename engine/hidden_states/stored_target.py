@@ -1,0 +1,119 @@
+"""The frozen target, met only through what a capture left of it on disk."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engine.batch import PackedBatch, TargetOutput, to_device
+from engine.hidden_states.store_format import DTYPES, TARGET_FOLDER, StoreError, from_stored
+from engine.hidden_states.store_reader import MappedShard, OpenStore
+from engine.host.files import write_tensors
+from engine.target.embedding import TargetEmbedding
+from engine.target.head import TargetHead
+
+HEAD, READERS = "head.safetensors", 4
+
+
+def save_head(path: Path, head: TargetHead, embed_weight_VD: Tensor | None) -> None:
+    """What a draft needs of a target beside its hidden states: the head and the embedding; None = they are one tensor."""
+    tensors = {"embed": head.weight_VD} if embed_weight_VD is None else {"embed": embed_weight_VD, "head": head.weight_VD}
+    if head.bias_V is not None:
+        tensors["bias"] = head.bias_V
+    facts = {"scale": head.scale, "soft_cap": head.soft_cap, "temperature": head.temperature}
+    metadata = {"head": json.dumps(facts)}  # one entry: safetensors writes several in no order
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(path, on_host, metadata)
+
+
+class StoredTarget:
+    """The target's view of a store's documents; a TargetSource. Of its weights only the embedding is loaded.
+
+    documents: those of the store. aux_layers: as captured.
+    """
+
+    def __init__(self, store: OpenStore, device: torch.device) -> None:
+        """Raises StoreError if the store lacks the target's embedding and head."""
+        self.documents, self.aux_layers = store.documents, store.contents.aux_layers
+        self._dtype, self._device = DTYPES[store.contents.dtype], device
+        self._pins = device.type == "cuda"
+        self._head_path, self._verified = store.folder / TARGET_FOLDER / HEAD, set()
+        if not self._head_path.is_file():
+            raise StoreError(f"{self._head_path} is missing; run the capture again, which writes it")
+        with safe_open(self._head_path, "pt", device=str(device)) as file:
+            self.embedding = TargetEmbedding(file.get_tensor("embed"))
+        self.dtype = self.embedding.weight_VD.dtype
+        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
+
+    def head_rows(self, target_ids_U: Tensor) -> TargetHead:
+        """The head restricted to `target_ids_U`, on the device; the rest of it stays on the disk."""
+        ids_U = target_ids_U.cpu()
+        with safe_open(self._head_path, "pt") as file:
+            facts, names = json.loads(file.metadata()["head"]), set(file.keys())
+            weight_UD = file.get_tensor("head" if "head" in names else "embed")[ids_U].to(self._device)
+            bias_U = file.get_tensor("bias")[ids_U].to(self._device) if "bias" in names else None
+        return TargetHead(weight_UD, bias_V=bias_U, **facts)
+
+    def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
+        """What the target made of the documents of `batch`. slots_N: on the host, int64 [N], ascending."""
+        rooms = self.read(batch, slots_N).items()
+        moved = {name: None if room is None else to_device(room, self._device) for name, room in rooms}
+        aux, last_hidden = (moved[name].view(self._dtype) for name in ("aux", "last_hidden"))
+        return TargetOutput(
+            aux_TA=from_stored(aux, moved["aux_scale"]),
+            slots_N=to_device(slots_N, self._device),
+            last_hidden_ND=from_stored(last_hidden, moved["last_hidden_scale"]),
+            argmax_N=moved["argmax"],
+            lse_N=moved["lse"],
+        )
+
+    def read(self, batch: PackedBatch, slots_N: Tensor) -> dict[str, Tensor | None]:
+        """Read a batch's states to the host as they are stored, into pinned memory if they go on to a GPU.
+
+        Formats that numpy does not know come as bytes, and there is None where there is no scale.
+        """
+        parts = self._parts(batch, slots_N.numpy())
+        for shard, own, *_ in parts:
+            shard.will_need(own)
+        tokens = {name: self._room(parts, name, batch.num_tokens) for name in ("aux", "aux_scale")}
+        slots = {name: self._room(parts, name, len(slots_N)) for name in ("last_hidden", "last_hidden_scale", "argmax", "lse")}
+        list(self._threads.map(lambda part: self._read(*part, tokens, slots), parts))
+        return tokens | slots
+
+    def _parts(self, batch: PackedBatch, slots_N: np.ndarray) -> list[tuple[MappedShard, int, slice, slice, np.ndarray]]:
+        """For each document: its shard and place there, its tokens and slots in the batch, its slots' rows in the shard."""
+        parts, start = [], 0
+        for document, length in zip(batch.document_ids, batch.host_lengths, strict=True):
+            shard, own = self.documents.find(document)
+            first, end = np.searchsorted(slots_N, (start, start + length))
+            stored, wanted = shard.slots(own), slots_N[first:end] - start
+            rows = np.searchsorted(stored, wanted)
+            if len(wanted) and (rows[-1] >= len(stored) or (stored[rows] != wanted).any()):
+                raise StoreError(f"{shard.path}: document {document} was captured without all of the slots that it now has")
+            parts.append((shard, own, slice(start, start + length), slice(int(first), int(end)), rows))
+            start += length
+        return parts
+
+    def _room(self, parts: list, name: str, num_rows: int) -> Tensor | None:
+        shard = parts[0][0]
+        if name not in shard.layout.places:
+            return None
+        like = torch.from_numpy(shard.rows(name, 0, 0).copy())
+        # pinned from the start, so that the disk's bytes are copied once and the GPU fetches them by itself
+        return torch.empty((num_rows, *like.shape[1:]), dtype=like.dtype, pin_memory=self._pins)
+
+    def _read(self, shard: MappedShard, own: int, tokens: slice, slots: slice, rows: np.ndarray, by_token, by_slot) -> None:
+        if (shard.path, own) not in self._verified:
+            shard.verify(own)
+            self._verified.add((shard.path, own))
+        for name, room in by_token.items():
+            if room is not None:
+                room[tokens].numpy()[:] = shard.rows(name, *shard.span(name, own))
+        for name, room in by_slot.items():
+            if room is not None:
+                stored = shard.rows(name, *shard.span(name, own))
+                room[slots].numpy()[:] = stored if len(rows) == len(stored) else stored[rows]

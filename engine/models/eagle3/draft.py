@@ -1,0 +1,238 @@
+"""The EAGLE-3 draft: parameter names and shapes are those of SGLang's `LlamaForCausalLMEagle3`."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from engine.kernels import PLAIN, AttentionRows, Kernels
+from engine.kernels.elementwise import CosSin, rotate
+from engine.kernels.matmul import Linear
+from engine.kernels.recompute import recomputed
+from engine.kernels.row_index import take_rows
+from engine.models.eagle3.draft_config import DraftConfig
+from engine.models.vocab_map import VocabMap
+
+
+@dataclass(frozen=True)
+class LayerKeys:
+    """Keys and values of one layer that rows attend to: a packed prefix and, per row, its own ancestors.
+
+    position_Q: int64 [Q], the position of the prefix a row stands at. cu_seqlens: int [num_documents + 1].
+    ancestors: for each of the extra keys, the row of it that is a row's own, int64 [Q].
+    is_dense, longest: as `AttentionRows` has them.
+    """
+
+    position_Q: torch.Tensor
+    cu_seqlens: torch.Tensor
+    key_TGE: torch.Tensor | None = None
+    value_TGE: torch.Tensor | None = None
+    extra_keys: tuple[torch.Tensor, ...] = ()
+    extra_values: tuple[torch.Tensor, ...] = ()
+    ancestors: tuple[torch.Tensor, ...] = ()
+    is_dense: bool = False
+    longest: int | None = None
+
+    def kept(self, index_Q: torch.Tensor, is_dense: bool) -> "LayerKeys":
+        """For these rows alone; index_Q: int64, ascending. Keys stay where they are."""
+        ancestors = tuple(ancestor_Q[index_Q] for ancestor_Q in self.ancestors)
+        return replace(self, position_Q=self.position_Q[index_Q], ancestors=ancestors, is_dense=is_dense)
+
+    def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> "LayerKeys":
+        """With this step's keys: the prefix at step 0, an ancestor of each row later."""
+        if self.key_TGE is None:
+            return replace(self, key_TGE=key_QGE, value_TGE=value_QGE)
+        own_Q = torch.arange(key_QGE.shape[0], device=key_QGE.device)
+        extras = (*self.extra_keys, key_QGE), (*self.extra_values, value_QGE)
+        return replace(self, extra_keys=extras[0], extra_values=extras[1], ancestors=(*self.ancestors, own_Q))
+
+
+class RotaryTable:
+    """Rotary embeddings in fp32. Not a module: a cast of the draft to bf16 must not touch its frequencies."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        llama = LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=dict(config.rope_parameters),
+        )
+        rotary = LlamaRotaryEmbedding(llama)
+        self.inv_freq = rotary.inv_freq.float()
+        self.attention_scaling = rotary.attention_scaling
+
+    def cos_sin(self, position_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 [Q, 1, E] each, for positions int64 [Q]."""
+        self.inv_freq = self.inv_freq.to(position_Q.device)
+        angle_QE = torch.outer(position_Q.float(), self.inv_freq).repeat(1, 2)[:, None]
+        return angle_QE.cos() * self.attention_scaling, angle_QE.sin() * self.attention_scaling
+
+
+class RmsNorm(nn.RMSNorm):
+    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
+        super().__init__(size, eps)
+        self.kernels = kernels
+
+    def forward(self, x_QD: torch.Tensor) -> torch.Tensor:
+        return self.kernels.elementwise.rms_norm(x_QD, self.weight, self.eps)
+
+
+class Eagle3Attention(nn.Module):
+    def __init__(self, config: DraftConfig, input_size: int, kernels: Kernels) -> None:
+        super().__init__()
+        self.head_dim, self.kernels = config.head_dim, kernels
+        self.q_proj = Linear(input_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(input_size, config.num_key_value_heads * config.head_dim)
+        self.v_proj = Linear(input_size, config.num_key_value_heads * config.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+
+    def forward(self, x_QD, cos_sin: CosSin, keys: LayerKeys, rows_R=None) -> tuple[torch.Tensor, LayerKeys]:
+        """rows_R: int64, the rows that ask, of those that give keys; None = all."""
+        key_QGE, value_QGE = (proj(x_QD).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        if rows_R is None:
+            query_QHE = self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim))
+            query_QHE, key_QGE = self.kernels.elementwise.rotate_both(query_QHE, key_QGE, cos_sin)
+        else:
+            query_QHE = self.q_proj(take_rows(x_QD, rows_R)).unflatten(-1, (-1, self.head_dim))
+            query_QHE = rotate(query_QHE, tuple(table[rows_R] for table in cos_sin))
+            key_QGE = rotate(key_QGE, cos_sin)
+        keys = keys.extended(key_QGE, value_QGE)
+        rows = AttentionRows(
+            keys.position_Q,
+            keys.cu_seqlens,
+            keys.ancestors,
+            is_dense=keys.is_dense,
+            longest=keys.longest,
+        )
+        seen = keys.key_TGE, keys.value_TGE, keys.extra_keys, keys.extra_values
+        output_QHE, _ = self.kernels.attention(query_QHE, *seen, rows)
+        return self.o_proj(output_QHE.flatten(-2)), keys
+
+
+class Eagle3Mlp(nn.Module):
+    def __init__(self, config: DraftConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_QD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.kernels.elementwise.swiglu(self.gate_proj(x_QD), self.up_proj(x_QD)))
+
+
+class Eagle3Layer(nn.Module):
+    """One decoder layer. The first reads the token embedding beside the state; later ones the state alone."""
+
+    def __init__(self, config: DraftConfig, reads_embedding: bool, kernels: Kernels) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.kernels = kernels
+        self.input_layernorm = RmsNorm(size, eps, kernels) if reads_embedding else None
+        self.hidden_norm = RmsNorm(size, eps, kernels)
+        self.self_attn = Eagle3Attention(config, 2 * size if reads_embedding else size, kernels)
+        self.post_attention_layernorm = RmsNorm(size, eps, kernels)
+        self.mlp = Eagle3Mlp(config, kernels)
+
+    def forward(self, embed_QD, state_QD, cos_sin: CosSin, keys: LayerKeys, rows_R=None) -> tuple[torch.Tensor, LayerKeys]:
+        x_QD = self.hidden_norm(state_QD)
+        if self.input_layernorm is not None:
+            x_QD = torch.cat((self.input_layernorm(embed_QD), x_QD), -1)
+        state_QD = state_QD if rows_R is None else take_rows(state_QD, rows_R)
+        attended_QD, keys = self.self_attn(x_QD, cos_sin, keys, rows_R)
+        state_QD = state_QD + attended_QD
+        return state_QD + (recomputed(self._mlp, state_QD) if self.kernels.recompute == "mlp" else self._mlp(state_QD)), keys
+
+    def _mlp(self, state_QD: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.post_attention_layernorm(state_QD))
+
+
+class Eagle3Draft(nn.Module):
+    """The trained model. The token embedding is the target's and stays outside: callers hand in looked-up rows.
+
+    Attributes named as in the checkpoint: `fc`, `fc_norm` (EAGLE-3.1), `midlayer` or `layers`, `norm`, `lm_head`.
+    `embed_projection` exists where the draft is narrower or wider than its target; export folds it into `embed_tokens`.
+    """
+
+    def __init__(self, config: DraftConfig, kernels: Kernels = PLAIN) -> None:
+        super().__init__()
+        self.config, self.kernels = config, kernels
+        target_size, size = config.target_hidden_size, config.hidden_size
+        self.rotary = RotaryTable(config)
+        self.embed_projection = Linear(target_size, size) if target_size != size else None
+        norms = (RmsNorm(target_size, config.rms_norm_eps, kernels) for _ in range(3))
+        self.fc_norm = nn.ModuleList(norms) if config.fc_norm else None
+        self.fc = Linear(3 * target_size, size)
+        if config.num_hidden_layers == 1:
+            self.midlayer = Eagle3Layer(config, True, kernels)
+        else:
+            self.layers = nn.ModuleList(Eagle3Layer(config, i == 0, kernels) for i in range(config.num_hidden_layers))
+        self.norm = RmsNorm(size, config.rms_norm_eps, kernels)
+        self.lm_head = Linear(size, config.draft_vocab_size)
+
+    @property
+    def decoder_layers(self) -> list[Eagle3Layer]:
+        return [self.midlayer] if self.config.num_hidden_layers == 1 else list(self.layers)
+
+    def fuse(self, aux_TA: torch.Tensor) -> torch.Tensor:
+        """Auxiliary hidden states [T, 3D of the target] -> first state [T, D]."""
+        if self.fc_norm is not None:
+            chunks = zip(self.fc_norm, aux_TA.chunk(3, -1), strict=True)
+            aux_TA = torch.cat([norm(chunk) for norm, chunk in chunks], -1)
+        return self.fc(aux_TA)
+
+    def embed(self, target_embed_TD: torch.Tensor) -> torch.Tensor:
+        """Rows of the target's embedding, projected to the draft's width where it differs."""
+        return target_embed_TD if self.embed_projection is None else self.embed_projection(target_embed_TD)
+
+    def step(
+        self, embed_QD, state_QD, position_Q: torch.Tensor, keys: list[LayerKeys], rows_R=None
+    ) -> tuple[torch.Tensor, list[LayerKeys]]:
+        """One TTT or drafting step: token embeddings and states of rows [Q, D] -> pre-norm outputs [Q, D], keys with theirs.
+
+        position_Q: int64 [Q] rotary positions; keys: one `LayerKeys` a layer. rows_R: int64 [R], ascending; then all rows give
+        keys, but only these have an output, [R, D], and stand in the last layer's keys.
+        """
+        cos_sin, seen = self.rotary.cos_sin(position_Q), []
+        for layer, layer_keys in zip(self.decoder_layers, keys, strict=True):
+            asking_R = rows_R if layer is self.decoder_layers[-1] else None
+            state_QD, layer_keys = layer(embed_QD, state_QD, cos_sin, layer_keys, asking_R)
+            seen.append(layer_keys)
+        return state_QD, seen
+
+    def next_state(self, output_QD: torch.Tensor) -> torch.Tensor:
+        """The state that the next step reads: the pre-norm output, or the normed one in EAGLE-3.1."""
+        return self.norm(output_QD) if self.config.norm_output else output_QD
+
+    def logits(self, output_QD: torch.Tensor) -> torch.Tensor:
+        """Logits [Q, U] over the draft vocabulary from pre-norm outputs."""
+        return self.lm_head(self.norm(output_QD))
+
+
+@dataclass(frozen=True)
+class ServedDraft:
+    """A draft ready to propose tokens: weights, vocabulary map and the embedding table in its own width.
+
+    embed_weight_VD: [V, D]; the target's own table where the widths agree.
+    """
+
+    model: Eagle3Draft
+    vocab_map: VocabMap
+    embed_weight_VD: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> "ServedDraft":
+        """A copy that computes in `dtype`."""
+        return ServedDraft(copy.deepcopy(self.model).to(dtype), self.vocab_map, self.embed_weight_VD.to(dtype))
+
+    def embed(self, token_ids_Q: torch.Tensor) -> torch.Tensor:
+        """Target token ids int64 [Q] -> [Q, D]."""
+        return nn.functional.embedding(token_ids_Q, self.embed_weight_VD)
+
+    @torch.no_grad()
+    def propose_id(self, output_QD: torch.Tensor) -> torch.Tensor:
+        """Most likely target token id, int64 [Q], from pre-norm outputs."""
+        return self.vocab_map.target_ids_U[self.model.logits(output_QD).argmax(-1)]

@@ -1,0 +1,382 @@
+"""The draft's shape: derived from its target's config, and read from and written to the config.json that servers load."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from engine.config.sections import DraftSection
+from engine.config.strict import parse_json, read_text
+from engine.models.eagle3.flops import DraftShape
+from engine.models.target_families import (
+    check_aux_layers,
+    check_family,
+    check_served_aux_layers,
+    default_aux_layers,
+    num_layers,
+    text_config,
+)
+
+TokenId = int | tuple[int, ...] | None
+
+# Kinds of RoPE a draft can have, and the parameters that all servers read alike. Transformers and some servers also read
+# YaRN's mscale, mscale_all_dim and attention_factor, others ignore them; without them everybody takes 0.1 ln(factor) + 1.
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_OPTIONAL_ROPE_KEYS = ("beta_fast", "beta_slow", "truncate")
+_UNSCALED_ROPE = ("mrope", "proportional")
+_ROPE_LAYERS = ("full_attention", "main")  # where kinds of layer have their own: a draft's is that of these (DeepSeek-V4: main)
+_DTYPES = ("bfloat16", "float16", "float32")
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+# Names that published EAGLE-3 drafts with Llama's layers have: SGLang's, vLLM's, and those of two training codes.
+_EAGLE3_ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaEagle3DraftModel", "Eagle3DraftModel")
+# P-EAGLE (parallel drafting) and block drafters, of which some are published under EAGLE-3's architecture.
+_KEYS_OF_OTHER_METHODS = (
+    "parallel_drafting",
+    "pard_token",
+    "ptd_token_id",
+    "mask_token_id",
+    "block_size",
+    "dflash_config",
+    "dspark_noise_token_id",
+    "markov_rank",
+    "num_medusa_heads",
+)
+_MUST_BE_FALSE = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual")
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Every shape of a draft, and what its server must know of the target.
+
+    vocab_size V, hidden size and max_position_embeddings of the target are `vocab_size`, `target_hidden_size` and
+    `max_position_embeddings`; draft_vocab_size is U. rope_parameters: rope_type, rope_theta and the keys of its scaling.
+    aux_layers: 0-based ids of the target's layers the draft reads; None = the file it came from does not say.
+    fc_norm, norm_output: EAGLE-3.1. trained_with: hashes of the tokenizer and the template, for whoever serves it.
+    Raises ValueError for shapes that no draft can have.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_hidden_layers: int
+    rms_norm_eps: float
+    hidden_act: str
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+    vocab_size: int
+    draft_vocab_size: int
+    target_hidden_size: int
+    aux_layers: tuple[int, ...] | None
+    bos_token_id: TokenId
+    eos_token_id: TokenId
+    pad_token_id: TokenId
+    fc_norm: bool
+    norm_output: bool
+    dtype: str
+    trained_with: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft.vocab_size={self.draft_vocab_size} exceeds the target's vocabulary; use at most {self.vocab_size}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd, RoPE turns pairs; give draft.config with an even head_dim")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"draft.num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"draft.num_key_value_heads={self.num_key_value_heads}; give a divisor"
+            )
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}: a draft's weights have one of {list(_DTYPES)}")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act={self.hidden_act!r}: an EAGLE-3 draft has SwiGLU; use 'silu'")
+        if self.rope_parameters["rope_type"] not in _ROPE_KEYS:
+            raise ValueError(f"rope_type={self.rope_parameters['rope_type']!r}: a draft can have one of {sorted(_ROPE_KEYS)}")
+
+    @property
+    def shape(self) -> DraftShape:
+        """The sizes that its FLOPs depend on."""
+        return DraftShape(
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+            self.draft_vocab_size,
+            self.target_hidden_size,
+            self.vocab_size,
+            self.num_hidden_layers,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The exported config.json, keys sorted; RoPE and dtype are spelt for old and for new readers."""
+        shape = asdict(self)
+        layers, trained_with = list(shape.pop("aux_layers")), shape.pop("trained_with")
+        rope = self.rope_parameters
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        exported = shape | {
+            "architectures": [ARCHITECTURE],
+            "model_type": "llama",
+            "rope_theta": rope["rope_theta"],
+            "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "torch_dtype": self.dtype,
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers, "use_aux_hidden_state": True},
+        }
+        if trained_with:
+            exported["draftspeed"] = trained_with
+        if self.target_hidden_size == self.hidden_size:
+            del exported["target_hidden_size"]
+        for option in ("fc_norm", "norm_output"):
+            if not exported[option]:
+                del exported[option]
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if isinstance(exported[token], tuple):
+                exported[token] = list(exported[token])
+        return dict(sorted(exported.items()))
+
+    @classmethod
+    def from_dict(cls, exported: dict[str, Any], source: str | Path = "draft config") -> "DraftConfig":
+        """The inverse of `to_dict`; reads published EAGLE-3 configs too, filling in what older ones leave out.
+
+        source: the file it was read from, for messages.
+        Raises ValueError naming the key that is missing or that a draft cannot represent.
+        """
+        _check_is_eagle3(exported, source)
+        hidden_size, num_heads = exported["hidden_size"], exported["num_attention_heads"]
+        eagle = exported.get("eagle_config") or {}
+        layers = eagle.get("eagle_aux_hidden_state_layer_ids")
+        return cls(
+            hidden_size=hidden_size,
+            intermediate_size=exported["intermediate_size"],
+            num_attention_heads=num_heads,
+            num_key_value_heads=exported.get("num_key_value_heads") or num_heads,
+            head_dim=exported.get("head_dim") or hidden_size // num_heads,
+            num_hidden_layers=exported.get("num_hidden_layers", 1),
+            rms_norm_eps=exported.get("rms_norm_eps", 1e-6),
+            hidden_act=exported.get("hidden_act", "silu"),
+            max_position_embeddings=exported["max_position_embeddings"],
+            rope_parameters=_exported_rope(exported),
+            vocab_size=exported["vocab_size"],
+            draft_vocab_size=exported.get("draft_vocab_size") or exported["vocab_size"],
+            target_hidden_size=exported.get("target_hidden_size") or hidden_size,
+            aux_layers=None if layers is None else tuple(layers),
+            bos_token_id=_token_id(exported.get("bos_token_id")),
+            eos_token_id=_token_id(exported.get("eos_token_id")),
+            pad_token_id=_token_id(exported.get("pad_token_id")),
+            fc_norm=bool(exported.get("fc_norm")),
+            norm_output=bool(exported.get("norm_output")),
+            dtype=exported.get("dtype") or exported.get("torch_dtype") or "bfloat16",
+            trained_with=exported.get("draftspeed"),
+        )
+
+
+def derive_draft_config(
+    target_config: PreTrainedConfig, draft: DraftSection, aux_layers: tuple[int, ...] | None = None
+) -> DraftConfig:
+    """The draft of a target: `draft.config` checked against it, or shapes that follow its (text) config.
+
+    - D, vocabulary, token ids, norm epsilon and max positions are the target's.
+    - H, G and E are the target's, and H * E need not be D. Latent attention (MLA) has no such heads: then E = 128, H = D / 128
+      rounded up to a power of two and G = 8 at most, which every power-of-two tensor parallelism divides.
+    - F is the target's dense width (Llama 4's `intermediate_size_mlp`, else `intermediate_size`) if that is at least 2 D; a
+      mixture of experts may name an expert's width there, and then F = 3.5 D, rounded up to a multiple of 256.
+    - RoPE: theta and linear, Llama-3 or YaRN scaling as the target's; of layer types, the full attention's. Partial and
+      multimodal RoPE become the plain one over the whole head (positions of text are equal on all axes); a target without
+      RoPE gets theta 10000. LongRoPE and dynamic RoPE are refused by name: their angles change with the text's length.
+    - `draft` overrides each shape. aux_layers: None = 1, L//2-1, L-4.
+
+    Raises ValueError naming the option or the part of the target's config that does not fit.
+    """
+    target = text_config(target_config)
+    check_family(target)
+    if draft.config is not None:
+        return _read_draft_config(target, draft, aux_layers)
+    layers = _aux_layers(target, aux_layers)
+    heads, groups, head_dim = _attention_shape(target, draft)
+    return DraftConfig(
+        hidden_size=draft.hidden_size or target.hidden_size,
+        intermediate_size=draft.intermediate_size or _dense_width(target),
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        num_hidden_layers=draft.num_layers,
+        rms_norm_eps=_first(target, ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"), 1e-6),
+        hidden_act="silu",
+        max_position_embeddings=_required(target, "max_position_embeddings"),
+        rope_parameters=_derived_rope(target),
+        vocab_size=target.vocab_size,
+        draft_vocab_size=draft.vocab_size,
+        target_hidden_size=target.hidden_size,
+        aux_layers=layers,
+        bos_token_id=_target_token(target_config, "bos_token_id"),
+        eos_token_id=_target_token(target_config, "eos_token_id"),
+        pad_token_id=_target_token(target_config, "pad_token_id"),
+        fc_norm=draft.fc_norm,
+        norm_output=draft.norm_output,
+        dtype="bfloat16",
+    )
+
+
+def _aux_layers(target: PreTrainedConfig, chosen: tuple[int, ...] | None) -> tuple[int, int, int]:
+    count = num_layers(target)
+    layers = check_aux_layers(chosen or default_aux_layers(count), count)
+    check_served_aux_layers(target.model_type, layers)
+    return layers
+
+
+def _read_draft_config(target: PreTrainedConfig, draft: DraftSection, aux_layers: tuple[int, ...] | None) -> DraftConfig:
+    exported = parse_json(read_text(Path(draft.config)), Path(draft.config))
+    if not isinstance(exported, dict):
+        raise ValueError(f"{draft.config}: expected the object of a draft's config.json")
+    _check_architecture(exported, draft.config)
+    if aux_layers is not None or (exported.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") is None:
+        layers = aux_layers or default_aux_layers(num_layers(target))
+        exported["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
+    config = DraftConfig.from_dict(exported, draft.config)
+    check_aux_layers(config.aux_layers, num_layers(target))
+    check_served_aux_layers(target.model_type, config.aux_layers)
+    facts = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
+    for name, expected in facts.items():
+        if getattr(config, name) != expected:
+            raise ValueError(f"{draft.config}: {name}={getattr(config, name)}, but the target has {expected}; correct the file")
+    if config.max_position_embeddings < target.max_position_embeddings:
+        raise ValueError(
+            f"{draft.config}: max_position_embeddings={config.max_position_embeddings} is below the target's "
+            f"{target.max_position_embeddings}, and servers would refuse the draft; raise it"
+        )
+    return config
+
+
+def _attention_shape(target: PreTrainedConfig, draft: DraftSection) -> tuple[int, int, int]:
+    if _first(target, ("kv_lora_rank",), None) is not None:
+        head_dim = 128
+        heads = draft.num_attention_heads or 1 << (-(-target.hidden_size // head_dim) - 1).bit_length()
+        return heads, draft.num_key_value_heads or min(8, heads), head_dim
+    target_heads = _required(target, "num_attention_heads")
+    heads = draft.num_attention_heads or target_heads
+    groups = draft.num_key_value_heads or _first(target, ("num_key_value_heads",), heads)
+    head_dim = _first(target, ("head_dim",), target.hidden_size // target_heads)
+    if not all(isinstance(count, int) for count in (heads, groups, head_dim)):
+        raise ValueError(f"target family {target.model_type!r} has different heads in different layers; give draft.config")
+    return heads, groups, head_dim
+
+
+def _dense_width(target: PreTrainedConfig) -> int:
+    width = _first(target, ("intermediate_size_mlp", "intermediate_size"), 0)
+    if isinstance(width, int) and width >= 2 * target.hidden_size:
+        return width
+    return -(-7 * target.hidden_size // 512) * 256
+
+
+def _derived_rope(target: PreTrainedConfig) -> dict[str, Any]:
+    rope = _first(target, ("rope_parameters",), None) or _legacy_rope(target)
+    if "rope_theta" not in rope:
+        kind = next((kind for kind in _ROPE_LAYERS if kind in rope), None)
+        if kind is None:
+            raise ValueError(f"target family {target.model_type!r} has RoPE per layer type {sorted(rope)}; give draft.config")
+        rope = rope[kind]
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = "default" if kind in _UNSCALED_ROPE else kind
+    if kind not in _ROPE_KEYS:
+        raise ValueError(
+            f"target family {target.model_type!r} has {kind!r} RoPE, which a draft cannot follow; give draft.config with "
+            f"rope_parameters of one of {sorted(_ROPE_KEYS)}"
+        )
+    missing = [key for key in _ROPE_KEYS[kind] if rope.get(key) is None]
+    if missing:
+        raise ValueError(f"the target's {kind!r} RoPE lacks {missing}; add them to its config.json")
+    kept = _ROPE_KEYS[kind] + (_OPTIONAL_ROPE_KEYS if kind == "yarn" else ())
+    scaling = {key: rope[key] for key in kept if rope.get(key) is not None}
+    return {"rope_type": kind, "rope_theta": rope["rope_theta"]} | scaling
+
+
+def _legacy_rope(target: PreTrainedConfig) -> dict[str, Any]:
+    scaling = _first(target, ("rope_scaling",), None) or {}
+    return dict(scaling) | {"rope_theta": _first(target, ("rope_theta",), 10000.0)}
+
+
+def _exported_rope(exported: dict[str, Any]) -> dict[str, Any]:
+    rope = dict(exported.get("rope_scaling") or {}) | dict(exported.get("rope_parameters") or {})
+    old_name = rope.pop("type", "default")
+    return {"rope_type": old_name, "rope_theta": exported.get("rope_theta", 10000.0)} | rope
+
+
+def _check_architecture(exported: dict[str, Any], source: str | Path) -> None:
+    """Raise ValueError unless the config is of an EAGLE-3 draft with Llama's layers, naming what was found."""
+    expected = f"expected architectures [{ARCHITECTURE!r}]"
+    of_others = []
+    for key in _KEYS_OF_OTHER_METHODS:
+        value = exported.get(key)
+        if value is not None and value is not False:
+            of_others.append(f"{key}={value!r}")
+    speculator = exported.get("speculators_model_type") or "eagle3"
+    if speculator != "eagle3":
+        of_others.append(f"speculators_model_type={speculator!r}")
+    names = exported.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source} has architectures={names!r}; {expected}")
+    found = f"architectures {names}" + "".join(f", {key}" for key in of_others)
+    if of_others:
+        raise ValueError(f"{source} is of another drafting method than EAGLE-3: found {found}; {expected} without these keys")
+    has_eagle3_keys = "draft_vocab_size" in exported or "eagle_config" in exported
+    if not names and not has_eagle3_keys:
+        raise ValueError(f"{source} is not an EAGLE-3 draft's: it has no architectures; {expected}")
+    for name in names:
+        is_plain_llama = name == "LlamaForCausalLM" and has_eagle3_keys  # as EAGLE-3's own code writes it
+        if name not in _EAGLE3_ARCHITECTURES and not is_plain_llama:
+            raise ValueError(f"{source} is not of an EAGLE-3 draft with Llama's layers: found {found}; {expected}")
+
+
+def _check_is_eagle3(exported: dict[str, Any], source: str | Path) -> None:
+    _check_architecture(exported, source)
+    required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+    missing = [key for key in required if exported.get(key) is None]
+    if missing:
+        raise ValueError(f"{source} lacks {missing}; add them")
+    odd = [key for key in required if type(exported[key]) is not int]
+    if odd:
+        raise ValueError(f"{source} has {odd[0]}={exported[odd[0]]!r}; it must be a whole number")
+    for key in _MUST_BE_FALSE:
+        if exported.get(key):
+            raise ValueError(f"{source} has {key}=true, which an EAGLE-3 draft here cannot represent; it must be false")
+    if exported.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{source} has partial_rotary_factor={exported['partial_rotary_factor']}; only 1.0 is possible")
+    if (exported.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+        raise ValueError(f"{source} has use_aux_hidden_state=false: that is EAGLE-1; it must be true")
+
+
+def _first(config: PreTrainedConfig, names: tuple[str, ...], otherwise: Any) -> Any:
+    """The first of these attributes that a foreign config has and sets."""
+    try:
+        values = [getattr(config, name) for name in names if hasattr(config, name)]
+    except RuntimeError as error:  # Transformers' of a value that differs from layer to layer
+        problem = f"target family {config.model_type!r} has another {names[-1]} in some layers than in others"
+        raise ValueError(f"{problem}; give draft.config") from error
+    return next((value for value in values if value is not None), otherwise)
+
+
+def _required(config: PreTrainedConfig, name: str) -> Any:
+    value = _first(config, (name,), None)
+    if value is None:
+        raise ValueError(f"the config of target family {config.model_type!r} has no {name}; give draft.config")
+    return value
+
+
+def _target_token(config: PreTrainedConfig, name: str) -> TokenId:
+    inner = _first(text_config(config), (name,), None)
+    return _token_id(_first(config, (name,), None) if inner is None else inner)
+
+
+def _token_id(value: Any) -> TokenId:
+    return tuple(value) if isinstance(value, list | tuple) else value

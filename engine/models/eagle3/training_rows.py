@@ -1,0 +1,158 @@
+"""Which rows of the training-time test exist, which carry loss, and which have to run.
+
+Row `(t, i)` is position `t` at step `i` and learns slot `u = t + 1 + i`; a slot is a position whose target distribution is
+learned.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from engine.batch import PackedBatch, TargetOutput, documents_of
+from engine.config.sections import TttSection
+from engine.kernels import LossRows
+from engine.kernels.row_index import ROW_GRANULE
+from engine.models.vocab_map import VocabMap
+
+
+def allowed_rows(batch: PackedBatch, ttt: TttSection) -> torch.Tensor:
+    """Rows whose slot lies in their document and that the mask allows, bool [S, T].
+
+    `inference`: the assistant wrote all of `t+1 .. u+1`, as when drafting starts from a token the target has just produced.
+    `specforge`: the assistant wrote `u-1`.
+    """
+    mask_T, num_tokens = batch.assistant_mask_T, batch.num_tokens
+    end_T = torch.repeat_interleave(batch.cu_seqlens[1:].long(), batch.lengths.long(), output_size=num_tokens)
+    position_T = torch.arange(num_tokens, device=mask_T.device)
+    assistants_before = torch.nn.functional.pad(mask_T.long().cumsum(0), (1, 0))
+    steps = []
+    for step in range(ttt.steps):
+        slot_T = position_T + 1 + step
+        if ttt.mask_alignment == "specforge":
+            allowed_T = (slot_T < end_T) & mask_T[(slot_T - 1).clamp_max(num_tokens - 1)]
+        else:
+            run_T = assistants_before[(slot_T + 2).clamp_max(num_tokens)] - assistants_before[position_T + 1]
+            allowed_T = (slot_T + 1 < end_T) & (run_T == step + 2)
+        steps.append(allowed_T)
+    return torch.stack(steps)
+
+
+def slots_of(allowed_ST: torch.Tensor) -> torch.Tensor:
+    """Positions learned by at least one allowed row, int64 [N] ascending.
+
+    Both alignments allow `(u - 1, 0)` wherever they allow any row of slot `u`, so step 0 names them all.
+    """
+    return allowed_ST[0].nonzero().flatten() + 1
+
+
+def row_slots(slots_N: torch.Tensor, allowed_ST: torch.Tensor) -> torch.Tensor:
+    """Index into `slots_N` of each row's slot, int64 [S, T]; meaningful only where the row is allowed."""
+    steps, num_tokens = allowed_ST.shape
+    index_T = torch.zeros(num_tokens + steps + 1, dtype=torch.long, device=slots_N.device)
+    index_T[slots_N] = torch.arange(slots_N.numel(), device=slots_N.device)
+    return torch.stack([index_T[1 + step : 1 + step + num_tokens] for step in range(steps)])
+
+
+def loss_rows(allowed_ST: torch.Tensor, target: TargetOutput, vocab_map: VocabMap) -> torch.Tensor:
+    """Rows that carry loss, bool [S, T]: allowed, and the target's argmax is in the draft vocabulary."""
+    if not target.slots_N.numel():
+        return allowed_ST
+    hit_N = vocab_map.in_draft_V[target.argmax_N.long()]
+    return allowed_ST & hit_N[row_slots(target.slots_N, allowed_ST)]
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Which rows run, and which of those carry loss.
+
+    Nobody reads row `(t, i)`, `i >= 1`, but later rows of its own chain: a row runs if it or a later one of its chain carries
+    loss, or is one of a few more that make the number a multiple of `ROW_GRANULE`. Every position still gives its key and value
+    at step 0. Without compaction all rows run. Where the rows of each document stand at successive positions, those few more
+    are chosen so that they still do.
+
+    kept: for each step, index of its rows, int64 ascending, into those of the step before, at step 0 into the positions;
+    None = all of them. is_dense: for each step, whether the rows of each document are known to stand at successive positions.
+    loss_rows: for each step, index of those with loss into its rows.
+    """
+
+    kept: list[torch.Tensor | None]
+    is_dense: list[bool]
+    loss_rows: list[torch.Tensor]
+    loss: LossRows
+
+
+def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chunk: int, compaction: bool) -> RowPlan:
+    """The rows that a micro-batch needs; carries_loss_ST as `loss_rows`, slot_ST as `row_slots` gives it.
+
+    Reads from the device once.
+    """
+    steps, num_tokens = carries_loss_ST.shape
+    alive_ST = carries_loss_ST.flip(0).cummax(0).values.flip(0) if compaction else torch.ones_like(carries_loss_ST)
+    per_chunk_SC = slot_ST.new_zeros(steps, 1 + num_tokens // slots_per_chunk)
+    per_chunk_SC.scatter_add_(1, torch.where(carries_loss_ST, slot_ST // slots_per_chunk, 0), carries_loss_ST.long())
+    document_T = documents_of(cu_seqlens, num_tokens)
+    counts = torch.cat((alive_ST.sum(1, keepdim=True), _gaps(alive_ST, document_T), per_chunk_SC.cumsum(1)), 1).tolist()
+    num_alive, num_gaps, num_loss_rows = ([row[column] for row in counts] for column in (0, 1, -1))
+    starts = itertools.accumulate(num_loss_rows, initial=0)
+    bounds = [[start, *(start + count for count in row[2:])] for start, row in zip(starts, counts, strict=False)]
+
+    granule = ROW_GRANULE[slot_ST.device.type]
+    runs_T, num_running = torch.ones_like(alive_ST[0]), num_tokens
+    rank_T = torch.arange(num_tokens, device=slot_ST.device)  # of a position among those whose rows run
+    loss_rows, slots, kept, is_dense = [], [], [], []
+    for step in range(steps):
+        wanted = min(num_running, -(-num_alive[step] // granule) * granule)
+        num_spare = wanted - num_alive[step]
+        was_dense = is_dense[-1] if is_dense else True
+        if wanted == num_running:
+            kept.append(None)
+            is_dense.append(was_dense or (num_gaps[step] == 0 and num_spare == 0))
+        else:
+            spare_T = runs_T & ~alive_ST[step]
+            keeps_dense = was_dense and num_gaps[step] == 0
+            if keeps_dense and num_spare:
+                spare_T = _neighbours(alive_ST[step], spare_T, document_T, num_spare)
+            else:
+                spare_T &= spare_T.cumsum(0) <= num_spare
+            runs_T = alive_ST[step] | spare_T
+            kept.append(rank_T[_positions(runs_T, wanted)])
+            is_dense.append(keeps_dense or (num_gaps[step] == 0 and num_spare == 0))
+            num_running = wanted
+            rank_T = runs_T.cumsum(0) - 1
+        position_R = _positions(carries_loss_ST[step], num_loss_rows[step])
+        loss_rows.append(rank_T[position_R])
+        slots.append(slot_ST[step, position_R])
+    return RowPlan(kept, is_dense, loss_rows, LossRows(torch.cat(slots), bounds, slots_per_chunk))
+
+
+def _gaps(alive_ST: torch.Tensor, document_T: torch.Tensor) -> torch.Tensor:
+    """Return the runs of successive rows beyond one per document, int64 [S, 1]."""
+    num_steps, num_tokens = alive_ST.shape
+    begins_T = torch.nn.functional.pad(document_T.diff() > 0, (1, 0), value=True)
+    run_starts_ST = alive_ST & (begins_T | ~torch.nn.functional.pad(alive_ST, (1, -1)))
+    num_rows_ST = torch.zeros(num_steps, num_tokens, dtype=torch.long, device=alive_ST.device)  # at most T documents
+    has_rows_ST = num_rows_ST.scatter_add_(1, document_T.expand_as(alive_ST), alive_ST.long()) > 0
+    return run_starts_ST.sum(1, keepdim=True) - has_rows_ST.sum(1, keepdim=True)
+
+
+def _neighbours(alive_T: torch.Tensor, spare_T: torch.Tensor, document_T: torch.Tensor, num_spare: int) -> torch.Tensor:
+    """Return `num_spare` of the spare positions, bool [T], that lengthen each document's one run of alive positions.
+
+    In every document first those behind the run in ascending order, then those before it in descending order, so that
+    alive and chosen positions are one run per document wherever the choice ends. The documents are filled in their order.
+    """
+    num_tokens = alive_T.shape[0]
+    position_T = torch.arange(num_tokens, device=alive_T.device)
+    alive_until_T = alive_T.cumsum(0)
+    alive_in_all = torch.zeros(num_tokens, dtype=torch.long, device=alive_T.device)
+    alive_by_end = alive_in_all.scatter_reduce_(0, document_T, alive_until_T, "amax")
+    is_behind_T = alive_until_T == alive_by_end[document_T]
+    order_T = torch.where(is_behind_T, position_T, 2 * num_tokens - position_T)
+    key_T = torch.where(spare_T, 2 * num_tokens * document_T + order_T, torch.iinfo(torch.long).max)
+    return torch.zeros_like(spare_T).index_fill_(0, key_T.argsort()[:num_spare], True)
+
+
+def _positions(mask_T: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the mask is on, int64 [count]; the count is known, so nothing is read from the device."""
+    return torch.nonzero_static(mask_T, size=count).flatten()

@@ -1,0 +1,143 @@
+"""Training-time test: the draft unrolled on its own outputs, and the loss of every row.
+
+Row `(t, i)` is position `t` at step `i`. It reads the token `x[t+1+i]` and the output of row `(t, i-1)`, stands at rotary
+position `t + i`, attends to keys `(s, 0)`, `s <= t`, of its document and to `(t, 1..i)`, and learns slot `u = t + 1 + i`.
+Source: EAGLE-3 (arXiv:2503.01840), section 3.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from engine.batch import DraftOutput, LossNorms, MicroBatch
+from engine.config.sections import CHUNK_MB, LossSection, TttSection
+from engine.kernels import RowWeights, SlotTargets
+from engine.kernels.recompute import recomputed
+from engine.kernels.row_index import take_rows
+from engine.kernels.vocab_loss import Walk
+from engine.models.eagle3.draft import Eagle3Draft, LayerKeys
+from engine.models.eagle3.training_rows import RowPlan, loss_rows, plan_rows, row_slots
+from engine.models.vocab_map import VocabMap
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the draft is compared with.
+
+    logits: the target's head restricted to the draft vocabulary, last hidden states [Q, D] -> fp32 [Q, U].
+    """
+
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    vocab_map: VocabMap
+
+
+def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | None = None) -> list[torch.Tensor]:
+    """Pre-norm outputs [Q, D] of the rows of every step that `plan` lets run; of all, [T, D], without a plan."""
+    batch, kept, is_dense = micro.batch, *((plan.kept, plan.is_dense) if plan else ([None] * steps, [True] * steps))
+    position_T, row_T = batch.position_T, torch.arange(batch.num_tokens, device=micro.embed_TD.device)
+    embed_TD = torch.nn.functional.pad(draft.embed(micro.embed_TD), (0, 0, 0, steps))
+
+    def first(state_TD: torch.Tensor, keys: list[LayerKeys]) -> tuple[torch.Tensor, list[LayerKeys]]:
+        return draft.step(embed_TD[1 : 1 + batch.num_tokens], state_TD, position_T, keys, kept[0])
+
+    def later(step: int, output_QD: torch.Tensor, row_Q: torch.Tensor, keys: list[LayerKeys]):
+        state_QD = draft.next_state(output_QD if kept[step] is None else take_rows(output_QD, kept[step]))
+        return draft.step(take_rows(embed_TD, row_Q + 1 + step), state_QD, position_T[row_Q] + step, keys)
+
+    run = recomputed if draft.kernels.recompute == "step" else _at_once
+    row_Q = row_T if kept[0] is None else kept[0]
+    longest = max(batch.host_lengths, default=None)
+    every_T = LayerKeys(row_T, batch.cu_seqlens, is_dense=True, longest=longest)
+    own_Q = replace(every_T, position_Q=row_Q, is_dense=is_dense[0])
+    # layers below the last run step 0 densely: the next one needs all their outputs
+    keys = [every_T] * (len(draft.decoder_layers) - 1) + [own_Q]
+    output_QD, keys = run(first, draft.fuse(micro.target.aux_TA), keys)
+    keys = [replace(layer_keys, position_Q=row_Q, is_dense=is_dense[0]) for layer_keys in keys]
+    outputs = [output_QD]
+    for step in range(1, steps):
+        if kept[step] is not None:
+            row_Q, keys = row_Q[kept[step]], [layer_keys.kept(kept[step], is_dense[step]) for layer_keys in keys]
+        output_QD, keys = run(later, step, output_QD, row_Q, keys)
+        outputs.append(output_QD)
+    return outputs
+
+
+def _at_once(function: Callable, *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+@dataclass(frozen=True)
+class TrainingTimeTest:
+    """The loss of a draft on a micro-batch: which rows count, what they learn, how they are weighed.
+
+    slots_per_chunk: of the loss; None = as many as fit `loss.chunk_mb`.
+    """
+
+    ttt: TttSection
+    loss: LossSection
+    teacher: Teacher
+    slots_per_chunk: int | None = None
+
+    @property
+    def step_weights(self) -> list[float]:
+        """Weight of each TTT step in the total loss."""
+        return list(self.loss.step_weights or (self.loss.step_decay**step for step in range(self.ttt.steps)))
+
+    @property
+    def is_normalised_globally(self) -> bool:
+        return self.loss.normaliser == "slots"
+
+    def logits(self, draft: Eagle3Draft, micro: MicroBatch) -> list[torch.Tensor]:
+        """Compute the draft's logits of every row: [T, U] for each TTT step."""
+        return [draft.logits(output_TD) for output_TD in unroll(draft, micro, self.ttt.steps)]
+
+    @cached_property
+    def _weight_S(self) -> torch.Tensor:
+        return torch.tensor(self.step_weights, device=self.teacher.vocab_map.in_draft_V.device)
+
+    def __call__(self, draft: Eagle3Draft, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
+        """Loss and counts of each TTT step."""
+        target, allowed_ST, vocab_map = micro.target, micro.allowed_ST, self.teacher.vocab_map
+        carries_loss_ST = loss_rows(allowed_ST, target, vocab_map)
+        slot_ST = row_slots(target.slots_N, allowed_ST)
+        chunk = self.slots_per_chunk or self.slots_within_budget(draft.kernels.walk, draft.lm_head.weight.dtype)
+        plan = plan_rows(carries_loss_ST, slot_ST, micro.batch.cu_seqlens, chunk, self.ttt.compaction)
+        outputs = unroll(draft, micro, self.ttt.steps, plan)
+        hidden_RD = draft.norm(torch.cat([take_rows(*rows) for rows in zip(outputs, plan.loss_rows, strict=True)]))
+        kernels, weight_UD = draft.kernels, draft.lm_head.weight
+        slots = SlotTargets(target.last_hidden_ND, self.teacher.logits, target.lse_N, vocab_map.draft_ids(target.argmax_N))
+        acceptance_S = norms.acceptance_S
+        if self.loss.kind == "lk_lambda" and acceptance_S is None:
+            with torch.no_grad():  # a walk ahead, for the mean over the micro-batch
+                nothing = RowWeights(torch.zeros_like(norms.loss_rows_S))
+                ahead = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, nothing, kernels.walk)
+            acceptance_S = ahead.acceptance_S / norms.loss_rows_S.clamp_min(1)
+        parts = self._row_weights(norms, acceptance_S)
+        result = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, parts.scaled(self._weight_S), kernels.walk)
+        num_loss_rows_S = carries_loss_ST.sum(1)
+        return DraftOutput(
+            loss=result.total,
+            loss_S=result.per_step(parts, num_loss_rows_S),
+            num_loss_rows_S=num_loss_rows_S,
+            num_allowed_rows_S=allowed_ST.sum(1),
+            num_correct_S=result.correct_S,
+            accepted_S=result.acceptance_S,
+        )
+
+    def slots_within_budget(self, walk: Walk, dtype: torch.dtype) -> int:
+        """Slots whose rows' logits of all steps fit `loss.chunk_mb`."""
+        chunk_mb = self.loss.chunk_mb or CHUNK_MB[self.teacher.vocab_map.in_draft_V.device.type]
+        return max(1, chunk_mb * 2**20 // walk.bytes_per_slot(self.ttt.steps, self.teacher.vocab_map.size, dtype))
+
+    def _row_weights(self, norms: LossNorms, acceptance_S: torch.Tensor | None) -> RowWeights:
+        """Weights before those of the steps. `lk_lambda` mixes KL and 1 - alpha by exp(-decay * mean alpha)."""
+        per_slot_S, per_row_S = (1 / norms.slots).expand(self.ttt.steps), 1 / norms.loss_rows_S.clamp_min(1)
+        if self.loss.kind == "kl":
+            return RowWeights(per_slot_S)
+        if self.loss.kind == "lk_alpha":
+            return RowWeights(torch.zeros_like(per_slot_S), log_acceptance_S=per_row_S)
+        kl_share_S = self.loss.lk_kl_scale * torch.exp(-self.loss.lk_kl_decay * acceptance_S)
+        return RowWeights(kl_share_S * per_slot_S, rejection_S=(1 - kl_share_S) * per_row_S)

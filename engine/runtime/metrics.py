@@ -1,0 +1,94 @@
+"""What a training step is judged by: loss, top-1 accuracy, acceptance rate, simulated acceptance length.
+
+Rates are over the rows that the mask allows; one whose target lies outside the draft vocabulary counts as wrong and rejected.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.batch import DraftOutput
+from engine.host.files import finite_or_null, write_whole, writing
+from engine.parallel.mesh import PendingSum, World
+
+SCALARS = ("tokens", "left_out_documents")  # counted per micro-batch, not per TTT step
+COUNTS = ("num_loss_rows_S", "num_allowed_rows_S", "num_correct_S", "accepted_S")
+
+
+class StepMetrics:
+    """Sums on the device over the micro-batches since the last log, read without a wait of the host."""
+
+    def __init__(self, steps: int, step_weights: list[float], device: torch.device) -> None:
+        self._steps = steps
+        self._weights_S = torch.tensor(step_weights)
+        rows = 1 + len(COUNTS)
+        self._sums = torch.zeros(rows * steps + len(SCALARS), dtype=torch.float64, device=device)
+
+    def add(self, output: DraftOutput, num_tokens: int | torch.Tensor, num_left_out: int | torch.Tensor = 0) -> None:
+        """Count one micro-batch, without a host sync: the tokens learned from, and the documents left out of it."""
+        rows = [output.loss_S.detach(), *(getattr(output, name) for name in COUNTS)]
+        self._sums[: len(rows) * self._steps] += torch.cat([row.double() for row in rows])
+        self._sums[-2] += num_tokens
+        self._sums[-1] += num_left_out
+
+    def start_read(self, world: World) -> PendingSum:
+        """Start to read the sums over all ranks, and begin new ones; one collective, which the host does not wait for."""
+        pending = world.start_sum(self._sums)
+        self._sums.zero_()
+        return pending
+
+    def values(self, sums: torch.Tensor, loss_divisor: int) -> dict[str, Any]:
+        """Return the metrics of sums that `start_read` gave.
+
+        loss_divisor: what summed micro-batch losses are divided by to give one step's loss.
+        """
+        per_step, scalars = sums[: -len(SCALARS)], sums[-len(SCALARS) :]
+        loss_S, loss_rows_S, allowed_S, correct_S, accepted_S = per_step.view(-1, self._steps)
+        loss_S = loss_S / loss_divisor
+        rate_S = accepted_S / allowed_S.clamp_min(1)
+        return {
+            "loss": (loss_S * self._weights_S).sum().item(),
+            "loss_per_step": loss_S.tolist(),
+            "accuracy_per_step": (correct_S / allowed_S.clamp_min(1)).tolist(),
+            "acceptance_rate_per_step": rate_S.tolist(),
+            "simulated_acceptance_length": 1 + rate_S.cumprod(0).sum().item(),
+            "loss_row_share": (loss_rows_S.sum() / allowed_S.sum().clamp_min(1)).item(),
+            **{name: int(scalar) for name, scalar in zip(SCALARS, scalars.tolist(), strict=True)},
+        }
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a logged step, appended and flushed as training goes."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Keeps the lines of steps up to `first_step`: a resumed run goes on where its checkpoint stands.
+
+        A line that is not whole was cut by a kill or a full disk, so it is dropped. Raises WriteError.
+        """
+        self.path = path
+        lines = path.read_bytes().splitlines(keepends=True) if first_step and path.exists() else []
+        kept = []
+        for line in lines:
+            step = _step_of(line)
+            if step is not None and step <= first_step:
+                kept.append(line)
+        write_whole(path, lambda place: place.write_bytes(b"".join(kept)))
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append a line. Numbers that are not finite become null, and `non_finite` then says how many they were."""
+        metrics, num_replaced = finite_or_null(metrics)
+        if num_replaced:
+            metrics["non_finite"] = num_replaced
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of metrics; None if the line is not whole."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None

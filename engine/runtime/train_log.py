@@ -1,0 +1,146 @@
+"""The log of a training run: metrics of its steps, read from the device a step late, so that logging costs no wait."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from engine.batch import DraftOutput, MicroBatch
+from engine.host.pinned_copy import TimeMark
+from engine.parallel.mesh import PendingSum, World
+from engine.parallel.zero import ZeroDraft
+from engine.runtime.fault_watch import FaultWatch
+from engine.runtime.metrics import MetricsFile, StepMetrics
+
+METRICS = "metrics.jsonl"
+SECONDS_AFTER_ERROR = 2.0  # that a failed run waits for metrics still on their way
+SECONDS_BETWEEN_LOOKS = 0.01
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """Where and how often a training log is written.
+
+    every_steps: optimizer steps between lines. first_step: steps that an earlier run took. num_steps: the last step.
+    """
+
+    output_dir: Path
+    every_steps: int
+    first_step: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class _PendingLine:
+    """A line whose sums are still on their way to the host. loss_divisor: as in `StepMetrics.values`."""
+
+    step: int
+    learning_rate: float
+    loss_divisor: int
+    sums: PendingSum
+    began: TimeMark
+    ended: TimeMark
+
+
+class TrainLog:
+    """Metrics of the logged steps, to `metrics.jsonl`, the monitors and one line for the progress bar.
+
+    A step's metrics are read when the next step has been issued, at a flush, or at the end of the `with` block. After an error
+    those that arrive within `SECONDS_AFTER_ERROR` are still written; other ranks may never send theirs.
+    """
+
+    def __init__(self, settings: LogSettings, zero: ZeroDraft, world: World, watch: FaultWatch) -> None:
+        self._settings, self._zero, self._world, self._watch = settings, zero, world, watch
+        self._metrics = StepMetrics(zero.objective.ttt.steps, zero.objective.step_weights, world.device)
+        self._file: MetricsFile | None = None
+        if world.is_main:
+            self._file = MetricsFile(settings.output_dir / METRICS, settings.first_step)
+        self._pending: _PendingLine | None = None
+        self._last_step = settings.first_step
+        self._last_mark = TimeMark(world.device)
+        self.line = "loss ..."
+
+    def __enter__(self) -> "TrainLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.flush()
+        else:
+            self._flush_what_arrives()
+
+    def count(self, step: int, output: DraftOutput, micro: MicroBatch) -> None:
+        """Count one micro-batch of a step, without a host sync."""
+        self._metrics.add(output, micro.num_tokens, micro.num_left_out)
+        self._watch.add(step, output, micro)
+
+    def end_step(self, step: int) -> None:
+        """Write the metrics of earlier steps, and start to read those of this one if it is logged; then a collective.
+
+        Raises NonFiniteError if the watch found in an earlier step what ends the run.
+        """
+        self._write_pending()
+        self._watch.read(until_step=step - 1)
+        self._watch.count_skipped(step, self._zero.num_skipped_steps)
+        is_last = step == self._settings.num_steps
+        if step % self._settings.every_steps == 0 or is_last:
+            self._pending = self._start_line(step)
+        if is_last:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write all metrics of the steps that have ended, and end their watch; waits for the device.
+
+        Raises NonFiniteError as `end_step` does.
+        """
+        self._write_pending()
+        self._watch.read(until_step=self._settings.num_steps)
+
+    def _write_pending(self) -> None:
+        pending = self._pending
+        if pending is not None:
+            self._pending = None
+            self._write(pending)
+
+    def _start_line(self, step: int) -> _PendingLine:
+        mark = TimeMark(self._world.device)
+        num_steps = step - self._last_step
+        parts = 1
+        if not self._zero.objective.is_normalised_globally:
+            parts = self._world.size * self._zero.accumulation_steps
+        line = _PendingLine(
+            step=step,
+            learning_rate=self._zero.learning_rate,
+            loss_divisor=num_steps * parts,
+            sums=self._metrics.start_read(self._world),
+            began=self._last_mark,
+            ended=mark,
+        )
+        self._last_step = step
+        self._last_mark = mark
+        return line
+
+    def _write(self, pending: _PendingLine) -> None:
+        metrics = self._metrics.values(pending.sums.wait(), pending.loss_divisor)
+        tokens_per_s = metrics["tokens"] / pending.ended.seconds_since(pending.began)
+        metrics |= {"step": pending.step, "lr": pending.learning_rate, "tokens_per_s": tokens_per_s}
+        self.line = _progress_line(metrics)
+        if self._file is not None:
+            self._file.write(metrics)
+            scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
+            self._zero.write_monitors(scalars, pending.step)
+
+    def _flush_what_arrives(self) -> None:
+        """Write the pending line if its sums arrive soon."""
+        deadline = time.monotonic() + SECONDS_AFTER_ERROR
+        while self._pending is not None and time.monotonic() < deadline:
+            if self._pending.sums.is_ready():
+                self._write_pending()
+            else:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _progress_line(metrics: dict[str, Any]) -> str:
+    accuracy = " ".join(f"{share:.0%}" for share in metrics["accuracy_per_step"])
+    return f"loss {metrics['loss']:.3f}  accuracy {accuracy}  {metrics['tokens_per_s']:,.0f} tokens/s"

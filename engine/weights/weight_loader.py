@@ -1,0 +1,302 @@
+"""A checkpoint, or a rank's part of it, read straight to the device, slice by slice, into a model on the meta device.
+
+Names, fused and per-expert layouts are mapped by Transformers' own conversion rules. Of an expert's tensors only those of own
+experts are read, of a weight that is cut only own rows or columns.
+"""
+
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    rename_source_key,
+)
+
+from engine.models.target_families import num_layers, text_config
+from engine.parallel.rules import Cut
+from engine.weights.quantised_weight import QuantisedWeight
+from engine.weights.weight_reader import Checkpoint, MisfitError
+
+OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+OF_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# Tensors that published checkpoints hold and no model reads here: rotary tables, scales of a quantised cache
+# and of its inputs, and modules that predict several tokens at once.
+NEVER_READ = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.[kv]_scale$|\.input_scale$|(^|\.)mtp(_\w+)?\.")
+NUM_MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+THREADS = 2  # each holds a tensor beside those that are in their place
+
+Bar = Callable[[int, str], AbstractContextManager]  # over so many units: an object with `move_to(done, text)`
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """How a parameter, or several that one rule makes of the same tensors, come out of a checkpoint."""
+
+    names: tuple[str, ...]
+    sources: tuple[tuple[str, str | None], ...]  # checkpoint name, and the pattern of the rule that it fits
+    rule: WeightConverter | None
+
+
+def load_cut(
+    model: PreTrainedModel,
+    cuts: Mapping[str, Cut],
+    checkpoint: Checkpoint,
+    device: torch.device,
+    bar: Bar | None = None,
+    wrapper: PreTrainedModel | None = None,
+    dropped: Collection[str] = (),
+) -> None:
+    """Give a model on the meta device its weights, those with a cut in part, in the precision they have there, or quantised.
+
+    wrapper: a model on the meta device that holds more than this one; what a checkpoint has for the rest is passed over.
+    dropped: names of weights that were taken out of the model, likewise passed over.
+    Beside what stays, the host holds two tensors of the checkpoint at most. Raises MisfitError that lists all tensors that are
+    missing, misshaped, not known or stored as codes without a known scale, before any is read.
+    """
+    keep_in_float32(model)
+    whole = model.state_dict()
+    plan = _fitting_plan(model, whole, checkpoint, wrapper, dropped)
+
+    def load(parameter: _Parameter) -> int:
+        num_bytes = 0
+        for name, tensor in _read(parameter, cuts, checkpoint, model, device).items():
+            tensor = _held(tensor, name, checkpoint, model, device).contiguous()
+            _put(model, name, tensor)
+            num_bytes += tensor.nbytes
+        return num_bytes
+
+    sizes = [sum(own_bytes(whole[name], cuts.get(name)) for name in parameter.names) for parameter in plan]
+    done, held, start = 0, 0, time.perf_counter()
+    with bar(sum(sizes), "bytes") if bar else nullcontext() as progress, ThreadPoolExecutor(THREADS) as pool:
+        for size, num_bytes in zip(sizes, pool.map(load, plan), strict=True):
+            done, held = done + size, held + num_bytes  # fewer are held than the model has where they stay quantised
+            if progress:
+                rate = held / (time.perf_counter() - start) / 1e9
+                progress.move_to(done, f"bytes of weights, {rate:.2f} GB/s")
+    there = {name for parameter in plan for name in parameter.names}
+    _complete(model, device, missing=set(whole) - there)
+
+
+def check_fit(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    wrapper: PreTrainedModel | None = None,
+    dropped: Collection[str] = (),
+) -> None:
+    """Raise what `load_cut` would raise for a checkpoint that does not fit, and read nothing but names and shapes."""
+    _fitting_plan(model, model.state_dict(), checkpoint, wrapper, dropped)
+
+
+def _fitting_plan(
+    model: PreTrainedModel,
+    whole: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    wrapper: PreTrainedModel | None,
+    dropped: Collection[str],
+) -> list["_Parameter"]:
+    plan, problems = _plan(model, whole, checkpoint, wrapper, dropped)
+    if problems:
+        raise MisfitError(checkpoint.path, problems)
+    return plan
+
+
+def keep_in_float32(model: PreTrainedModel) -> None:
+    """Give weights and buffers of a model on the meta device float32 where its family asks for that.
+
+    `from_pretrained` does the same; rounded to bfloat16, the bias of a router would choose other experts.
+    """
+    wanted = model._get_dtype_plan(model.dtype)
+    if not wanted:
+        return
+    pattern, group_of, _ = build_glob_alternation(list(wanted))
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        match = pattern.search(name)
+        if match is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted[group_of[match.lastgroup]])
+
+
+def _put(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        tensor = nn.Parameter(tensor, requires_grad=False)
+        module._parameters[leaf] = tensor
+    else:
+        module._buffers[leaf] = tensor
+    tensor._is_hf_initialized = True
+
+
+def own_bytes(tensor: Tensor, cut: Cut | None) -> int:
+    """Of a rank's part."""
+    if cut is None or cut.zeros:
+        return tensor.nbytes
+    return tensor.nbytes * sum(stop - start for start, stop in cut.intervals) // tensor.shape[cut.dim]
+
+
+class _Names:
+    """What a model calls the tensors of a checkpoint, by Transformers' conversion rules."""
+
+    def __init__(self, model: PreTrainedModel, whole: Mapping[str, Tensor]) -> None:
+        rules = get_model_conversion_mapping(model)
+        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._model, self._whole = model, whole
+
+    def of(self, key: str) -> tuple[str, str | None]:
+        """The name, whether there is such a weight or not, and the pattern of the rule that the key fits."""
+        name, pattern = rename_source_key(key, self._renamings, self.converters, self._model.base_model_prefix, self._whole)
+        if name not in self._whole and key in self._whole:  # a rule for another layout fits it by chance
+            return key, None
+        return name, pattern
+
+
+def _plan(
+    model: PreTrainedModel,
+    whole: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+    wrapper: PreTrainedModel | None,
+    dropped: Collection[str],
+) -> tuple[list[_Parameter], list[str]]:
+    """What to read for each parameter, and what does not fit."""
+    names = _Names(model, whole)
+    by_pattern = {pattern: rule for rule in names.converters for pattern in rule.source_patterns}
+    elsewhere = _Elsewhere(model, wrapper, dropped)
+    sources: dict[str, list[tuple[str, str | None]]] = {}
+    problems: list[str] = []
+    for key in checkpoint:
+        name, pattern = names.of(key)
+        if name in whole:
+            sources.setdefault(name, []).append((key, pattern))
+            if whole[name].is_floating_point() and not checkpoint.is_understood(key):
+                stored = checkpoint.stored_dtype(key)
+                problems.append(f"{key}: is stored as {stored}, without a scale in a layout that is known")
+        elif not elsewhere.has(key, name):
+            problems.append(f"{key}: no such weight")
+    plan = []
+    for name, found in sources.items():
+        rule = by_pattern.get(found[0][1])
+        targets = rule.target_patterns if rule else [name]
+        made = tuple(name.replace(targets[0], target) for target in targets)
+        shape, expected = checkpoint.shape(found[0][0]), list(whole[name].shape)
+        if rule is None and len(found) > 1:
+            problems.append(f"{' and '.join(key for key, _ in found)}: are both {name}")
+        if rule is None and shape != expected:
+            problems.append(f"{found[0][0]}: has shape {shape}, the config says {expected}")
+        plan.append(_Parameter(made, tuple(found), rule))
+    there = {name for parameter in plan for name in parameter.names}
+    missing = sorted(set(whole) - there - _tied_to(model, there))
+    return plan, [f"{name}: missing" for name in missing] + problems
+
+
+class _Elsewhere:
+    """Tensors of a checkpoint that a model does not need: of its wrapper, of towers and layers that it does not build."""
+
+    def __init__(self, model: PreTrainedModel, wrapper: PreTrainedModel | None, dropped: Collection[str]) -> None:
+        self._patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        self._patterns.append(NEVER_READ)
+        config = text_config(model.config)
+        # numbered behind the decoder's own layers; Transformers does not build them
+        num_mtp_layers = max(getattr(config, name, None) or 0 for name in NUM_MTP_LAYERS)
+        own = num_layers(config)
+        self._mtp_layers = range(own, own + num_mtp_layers)
+        self._dropped = set(dropped)
+        self._of_wrapper = {} if wrapper is None else wrapper.state_dict()
+        self._names = None if wrapper is None else _Names(wrapper, self._of_wrapper)
+
+    def has(self, key: str, name: str) -> bool:
+        """key: in the checkpoint. name: what the model's conversion rules make of it."""
+        if name in self._dropped or any(pattern.search(key) for pattern in self._patterns):
+            return True
+        if self._names is not None and self._names.of(key)[0] in self._of_wrapper:
+            return True
+        layer = OF_LAYER.search(key)
+        return layer is not None and int(layer[1]) in self._mtp_layers
+
+
+def _tied_to(model: PreTrainedModel, there: Collection[str]) -> set[str]:
+    """Names of weights that are the same tensor as one that is there."""
+    pairs = getattr(model, "all_tied_weights_keys", None) or {}
+    tied: set[str] = set()
+    for target, source in pairs.items():
+        partners = {source} | {other for other, of in pairs.items() if of == source}
+        if partners & set(there):
+            tied |= partners | {target}
+    return tied
+
+
+def _read(
+    parameter: _Parameter, cuts: Mapping[str, Cut], checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device
+) -> dict[str, Tensor]:
+    first = parameter.names[0]
+    if parameter.rule is None:
+        cut, ((key, _),) = cuts.get(first), parameter.sources
+        tensor = checkpoint.read(key, cut)
+        return {first: cut.of(tensor) if cut is not None and cut.zeros else tensor}
+    experts: dict[int, list[tuple[str, str | None]]] = {}
+    for key, pattern in parameter.sources:
+        if number := OF_EXPERT.search(key):
+            experts.setdefault(int(number[1]), []).append((key, pattern))
+    if not experts:
+        converted = _converted(parameter, parameter.sources, checkpoint, model)
+        return {name: cuts[name].of(tensor) if name in cuts else tensor for name, tensor in converted.items()}
+    cut = cuts.get(first)
+    of_experts = cut is not None and not cut.zeros and cut.dim == 0
+    own = sorted(experts) if not of_experts else [e for start, stop in cut.intervals for e in range(start, stop)]
+    together = None
+    for place, expert in enumerate(own):
+        part = _converted(parameter, experts[expert], checkpoint, model)[first]
+        part = cut.of(part) if cut is not None and not of_experts else part
+        part = _held(part, first, checkpoint, model, device)
+        together = part.new_empty(len(own), *part.shape[1:]) if together is None else together
+        together[place] = part[0]
+    return {first: together}
+
+
+def _converted(
+    parameter: _Parameter, sources: Sequence[tuple[str, str | None]], checkpoint: Checkpoint, model: PreTrainedModel
+) -> dict[str, Tensor]:
+    """What the rule makes of some of its tensors, one at a time where they are an expert's."""
+    rule = deepcopy(parameter.rule)
+    for key, pattern in sources:
+        rule.add_tensor(parameter.names[0], key, pattern, checkpoint.read(key))
+    made = rule.convert(parameter.names[0], model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _held(tensor: Tensor, name: str, checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> Tensor:
+    """A weight as it stays: in its parameter's precision, or quantised where a product is all that is made of it."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    if isinstance(tensor, QuantisedWeight):
+        is_factor = tensor.ndim == 3 or (isinstance(owner, nn.Linear) and owner is not model.get_output_embeddings())
+        tensor = tensor.to(device)
+        tensor = tensor if checkpoint.keeps(tensor) and is_factor else tensor.dequantised()
+    # to the device first: it converts faster than the host, which then needs no room for the result
+    return tensor.to(device).to(getattr(owner, leaf).dtype)
+
+
+def _complete(model: PreTrainedModel, device: torch.device, missing: set[str]) -> None:
+    """Fill in what no checkpoint holds: buffers that follow from the config, and tied weights.
+
+    missing: names that the checkpoint lacks. Weights that are tied by the config but differ in the checkpoint stay apart.
+    """
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    if hasattr(model, "all_tied_weights_keys"):
+        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    else:
+        model.tie_weights()
+    model.initialize_weights()

@@ -1,0 +1,75 @@
+"""One report over all ranks, however the target decodes."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from engine.config.sections import EvaluationSection
+from engine.evaluation.acceptance import AcceptanceReport, Prompt
+from engine.evaluation.decoding import greedy_decode
+from engine.evaluation.evaluator import BATCH_SIZE, HeldOut
+from engine.host.telemetry import Telemetry
+from engine.parallel.mesh import TargetMesh, World
+from tests.distributed import run_ranks
+from tests.drafters import prompts, random_draft, tiny_target
+
+SECTION = EvaluationSection(num_prompts=5, max_new_tokens=12, draft_tokens=3)
+TOKENIZER = SimpleNamespace(eos_token_id=7)
+PROMPTS = [Prompt(f"file:{number}", prompt_ids) for number, prompt_ids in enumerate(prompts(5))]
+
+
+def measure(world: World, family: str, tp_size: int, count: int = 5, replies=None) -> list[AcceptanceReport]:
+    target = tiny_target(family, TargetMesh.make(world, tp_size, 1))
+    held_out = HeldOut(SECTION, target, TOKENIZER, PROMPTS[:count], world, Telemetry(speaks=False), max_tokens=50)
+    on_reply = None if replies is None else lambda prompt, reply: replies.append((prompt, reply.token_ids))
+    return [held_out.measure_draft(random_draft(tiny_target(family)), on_reply), held_out.measure_prompt_lookup()]
+
+
+@pytest.mark.parametrize("count", [5, 1, 0])
+def test_ranks_that_share_the_target_report_what_one_reports_alone(count):
+    alone = measure(World.alone(), "llama", 1, count)
+    untimed = {"tokens_per_s": None, "plain_tokens_per_s": None, "mismatches": None}
+    for reports in run_ranks(measure, 2, "llama", 2, count):
+        assert reports == [replace(report, **untimed) for report in alone]
+    assert all(report.num_prompts == count and report.mismatches == (0 if count else None) for report in alone)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_prompts_decoded_together_give_the_report_of_one_by_one(batch_size, monkeypatch):
+    alone = measure(World.alone(), "llama", 1)
+    monkeypatch.setitem(BATCH_SIZE, "cpu", batch_size)
+    together = measure(World.alone(), "llama", 1)
+    untimed = {"tokens_per_s": None, "plain_tokens_per_s": None, "mismatches": None}
+    assert together == [replace(report, **untimed) for report in alone]
+
+
+def test_a_target_whose_cache_cannot_roll_back_is_measured_too():
+    replies, target = [], tiny_target("qwen3_next")
+    reports = measure(World.alone(), "qwen3_next", 1, replies=replies)
+    assert replies == [(prompt, greedy_decode(target, prompt.token_ids, 12, {7}).token_ids) for prompt in PROMPTS]
+    assert all(report.num_tokens == sum(len(ids) - 1 for _, ids in replies) and report.mismatches is None for report in reports)
+    assert reports[1].acceptance_length > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_prompts_for_which_the_target_is_not_finite_are_named_and_left_out(batch_size, monkeypatch, capsys):
+    monkeypatch.setitem(BATCH_SIZE, "cpu", batch_size)
+    good = measure_prompts([PROMPTS[0], PROMPTS[2]], None)
+    bad_id = next(token for token in PROMPTS[1].token_ids if token not in PROMPTS[0].token_ids + PROMPTS[2].token_ids)
+    capsys.readouterr()
+    mixed = measure_prompts(PROMPTS[:3], bad_id)
+    printed = capsys.readouterr().err
+    assert "held-out prompt file:1: NaN or infinity, first in the output of layer" in printed and "file:0" not in printed
+    untimed = {"tokens_per_s": None, "plain_tokens_per_s": None}
+    assert [replace(report, **untimed) for report in mixed] == [replace(report, **untimed) for report in good]
+    assert mixed[0].num_prompts == 2
+
+
+def measure_prompts(chosen: list[Prompt], bad_id: int | None) -> list[AcceptanceReport]:
+    """Reports of these prompts by a target whose embedding of one token is not finite."""
+    target = tiny_target("llama")
+    if bad_id is not None:
+        target.embedding.weight_VD.data[bad_id, 0] = float("inf")
+    held_out = HeldOut(SECTION, target, TOKENIZER, chosen, World.alone(), Telemetry(speaks=False), max_tokens=50)
+    return [held_out.measure_draft(random_draft(tiny_target("llama"))), held_out.measure_prompt_lookup()]

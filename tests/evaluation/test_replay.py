@@ -1,0 +1,215 @@
+"""A target without a cache says what it says with one, and drafters fare by its replies as they fare in decoding."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine.evaluation.decoding import ChainDrafter, PromptLookupDrafter, greedy_decode, speculative_decode
+from engine.evaluation.replay import batched_replies, greedy_replies, propose_along, replay
+from engine.parallel.mesh import TargetMesh
+from engine.target.frozen import FrozenTarget, capture
+from tests.distributed import run_ranks
+from tests.drafters import SHAPE, Oracle, prompts, random_draft, tiny_target
+
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def target() -> FrozenTarget:
+    return tiny_target("llama")
+
+
+def differs(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("max_tokens", [1, 50, 4096])
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 17])
+def test_replies_are_those_of_decoding_with_a_cache(target, max_new_tokens, max_tokens):
+    common = torch.tensor([greedy_decode(target, ids, 17, ()).token_ids for ids in prompts(8)]).mode().values[0].item()
+    for eos_ids in ((), {common}):
+        until = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+        replies = greedy_replies(target, prompts(8), **until, max_tokens=max_tokens)
+        for prompt_ids, reply in zip(prompts(8), replies, strict=True):
+            assert reply.prompt_ids == prompt_ids
+            assert reply.token_ids == greedy_decode(target, prompt_ids, **until).token_ids
+            with capture(target.model, target.aux_layers) as seen:
+                target.model(torch.tensor([prompt_ids + reply.token_ids[:-1]]))
+            assert differs(reply.aux_TA, seen.aux()[0]) < CLOSE
+
+
+@pytest.mark.parametrize("max_tokens", [1, 50, 4096])
+def test_a_forward_reads_as_many_prompts_as_fit(target, max_tokens, monkeypatch):
+    read, run, counted = [], FrozenTarget.__call__, []
+    monkeypatch.setattr(
+        FrozenTarget, "__call__", lambda self, batch, slots_N: read.append(batch.host_lengths) or run(self, batch, slots_N)
+    )
+    replies = greedy_replies(target, prompts(8), max_new_tokens=9, eos_ids=(), max_tokens=max_tokens, on_forward=counted.append)
+    assert all(sum(lengths) <= max_tokens or len(lengths) == 1 for lengths in read)
+    assert len(read) == {1: 8 * 9, 4096: 9}.get(max_tokens, len(read))
+    assert counted == torch.tensor([len(lengths) for lengths in read]).cumsum(0).tolist() and counted[-1] == 8 * 9
+    assert all(reply.aux_TA.untyped_storage().nbytes() == reply.aux_TA.nbytes for reply in replies), "a pack is not kept"
+
+
+@pytest.mark.parametrize("kind", ["chain", "deep chain", "prompt lookup", "oracle", "oracle that errs"])
+def test_a_drafter_fares_as_in_decoding_with_a_cache(target, kind):
+    draft = random_draft(target, num_layers=2 if kind == "deep chain" else 1)
+    for prompt_ids in prompts(6):
+        told = greedy_decode(target, prompt_ids, 40, ()).token_ids
+        make = {"prompt lookup": PromptLookupDrafter, "oracle": lambda ids=prompt_ids, told=told: Oracle(ids, told)}.get(kind)
+        if kind == "oracle that errs":
+            make = lambda ids=prompt_ids, told=told: Oracle(ids, told, lambda index: index % 4 == 3)  # noqa: E731
+        make = make or (lambda: ChainDrafter(draft))
+        for eos_ids in ((), *({token_id} for token_id in sorted(set(told[:20]))[:6])):
+            for max_new_tokens, draft_tokens in ((1, 3), (2, 1), (20, 3), (21, 9)):
+                until = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+                (reply,) = greedy_replies(target, [prompt_ids], **until, max_tokens=4096)
+                replayed = replay(reply, make(), **until, draft_tokens=draft_tokens)
+                decoded = speculative_decode(target, make(), prompt_ids, **until, draft_tokens=draft_tokens)
+                assert replayed == replace(decoded, seconds=0.0)
+
+
+@pytest.mark.parametrize("wrong_every", [1, 3, 99])
+def test_a_drafter_reads_the_states_that_it_reads_with_a_cache(target, wrong_every):
+    for prompt_ids in prompts(4):
+        (reply,) = greedy_replies(target, [prompt_ids], max_new_tokens=16, eos_ids=(), max_tokens=64)
+        request = {"max_new_tokens": 16, "draft_tokens": 4, "eos_ids": ()}
+        ours, theirs = (Oracle(prompt_ids, reply.token_ids, lambda index: index % wrong_every == 0) for _ in range(2))
+        replay(reply, ours, **request)
+        speculative_decode(target, theirs, prompt_ids, **request)
+        assert ours.read_ids == theirs.read_ids == prompt_ids + reply.token_ids
+        assert [len(aux_QA) for aux_QA in ours.read_aux] == [len(aux_QA) for aux_QA in theirs.read_aux]
+        assert differs(torch.cat(ours.read_aux), torch.cat(theirs.read_aux)) < CLOSE
+
+
+def test_requests_that_cannot_be_met_are_refused(target):
+    until = {"max_new_tokens": 3, "eos_ids": ()}
+    with pytest.raises(ValueError, match="no token"):
+        greedy_replies(target, [[1], []], **until, max_tokens=9)
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        greedy_replies(target, [[1]], max_new_tokens=0, eos_ids=(), max_tokens=9)
+    (reply,) = greedy_replies(target, [[1]], **until, max_tokens=9)
+    with pytest.raises(ValueError, match="draft_tokens=0"):
+        replay(reply, PromptLookupDrafter(), **until, draft_tokens=0)
+    with pytest.raises(AssertionError, match="other limits"):
+        replay(reply, PromptLookupDrafter(), max_new_tokens=4, eos_ids=(), draft_tokens=1)
+    assert greedy_replies(target, [], **until, max_tokens=9) == []
+
+
+def reply_together(world, family: str, sizes: tuple[int, int], shares: tuple[slice, ...]) -> tuple:
+    """A rank's replies of the shared target, those of the whole one with a cache; how a drafter fares by both."""
+    own, until = prompts(8)[shares[world.rank]], {"max_new_tokens": 12, "eos_ids": (7,)}
+    shared, whole = tiny_target(family, TargetMesh.make(world, *sizes)), tiny_target(family)
+    assert shared.mesh.size > 1 and (shared.plan.shared or shared.plan.experts)
+    replies = greedy_replies(shared, own, **until, max_tokens=60)
+    expected = [greedy_decode(whole, prompt_ids, **until).token_ids for prompt_ids in own]
+    draft = ChainDrafter(random_draft(whole))
+    fared = [replay(reply, draft, **until, draft_tokens=3) for reply in replies]
+    rolls_back = family != "qwen3_next"
+    decoded = [speculative_decode(whole, draft, ids, **until, draft_tokens=3) for ids in own if rolls_back]
+    return [reply.token_ids for reply in replies], expected, fared, [replace(one, seconds=0.0) for one in decoded]
+
+
+UNEVEN = {
+    "one rank has more": (slice(0, 5), slice(5, 8)),
+    "one rank has none": (slice(0, 8), slice(0)),
+    "the first rank has none": (slice(0), slice(0, 3)),
+}
+
+
+@pytest.mark.parametrize("shares", UNEVEN.values(), ids=UNEVEN)
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("llama", (2, 1)), ("qwen3_moe", (1, 2)), ("qwen3_moe", (2, 2)), ("qwen3_next", (2, 2))],
+)
+def test_ranks_that_share_a_target_get_its_replies_to_their_own_prompts(family, sizes, shares):
+    results = run_ranks(reply_together, 2, family, sizes, shares)
+    for replies, expected, fared, decoded in results:
+        assert replies == expected == [generation.token_ids for generation in fared]
+        assert fared == decoded or not decoded
+    assert sum(len(replies) for replies, *_ in results) == sum(len(prompts(8)[share]) for share in shares)
+
+
+def test_copies_of_a_shared_target_need_not_be_in_step():
+    shares = (slice(0, 1), slice(0), slice(1, 6), slice(6, 8))
+    for replies, expected, *_ in run_ranks(reply_together, 4, "llama", (2, 1), shares):
+        assert replies == expected
+
+
+SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "gemma3_text", "gpt_oss"])
+def cached_target(request) -> FrozenTarget:
+    """Targets whose cache rolls back: plain, with experts, with sliding windows, with sinks and sliding windows."""
+    options = {"gemma3_text": SLIDING, "gpt_oss": SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2}}
+    if request.param not in options:
+        return tiny_target(request.param)
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(request.param, **SHAPE, **options[request.param])
+    return FrozenTarget(AutoModelForCausalLM.from_config(config, dtype=torch.float32), (0, 1, 3))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_prompts_decoded_together_get_the_replies_that_each_gets_alone(cached_target, batch_size):
+    asked = prompts(8)
+    alone = [greedy_decode(cached_target, ids, 17, ()).token_ids for ids in asked]
+    common = torch.tensor(alone).mode().values[0].item()
+    for eos_ids in ((), {common}):
+        until = {"max_new_tokens": 17, "eos_ids": eos_ids}
+        counted = []
+        replies = batched_replies(cached_target, asked, **until, batch_size=batch_size, on_forward=counted.append)
+        for prompt_ids, reply in zip(asked, replies, strict=True):
+            assert reply.prompt_ids == prompt_ids
+            assert reply.token_ids == greedy_decode(cached_target, prompt_ids, **until).token_ids
+            with capture(cached_target.model, cached_target.aux_layers) as seen:
+                cached_target.model(torch.tensor([prompt_ids + reply.token_ids[:-1]]))
+            assert differs(reply.aux_TA, seen.aux()[0]) < CLOSE
+        assert counted == sorted(counted) and counted[-1] == sum(len(reply.token_ids) for reply in replies)
+    assert len(set(map(tuple, alone))) > 1
+
+
+def test_a_batch_takes_one_forward_per_token_and_refuses_what_greedy_decoding_refuses(target):
+    until = {"max_new_tokens": 9, "eos_ids": ()}
+    counted = []
+    batched_replies(target, prompts(8), **until, batch_size=8, on_forward=counted.append)
+    assert counted == [8 * (step + 1) for step in range(9)]
+    with pytest.raises(ValueError, match="no token"):
+        batched_replies(target, [[1], []], **until, batch_size=2)
+    assert batched_replies(target, [], **until, batch_size=2) == []
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4096])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"fc_norm": True, "norm_output": True}])
+def test_a_draft_proposes_behind_all_tokens_at_once_what_it_proposes_one_by_one(target, options, max_tokens):
+    draft = random_draft(target, **options)
+    common = torch.tensor([greedy_decode(target, ids, 17, ()).token_ids for ids in prompts(8)]).mode().values[0].item()
+    seen = set()
+    for max_new_tokens, draft_tokens, eos_ids in ((1, 3, ()), (2, 1, ()), (20, 4, ()), (20, 3, {common})):
+        until = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+        replies = greedy_replies(target, prompts(8), **until, max_tokens=4096)
+        along = propose_along(draft, replies, draft_tokens, max_tokens)
+        for reply, proposals in zip(replies, along, strict=True):
+            one_by_one = _Recorded(ChainDrafter(draft))
+            at_once = _Recorded(proposals)
+            limits = until | {"draft_tokens": draft_tokens}
+            assert replay(reply, at_once, **limits) == replay(reply, one_by_one, **limits)
+            assert at_once.proposed == one_by_one.proposed
+            seen.update(map(tuple, at_once.proposed))
+    assert len(seen) > 10
+
+
+class _Recorded:
+    """A drafter that keeps what it proposed."""
+
+    def __init__(self, drafter) -> None:
+        self.drafter = drafter
+        self.start, self.extend = drafter.start, drafter.extend
+        self.proposed: list[list[int]] = []
+
+    def propose(self, count: int) -> list[int]:
+        self.proposed.append(self.drafter.propose(count))
+        return self.proposed[-1]

@@ -1,0 +1,99 @@
+"""A check reads every byte; a merge has every document of its parts once for each shard that differs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.hidden_states.store_format import MANIFEST, StoreError
+from engine.hidden_states.store_reader import open_store
+from engine.hidden_states.store_upkeep import check_store, merge_stores
+from tests.captures import capture_config, run_capture
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, tiny_target, tiny_corpus) -> tuple[Path, Path]:
+    """Captures of the corpus and of its held-out conversations."""
+    folder = tmp_path_factory.mktemp("parts")
+    for name, conversations in (("train", tiny_corpus.train), ("held_out", tiny_corpus.held_out)):
+        run_capture(capture_config(folder / name, tiny_target, conversations))
+    return folder / "train", folder / "held_out"
+
+
+def test_a_whole_store_is_found_whole_and_progress_reaches_its_size(parts):
+    seen = []
+    check = check_store(parts[0], seen.append)
+    assert not check.problems and not check.missing and check.seen == len(check.manifest.shards)
+    assert seen[-1] == check.manifest.num_bytes and seen == sorted(seen)
+
+
+def test_every_harmed_shard_is_named(parts, tmp_path):
+    store = shutil.copytree(parts[0], tmp_path / "store")
+    first, second, third, *_ = sorted(store.glob("*.safetensors"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1] + b"\x07")
+    third.write_bytes(b"")
+    check = check_store(store)
+    assert [path.name in problem for path, problem in zip((first, second, third), check.problems, strict=True)] == [True] * 3
+    assert check.seen == len(check.manifest.shards) - 3
+
+
+def test_a_merged_store_has_all_documents_and_keeps_its_parts(parts, tmp_path):
+    merge = merge_stores(parts, tmp_path / "both")
+    assert (merge.doubled_shards, merge.doubled_documents) == (0, 0)
+    documents = [open_store(folder, skip_bad=False).documents for folder in (*parts, tmp_path / "both")]
+    apart = [document.input_ids.tolist() for documents in documents[:2] for document in documents]
+    assert [document.input_ids.tolist() for document in documents[2]] == apart
+    assert not check_store(tmp_path / "both").problems and not check_store(parts[0]).problems
+    again = merge_stores([tmp_path / "both", parts[1]], tmp_path / "again")
+    doubled = len(check_store(parts[1]).manifest.shards)
+    assert again.doubled_shards == doubled and again.manifest.num_documents == merge.manifest.num_documents
+
+
+def test_what_does_not_fit_together_is_refused_before_anything_is_written(parts, tmp_path, tiny_target, tiny_corpus):
+    run_capture(capture_config(tmp_path / "bf16", tiny_target, tiny_corpus.train, "store.dtype=bfloat16"))
+    with pytest.raises(StoreError, match="dtype: 'float32', now 'bfloat16'"):
+        merge_stores([parts[0], tmp_path / "bf16"], tmp_path / "both")
+    with pytest.raises(StoreError, match="exists"):
+        merge_stores(parts, tmp_path / "bf16")
+    assert not (tmp_path / "both").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def renamed(store: Path, folder: Path, identity: str | None) -> Path:
+    """A copy of a store that says it is of a target of another identity; None: of none that it names."""
+    shutil.copytree(store, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["contents"]["target_identity"] = identity
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def test_stores_of_other_weights_are_not_merged_even_behind_one_that_names_none(parts, tmp_path):
+    old = renamed(parts[0], tmp_path / "old", None)
+    other = renamed(parts[1], tmp_path / "other", "of-others")
+    for folders in ([parts[0], other], [old, parts[0], other]):
+        with pytest.raises(StoreError, match=f"{other} is not of what {parts[0]} is: target_identity: .*'of-others'"):
+            merge_stores(folders, tmp_path / "both")
+    assert merge_stores([old, parts[1]], tmp_path / "both").manifest.contents.target_identity is None
+
+
+def test_the_command_shows_checks_and_merges(parts, tmp_path):
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "launcher/inspect_store.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    merged = run(*parts, "--merge_into", tmp_path / "both")
+    assert merged.returncode == 0 and "44 documents" in merged.stdout
+    shown = run(tmp_path / "both")
+    assert shown.returncode == 0 and "every byte as written" in shown.stdout and "(0, 1, 3)" in shown.stdout
+    shard = sorted((tmp_path / "both").glob("*.safetensors"))[0]
+    shard.unlink()
+    shard.write_bytes(b"short")
+    harmed = run(tmp_path / "both")
+    assert harmed.returncode == 1 and shard.name in harmed.stdout
+    assert run(tmp_path / "both", "--quick").stderr.startswith("inspect_store.py: ")

@@ -1,0 +1,395 @@
+"""A resumed run is the uninterrupted one, bit for bit; a checkpoint is complete or it is not named."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config.ds_config import load_ds_config, resolve_ds_config
+from engine.hidden_states.finite import NonFiniteError
+from engine.host.files import WriteError
+from engine.models.eagle3.normaliser import Normaliser
+from engine.parallel.mesh import World
+from engine.parallel.zero import ZeroDraft, consolidated_weights
+from engine.runtime.checkpoint import Checkpoints
+from tests.distributed import run_ranks
+from tests.tiny import make_draft, make_micro, make_test
+from tests.training import FOLDER, zero_step
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+ALONE = World.alone()
+Weights = dict[str, torch.Tensor]
+
+
+def start(world: World, stage: str, seed: int, total_steps: int = 6) -> ZeroDraft:
+    """A new run: a draft with a frozen projection, the shipped configuration in bf16 with its schedule, its own RNG a rank."""
+    raw = load_ds_config(FOLDER / f"{stage}.json")
+    raw["gradient_accumulation_steps"] = 2
+    ds_config = resolve_ds_config(raw, world_size=world.size, total_steps=total_steps, hidden_size=24)
+    zero = ZeroDraft(make_draft(hidden_size=24, seed=seed), make_test(), ds_config)
+    seed_all(seed + world.rank)
+    return zero
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def draw() -> int:
+    """A number that all three generators have a part in."""
+    return random.randrange(1000) + np.random.randint(1000) + int(torch.randint(1000, ()))
+
+
+def train(zero: ZeroDraft, world: World, num_steps: int) -> list[float]:
+    """Losses on batches that the rank's RNG chooses."""
+    normalise, losses = Normaliser(zero, world), []
+    for _ in range(num_steps):
+        micros = [make_micro(zero.objective, seed=draw(), dtype=zero.dtype) for _ in range(zero.accumulation_steps)]
+        losses.append(zero_step(zero, normalise, world, micros))
+    return losses
+
+
+def train_and_save(world: World, folder: Path) -> dict[str, tuple[list[float], Weights, Weights]]:
+    """For each stage, losses and weights of six steps, and the weights of another run that is saved after three."""
+    results = {}
+    for stage in STAGES:
+        whole = start(world, stage, seed=0)
+        losses, weights = train(whole, world, 6), dict(whole.gathered_weights())
+        half = start(world, stage, seed=0)
+        train(half, world, 3)
+        Checkpoints(folder / stage, keep=1).save(half, world, 3, {"position": 3})
+        results[stage] = losses, weights, dict(half.gathered_weights())
+    return results
+
+
+def resume_and_train(world: World, folder: Path) -> dict[str, tuple[tuple[int, dict], list[float], Weights]]:
+    """For each stage, what three more steps of a new process give that began with another draft and another RNG."""
+    results = {}
+    for stage in STAGES:
+        zero = start(world, stage, seed=7)
+        checkpoints = Checkpoints(folder / stage, keep=1)
+        position = checkpoints.find()
+        checkpoints.load(zero, world)
+        results[stage] = position, train(zero, world, 3), dict(zero.gathered_weights())
+    return results
+
+
+def rates(zero: ZeroDraft, world: World, num_steps: int) -> list[float]:
+    """Learning rate of each of `num_steps` optimizer steps."""
+    rates = []
+    for _ in range(num_steps):
+        train(zero, world, 1)
+        rates.append(zero.learning_rate)
+    return rates
+
+
+def extend(world: World, folder: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """For each stage, rates of an uninterrupted run, and of one that was planned shorter and then extended."""
+    results = {}
+    for stage in ("zero0", "zero1", "zero3"):
+        whole = rates(start(world, stage, seed=0, total_steps=9), world, 6)
+        short = start(world, stage, seed=0, total_steps=4)
+        before = rates(short, world, 4)
+        Checkpoints(folder / stage, keep=1).save(short, world, 4, {})
+        longer = start(world, stage, seed=0, total_steps=9)
+        Checkpoints(folder / stage, keep=1).load(longer, world)
+        results[stage] = whole, [*before, *rates(longer, world, 2)]
+    return results
+
+
+def test_an_extended_run_follows_the_new_schedule_from_its_first_step_on(tmp_path):
+    for stage, (whole, extended) in run_ranks(extend, 1, tmp_path)[0].items():
+        assert extended[4:] == whole[4:], stage
+        assert extended[3] != whole[3], f"{stage}: the shorter run had another schedule"
+
+
+def test_a_run_that_ends_before_its_checkpoint_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.check_end(40, None)
+    checkpoints.check_end(40, 40)
+    with pytest.raises(ValueError, match=r"step_40 was saved after step 40, and max_steps=39 ends the run before it"):
+        checkpoints.check_end(40, 39)
+
+
+def start_shared(world: World, stage: str, seed: int, reshaped_from: Checkpoints | None = None) -> ZeroDraft:
+    """A run whose global batch is the same four micro-batches on one, two and four ranks."""
+    raw = load_ds_config(FOLDER / f"{stage}.json")
+    raw["gradient_accumulation_steps"], raw["bf16"]["enabled"] = 4 // world.size, False
+    ds_config = resolve_ds_config(raw, world_size=world.size, total_steps=6, hidden_size=24)
+    draft = make_draft(hidden_size=24, seed=seed)
+    universal = reshaped_from is not None and reshaped_from.reshape(draft, world)
+    return ZeroDraft(draft, make_test(), ds_config, universal)
+
+
+def train_shared(zero: ZeroDraft, world: World, steps: range) -> list[float]:
+    normalise, losses = Normaliser(zero, world), []
+    for step in steps:
+        micros = [make_micro(zero.objective, seed=10 * step + index, dtype=zero.dtype) for index in range(4)]
+        losses.append(zero_step(zero, normalise, world, micros[world.rank :: world.size]))
+    return losses
+
+
+def train_shared_and_save(world: World, folder: Path) -> dict[str, tuple[list[float], Weights]]:
+    """For each stage, the losses of steps 3 to 5 and the weights after them; saved before."""
+    results = {}
+    for stage in STAGES:
+        zero = start_shared(world, stage, seed=0)
+        train_shared(zero, world, range(3))
+        Checkpoints(folder / stage, keep=1).save(zero, world, 3, {})
+        results[stage] = train_shared(zero, world, range(3, 6)), dict(zero.gathered_weights())
+    return results
+
+
+def resume_shared(world: World, folder: Path) -> dict[str, tuple[list[float], Weights]]:
+    results = {}
+    for stage in STAGES:
+        checkpoints = Checkpoints(folder / stage, keep=1)
+        zero = start_shared(world, stage, seed=7, reshaped_from=checkpoints)
+        checkpoints.load(zero, world)
+        results[stage] = train_shared(zero, world, range(3, 6)), dict(zero.gathered_weights())
+    return results
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("shared")
+    return folder, run_ranks(train_shared_and_save, 2, folder)[0]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_run_goes_on_on_another_number_of_ranks(on_two_ranks, size):
+    folder, uninterrupted = on_two_ranks
+    resumed = run_ranks(resume_shared, size, folder)[0]
+    for stage in STAGES:
+        (losses, weights), (own_losses, own_weights) = uninterrupted[stage], resumed[stage]
+        assert own_losses == pytest.approx(losses, rel=1e-5), stage
+        assert weights.keys() == own_weights.keys() and "embed_projection.weight" in weights
+        for name in weights:  # as the same sums in another order differ
+            torch.testing.assert_close(own_weights[name], weights[name], rtol=1e-4, atol=1e-5)
+        assert [path.name for path in (folder / stage).iterdir() if path.is_dir()] == ["step_3"], "nothing is left of rewriting"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def saved(folder) -> dict[str, tuple[list[float], Weights, Weights]]:
+    return run_ranks(train_and_save, 2, folder)[0]
+
+
+@pytest.fixture(scope="module")
+def resumed(saved, folder) -> dict[str, tuple[tuple[int, dict], list[float], Weights]]:
+    """Resumed beside a later checkpoint that a kill cut short: its first file is there, others and its name are not."""
+    for stage in STAGES:
+        (folder / stage / "step_6").mkdir()
+        part = sorted((folder / stage / "step_3").glob("*.pt"))[0]
+        shutil.copy(part, folder / stage / "step_6")
+    return run_ranks(resume_and_train, 2, folder)[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved, resumed, stage):
+    losses, weights, _ = saved[stage]
+    position, resumed_losses, resumed_weights = resumed[stage]
+    assert position == (3, {"position": 3})
+    assert resumed_losses == losses[3:]
+    assert weights.keys() == resumed_weights.keys()
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_consolidated_weights_are_the_gathered_ones_in_fp32(saved, folder, capfd, stage):
+    assert not torch.distributed.is_initialized()
+    gathered, consolidated = saved[stage][2], consolidated_weights(folder / stage, "step_3")
+    assert "embed_projection.weight" in gathered, "frozen, so no optimizer holds it"
+    assert consolidated.keys() == gathered.keys()
+    for name, weight in consolidated.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight.to(gathered[name].dtype), gathered[name]), name
+    assert capfd.readouterr() == ("", "")
+
+
+class PaperDraft:
+    """Stands in for a ZeroDraft: its checkpoint is its client state."""
+
+    def __init__(self, fails: bool = False, is_finite: bool = True) -> None:
+        self.fails, self.is_finite = fails, is_finite
+
+    def has_finite_weights(self, world: World) -> bool:
+        return self.is_finite
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        if self.fails:
+            raise OSError("no space left")
+        torch.save(client_state, folder / tag / "state.pt")
+
+    def load(self, folder: Path, tag: str) -> dict[str, Any]:
+        return torch.load(folder / tag / "state.pt", weights_only=False)
+
+
+def tags(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.glob("step_*"))
+
+
+def test_nothing_saved_is_nothing_to_resume(tmp_path):
+    assert Checkpoints(tmp_path / "none", keep=1).find() is None
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run", keep=2)
+    for step in (8, 9, 10, 11):
+        checkpoints.save(PaperDraft(), ALONE, step, {})
+    assert tags(checkpoints) == ["step_10", "step_11"]
+    assert checkpoints.newest() == "step_11"
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint_named_and_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 3, {"position": 3})
+    with pytest.raises(OSError):
+        checkpoints.save(PaperDraft(fails=True), ALONE, 9, {})
+    assert checkpoints.find() == (3, {"position": 3})
+    checkpoints.save(PaperDraft(), ALONE, 5, {"position": 5})
+    assert checkpoints.find() == (5, {"position": 5}), "pruning kept the unfinished step_9 instead"
+
+
+def test_no_checkpoint_is_made_of_weights_that_are_not_finite_and_none_is_deleted(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 3, {})
+    with pytest.raises(NonFiniteError, match="not finite after step 9"):
+        checkpoints.save(PaperDraft(is_finite=False), ALONE, 9, {})
+    assert tags(checkpoints) == ["step_3"] and checkpoints.newest() == "step_3"
+
+
+def poison(world: World) -> dict[str, list[bool]]:
+    """For each stage, whether the weights of a draft are found finite before and after one of them is not."""
+    found = {}
+    for stage in STAGES:
+        zero = start(world, stage, seed=0)
+        before = zero.has_finite_weights(world)
+        weight = zero.engine.module.draft.fc.weight
+        own = getattr(weight, "ds_tensor", weight)
+        if world.is_main:
+            own.data.view(-1)[5] = float("nan")
+        found[stage] = [before, zero.has_finite_weights(world)]
+    return found
+
+
+def test_a_weight_that_is_not_finite_on_one_rank_is_found_on_all():
+    for rank in run_ranks(poison, 2):
+        assert rank == {stage: [True, False] for stage in STAGES}
+
+
+def test_every_generator_is_restored(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 1, {})
+    numbers = [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(3)]
+    seed_all(99)
+    checkpoints.load(PaperDraft(), ALONE)
+    assert numbers == [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(3)]
+
+
+def test_a_checkpoint_that_cannot_be_rewritten_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "decide", lambda world, decision: decision())  # rank 0, without the other three
+    Checkpoints(tmp_path, keep=1).save(PaperDraft(), ALONE, 4, {})
+    (tmp_path / "step_4" / "zero_optim_states.pt").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"step_4 cannot be rewritten for another number of ranks: "):
+        Checkpoints(tmp_path, keep=1).reshape(make_draft(), replace(ALONE, size=4))
+    assert tags(Checkpoints(tmp_path, keep=1)) == ["step_4"]
+
+
+def test_a_checkpoint_of_another_target_is_refused_and_an_old_one_says_what_is_not_known(tmp_path):
+    (tmp_path / "step_3").mkdir()
+    (tmp_path / "latest").write_text("step_3")
+    facts = {"ranks": 1, "step": 3, "data": {}, "options": {}}
+    checkpoints = Checkpoints(tmp_path, keep=1, target_identity="config-weights")
+    for saved, note in (({}, "checkpoint"), ({"target_identity": "config-weights"}, None)):
+        (tmp_path / "step_3" / "run.json").write_text(json.dumps(facts | saved))
+        found = checkpoints.check_target()
+        assert found is None if note is None else found.startswith(f"the {note} does not say")
+    unknown = replace(checkpoints, target_identity=None)
+    assert unknown.check_target().startswith("the store does not say")
+    changed = replace(checkpoints, target_identity="config-others")
+    with pytest.raises(ValueError, match="step_3 was trained for another target: the target's weights are other ones"):
+        changed.check_target()
+
+
+def test_other_options_are_refused_by_name(tmp_path):
+    options = {"ttt.steps": 7, "loss.step_weights": (1.0, 0.5), "loss.kind": "kl"}
+    Checkpoints(tmp_path, 1, options).save(PaperDraft(), ALONE, 4, {})
+    assert Checkpoints(tmp_path, 1, options).find() == (4, {})
+    with pytest.raises(ValueError, match="step_4 was trained with other options: ttt.steps was 7, now 3. Restore"):
+        Checkpoints(tmp_path, 1, options | {"ttt.steps": 3}).find()
+    later = options | {"target.fp8_activations": False}  # an option that came after the run
+    assert Checkpoints(tmp_path, 1, later).find() == (4, {})
+    with pytest.raises(ValueError, match="target.fp8_activations was False, now True"):
+        Checkpoints(tmp_path, 1, later | {"target.fp8_activations": True}).find()
+
+
+def test_a_named_checkpoint_that_is_gone_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 4, {})
+    shutil.rmtree(tmp_path / "step_4")
+    with pytest.raises(
+        ValueError, match="step_4 is not a complete checkpoint: it has no run.json; start a new run in another output_dir"
+    ):
+        checkpoints.find()
+
+
+@pytest.mark.parametrize("content", [b"", b"step_", b"../step_3", b"/tmp/step_3", b"step_3/../..", b"\xff\xfe", b"\0" * 6])
+def test_a_damaged_latest_is_one_error_that_names_it_and_the_checkpoints(tmp_path, content):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (3, 9):
+        checkpoints.save(PaperDraft(), ALONE, step, {})
+    (tmp_path / "latest").write_bytes(content)
+    for read in (checkpoints.newest, checkpoints.find):
+        with pytest.raises(ValueError, match=rf"latest .*write one of step_3, step_9 into {tmp_path / 'latest'}"):
+            read()
+    assert tags(checkpoints) == ["step_3", "step_9"]
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"", "damaged"),
+        (b'{"ranks": 1, "step": 9, "da', "damaged"),
+        (b"\xff", "damaged"),
+        (b"[]", "expected int under 'ranks'"),
+        (b'{"ranks": 1, "step": 9, "data": {}}', "expected dict under 'options', found None"),
+        (b'{"ranks": "2", "step": 9, "data": {}, "options": {}}', "expected int under 'ranks', found '2'"),
+        (b'{"ranks": 1, "step": 3, "data": {}, "options": {}}', "it is of step 3"),
+    ],
+)
+def test_a_damaged_run_json_is_one_error_that_names_it_and_the_checkpoints(tmp_path, content, problem):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (3, 9):
+        checkpoints.save(PaperDraft(), ALONE, step, {})
+    (tmp_path / "step_9" / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"step_9/run.json is damaged.*write one of step_3, step_9 into") as error:
+        checkpoints.find()
+    assert problem in str(error.value)
+
+
+class FullDisk(PaperDraft):
+    """A draft whose checkpoint does not fit the disk, as torch.save reports it."""
+
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
+        torch.save(client_state, "/dev/full")
+
+
+def test_a_full_disk_is_one_error_that_names_the_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(PaperDraft(), ALONE, 3, {"position": 3})
+    with pytest.raises(WriteError, match="step_9 cannot be written: .*"):
+        checkpoints.save(FullDisk(), ALONE, 9, {})
+    assert checkpoints.find() == (3, {"position": 3})

@@ -1,0 +1,114 @@
+"""Metrics are read a step late, and every step has exactly one line wherever a run stops."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.parallel.mesh import World
+from engine.runtime.fault_watch import FaultWatch, WatchSettings
+from engine.runtime.train_log import LogSettings, TrainLog
+from tests.runtime.test_metrics import FIRST, SECOND
+
+
+class LateSum:
+    """A sum that arrives when it is waited for, or never."""
+
+    def __init__(self, values: torch.Tensor, arrives: bool) -> None:
+        self._values, self._arrives = values.clone(), arrives
+
+    def is_ready(self) -> bool:
+        return self._arrives
+
+    def wait(self) -> torch.Tensor:
+        assert self._arrives, "the run would hang"
+        return self._values
+
+
+class CountingWorld(World):
+    """One rank that counts its collectives."""
+
+    def start_sum(self, values: torch.Tensor) -> LateSum:
+        COLLECTIVES.append(values.numel())
+        return LateSum(values, arrives=ARRIVES[0])
+
+
+WATCH = WatchSettings((0, 1, 3), name_of=lambda index: f"document {index}", stops=False)
+WARNINGS: list[str] = []
+COLLECTIVES: list[int] = []
+ARRIVES = [True]
+MICRO = SimpleNamespace(num_tokens=10, num_left_out=0, faults=None)
+
+
+@pytest.fixture
+def zero() -> SimpleNamespace:
+    """Stands in for a ZeroDraft with two TTT steps."""
+    COLLECTIVES.clear()
+    ARRIVES[0] = True
+    loss = SimpleNamespace(normaliser="slots")
+    test = SimpleNamespace(ttt=SimpleNamespace(steps=2), step_weights=[1.0, 0.5], loss=loss)
+    facts = {"learning_rate": 0.5, "accumulation_steps": 1, "num_skipped_steps": 0}
+    return SimpleNamespace(test=test, write_monitors=lambda values, step: None, **facts)
+
+
+def open_log(folder: Path, zero: SimpleNamespace, every_steps: int = 1, num_steps: int = 5) -> TrainLog:
+    settings = LogSettings(folder, every_steps, 0, num_steps)
+    watch = FaultWatch(WATCH, WARNINGS.append)
+    return TrainLog(settings, zero, CountingWorld(0, 1, 0, 1), watch)
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_step_is_written_once_the_next_has_been_issued(tmp_path, zero):
+    written = []
+    with open_log(tmp_path, zero) as log:
+        for step in range(1, 6):
+            log.count(step, FIRST if step % 2 else SECOND, MICRO)
+            zero.learning_rate = step / 10
+            log.end_step(step)
+            written.append([line["step"] for line in lines(tmp_path)])
+    assert written == [[], [1], [1, 2], [1, 2, 3], [1, 2, 3, 4, 5]]
+    assert [line["lr"] for line in lines(tmp_path)] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert [line["loss"] for line in lines(tmp_path)] == [4.0, 1.0, 4.0, 1.0, 4.0]
+    assert len(COLLECTIVES) == 5, "one collective per logged step"
+
+
+def test_a_line_is_the_mean_over_the_steps_since_the_last(tmp_path, zero):
+    with open_log(tmp_path, zero, every_steps=2, num_steps=3) as log:
+        for step in (1, 2, 3):
+            log.count(step, FIRST if step % 2 else SECOND, MICRO)
+            log.end_step(step)
+    assert [(line["step"], line["loss"], line["tokens"]) for line in lines(tmp_path)] == [(2, 2.5, 20), (3, 4.0, 10)]
+    assert len(COLLECTIVES) == 2
+
+
+def test_a_flush_leaves_nothing_behind_for_a_checkpoint_to_miss(tmp_path, zero):
+    with open_log(tmp_path, zero) as log:
+        log.count(1, FIRST, MICRO)
+        log.end_step(1)
+        log.flush()
+        assert [line["step"] for line in lines(tmp_path)] == [1]
+        log.flush()
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_an_error_still_leaves_the_line_of_the_step_before_it(tmp_path, zero):
+    with pytest.raises(ValueError, match="a bad batch"), open_log(tmp_path, zero) as log:
+        log.count(1, FIRST, MICRO)
+        log.end_step(1)
+        raise ValueError("a bad batch")
+    assert [line["step"] for line in lines(tmp_path)] == [1]
+
+
+def test_an_error_is_not_held_up_by_ranks_that_are_gone(tmp_path, zero, monkeypatch):
+    monkeypatch.setattr("engine.runtime.train_log.SECONDS_AFTER_ERROR", 0.05)
+    ARRIVES[0] = False
+    with pytest.raises(ValueError, match="a bad batch"), open_log(tmp_path, zero) as log:
+        log.count(1, FIRST, MICRO)
+        log.end_step(1)
+        raise ValueError("a bad batch")
+    assert not lines(tmp_path)
