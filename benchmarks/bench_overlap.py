@@ -25,11 +25,11 @@ from engine.config.sections import DraftSection, LossSection, TttSection
 from engine.kernels import choose_kernels
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3.flops import Part, StepCounts, step_parts
+from engine.models.eagle3.flops import StepCounts, StepPart, step_parts
 from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
-from engine.planning.job import Documents
+from engine.planning.job import DocumentSizes
 from engine.runtime.overlap import run_ahead
 from engine.target.frozen import FrozenTarget
 from tests.recipes_configs import target_config
@@ -59,7 +59,7 @@ class OverlapShape:
         """Return documents of random tokens, on the host."""
         generator = torch.Generator().manual_seed(seed)
         input_ids_T = torch.randint(self.config.vocab_size, (self.num_tokens,), generator=generator)
-        documents = Documents(self.document_tokens, self.assistant).batch(self.num_tokens)
+        documents = DocumentSizes(self.document_tokens, self.assistant).batch(self.num_tokens)
         return replace(documents, input_ids_T=input_ids_T)
 
 
@@ -126,7 +126,7 @@ def _target_half(tensors: OverlapTensors, batch: PackedBatch) -> tuple[MicroBatc
     return MicroBatch(batch, output, embed_TD, to_device(allowed_ST, device)), norms
 
 
-def parts(shape: OverlapShape) -> dict[str, Part]:
+def parts(shape: OverlapShape) -> dict[str, StepPart]:
     """Return the work of both halves over all micro-batches."""
     batch = shape.batch(0)
     allowed_ST = allowed_rows(batch, TTT)

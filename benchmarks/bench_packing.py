@@ -23,17 +23,17 @@ RANKS = (8, 64)
 
 
 def measure(name: str, count: int) -> dict[str, float | str]:
-    lengths, said, max_tokens = mix(name, count)
+    lengths, assistant_tokens, max_tokens = mix(name, count)
     start = time.perf_counter()
-    packs = pack(lengths, said, max_tokens, np.random.default_rng(1))
+    packs = pack(lengths, assistant_tokens, max_tokens, np.random.default_rng(1))
     row = {"data": name, "seconds": time.perf_counter() - start, "packs": len(packs)}
     row |= {"documents a pack": count / len(packs), "waste": 1 - lengths.sum() / (len(packs) * max_tokens)}
-    said_P, window = np.array([said[members].sum() for members in packs]), DataSection().balance_steps
+    assistant_tokens_P, window = np.array([assistant_tokens[members].sum() for members in packs]), DataSection().balance_steps
     for num_ranks in RANKS:
-        order = np.concatenate(list(alike_steps(said_P, 0, num_ranks, window, np.random.default_rng(2))))
+        order = np.concatenate(list(alike_steps(assistant_tokens_P, 0, num_ranks, window, np.random.default_rng(2))))
         row |= {
-            f"wait of {num_ranks}, as drawn": wait(said_P, num_ranks),
-            f"wait of {num_ranks}, alike": wait(said_P[order], num_ranks),
+            f"wait of {num_ranks}, as drawn": wait(assistant_tokens_P, num_ranks),
+            f"wait of {num_ranks}, alike": wait(assistant_tokens_P[order], num_ranks),
         }
     return row
 

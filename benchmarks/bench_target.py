@@ -27,10 +27,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.batch import PackedBatch
 from engine.config.sections import TargetSection, TttSection
-from engine.models.eagle3.flops import Cost, Part
+from engine.models.eagle3.flops import Cost, StepPart
 from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.parallel.mesh import ALONE, TargetMesh
-from engine.planning.job import Documents
+from engine.planning.job import DocumentSizes
 from engine.planning.target_cost import Forward, TargetCost
 from engine.target.frozen import FrozenTarget
 from engine.target.fused_elementwise import fuse_elementwise, liger_operations
@@ -66,7 +66,7 @@ class TargetShape:
         """On the host."""
         generator = torch.Generator().manual_seed(self.seed)
         ids_T = torch.randint(self.config.vocab_size, (self.num_tokens,), generator=generator)
-        return replace(Documents(self.document_tokens, SAID).batch(self.num_tokens), input_ids_T=ids_T)
+        return replace(DocumentSizes(self.document_tokens, SAID).batch(self.num_tokens), input_ids_T=ids_T)
 
     @cached_property
     def slots_N(self) -> Tensor:
@@ -172,12 +172,12 @@ def _transformers(tensors: TargetTensors) -> Callable[[], object]:
 
 
 @cache
-def parts(shape: TargetShape) -> dict[str, Part]:
+def parts(shape: TargetShape) -> dict[str, StepPart]:
     """With weights of half an element: a byte, at half precision."""
     cost, forward, width = shape.cost(), shape.forward, shape.config.hidden_size
     weights = round(cost.num_active_weights) + width * shape.config.vocab_size
     written = (3 * forward.num_tokens + forward.num_slots) * width
-    return {"forward": Part(Cost(round(cost.flops(forward)), weights // 2 + written))}
+    return {"forward": StepPart(Cost(round(cost.flops(forward)), weights // 2 + written))}
 
 
 def figures(shape: TargetShape, seconds: float) -> dict[str, float]:

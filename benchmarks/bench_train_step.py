@@ -24,7 +24,7 @@ from engine.config.sections import TttSection
 from engine.kernels import Kernels, choose_kernels
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3.flops import Part, StepCounts, step_parts
+from engine.models.eagle3.flops import StepCounts, StepPart, step_parts
 from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
@@ -154,7 +154,7 @@ def setup(options: dict[str, str], tensors: StepTensors) -> Callable[[], object]
     return step
 
 
-def parts(shape: StepShape) -> dict[str, Part]:
+def parts(shape: StepShape) -> dict[str, StepPart]:
     batch = shape.batch
     allowed_ST = allowed_rows(batch, TttSection())
     return step_parts(shape.draft.shape, StepCounts.needed(batch, allowed_ST, slots_of(allowed_ST).numel()))

@@ -39,7 +39,7 @@ from engine.host.freed_memory import keep_freed_memory
 from engine.kernels import Kernels
 from engine.kernels.matmul import product
 from engine.kernels.self_check import SelfCheck
-from engine.models.eagle3.flops import HardwarePeak, Part, floor_s, peak_of
+from engine.models.eagle3.flops import HardwarePeak, StepPart, floor_s, peak_of
 from engine.parallel.mesh import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +79,7 @@ class Benchmark:
     providers: dict[str, Provider]
     prepare: Callable[[Any, Place], Any]
     setup: Callable[[Any, Any], Callable[[], object]]
-    parts: Callable[[Any], dict[str, Part]]
+    parts: Callable[[Any], dict[str, StepPart]]
     figures: Callable[[Any, float], dict[str, float]]
 
 

@@ -24,10 +24,11 @@ from engine.data.packed_loader import PackedLoader
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer, template_token_ids
 from engine.evaluation.acceptance import Prompt, check_prompts, held_out_prompts
-from engine.evaluation.evaluator import HeldOut
+from engine.evaluation.evaluator import AcceptanceEvaluator
 from engine.evaluation.report import RunReport
 from engine.hidden_states.finite import without_faulty_documents
-from engine.hidden_states.sources import Offline, Online, Target, open_origin
+from engine.hidden_states.protocol import HiddenStateSource, Target
+from engine.hidden_states.sources import open_source
 from engine.host.files import write_json, write_text
 from engine.host.telemetry import Telemetry
 from engine.kernels import Kernels, choose_kernels
@@ -60,7 +61,6 @@ from engine.runtime.train_log import LogSettings, TrainLog
 from engine.target.configuration import load_target_config
 from engine.weights.quantised_checkpoint import check_fp8_activations
 
-Origin = Online | Offline
 EXCERPT_TOKENS = 24
 RELOAD_TOLERANCE = 2**-5  # of the largest logit: a few bf16 roundings; a wrong tensor gives errors near 1
 
@@ -101,30 +101,32 @@ class Trainer:
         tokenizer = load_tokenizer(section, self.config.data)
         target_config = load_target_config(section)
         check_fp8_activations(target_config, section)
-        origin = open_origin(self.config, tokenizer, self.world, self.telemetry)
-        self.checkpoints = replace(self.checkpoints, target_identity=origin.target_identity)
+        source = open_source(self.config, tokenizer, self.world, self.telemetry)
+        self.checkpoints = replace(self.checkpoints, target_identity=source.target_identity)
         if position is not None:
             unknown = self.world.decide(self.checkpoints.check_target)
             if unknown is not None:
                 self.telemetry.note(f"  {unknown}")
-        draft_config = derive_draft_config(target_config, self.config.draft, origin.aux_layers)
-        draft_config = replace(draft_config, trained_with=origin.trained_with)
+        draft_config = derive_draft_config(target_config, self.config.draft, source.aux_layers)
+        draft_config = replace(draft_config, trained_with=source.trained_with)
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
-            corpus = self.read_corpus(origin, tokenizer, draft_config)
+            corpus = self.read_corpus(source, tokenizer, draft_config)
             first_step = self.resume(corpus.loader, position)
-            prompts = self.read_prompts(tokenizer, draft_config.vocab_size) if origin.decodes else []
+            prompts = self.read_prompts(tokenizer, draft_config.vocab_size) if source.can_decode else []
         with self.telemetry.stage("Loading the target"):
-            target = origin.load_target(draft_config.aux_layers)
+            target = source.load_target(draft_config.aux_layers)
         draft = self.new_draft(draft_config, kernels, corpus.vocab_map, target)
-        held_out = None
-        if origin.decodes:
+        evaluator = None
+        if source.can_decode:
             max_tokens = self.config.data.max_tokens
-            held_out = HeldOut(self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry, max_tokens)
+            evaluator = AcceptanceEvaluator(
+                self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry, max_tokens
+            )
         report = RunReport(self.output_dir, self.telemetry.stage_s, corpus.vocab_facts["coverage"])
-        if held_out:
+        if evaluator is not None:
             with self.telemetry.stage("Measuring acceptance before training"):
-                report = replace(report, before=held_out.measure_draft(self.served(draft, corpus.vocab_map, target)))
+                report = replace(report, before=evaluator.measure_draft(self.served(draft, corpus.vocab_map, target)))
 
         zero = self.start_zero(draft, corpus, target, first_step)
         with self.telemetry.stage("Training"):
@@ -132,10 +134,10 @@ class Trainer:
             report = replace(report, left_out=tuple(left_out.values()))
         with self.telemetry.stage("Exporting"):
             exported = self.export(zero, corpus, target)
-        if held_out:
+        if evaluator is not None:
             with self.telemetry.stage("Measuring acceptance after training"):
-                after = held_out.measure_draft(exported.to(target.dtype))
-                report = replace(report, after=after, prompt_lookup=held_out.measure_prompt_lookup())
+                after = evaluator.measure_draft(exported.to(target.dtype))
+                report = replace(report, after=after, prompt_lookup=evaluator.measure_prompt_lookup())
         return report
 
     def check_output(self) -> None:
@@ -165,9 +167,9 @@ class Trainer:
             self.checkpoints.check_end(position[0], self.config.max_steps)
         return position
 
-    def read_corpus(self, origin: Origin, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
-        documents = origin.documents()
-        counts_V = origin.count_tokens(documents, config.vocab_size)
+    def read_corpus(self, source: HiddenStateSource, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
+        documents = source.documents()
+        counts_V = source.count_tokens(documents, config.vocab_size)
         vocab_map = self.draft_vocabulary(counts_V, tokenizer, config)
         loader = PackedLoader(
             documents,
@@ -185,7 +187,7 @@ class Trainer:
             problem = f"rank {self.world.rank} reads other training data than rank 0"
             raise ValueError(f"{problem}: {loader.stream}, there {stream}. Give every node the same files")
         coverage = vocab_map.coverage(counts_V)
-        self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of {origin.counted}")
+        self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of {source.counted}")
         facts = {"tokenizer_hash": tokenizer_hash(tokenizer), "coverage": coverage, "counted": self.config.draft.vocab_from}
         facts["trained_with"] = config.trained_with
 

@@ -23,12 +23,12 @@ from engine.config.recipe import load_config
 from engine.config.sections import Config
 from engine.data.corpus import read_documents
 from engine.data.dataset import Bad, UnusableData
-from engine.data.dataset_stats import VOCAB_SIZES, Bin, Portrait, histogram, portray
+from engine.data.dataset_stats import VOCAB_SIZES, Bin, DatasetStats, compute_stats, histogram
 from engine.data.dataset_stats_page import Run, write_page
 from engine.data.documents import Document
 from engine.data.segments import segments_of, write_segments
 from engine.data.templates import load_tokenizer
-from engine.hidden_states.sources import open_origin
+from engine.hidden_states.sources import open_source
 from engine.host.files import write_json, write_text
 from engine.host.telemetry import Telemetry
 from engine.models.eagle3.draft_config import derive_draft_config
@@ -70,23 +70,23 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
             raise
         write_bad(arguments.bad, report.bad, telemetry)
     else:
-        documents = open_origin(config, tokenizer, World.alone(), telemetry).documents()
-    portrait = portray(documents, config.data, config.ttt, draft, config.seed)
+        documents = open_source(config, tokenizer, World.alone(), telemetry).documents()
+    stats = compute_stats(documents, config.data, config.ttt, draft, config.seed)
     count = max(0, min(arguments.samples, len(documents)))
     chosen = [number * len(documents) // count for number in range(count)]
     samples = [sample(index, documents[index], tokenizer) for index in chosen]
     show_samples(samples, telemetry)
-    show_portrait(portrait, telemetry)
+    show_stats(stats, telemetry)
     if arguments.samples_json:
         arguments.samples_json.parent.mkdir(parents=True, exist_ok=True)
         write_segments(arguments.samples_json, documents, tokenizer)
         telemetry.note(f"{len(documents):,} documents with their masks: {arguments.samples_json}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.json, portrait.facts())
+        write_json(arguments.json, stats.facts())
     if arguments.html:
         title = config.target.store or ", ".join(Path(path).name for path in config.data.train)
-        write_page(arguments.html, title, portrait, samples)
+        write_page(arguments.html, title, stats, samples)
         telemetry.note(f"Page with plots: {arguments.html}")
 
 
@@ -112,22 +112,18 @@ def show_samples(samples: Sequence[Sample], telemetry: Telemetry) -> None:
         telemetry.console.print(Text.assemble(*((text, "green" if is_said else "dim") for text, is_said in runs)))
 
 
-def show_portrait(portrait: Portrait, telemetry: Telemetry) -> None:
-    show_histogram("tokens of a document", histogram(portrait.lengths), "{:,.0f}", telemetry)
-    shares = histogram(portrait.said / portrait.lengths, within=(0, 1))
+def show_stats(stats: DatasetStats, telemetry: Telemetry) -> None:
+    show_histogram("tokens of a document", histogram(stats.lengths), "{:,.0f}", telemetry)
+    shares = histogram(stats.assistant_tokens / stats.lengths, within=(0, 1))
     show_histogram("the assistant's share of a document", shares, "{:.0%}", telemetry)
     telemetry.console.rule()
-    share = portrait.said.sum() / portrait.num_tokens
-    telemetry.note(
-        f"{portrait.num_tokens:,} tokens in {len(portrait.lengths):,} documents, {share:.1%} of them the assistant's"
-    )
-    of = f" (of {portrait.num_sampled:,} documents)" if portrait.num_sampled < len(portrait.lengths) else ""
-    telemetry.note(f"positions with loss by TTT step{of}: {' '.join(f'{share:.1%}' for share in portrait.rows_S)}")
-    telemetry.note(f"so compaction saves the draft {portrait.saving:.2f}x of its FLOPs, most where few positions carry loss")
-    telemetry.note(
-        f"{portrait.num_packs:,} packs of {portrait.max_tokens:,} tokens an epoch, {portrait.waste:.2%} of them empty"
-    )
-    covered = ", ".join(f"{size // 1000}k: {portrait.coverage(size):.2%}" for size in VOCAB_SIZES)
+    share = stats.assistant_tokens.sum() / stats.num_tokens
+    telemetry.note(f"{stats.num_tokens:,} tokens in {len(stats.lengths):,} documents, {share:.1%} of them the assistant's")
+    of = f" (of {stats.num_sampled:,} documents)" if stats.num_sampled < len(stats.lengths) else ""
+    telemetry.note(f"positions with loss by TTT step{of}: {' '.join(f'{share:.1%}' for share in stats.rows_S)}")
+    telemetry.note(f"so compaction saves the draft {stats.saving:.2f}x of its FLOPs, most where few positions carry loss")
+    telemetry.note(f"{stats.num_packs:,} packs of {stats.max_tokens:,} tokens an epoch, {stats.waste:.2%} of them empty")
+    covered = ", ".join(f"{size // 1000}k: {stats.coverage(size):.2%}" for size in VOCAB_SIZES)
     telemetry.note(f"what the assistant says is covered by a draft vocabulary of {covered}")
 
 

@@ -25,7 +25,7 @@ from engine.config.strict import parse_json, read_text
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import AcceptanceReport, Prompt, check_prompts, held_out_prompts
 from engine.evaluation.decoding import Generation
-from engine.evaluation.evaluator import HeldOut
+from engine.evaluation.evaluator import AcceptanceEvaluator
 from engine.evaluation.report import acceptance_table
 from engine.hidden_states.store_format import Manifest
 from engine.host.files import write_json
@@ -180,10 +180,10 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
         asked = Text(tokenizer.decode(prompt.token_ids), style="dim")
         telemetry.console.print(asked, reply_text(generation, tokenizer), sep="\n")
 
-    held_out = HeldOut(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens)
+    evaluator = AcceptanceEvaluator(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens)
     reports = {
-        "draft": held_out.measure_draft(draft, show if arguments.show else None),
-        "prompt lookup": held_out.measure_prompt_lookup(),
+        "draft": evaluator.measure_draft(draft, show if arguments.show else None),
+        "prompt lookup": evaluator.measure_prompt_lookup(),
     }
     telemetry.console.print(acceptance_table(reports))
     if any(report.mismatches for report in reports.values()):

@@ -31,7 +31,7 @@ from engine.models.eagle3.flops import PEAKS
 from engine.models.target_families import check_family, text_config
 from engine.parallel.mesh import check_sizes
 from engine.parallel.rules import check_proven
-from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Ranks
+from engine.planning.job import Assumed, DocumentSizes, Gpus, JobPlan, Planner, Ranks
 from engine.target.configuration import load_target_config
 from engine.target.structure import without_weights
 from engine.weights.quantised_checkpoint import (
@@ -59,12 +59,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--network_gb_per_s", type=float, default=50, metavar="GB/S", help="what one sends out of its node; default 50")
     add("--headroom", type=float, default=0.1, metavar="SHARE", help="of its memory that stays free; default 0.1")
     add("--document_tokens", type=int, default=2048, metavar="N", help="tokens of a document, for the speed; default 2048")
-    add("--said", type=float, default=0.5, metavar="SHARE", help="of them that the assistant says; default 0.5")
+    add("--assistant_share", type=float, default=0.5, metavar="SHARE", help="of them that the assistant says; default 0.5")
     add("--share_of_peak", type=float, default=0.4, metavar="SHARE", help="of a GPU's peak that products reach; default 0.4")
     add("--fixed", action="store_true", help="plan for --gpus and the recipe's own parallel sizes and micro-batch alone")
     add("--json", type=Path, metavar="FILE", help="write the figures")
     arguments = parser.parse_intermixed_args()
-    for name in ("said", "headroom", "share_of_peak"):
+    for name in ("assistant_share", "headroom", "share_of_peak"):
         if not 0 <= getattr(arguments, name) <= 1 or (name == "share_of_peak" and not arguments.share_of_peak):
             parser.error(f"--{name} {getattr(arguments, name)}: expected a share between 0 and 1")
     for name in ("gpus", "gpus_per_node", "document_tokens"):
@@ -93,7 +93,7 @@ def make_planner(config: Config, ds_config: dict[str, Any] | None, arguments: ar
         if is_shared:
             raise
     gpus = Gpus.named(arguments.gpu, arguments.memory_gb, arguments.network_gb_per_s, arguments.gpus_per_node)
-    documents = Documents(min(arguments.document_tokens, config.data.max_tokens), arguments.said)
+    documents = DocumentSizes(min(arguments.document_tokens, config.data.max_tokens), arguments.assistant_share)
     assumed = Assumed(documents, arguments.share_of_peak, arguments.headroom)
     check_fp8_activations(target, section)
     check_quantisation(target, section.path, is_shared)

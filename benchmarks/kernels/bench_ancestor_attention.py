@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.kernels.interface import AttentionRows
-from engine.models.eagle3.flops import Part, attention_part
+from engine.models.eagle3.flops import StepPart, attention_part
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _plain_causal() -> Callable[[AttentionTensors], Callable[[], object]]:
     return make
 
 
-def parts(shape: AttentionShape) -> dict[str, Part]:
+def parts(shape: AttentionShape) -> dict[str, StepPart]:
     num_rows = shape.position_Q.numel()
     num_keys = shape.num_tokens + shape.num_ancestors * num_rows
     return {"attention": attention_part(num_rows, num_keys, shape.num_pairs, shape.heads)}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.kernels import reference
-from engine.models.eagle3.flops import Cost, Part
+from engine.models.eagle3.flops import Cost, StepPart
 from engine.weights.quantised_weight import QuantisedWeight
 
 BLOCK = (128, 128)
@@ -90,11 +90,11 @@ def _dequantised(tensors: LinearTensors) -> object:
     return reference.grouped_linear(rows_MK, weight_NK, num_outputs, tensors.ends_X)
 
 
-def parts(shape: LinearShape) -> dict[str, Part]:
+def parts(shape: LinearShape) -> dict[str, StepPart]:
     """With weights of half an element: a byte, at half precision."""
     weights = shape.num_outputs * shape.num_inputs
     elements = shape.num_rows * (shape.num_inputs + shape.num_outputs) + shape.num_experts * weights // 2
-    return {"product": Part(Cost(2 * shape.num_rows * weights, elements))}
+    return {"product": StepPart(Cost(2 * shape.num_rows * weights, elements))}
 
 
 def figures(shape: LinearShape, seconds: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.kernels import reference
-from engine.models.eagle3.flops import Part, frozen_head_part
+from engine.models.eagle3.flops import StepPart, frozen_head_part
 from engine.target.head import TargetHead
 
 Stats = Callable[..., tuple[Tensor, ...]]
@@ -92,7 +92,7 @@ def _no_stats(logits_NV: Tensor, transform: object) -> tuple[Tensor, ...]:
     return ()
 
 
-def parts(shape: HeadShape) -> dict[str, Part]:
+def parts(shape: HeadShape) -> dict[str, StepPart]:
     return {"head": frozen_head_part(shape.num_slots, shape.hidden_size, shape.vocab_size)}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.kernels import TokenPermute
-from engine.models.eagle3.flops import Cost, Part
+from engine.models.eagle3.flops import Cost, StepPart
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def _transformers(tensors: PermuteTensors) -> Tensor:
     return by_token_MD.view(len(rows_TD), num_choices, -1).sum(1).to(rows_TD.dtype)
 
 
-def parts(shape: PermuteShape) -> dict[str, Part]:
+def parts(shape: PermuteShape) -> dict[str, StepPart]:
     """Every row is read and written once on the way there, and read once on the way back."""
     rows = shape.num_tokens * shape.num_choices
     values = shape.hidden_size * (3 * rows + shape.num_tokens)
-    return {"rows": Part(Cost(2 * rows * shape.hidden_size, values))}
+    return {"rows": StepPart(Cost(2 * rows * shape.hidden_size, values))}
 
 
 def figures(shape: PermuteShape, seconds: float) -> dict[str, float]:

@@ -19,7 +19,7 @@ from engine.kernels import reference
 from engine.kernels.interface import LossRows, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.matmul import product
 from engine.kernels.vocab_loss import Walk, vocab_loss
-from engine.models.eagle3.flops import Part, frozen_head_part, head_part
+from engine.models.eagle3.flops import StepPart, frozen_head_part, head_part
 from engine.models.eagle3.training_rows import plan_rows
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
@@ -118,7 +118,7 @@ def _products(tensors: LossTensors) -> object:
     return hidden_grads, weight_grad_UD
 
 
-def parts(shape: LossShape) -> dict[str, Part]:
+def parts(shape: LossShape) -> dict[str, StepPart]:
     sizes = shape.hidden_size, shape.draft_vocab_size
     return {"head": head_part(shape.num_rows, *sizes), "teacher": frozen_head_part(shape.num_slots, *sizes)}
 

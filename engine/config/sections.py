@@ -35,9 +35,14 @@ class TargetSection:
         None, "three 0-based layers whose outputs feed the draft; null = 1, L//2-1, L-4", unit="layers"
     )
     trust_remote_code: bool = option(False, "run Python code that the checkpoint ships")
-    plugins: tuple[str, ...] = option((), "Python files run at the start, which may register target families (docs/targets.md)")
+    plugins: tuple[str, ...] = option(
+        (), "Python files run at the start, which may register target families and sources of hidden states (docs/extending.md)"
+    )
     store: str | None = option(
         None, "folder of captured hidden states: capture_hidden_states.py writes it, train.py learns from it without the target"
+    )
+    source: str | None = option(
+        None, "registered source of hidden states; null = the store that target.store names, or else the running target"
     )
     non_finite: Literal["leave_out", "stop"] = option(
         "leave_out",

@@ -20,7 +20,7 @@ NO_ANSWER, REFUSED, MALFORMED = "no answer from the server", "refused by the ser
 
 
 @dataclass(frozen=True)
-class Reply:
+class ServerReply:
     """message: the assistant's turn. num_tokens: generated for it, 0 where the server does not say."""
 
     message: Message
@@ -55,7 +55,7 @@ class Server:
         problem = f"{self.address}/models does not answer ({came}); start the server, or mend its address"
         raise ConfigError(problem, key="regenerate.servers")
 
-    async def reply(self, request: dict[str, Any]) -> Reply:
+    async def reply(self, request: dict[str, Any]) -> ServerReply:
         """The answer to a request of /chat/completions. Raises BadSample if none comes, or none that can be used."""
         try:
             answer = await self._client.post("/chat/completions", body=request, cast_to=object)
@@ -111,18 +111,18 @@ def as_sent(message: Message) -> Message:
         raise BadSample("malformed tool call", f"{type(error).__name__}: {error} in {calls!r:.200}") from error
 
 
-def read_reply(answer: Any, max_new_tokens: int) -> Reply:
+def read_reply(answer: Any, max_new_tokens: int) -> ServerReply:
     """The assistant's turn in an answer of /chat/completions; arguments of tool calls as chat templates read them: objects.
 
     Raises BadSample if it is empty, was cut short, or is no such answer.
     """
     try:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        said, ending = choice["message"], choice["finish_reason"]
-        calls = said.get("tool_calls") or ()
+        answer, ending = choice["message"], choice["finish_reason"]
+        calls = answer.get("tool_calls") or ()
         parts = {
-            "content": said.get("content") or "",
-            "reasoning_content": said.get("reasoning_content") or said.get("reasoning") or "",
+            "content": answer.get("content") or "",
+            "reasoning_content": answer.get("reasoning_content") or answer.get("reasoning") or "",
             "tool_calls": [call | {"function": with_arguments(call["function"], as_object)} for call in calls],
         }
         num_tokens = int(usage.get("completion_tokens") or 0)
@@ -136,7 +136,9 @@ def read_reply(answer: Any, max_new_tokens: int) -> Reply:
         raise BadSample("reply cut short", f"finish_reason {ending!r}")
     if empty:
         raise BadSample("empty reply", "no content, no reasoning, no tool call")
-    return Reply({"role": "assistant", **{key: part for key, part in parts.items() if part or key == "content"}}, num_tokens)
+    return ServerReply(
+        {"role": "assistant", **{key: part for key, part in parts.items() if part or key == "content"}}, num_tokens
+    )
 
 
 def _as_text(arguments: Any) -> Any:

@@ -21,17 +21,18 @@ Bin = tuple[float, float, int]
 
 
 @dataclass(frozen=True)
-class Portrait:
+class DatasetStats:
     """Figures of all documents, and of a sample of them where their masks are needed.
 
-    lengths, said: tokens of each document, and the assistant's of them, int64 [n]. turns: assistant turns of the sampled ones.
+    lengths, assistant_tokens: tokens per document, and how many of them are the assistant's, int64 [n].
+    turns: assistant turns of the sampled documents.
     rows_S, alive_S: rows that the mask allows at each TTT step, and those that compaction keeps, as shares of the positions.
     saving: FLOPs of a training step of the draft without compaction, over those with it. num_sampled: documents sampled.
     token_counts: how often the assistant says each token, descending. num_packs: of one epoch, each of max_tokens.
     """
 
     lengths: np.ndarray
-    said: np.ndarray
+    assistant_tokens: np.ndarray
     turns: np.ndarray
     rows_S: tuple[float, ...]
     alive_S: tuple[float, ...]
@@ -57,36 +58,38 @@ class Portrait:
 
     def coverage(self, vocab_size: int) -> float:
         """Share of what the assistant says that a draft vocabulary of the most frequent tokens holds."""
-        return float(self._said_by_the_first[min(vocab_size, len(self.token_counts)) - 1] / self._said_by_the_first[-1])
+        covered = self._covered_by_most_frequent
+        last = min(vocab_size, len(covered)) - 1
+        return float(covered[last] / covered[-1])
 
     @cached_property
-    def _said_by_the_first(self) -> np.ndarray:
+    def _covered_by_most_frequent(self) -> np.ndarray:
         return np.cumsum(self.token_counts)
 
     def facts(self) -> dict[str, Any]:
         """The figures by name, plain values for JSON."""
-        lengths, shares = self.lengths, self.said / self.lengths
+        lengths, shares = self.lengths, self.assistant_tokens / self.lengths
         return {
             "documents": len(lengths),
             "tokens": self.num_tokens,
-            "tokens a document: mean": round(float(lengths.mean()), 1),
-            "tokens a document: half / 95% / all below": [int(x) for x in np.percentile(lengths, (50, 95, 100))],
-            "assistant turns a document: mean": round(float(self.turns.mean()), 2),
-            "the assistant's share of tokens": round(float(self.said.sum() / lengths.sum()), 4),
-            "its share of a document: 5% / half / 95% below": [round(float(x), 3) for x in np.percentile(shares, (5, 50, 95))],
-            "positions with loss": round(self.loss_share, 4),
-            "rows with loss, by TTT step": [round(share, 4) for share in self.rows_S],
-            "rows that run, by TTT step": [round(share, 4) for share in self.alive_S],
-            "FLOPs saved by compaction": round(self.saving, 2),
-            "packs an epoch": self.num_packs,
-            "waste of the packs": round(self.waste, 4),
-            "different tokens of the assistant": int(np.count_nonzero(self.token_counts)),
-            "coverage": {str(size): round(self.coverage(size), 5) for size in VOCAB_SIZES},
+            "tokens_per_document_mean": round(float(lengths.mean()), 1),
+            "tokens_per_document_p50_p95_max": [int(x) for x in np.percentile(lengths, (50, 95, 100))],
+            "assistant_turns_per_document_mean": round(float(self.turns.mean()), 2),
+            "assistant_token_share": round(float(self.assistant_tokens.sum() / lengths.sum()), 4),
+            "assistant_token_share_per_document_p5_p50_p95": [round(float(x), 3) for x in np.percentile(shares, (5, 50, 95))],
+            "loss_position_share": round(self.loss_share, 4),
+            "loss_row_share_per_ttt_step": [round(share, 4) for share in self.rows_S],
+            "computed_row_share_per_ttt_step": [round(share, 4) for share in self.alive_S],
+            "compaction_flops_ratio": round(self.saving, 2),
+            "packs_per_epoch": self.num_packs,
+            "empty_pack_share": round(self.waste, 4),
+            "distinct_assistant_tokens": int(np.count_nonzero(self.token_counts)),
+            "draft_vocab_coverage": {str(size): round(self.coverage(size), 5) for size in VOCAB_SIZES},
         }
 
 
-def portray(documents: Documents, data: DataSection, ttt: TttSection, draft: DraftConfig, seed: int) -> Portrait:
-    """A portrait of documents, for a draft. Raises ValueError if a token id is outside the target's vocabulary."""
+def compute_stats(documents: Documents, data: DataSection, ttt: TttSection, draft: DraftConfig, seed: int) -> DatasetStats:
+    """Compute the statistics of documents, for a draft. Raises ValueError if a token id is outside the target's vocabulary."""
     counts_V = documents.count_assistant_tokens(draft.vocab_size)
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(documents), min(len(documents), SAMPLED_DOCUMENTS), replace=False))
@@ -98,10 +101,10 @@ def portray(documents: Documents, data: DataSection, ttt: TttSection, draft: Dra
         allowed, alive = allowed + allowed_ST.sum(1), alive + torch.tensor(counts.rows_S)
         needed, dense = needed + draft_flops(draft, counts), dense + draft_flops(draft, without_compaction(counts))
     sampled_tokens = int(documents.lengths[chosen].sum())
-    packs = pack(documents.lengths, documents.said, data.max_tokens, np.random.default_rng([seed, 0]))
-    return Portrait(
+    packs = pack(documents.lengths, documents.assistant_tokens, data.max_tokens, np.random.default_rng([seed, 0]))
+    return DatasetStats(
         lengths=documents.lengths,
-        said=documents.said,
+        assistant_tokens=documents.assistant_tokens,
         turns=np.array([len(documents[index].turn_ends) for index in chosen]),
         rows_S=_shares(allowed, sampled_tokens),
         alive_S=_shares(alive, sampled_tokens),

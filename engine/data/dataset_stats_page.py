@@ -1,4 +1,4 @@
-"""A portrait of conversations as one HTML page: figures, plots and samples, with nothing to load from elsewhere."""
+"""A stats of conversations as one HTML page: figures, plots and samples, with nothing to load from elsewhere."""
 
 import html
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.data.dataset_stats import VOCAB_SIZES, Portrait
+from engine.data.dataset_stats import VOCAB_SIZES, DatasetStats
 from engine.host.files import write_text
 
 Run = tuple[str, bool]  # text, and whether the assistant says it
@@ -24,23 +24,24 @@ pre b { font-weight: normal; color: #1a7f37; background: #dafbe1 }
 """
 
 
-def write_page(path: Path, title: str, portrait: Portrait, samples: Sequence[tuple[str, Sequence[Run]]]) -> None:
+def write_page(path: Path, title: str, stats: DatasetStats, samples: Sequence[tuple[str, Sequence[Run]]]) -> None:
     """samples: a heading and the text of each, run by run. Raises ImportError without matplotlib, OSError on a bad path."""
-    rows = "\n".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(_shown(value))}</td></tr>"
-        for name, value in portrait.facts().items()
-    )
+    rows = []
+    for name, value in stats.facts().items():
+        label = html.escape(name.replace("_", " "))
+        rows.append(f"<tr><td>{label}</td><td>{html.escape(_shown(value))}</td></tr>")
+    table = "\n".join(rows)
     shown = "\n".join(f"<h3>{html.escape(heading)}</h3>\n<pre>{_coloured(runs)}</pre>" for heading, runs in samples)
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title><style>{STYLE}</style>
 <h1>{html.escape(title)}</h1>
 <table>
-{rows}
+{table}
 </table>
 <h2>Plots</h2>
 <div class="plots">
-{"".join(plots(portrait))}
+{"".join(plots(stats))}
 </div>
 <h2>Samples</h2>
 <p>Green is what the assistant says: the tokens that carry loss.</p>
@@ -51,7 +52,7 @@ def write_page(path: Path, title: str, portrait: Portrait, samples: Sequence[tup
     write_text(path, page)
 
 
-def plots(portrait: Portrait) -> list[str]:
+def plots(stats: DatasetStats) -> list[str]:
     """Each as SVG: document lengths, the assistant's share of them, rows by TTT step, coverage by vocabulary size."""
     from matplotlib.figure import Figure
 
@@ -60,7 +61,7 @@ def plots(portrait: Portrait) -> list[str]:
         figure = Figure(figsize=(5.2, 3), layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
-        draw(axes, portrait)
+        draw(axes, stats)
         axes.title.set_fontsize(10)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -68,31 +69,31 @@ def plots(portrait: Portrait) -> list[str]:
     return drawn
 
 
-def _lengths(axes, portrait: Portrait) -> None:
-    axes.hist(portrait.lengths, bins=40, color=ASSISTANT)
-    axes.axvline(portrait.max_tokens, color=QUIET, linestyle="--", label=f"max_tokens {portrait.max_tokens:,}")
+def _lengths(axes, stats: DatasetStats) -> None:
+    axes.hist(stats.lengths, bins=40, color=ASSISTANT)
+    axes.axvline(stats.max_tokens, color=QUIET, linestyle="--", label=f"max_tokens {stats.max_tokens:,}")
     axes.set(title="Tokens of a document", ylabel="documents")
     axes.legend(frameon=False)
 
 
-def _shares(axes, portrait: Portrait) -> None:
-    axes.hist(portrait.said / portrait.lengths, bins=40, range=(0, 1), color=ASSISTANT)
+def _shares(axes, stats: DatasetStats) -> None:
+    axes.hist(stats.assistant_tokens / stats.lengths, bins=40, range=(0, 1), color=ASSISTANT)
     axes.set(title="The assistant's share of a document", ylabel="documents")
 
 
-def _rows(axes, portrait: Portrait) -> None:
-    steps = np.arange(len(portrait.rows_S))
-    axes.bar(steps, portrait.alive_S, color="#aceebb", label="run")
-    axes.bar(steps, portrait.rows_S, width=0.5, color=ASSISTANT, label="carry loss")
+def _rows(axes, stats: DatasetStats) -> None:
+    steps = np.arange(len(stats.rows_S))
+    axes.bar(steps, stats.alive_S, color="#aceebb", label="run")
+    axes.bar(steps, stats.rows_S, width=0.5, color=ASSISTANT, label="carry loss")
     axes.set(title="Rows by TTT step, of all positions", ylim=(0, 1), xticks=steps)
     axes.legend(frameon=False)
 
 
-def _coverage(axes, portrait: Portrait) -> None:
+def _coverage(axes, stats: DatasetStats) -> None:
     sizes = np.unique(np.geomspace(100, max(VOCAB_SIZES), 60).astype(int))
-    axes.semilogx(sizes, [portrait.coverage(size) for size in sizes], color=INK)
+    axes.semilogx(sizes, [stats.coverage(size) for size in sizes], color=INK)
     for size in VOCAB_SIZES:
-        covered = portrait.coverage(size)
+        covered = stats.coverage(size)
         axes.plot(size, covered, "o", color=ASSISTANT, markersize=4)
         axes.annotate(f"{size // 1000}k: {covered:.1%}", (size, covered - 0.05), rotation=90, fontsize=8, va="top", ha="center")
     axes.set(title="Coverage by size of the draft vocabulary", xlabel="tokens", ylim=(0, 1.05))

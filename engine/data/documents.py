@@ -67,7 +67,7 @@ class Documents(Sequence[Document]):
         return np.array([len(document) for document in self], dtype=np.int64)
 
     @cached_property
-    def said(self) -> np.ndarray:
+    def assistant_tokens(self) -> np.ndarray:
         """The assistant's tokens of each, int64 [n]."""
         return np.array([document.assistant_mask.sum() for document in self], dtype=np.int64)
 

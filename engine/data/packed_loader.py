@@ -50,7 +50,7 @@ class PackedLoader:
             raise ValueError("nothing to load: there are no documents")
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self._documents = documents
-        self._lengths, self._said = documents.lengths, documents.said
+        self._lengths, self._assistant_tokens = documents.lengths, documents.assistant_tokens
         self._max_tokens = max_tokens
         self._packs_per_batch = packs_per_batch
         self._rank = rank
@@ -132,14 +132,15 @@ class PackedLoader:
         """An epoch's packs, in the order of its steps."""
         if self._packed[0] != epoch:
             packs, plan = self._drawn(epoch), self._plan_of(epoch)
-            said_P, begun = np.array([self._said[places].sum() for places in packs]), self._start_of(epoch) - plan.origin
+            assistant_tokens_P = np.array([self._assistant_tokens[places].sum() for places in packs])
+            begun = self._start_of(epoch) - plan.origin
             generator = np.random.default_rng([self._seed, epoch, 1])
-            steps = alike_steps(said_P, begun, plan.packs_per_step, self._balance_steps, generator)
+            steps = alike_steps(assistant_tokens_P, begun, plan.packs_per_step, self._balance_steps, generator)
             self._packed = epoch, [packs[index] for index in np.concatenate(list(steps))]
         return self._packed[1]
 
     def _drawn(self, epoch: int) -> list[np.ndarray]:
-        return pack(self._lengths, self._said, self._max_tokens, np.random.default_rng([self._seed, epoch]))
+        return pack(self._lengths, self._assistant_tokens, self._max_tokens, np.random.default_rng([self._seed, epoch]))
 
     def _plan_of(self, epoch: int) -> "Plan":
         return self._begun.get(epoch, self._plan)

@@ -16,10 +16,13 @@ WINDOW = 4096  # documents that are packed together
 NEIGHBOURS, PASSES = 8, 4  # in order of length, with whom a document may trade places, and how often
 
 
-def pack(lengths: np.ndarray, said: np.ndarray, max_tokens: int, generator: np.random.Generator) -> list[np.ndarray]:
+def pack(
+    lengths: np.ndarray, assistant_tokens: np.ndarray, max_tokens: int, generator: np.random.Generator
+) -> list[np.ndarray]:
     """Packs of document indices, each of at most `max_tokens` tokens, in random order; every document lies in exactly one.
 
-    lengths, said: int64 [n], tokens of each document, and the assistant's among them. Documents are drawn into windows. Within
+    lengths, assistant_tokens: int64 [n], tokens per document, and how many of them are the assistant's. Documents are drawn
+    into windows. Within
     one, the longest first, each joins the fullest pack that has room; then documents of like length trade places, until the
     packs' assistant tokens are as even as that makes them. Raises ValueError if a document is longer than a pack.
     """
@@ -32,7 +35,7 @@ def pack(lengths: np.ndarray, said: np.ndarray, max_tokens: int, generator: np.r
         window = drawn[start : start + WINDOW]
         window = window[np.argsort(-lengths[window], kind="stable")]
         owner, num_packs = _best_fit(lengths[window].tolist(), max_tokens)
-        _even_out(lengths[window], said[window], owner, num_packs, max_tokens)
+        _even_out(lengths[window], assistant_tokens[window], owner, num_packs, max_tokens)
         by_owner = np.argsort(owner, kind="stable")
         packs += np.split(window[by_owner], np.cumsum(np.bincount(owner, minlength=num_packs))[:-1])
     return [packs[index] for index in generator.permutation(len(packs))]
@@ -55,10 +58,10 @@ def _best_fit(lengths: Sequence[int], max_tokens: int) -> tuple[np.ndarray, int]
     return owner, num_packs
 
 
-def _even_out(lengths: np.ndarray, said: np.ndarray, owner: np.ndarray, num_packs: int, max_tokens: int) -> None:
+def _even_out(lengths: np.ndarray, assistant_tokens: np.ndarray, owner: np.ndarray, num_packs: int, max_tokens: int) -> None:
     """Let neighbours in length trade packs, in place, where that brings both closer to the mean and the longer one has room."""
     free_P = max_tokens - np.bincount(owner, weights=lengths, minlength=num_packs)
-    excess_P = np.bincount(owner, weights=said, minlength=num_packs)
+    excess_P = np.bincount(owner, weights=assistant_tokens, minlength=num_packs)
     excess_P -= excess_P.mean()
     for reach in [distance for _ in range(PASSES) for distance in range(1, NEIGHBOURS + 1)]:
         longer = np.arange(len(lengths) - reach)
@@ -66,15 +69,15 @@ def _even_out(lengths: np.ndarray, said: np.ndarray, owner: np.ndarray, num_pack
             a = longer[((longer - first) // reach) % 2 == 0]
             a = a[a >= first]
             b, from_a, from_b = a + reach, owner[a], owner[a + reach]
-            more_tokens, more_said = lengths[a] - lengths[b], said[a] - said[b]
+            more_tokens, more_assistant_tokens = lengths[a] - lengths[b], assistant_tokens[a] - assistant_tokens[b]
             before = excess_P[from_a] ** 2 + excess_P[from_b] ** 2
-            gain = before - (excess_P[from_a] - more_said) ** 2 - (excess_P[from_b] + more_said) ** 2
+            gain = before - (excess_P[from_a] - more_assistant_tokens) ** 2 - (excess_P[from_b] + more_assistant_tokens) ** 2
             chosen = np.flatnonzero((from_a != from_b) & (free_P[from_b] >= more_tokens) & (gain > 0))
             chosen = _each_pack_once(chosen[np.argsort(-gain[chosen], kind="stable")], from_a, from_b, num_packs)
             p, q = from_a[chosen], from_b[chosen]
             owner[a[chosen]], owner[b[chosen]] = q, p
             free_P[p], free_P[q] = free_P[p] + more_tokens[chosen], free_P[q] - more_tokens[chosen]
-            excess_P[p], excess_P[q] = excess_P[p] - more_said[chosen], excess_P[q] + more_said[chosen]
+            excess_P[p], excess_P[q] = excess_P[p] - more_assistant_tokens[chosen], excess_P[q] + more_assistant_tokens[chosen]
 
 
 def _each_pack_once(trades: np.ndarray, from_a: np.ndarray, from_b: np.ndarray, num_packs: int) -> np.ndarray:
@@ -86,21 +89,21 @@ def _each_pack_once(trades: np.ndarray, from_a: np.ndarray, from_b: np.ndarray, 
 
 
 def alike_steps(
-    said_P: np.ndarray, begun: int, packs_per_step: int, window: int, generator: np.random.Generator
+    assistant_tokens_P: np.ndarray, begun: int, packs_per_step: int, window: int, generator: np.random.Generator
 ) -> Iterator[np.ndarray]:
     """Packs in an order in which those of a step cost alike, a step at a time.
 
-    said_P: assistant tokens of each pack. begun: packs that the first of these steps has already. Packs of `window` steps are
-    sorted, cut into steps, and the steps shuffled; 0 = as they come.
+    assistant_tokens_P: assistant tokens per pack. begun: packs that the first of these steps already has. Packs of `window`
+    steps are sorted, cut into steps, and the steps shuffled; 0 = as they come.
     """
-    packs_P = np.arange(len(said_P))
+    packs_P = np.arange(len(assistant_tokens_P))
     first = -begun % packs_per_step
     yield packs_P[:first]
     size = max(window, 1) * packs_per_step
     for start in range(first, len(packs_P), size):
         several = packs_P[start : start + size]
         if window:
-            several = several[np.argsort(said_P[several], kind="stable")]
+            several = several[np.argsort(assistant_tokens_P[several], kind="stable")]
         whole = len(several) // packs_per_step
         steps = several[: whole * packs_per_step].reshape(whole, packs_per_step)
         yield from steps[generator.permutation(whole)] if window else steps

@@ -48,7 +48,7 @@ class Markers:
         marks = [thinking_mark(header).text for header in found.headers]
         thinking = max(marks, key=len)
         headers = {header.removesuffix(thinking) for header in found.headers} - {""}
-        others = {token for token in found.others - found.ends if token not in found.said}
+        others = {token for token in found.others - found.ends if token not in found.replies}
         markers = cls(tuple(sorted(headers, key=len, reverse=True)), thinking, tuple(sorted(found.ends)), tuple(sorted(others)))
         text = last_turn(template, messages).text
         with suppress(BadSample):
@@ -86,12 +86,12 @@ def _message(words: str, role: str) -> Message:
 
 @dataclass
 class _Found:
-    """What conversations whose words are known tell of a template. said: the replies themselves, one behind the other."""
+    """What conversations whose words are known tell of a template. replies: the replies themselves, one behind the other."""
 
     headers: list[str] = field(default_factory=list)
     ends: set[str] = field(default_factory=set)
     others: set[str] = field(default_factory=set)
-    said: str = ""
+    replies: str = ""
 
     def learn(self, template: ChatTemplate, messages: Sequence[Message]) -> None:
         """Add the headers and ends of a conversation's replies, and the special tokens that open what is said to them."""
@@ -102,15 +102,15 @@ class _Found:
             turn, words = last_turn(template, messages[: index + 1]), messages[index - 1]["content"]
             header = template.text(messages[:index], add_generation_prompt=True).rpartition(words)[2]
             self.headers.append(_own_part(header, template.text(messages[:index]).rpartition(words)[2], template))
-            said = turn.text[turn.start : turn.end]
-            self.said += said
-            tokens = [token for token in template.special_tokens if said.endswith(token)]
-            self.ends |= set(tokens[:1]) or {said.rpartition(message["content"])[2]} - {""}
+            replies = turn.text[turn.start : turn.end]
+            self.replies += replies
+            tokens = [token for token in template.special_tokens if replies.endswith(token)]
+            self.ends |= set(tokens[:1]) or {replies.rpartition(message["content"])[2]} - {""}
             asked = turn.text.partition(words)[0]
             self.others |= {token for _, token in [max((asked.rfind(token), token) for token in template.special_tokens)]}
             history = whole.partition(message["content"])[2] if message["content"] else ""
             following = {token for token in template.special_tokens if history.startswith(token)}
-            self.ends |= {token for token in following if said.endswith(token) or token not in said}
+            self.ends |= {token for token in following if replies.endswith(token) or token not in replies}
 
 
 def _own_part(header: str, unasked: str, template: ChatTemplate) -> str:

@@ -67,7 +67,9 @@ class TokenisedDocuments(Documents):
             self._token_bounds, self._turn_bounds, self._ends = (
                 arrays[name] for name in ("token_bounds", "turn_bounds", "ends")
             )
-            self.said, self.token_counts, self.checksum = arrays["said"], arrays["token_counts"], int(arrays["checksum"])
+            self.assistant_tokens = arrays["assistant_tokens"]
+            self.token_counts = arrays["token_counts"]
+            self.checksum = int(arrays["checksum"])
             self._places = arrays["places"]
             largest, holder = arrays["largest_token_id"].tolist()
             self.largest_token_id = largest, holder
@@ -96,7 +98,7 @@ class Writer:
         self._folder = folder
         folder.mkdir(parents=True)
         self._ids, self._mask = (folder / IDS).open("wb"), (folder / MASK).open("wb")
-        self._lengths, self._said, self._num_turns, self._ends = [], [], [], []
+        self._lengths, self._assistant_tokens, self._num_turns, self._ends = [], [], [], []
         self._counts, self._checksum = np.zeros(0, dtype=np.int64), 0
         self._places: list[tuple[int, int]] = []
         self._largest_token_id = (-1, 0)
@@ -106,7 +108,7 @@ class Writer:
             self._ids.write(document.input_ids.tobytes())
             self._mask.write(document.assistant_mask.tobytes())
             self._lengths.append(len(document))
-            self._said.append(int(document.assistant_mask.sum()))
+            self._assistant_tokens.append(int(document.assistant_mask.sum()))
             self._num_turns.append(len(document.turn_ends))
             self._ends += document.turn_ends
             self._checksum = document_checksum(document, self._checksum)
@@ -127,7 +129,7 @@ class Writer:
             token_bounds=bounds["token"],
             turn_bounds=bounds["turn"],
             ends=np.array(self._ends, dtype=np.int32),
-            said=np.array(self._said, dtype=np.int64),
+            assistant_tokens=np.array(self._assistant_tokens, dtype=np.int64),
             token_counts=self._counts,
             checksum=np.array(self._checksum),
             places=np.array(self._places, dtype=np.int64).reshape(-1, 2),

@@ -84,8 +84,8 @@ def last_turn(template: ChatTemplate, messages: Sequence[Message]) -> Turn:
     number = len(before)
     finder = TurnFinder(template, before, reply)
     reply, text, start = finder.find()
-    said = text[start:]
-    if not holds(reply, said):
+    written = text[start:]
+    if not holds(reply, written):
         raise BadSample(UNVERIFIED, f"the chat template leaves out words of turn {number}")
     text, end = _ended(template, reply, text, start)
     change = _lost_thinking(reply, text[start:end])
@@ -102,27 +102,27 @@ def _ended(template: ChatTemplate, reply: Message, text: str, start: int) -> tup
     Raises BadSample if anything but control tokens stands behind the words.
     """
     shape = template.shape(reply)
-    said = text[start:]
+    written = text[start:]
     problem = "the chat template writes more than control tokens behind a reply"
-    if shape.unasked_prompt and said.endswith(shape.unasked_prompt):
+    if shape.unasked_prompt and written.endswith(shape.unasked_prompt):
         text = text[: len(text) - len(shape.unasked_prompt)]
-        said = text[start:]
-    if not said.endswith(shape.tail):
+        written = text[start:]
+    if not written.endswith(shape.tail):
         raise BadSample(UNVERIFIED, problem)
-    body = said[: len(said) - len(shape.tail)].rstrip()
+    body = written[: len(written) - len(shape.tail)].rstrip()
     words = thinking_and_words(reply)[1]
     if words and not reply.get("tool_calls") and not body.endswith(words.rstrip()):
         raise BadSample(UNVERIFIED, problem)
     if shape.next_token:
-        text = text[: start + len(said.rstrip())] + shape.next_token
+        text = text[: start + len(written.rstrip())] + shape.next_token
         return text, len(text)
     return text, len(text) - len(shape.tail) + shape.stop
 
 
-def _lost_thinking(reply: Message, said: str) -> str:
+def _lost_thinking(reply: Message, written: str) -> str:
     """Return why a reply's thinking is not in what is masked, "" if it is there or the reply has none."""
     thinking, words = thinking_and_words(reply)
-    before_words = said.rpartition(words)[0] if words else said
+    before_words = written.rpartition(words)[0] if words else written
     if thinking.strip() and thinking.strip() not in before_words:
         return NOT_WRITTEN
     return ""
@@ -145,10 +145,10 @@ class TurnFinder:
         if text.startswith(self.prompt):
             if self.prompt == self._unasked and not self._asked_always:
                 self._check_header()
-            said = text[len(self.prompt) :]
-            if thinks and self._mark.kind == "opened" and said.lstrip().startswith(CLOSE):
-                said = thinking_and_words(self.reply)[0].strip() + said
-            return self.reply, self.prompt + said, len(self.prompt)
+            written = text[len(self.prompt) :]
+            if thinks and self._mark.kind == "opened" and written.lstrip().startswith(CLOSE):
+                written = thinking_and_words(self.reply)[0].strip() + written
+            return self.reply, self.prompt + written, len(self.prompt)
         if not thinks and not holds(self.reply, text):
             raise BadSample(UNVERIFIED, f"the chat template leaves out words of turn {len(self.before)}")
         if thinks and self._mark.kind == "none":
@@ -300,8 +300,8 @@ class TurnFinder:
             return self.reply, self.prompt + thinking + rest.lstrip(), len(self.prompt)
         if opened != OPEN or opening.strip():
             raise self._misfit()
-        said = f"{thinking}\n{CLOSE}\n\n{rest.lstrip()}"
-        return self.reply, self.prompt + said, len(self.prompt)
+        written = f"{thinking}\n{CLOSE}\n\n{rest.lstrip()}"
+        return self.reply, self.prompt + written, len(self.prompt)
 
     def _follows_prompt_elsewhere(self, opening: str) -> bool:
         """Whether a reply with the same parts opens so behind the generation prompt of a question."""
@@ -312,9 +312,9 @@ class TurnFinder:
         return BadSample(UNVERIFIED, problem)
 
 
-def holds(reply: Message, said: str) -> bool:
+def holds(reply: Message, written: str) -> bool:
     """Whether all of a reply is in what was said: its words and calls, or else its thinking."""
     thinking, words = thinking_and_words(reply)
     calls = [call.get("function", call)["name"] for call in reply.get("tool_calls") or ()]
     parts = [words, *calls] if words or calls else [thinking]
-    return all(part.strip() in said for part in parts) and any(part.strip() for part in parts)
+    return all(part.strip() in written for part in parts) and any(part.strip() for part in parts)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from engine.models.eagle3.draft import LayerKeys, ServedDraft
 from engine.models.target_families import cache_rolls_back
-from engine.target.frozen import Capture, FrozenTarget, capture
+from engine.target.frozen import ForwardCapture, FrozenTarget, capture
 
 _ROWS_PER_STEP = 512
 
@@ -173,7 +173,7 @@ class _CachedReader:
     """The target, its cache, and what its last forward left behind."""
 
     target: FrozenTarget
-    seen: Capture
+    seen: ForwardCapture
     cache: DynamicCache
 
     def read(self, token_ids: list[int], num_choices: int) -> list[int]:

@@ -19,19 +19,19 @@ from engine.evaluation.decoding import (
     rolls_back,
     speculative_decode,
 )
-from engine.evaluation.replay import Reply, batched_replies, greedy_replies, packed, propose_along, replay
+from engine.evaluation.replay import TargetReply, batched_replies, greedy_replies, packed, propose_along, replay
 from engine.hidden_states.finite import fault_of, find_faults, place_names
 from engine.host.telemetry import Telemetry
 from engine.models.eagle3.draft import ServedDraft
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 
-Continued = TypeVar("Continued", Generation, Reply)
+Continued = TypeVar("Continued", Generation, TargetReply)
 OnReply = Callable[[Prompt, Generation], None]
 BATCH_SIZE = {"cpu": 1, "cuda": 32}  # prompts decoded together by default
 
 
-class HeldOut:
+class AcceptanceEvaluator:
     """Speculative decoding of this rank's share of `prompts`; every report is over all ranks.
 
     One prompt at a time where the target is whole and `evaluation.prompts_per_batch` is 1: that is timed
@@ -84,7 +84,7 @@ class HeldOut:
         return self._without_faults(generations)
 
     @cached_property
-    def _replies(self) -> list[Reply]:
+    def _replies(self) -> list[TargetReply]:
         prompts = [prompt.token_ids for prompt in self._prompts]
         with self._telemetry.progress(len(prompts) * self._section.max_new_tokens, "tokens") as progress:
 

@@ -17,7 +17,7 @@ from engine.data.fingerprint import hash_of, trained_with
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer
 from engine.hidden_states.finite import MAX_NAMED, NonFiniteError, check_share, fault_of, place_names
-from engine.hidden_states.sources import Online
+from engine.hidden_states.sources import OnlineSource
 from engine.hidden_states.store_format import (
     MANIFEST,
     TARGET_FOLDER,
@@ -88,7 +88,7 @@ class Capture:
         """The whole job; raises ValueError before the target is loaded where it can be, StoreError or OSError on a bad disk."""
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
-        source = Online(self.config, tokenizer, self.world, self.telemetry)
+        source = OnlineSource(self.config, tokenizer, self.world, self.telemetry)
         target_config = source.target_config
         contents = self.contents(tokenizer, target_config, source.target_identity)
         with self.telemetry.stage("Reading the data"):

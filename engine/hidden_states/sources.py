@@ -1,4 +1,4 @@
-"""Where a run learns from: the target itself, or what a capture left of it. All that differs between online and offline."""
+"""The two built-in sources of hidden states: the running target, and a store of captured states."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from engine.config.sections import Config
 from engine.data.corpus import read_documents
 from engine.data.documents import Documents
 from engine.data.fingerprint import trained_with
+from engine.hidden_states.protocol import HiddenStateSource, find_source, register_source
 from engine.hidden_states.store_reader import open_store
 from engine.hidden_states.stored_target import StoredTarget
 from engine.host.telemetry import Telemetry
@@ -21,14 +22,15 @@ from engine.target.fused_elementwise import use_liger
 from engine.target.identity import shared_identity
 from engine.weights.quantised_checkpoint import check_quantisation
 
-Target = FrozenTarget | StoredTarget
+ONLINE = "online"
+STORED = "stored"
 
 
-class Online:
-    """Conversations, and the frozen target that runs over them."""
+class OnlineSource:
+    """Conversations, and the frozen target that runs over them in this job."""
 
-    decodes = True  # whether the target can be asked for replies
-    counted = "the assistant's"  # tokens, for the draft vocabulary
+    can_decode = True
+    counted = "the assistant's"
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> None:
         self._config, self._tokenizer, self._world, self._telemetry = config, tokenizer, world, telemetry
@@ -46,11 +48,11 @@ class Online:
             return shared_identity(section, self._world)
 
     def documents(self) -> Documents:
-        """Of `data.train`. Raises ValueError for conversations that cannot be used."""
+        """Read the conversations of `data.train`. Raises ValueError for conversations that cannot be used."""
         return read_documents(self._config.data, self._tokenizer, self._world, self._telemetry)[0]
 
     def count_tokens(self, documents: Documents, vocab_size: int) -> torch.Tensor:
-        """int64 [V], how often each token is counted for the draft vocabulary."""
+        """Count how often each token occurs among the assistant's, int64 [V]."""
         return torch.from_numpy(documents.count_assistant_tokens(vocab_size))
 
     def load_target(self, aux_layers: tuple[int, ...]) -> FrozenTarget:
@@ -75,16 +77,16 @@ class Online:
         return target
 
 
-class Offline:
+class StoredSource:
     """A store of captured hidden states."""
 
-    decodes = False
+    can_decode = False
 
     def __init__(self, config: Config, world: World, telemetry: Telemetry) -> None:
         """Raises StoreError if the store cannot be read, or was captured with other options."""
         self._world, self._telemetry = world, telemetry
         self._by_argmax = config.draft.vocab_from == "argmax"
-        self.counted = "the target's most likely" if self._by_argmax else Online.counted
+        self.counted = "the target's most likely" if self._by_argmax else OnlineSource.counted
         self._store = open_store(Path(config.target.store), config.store.skip_bad)
         self._store.check(
             aux_layers=config.target.aux_layers,
@@ -107,18 +109,26 @@ class Offline:
         return self._store.documents
 
     def count_tokens(self, documents: Documents, vocab_size: int) -> torch.Tensor:
-        """As `Online.count_tokens`."""
+        """Count how often each token is the target's most likely one, or occurs among the assistant's, int64 [V]."""
         count = self._store.documents.count_argmax if self._by_argmax else documents.count_assistant_tokens
         return torch.from_numpy(count(vocab_size))
 
-    def load_target(self, aux_layers: tuple[int, ...]) -> Target:
+    def load_target(self, aux_layers: tuple[int, ...]) -> StoredTarget:
         documents = len(self._store.documents)
         self._telemetry.note(f"  {documents:,} documents of {self._store.folder}; the target itself is not loaded")
         return StoredTarget(self._store, self._world.device)
 
 
-def open_origin(config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> Online | Offline:
-    """The one that `config.target.store` asks for."""
-    if config.target.store is None:
-        return Online(config, tokenizer, world, telemetry)
-    return Offline(config, world, telemetry)
+def open_source(config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> HiddenStateSource:
+    """Open the source of a recipe: `target.source`, or the store where `target.store` names one, or the running target."""
+    default = ONLINE if config.target.store is None else STORED
+    open_it = find_source(config.target.source or default)
+    return open_it(config, tokenizer, world, telemetry)
+
+
+def _open_store(config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> StoredSource:
+    return StoredSource(config, world, telemetry)
+
+
+register_source(ONLINE, OnlineSource)
+register_source(STORED, _open_store)

@@ -31,7 +31,7 @@ def save_head(path: Path, head: TargetHead, embed_weight_VD: Tensor | None) -> N
 
 
 class StoredTarget:
-    """The target's view of a store's documents; a TargetSource. Of its weights only the embedding is loaded.
+    """A target that was captured: reads a store's hidden states. Of its weights only the embedding is loaded.
 
     documents: those of the store. aux_layers: as captured.
     """

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from engine.parallel.collectives import Finish, start_gathering, start_summing
 from engine.parallel.mesh import Group
-from engine.parallel.tokens import ByDocument, Part, bounds, current_tokens, tokens_of_forward
-from engine.parallel.vocab_shard import OwnRows
+from engine.parallel.tokens import ByDocument, DocumentChunk, bounds, current_tokens, tokens_of_forward
+from engine.parallel.vocab_shard import VocabShard
 
 Change = Callable[[Tensor, int], Any]
 
@@ -33,7 +33,7 @@ def share(module: nn.Module, group: Group, rows: bool = False, parts: int = 1) -
         tokens, leaving, outputs = current_tokens(), [], []
         pieces = tokens.parts(parts if group.size > 1 else 1)
 
-        def start(part: Part) -> Any:
+        def start(part: DocumentChunk) -> Any:
             def gathering(x: Tensor, dim: int) -> _Coming:
                 return _Coming(start_gathering(_cut(x, dim, part.own), dim, part.tokens.counts_R, group))
 
@@ -60,8 +60,8 @@ def share(module: nn.Module, group: Group, rows: bool = False, parts: int = 1) -
 
 
 def share_rows(embedding: nn.Embedding, group: Group) -> None:
-    """A table of which each rank holds `OwnRows`: all ranks' token ids in, own tokens' rows out."""
-    inner, own = embedding.forward, OwnRows(embedding.num_embeddings, group)
+    """A table of which each rank holds `VocabShard`: all ranks' token ids in, own tokens' rows out."""
+    inner, own = embedding.forward, VocabShard(embedding.num_embeddings, group)
     embedding.padding_idx = None  # it matters to gradients alone, and may lie outside of the part
 
     def forward(input: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def _first_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _in_order(outputs: Sequence[Any], pieces: Sequence[Part]) -> Any:
+def _in_order(outputs: Sequence[Any], pieces: Sequence[DocumentChunk]) -> Any:
     """What parts gave behind their result, as one: indices that an indexer chose, which later layers read, rank by rank."""
     first, count = outputs[0], pieces[0].tokens.num_all
     if len(outputs) == 1 or not isinstance(first, Tensor) or first.ndim < 2 or first.shape[-2] != count:

@@ -12,7 +12,7 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from engine.parallel.mesh import Group
-from engine.parallel.rules import AttentionHeads, Cut, Intervals, Unshardable, linear_cuts, scaled
+from engine.parallel.rules import AttentionHeads, Intervals, ShardSpec, Unshardable, linear_cuts, scaled
 
 OUTPUTS = ("o_proj", "out_proj")
 OF_KEYS = ("num_k_heads", "n_groups", "key_dim")
@@ -92,7 +92,7 @@ class LinearPart:
     norm: one over features of several ranks, and by how many groups of them; None where each rank has its own.
     """
 
-    cuts: dict[str, Cut]
+    cuts: dict[str, ShardSpec]
     counts: dict[str, dict[str, int]]
     norm: tuple[str, int] | None
 
@@ -110,12 +110,12 @@ def linear_part(mixer: nn.Module, kind: Kind, tp: Group) -> LinearPart:
     if norm is not None and output.bias is not None:
         raise Unshardable(f"{output_name} adds a bias behind a norm over heads of several ranks")
     width = output.in_features // heads.num_queries
-    reads = Cut(1, scaled(heads.queries, width))
+    reads = ShardSpec(1, scaled(heads.queries, width))
     cuts = {f"{output_name}.{leaf}": cut for leaf, cut in linear_cuts(output, reads, tp).items()}
     for name, tensor in _tensors(mixer):
         if features := kind.features.get(_stem(name)):
             dim = next(dim for dim, size in enumerate(tensor.shape) if size > 1)
-            cuts[name] = Cut(dim, _own_features(name, features, tensor.shape[dim], width, heads))
+            cuts[name] = ShardSpec(dim, _own_features(name, features, tensor.shape[dim], width, heads))
     counts = {name: _own_counts(module, heads) for name, module in mixer.named_modules()}
     if hasattr(mixer, "conv_dim"):
         counts[""]["conv_dim"] = _size(cuts[f"{CONVOLUTION}.weight"])
@@ -181,5 +181,5 @@ def _has(mixer: nn.Module, path: str) -> bool:
     return hasattr(mixer, first) and (not rest or hasattr(getattr(mixer, first), rest))
 
 
-def _size(cut: Cut) -> int:
+def _size(cut: ShardSpec) -> int:
     return sum(stop - start for start, stop in cut.intervals)

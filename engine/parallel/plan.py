@@ -20,7 +20,7 @@ from engine.parallel.names import names_of
 from engine.parallel.norms import norm_late, norm_over
 from engine.parallel.rules import (
     AttentionHeads,
-    Cut,
+    ShardSpec,
     Unshardable,
     attention_cuts,
     expert_cuts,
@@ -48,7 +48,7 @@ class TargetPlan:
     rows. replicated: modules that might have been shared, and why they are not.
     """
 
-    cuts: dict[str, Cut] = field(default_factory=dict)
+    cuts: dict[str, ShardSpec] = field(default_factory=dict)
     shared: list[str] = field(default_factory=list)
     experts: dict[str, int] = field(default_factory=dict)
     norms: list[str] = field(default_factory=list)
@@ -92,7 +92,7 @@ class TargetPlan:
         table = decoder.get_input_embeddings()
         if tp.size > 1 and isinstance(table, nn.Embedding):
             self.embedding = next(name for name, module in decoder.named_modules() if module is table)
-            self.cuts[f"{self.embedding}.weight"] = Cut(0, (part_of_rows(table.num_embeddings, tp),))
+            self.cuts[f"{self.embedding}.weight"] = ShardSpec(0, (part_of_rows(table.num_embeddings, tp),))
 
     def _add(self, decoder: PreTrainedModel, name: str, module: nn.Module, mesh: TargetMesh) -> None:
         cuts, names = {}, names_of(decoder.config)
@@ -118,7 +118,7 @@ class TargetPlan:
             raise Unshardable("all of its experts are given every token")
         self.cuts |= {f"{name}.{leaf}": cut for leaf, cut in cuts.items()}
 
-    def _add_linear(self, name: str, part: LinearPart) -> dict[str, Cut]:
+    def _add_linear(self, name: str, part: LinearPart) -> dict[str, ShardSpec]:
         self.counts |= {f"{name}.{inner}".rstrip("."): counts for inner, counts in part.counts.items()}
         if part.norm is not None:
             self.late_norms[name] = part.norm

@@ -46,7 +46,7 @@ class Unshardable(Exception):
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """What a rank holds of a parameter: intervals along a dimension, one behind the other.
 
     zeros: of a bias that is added once: all of it on the first rank, zeros on the others.
@@ -139,7 +139,7 @@ class AttentionHeads:
         return counts | {"num_key_value_groups": queries // keys}
 
 
-def attention_cuts(module: nn.Module, heads: AttentionHeads, names: Names) -> tuple[dict[str, Cut], list[str]]:
+def attention_cuts(module: nn.Module, heads: AttentionHeads, names: Names) -> tuple[dict[str, ShardSpec], list[str]]:
     """Cuts by parameter name, and the norms over all heads together. Raises Unshardable for a part that no rule knows."""
     children, cuts, norms = dict(module.named_children()), {}, []
     for name, child in children.items():
@@ -153,66 +153,66 @@ def attention_cuts(module: nn.Module, heads: AttentionHeads, names: Names) -> tu
             normed = children.get(names.queries[0] if name.startswith("q") else names.keys[0])
             own, count = (heads.queries, heads.num_queries) if name.startswith("q") else (heads.keys, heads.num_keys)
             if isinstance(normed, nn.Linear) and weight.shape == (normed.out_features,) and count > 1:
-                cuts[f"{name}.weight"] = Cut(0, scaled(own, normed.out_features // count))
+                cuts[f"{name}.weight"] = ShardSpec(0, scaled(own, normed.out_features // count))
                 norms.append(name)
             elif weight.ndim == 2 and weight.shape[0] == count:
-                cuts[f"{name}.weight"] = Cut(0, own)
+                cuts[f"{name}.weight"] = ShardSpec(0, own)
     indexer = children.get("indexer")
     if hasattr(indexer, "block_size"):  # it chooses blocks of keys for each key head
         if indexer.num_heads != heads.num_keys:
             raise Unshardable(f"its indexer chooses for {indexer.num_heads} heads, there are {heads.num_keys} key/value heads")
-        cuts["indexer.q_proj.weight"] = Cut(0, scaled(heads.keys, indexer.head_dim))
+        cuts["indexer.q_proj.weight"] = ShardSpec(0, scaled(heads.keys, indexer.head_dim))
     for leaf, parameter in module.named_parameters(recurse=False):
         if parameter.shape[0] != heads.num_queries:
             raise Unshardable(f"its parameter {leaf} of shape {list(parameter.shape)} is not one a head")
-        cuts[leaf] = Cut(0, heads.queries)
+        cuts[leaf] = ShardSpec(0, heads.queries)
     return cuts, norms
 
 
 def _attention_map(
     name: str, child: nn.Linear, siblings: dict[str, nn.Module], heads: AttentionHeads, names: Names
-) -> Cut | None:
+) -> ShardSpec | None:
     """Rows or columns of a linear map that a rank holds; None = all of it."""
     queries, keys, features = heads.num_queries, heads.num_keys, child.out_features
     if name in names.outputs:
-        return Cut(1, scaled(heads.queries, child.in_features // queries)) if child.in_features % queries == 0 else None
+        return ShardSpec(1, scaled(heads.queries, child.in_features // queries)) if child.in_features % queries == 0 else None
     is_query = name in names.queries and not any(latent in siblings for latent in names.latent_queries)
     of_all_heads = is_query or name in (*names.latent_queries, *names.latent_keys_values)
     if of_all_heads or (name in names.gates and features % queries == 0) or (name in names.fused and names.fused_by_head):
-        return Cut(0, scaled(heads.queries, features // queries))
+        return ShardSpec(0, scaled(heads.queries, features // queries))
     if name in (*names.keys, *names.values):
-        return Cut(0, scaled(heads.keys, features // keys))
+        return ShardSpec(0, scaled(heads.keys, features // keys))
     if name in names.fused:
         unit = features // (queries + 2 * keys)
         offsets = ((heads.queries, 0), (heads.keys, queries), (heads.keys, queries + keys))
-        return Cut(0, tuple(((start + at) * unit, (stop + at) * unit) for own, at in offsets for start, stop in own))
+        return ShardSpec(0, tuple(((start + at) * unit, (stop + at) * unit) for own, at in offsets for start, stop in own))
     return None
 
 
-def mlp_cuts(module: nn.Module, tp: Group, names: Names) -> dict[str, Cut]:
+def mlp_cuts(module: nn.Module, tp: Group, names: Names) -> dict[str, ShardSpec]:
     """Cuts by parameter name. Raises Unshardable if its width cannot be shared."""
     cuts = {}
     for name, child in module.named_children():
         if not isinstance(child, nn.Linear) or name not in (*names.up, *names.fused_up, *names.down):
             continue
         if name in names.down:
-            cut = Cut(1, _segments(child.in_features, 1, tp))
+            cut = ShardSpec(1, _segments(child.in_features, 1, tp))
         else:
-            cut = Cut(0, _segments(child.out_features, 2 if name in names.fused_up else 1, tp))
+            cut = ShardSpec(0, _segments(child.out_features, 2 if name in names.fused_up else 1, tp))
         cuts |= {f"{name}.{leaf}": leaf_cut for leaf, leaf_cut in linear_cuts(child, cut, tp).items()}
     return cuts
 
 
-def expert_cuts(module: nn.Module, num_experts: int, ep: Group) -> dict[str, Cut]:
+def expert_cuts(module: nn.Module, num_experts: int, ep: Group) -> dict[str, ShardSpec]:
     """A rank's experts, whole. Raises Unshardable if there are no equal parts."""
     if num_experts % ep.size:
         raise Unshardable(f"{num_experts} experts cannot be shared by {ep.size} ranks; use one of {divisors(num_experts)}")
     own = (part_of(num_experts, ep),)
     weights = module.named_parameters(recurse=False)  # there may be rows for experts that have no weights, behind the others
-    return {name: Cut(0, own) for name, weight in weights if weight.shape[0] >= num_experts}
+    return {name: ShardSpec(0, own) for name, weight in weights if weight.shape[0] >= num_experts}
 
 
-def expert_slices(module: nn.Module, hidden_size: int, tp: Group, names: Names) -> dict[str, Cut]:
+def expert_slices(module: nn.Module, hidden_size: int, tp: Group, names: Names) -> dict[str, ShardSpec]:
     """A slice of every expert's width: columns of the maps up, rows of the map down; biases of that once."""
     weights, cuts = dict(module.named_parameters(recurse=False)), {}
     down = weights["down_proj"]
@@ -223,22 +223,24 @@ def expert_slices(module: nn.Module, hidden_size: int, tp: Group, names: Names) 
         is_bias = stem != name
         if stem != "down_proj":
             dim = weight.ndim - 1 if transposed or is_bias else 1
-            cuts[name] = Cut(dim, _segments(weight.shape[dim], 2 if stem in names.fused_up and not interleaved else 1, tp))
+            cuts[name] = ShardSpec(
+                dim, _segments(weight.shape[dim], 2 if stem in names.fused_up and not interleaved else 1, tp)
+            )
         elif not is_bias:
             dim = 1 if transposed else 2
-            cuts[name] = Cut(dim, _segments(weight.shape[dim], 1, tp))
+            cuts[name] = ShardSpec(dim, _segments(weight.shape[dim], 1, tp))
         elif tp.rank:
-            cuts[name] = Cut(zeros=True)
+            cuts[name] = ShardSpec(zeros=True)
     return cuts
 
 
-def linear_cuts(linear: nn.Linear, cut: Cut, tp: Group) -> dict[str, Cut]:
+def linear_cuts(linear: nn.Linear, cut: ShardSpec, tp: Group) -> dict[str, ShardSpec]:
     """Those of a linear map's parameters. The bias of one that is cut by columns is added by one rank."""
     cuts = {"weight": cut}
     if linear.bias is not None and cut.dim == 0:
         cuts["bias"] = cut
     elif linear.bias is not None and tp.rank:
-        cuts["bias"] = Cut(zeros=True)
+        cuts["bias"] = ShardSpec(zeros=True)
     return cuts
 
 

@@ -52,7 +52,7 @@ class Tokens:
         start = sum(len(documents) for documents in self.documents_R[: self.rank])
         return range(start, start + len(self.documents_R[self.rank]))
 
-    def parts(self, count: int) -> tuple["Part", ...]:
+    def parts(self, count: int) -> tuple["DocumentChunk", ...]:
         """At most `count` parts, about as long, of whole documents of each rank.
 
         Fewer where a rank has fewer of them, or where parts that differ from rank to rank would exchange `MUCH` more rows than
@@ -63,10 +63,10 @@ class Tokens:
         return self._parts[count]
 
     @cached_property
-    def _parts(self) -> dict[int, tuple["Part", ...]]:
+    def _parts(self) -> dict[int, tuple["DocumentChunk", ...]]:
         return {}
 
-    def _in_parts(self, count: int) -> tuple["Part", ...]:
+    def _in_parts(self, count: int) -> tuple["DocumentChunk", ...]:
         longest = max(self.counts_R)
         edges_R = [_edges(documents, [longest * place / count for place in range(1, count)]) for documents in self.documents_R]
         parts = tuple(self._part([edges[place : place + 2] for edges in edges_R]) for place in range(count))
@@ -74,7 +74,7 @@ class Tokens:
             return self._in_parts(count - 1)
         return parts
 
-    def _part(self, edges_R: Sequence[Sequence[int]]) -> "Part":
+    def _part(self, edges_R: Sequence[Sequence[int]]) -> "DocumentChunk":
         """edges_R: first document of each rank, and the first that is not in the part."""
         rows, numbers, first_row, first_document = [], [], 0, 0
         for documents, (start, stop) in zip(self.documents_R, edges_R, strict=True):
@@ -83,11 +83,11 @@ class Tokens:
             first_row, first_document = first_row + sum(documents), first_document + len(documents)
         documents_R = tuple(documents[start:stop] for documents, (start, stop) in zip(self.documents_R, edges_R, strict=True))
         own = slice(rows[self.rank].start - self.own.start, rows[self.rank].stop - self.own.start)
-        return Part(Tokens(documents_R, self.rank), own, tuple(rows), tuple(numbers))
+        return DocumentChunk(Tokens(documents_R, self.rank), own, tuple(rows), tuple(numbers))
 
 
 @dataclass(frozen=True)
-class Part:
+class DocumentChunk:
     """Some documents of each rank.
 
     tokens: theirs. own: where those of this rank lie among own tokens. rows: where those of each rank lie among all.

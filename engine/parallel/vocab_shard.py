@@ -12,7 +12,7 @@ from engine.parallel.rules import part_of_rows
 
 
 @dataclass(frozen=True)
-class OwnRows:
+class VocabShard:
     """total: rows of the whole table, of which this rank holds `part_of_rows`."""
 
     total: int

@@ -62,17 +62,17 @@ class Gpus:
 
 
 @dataclass(frozen=True)
-class Documents:
+class DocumentSizes:
     """What micro-batches are supposed to hold: documents of so many tokens, of which the last part is the assistant's."""
 
     num_tokens: int
-    said: float
+    assistant_share: float
 
     def batch(self, num_tokens: int) -> PackedBatch:
         """One micro-batch."""
         lengths = [self.num_tokens] * (num_tokens // self.num_tokens)
         lengths += [rest] if (rest := num_tokens - sum(lengths)) else []
-        mask_T = torch.cat([torch.arange(length) >= round(length * (1 - self.said)) for length in lengths])
+        mask_T = torch.cat([torch.arange(length) >= round(length * (1 - self.assistant_share)) for length in lengths])
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
         return PackedBatch(torch.zeros(num_tokens, dtype=torch.long), mask_T, cu_seqlens)
 
@@ -81,7 +81,7 @@ class Documents:
 class Assumed:
     """What nobody knows before: documents by which speed is judged, share of the peak that products reach, memory left free."""
 
-    documents: Documents
+    documents: DocumentSizes
     share_of_peak: float
     headroom: float
 
@@ -101,7 +101,7 @@ class JobPlan:
         self.draft_dtype = getattr(torch, compute_dtype(ds_config))
         self.num_tokens = ranks.micro_batch * config.data.max_tokens
 
-    def counts(self, documents: Documents) -> StepCounts:
+    def counts(self, documents: DocumentSizes) -> StepCounts:
         """Rows of a micro-batch, by TTT step."""
         batch = documents.batch(self.num_tokens)
         allowed_ST = allowed_rows(batch, self.config.ttt)
@@ -344,7 +344,7 @@ class Planner:
 
     def bytes_by_part(self, plan: "JobPlan") -> dict[str, int]:
         """Of micro-batches that the assistant says alone."""
-        return plan.bytes_by_part(plan.counts(Documents(self.config.data.max_tokens, 1.0)))
+        return plan.bytes_by_part(plan.counts(DocumentSizes(self.config.data.max_tokens, 1.0)))
 
     def tokens_per_s(self, plan: "JobPlan") -> float:
         """Of all ranks."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.parallel.collectives import gather_objects, gather_rows
-from engine.parallel.vocab_shard import OwnRows
+from engine.parallel.vocab_shard import VocabShard
 
 
 def gives_rows(embedding: nn.Module) -> bool:
@@ -35,7 +35,7 @@ class SharedEmbedding:
     """weight_VD: own rows of it. Every method is a collective of the group."""
 
     weight_VD: Tensor
-    own: OwnRows
+    own: VocabShard
 
     def rows(self, token_ids_T: Tensor) -> Tensor:
         """As `TargetEmbedding.rows`, of own token ids; ranks may bring different numbers of them."""

@@ -27,7 +27,7 @@ from engine.parallel.mesh import ALONE, TargetMesh
 from engine.parallel.plan import TargetPlan, cut_decoder, let_exchange
 from engine.parallel.rules import check_proven, part_of_rows
 from engine.parallel.tokens import Tokens, bounds, tokens_of_forward
-from engine.parallel.vocab_shard import OwnRows
+from engine.parallel.vocab_shard import VocabShard
 from engine.target.attention import NAME, ONE, one_document, packed_attention
 from engine.target.configuration import load_target_config
 from engine.target.embedding import SharedEmbedding, TargetEmbedding, gives_rows
@@ -50,7 +50,7 @@ from engine.weights.quantised_checkpoint import (
 from engine.weights.weight_loader import Bar
 
 
-class Capture:
+class ForwardCapture:
     """What the last forward of a captured model left behind."""
 
     def __init__(self, aux_layers: tuple[int, ...], num_streams: int = 1) -> None:
@@ -94,14 +94,14 @@ class Capture:
 
 
 @contextmanager
-def capture(model: PreTrainedModel, aux_layers: tuple[int, ...], embeds: bool = False) -> Iterator[Capture]:
+def capture(model: PreTrainedModel, aux_layers: tuple[int, ...], embeds: bool = False) -> Iterator[ForwardCapture]:
     """Within it, every forward of the causal LM `model` leaves its aux layers' outputs and its last hidden state.
 
     embeds: whether it leaves what its token embedding gave as well.
     """
     decoder = decoder_of(model)
     layers = layers_of(decoder)
-    seen = Capture(aux_layers, num_streams(model.config))
+    seen = ForwardCapture(aux_layers, num_streams(model.config))
     hooks = [layers[layer].register_forward_hook(seen._hook(layer)) for layer in aux_layers]
     hooks.append(decoder.register_forward_hook(seen._keep_last))
     if embeds:
@@ -114,7 +114,7 @@ def capture(model: PreTrainedModel, aux_layers: tuple[int, ...], embeds: bool = 
 
 
 class FrozenTarget:
-    """A Hugging Face causal LM that is never trained; a TargetSource.
+    """A Hugging Face causal LM that is never trained.
 
     model: the causal LM, for plain decoding with a cache; its attention is its family's own outside of `__call__`.
     config: the config of its language model. aux_layers: three 0-based layer ids. head, embedding: of its vocabulary; is_tied:
@@ -160,11 +160,11 @@ class FrozenTarget:
         self.dtype, self.device = table.weight.dtype, table.weight.device
         self.embedding: TargetEmbedding | SharedEmbedding = TargetEmbedding(table.weight)
         if self.plan.embedding is not None:
-            self.embedding = SharedEmbedding(table.weight, OwnRows(table.num_embeddings, mesh.tp))
+            self.embedding = SharedEmbedding(table.weight, VocabShard(table.num_embeddings, mesh.tp))
         self.head: TargetHead | SharedHead = replace(head_of(model, mesh.tp), temperature=temperature)
         self._check_head(self.head)
         if mesh.tp.size > 1:
-            self.head = SharedHead(self.head, OwnRows(model.get_output_embeddings().out_features, mesh.tp))
+            self.head = SharedHead(self.head, VocabShard(model.get_output_embeddings().out_features, mesh.tp))
 
     @classmethod
     def load(
@@ -262,7 +262,7 @@ class FrozenTarget:
             seen = self._run_shared(one_T, everyone)
             self.head.argmax_and_lse(seen.last_hidden()[0, :0])
 
-    def _run_shared(self, input_ids_T: Tensor, everyone: list[tuple[int, ...]]) -> Capture:
+    def _run_shared(self, input_ids_T: Tensor, everyone: list[tuple[int, ...]]) -> ForwardCapture:
         """everyone: lengths of the documents of each rank of the mesh, none where it rests."""
         tp = self.mesh.tp
         first = self.mesh.whole.rank // tp.size * tp.size

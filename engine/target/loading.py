@@ -7,7 +7,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from engine.config.sections import TargetSection
 from engine.parallel.mesh import TargetMesh
 from engine.parallel.plan import TargetPlan
-from engine.parallel.rules import Cut
+from engine.parallel.rules import ShardSpec
 from engine.target.configuration import load_target_config
 from engine.target.structure import (
     auto_class,
@@ -38,7 +38,7 @@ def read_target(
     checkpoint = _open(config, section)
     model, dropped = _text_without_weights(config, section, device)
     plan = TargetPlan()
-    cuts: dict[str, Cut] = {}
+    cuts: dict[str, ShardSpec] = {}
     if mesh.size > 1:
         decoder = decoder_of(model)
         plan = TargetPlan.of(decoder, mesh)

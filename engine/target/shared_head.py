@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engine.parallel.collectives import gather_objects, gather_rows, max_over, sum_over
 from engine.parallel.mesh import Group
-from engine.parallel.vocab_shard import OwnRows
+from engine.parallel.vocab_shard import VocabShard
 from engine.target.head import TargetHead
 
 
@@ -16,7 +16,7 @@ class SharedHead:
     """own: a head of own rows. Every method is a collective of the group."""
 
     own: TargetHead
-    own_rows: OwnRows
+    own_rows: VocabShard
 
     @property
     def group(self) -> Group:

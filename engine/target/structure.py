@@ -14,7 +14,7 @@ from transformers import (
 from engine.config.sections import TargetSection
 from engine.models.target_families import final_logits, num_layers
 from engine.parallel.mesh import ALONE, Group
-from engine.parallel.rules import Cut, part_of_rows
+from engine.parallel.rules import ShardSpec, part_of_rows
 from engine.target.head import TargetHead
 
 NEVER = -3e4  # the logit of a row that is no token, before any scale: no softmax sees it, no precision overflows
@@ -99,12 +99,12 @@ def name_of(part: nn.Module, model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is part)
 
 
-def vocabulary_cuts(model: PreTrainedModel, tp: Group) -> dict[str, Cut]:
+def vocabulary_cuts(model: PreTrainedModel, tp: Group) -> dict[str, ShardSpec]:
     """What a rank holds of the head, by the names of its parameters."""
     linear = model.get_output_embeddings()
     if tp.size == 1 or not isinstance(linear, nn.Linear):
         return {}
-    rows = Cut(0, (part_of_rows(linear.out_features, tp),))
+    rows = ShardSpec(0, (part_of_rows(linear.out_features, tp),))
     return {f"{name_of(linear, model)}.{leaf}": rows for leaf, _ in linear.named_parameters()}
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from engine.config.sections import TargetSection
-from engine.parallel.rules import Cut
+from engine.parallel.rules import ShardSpec
 from engine.weights.quantised_weight import QuantisedWeight
 from engine.weights.scaled_weights import FP4, NVFP4_BLOCK, PACKED, PER_BYTE, ScaledCheckpoint
 from engine.weights.weight_reader import Checkpoint, own_part
@@ -50,7 +50,7 @@ class Fp8Checkpoint(Checkpoint):
         scales = {*self._scales.values()}
         return (name for name in super().__iter__() if name not in scales)
 
-    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+    def read(self, name: str, cut: ShardSpec | None = None) -> Tensor:
         if name not in self._scales:
             return super().read(name, cut)
         codes, scale = super().read(name), super().read(self._scales[name])
@@ -74,7 +74,7 @@ class Mxfp4Checkpoint(Checkpoint):
         experts, out, groups, packed = super().shape(name + BLOCKS)
         return [experts, groups * packed * PER_BYTE, out]
 
-    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+    def read(self, name: str, cut: ShardSpec | None = None) -> Tensor:
         if name in self._by_name:
             return super().read(name, cut)
         blocks, exponent = super().read(name + BLOCKS), super().read(name + SCALES)
@@ -100,7 +100,7 @@ class Int4Checkpoint(Checkpoint):
             return super().shape(name)
         return super().read(f"{name}_shape").tolist()
 
-    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+    def read(self, name: str, cut: ShardSpec | None = None) -> Tensor:
         if name in self._by_name:
             return super().read(name, cut)
         packed, scale, columns = super().read(name + PACKED), super().read(name + SCALE_4), self.shape(name)[1]

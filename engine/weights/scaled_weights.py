@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from engine.parallel.rules import Cut
+from engine.parallel.rules import ShardSpec
 from engine.weights.quantised_weight import QuantisedWeight
 from engine.weights.weight_reader import Checkpoint, own_part
 
@@ -103,7 +103,7 @@ class ScaledCheckpoint(Checkpoint):
     def is_understood(self, name: str) -> bool:
         return name in self._scales or super().is_understood(self._codes_name(name))
 
-    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+    def read(self, name: str, cut: ShardSpec | None = None) -> Tensor:
         if name not in self._scales:
             return super().read(name, cut)
         codes = super().read(self._codes_name(name))

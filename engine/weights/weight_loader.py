@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from engine.models.target_families import num_layers, text_config
-from engine.parallel.rules import Cut
+from engine.parallel.rules import ShardSpec
 from engine.weights.quantised_weight import QuantisedWeight
 from engine.weights.weight_reader import Checkpoint, MisfitError
 
@@ -50,7 +50,7 @@ class _Parameter:
 
 def load_cut(
     model: PreTrainedModel,
-    cuts: Mapping[str, Cut],
+    cuts: Mapping[str, ShardSpec],
     checkpoint: Checkpoint,
     device: torch.device,
     bar: Bar | None = None,
@@ -137,7 +137,7 @@ def _put(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
     tensor._is_hf_initialized = True
 
 
-def own_bytes(tensor: Tensor, cut: Cut | None) -> int:
+def own_bytes(tensor: Tensor, cut: ShardSpec | None) -> int:
     """Of a rank's part."""
     if cut is None or cut.zeros:
         return tensor.nbytes
@@ -236,7 +236,7 @@ def _tied_to(model: PreTrainedModel, there: Collection[str]) -> set[str]:
 
 
 def _read(
-    parameter: _Parameter, cuts: Mapping[str, Cut], checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device
+    parameter: _Parameter, cuts: Mapping[str, ShardSpec], checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device
 ) -> dict[str, Tensor]:
     first = parameter.names[0]
     if parameter.rule is None:

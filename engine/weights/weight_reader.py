@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.parallel.rules import Cut
+from engine.parallel.rules import ShardSpec
 from engine.weights.quantised_weight import QuantisedWeight
 from engine.weights.weight_files import FETCH_AGAIN, SHOWN, find_weight_files
 
@@ -117,7 +117,7 @@ class Checkpoint:
         """Whether what is stored under a name is the weight itself, and not codes that need a scale."""
         return name not in self._by_name or self.stored_dtype(name) in FLOATS
 
-    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+    def read(self, name: str, cut: ShardSpec | None = None) -> Tensor:
         """A tensor, or a rank's part of it."""
         file = self._open[self._by_name[name]]
         if cut is None or cut.zeros:
@@ -136,6 +136,6 @@ def _open_file(path: Path, is_safetensors: bool) -> Any:
         raise ValueError(f"{path} cannot be read ({error}); {FETCH_AGAIN}") from error
 
 
-def own_part(weight: Tensor, cut: Cut | None) -> Tensor:
+def own_part(weight: Tensor, cut: ShardSpec | None) -> Tensor:
     """A rank's part of a weight; of files that are mapped, no more is read than it takes."""
     return weight if cut is None or cut.zeros else cut.of(weight)

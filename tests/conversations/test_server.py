@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.config.strict import ConfigError
-from engine.conversations.server import Reply, Server, as_sent, read_reply, served_model
+from engine.conversations.server import Server, ServerReply, as_sent, read_reply, served_model
 from engine.data.messages import BadSample
 from tests.conversations.chat_server import completion, say, serving, stop
 
@@ -137,10 +137,10 @@ def test_a_body_that_is_no_json_is_malformed():
 def test_a_reply_keeps_reasoning_and_tool_calls(name):
     reply = read_reply(completion(None, "tool_calls", 7, tool_calls=[CALL], **{name: "hm"}), 8)
     message = {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [READ_CALL]}
-    assert reply == Reply(message, 7)
+    assert reply == ServerReply(message, 7)
     assert as_sent(reply.message)["tool_calls"] == [CALL], "and says it to the server as the server said it"
     plain = read_reply(completion("hello", reasoning_content=None, tool_calls=[]) | {"usage": None}, 8)
-    assert plain == Reply({"role": "assistant", "content": "hello"}, 0)
+    assert plain == ServerReply({"role": "assistant", "content": "hello"}, 0)
 
 
 def test_arguments_that_are_no_object_stay_as_they_were_said():

@@ -125,7 +125,7 @@ def documents_of(name: str, kind: str, template_kwargs: dict | None = None) -> t
         return tokenizer, render_turns(messages, extra, tokenizer, template_kwargs)
 
 
-def said(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def masked_text(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """What the mask covers, run by run."""
     edges = np.flatnonzero(np.diff(document.assistant_mask, prepend=False, append=False)).reshape(-1, 2)
     return [tokenizer.decode(document.input_ids[first:end], clean_up_tokenization_spaces=False) for first, end in edges]
@@ -148,7 +148,7 @@ def table() -> Iterator[str]:
             except BadSample as error:
                 yield f"| {name} | {kind} | none | {error.detail.rpartition(': ')[2]} |"
                 continue
-            replies = [reply for document in documents for reply in said(document, tokenizer)]
+            replies = [reply for document in documents for reply in masked_text(document, tokenizer)]
             shown = "<br>".join(f"`{reply}`".replace("\n", "⏎").replace("|", "\\|") for reply in replies)
             yield f"| {name} | {kind} | {'whole' if len(documents) < len(replies) else 'a reply each'} | {shown} |"
 

@@ -22,7 +22,7 @@ from engine.config.sections import DataSection
 from engine.data.dataset import Rendered, Renderer
 from engine.data.messages import BadSample
 from engine.data.turns import LOST_THINKING, NOT_OPENED
-from tests.data.chat_formats import PLAIN_TOKENS, said
+from tests.data.chat_formats import PLAIN_TOKENS, masked_text
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "published_templates.md"
 DOWNLOAD_TIMEOUT_S = 120
@@ -190,7 +190,7 @@ def outcome(source: str, case: str) -> Outcome:
     for document in documents:
         text = tokenizer.decode(document.input_ids, clean_up_tokenization_spaces=False)
         position = 0
-        for masked in said(document, tokenizer):
+        for masked in masked_text(document, tokenizer):
             position = text.index(masked, position)
             turns.append((text[:position], masked))
             position += len(masked)

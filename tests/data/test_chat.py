@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.data.chat import render, render_turns
 from engine.data.messages import BadSample, read_messages
 from engine.data.templates import template_token_ids
-from tests.data.chat_formats import said
+from tests.data.chat_formats import masked_text
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -29,7 +29,7 @@ def test_mask_covers_exactly_the_reply_and_its_end_token(make_tokenizer, templat
     tokenizer = make_tokenizer(template)
     document = render(CHAT, {}, tokenizer, None)
     replies = [message["content"] + END_TOKENS[template] for message in CHAT if message["role"] == "assistant"]
-    assert said(document, tokenizer) == replies
+    assert masked_text(document, tokenizer) == replies
     assert document.input_ids.dtype == np.int32 and document.assistant_mask.dtype == bool
     assert len(document) == len(document.assistant_mask)
 
@@ -67,7 +67,7 @@ def test_tags_and_prefixes_give_the_same_mask(make_tokenizer, replies):
 def test_a_closing_question_is_not_the_assistants(make_tokenizer, template):
     tokenizer = make_tokenizer(template)
     document = render([*CHAT, {"role": "user", "content": "Thanks."}], {}, tokenizer, None)
-    assert len(said(document, tokenizer)) == 2
+    assert len(masked_text(document, tokenizer)) == 2
     assert not document.assistant_mask[-5:].any()
 
 
@@ -75,8 +75,8 @@ def test_template_that_rewrites_history_is_refused(make_tokenizer):
     tokenizer = make_tokenizer("forgets reasoning")
     thinking = [dict(message, reasoning_content="Hm.") if message["role"] == "assistant" else message for message in CHAT]
     assert reason_of(render, thinking, {}, tokenizer, None) == "mask cannot be verified"
-    assert said(render(thinking[:3], {}, tokenizer, None), tokenizer)[0].startswith("<think>Hm.</think>A list")
-    assert len(said(render(CHAT, {}, tokenizer, None), tokenizer)) == 2
+    assert masked_text(render(thinking[:3], {}, tokenizer, None), tokenizer)[0].startswith("<think>Hm.</think>A list")
+    assert len(masked_text(render(CHAT, {}, tokenizer, None), tokenizer)) == 2
 
 
 SERVED = {
@@ -91,7 +91,7 @@ SERVED = {
 def test_several_turns_of_a_template_that_rewrites_them_are_no_one_document(make_tokenizer, template):
     tokenizer = make_tokenizer(template)
     assert reason_of(render, CHAT, {}, tokenizer, None) == "mask cannot be verified"
-    assert said(render(CHAT[:3], {}, tokenizer, None), tokenizer) == [SERVED[template][0].format(CHAT[2]["content"])]
+    assert masked_text(render(CHAT[:3], {}, tokenizer, None), tokenizer) == [SERVED[template][0].format(CHAT[2]["content"])]
 
 
 @pytest.mark.parametrize("template", SERVED)
@@ -100,7 +100,7 @@ def test_turn_by_turn_each_reply_follows_the_prompt_it_is_served_after(make_toke
     documents = render_turns([*CHAT, {"role": "user", "content": "Thanks."}], {}, tokenizer, None)
     assert len(documents) == 2
     for document, index, reply in zip(documents, (2, 4), SERVED[template], strict=True):
-        assert said(document, tokenizer) == [reply.format(CHAT[index]["content"])]
+        assert masked_text(document, tokenizer) == [reply.format(CHAT[index]["content"])]
         served = tokenizer.apply_chat_template(CHAT[:index], add_generation_prompt=True, return_dict=True)["input_ids"]
         first = int(document.assistant_mask.argmax())
         assert document.input_ids[:first].tolist() == served
@@ -119,19 +119,21 @@ def test_reasoning_is_learned_in_its_turn_and_forgotten_after(make_tokenizer):
     tokenizer = make_tokenizer("qwen3")
     thinking = [CHAT[1], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nA list."}, *CHAT[3:]]
     first, second = render_turns(thinking, {}, tokenizer, None)
-    assert said(first, tokenizer) == ["<think>\nHm.\n</think>\n\nA list.<|im_end|>"]
+    assert masked_text(first, tokenizer) == ["<think>\nHm.\n</think>\n\nA list.<|im_end|>"]
     assert "Hm." not in tokenizer.decode(second.input_ids) and "A list." in tokenizer.decode(second.input_ids)
     tokenizer = make_tokenizer("gpt-oss")
     thinking = [CHAT[1], CHAT[2] | {"thinking": "Hm."}]
     (document,) = render_turns(thinking, {}, tokenizer, None)
-    assert said(document, tokenizer)[0].startswith("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final")
+    assert masked_text(document, tokenizer)[0].startswith(
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final"
+    )
 
 
 def test_what_the_prompt_already_says_is_not_the_assistants(make_tokenizer):
     tokenizer = make_tokenizer("qwen3")
     documents = render_turns(CHAT, {}, tokenizer, {"enable_thinking": False})
     replies = [message["content"] + "<|im_end|>" for message in CHAT if message["role"] == "assistant"]
-    assert [said(document, tokenizer)[0] for document in documents] == replies
+    assert [masked_text(document, tokenizer)[0] for document in documents] == replies
 
 
 @pytest.mark.parametrize("template", END_TOKENS)
@@ -140,7 +142,7 @@ def test_a_tokenizer_without_offsets_gives_the_same_mask(make_slow_tokenizer, te
     assert not tokenizer.is_fast
     document = render(CHAT, {}, tokenizer, None)
     assert document.input_ids.tolist() == tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]
-    assert said(document, tokenizer) == [m["content"] + END_TOKENS[template] for m in CHAT if m["role"] == "assistant"]
+    assert masked_text(document, tokenizer) == [m["content"] + END_TOKENS[template] for m in CHAT if m["role"] == "assistant"]
     assert document.turn_ends == tuple(end for turn in render_turns(CHAT, {}, tokenizer, None) for end in turn.turn_ends)
 
 
@@ -148,7 +150,9 @@ def test_without_offsets_a_token_across_a_turns_bound_is_refused(make_tokenizer,
     messages = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "\nA list."}]
     with pytest.raises(BadSample, match="a token crosses the bound of a turn"):
         render(messages, {}, make_slow_tokenizer("chatml"), None)
-    assert said(render(messages, {}, make_tokenizer("chatml"), None), make_tokenizer("chatml")) == ["\nA list.<|im_end|>"]
+    assert masked_text(render(messages, {}, make_tokenizer("chatml"), None), make_tokenizer("chatml")) == [
+        "\nA list.<|im_end|>"
+    ]
 
 
 def test_header_without_generation_prompt_is_refused(make_tokenizer):
@@ -165,7 +169,7 @@ def test_reply_that_needs_no_generation_prompt_is_marked(make_tokenizer):
         "{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
     )
     replies = [f" {message['content']}<|eot_id|>" for message in CHAT if message["role"] == "assistant"]
-    assert said(render(CHAT, {}, tokenizer, None), tokenizer) == replies
+    assert masked_text(render(CHAT, {}, tokenizer, None), tokenizer) == replies
 
 
 def test_reply_that_does_not_follow_its_prompt_is_refused(make_tokenizer):

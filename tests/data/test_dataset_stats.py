@@ -4,7 +4,7 @@ import torch
 
 from engine.config.recipe import load_config
 from engine.config.sections import DataSection, TttSection
-from engine.data.dataset_stats import VOCAB_SIZES, draft_flops, histogram, portray, without_compaction
+from engine.data.dataset_stats import VOCAB_SIZES, compute_stats, draft_flops, histogram, without_compaction
 from engine.data.documents import Document, DocumentList
 from engine.data.packing import collate
 from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
@@ -35,26 +35,26 @@ def draft() -> DraftConfig:
 
 
 def make(documents, draft, **changes):
-    return portray(documents, DataSection(max_tokens=MAX_TOKENS), TttSection(steps=STEPS, **changes), draft, seed=0)
+    return compute_stats(documents, DataSection(max_tokens=MAX_TOKENS), TttSection(steps=STEPS, **changes), draft, seed=0)
 
 
 @pytest.mark.parametrize("alignment", ["inference", "specforge"])
 def test_shares_are_those_of_all_documents_taken_together(documents, draft, alignment):
-    portrait = make(documents, draft, mask_alignment=alignment)
+    stats = make(documents, draft, mask_alignment=alignment)
     allowed_ST = allowed_rows(collate(list(documents)), TttSection(steps=STEPS, mask_alignment=alignment))
-    assert portrait.rows_S == pytest.approx(allowed_ST.float().mean(1).tolist())
+    assert stats.rows_S == pytest.approx(allowed_ST.float().mean(1).tolist())
     runs_ST = torch.stack([allowed_ST[step:].any(0) for step in range(STEPS)])
-    assert portrait.alive_S == pytest.approx(runs_ST.float().mean(1).tolist())
-    assert portrait.num_tokens == sum(map(len, documents)) and portrait.turns.sum() == sum(len(d.turn_ends) for d in documents)
+    assert stats.alive_S == pytest.approx(runs_ST.float().mean(1).tolist())
+    assert stats.num_tokens == sum(map(len, documents)) and stats.turns.sum() == sum(len(d.turn_ends) for d in documents)
 
 
 def test_coverage_is_the_share_of_the_most_frequent_tokens(documents, draft):
-    portrait = make(documents, draft)
+    stats = make(documents, draft)
     said = np.concatenate([document.input_ids[document.assistant_mask] for document in documents])
     frequent = np.sort(np.bincount(said))[::-1]
     for size in (1, 5, 30):
-        assert portrait.coverage(size) == pytest.approx(frequent[:size].sum() / len(said))
-    assert portrait.coverage(max(VOCAB_SIZES) * 99) == 1
+        assert stats.coverage(size) == pytest.approx(frequent[:size].sum() / len(said))
+    assert stats.coverage(max(VOCAB_SIZES) * 99) == 1
 
 
 def test_the_saving_is_that_of_the_rows_left_out(documents, draft):
@@ -81,9 +81,9 @@ def test_without_compaction_every_row_runs_and_the_loss_stays(documents, draft):
 
 
 def test_packs_and_their_waste_are_those_of_an_epoch(documents, draft):
-    portrait = make(documents, draft)
-    assert portrait.num_packs * MAX_TOKENS >= portrait.num_tokens
-    assert portrait.waste == pytest.approx(1 - portrait.num_tokens / (portrait.num_packs * MAX_TOKENS))
+    stats = make(documents, draft)
+    assert stats.num_packs * MAX_TOKENS >= stats.num_tokens
+    assert stats.waste == pytest.approx(1 - stats.num_tokens / (stats.num_packs * MAX_TOKENS))
 
 
 def test_a_histogram_counts_everything_once():

@@ -3,18 +3,18 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from engine.data.dataset_stats import Portrait
+from engine.data.dataset_stats import DatasetStats
 from engine.data.dataset_stats_page import plots, write_page
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 
 @pytest.fixture
-def portrait():
+def stats():
     lengths = np.array([10, 20, 30])
-    return Portrait(
+    return DatasetStats(
         lengths=lengths,
-        said=lengths // 2,
+        assistant_tokens=lengths // 2,
         turns=np.ones(3),
         rows_S=(0.4, 0.3),
         alive_S=(0.5, 0.3),
@@ -26,23 +26,23 @@ def portrait():
     )
 
 
-def test_each_plot_is_a_drawing_of_its_own(portrait):
-    drawn = plots(portrait)
+def test_each_plot_is_a_drawing_of_its_own(stats):
+    drawn = plots(stats)
     assert len(set(drawn)) == 4
     assert all(ElementTree.fromstring(svg).tag.endswith("svg") for svg in drawn)
 
 
-def test_the_page_holds_every_figure_and_sample_and_loads_nothing(portrait, tmp_path):
+def test_the_page_holds_every_figure_and_sample_and_loads_nothing(stats, tmp_path):
     path = tmp_path / "new" / "page.html"
-    write_page(path, "a < b", portrait, [("document 0", [("<|user|>q", False), ("a & b\n", True)])])
+    write_page(path, "a < b", stats, [("document 0", [("<|user|>q", False), ("a & b\n", True)])])
     page = path.read_text(encoding="utf-8")
     assert "<title>a &lt; b</title>" in page
     assert "&lt;|user|&gt;q<b>a &amp; b\n</b>" in page
-    assert all(f"<td>{name}</td>" in page.replace("&#x27;", "'") for name in portrait.facts())
-    assert "FLOPs saved by compaction</td><td>1.7" in page
+    assert all(f"<td>{name.replace('_', ' ')}</td>" in page for name in stats.facts())
+    assert "compaction flops ratio</td><td>1.7" in page
     assert "<script" not in page and 'src="http' not in page and "@import" not in page
 
 
-def test_the_same_portrait_gives_the_same_facts(portrait):
-    assert portrait.facts() == portrait.facts()
-    assert portrait.facts()["waste of the packs"] == round(1 - 60 / 64, 4)
+def test_the_same_portrait_gives_the_same_facts(stats):
+    assert stats.facts() == stats.facts()
+    assert stats.facts()["empty_pack_share"] == round(1 - 60 / 64, 4)

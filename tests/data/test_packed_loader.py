@@ -138,8 +138,10 @@ def test_going_on_with_other_ranks_repeats_and_skips_nothing(make_loader, cut, s
 def test_the_packs_of_a_step_cost_alike(make_loader):
     def spread(balance_steps: int) -> float:
         loaders = [make_loader(rank=rank, balance_steps=balance_steps) for rank in range(3)]
-        said = np.array([[[int(b.assistant_mask_T.sum()) for b in batches] for batches, _ in loader] for loader in loaders])
-        return float((said.max(0) - said.min(0))[:-1].mean())
+        assistant_tokens = np.array(
+            [[[int(b.assistant_mask_T.sum()) for b in batches] for batches, _ in loader] for loader in loaders]
+        )
+        return float((assistant_tokens.max(0) - assistant_tokens.min(0))[:-1].mean())
 
     assert spread(8) < 0.7 * spread(0)
 

@@ -19,9 +19,9 @@ def mix(name: str, count: int) -> tuple[np.ndarray, np.ndarray, int]:
     return lengths, np.maximum(1, lengths * np.clip(share(random, count), 0.01, 0.98)).astype(int), max_tokens
 
 
-def wait(said_P: np.ndarray, num_ranks: int) -> float:
+def wait(assistant_tokens_P: np.ndarray, num_ranks: int) -> float:
     """Assistant tokens of the rank that a step waits for, as a multiple of the mean, over steps of a pack a rank."""
-    steps = said_P[: len(said_P) // num_ranks * num_ranks].reshape(-1, num_ranks)
+    steps = assistant_tokens_P[: len(assistant_tokens_P) // num_ranks * num_ranks].reshape(-1, num_ranks)
     return float(steps.max(1).sum() / steps.mean(1).sum())
 
 
@@ -49,20 +49,22 @@ def test_documents_that_fit_exactly_share_a_pack():
 
 @pytest.mark.parametrize("name", MIXES)
 def test_less_than_a_fiftieth_is_wasted(name):
-    lengths, said, max_tokens = mix(name, 20_000)
-    packs = pack(lengths, said, max_tokens, np.random.default_rng(1))
+    lengths, assistant_tokens, max_tokens = mix(name, 20_000)
+    packs = pack(lengths, assistant_tokens, max_tokens, np.random.default_rng(1))
     assert 1 - lengths.sum() / (len(packs) * max_tokens) < 0.02
 
 
 @pytest.mark.parametrize("name", MIXES)
 def test_ranks_wait_little_for_each_other(name):
-    lengths, said, max_tokens = mix(name, 20_000)
-    said_P = np.array([said[members].sum() for members in pack(lengths, said, max_tokens, np.random.default_rng(1))])
+    lengths, assistant_tokens, max_tokens = mix(name, 20_000)
+    assistant_tokens_P = np.array(
+        [assistant_tokens[members].sum() for members in pack(lengths, assistant_tokens, max_tokens, np.random.default_rng(1))]
+    )
     for num_ranks in (8, 64):
-        order = np.concatenate(list(alike_steps(said_P, 0, num_ranks, 8, np.random.default_rng(2))))
-        assert sorted(order.tolist()) == list(range(len(said_P)))
+        order = np.concatenate(list(alike_steps(assistant_tokens_P, 0, num_ranks, 8, np.random.default_rng(2))))
+        assert sorted(order.tolist()) == list(range(len(assistant_tokens_P)))
         # a pack of one long document costs what it costs: the last of eight such steps still waits for its dearest
-        assert wait(said_P[order], num_ranks) < min(1.35, 1 + 0.5 * (wait(said_P, num_ranks) - 1))
+        assert wait(assistant_tokens_P[order], num_ranks) < min(1.35, 1 + 0.5 * (wait(assistant_tokens_P, num_ranks) - 1))
 
 
 def test_steps_come_as_drawn_if_that_is_asked_for():
@@ -71,12 +73,15 @@ def test_steps_come_as_drawn_if_that_is_asked_for():
 
 
 def test_a_step_that_was_begun_is_completed_as_drawn():
-    said_P = np.random.default_rng(0).integers(0, 1000, 60)
-    first, *steps = alike_steps(said_P, 5, 8, 3, np.random.default_rng(0))
+    assistant_tokens_P = np.random.default_rng(0).integers(0, 1000, 60)
+    first, *steps = alike_steps(assistant_tokens_P, 5, 8, 3, np.random.default_rng(0))
     assert first.tolist() == [0, 1, 2]
     whole = [step for step in steps if len(step) == 8]
     for window in (whole[:3], whole[3:6]):
-        least, most = (sorted(values) for values in zip(*((said_P[s].min(), said_P[s].max()) for s in window), strict=True))
+        least, most = (
+            sorted(values)
+            for values in zip(*((assistant_tokens_P[s].min(), assistant_tokens_P[s].max()) for s in window), strict=True)
+        )
         assert all(high <= low for high, low in zip(most, least[1:], strict=False)), "steps of a window do not overlap in cost"
 
 

@@ -6,7 +6,7 @@ from engine.data.chat import render, render_text
 from engine.data.messages import BadSample
 from engine.data.preformatted import Markers
 from engine.data.templates import ChatTemplate
-from tests.data.chat_formats import CONVERSATIONS, make_tokenizer, said
+from tests.data.chat_formats import CONVERSATIONS, make_tokenizer, masked_text
 
 WHOLE = sorted(set(NAMED_TEMPLATES) - {"qwen3", "gpt-oss"})  # those that write earlier turns as they were said
 
@@ -27,8 +27,8 @@ def test_replies_are_found_in_text(name):
     tokenizer, (messages, extra) = make_tokenizer(name), CONVERSATIONS["several turns"]
     document = render_text(ChatTemplate(tokenizer, extra).text(messages), Markers.of(tokenizer, None), tokenizer)
     replies = [message["content"] for message in messages if message["role"] == "assistant"]
-    assert all(reply in text for reply, text in zip(replies, said(document, tokenizer), strict=True))
-    (last,) = said(
+    assert all(reply in text for reply, text in zip(replies, masked_text(document, tokenizer), strict=True))
+    (last,) = masked_text(
         render_text(ChatTemplate(tokenizer, extra).text(messages), Markers.of(tokenizer, None), tokenizer, "last"), tokenizer
     )
     assert replies[-1] in last
@@ -41,7 +41,7 @@ WITH_TOOLS = ["glm-4", "glm-4.5", "gpt-oss", "kimi-k2", "llama3", "qwen2.5", "de
 def test_what_tools_say_is_not_the_assistants(name):
     tokenizer, (messages, extra) = make_tokenizer(name), CONVERSATIONS["tools"]
     text = ChatTemplate(tokenizer, extra).text([*messages, {"role": "user", "content": "Thanks."}])
-    replies = said(render_text(text, Markers.of(tokenizer, None), tokenizer), tokenizer)
+    replies = masked_text(render_text(text, Markers.of(tokenizer, None), tokenizer), tokenizer)
     assert len(replies) == 2 and "a café" in replies[0] and "It is here." in replies[1]
     assert not any("place" in reply or "Thanks." in reply for reply in replies)
 
@@ -50,13 +50,13 @@ def test_the_thinking_block_that_the_prompt_opens_is_the_prompts():
     tokenizer = make_tokenizer("deepseek-r1")
     text = "<｜User｜>q<｜Assistant｜><think>\nHm.\n</think>\n\nA.<｜end▁of▁sentence｜>"
     document = render_text(text, Markers.of(tokenizer, None), tokenizer)
-    assert said(document, tokenizer) == ["Hm.\n</think>\n\nA.<｜end▁of▁sentence｜>"]
+    assert masked_text(document, tokenizer) == ["Hm.\n</think>\n\nA.<｜end▁of▁sentence｜>"]
 
 
 def test_a_reply_whose_end_is_missing_runs_to_the_end(make_tokenizer):
     tokenizer = make_tokenizer("llama3")
     text = "<|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA list"
-    assert said(render_text(text, Markers.of(tokenizer, None), tokenizer), tokenizer) == ["A list"]
+    assert masked_text(render_text(text, Markers.of(tokenizer, None), tokenizer), tokenizer) == ["A list"]
 
 
 def test_text_without_a_reply_is_refused_by_name(make_tokenizer):

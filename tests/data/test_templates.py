@@ -17,7 +17,7 @@ from tests.data.chat_formats import (
     TABLE,
     documents_of,
     make_tokenizer,
-    said,
+    masked_text,
     table,
 )
 
@@ -53,7 +53,7 @@ def test_every_named_template_says_where_its_format_is_published():
 def test_the_mask_is_each_reply_with_its_end_token_and_nothing_behind(name, kind):
     tokenizer, documents = documents_of(name, kind)
     replies = [message for message in CONVERSATIONS[kind][0] if message["role"] == "assistant"]
-    masked = [text for document in documents for text in said(document, tokenizer)]
+    masked = [text for document in documents for text in masked_text(document, tokenizer)]
     assert len(masked) == len(replies)
     ends = ENDS[name] if isinstance(ENDS[name], tuple) else (ENDS[name], ENDS[name])
     for reply, text in zip(replies, masked, strict=True):
@@ -91,7 +91,7 @@ def test_what_a_format_has_no_words_for_is_refused(name, kind):
 def test_with_thinking_off_the_prompt_holds_the_empty_block(name):
     tokenizer, (messages, extra) = make_tokenizer(name), CONVERSATIONS["several turns"]
     documents = render_turns(messages, extra, tokenizer, {"enable_thinking": False})
-    assert [said(document, tokenizer)[0].strip() for document in documents] == [
+    assert [masked_text(document, tokenizer)[0].strip() for document in documents] == [
         message["content"] + (ENDS[name] if name == "qwen3" else ENDS[name][0])
         for message in messages
         if message["role"] == "assistant"
@@ -102,9 +102,9 @@ def test_with_thinking_off_the_prompt_holds_the_empty_block(name):
 def test_trained_on_the_last_turn_only_that_is_marked(name):
     tokenizer, (messages, extra) = make_tokenizer(name), CONVERSATIONS["several turns"]
     (by_turn,) = render_turns(messages, extra, tokenizer, None, "last")
-    everything = [text for document in documents_of(name, "several turns")[1] for text in said(document, tokenizer)]
-    assert said(by_turn, tokenizer) == everything[-1:]
-    assert said(render(messages, extra, tokenizer, None, "last"), tokenizer) == everything[-1:]
+    everything = [text for document in documents_of(name, "several turns")[1] for text in masked_text(document, tokenizer)]
+    assert masked_text(by_turn, tokenizer) == everything[-1:]
+    assert masked_text(render(messages, extra, tokenizer, None, "last"), tokenizer) == everything[-1:]
 
 
 def test_the_published_table_is_what_the_masks_are():
@@ -146,7 +146,7 @@ def masked(name, *messages, tools=True, kwargs=None):
     tokenizer = make_tokenizer(name)
     extra = {"tools": CONVERSATIONS["tools"][1]["tools"]} if tools else {}
     messages, _ = read_messages({"conversations": [ASKED, *messages]})
-    return [text for document in render_turns(messages, extra, tokenizer, kwargs) for text in said(document, tokenizer)]
+    return [text for document in render_turns(messages, extra, tokenizer, kwargs) for text in masked_text(document, tokenizer)]
 
 
 @pytest.mark.parametrize("name", ["glm-4", "glm-4.5", "llama4", "kimi-k2", "qwen2.5", "qwen3", "deepseek-v3", "mistral"])
@@ -191,7 +191,7 @@ def test_arguments_are_written_as_text_where_the_template_wants_them_so(write_js
     tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}<|im_end|>", calls, 1)
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
     (document,), _ = load_documents([write_jsonl({"conversations": [ASKED, call]})], tokenizer, DataSection())
-    assert said(document, tokenizer) == ['f{"x": 1}<|im_end|>']
+    assert masked_text(document, tokenizer) == ['f{"x": 1}<|im_end|>']
 
 
 def test_a_closed_thinking_block_of_the_template_is_not_closed_twice():
@@ -204,7 +204,7 @@ def test_a_closed_thinking_block_of_the_template_is_not_closed_twice():
     )
     reply = {"role": "assistant", "content": "A list.", "reasoning_content": "Hm."}
     (document,) = render_turns([ASKED, reply], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["Hm.</think>A list.<｜end▁of▁sentence｜>"]
+    assert masked_text(document, tokenizer) == ["Hm.</think>A list.<｜end▁of▁sentence｜>"]
 
 
 def test_a_reply_is_found_where_the_template_rewrites_what_stands_before_it():
@@ -222,7 +222,8 @@ def test_a_reply_is_found_where_the_template_rewrites_what_stands_before_it():
     assert "I search." in served
     assert tokenizer.decode(last.input_ids[~last.assistant_mask], clean_up_tokenization_spaces=False) == served
     assert (
-        said(last, tokenizer)[0].endswith("<|channel|>final<|message|>Here.<|return|>") and "Found." in said(last, tokenizer)[0]
+        masked_text(last, tokenizer)[0].endswith("<|channel|>final<|message|>Here.<|return|>")
+        and "Found." in masked_text(last, tokenizer)[0]
     )
 
 
@@ -231,7 +232,7 @@ def test_what_opens_a_conversation_is_read_not_learned(tags):
     tokenizer = chatml(tags)
     greeting = {"role": "assistant", "content": "Hello."}
     document = render([greeting, ASKED, {"role": "assistant", "content": "Here."}], {}, tokenizer, None)
-    assert "Hello." in tokenizer.decode(document.input_ids) and said(document, tokenizer) == ["Here.<|im_end|>"]
+    assert "Hello." in tokenizer.decode(document.input_ids) and masked_text(document, tokenizer) == ["Here.<|im_end|>"]
     with pytest.raises(BadSample, match="answers nobody"):
         render([greeting, ASKED], {}, tokenizer, None)
 
@@ -258,13 +259,13 @@ def test_an_end_token_that_is_not_marked_special_is_found():
     tokenizer = chatml(tags=False, end="</s>")
     tokenizer.eos_token = "</s>"
     document = render([ASKED, {"role": "assistant", "content": "Here."}], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["Here.</s>"]
+    assert masked_text(document, tokenizer) == ["Here.</s>"]
 
 
 def test_tags_that_leave_out_the_end_token_are_led_over_it():
     tokenizer = chatml(tags=True, inside=False)
     document = render([ASKED, {"role": "assistant", "content": "Here."}], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["Here.<|im_end|>"]
+    assert masked_text(document, tokenizer) == ["Here.<|im_end|>"]
 
 
 @pytest.mark.parametrize("calls", ["search", ["search"], [{"function": None}], [{"function": {"name": None}}], [{}]])

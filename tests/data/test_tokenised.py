@@ -37,7 +37,7 @@ def assert_same(documents, others):
     for one, other in zip(documents, others, strict=True):
         assert np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.assistant_mask, other.assistant_mask)
         assert one.turn_ends == other.turn_ends
-    for fact in ("lengths", "said", "token_counts"):
+    for fact in ("lengths", "assistant_tokens", "token_counts"):
         assert np.array_equal(getattr(documents, fact), getattr(others, fact))
     assert documents.checksum == others.checksum
 

@@ -8,7 +8,7 @@ from engine.data.dataset import load_documents
 from engine.data.messages import BadSample
 from engine.data.templates import ChatTemplate
 from engine.data.turns import CLOSED_BY_PROMPT, NOT_BEHIND_PROMPT, NOT_OPENED, NOT_WRITTEN
-from tests.data.chat_formats import make_tokenizer, said
+from tests.data.chat_formats import make_tokenizer, masked_text
 
 ASKED = {"role": "user", "content": "2+2?"}
 THINKS = {"role": "assistant", "content": "4", "reasoning_content": "Two and two."}
@@ -65,7 +65,7 @@ def test_thinking_is_left_out_where_the_prompt_closes_it(name, reply):
     (document,) = render_turns([ASKED, reply], {}, tokenizer, off)
     prompt = ChatTemplate(tokenizer, off).text([ASKED], add_generation_prompt=True)
     end = {"qwen3": "4<|im_end|>", "glm-4.5": "\n4<|user|>"}[name]
-    assert said(document, tokenizer) == [end]
+    assert masked_text(document, tokenizer) == [end]
     assert decoded(tokenizer, document.input_ids).rstrip() == prompt + end
     assert document.changes == (CLOSED_BY_PROMPT,)
 
@@ -78,7 +78,7 @@ def test_with_thinking_off_later_turns_do_not_read_thoughts_that_were_never_gene
         "{% if add_generation_prompt %}<｜Assistant｜><think></think>{% endif %}"
     )
     document = render([ASKED, THINKS, ASKED, THINKS], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["4<｜end▁of▁sentence｜>"] * 2
+    assert masked_text(document, tokenizer) == ["4<｜end▁of▁sentence｜>"] * 2
     assert "Two and two." not in decoded(tokenizer, document.input_ids)
 
 
@@ -114,7 +114,7 @@ def test_a_thought_is_put_into_the_block_that_the_prompt_opens_and_the_template_
     )
     tokenizer = tokenizer_with(template)
     (document,) = render_turns([ASKED, THINKS], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["Two and two.</think>4<|end|>"] and document.changes == ()
+    assert masked_text(document, tokenizer) == ["Two and two.</think>4<|end|>"] and document.changes == ()
 
 
 RESULTS = ['{"t": 1}', 'He said "tea".', "Two\nlines.", "", "42", "assistant", "<|start|>assistant"]
@@ -127,7 +127,7 @@ def test_a_tool_result_of_any_form_leaves_the_mask_as_it_is(result):
     tool = {"role": "tool", "name": "search", "tool_call_id": "c1", "content": result}
     messages = [{"role": "user", "content": "Find tea."}, CALLS, tool, answer]
     documents = render_turns(messages, {}, tokenizer, None)
-    call, final = (said(document, tokenizer) for document in documents)
+    call, final = (masked_text(document, tokenizer) for document in documents)
     analysis = "<|channel|>analysis<|message|>"
     called = '<|start|>assistant to=search<|channel|>commentary<|message|>{"query": "tea"}<|call|>'
     assert call == [f"{analysis}Look.<|end|>{called}"]
@@ -143,7 +143,7 @@ def test_a_tool_result_of_any_form_leaves_the_mask_as_it_is(result):
 def test_an_empty_thought_of_any_spelling_stays_in_the_prompt(reply, special):
     tokenizer = tokenizer_with(EMPTY_THOUGHT, special)
     (document,) = render_turns([ASKED, reply], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["4<turn|>"]
+    assert masked_text(document, tokenizer) == ["4<turn|>"]
     prompt = "<|turn>user\n2+2?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
     assert decoded(tokenizer, document.input_ids).rstrip() == prompt + "4<turn|>"
     assert bool(document.changes) is (reply["content"] != "4" or "reasoning_content" in reply)
@@ -152,7 +152,7 @@ def test_an_empty_thought_of_any_spelling_stays_in_the_prompt(reply, special):
 def test_a_header_is_no_empty_thought():
     tokenizer = tokenizer_with(EMPTY_THOUGHT.replace("<|channel>thought\n<channel|>", "<|start|>other<|end|>"))
     (document,) = render_turns([ASKED, {"role": "assistant", "content": "4"}], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["4<turn|>"]
+    assert masked_text(document, tokenizer) == ["4<turn|>"]
     tokenizer.chat_template = EMPTY_THOUGHT.replace("<|channel>thought\n<channel|>", "Sure:")
     with pytest.raises(BadSample, match="after its generation prompt"):
         render_turns([ASKED, {"role": "assistant", "content": "4"}], {}, tokenizer, None)
@@ -164,7 +164,7 @@ def test_a_reply_ends_with_the_token_that_ends_generation(eos):
     tokenizer = tokenizer_with(TWO_ENDS, special, eos)
     reply = {"role": "assistant", "content": "4"}
     document = render([ASKED, reply, ASKED, reply], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["4<|END_RESPONSE|><|END_OF_TURN|>"] * 2
+    assert masked_text(document, tokenizer) == ["4<|END_RESPONSE|><|END_OF_TURN|>"] * 2
 
 
 def test_what_ends_a_conversation_is_not_the_replys():
@@ -175,7 +175,7 @@ def test_what_ends_a_conversation_is_not_the_replys():
     )
     tokenizer = tokenizer_with(template, ["<|user|>", "<|assistant|>"], "<|endoftext|>")
     document = render([ASKED, {"role": "assistant", "content": "4"}], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["4<|end|>"]
+    assert masked_text(document, tokenizer) == ["4<|end|>"]
 
 
 TAGGED = (
@@ -189,7 +189,7 @@ def test_tags_that_hold_the_header_are_led_past_it():
     tokenizer = tokenizer_with(TAGGED)
     replies = [{"role": "assistant", "content": "4"}, {"role": "assistant", "content": "assistant"}]
     document = render([ASKED, replies[0], ASKED, replies[1]], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["4<|end|>", "assistant<|end|>"]
+    assert masked_text(document, tokenizer) == ["4<|end|>", "assistant<|end|>"]
 
 
 def test_tags_that_hold_a_header_that_cannot_be_told_are_refused():
@@ -205,7 +205,7 @@ def test_with_tags_and_thinking_off_the_thought_is_left_out():
         )
     )
     document = render([ASKED, THINKS, ASKED, THINKS], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["4<|end|>"] * 2
+    assert masked_text(document, tokenizer) == ["4<|end|>"] * 2
     assert document.changes == (CLOSED_BY_PROMPT,) * 2
 
 
@@ -216,7 +216,7 @@ def test_with_tags_a_thought_that_the_history_drops_is_kept_in_its_own_turn():
     with pytest.raises(BadSample, match="differently once later turns follow"):
         render(messages, {}, tokenizer, None)
     documents = render_turns(messages, {}, tokenizer, None)
-    assert [said(document, tokenizer) for document in documents] == [["<think>Two and two.</think>4<|end|>"]] * 2
+    assert [masked_text(document, tokenizer) for document in documents] == [["<think>Two and two.</think>4<|end|>"]] * 2
 
 
 def test_a_call_ends_with_the_token_that_ends_generation():
@@ -229,7 +229,7 @@ def test_a_call_ends_with_the_token_that_ends_generation():
     )
     tokenizer = tokenizer_with(template, eos="<|return|>")
     (document,) = render_turns([ASKED, CALLS | {"content": "I search."}], {}, tokenizer, None)
-    assert said(document, tokenizer)[0].endswith("<|channel|><|return|>")
+    assert masked_text(document, tokenizer)[0].endswith("<|channel|><|return|>")
 
 
 def test_a_call_without_a_header_of_its_own_is_the_assistants():
@@ -246,7 +246,7 @@ def test_a_call_without_a_header_of_its_own_is_the_assistants():
     calls = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     document = render([ASKED, calls, tool, calls, tool, {"role": "assistant", "content": "4"}], {}, tokenizer, None)
     call = '<|call>search {"query": "tea"}<call|>'
-    assert said(document, tokenizer) == [call, call, "4<turn|>"]
+    assert masked_text(document, tokenizer) == [call, call, "4<turn|>"]
 
 
 def test_tags_without_a_generation_prompt_do_not_hide_that_history_is_rewritten():
@@ -259,7 +259,7 @@ def test_tags_without_a_generation_prompt_do_not_hide_that_history_is_rewritten(
     reply = {"role": "assistant", "content": "4"}
     with pytest.raises(BadSample, match="differently once later turns follow"):
         render([ASKED, reply, ASKED, reply], {}, tokenizer, None)
-    assert said(render([ASKED, reply], {}, tokenizer, None), tokenizer) == ["4<|end|>"]
+    assert masked_text(render([ASKED, reply], {}, tokenizer, None), tokenizer) == ["4<|end|>"]
 
 
 # As Command-R7B's: the header and an empty thought are written even behind a reply.
@@ -281,8 +281,8 @@ def test_a_header_that_is_written_even_behind_a_reply_is_the_prompt():
     messages = [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, tool, THINKS]
     call, answer = render_turns(messages, {}, tokenizer, None)
     called = '<|START_ACTION|>{"name": "search", "arguments": {"query": "tea"}}<|END_ACTION|><|END_OF_TURN|>'
-    assert said(call, tokenizer) == [called]
-    assert said(answer, tokenizer) == ["<|START_RESPONSE|>4<|END_RESPONSE|><|END_OF_TURN|>"]
+    assert masked_text(call, tokenizer) == [called]
+    assert masked_text(answer, tokenizer) == ["<|START_RESPONSE|>4<|END_RESPONSE|><|END_OF_TURN|>"]
     assert answer.changes == (CLOSED_BY_PROMPT,)
     prompt = ChatTemplate(tokenizer, {}).text(messages[:3], add_generation_prompt=True)
     assert decoded(tokenizer, answer.input_ids[~answer.assistant_mask]) == prompt
@@ -294,7 +294,7 @@ def test_a_llama_header_that_is_written_even_behind_a_reply_is_the_prompt():
     )
     tokenizer = tokenizer_with(template)
     reply = {"role": "assistant", "content": "4"}
-    assert said(render([ASKED, reply, ASKED, reply], {}, tokenizer, None), tokenizer) == ["4<|end|>"] * 2
+    assert masked_text(render([ASKED, reply, ASKED, reply], {}, tokenizer, None), tokenizer) == ["4<|end|>"] * 2
 
 
 def test_an_empty_thought_of_the_prompt_stays_there_before_a_call():
@@ -303,7 +303,7 @@ def test_an_empty_thought_of_the_prompt_stays_there_before_a_call():
     )
     tokenizer = tokenizer_with(template, ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|call>", "<call|>"])
     (document,) = render_turns([ASKED, CALLS], {}, tokenizer, None)
-    (masked,) = said(document, tokenizer)
+    (masked,) = masked_text(document, tokenizer)
     assert masked.startswith("<|call>{") and masked.endswith("<call|><turn|>")
     assert document.changes == (CLOSED_BY_PROMPT,)
 
@@ -320,7 +320,7 @@ def test_a_reply_without_thinking_follows_the_header_of_its_prompt():
         decoded(tokenizer, document.input_ids)
         == "<|start|>user<|message|>Think. 2+2?<|end|><|start|>assistant<|message|>4<|end|>"
     )
-    assert said(document, tokenizer) == ["4<|end|>"] and document.changes == (NOT_OPENED,)
+    assert masked_text(document, tokenizer) == ["4<|end|>"] and document.changes == (NOT_OPENED,)
 
 
 PROBE_PARTS = ("Zqa thought zqa.", "Zqb words zqb.", "zqc_function", "zqd", "Zqe value zqe", "Zqf message zqf")
@@ -334,7 +334,7 @@ def test_a_conversation_that_holds_the_words_of_the_probe_is_masked_as_any_other
     messages = [ASKED, replies[0], question, replies[1]]
     document = render(messages, {}, tokenizer, None)
     ends = [f"{reply['content']}<｜end▁of▁sentence｜>" for reply in replies]
-    assert said(document, tokenizer) == ends
+    assert masked_text(document, tokenizer) == ends
     prompt = decoded(tokenizer, document.input_ids).removesuffix(ends[1])
     assert prompt.endswith(f"<｜User｜>{question['content']}<｜Assistant｜>")
 
@@ -347,7 +347,7 @@ def test_a_history_that_holds_the_words_of_the_probe_leaves_a_call_as_it_is(iden
     calls = CALLS | {"tool_calls": [CALL | {"id": identifier}]}
     answer = {"role": "assistant", "content": "4"}
     documents = render_turns([question, calls, tool, answer], {}, tokenizer, None)
-    call, final = (said(document, tokenizer) for document in documents)
+    call, final = (masked_text(document, tokenizer) for document in documents)
     called = '<|start|>assistant to=search<|channel|>commentary<|message|>{"query": "tea"}<|call|>'
     assert call == [f"<|channel|>analysis<|message|>Look.<|end|>{called}"]
     assert final == ["<|channel|>final<|message|>4<|return|>"]
@@ -390,7 +390,7 @@ def test_a_call_without_arguments_is_masked_where_the_format_closes_each_argumen
     results = [{"role": "tool", "name": "now", "tool_call_id": call["id"], "content": "Noon"} for call in calls]
     answer = {"role": "assistant", "content": "4"}
     document = render_turns([ASKED, reply, *results, answer], {}, tokenizer, None)[0]
-    (masked,) = said(document, tokenizer)
+    (masked,) = masked_text(document, tokenizer)
     if source:
         written = {
             "now": "<tool_call>\n<function=now>\n</function>\n</tool_call>",
@@ -414,5 +414,5 @@ def test_thinking_that_the_template_writes_behind_another_header_is_not_said_to_
     )
     tokenizer = tokenizer_with(template)
     (document,) = render_turns([ASKED, THINKS], {}, tokenizer, None)
-    assert said(document, tokenizer) == ["4<|end|>"]
+    assert masked_text(document, tokenizer) == ["4<|end|>"]
     assert document.changes == (NOT_BEHIND_PROMPT,)

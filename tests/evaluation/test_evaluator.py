@@ -8,7 +8,7 @@ import pytest
 from engine.config.sections import EvaluationSection
 from engine.evaluation.acceptance import AcceptanceReport, Prompt
 from engine.evaluation.decoding import greedy_decode
-from engine.evaluation.evaluator import BATCH_SIZE, HeldOut
+from engine.evaluation.evaluator import BATCH_SIZE, AcceptanceEvaluator
 from engine.host.telemetry import Telemetry
 from engine.parallel.mesh import TargetMesh, World
 from tests.distributed import run_ranks
@@ -21,7 +21,7 @@ PROMPTS = [Prompt(f"file:{number}", prompt_ids) for number, prompt_ids in enumer
 
 def measure(world: World, family: str, tp_size: int, count: int = 5, replies=None) -> list[AcceptanceReport]:
     target = tiny_target(family, TargetMesh.make(world, tp_size, 1))
-    held_out = HeldOut(SECTION, target, TOKENIZER, PROMPTS[:count], world, Telemetry(speaks=False), max_tokens=50)
+    held_out = AcceptanceEvaluator(SECTION, target, TOKENIZER, PROMPTS[:count], world, Telemetry(speaks=False), max_tokens=50)
     on_reply = None if replies is None else lambda prompt, reply: replies.append((prompt, reply.token_ids))
     return [held_out.measure_draft(random_draft(tiny_target(family)), on_reply), held_out.measure_prompt_lookup()]
 
@@ -71,5 +71,5 @@ def measure_prompts(chosen: list[Prompt], bad_id: int | None) -> list[Acceptance
     target = tiny_target("llama")
     if bad_id is not None:
         target.embedding.weight_VD.data[bad_id, 0] = float("inf")
-    held_out = HeldOut(SECTION, target, TOKENIZER, chosen, World.alone(), Telemetry(speaks=False), max_tokens=50)
+    held_out = AcceptanceEvaluator(SECTION, target, TOKENIZER, chosen, World.alone(), Telemetry(speaks=False), max_tokens=50)
     return [held_out.measure_draft(random_draft(tiny_target("llama"))), held_out.measure_prompt_lookup()]

@@ -19,7 +19,7 @@ from engine.config.sections import Config
 from engine.data.packed_loader import PackedLoader
 from engine.data.packing import collate
 from engine.hidden_states.finite import NonFiniteError, find_faults
-from engine.hidden_states.sources import Offline
+from engine.hidden_states.sources import StoredSource
 from engine.hidden_states.store_format import MANIFEST, Manifest, StoreError
 from engine.hidden_states.store_reader import open_store
 from engine.hidden_states.store_upkeep import check_store, merge_stores
@@ -195,8 +195,8 @@ def test_captures_with_and_without_quantised_activations_are_not_mixed(tmp_path,
         run_capture(plain)
     opened = open_store(tmp_path / "store", skip_bad=False)
     with pytest.raises(StoreError, match="fp8_activations = True, this run asks for False"):
-        Offline(plain, World.alone(), Telemetry(speaks=False))
-    Offline(quantised, World.alone(), Telemetry(speaks=False))
+        StoredSource(plain, World.alone(), Telemetry(speaks=False))
+    StoredSource(quantised, World.alone(), Telemetry(speaks=False))
     batch = replace(collate([opened.documents[index] for index in range(4)]), document_ids=(0, 1, 2, 3))
     slots_N = slots_of(allowed_rows(batch, plain.ttt))
     stored_TA = StoredTarget(opened, CPU)(batch, slots_N).aux_TA
@@ -337,7 +337,7 @@ def test_a_store_holds_no_state_that_is_not_finite(dtype, tmp_path, bad_target, 
     assert "first in the output of layer 0 of the target" in printed
 
     opened = open_store(store, skip_bad=False)
-    assert [index for index in range(40) if opened.documents.said[index] == 0] == expected
+    assert [index for index in range(40) if opened.documents.assistant_tokens[index] == 0] == expected
     run_capture(capture_config(tmp_path / "whole", tiny_target, tiny_corpus.train, f"store.dtype={dtype}"))
     whole = open_store(tmp_path / "whole", skip_bad=False)
     good = tuple(index for index in range(40) if index not in expected)

@@ -29,7 +29,7 @@ def test_it_shows_samples_figures_and_a_page(tiny_target, tiny_corpus, tmp_path)
     assert "document 0: " in done.stdout and "<assistant>" in done.stdout and "positions with loss by TTT step" in done.stdout
     facts = json.loads((tmp_path / "b" / "facts.json").read_text())
     assert f"{facts['tokens']:,} tokens in {facts['documents']:,} documents" in done.stdout
-    assert 0 < facts["positions with loss"] < facts["the assistant's share of tokens"] < 1
+    assert 0 < facts["loss_position_share"] < facts["assistant_token_share"] < 1
     samples = json.loads((tmp_path / "c" / "samples.json").read_text(encoding="utf-8"))
     assert len(samples) == facts["documents"] and samples[0]["place"] == f"{tiny_corpus.train}:1"
     assert [segment["assistant"] for segment in samples[0]["segments"]] == [False, True]

@@ -51,7 +51,7 @@ def test_a_large_target_is_planned_from_its_config_alone(monkeypatch, capsys, tm
         (("--gpus", "0"), "--gpus"),
         (("--network_gb_per_s", "0"), "--network_gb_per_s"),
         (("target.store=/data/store",), "loads no target"),
-        (("--said", "1.5"), "--said"),
+        (("--assistant_share", "1.5"), "--assistant_share"),
         (("parallel.tpsize=4",), "tp_size"),
         (("--ds_config", "nowhere.json"), "nowhere.json"),
     ],

@@ -11,7 +11,7 @@ from engine.parallel.mesh import Group
 from engine.parallel.names import Names, names_of, register_family
 from engine.parallel.rules import (
     PROOFS,
-    Cut,
+    ShardSpec,
     Unshardable,
     check_proven,
     linear_cuts,
@@ -59,7 +59,7 @@ def test_a_family_is_taught_by_its_names():
     config.model_type = "my_model"
     register_family("my_model", Names(up=("wi",), down=("wo",)))
     cuts = mlp_cuts(Mlp(), Group(2, 1), names_of(config))
-    assert cuts["wi.weight"] == cuts["wi.bias"] == Cut(0, ((3, 6),)) and cuts["wo.weight"] == Cut(1, ((3, 6),))
+    assert cuts["wi.weight"] == cuts["wi.bias"] == ShardSpec(0, ((3, 6),)) and cuts["wo.weight"] == ShardSpec(1, ((3, 6),))
     assert cuts["wo.bias"].zeros
     with pytest.raises(
         Unshardable, match=r"a width of 6 cannot be shared by 4 ranks; use a parallel.tp_size of \[1, 2, 3, 6\]"
@@ -69,5 +69,5 @@ def test_a_family_is_taught_by_its_names():
 
 def test_a_bias_that_is_added_once_is_on_the_first_rank():
     linear = nn.Linear(6, 4)
-    parts = [linear_cuts(linear, Cut(1, ((3 * rank, 3 * rank + 3),)), Group(2, rank)) for rank in range(2)]
+    parts = [linear_cuts(linear, ShardSpec(1, ((3 * rank, 3 * rank + 3),)), Group(2, rank)) for rank in range(2)]
     assert "bias" not in parts[0] and torch.equal(parts[1]["bias"].of(linear.bias.data), torch.zeros(4))

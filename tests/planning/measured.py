@@ -20,7 +20,7 @@ from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
 from engine.parallel.mesh import TargetMesh, World
 from engine.parallel.zero import ZeroDraft
-from engine.planning.job import Documents
+from engine.planning.job import DocumentSizes
 from engine.target.frozen import FrozenTarget
 from tests.live_bytes import LiveBytes
 
@@ -37,7 +37,7 @@ class Training:
 
     stage: int = 3
     bf16: bool = True
-    said: float = 1.0
+    assistant_share: float = 1.0
     num_layers: int = 1
     recompute: str = "none"
     tp_size: int = 1
@@ -47,8 +47,8 @@ class Training:
         return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
-    def documents(self) -> Documents:
-        return Documents(TOKENS // 2, self.said)
+    def documents(self) -> DocumentSizes:
+        return DocumentSizes(TOKENS // 2, self.assistant_share)
 
     @property
     def draft(self) -> DraftConfig:

@@ -14,12 +14,12 @@ from tests.planning.measured import FOLDER, LOSS, RANKS, TOKENS, TTT, Training, 
 CASES = {
     "stage 3": Training(),
     "stage 3, fp32": Training(bf16=False),
-    "little is said": Training(said=0.3),
-    "two layers": Training(said=0.5, num_layers=2),
+    "little is said": Training(assistant_share=0.3),
+    "two layers": Training(assistant_share=0.5, num_layers=2),
     "mlp again": Training(stage=2, recompute="mlp"),
-    "steps again": Training(stage=1, said=0.6, recompute="step"),
+    "steps again": Training(stage=1, assistant_share=0.6, recompute="step"),
     "stage 0": Training(stage=0),
-    "stage 0, fp32": Training(stage=0, bf16=False, said=0.5, num_layers=2, recompute="mlp"),
+    "stage 0, fp32": Training(stage=0, bf16=False, assistant_share=0.5, num_layers=2, recompute="mlp"),
 }
 
 
@@ -55,6 +55,6 @@ def test_an_offloaded_optimizer_takes_nothing_of_the_device():
 
 @pytest.mark.parametrize("recompute", ["mlp", "step"])
 def test_recomputing_keeps_less_and_kernels_do(recompute):
-    plain, fused = (states_of(Training(said=0.7), fused) for fused in (False, True))
+    plain, fused = (states_of(Training(assistant_share=0.7), fused) for fused in (False, True))
     assert replace(plain, recompute=recompute).kept() < plain.kept()
     assert fused.kept() < plain.kept()

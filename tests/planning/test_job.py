@@ -13,7 +13,7 @@ from engine.config.sections import Config, DataSection, DraftSection, TargetSect
 from engine.models.target_families import text_config
 from engine.parallel.mesh import ALONE
 from engine.parallel.rules import check_proven
-from engine.planning.job import Assumed, Documents, Gpus, JobPlan, Planner, Ranks
+from engine.planning.job import Assumed, DocumentSizes, Gpus, JobPlan, Planner, Ranks
 from engine.planning.target_cost import TargetCost
 from engine.target.structure import without_weights
 from engine.weights.quantised_checkpoint import StaysQuantised
@@ -22,7 +22,7 @@ from tests.planning.measured import LOSS, RANKS, TARGET, TOKENS, Training, train
 from tests.recipes_configs import RECIPES, target_config
 
 ROOT = Path(__file__).resolve().parents[2]
-ASSUMED = Assumed(Documents(2048, 0.5), share_of_peak=0.4, headroom=0.1)
+ASSUMED = Assumed(DocumentSizes(2048, 0.5), share_of_peak=0.4, headroom=0.1)
 # Weights of the language model, in billions, as their publishers give them.
 PUBLISHED = {
     "llama3.1-8b": 8.03,

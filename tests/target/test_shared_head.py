@@ -7,7 +7,7 @@ import torch
 
 from engine.parallel.mesh import TargetMesh
 from engine.parallel.rules import part_of_rows
-from engine.parallel.vocab_shard import OwnRows
+from engine.parallel.vocab_shard import VocabShard
 from engine.target.head import TargetHead
 from engine.target.shared_head import SharedHead
 from tests.distributed import run_ranks
@@ -34,7 +34,7 @@ def share(world, kind: str, bias: bool, ties: bool):
     whole, group = whole_head(kind, bias, ties), TargetMesh.make(world, RANKS, 1).tp
     own = slice(*part_of_rows(VOCAB, group))
     bias_V = None if whole.bias_V is None else whole.bias_V[own]
-    shared = SharedHead(replace(whole, weight_VD=whole.weight_VD[own], bias_V=bias_V), OwnRows(VOCAB, group))
+    shared = SharedHead(replace(whole, weight_VD=whole.weight_VD[own], bias_V=bias_V), VocabShard(VOCAB, group))
     ids_U = torch.tensor([0, 52, 13, 26, 14, 40])
     return *shared.argmax_and_lse(hidden(world.rank, ties)), shared.rows(ids_U), shared.whole(), shared.own.weight_VD.shape[0]
 

@@ -14,7 +14,7 @@ from engine.config.sections import TargetSection
 from engine.evaluation.decoding import greedy_decode
 from engine.kernels import reference
 from engine.parallel.mesh import ALONE, TargetMesh
-from engine.parallel.rules import Cut
+from engine.parallel.rules import ShardSpec
 from engine.target.frozen import FrozenTarget
 from engine.weights import quantised_weight
 from engine.weights.quantised_checkpoint import open_checkpoint
@@ -86,7 +86,9 @@ def to_int4(folder: Path, group: int) -> dict[str, torch.Tensor]:
     return meant
 
 
-def assert_experts_are_fused(weights: dict[str, torch.Tensor], cuts: dict[str, Cut], meant: dict[str, torch.Tensor]) -> None:
+def assert_experts_are_fused(
+    weights: dict[str, torch.Tensor], cuts: dict[str, ShardSpec], meant: dict[str, torch.Tensor]
+) -> None:
     """The gate and up projections of all experts lie in one weight, of which a rank holds its part."""
     fused = [name for name in weights if name.endswith("experts.gate_up_proj")]
     assert fused
@@ -107,7 +109,7 @@ def test_int4_experts_are_read_as_what_they_mean(tmp_path):
         assert_experts_are_fused(weights, cuts, meant)
 
 
-def load(folder: Path, tp: int, ep: int, rank: int, keep: str = "none") -> tuple[dict[str, torch.Tensor], dict[str, Cut]]:
+def load(folder: Path, tp: int, ep: int, rank: int, keep: str = "none") -> tuple[dict[str, torch.Tensor], dict[str, ShardSpec]]:
     config = AutoConfig.from_pretrained(folder)
     checkpoint = open_checkpoint(config, str(folder), None, keep)
     with torch.device("meta"):

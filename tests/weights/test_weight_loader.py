@@ -24,7 +24,7 @@ from engine.batch import PackedBatch
 from engine.config.sections import TargetSection
 from engine.parallel.mesh import Group, TargetMesh
 from engine.parallel.plan import TargetPlan
-from engine.parallel.rules import Cut
+from engine.parallel.rules import ShardSpec
 from engine.target.frozen import FrozenTarget
 from engine.target.structure import decoder_of, layers_of, name_of, vocabulary_cuts
 from engine.weights.weight_files import SINGLE
@@ -48,7 +48,7 @@ def on_meta(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
 
 
-def cuts_of(model: PreTrainedModel, tp: int, ep: int, rank: int) -> dict[str, Cut]:
+def cuts_of(model: PreTrainedModel, tp: int, ep: int, rank: int) -> dict[str, ShardSpec]:
     decoder = decoder_of(model)
     plan = TargetPlan.of(decoder, TargetMesh(Group(tp, rank % tp), Group(ep, rank % ep)))
     prefix = name_of(decoder, model)

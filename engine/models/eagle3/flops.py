@@ -85,28 +85,28 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Part:
+class StepPart:
     """A part of the step, by pass."""
 
     forward: Cost
     backward: Cost = Cost()
 
-    def __add__(self, other: "Part") -> "Part":
-        return Part(self.forward + other.forward, self.backward + other.backward)
+    def __add__(self, other: "StepPart") -> "StepPart":
+        return StepPart(self.forward + other.forward, self.backward + other.backward)
 
     @property
     def flops(self) -> int:
         return self.forward.flops + self.backward.flops
 
 
-def map_part(num_rows: int, num_in: int, num_weights: int, num_out: int, input_gradient: bool = True) -> Part:
+def map_part(num_rows: int, num_in: int, num_weights: int, num_out: int, input_gradient: bool = True) -> StepPart:
     """A trained linear map of rows, or a chain of them (`num_weights` in all) whose inner states stay on the chip."""
     flops, read, written = 2 * num_rows * num_weights, num_rows * num_in, num_rows * num_out
     once = Cost(flops, read + num_weights + written)  # forward, and likewise the gradient of the weight
-    return Part(once, once + Cost(flops, num_weights + read) if input_gradient else once)
+    return StepPart(once, once + Cost(flops, num_weights + read) if input_gradient else once)
 
 
-def attention_part(num_rows: int, num_keys: int, num_pairs: int, heads: tuple[int, int, int]) -> Part:
+def attention_part(num_rows: int, num_keys: int, num_pairs: int, heads: tuple[int, int, int]) -> StepPart:
     """Two products for each pair of row and key forward, scores and outputs; four backward. heads: (H, G, E).
 
     A kernel that keeps no scores forms them again in its backward pass: a fifth product, which a floor does not count.
@@ -114,37 +114,37 @@ def attention_part(num_rows: int, num_keys: int, num_pairs: int, heads: tuple[in
     num_heads, num_groups, head_dim = heads
     flops = 4 * num_pairs * num_heads * head_dim
     queries, keys_and_values = num_rows * num_heads * head_dim, 2 * num_keys * num_groups * head_dim
-    return Part(Cost(flops, 2 * queries + keys_and_values), Cost(2 * flops, 4 * queries + 2 * keys_and_values))
+    return StepPart(Cost(flops, 2 * queries + keys_and_values), Cost(2 * flops, 4 * queries + 2 * keys_and_values))
 
 
-def head_part(num_rows: int, size: int, vocab_size: int) -> Part:
+def head_part(num_rows: int, size: int, vocab_size: int) -> StepPart:
     """The draft's head and the loss, taken together: backward writes the gradients of what forward read."""
     flops, once = 2 * num_rows * size * vocab_size, (num_rows + vocab_size) * size
-    return Part(Cost(flops, once), Cost(2 * flops, once))
+    return StepPart(Cost(flops, once), Cost(2 * flops, once))
 
 
-def frozen_head_part(num_slots: int, size: int, vocab_size: int) -> Part:
+def frozen_head_part(num_slots: int, size: int, vocab_size: int) -> StepPart:
     """A head of the target: forward alone."""
-    return Part(Cost(2 * num_slots * size * vocab_size, (num_slots + vocab_size) * size))
+    return StepPart(Cost(2 * num_slots * size * vocab_size, (num_slots + vocab_size) * size))
 
 
-def step_parts(shape: DraftShape, counts: StepCounts) -> dict[str, Part]:
+def step_parts(shape: DraftShape, counts: StepCounts) -> dict[str, StepPart]:
     """Every part of one training step of the draft, with the target's head and without its body."""
     size, target_size = shape.hidden_size, shape.target_hidden_size
     aux_size = shape.num_aux * target_size
     parts = {"fc": map_part(counts.num_tokens, aux_size, aux_size * size, size, input_gradient=False)}
     if size != target_size:
-        parts["embed_projection"] = Part(map_part(counts.num_tokens, target_size, target_size * size, size).forward)
+        parts["embed_projection"] = StepPart(map_part(counts.num_tokens, target_size, target_size * size, size).forward)
     for layer in range(shape.num_layers):
         for name, part in _layer_parts(shape, counts, layer).items():
-            parts[name] = parts.get(name, Part(Cost())) + part
+            parts[name] = parts.get(name, StepPart(Cost())) + part
     parts["head"] = head_part(counts.num_loss_rows, size, shape.draft_vocab_size)
     parts["teacher"] = frozen_head_part(counts.num_learned, target_size, shape.draft_vocab_size)
     parts["target_head"] = frozen_head_part(counts.num_slots, target_size, shape.target_vocab_size)
     return parts
 
 
-def _layer_parts(shape: DraftShape, counts: StepCounts, layer: int) -> dict[str, Part]:
+def _layer_parts(shape: DraftShape, counts: StepCounts, layer: int) -> dict[str, StepPart]:
     """Layers below the last run step 0 for every token: the next one needs a key of each."""
     size, is_last = shape.hidden_size, layer == shape.num_layers - 1
     query_size, key_value_size = shape.num_heads * shape.head_dim, 2 * shape.num_groups * shape.head_dim
@@ -201,6 +201,6 @@ def peak_of(device: torch.device) -> HardwarePeak:
     return PEAKS[name]
 
 
-def floor_s(parts: dict[str, Part], peak: HardwarePeak, dtype: torch.dtype) -> float:
+def floor_s(parts: dict[str, StepPart], peak: HardwarePeak, dtype: torch.dtype) -> float:
     """The least time the parts can take one after the other, each pass of each bound by its FLOPs or by its bytes."""
     return sum(part.forward.floor_s(peak, dtype) + part.backward.floor_s(peak, dtype) for part in parts.values())

@@ -74,7 +74,7 @@ def plain_products(counted: FlopCounterMode) -> int:
     return counted.get_flop_counts()["Global"].get(torch.ops.aten.mm, 0)
 
 
-def parts_of(size: int, num_layers: int, counts: flops.StepCounts) -> dict[str, flops.Part]:
+def parts_of(size: int, num_layers: int, counts: flops.StepCounts) -> dict[str, flops.StepPart]:
     return flops.step_parts(flops.DraftShape(size, *list(vars(SHAPE).values())[1:8], num_layers), counts)
 
 
@@ -88,7 +88,7 @@ def test_linear_maps_take_the_products_that_pytorch_counts(compaction, num_layer
         outputs = unroll(draft, micro, TTT_STEPS, plan)
     with counter() as backward:
         torch.cat(outputs).sum().backward()
-    maps = sum((parts[name] for name in ("fc", "qkv", "o", "mlp")), parts.get("embed_projection", flops.Part(flops.Cost())))
+    maps = sum((parts[name] for name in ("fc", "qkv", "o", "mlp")), parts.get("embed_projection", flops.StepPart(flops.Cost())))
     # The draft multiplies the embedding beside the state, in every row anew and with an input gradient; formulas, once a token
     rows = counts.rows_S if num_layers == 1 else (counts.num_tokens, *counts.rows_S[1:])
     query, key_value = 2 * size * SHAPE.num_heads * SHAPE.head_dim, 4 * size * SHAPE.num_groups * SHAPE.head_dim
@@ -207,8 +207,8 @@ def test_every_tensor_is_counted_once_a_pass():
 
 def test_the_floor_takes_the_slower_of_flops_and_bytes_for_each_pass():
     parts = {
-        "bound by FLOPs": flops.Part(flops.Cost(2 * 10**12, 10**6), flops.Cost(4 * 10**12, 10**6)),
-        "bound by bytes": flops.Part(flops.Cost(10**6, 10**10)),
+        "bound by FLOPs": flops.StepPart(flops.Cost(2 * 10**12, 10**6), flops.Cost(4 * 10**12, 10**6)),
+        "bound by bytes": flops.StepPart(flops.Cost(10**6, 10**10)),
     }
     assert flops.floor_s(parts, PEAK, torch.bfloat16) == pytest.approx(2 + 4 + 2)
     assert flops.floor_s(parts, PEAK, torch.float32) == pytest.approx(20 + 40 + 4)
