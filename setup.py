@@ -1,17 +1,28 @@
 """Installation: `pip install -c constraints.txt -e .`; constraints.txt pins what is given here as ranges."""
 
-from setuptools import find_packages, setup
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
 
 DATA = ["datasets>=4", "matplotlib>=3.9", "openai>=2"]  # prepare_data.py, inspect_data.py, regenerate_data.py
 
+INIT = Path(__file__).with_name("engine") / "__init__.py"
+VERSION = INIT.read_text(encoding="utf-8").partition('__version__ = "')[2].partition('"')[0]
+
 setup(
     name="draftspeed",
-    version="0.1.0",
-    description="A training engine for EAGLE-3 draft models, the small networks behind speculative decoding",
+    version=VERSION,
+    description="A training engine for draft models, the small networks behind speculative decoding",
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
-    packages=find_packages(include=["engine", "engine.*"]),
-    package_data={"engine.data": ["chat_templates/*.jinja"], "engine.parallel": ["proofs.json"]},
+    packages=find_namespace_packages(include=["engine", "engine.*", "launcher", "launcher.*", "ds_configs"]),
+    package_data={
+        "engine.data": ["chat_templates/*.jinja"],
+        "engine.parallel": ["proofs.json"],
+        "launcher": ["recipes/*.yaml", "embedded/target/*"],
+        "ds_configs": ["*.json"],
+    },
+    entry_points={"console_scripts": ["draftspeed = launcher.cli:main"]},
     install_requires=[
         "torch>=2.8",
         "transformers>=5.20,<6",
@@ -27,7 +38,17 @@ setup(
     extras_require={
         "gpu": ["accelerate>=1.1", "liger-kernel>=0.8.5,<0.9"],
         "data": DATA,
-        "dev": [*DATA, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "tensorboard>=2.17", "triton>=3.3"],
+        "dev": [
+            *DATA,
+            "mypy>=2.4",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "setuptools>=77",
+            "tensorboard>=2.17",
+            "triton>=3.3",
+            "types-PyYAML",
+        ],
         "wandb": ["wandb>=0.18"],
     },
 )

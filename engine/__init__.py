@@ -1,1 +1,3 @@
-"""DraftSpeed: a training engine for EAGLE-3 draft models."""
+"""DraftSpeed: a training engine for draft models for speculative decoding."""
+
+__version__ = "0.1.0"

@@ -6,7 +6,7 @@ import runpy
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,26 @@ SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "COMET_API_KE
 SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure
 
 
+def shipped(folder: str, suffix: str) -> Callable[[str], Path]:
+    """Return a reader of command-line paths that also finds a shipped file by its name, such as `zero3` or `zero3.json`.
+
+    A path that exists is taken as it is. folder: from the root of the installation. suffix: of the files in it.
+    """
+
+    def read_path(given: str) -> Path:
+        path = Path(given)
+        name = path.name if path.suffix == suffix else f"{path.name}{suffix}"
+        own = ROOT / folder / name
+        is_name = path.parent in (Path("."), Path(folder))
+        return own if not path.exists() and is_name and own.is_file() else path
+
+    return read_path
+
+
+shipped_ds_config = shipped("ds_configs", ".json")
+shipped_recipe = shipped("launcher/recipes", ".yaml")
+
+
 def make_parser(description: str, sections: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Options that every command with a recipe has. sections: those that --help describes; () = all."""
     parser = argparse.ArgumentParser(
@@ -35,7 +55,10 @@ def make_parser(description: str, sections: Sequence[str] = ()) -> argparse.Argu
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--recipe", type=Path, default=DEFAULT_RECIPE, help="YAML: target, data, draft, ...; default: embedded.yaml"
+        "--recipe",
+        type=shipped_recipe,
+        default=DEFAULT_RECIPE,
+        help="YAML file, or the name of a shipped recipe, such as qwen3-8b: target, data, draft, ...; default: embedded",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")

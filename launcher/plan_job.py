@@ -40,7 +40,7 @@ from engine.weights.quantised_checkpoint import (
     check_quantisation,
     forget_quantisation,
 )
-from launcher.command import check_target, make_parser, run_plugins, stop, with_paths, wrong_options
+from launcher.command import check_target, make_parser, run_plugins, shipped_ds_config, stop, with_paths, wrong_options
 
 SHOWN = 5
 LEAST_TOKENS = 2048  # of a pack: shorter ones would cut many conversations
@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     limit = f"{SMALL_DRAFT_WEIGHTS / 1e9:.0f} billion weights"
     shipped = f"{SMALL_DRAFT_CONFIG}, or {LARGE_DRAFT_CONFIG} for a draft of {limit} and more"
-    add("--ds_config", type=Path, help=f"DeepSpeed's JSON; default: {shipped}")
+    add("--ds_config", type=shipped_ds_config, help=f"DeepSpeed's JSON; default: {shipped}")
     add("--gpus", type=int, default=32, metavar="N", help="GPUs there are; default 32")
     add("--gpu", default="H200", metavar="NAME", help=f"their kind, or a part of its name: {', '.join(PEAKS)}; default H200")
     add("--gpus_per_node", type=int, default=8, metavar="N", help="of them in a node; default 8")

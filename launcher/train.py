@@ -22,6 +22,7 @@ from launcher.command import (
     join_environment,
     make_parser,
     run_plugins,
+    shipped_ds_config,
     stop,
     with_paths,
     with_store,
@@ -33,7 +34,10 @@ from launcher.command import (
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--ds_config", type=Path, required=True, help="DeepSpeed's JSON: batch sizes, optimizer, precision, ZeRO"
+        "--ds_config",
+        type=shipped_ds_config,
+        required=True,
+        help="DeepSpeed's JSON, or the name of a shipped one, such as zero2: batch sizes, optimizer, precision, ZeRO",
     )
     return parser.parse_intermixed_args()
 

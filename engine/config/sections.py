@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.config.data_section import EMBEDDED, DataSection, PrepareSection, RegenerateSection
-from engine.config.strict import ConfigError, bounded, option
+from engine.config.strict import ConfigError, bounded, did_you_mean, option
 
+LOSS_KINDS = ("kl", "lk_alpha", "lk_lambda", "total_variation", "jensen_shannon")
 CHECKPOINTS, DRAFT = "checkpoints", "draft"  # folders in a run's output_dir
 
 
@@ -127,11 +128,9 @@ CHUNK_MB = {"cpu": 64, "cuda": 1024}  # near a CPU's caches; on a GPU enough row
 
 @dataclass(frozen=True)
 class LossSection:
-    """Cross-entropy against the target over the draft vocabulary, or an acceptance-rate (LK) loss."""
+    """How the draft's distribution is compared with the target's, and how losses are weighted."""
 
-    kind: Literal["kl", "lk_alpha", "lk_lambda"] = option(
-        "kl", "cross-entropy, -log acceptance rate, or a mix of both weighted by the acceptance rate"
-    )
+    kind: str = option("kl", f"how draft and target are compared: {' | '.join(LOSS_KINDS)}, or a loss that a plugin registers")
     normaliser: Literal["slots", "positions"] = option(
         "slots", "divide by slots of the global batch, or by micro-batch positions"
     )
@@ -266,6 +265,10 @@ class Config:
     log_every_steps: int = option(1, "optimizer steps between lines of metrics.jsonl", unit="steps", at_least=1)
 
     def __post_init__(self):
+        kind = self.loss.kind
+        if kind not in LOSS_KINDS and not self.target.plugins:
+            problem = f"expected {' | '.join(LOSS_KINDS)}{did_you_mean(kind, LOSS_KINDS)}"
+            raise ConfigError(problem, key="loss.kind", value=kind)
         weights = self.loss.step_weights
         if weights is not None and len(weights) != self.ttt.steps:
             problem = f"has {len(weights)} weights for ttt.steps = {self.ttt.steps}; give one weight a step"

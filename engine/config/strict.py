@@ -117,8 +117,7 @@ def checked(value: Any, kind: Any, *, key: str, source: str | Path) -> Any:
         return read_as(value, kind)
     except ConfigError:
         choices = get_args(kind) if get_origin(kind) is Literal else ()
-        guess = nearest(str(value), [str(choice) for choice in choices])
-        problem = f"expected {type_name(kind)}" + (f"; did you mean '{guess}'?" if guess else "")
+        problem = f"expected {type_name(kind)}" + did_you_mean(str(value), [str(choice) for choice in choices])
         raise ConfigError(problem, key=key, value=value, source=source) from None
 
 
@@ -134,6 +133,12 @@ def nearest(key: str, valid: Iterable[str]) -> str | None:
     scored = [(likeness(candidate), candidate) for candidate in valid]
     plausible = [(rest, candidate) for (same_name, *rest), candidate in scored if same_name >= 0.6]
     return max(plausible, key=lambda pair: pair[0])[1] if plausible else None
+
+
+def did_you_mean(value: str, choices: Iterable[str]) -> str:
+    """Return the end of an error message that names the choice most like `value`; empty if none is like it."""
+    guess = nearest(value, choices)
+    return f"; did you mean '{guess}'?" if guess else ""
 
 
 def unknown_key(

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.batch import PackedBatch, TargetOutput
 from engine.config.sections import Config
-from engine.config.strict import nearest
+from engine.config.strict import did_you_mean
 from engine.data.documents import Documents
 from engine.host.telemetry import Telemetry
 from engine.parallel.mesh import World
@@ -81,8 +81,6 @@ def register_source(name: str, open_it: OpenSource) -> None:
 def find_source(name: str) -> OpenSource:
     """Return a registered source. Raises ValueError, naming the nearest one, if there is none of that name."""
     if name not in _SOURCES:
-        likely = nearest(name, _SOURCES)
-        hint = "" if likely is None else f"; did you mean {likely!r}?"
-        known = ", ".join(sorted(_SOURCES))
-        raise ValueError(f"target.source = {name}: no such source{hint} Known are {known}, and those that plugins register")
+        hint = did_you_mean(name, _SOURCES)
+        raise ValueError(f"target.source = {name}: expected {' | '.join(sorted(_SOURCES))}{hint}")
     return _SOURCES[name]

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.kernels import blocked_attention, flash, reference
 from engine.kernels.attention_tiles import MAX_HEAD_DIM
 from engine.kernels.elementwise import Elementwise, liger_elementwise
-from engine.kernels.interface import AttentionRows, LossRows, RowWeights, SlotTargets, VocabLoss
+from engine.kernels.interface import AttentionRows, LossRows, RowScore, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.packed_attention import PackedAttention
 from engine.kernels.vocab_loss import Walk, vocab_loss
 
@@ -22,6 +22,7 @@ __all__ = [
     "FlashWhereDense",
     "Kernels",
     "LossRows",
+    "RowScore",
     "RowWeights",
     "SlotTargets",
     "TargetKernels",

@@ -65,24 +65,52 @@ class LossRows:
     slots_per_chunk: int
 
 
+# Takes the target's probabilities p and the draft's log-probabilities log q of k rows, both fp32 [k, U]. Returns the loss of
+# each row, [k], and its derivative with respect to q, [k, U].
+RowScore = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
 @dataclass(frozen=True)
 class RowWeights:
-    """What each part of a row's loss weighs at its step, fp32 [S]: cross-entropy, -log(acceptance), 1 - acceptance.
+    """Weight of each part of a row's loss at its step, fp32 [S]: cross-entropy, -log(acceptance), 1 - acceptance and `score`.
 
-    None: that part is absent.
+    None: that part is absent. score: a part that fused statistics do not express; evaluated in plain PyTorch.
     """
 
     cross_entropy_S: torch.Tensor
     log_acceptance_S: torch.Tensor | None = None
     rejection_S: torch.Tensor | None = None
+    score_S: torch.Tensor | None = None
+    score: RowScore | None = None
 
     @property
     def is_cross_entropy(self) -> bool:
+        """Whether no other fused part has a weight."""
         return self.log_acceptance_S is None and self.rejection_S is None
 
+    @property
+    def fused_parts(self) -> tuple[torch.Tensor | None, ...]:
+        """Weights of the parts that fused statistics express."""
+        return self.cross_entropy_S, self.log_acceptance_S, self.rejection_S
+
+    def largest(self) -> torch.Tensor:
+        """Return the largest weight of any part and step, a scalar."""
+        parts = [part_S.max() for part_S in (*self.fused_parts, self.score_S) if part_S is not None]
+        return torch.stack(parts).max()
+
     def scaled(self, factor_S: torch.Tensor) -> "RowWeights":
-        """Each step's weights times a factor."""
-        return RowWeights(*(None if part_S is None else part_S * factor_S for part_S in vars(self).values()))
+        """Return these weights times a factor per step."""
+
+        def times(part_S: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part_S is None else part_S * factor_S
+
+        return RowWeights(
+            self.cross_entropy_S * factor_S,
+            times(self.log_acceptance_S),
+            times(self.rejection_S),
+            times(self.score_S),
+            self.score,
+        )
 
 
 @dataclass(frozen=True)
@@ -112,7 +140,8 @@ class LossChunk:
     logits_rU: the draft's, in its precision. target_nU: the target's over the draft vocabulary, fp32 or 16-bit. slot_r: int64,
     index into n; the rows come by step, then by slot, and those of negative slots, which come last, are silent. lse_n,
     draft_id_n: as in `SlotTargets`. weight_3r: fp32, weights of cross-entropy, -log(acceptance) and 1 - acceptance, 0 where
-    absent. sizes: rows of each step. mixes: whether the last two weights may be other than 0.
+    absent. sizes: rows of each step. mixes: whether the last two weights may be other than 0. score, score_weight_r: a further
+    part of the loss, and its weights, fp32.
     """
 
     logits_rU: torch.Tensor
@@ -123,6 +152,8 @@ class LossChunk:
     weight_3r: torch.Tensor
     sizes: list[int]
     mixes: bool
+    score: RowScore | None = None
+    score_weight_r: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +163,7 @@ class VocabLoss:
     cross_entropy_S: -sum_v p[v] log q[v] in nats, p the target's softmax over the draft vocabulary, q the draft's.
     log_acceptance_S: -log of the acceptance. acceptance_S: sum_v min(p_full[v], q[v]), p_full the target's probabilities under
     its full vocabulary. correct_S: rows where no token is likelier under q than the target's most likely one.
+    score_S: of `RowWeights.score`, where there is one.
     """
 
     total: torch.Tensor
@@ -139,10 +171,12 @@ class VocabLoss:
     log_acceptance_S: torch.Tensor
     acceptance_S: torch.Tensor
     correct_S: torch.Tensor
+    score_S: torch.Tensor | None = None
 
     @property
     def sums(self) -> tuple[torch.Tensor, ...]:
-        return self.cross_entropy_S, self.log_acceptance_S, self.acceptance_S, self.correct_S
+        fused = (self.cross_entropy_S, self.log_acceptance_S, self.acceptance_S, self.correct_S)
+        return fused if self.score_S is None else (*fused, self.score_S)
 
     def per_step(self, weights: RowWeights, num_rows_S: torch.Tensor) -> torch.Tensor:
         """What each step's rows add to a total under these weights, fp32 [S]."""
@@ -151,4 +185,7 @@ class VocabLoss:
             loss_S = loss_S + weights.log_acceptance_S * self.log_acceptance_S
         if weights.rejection_S is not None:
             loss_S = loss_S + weights.rejection_S * (num_rows_S - self.acceptance_S)
+        if weights.score_S is not None:
+            assert self.score_S is not None
+            loss_S = loss_S + weights.score_S * self.score_S
         return loss_S

@@ -88,8 +88,13 @@ def vocab_loss(
         values_R = upcast(values_R)
         return values_R.new_zeros(len(rows.bounds)).index_add(0, step_R, values_R)
 
-    cross_entropy_S, log_acceptance_S, acceptance_S = map(sums, (cross_entropy_R, log_acceptance_R, acceptance_R))
-    result = VocabLoss(torch.zeros(()), cross_entropy_S, log_acceptance_S, acceptance_S, sums(correct_R))
+    score_S = None
+    if weights.score is not None:
+        score_R, _ = weights.score(p_RU, log_q_RU)
+        score_S = sums(score_R)
+    result = VocabLoss(
+        torch.zeros(()), sums(cross_entropy_R), sums(log_acceptance_R), sums(acceptance_R), sums(correct_R), score_S
+    )
     total = result.per_step(weights, sums(torch.ones_like(acceptance_R))).sum()
     return VocabLoss(total, *(sum_S.detach() for sum_S in result.sums))
 

@@ -7,45 +7,68 @@ scales.
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.kernels.interface import LossChunk, LossRows, RowWeights, SlotTargets, VocabLoss
+from engine.kernels.interface import LossChunk, LossRows, RowScore, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.matmul import product
 from engine.kernels.reference import TINY
 from engine.kernels.row_index import ROW_GRANULE
 
 
 def row_loss(chunk: LossChunk, with_gradients: bool) -> Tensor:
-    """The statistics of a chunk's rows, fp32 [4, r]: cross-entropy, -log(acceptance), acceptance, correct; 0 of silent rows.
+    """Return statistics of a chunk's rows, fp32 [4, r]: cross-entropy, -log(acceptance), acceptance, correct; 0 of silent rows.
 
-    With gradients, those of the weighed loss with respect to the logits take the place of the logits.
+    A chunk with a score adds a fifth line of statistics, the score. With gradients, those of the weighted loss with respect to
+    the logits take the place of the logits.
     """
     target_nU = chunk.target_nU.float()
     mass_n = (target_nU.logsumexp(-1) - chunk.lse_n).exp()
     p_nU = target_nU.softmax(-1)
     p_full_nU = p_nU * mass_n[:, None]
-    stats_4r = chunk.lse_n.new_zeros(4, chunk.slot_r.numel())
+    num_stats = 4 if chunk.score is None else 5
+    stats_xr = chunk.lse_n.new_zeros(num_stats, chunk.slot_r.numel())
     for rows in _slices(chunk.sizes):
         if rows.start == rows.stop:
             continue
-        targets = p_nU, p_full_nU, chunk.draft_id_n
+        p_kU = p_nU
+        p_full_kU = p_full_nU
+        draft_id_k = chunk.draft_id_n
         if rows.stop - rows.start < p_nU.shape[0]:
-            targets = [x[chunk.slot_r[rows]] for x in targets]
-        stats_4r[:, rows], gradient_kU = _score(chunk.logits_rU[rows], *targets, chunk.weight_3r[:, rows, None], chunk.mixes)
+            slot_k = chunk.slot_r[rows]
+            p_kU = p_nU[slot_k]
+            p_full_kU = p_full_nU[slot_k]
+            draft_id_k = draft_id_k[slot_k]
+        logits_kU = chunk.logits_rU[rows]
+        weight_3k1 = chunk.weight_3r[:, rows, None]
+        stats_xr[:4, rows], gradient_kU = _fused_score(logits_kU, p_kU, p_full_kU, draft_id_k, weight_3k1, chunk.mixes)
+        if chunk.score is not None and chunk.score_weight_r is not None:
+            stats_xr[4, rows], own_kU = _own_score(logits_kU, p_kU, chunk.score)
+            gradient_kU += own_kU * chunk.score_weight_r[rows, None]
         if with_gradients:
             chunk.logits_rU[rows] = gradient_kU
     if with_gradients:
         chunk.logits_rU[sum(chunk.sizes) :] = 0
-    return stats_4r
+    return stats_xr
 
 
-def _score(logits_kU, p_kU, p_full_kU, draft_id_k, weight_3k1, mixes: bool) -> tuple[Tensor, Tensor]:
-    """Statistics [4, k] of rows of one step, row by row beside their targets, and the gradient of their logits."""
+def _own_score(logits_kU: Tensor, p_kU: Tensor, score: RowScore) -> tuple[Tensor, Tensor]:
+    """Return a loss's own score of rows of one step, [k], and its gradient with respect to their logits, [k, U]."""
+    log_q_kU = logits_kU.log_softmax(-1, dtype=torch.float32)
+    score_k, slope_kU = score(p_kU, log_q_kU)
+    q_kU = log_q_kU.exp()
+    towards_kU = q_kU * slope_kU
+    return score_k, towards_kU - q_kU * towards_kU.sum(-1, keepdim=True)
+
+
+def _fused_score(
+    logits_kU: Tensor, p_kU: Tensor, p_full_kU: Tensor, draft_id_k: Tensor, weight_3k1: Tensor, mixes: bool
+) -> tuple[Tensor, Tensor]:
+    """Return statistics [4, k] of rows of one step, given their targets row by row, and the gradient of their logits."""
     log_q_kU = logits_kU.log_softmax(-1, dtype=torch.float32)
     correct_k = log_q_kU.gather(1, draft_id_k[:, None])[:, 0] >= log_q_kU.amax(-1)
     cross_entropy_k = -torch.linalg.vecdot(p_kU, log_q_kU)
@@ -79,6 +102,10 @@ class Walk:
             return vocab_size * ((steps + 1) * dtype.itemsize + 4)
         return vocab_size * (2 * steps + 2) * 4
 
+    def for_score(self, score: RowScore | None) -> "Walk":
+        """Return the walk that a loss needs: one with a score of its own is evaluated in plain PyTorch."""
+        return self if score is None else replace(self, row_loss=row_loss, in_place=False)
+
 
 def vocab_loss(
     hidden_RD: Tensor, weight_UD: Tensor, rows: LossRows, targets: SlotTargets, weights: RowWeights, walk: Walk = Walk()
@@ -101,15 +128,16 @@ class _DeferredLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_RD, weight_UD, inputs: _Inputs, walk: Walk, with_gradients: bool) -> tuple[Tensor, ...]:
         weights, bounds = inputs.weights, inputs.rows.bounds
-        largest = torch.stack([part_S.max() for part_S in vars(weights).values() if part_S is not None]).max().clamp_min(TINY)
+        largest = weights.largest().clamp_min(TINY)
         # weights of at most 1, or 1024, keep fp16 gradients in range until the loss scale arrives in backward
         largest = largest / (1024 if hidden_RD.dtype == torch.float16 else 1)
-        stats_4R, *gradients = _walk(inputs, weights.scaled(1 / largest), walk, with_gradients)
-        ctx.gradients, ctx.largest = gradients, largest
-        sums_4S = torch.stack([stats_4R[:, step[0] : step[-1]].sum(1) for step in bounds], 1)
-        result = VocabLoss(sums_4S.new_zeros(()), *sums_4S.unbind())
+        stats_xR, *gradients = _walk(inputs, weights.scaled(1 / largest), walk, with_gradients)
+        ctx.gradients = gradients
+        ctx.largest = largest
+        sums_xS = torch.stack([stats_xR[:, step[0] : step[-1]].sum(1) for step in bounds], 1)
+        result = VocabLoss(sums_xS.new_zeros(()), *sums_xS.unbind())
         ctx.mark_non_differentiable(*result.sums)
-        num_rows_S = torch.stack([sums_4S.new_full((), step[-1] - step[0]) for step in bounds])
+        num_rows_S = torch.stack([sums_xS.new_full((), step[-1] - step[0]) for step in bounds])
         return result.per_step(weights, num_rows_S).sum(), *result.sums
 
     @staticmethod
@@ -122,29 +150,33 @@ class _DeferredLoss(torch.autograd.Function):
 
 
 def _walk(inputs: _Inputs, weights: RowWeights, walk: Walk, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics [4, R] of all rows, and both gradients if they are asked for."""
-    hidden_RD, weight_UD = inputs.hidden_RD, inputs.weight_UD
-    stats_4R = hidden_RD.new_empty(4, hidden_RD.shape[0], dtype=torch.float32)
+    """Return the statistics of all rows, [4, R] or [5, R] with a score, and both gradients if they are asked for."""
+    hidden_RD = inputs.hidden_RD
+    weight_UD = inputs.weight_UD
+    walk = walk.for_score(weights.score)
+    num_stats = 4 if weights.score is None else 5
+    stats_xR = hidden_RD.new_empty(num_stats, hidden_RD.shape[0], dtype=torch.float32)
     hidden_grad_RD = torch.empty_like(hidden_RD) if with_gradients else hidden_RD.new_empty(0)
     shape = weight_UD.shape[::-1] if with_gradients else (0,)
     weight_grad_DU = weight_UD.new_zeros(shape, dtype=walk.gradient_dtype)
     for spans, hidden_rD, chunk in _chunks(inputs, weights):
-        stats_4r = walk.row_loss(chunk, with_gradients)
+        stats_xr = walk.row_loss(chunk, with_gradients)
         for span, rows in zip(spans, _slices(chunk.sizes), strict=True):
-            stats_4R[:, span] = stats_4r[:, rows]
+            stats_xR[:, span] = stats_xr[:, rows]
         if with_gradients:
             hidden_grad_rD = product(chunk.logits_rU, weight_UD)
             for span, rows in zip(spans, _slices(chunk.sizes), strict=True):
                 hidden_grad_RD[span] = hidden_grad_rD[rows]
             weight_grad_DU += product(hidden_rD.mT, chunk.logits_rU)
-    return stats_4R, hidden_grad_RD, weight_grad_DU
+    return stats_xR, hidden_grad_RD, weight_grad_DU
 
 
 def _chunks(inputs: _Inputs, weights: RowWeights) -> Iterator[tuple[list[slice], Tensor, LossChunk]]:
-    """Chunks with rows: where each step's rows lie, what the head reads of them, and what they are scored by."""
-    rows, targets = inputs.rows, inputs.targets
-    parts = [torch.zeros_like(weights.cross_entropy_S) if part_S is None else part_S for part_S in vars(weights).values()]
-    weight_3S = torch.stack(parts)
+    """Iterate over the chunks with rows: where each step's rows lie, their hidden states, and what they are scored by."""
+    rows = inputs.rows
+    targets = inputs.targets
+    absent_S = torch.zeros_like(weights.cross_entropy_S)
+    weight_3S = torch.stack([absent_S if part_S is None else part_S for part_S in weights.fused_parts])
     for chunk in range(len(rows.bounds[0]) - 1):
         spans = [slice(step[chunk], step[chunk + 1]) for step in rows.bounds]
         sizes = [span.stop - span.start for span in spans]
@@ -157,6 +189,10 @@ def _chunks(inputs: _Inputs, weights: RowWeights) -> Iterator[tuple[list[slice],
             [weight_31.expand(3, size) for weight_31, size in zip(weight_3S.split(1, 1), sizes, strict=True)], 1
         )
         pad = torch.nn.functional.pad
+        score_weight_r = None
+        if weights.score_S is not None:
+            parts = [weight_1.expand(size) for weight_1, size in zip(weights.score_S.split(1), sizes, strict=True)]
+            score_weight_r = pad(torch.cat(parts), (0, silent))
         hidden_rD = pad(torch.cat([inputs.hidden_RD[span] for span in spans]), (0, 0, 0, silent))
         yield (
             spans,
@@ -170,6 +206,8 @@ def _chunks(inputs: _Inputs, weights: RowWeights) -> Iterator[tuple[list[slice],
                 weight_3r=pad(weight_3r, (0, silent)),
                 sizes=sizes,
                 mixes=not weights.is_cross_entropy,
+                score=weights.score,
+                score_weight_r=score_weight_r,
             ),
         )
 

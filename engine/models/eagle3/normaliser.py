@@ -31,7 +31,7 @@ class Normaliser:
         num_slots = rows_S.new_zeros(1) + sum(micro.num_slots for micro in micros)
         totals = self._world.sum(torch.cat((num_slots, rows_S)))
         norms = LossNorms(totals[0].clamp_min(1), totals[1:])
-        if self._test.loss.kind == "lk_lambda":
+        if self._test.distillation.needs_acceptance:
             norms = LossNorms(norms.slots, norms.loss_rows_S, self._acceptance(micros, norms))
         return [norms] * len(micros)
 

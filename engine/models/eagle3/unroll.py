@@ -20,6 +20,8 @@ from engine.kernels.row_index import take_rows
 from engine.kernels.vocab_loss import Walk
 from engine.models.eagle3.draft import Eagle3Draft, LayerKeys
 from engine.models.eagle3.training_rows import RowPlan, loss_rows, plan_rows, row_slots
+from engine.models.losses.distillation_loss import DistillationLoss
+from engine.models.losses.loss_registry import make_loss
 from engine.models.vocab_map import VocabMap
 
 
@@ -86,6 +88,11 @@ class TrainingTimeTest:
         """Weight of each TTT step in the total loss."""
         return list(self.loss.step_weights or (self.loss.step_decay**step for step in range(self.ttt.steps)))
 
+    @cached_property
+    def distillation(self) -> DistillationLoss:
+        """The loss that `loss.kind` names."""
+        return make_loss(self.loss)
+
     @property
     def is_normalised_globally(self) -> bool:
         return self.loss.normaliser == "slots"
@@ -110,12 +117,12 @@ class TrainingTimeTest:
         kernels, weight_UD = draft.kernels, draft.lm_head.weight
         slots = SlotTargets(target.last_hidden_ND, self.teacher.logits, target.lse_N, vocab_map.draft_ids(target.argmax_N))
         acceptance_S = norms.acceptance_S
-        if self.loss.kind == "lk_lambda" and acceptance_S is None:
-            with torch.no_grad():  # a walk ahead, for the mean over the micro-batch
+        if self.distillation.needs_acceptance and acceptance_S is None:
+            with torch.no_grad():  # extra pass for the mean acceptance rate of the micro-batch
                 nothing = RowWeights(torch.zeros_like(norms.loss_rows_S))
                 ahead = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, nothing, kernels.walk)
             acceptance_S = ahead.acceptance_S / norms.loss_rows_S.clamp_min(1)
-        parts = self._row_weights(norms, acceptance_S)
+        parts = self.distillation.weights(norms, acceptance_S)
         result = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, parts.scaled(self._weight_S), kernels.walk)
         num_loss_rows_S = carries_loss_ST.sum(1)
         return DraftOutput(
@@ -130,14 +137,5 @@ class TrainingTimeTest:
     def slots_within_budget(self, walk: Walk, dtype: torch.dtype) -> int:
         """Slots whose rows' logits of all steps fit `loss.chunk_mb`."""
         chunk_mb = self.loss.chunk_mb or CHUNK_MB[self.teacher.vocab_map.in_draft_V.device.type]
+        walk = walk.for_score(self.distillation.score)
         return max(1, chunk_mb * 2**20 // walk.bytes_per_slot(self.ttt.steps, self.teacher.vocab_map.size, dtype))
-
-    def _row_weights(self, norms: LossNorms, acceptance_S: torch.Tensor | None) -> RowWeights:
-        """Weights before those of the steps. `lk_lambda` mixes KL and 1 - alpha by exp(-decay * mean alpha)."""
-        per_slot_S, per_row_S = (1 / norms.slots).expand(self.ttt.steps), 1 / norms.loss_rows_S.clamp_min(1)
-        if self.loss.kind == "kl":
-            return RowWeights(per_slot_S)
-        if self.loss.kind == "lk_alpha":
-            return RowWeights(torch.zeros_like(per_slot_S), log_acceptance_S=per_row_S)
-        kl_share_S = self.loss.lk_kl_scale * torch.exp(-self.loss.lk_kl_decay * acceptance_S)
-        return RowWeights(kl_share_S * per_slot_S, rejection_S=(1 - kl_share_S) * per_row_S)

@@ -1,0 +1,33 @@
+"""Jensen-Shannon divergence between the draft's and the target's distribution over the draft vocabulary."""
+
+import torch
+from torch import Tensor
+
+from engine.batch import LossNorms
+from engine.kernels import RowWeights
+from engine.models.losses.distillation_loss import DistillationLoss
+
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def jensen_shannon(p_kU: Tensor, log_q_kU: Tensor) -> tuple[Tensor, Tensor]:
+    """`(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2` of each row, in nats, [k], and its derivative by `q`, [k, U].
+
+    Source: Lin, "Divergence measures based on the Shannon entropy" (1991).
+    """
+    q_kU = log_q_kU.exp()
+    log_m_kU = ((p_kU + q_kU) / 2).clamp_min(SMALLEST).log()
+    log_p_kU = p_kU.clamp_min(SMALLEST).log()
+    from_p_k = (p_kU * (log_p_kU - log_m_kU)).sum(-1)
+    from_q_k = (q_kU * (log_q_kU - log_m_kU)).sum(-1)
+    return (from_p_k + from_q_k) / 2, (log_q_kU - log_m_kU) / 2
+
+
+class JensenShannonLoss(DistillationLoss):
+    """Jensen-Shannon divergence, averaged over the rows with loss."""
+
+    score = staticmethod(jensen_shannon)
+
+    def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
+        per_row_S = 1 / norms.loss_rows_S.clamp_min(1)
+        return RowWeights(torch.zeros_like(per_row_S), score_S=per_row_S, score=self.score)

@@ -1,0 +1,28 @@
+"""LK losses, which train the acceptance rate `a = sum_v min(p_full[v], q[v])` of speculative decoding directly."""
+
+import torch
+from torch import Tensor
+
+from engine.batch import LossNorms
+from engine.kernels import RowWeights
+from engine.models.losses.distillation_loss import DistillationLoss
+
+
+class LKAlphaLoss(DistillationLoss):
+    """`-log a`, averaged over the rows with loss."""
+
+    def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
+        per_row_S = 1 / norms.loss_rows_S.clamp_min(1)
+        return RowWeights(torch.zeros_like(per_row_S), log_acceptance_S=per_row_S)
+
+
+class LKLambdaLoss(DistillationLoss):
+    """`w * kl + (1 - w) * (1 - a)` with `w = lk_kl_scale * exp(-lk_kl_decay * mean a)`, which is not differentiated."""
+
+    needs_acceptance = True
+
+    def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
+        assert acceptance_S is not None
+        per_row_S = 1 / norms.loss_rows_S.clamp_min(1)
+        kl_share_S = self.section.lk_kl_scale * torch.exp(-self.section.lk_kl_decay * acceptance_S)
+        return RowWeights(kl_share_S * (1 / norms.slots), rejection_S=(1 - kl_share_S) * per_row_S)

@@ -1,0 +1,24 @@
+"""Total variation distance between the draft's and the target's distribution over the draft vocabulary."""
+
+import torch
+from torch import Tensor
+
+from engine.batch import LossNorms
+from engine.kernels import RowWeights
+from engine.models.losses.distillation_loss import DistillationLoss
+
+
+def total_variation(p_kU: Tensor, log_q_kU: Tensor) -> tuple[Tensor, Tensor]:
+    """`sum_v |p[v] - q[v]| / 2` of each row, [k], and its derivative with respect to `q`, [k, U]."""
+    difference_kU = log_q_kU.exp() - p_kU
+    return difference_kU.abs().sum(-1) / 2, difference_kU.sign() / 2
+
+
+class TotalVariationLoss(DistillationLoss):
+    """Total variation distance, averaged over the rows with loss."""
+
+    score = staticmethod(total_variation)
+
+    def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
+        per_row_S = 1 / norms.loss_rows_S.clamp_min(1)
+        return RowWeights(torch.zeros_like(per_row_S), score_S=per_row_S, score=self.score)
