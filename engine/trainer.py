@@ -50,6 +50,7 @@ from engine.models.eagle3.initial_weights import start_from_target
 from engine.models.eagle3.normaliser import Normaliser
 from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest, unroll
+from engine.models.losses.loss_registry import make_loss
 from engine.models.vocab_map import VocabMap
 from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main
@@ -97,6 +98,7 @@ class Trainer:
         self.check_output()
         position = self.world.decide(self.find_position)
         torch.manual_seed(self.config.seed)
+        make_loss(self.config.loss)  # a kind that no plugin has registered ends the run here
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
         target_config = load_target_config(section)

@@ -267,7 +267,8 @@ class Config:
     def __post_init__(self):
         kind = self.loss.kind
         if kind not in LOSS_KINDS and not self.target.plugins:
-            problem = f"expected {' | '.join(LOSS_KINDS)}{did_you_mean(kind, LOSS_KINDS)}"
+            hint = did_you_mean(kind, LOSS_KINDS) or "; a loss of your own needs target.plugins"
+            problem = f"expected {' | '.join(LOSS_KINDS)}{hint}"
             raise ConfigError(problem, key="loss.kind", value=kind)
         weights = self.loss.step_weights
         if weights is not None and len(weights) != self.ttt.steps:
