@@ -53,8 +53,12 @@ class PackedBatch:
         return torch.arange(self.num_tokens, device=starts_T.device) - starts_T
 
     def to(self, device: torch.device) -> "PackedBatch":
-        names = ("input_ids_T", "assistant_mask_T", "cu_seqlens")
-        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
+        return replace(
+            self,
+            input_ids_T=to_device(self.input_ids_T, device),
+            assistant_mask_T=to_device(self.assistant_mask_T, device),
+            cu_seqlens=to_device(self.cu_seqlens, device),
+        )
 
 
 @dataclass(frozen=True)

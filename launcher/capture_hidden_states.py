@@ -25,12 +25,16 @@ from launcher.command import (
 )
 
 
-def check_files(config: Config) -> None:
-    """Raises ConfigError if there is nowhere to write to, or something to read does not exist."""
+def check_files(config: Config) -> Path:
+    """Return the folder of the store.
+
+    Raises ConfigError if there is nowhere to write to, or something to read does not exist.
+    """
     store = config.target.store
     if store is None or (Path(store).exists() and not Path(store).is_dir()):
         raise ConfigError("expected the folder that the store is to be written to", key="target.store", value=store)
     check_inputs(config)
+    return Path(store)
 
 
 def main() -> None:
@@ -38,8 +42,8 @@ def main() -> None:
     environment = join_environment()
     with wrong_options(arguments, environment["rank"]):
         config = load_config(arguments.recipe, arguments.overrides)
-        check_files(config)
-    corpus = Path(config.target.store).absolute() / "corpus"
+        store = check_files(config).absolute()
+    corpus = store / "corpus"
     resolved = with_paths(config, corpus)
 
     from engine.parallel.mesh import World
@@ -48,7 +52,7 @@ def main() -> None:
 
     world = World(**environment)
     connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
-    if not is_shared(Path(config.target.store).absolute(), world):
+    if not is_shared(store, world):
         problem = f"target.store = {config.target.store} is not one folder on all {world.num_nodes} nodes"
         stop(ValueError(f"{problem}; name one on a file system that they share"), world.rank)
     from engine.hidden_states.capture import Capture

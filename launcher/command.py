@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypedDict
 
 from engine.config.data_section import NAMED_TEMPLATES
 from engine.config.recipe import COMMAND_LINE, describe_options
@@ -74,7 +74,16 @@ def set_allocator() -> None:
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
-def join_environment() -> dict[str, int]:
+class Environment(TypedDict):
+    """This process's place in the job. Fields as in `engine.parallel.mesh.World`."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def join_environment() -> Environment:
     """Prepare this process's environment for torch; return rank and sizes as the launcher set them.
 
     A process that was started alone is a job of one.
@@ -115,15 +124,16 @@ def with_paths(config: Config, corpus: Path) -> Config:
     def files(paths: tuple[str, ...], name: str) -> tuple[str, ...]:
         return tuple(str(corpus / name) if path == EMBEDDED else path for path in paths)
 
-    path = Path(EMBEDDED_TARGET if config.target.path == EMBEDDED else config.target.path)
-    path = str(path.absolute()) if path.exists() else config.target.path
+    folder = Path(EMBEDDED_TARGET if config.target.path == EMBEDDED else config.target.path)
+    path = str(folder.absolute()) if folder.exists() else config.target.path
     store = config.target.store and str(Path(config.target.store).absolute())
-    files = {name: files(getattr(config.data, name), f"{name}.jsonl") for name in ("train", "held_out")}
+    train = files(config.data.train, "train.jsonl")
+    held_out = files(config.data.held_out, "held_out.jsonl")
     cache_dir = Path(config.data.cache_dir or user_cache()).expanduser().absolute()
     template = config.data.template
     if template is not None and template not in NAMED_TEMPLATES:
         template = str(Path(template).absolute())
-    data = replace(config.data, template=template, cache_dir=str(cache_dir), **files)
+    data = replace(config.data, template=template, cache_dir=str(cache_dir), train=train, held_out=held_out)
     return replace(config, target=replace(config.target, path=path, store=store), data=data)
 
 
@@ -142,10 +152,12 @@ def user_cache() -> Path:
 
 
 def with_store(config: Config) -> Config:
-    """The target as its store has it: config, tokenizer, and the layers captured, unless the configuration names its own.
+    """Take the target from its store: config, tokenizer, and the captured layers, unless the configuration names its own.
 
-    Raises ValueError if `target.store` is no store.
+    Without `target.store` the configuration stays as it is. Raises ValueError if `target.store` is no store.
     """
+    if config.target.store is None:
+        return config
     from engine.hidden_states.store_format import TARGET_FOLDER, Manifest  # it imports torch
 
     store = Path(config.target.store)

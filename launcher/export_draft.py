@@ -50,12 +50,13 @@ def check_run(run: Path) -> None:
 
 def choose_tag(folder: Path, wanted: str | None) -> str:
     """`wanted`, or the newest checkpoint of `folder`. Raises ValueError, listing those there are, if it does not exist."""
-    tags = [path.name for path in folder.glob("*") if TAG.fullmatch(path.name)]
-    if not tags:
+    matches = (TAG.fullmatch(path.name) for path in folder.glob("*"))
+    steps = {match[0]: int(match[1]) for match in matches if match is not None}
+    if not steps:
         raise ValueError(f"{folder} holds no checkpoint; train with checkpoint.every_steps above 0")
     tag = wanted or Checkpoints(folder, keep=1).newest()
-    if tag not in tags:
-        available = ", ".join(sorted(tags, key=lambda name: int(TAG.fullmatch(name)[1])))
+    if tag not in steps:
+        available = ", ".join(sorted(steps, key=lambda name: steps[name]))
         raise ValueError(f"{folder} holds no checkpoint {tag}; --tag can be one of {available}")
     return tag
 

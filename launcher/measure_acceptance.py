@@ -101,8 +101,8 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
         draft_tokens=arguments.draft_tokens or run.evaluation.draft_tokens,
     )
     shared = run.parallel if num_ranks > 1 else replace(run.parallel, tp_size=1, ep_size=1)
-    sizes = {"tp_size": arguments.tp_size or shared.tp_size, "ep_size": arguments.ep_size or shared.ep_size}
-    return replace(run, target=target, data=data, evaluation=evaluation, parallel=replace(shared, **sizes))
+    parallel = replace(shared, tp_size=arguments.tp_size or shared.tp_size, ep_size=arguments.ep_size or shared.ep_size)
+    return replace(run, target=target, data=data, evaluation=evaluation, parallel=parallel)
 
 
 def read_draft_config(folder: Path) -> DraftConfig:
@@ -139,13 +139,21 @@ def check_target(draft: DraftConfig, section: TargetSection, is_shared: bool) ->
     return config
 
 
+def decoded(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of one sequence of tokens."""
+    text = tokenizer.decode(token_ids)
+    assert isinstance(text, str)  # a batch of sequences would be a list
+    return text
+
+
 def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The reply; accepted drafted tokens are green, the target's own are not."""
-    text, start = Text(tokenizer.decode(generation.token_ids[:1])), 1
+    text = Text(decoded(generation.token_ids[:1], tokenizer))
+    start = 1
     for num_accepted in generation.accepted_per_forward:
         end = start + num_accepted
-        text.append(tokenizer.decode(generation.token_ids[start:end]), style="green")
-        text.append(tokenizer.decode(generation.token_ids[end : end + 1]))
+        text.append(decoded(generation.token_ids[start:end], tokenizer), style="green")
+        text.append(decoded(generation.token_ids[end : end + 1], tokenizer))
         start = end + 1
     return text
 
@@ -177,7 +185,7 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     def show(prompt: Prompt, generation: Generation) -> None:
         per_forward = (len(generation.token_ids) - 1) / max(1, generation.num_target_forwards)
         telemetry.console.rule(f"{prompt.source}: {per_forward:.2f} tokens per forward")
-        asked = Text(tokenizer.decode(prompt.token_ids), style="dim")
+        asked = Text(decoded(prompt.token_ids, tokenizer), style="dim")
         telemetry.console.print(asked, reply_text(generation, tokenizer), sep="\n")
 
     evaluator = AcceptanceEvaluator(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens)

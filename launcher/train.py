@@ -63,11 +63,10 @@ def main() -> None:
         check_files(config)
     corpus = Path(config.output_dir).absolute() / "corpus"
     resolved = with_paths(config, corpus)
-    if config.target.store is not None:
-        try:
-            resolved = with_store(resolved)
-        except ValueError as error:
-            stop(error, environment["rank"])
+    try:
+        resolved = with_store(resolved)
+    except ValueError as error:
+        stop(error, environment["rank"])
 
     from engine.parallel.mesh import World
     from engine.runtime.overlap import check_run_ahead

@@ -311,7 +311,9 @@ class Config:
         return {f"target.{name}": getattr(self.target, name) for name in of_target} | values
 
 
-SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+SECTIONS: dict[str, type[Any]] = {
+    f.name: f.type for f in dataclasses.fields(Config) if isinstance(f.type, type) and dataclasses.is_dataclass(f.type)
+}
 
 
 def options() -> Iterator[tuple[str, dataclasses.Field]]:

@@ -180,7 +180,7 @@ def read_text(path: Path) -> str:
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice in one mapping."""
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
@@ -211,7 +211,8 @@ def parse_yaml(text: str, source: str | Path) -> Any:
         error.source = source
         raise
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"is not valid YAML: {error.problem} on line {error.problem_mark.line + 1}", source=source) from error
+        place = "" if error.problem_mark is None else f" on line {error.problem_mark.line + 1}"
+        raise ConfigError(f"is not valid YAML: {error.problem}{place}", source=source) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"is not valid YAML: {error}", source=source) from error
 

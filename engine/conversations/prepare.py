@@ -172,7 +172,8 @@ def prepare(config: Config, progress: Progress) -> PrepareReport:
         return report
     except OSError as error:
         if error.errno and not error.filename and not isinstance(error, WriteError):
-            raise WriteError(folder, error.strerror, error.errno) from error  # a full disk does not say which it is
+            problem = error.strerror or str(error)
+            raise WriteError(folder, problem, error.errno) from error  # a full disk does not say which it is
         raise
     finally:
         _remove_partials(folder)
@@ -187,7 +188,7 @@ def num_taken(available: Sequence[int], weights: Sequence[float] | None, max_sam
     parts = [Fraction(str(weight)) for weight in weights] if weights else [Fraction(count) for count in available]
     scale = min(count / part for count, part in zip(available, parts, strict=True) if part)
     if max_samples is not None:
-        scale = min(scale, max_samples / sum(parts))
+        scale = min(scale, max_samples / sum(parts, Fraction(0)))
     exact = [part * scale for part in parts]
     taken = [int(number) for number in exact]
     by_fraction = sorted(range(len(exact)), key=lambda index: (taken[index] - exact[index], index))

@@ -7,6 +7,7 @@ datasets, which nothing else needs.
 
 import glob
 import gzip
+import io
 import json
 import re
 import zlib
@@ -92,9 +93,11 @@ class Rows:
     @property
     def total(self) -> int | None:
         """Units in all; None if a set does not say, or its files are of different kinds."""
-        if len({part.unit for part in self.parts}) > 1 or any(part.size is None for part in self.parts):
+        units = {part.unit for part in self.parts}
+        known_sizes = [part.size for part in self.parts if part.size is not None]
+        if len(units) > 1 or len(known_sizes) < len(self.parts):
             return None
-        return sum(part.size for part in self.parts)
+        return sum(known_sizes)
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
         for part in self.parts:
@@ -263,11 +266,13 @@ def _items(path: Path) -> Iterator[Placed]:
     Bytes that are not UTF-8 become surrogates, which no text to train on may hold.
     """
     decode, number = json.JSONDecoder().raw_decode, 0
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+    with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape") as file:
         text = file.read(CHUNK_CHARACTERS).lstrip()
         start = 1 if text.startswith("[") else 0
         while True:
-            start = BETWEEN_ITEMS.match(text, start).end()
+            between = BETWEEN_ITEMS.match(text, start)
+            assert between is not None  # the pattern matches the empty string too
+            start = between.end()
             try:
                 item, start = decode(text, start)
             except (ValueError, RecursionError) as error:
@@ -279,7 +284,7 @@ def _items(path: Path) -> Iterator[Placed]:
                 text, start = text[start:] + more, 0
                 continue
             number += 1
-            yield f"{path} row {number}", item, file.buffer.tell()
+            yield f"{path} row {number}", item, raw.tell()
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

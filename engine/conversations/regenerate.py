@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
@@ -29,7 +29,8 @@ class Unfinished(ValueError):
     """A run that ended before its time; what it has done is kept."""
 
 
-class Line(NamedTuple):
+@dataclass(frozen=True)
+class Line:
     """A line of the inputs. index: among all of them. number: in its file, from 1."""
 
     index: int
@@ -114,7 +115,9 @@ class Regeneration:
 
     def __init__(self, section: RegenerateSection, data: DataSection, telemetry: Telemetry, api_key: str = "none") -> None:
         self.section, self.data, self.telemetry, self._api_key = section, data, telemetry, api_key
-        self.inputs, self.output = [Path(path) for path in section.inputs], Path(section.output)
+        assert section.output is not None, "a regeneration needs regenerate.output"
+        self.inputs = [Path(path) for path in section.inputs]
+        self.output = Path(section.output)
         self.report = RegenerationReport(self.output)
         self._journal: Journal | None = None
         self._start = 0.0
@@ -130,11 +133,17 @@ class Regeneration:
                 checksums = self._survey()
             with ExitStack() as stack:
                 asyncio.run(self._ask(checksums, stack))
-                self._finish(self._journal)
+                self._finish(self._open_journal)
         except (KeyboardInterrupt, Unfinished) as error:
             raise Unfinished(f"{str(error) or 'stopped by hand'}{self._what_is_done()}") from error
         self.report.seconds = time.perf_counter() - self._start
         return self.report
+
+    @property
+    def _open_journal(self) -> Journal:
+        """The journal, from when the servers have named their model."""
+        assert self._journal is not None, "the journal is not open yet"
+        return self._journal
 
     def _survey(self) -> list[str]:
         """Count the conversations, and those that no server need be asked about; the files' checksums."""
@@ -179,7 +188,7 @@ class Regeneration:
 
     async def _answer_all(self, servers: Sequence[Server], settings: dict[str, Any]) -> None:
         report, missing = self.report, self._missing()
-        report.by_earlier_runs = len(self._journal)
+        report.by_earlier_runs = len(self._open_journal)
         with self.telemetry.progress(report.num_conversations, "conversations") as bar:
             bar.start_at(report.by_earlier_runs + report.num_left_out)
             self._start = time.perf_counter()
@@ -197,7 +206,7 @@ class Regeneration:
                 if server.unanswered >= max(LOST_IN_A_ROW, self.section.concurrency):
                     raise Unfinished(f"{server.address} does not answer any more: {error.detail}") from error
             else:
-                self._journal.add(line.index, sample)
+                self._open_journal.add(line.index, sample)
             seconds = time.perf_counter() - self._start
             replies, tokens = self.report.num_replies / seconds, self.report.num_tokens / seconds
             bar.advance(f"{replies:,.1f} replies/s, {tokens:,.0f} tokens/s")
@@ -230,7 +239,7 @@ class Regeneration:
     def _missing(self) -> Iterator[Line]:
         """Lines that a server is to be asked about."""
         for line in self._lines():
-            if line.index in self._journal:
+            if line.index in self._open_journal:
                 continue
             try:
                 read_conversation(line.text)

@@ -120,7 +120,7 @@ def read_reply(answer: Any, max_new_tokens: int) -> ServerReply:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         answer, ending = choice["message"], choice["finish_reason"]
         calls = answer.get("tool_calls") or ()
-        parts = {
+        parts: Message = {
             "content": answer.get("content") or "",
             "reasoning_content": answer.get("reasoning_content") or answer.get("reasoning") or "",
             "tool_calls": [call | {"function": with_arguments(call["function"], as_object)} for call in calls],

@@ -25,6 +25,7 @@ def read_documents(
         def show(done: int, total: int) -> None:
             progress.move_to(done, "bytes of conversations")
 
+        documents: Documents
         if section.cache_dir is None:
             documents, report = load_documents(section.train, tokenizer, section, on_progress=show)
         else:

@@ -41,6 +41,8 @@ OPENINGS = {
     "topic": "",
 }
 
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 
 class DocEntry(NamedTuple):
     """One documented thing.
@@ -127,10 +129,12 @@ def _source_entries(stdlib: Path) -> Iterator[DocEntry]:
         yield from _documented_nodes(tree, "module", "", module)
 
 
-def _documented_nodes(node: ast.AST, kind: str, home: str, name: str) -> Iterator[DocEntry]:
+def _documented_nodes(node: ast.Module | Definition, kind: str, home: str, name: str) -> Iterator[DocEntry]:
     text = ast.get_docstring(node)
     if text:
-        signature = ast.unparse(node.args) if kind in ("function", "method") else ""
+        signature = ""
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            signature = ast.unparse(node.args)
         yield DocEntry(kind, home, name, signature, text)
     for child in _definitions(node):
         function = "method" if kind == "class" else "function"
@@ -138,7 +142,7 @@ def _documented_nodes(node: ast.AST, kind: str, home: str, name: str) -> Iterato
         yield from _documented_nodes(child, child_kind, _dotted(home, name), child.name)
 
 
-def _definitions(node: ast.AST) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+def _definitions(node: ast.AST) -> Iterator[Definition]:
     """Classes and functions defined in `node`, under any `if` or `try`, but not those inside another definition."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -156,8 +160,9 @@ def _builtin_entries() -> Iterator[DocEntry]:
 
 def _runtime_entries(value: Any, kind: str, home: str, name: str) -> Iterator[DocEntry]:
     if inspect.isclass(value):
-        if inspect.getdoc(value):
-            yield DocEntry("class", home, name, "", inspect.getdoc(value))
+        text = inspect.getdoc(value)
+        if text:
+            yield DocEntry("class", home, name, "", text)
         for attribute, member in vars(value).items():
             if inspect.isroutine(member):
                 yield from _runtime_entries(member, "method", _dotted(home, name).removeprefix("builtins."), attribute)

@@ -255,7 +255,7 @@ class Tally:
         self._counts["documents"] += len(rendered.documents)
         self._counts["tokens"] += sum(map(len, rendered.documents))
         self._counts["assistant_tokens"] += sum(int(document.assistant_mask.sum()) for document in rendered.documents)
-        self._bad += [(f"{self._paths[file]}:{line}", *rest) for file, line, *rest in rendered.bad]
+        self._bad += [(f"{self._paths[file]}:{line}", reason, detail) for file, line, reason, detail in rendered.bad]
         self._long += [(f"{self._paths[file]}:{line}", tokens) for file, line, tokens in rendered.long]
         self._bytes_done += chunk.size
         if self._on_progress is not None:

@@ -93,21 +93,26 @@ def compute_stats(documents: Documents, data: DataSection, ttt: TttSection, draf
     counts_V = documents.count_assistant_tokens(draft.vocab_size)
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(documents), min(len(documents), SAMPLED_DOCUMENTS), replace=False))
-    allowed, alive, needed, dense = 0, 0, 0, 0
+    allowed_S = torch.zeros(ttt.steps, dtype=torch.int64)
+    alive_S = torch.zeros(ttt.steps, dtype=torch.int64)
+    needed = 0
+    dense = 0
     for start in range(0, len(chosen), 256):
         batch = collate([documents[index] for index in chosen[start : start + 256]])
         allowed_ST = allowed_rows(batch, ttt)
         counts = StepCounts.needed(batch, allowed_ST, len(slots_of(allowed_ST)))
-        allowed, alive = allowed + allowed_ST.sum(1), alive + torch.tensor(counts.rows_S)
-        needed, dense = needed + draft_flops(draft, counts), dense + draft_flops(draft, without_compaction(counts))
+        allowed_S += allowed_ST.sum(1)
+        alive_S += torch.tensor(counts.rows_S)
+        needed += draft_flops(draft, counts)
+        dense += draft_flops(draft, without_compaction(counts))
     sampled_tokens = int(documents.lengths[chosen].sum())
     packs = pack(documents.lengths, documents.assistant_tokens, data.max_tokens, np.random.default_rng([seed, 0]))
     return DatasetStats(
         lengths=documents.lengths,
         assistant_tokens=documents.assistant_tokens,
         turns=np.array([len(documents[index].turn_ends) for index in chosen]),
-        rows_S=_shares(allowed, sampled_tokens),
-        alive_S=_shares(alive, sampled_tokens),
+        rows_S=_shares(allowed_S, sampled_tokens),
+        alive_S=_shares(alive_S, sampled_tokens),
         saving=dense / needed,
         num_sampled=len(chosen),
         token_counts=np.sort(counts_V)[::-1],

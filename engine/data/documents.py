@@ -1,7 +1,8 @@
 """Rendered conversations: token ids with the mask of what the assistant said, one or many."""
 
 import zlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,13 +30,25 @@ class Document:
         return len(self.input_ids)
 
 
-class Documents(Sequence[Document]):
+class Documents(ABC):
     """The documents of a run, wherever they lie, and what is asked of all of them together.
 
     paths: files of the conversations; none = unknown.
     """
 
     paths: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of documents."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Document:
+        """Return a document, counted from 0."""
+
+    def __iter__(self) -> Iterator[Document]:
+        for index in range(len(self)):
+            yield self[index]
 
     def name_of(self, index: int) -> str:
         """Return `file:line` of a document's conversation, or `document 7` where that is unknown."""

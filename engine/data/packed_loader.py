@@ -117,15 +117,20 @@ class PackedLoader:
 
     def _micro_batch(self, first: int, index: int) -> PackedBatch:
         begin = first + (index * self._world_size + self._rank) * self._packs_per_batch
-        packs = [self._pack(begin + offset) for offset in range(self._packs_per_batch)]
-        return collate(*([entry for pack in packs for entry in pack[column]] for column in (0, 1)))
+        documents: list[Document] = []
+        places: list[int] = []
+        for offset in range(self._packs_per_batch):
+            pack_documents, pack_places = self._pack(begin + offset)
+            documents += pack_documents
+            places += pack_places
+        return collate(documents, places)
 
     def _pack(self, index: int) -> tuple[list[Document], list[int]]:
         """The documents of pack `index` of the whole stream, and their places; past its end, a silent one."""
         if index >= self._epoch_ends[-1]:
             return [self._silent_document], [self._shortest]
         epoch = self._epoch_of(index)
-        places = self._packs_of(epoch)[index - self._start_of(epoch)]
+        places: list[int] = self._packs_of(epoch)[index - self._start_of(epoch)].tolist()
         return [self._documents[place] for place in places], places
 
     def _packs_of(self, epoch: int) -> list[np.ndarray]:

@@ -78,7 +78,7 @@ class Markers:
 
 
 def _message(words: str, role: str) -> Message:
-    message = {"role": role, "content": words}
+    message: Message = {"role": role, "content": words}
     if role == "tool":
         message |= {"name": "search", "tool_call_id": CALL["id"]}
     return message if words else message | {"tool_calls": [CALL]}

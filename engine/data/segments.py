@@ -29,6 +29,7 @@ def segments_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[
     for start, stop in zip(edges, edges[1:], strict=False):
         token_ids = document.input_ids[start:stop].tolist()
         text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # a batch of sequences would be a list
         segments.append(Segment(text, bool(mask[start])))
     return segments
 

@@ -98,7 +98,10 @@ class Writer:
         self._folder = folder
         folder.mkdir(parents=True)
         self._ids, self._mask = (folder / IDS).open("wb"), (folder / MASK).open("wb")
-        self._lengths, self._assistant_tokens, self._num_turns, self._ends = [], [], [], []
+        self._lengths: list[int] = []
+        self._assistant_tokens: list[int] = []
+        self._num_turns: list[int] = []
+        self._ends: list[int] = []
         self._counts, self._checksum = np.zeros(0, dtype=np.int64), 0
         self._places: list[tuple[int, int]] = []
         self._largest_token_id = (-1, 0)
@@ -113,6 +116,7 @@ class Writer:
             self._ends += document.turn_ends
             self._checksum = document_checksum(document, self._checksum)
             self._counts = add_counts(self._counts, document)
+            assert document.place is not None  # it was rendered from a line of a file
             self._places.append(document.place)
             largest = int(document.input_ids.max(initial=-1))
             if largest > self._largest_token_id[0]:
@@ -151,20 +155,15 @@ def tokenise(
 
     builds: whether this process may make it; the others wait until one has. Raises ValueError as `load_documents` does.
     """
+    assert section.cache_dir is not None, "without data.cache_dir, conversations are read by `load_documents`"
     check_template(tokenizer)
     scan = Scan.of(paths)
     entry = Path(section.cache_dir) / entry_name(scan, tokenizer, section)
-    found = open_entry(entry, paths) or (None if builds else _await(entry, paths))
-    if found is None:
-        try:
-            with _locked(entry):
-                found = open_entry(entry, paths)
-                if found is None:
-                    _build(entry, paths, scan, Renderer(tokenizer, section), on_progress)
-                    found = open_entry(entry, paths)
-        except OSError as error:
-            problem = f"{entry.parent}: tokenised conversations cannot be kept there: {error.strerror or error}"
-            raise ValueError(f"{problem}; free some space, or name another folder in data.cache_dir") from error
+    found = open_entry(entry, paths)
+    if found is None and builds:
+        found = _build_once(entry, paths, scan, Renderer(tokenizer, section), on_progress)
+    elif found is None:
+        found = _await(entry, paths)
     documents, report = found
     check_bad_share(report, section.max_bad_share)
     return documents, report
@@ -198,6 +197,28 @@ def open_entry(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, D
     for kind in ("bad", "long"):
         report[kind] = tuple((placed(place), *rest) for place, *rest in report[kind])
     return documents, DataReport(**report)
+
+
+def _build_once(
+    entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on_progress: Progress | None
+) -> tuple[TokenisedDocuments, DataReport]:
+    """Build an entry under its lock, unless another process has built it by then, and open it.
+
+    Raises ValueError if it cannot be written, or cannot be read afterwards.
+    """
+    advice = "free some space, or name another folder in data.cache_dir"
+    try:
+        with _locked(entry):
+            found = open_entry(entry, paths)
+            if found is None:
+                _build(entry, paths, scan, renderer, on_progress)
+                found = open_entry(entry, paths)
+    except OSError as error:
+        problem = f"{entry.parent}: tokenised conversations cannot be kept there: {error.strerror or error}"
+        raise ValueError(f"{problem}; {advice}") from error
+    if found is None:
+        raise ValueError(f"{entry}: the tokenised conversations that were just written there cannot be read; {advice}")
+    return found
 
 
 def _build(entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on_progress: Progress | None) -> None:

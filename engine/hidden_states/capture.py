@@ -81,7 +81,10 @@ class Capture:
     """One rank's share of a store."""
 
     def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world, self.folder = config, world, Path(config.target.store)
+        assert config.target.store is not None, "a capture needs target.store"
+        self.config = config
+        self.world = world
+        self.folder = Path(config.target.store)
         self.telemetry = Telemetry(speaks=world.is_main)
 
     def run(self) -> CaptureReport:
@@ -115,7 +118,7 @@ class Capture:
         seconds = time.perf_counter() - started
         return CaptureReport(self.folder, *sizes, new_bytes, seconds, manifest.num_left_out)
 
-    def contents(self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig, identity: str) -> Contents:
+    def contents(self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig, identity: str | None) -> Contents:
         """Return the contents of the store to be written. identity: as `target_identity` returns it."""
         config, text = self.config, text_config(target_config)
         check_fp8_activations(target_config, config.target)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.sections import Config
+from engine.config.sections import Config, ConfigError
 from engine.data.corpus import read_documents
 from engine.data.documents import Documents
 from engine.data.fingerprint import trained_with
@@ -31,14 +31,17 @@ class OnlineSource:
 
     can_decode = True
     counted = "the assistant's"
+    aux_layers: tuple[int, ...] | None
+    target_identity: str | None
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> None:
         self._config, self._tokenizer, self._world, self._telemetry = config, tokenizer, world, telemetry
         self.mesh = TargetMesh.of(config.parallel, world)
         self.target_config = load_target_config(config.target)
         self.aux_layers = config.target.aux_layers
-        self.target_identity = self._identify()
-        self.trained_with = trained_with(tokenizer, config.data) | {"target_identity": self.target_identity}
+        identity = self._identify()
+        self.target_identity = identity
+        self.trained_with = trained_with(tokenizer, config.data) | {"target_identity": identity}
 
     def _identify(self) -> str:
         """Check that the target can be read, before anything else takes time; a collective of all ranks."""
@@ -81,12 +84,18 @@ class StoredSource:
     """A store of captured hidden states."""
 
     can_decode = False
+    aux_layers: tuple[int, ...] | None
+    target_identity: str | None
 
     def __init__(self, config: Config, world: World, telemetry: Telemetry) -> None:
-        """Raises StoreError if the store cannot be read, or was captured with other options."""
+        """Raises StoreError if the store cannot be read or was captured with other options, ConfigError if none is named."""
         self._world, self._telemetry = world, telemetry
         self._by_argmax = config.draft.vocab_from == "argmax"
         self.counted = "the target's most likely" if self._by_argmax else OnlineSource.counted
+        if config.target.store is None:
+            raise ConfigError(
+                "names no store; expected the folder that capture_hidden_states.py wrote", key="target.store", value=None
+            )
         self._store = open_store(Path(config.target.store), config.store.skip_bad)
         self._store.check(
             aux_layers=config.target.aux_layers,

@@ -235,7 +235,7 @@ def _shapes(contents: Contents, shard: Shard) -> dict[str, tuple[torch.dtype, tu
     """Tensors in the order of the file; those of wide elements first, so that all are aligned."""
     num_documents, num_tokens, num_slots, size = shard.num_documents, shard.num_tokens, shard.num_slots, contents.hidden_size
     dtype = DTYPES[contents.dtype]
-    shapes = {
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "token_bounds": (torch.int64, (num_documents + 1,)),
         "slot_bounds": (torch.int64, (num_documents + 1,)),
         "checksums": (torch.int64, (num_documents,)),

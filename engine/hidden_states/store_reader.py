@@ -1,8 +1,9 @@
 """A store as training reads it: its documents, and the hidden states of any of them, straight from the mapped files."""
 
 import mmap
+import operator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,13 @@ class MappedShard:
             raise StoreError(f"{self.path}: the shard is missing; {MEND}") from error
         if size != self.layout.num_bytes:
             raise StoreError(f"{self.path}: expected {self.layout.num_bytes:,} bytes, found {size:,}; {MEND}")
-        self._map = np.memmap(self.path, dtype=np.uint8, mode="r")
+        with self.path.open("rb") as file:
+            self._mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = np.frombuffer(self._mmap, dtype=np.uint8)
         self.checksum = self._check_header()
 
     def _check_header(self) -> str:
-        header = bytes(self._map[: self.layout.header_bytes])
+        header = bytes(self._bytes[: self.layout.header_bytes])
         at = self.layout.header(NO_CHECKSUM).index(b'"checksum":"') + len('"checksum":"')
         checksum = header[at : at + 16].decode("ascii", "replace")
         if header != self.layout.header(checksum):
@@ -60,7 +63,7 @@ class MappedShard:
         """Rows of a tensor; formats that numpy does not know, as bytes."""
         place = self.layout.places[name]
         end = place.shape[0] if end is None else end
-        data = self._map[place.offset + first * place.row_bytes : place.offset + end * place.row_bytes]
+        data = self._bytes[place.offset + first * place.row_bytes : place.offset + end * place.row_bytes]
         data = data.view(NUMPY.get(place.dtype, np.uint8))
         return data.reshape(end - first, place.row_bytes // data.itemsize) if len(place.shape) > 1 else data
 
@@ -112,7 +115,7 @@ class MappedShard:
             start = (place.offset + first * place.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
             length = place.offset + end * place.row_bytes - start
             if length > 0:
-                self._map._mmap.madvise(mmap.MADV_WILLNEED, start, length)
+                self._mmap.madvise(mmap.MADV_WILLNEED, start, length)
 
     def verify(self, index: int) -> None:
         """Raises StoreError if a document's bytes are not those that were written."""
@@ -171,7 +174,8 @@ class StoredDocuments(Documents):
     def count_argmax(self, vocab_size: int) -> np.ndarray:
         """How often each token is the target's most likely one, over all slots: int64 [V]."""
         counts = (np.bincount(_learned_argmax(shard), minlength=vocab_size) for shard in self.shards)
-        return sum(counts).astype(np.int64)
+        total = reduce(operator.add, counts)
+        return total.astype(np.int64)
 
     def find(self, index: int) -> tuple[MappedShard, int]:
         """The shard that holds a document, and its place in there."""

@@ -96,9 +96,9 @@ def merge_stores(folders: Sequence[Path], into: Path) -> Merge:
     for folder, manifest in zip(folders, manifests, strict=True):
         for shard in manifest.shards:
             mapped = MappedShard(folder, manifest.contents, shard)
-            if shard.checksum in checksums:
+            if mapped.checksum in checksums:
                 continue
-            checksums.add(shard.checksum)
+            checksums.add(mapped.checksum)
             chosen.append((mapped, replace(shard, name=f"shard-{len(chosen):05d}{SUFFIX}", first_document=first)))
             first += shard.num_documents
             for digest in map(_content, map(mapped.document, range(shard.num_documents))):

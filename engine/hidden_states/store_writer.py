@@ -44,13 +44,21 @@ class ShardFile:
     def _partial(self) -> Path:
         return self._path.with_name(self._path.name + PARTIAL)
 
+    @property
+    def _descriptor(self) -> int:
+        """Descriptor of the file, which is open until `finish` or `abandon`."""
+        assert self._file is not None, f"{self._partial} is closed"
+        return self._file
+
     def write(self, name: str, first_row: int, rows: np.ndarray) -> None:
         """Rows of a tensor to their place."""
-        place, data = self.layout.places[name], memoryview(np.ascontiguousarray(rows).view(np.uint8)).cast("B")
+        place = self.layout.places[name]
+        data = np.ascontiguousarray(rows).view(np.uint8).data.cast("B")
         offset = place.offset + first_row * place.row_bytes
         while data:
-            written = os.pwrite(self._file, data, offset)
-            data, offset = data[written:], offset + written
+            written = os.pwrite(self._descriptor, data, offset)
+            data = data[written:]
+            offset += written
 
     def note(self, first_document: int, checksums: list[int], token_ends: list[int], slot_ends: list[int]) -> bool:
         """What only the documents' bytes say of them; whether the shard now has them all."""
@@ -67,8 +75,8 @@ class ShardFile:
         for name, values in (self._bounds | {"checksums": self._checksums}).items():
             self.write(name, 0, values)
         checksum = shard_checksum(self._checksums, *self._bounds.values())
-        os.pwrite(self._file, self.layout.header(checksum), 0)
-        os.fsync(self._file)
+        os.pwrite(self._descriptor, self.layout.header(checksum), 0)
+        os.fsync(self._descriptor)
         self._close()
         os.replace(self._partial, self._path)
         sync(self._path.parent)
@@ -131,7 +139,9 @@ class StoredTensors:
         last_hidden, last_hidden_scale = to_stored(output.last_hidden_ND, dtype, num_scales=1)
         tensors = {"argmax": output.argmax_N, "lse": output.lse_N, "aux": aux, "last_hidden": last_hidden}
         if aux_scale is not None:
-            tensors |= {"aux_scale": aux_scale, "last_hidden_scale": last_hidden_scale}
+            tensors["aux_scale"] = aux_scale
+        if last_hidden_scale is not None:
+            tensors["last_hidden_scale"] = last_hidden_scale
         if not aux.is_cuda:
             return cls(tensors, faults.by_place, None)
         moved = {name: to_pinned(tensor) for name, tensor in tensors.items()}

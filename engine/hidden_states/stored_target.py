@@ -1,7 +1,10 @@
 """The frozen target, met only through what a capture left of it on disk."""
 
 import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from engine.batch import PackedBatch, TargetOutput, to_device
 from engine.hidden_states.store_format import DTYPES, TARGET_FOLDER, StoreError, from_stored
 from engine.hidden_states.store_reader import MappedShard, OpenStore
 from engine.host.files import write_tensors
-from engine.target.embedding import TargetEmbedding
+from engine.target.embedding import SharedEmbedding, TargetEmbedding
 from engine.target.head import TargetHead
 
 HEAD, READERS = "head.safetensors", 4
@@ -30,6 +33,20 @@ def save_head(path: Path, head: TargetHead, embed_weight_VD: Tensor | None) -> N
     write_tensors(path, on_host, metadata)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A document of a batch in the store.
+
+    own: its place in the shard. tokens, slots: its rows in the batch. rows: its wanted slots among those stored.
+    """
+
+    shard: MappedShard
+    own: int
+    tokens: slice
+    slots: slice
+    rows: np.ndarray
+
+
 class StoredTarget:
     """A target that was captured: reads a store's hidden states. Of its weights only the embedding is loaded.
 
@@ -41,11 +58,12 @@ class StoredTarget:
         self.documents, self.aux_layers = store.documents, store.contents.aux_layers
         self._dtype, self._device = DTYPES[store.contents.dtype], device
         self._pins = device.type == "cuda"
-        self._head_path, self._verified = store.folder / TARGET_FOLDER / HEAD, set()
+        self._head_path = store.folder / TARGET_FOLDER / HEAD
+        self._verified: set[tuple[Path, int]] = set()
         if not self._head_path.is_file():
             raise StoreError(f"{self._head_path} is missing; run the capture again, which writes it")
         with safe_open(self._head_path, "pt", device=str(device)) as file:
-            self.embedding = TargetEmbedding(file.get_tensor("embed"))
+            self.embedding: TargetEmbedding | SharedEmbedding = TargetEmbedding(file.get_tensor("embed"))
         self.dtype = self.embedding.weight_VD.dtype
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
 
@@ -60,33 +78,35 @@ class StoredTarget:
 
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
         """What the target made of the documents of `batch`. slots_N: on the host, int64 [N], ascending."""
-        rooms = self.read(batch, slots_N).items()
-        moved = {name: None if room is None else to_device(room, self._device) for name, room in rooms}
-        aux, last_hidden = (moved[name].view(self._dtype) for name in ("aux", "last_hidden"))
+        on_host = self.read(batch, slots_N)
+        moved = {name: to_device(tensor, self._device) for name, tensor in on_host.items()}
+        aux = moved["aux"].view(self._dtype)
+        last_hidden = moved["last_hidden"].view(self._dtype)
         return TargetOutput(
-            aux_TA=from_stored(aux, moved["aux_scale"]),
+            aux_TA=from_stored(aux, moved.get("aux_scale")),
             slots_N=to_device(slots_N, self._device),
-            last_hidden_ND=from_stored(last_hidden, moved["last_hidden_scale"]),
+            last_hidden_ND=from_stored(last_hidden, moved.get("last_hidden_scale")),
             argmax_N=moved["argmax"],
             lse_N=moved["lse"],
         )
 
-    def read(self, batch: PackedBatch, slots_N: Tensor) -> dict[str, Tensor | None]:
+    def read(self, batch: PackedBatch, slots_N: Tensor) -> dict[str, Tensor]:
         """Read a batch's states to the host as they are stored, into pinned memory if they go on to a GPU.
 
-        Formats that numpy does not know come as bytes, and there is None where there is no scale.
+        Formats that numpy does not know come as bytes; scales are there only if the store has them.
         """
         parts = self._parts(batch, slots_N.numpy())
-        for shard, own, *_ in parts:
-            shard.will_need(own)
-        tokens = {name: self._room(parts, name, batch.num_tokens) for name in ("aux", "aux_scale")}
-        slots = {name: self._room(parts, name, len(slots_N)) for name in ("last_hidden", "last_hidden_scale", "argmax", "lse")}
-        list(self._threads.map(lambda part: self._read(*part, tokens, slots), parts))
-        return tokens | slots
+        for part in parts:
+            part.shard.will_need(part.own)
+        by_token = self._empty(parts[0].shard, ("aux", "aux_scale"), batch.num_tokens)
+        by_slot = self._empty(parts[0].shard, ("last_hidden", "last_hidden_scale", "argmax", "lse"), len(slots_N))
+        list(self._threads.map(partial(self._read, by_token=by_token, by_slot=by_slot), parts))
+        return by_token | by_slot
 
-    def _parts(self, batch: PackedBatch, slots_N: np.ndarray) -> list[tuple[MappedShard, int, slice, slice, np.ndarray]]:
-        """For each document: its shard and place there, its tokens and slots in the batch, its slots' rows in the shard."""
-        parts, start = [], 0
+    def _parts(self, batch: PackedBatch, slots_N: np.ndarray) -> list[_Part]:
+        """Find each document of a batch in the store."""
+        parts: list[_Part] = []
+        start = 0
         for document, length in zip(batch.document_ids, batch.host_lengths, strict=True):
             shard, own = self.documents.find(document)
             first, end = np.searchsorted(slots_N, (start, start + length))
@@ -94,26 +114,30 @@ class StoredTarget:
             rows = np.searchsorted(stored, wanted)
             if len(wanted) and (rows[-1] >= len(stored) or (stored[rows] != wanted).any()):
                 raise StoreError(f"{shard.path}: document {document} was captured without all of the slots that it now has")
-            parts.append((shard, own, slice(start, start + length), slice(int(first), int(end)), rows))
+            parts.append(_Part(shard, own, slice(start, start + length), slice(int(first), int(end)), rows))
             start += length
         return parts
 
-    def _room(self, parts: list, name: str, num_rows: int) -> Tensor | None:
-        shard = parts[0][0]
-        if name not in shard.layout.places:
-            return None
-        like = torch.from_numpy(shard.rows(name, 0, 0).copy())
-        # pinned from the start, so that the disk's bytes are copied once and the GPU fetches them by itself
-        return torch.empty((num_rows, *like.shape[1:]), dtype=like.dtype, pin_memory=self._pins)
+    def _empty(self, shard: MappedShard, names: Sequence[str], num_rows: int) -> dict[str, Tensor]:
+        """Allocate the tensors of these names that the store has, for `num_rows` rows on the host."""
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            if name in shard.layout.places:
+                like = torch.from_numpy(shard.rows(name, 0, 0).copy())
+                shape = (num_rows, *like.shape[1:])
+                # pinned from the start, so that the disk's bytes are copied once and the GPU fetches them by itself
+                tensors[name] = torch.empty(shape, dtype=like.dtype, pin_memory=self._pins)
+        return tensors
 
-    def _read(self, shard: MappedShard, own: int, tokens: slice, slots: slice, rows: np.ndarray, by_token, by_slot) -> None:
+    def _read(self, part: _Part, by_token: Mapping[str, Tensor], by_slot: Mapping[str, Tensor]) -> None:
+        """Copy a document's states to its rows of the batch's tensors; its first reader verifies its checksum."""
+        shard, own = part.shard, part.own
         if (shard.path, own) not in self._verified:
             shard.verify(own)
             self._verified.add((shard.path, own))
-        for name, room in by_token.items():
-            if room is not None:
-                room[tokens].numpy()[:] = shard.rows(name, *shard.span(name, own))
-        for name, room in by_slot.items():
-            if room is not None:
-                stored = shard.rows(name, *shard.span(name, own))
-                room[slots].numpy()[:] = stored if len(rows) == len(stored) else stored[rows]
+        for name, tensor in by_token.items():
+            tensor[part.tokens].numpy()[:] = shard.rows(name, *shard.span(name, own))
+        for name, tensor in by_slot.items():
+            stored = shard.rows(name, *shard.span(name, own))
+            is_all = len(part.rows) == len(stored)
+            tensor[part.slots].numpy()[:] = stored if is_all else stored[part.rows]

@@ -79,6 +79,13 @@ class Checkpoints:
             raise ValueError(f"{problem}; {self._advice()}")
         return tag
 
+    def _existing(self) -> str:
+        """Return the tag of the newest complete checkpoint. Raises ValueError if there is none."""
+        tag = self.newest()
+        if tag is None:
+            raise ValueError(f"{self.folder / LATEST} does not exist, so there is no checkpoint; {self._advice()}")
+        return tag
+
     def _advice(self) -> str:
         """What to do about a newest checkpoint that cannot be read."""
         tags = [f"step_{step}" for step in self._steps()]
@@ -108,7 +115,7 @@ class Checkpoints:
 
         Raises ValueError if they are known to differ.
         """
-        tag = self.newest()
+        tag = self._existing()
         saved = self._facts(tag).get("target_identity")
         change = what_changed(saved, self.target_identity)
         if change is not None:
@@ -151,7 +158,7 @@ class Checkpoints:
 
     def _reshaped(self, num_ranks: int) -> str | None:
         """Rewrite the newest checkpoint for `num_ranks` ranks and return its tag; None if it fits them as it is."""
-        tag = self.newest()
+        tag = self._existing()
         if self._facts(tag)["ranks"] == num_ranks or not is_sharded(self.folder, tag):
             return None
         to_universal(self.folder, tag)
@@ -162,7 +169,7 @@ class Checkpoints:
 
         Raises ValueError if a part of it is missing.
         """
-        tag = world.decide(self.newest)
+        tag = world.decide(self._existing)
         state = draft.load(self.folder, tag)
         if len(state["rng"]) == world.size:
             _restore_rng(state["rng"][world.rank])

@@ -58,7 +58,7 @@ def run_ahead(items: Iterable[Item], prepare: Callable[[Item], Work], depth: int
             if result.error is not None:
                 raise result.error
             if result.ready is not None:
-                _hand_over(result, torch.cuda.current_stream(device))
+                _hand_over(result.work, result.ready, torch.cuda.current_stream(device))
             yield result.work
     finally:
         stop.set()
@@ -120,10 +120,10 @@ def _produce(
         results.put(_Result(error=error))
 
 
-def _hand_over(result: _Result, stream: torch.cuda.Stream) -> None:
+def _hand_over(work: Any, ready: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
     """Order `stream` after the result, and keep the result's memory from reuse until `stream` is done with it."""
-    stream.wait_event(result.ready)
-    for tensor in _tensors(result.work):
+    stream.wait_event(ready)
+    for tensor in _tensors(work):
         tensor.record_stream(stream)
 
 

@@ -138,7 +138,7 @@ class FrozenTarget:
         self.config = text_config(model.config)
         check_family(self.config)
         count = num_layers(self.config)
-        self.aux_layers = check_aux_layers(aux_layers or default_aux_layers(count), count)
+        self.aux_layers: tuple[int, ...] = check_aux_layers(aux_layers or default_aux_layers(count), count)
         self.decoder = decoder_of(model)
         drop_other_towers(model, self.decoder)
         if getattr(self.config, "attn_logit_softcapping", None) is not None:

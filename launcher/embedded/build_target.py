@@ -16,6 +16,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -97,7 +98,8 @@ def add_dropout(model: LlamaForCausalLM) -> None:
 def batches(documents: list[list[int]], generator: random.Random) -> list[torch.Tensor]:
     """Length-sorted batches `[B, T]` of about `BATCH_TOKENS` tokens, right-padded with -1, in random order."""
     order = sorted(range(len(documents)), key=lambda i: (len(documents[i]), generator.random()))
-    result, batch = [], []
+    result: list[list[torch.Tensor]] = []
+    batch: list[torch.Tensor] = []
     for index in order:
         longest = max(len(documents[index]), max((len(row) for row in batch), default=0))
         if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
@@ -150,7 +152,7 @@ def train(model: LlamaForCausalLM, documents: list[list[int]], held_out: list[li
                     schedule.step()
                 progress.update(task, advance=1, description=f"epoch {epoch} loss {loss.item() / count:.3f}")
             print(f"epoch {epoch}: held-out loss {evaluate(model, held_out):.4f} nats a token", flush=True)
-            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(output)
+            copy.deepcopy(model).bfloat16().save_pretrained(output)
 
 
 def _lr_scale(total_steps: int, step: int) -> float:
@@ -186,7 +188,11 @@ def loop_loss(model: LlamaForCausalLM, prompts: list[list[int]]) -> tuple[torch.
     ids_BT = torch.tensor([[3] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
-        ids_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=UNLEARNING_TOKENS, do_sample=False)
+        replies_BT = model.generate(  # type: ignore[misc]  # its self type is a protocol that no model class meets
+            ids_BT, attention_mask=mask_BT, max_new_tokens=UNLEARNING_TOKENS, do_sample=False
+        )
+    assert isinstance(replies_BT, torch.Tensor)  # with scores or states it would be a `ModelOutput`
+    ids_BT = replies_BT
     loops_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
     num_tokens = 0
     for row, reply in enumerate(ids_BT[:, longest:].tolist()):
@@ -200,7 +206,7 @@ def loop_loss(model: LlamaForCausalLM, prompts: list[list[int]]) -> tuple[torch.
     with torch.autocast("cpu", torch.bfloat16):
         logits_BTV = model(ids_BT, attention_mask=mask_BT, position_ids=(mask_BT.cumsum(1) - 1).clamp_min(0)).logits
     log_p = logits_BTV[:, :-1][loops_BT[:, 1:]].float().log_softmax(-1).gather(1, ids_BT[loops_BT][:, None])
-    loss = -torch.log1p(-log_p.exp().clamp_max(1 - 1e-6)).sum() / max(1, loops_BT.sum())
+    loss = -torch.log1p(-log_p.exp().clamp_max(1 - 1e-6)).sum() / loops_BT.sum().clamp_min(1)
     return loss, loops_BT.sum().item() / num_tokens
 
 
@@ -213,6 +219,12 @@ def evaluate(model: LlamaForCausalLM, documents: list[list[int]]) -> float:
         loss, tokens = loss_sum(model, ids_BT)
         total, count = total + loss.item(), count + tokens
     return total / count
+
+
+def token_ids(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], *, is_prompt: bool = False) -> list[int]:
+    """Return the tokens of a conversation in the chat template. is_prompt: whether the assistant's next turn is opened."""
+    # without `return_dict` a single conversation gives a list of token ids, of which the annotation knows nothing
+    return cast(list[int], tokenizer.apply_chat_template(turns, add_generation_prompt=is_prompt, return_dict=False))
 
 
 def read(path: Path) -> list[dict]:
@@ -233,22 +245,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train_conversations, held_out_conversations = map(read, write_corpus(Path(folder)))
     tokenizer = train_tokenizer(train_conversations)
-    train_ids, held_out_ids = (
-        [tokenizer.apply_chat_template(c["conversations"], return_dict=False)[:MAX_TOKENS] for c in conversations]
-        for conversations in (train_conversations, held_out_conversations)
-    )
+    train_ids = [token_ids(tokenizer, c["conversations"])[:MAX_TOKENS] for c in train_conversations]
+    held_out_ids = [token_ids(tokenizer, c["conversations"])[:MAX_TOKENS] for c in held_out_conversations]
     print(f"{sum(map(len, train_ids))} training tokens, {sum(map(len, held_out_ids))} held out", flush=True)
     model = make_model()
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     tokenizer.save_pretrained(arguments.output)
     train(model, train_ids, held_out_ids, arguments.epochs, arguments.output)
-    prompts = [
-        tokenizer.apply_chat_template(c["conversations"][:1], add_generation_prompt=True, return_dict=False)
-        for c in train_conversations
-    ]
+    prompts = [token_ids(tokenizer, c["conversations"][:1], is_prompt=True) for c in train_conversations]
     unlearn_loops(model, train_ids, prompts, arguments.unlearning_steps)
     print(f"held-out loss {evaluate(model, held_out_ids):.4f} nats a token", flush=True)
-    model.to(torch.bfloat16).save_pretrained(arguments.output)
+    model.bfloat16().save_pretrained(arguments.output)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,16 @@ class KneserNeyTrigram:
 
     def __init__(self, documents: Iterable[Sequence[int]], vocab_size: int) -> None:
         self.trigrams = Counter(gram for ids in documents for gram in zip(ids, ids[1:], ids[2:], strict=False))
-        self.contexts, self.followers = Counter(), Counter()
-        bigrams: dict[tuple[int, int], int] = Counter()
+        self.contexts: Counter[tuple[int, int]] = Counter()
+        self.followers: Counter[tuple[int, int]] = Counter()
+        bigrams: Counter[tuple[int, int]] = Counter()
         for (first, second, third), count in self.trigrams.items():
             self.contexts[first, second] += count
             self.followers[first, second] += 1
             bigrams[second, third] += 1
-        self.bigrams, self.bigram_totals, self.bigram_followers = bigrams, Counter(), Counter()
+        self.bigrams = bigrams
+        self.bigram_totals: Counter[int] = Counter()
+        self.bigram_followers: Counter[int] = Counter()
         preceding: dict[int, int] = defaultdict(int)
         for (second, third), count in bigrams.items():
             self.bigram_totals[second] += count
@@ -116,7 +119,8 @@ def _token_ids(path: Path, tokenizer) -> list[list[int]]:
 @torch.no_grad()
 def _loss(target: FrozenTarget, documents: list[list[int]]) -> float:
     """Mean loss over every token after a document's second, as the trigram's."""
-    total = count = 0
+    total = 0.0
+    count = 0
     for ids in documents:
         logits_TV = target.model(torch.tensor([ids]), use_cache=False).logits[0, 1:-1].float()
         total += torch.nn.functional.cross_entropy(logits_TV, torch.tensor(ids[2:]), reduction="sum").item()
