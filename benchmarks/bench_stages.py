@@ -38,7 +38,7 @@ def time_stages() -> dict[str, float]:
     for stage in STAGES:
         job = Job(stage, ttt_steps=7)
         zero = ZeroDraft(job.draft(), job.test(), job.ds_config())
-        runs[stage] = (job, zero, Normaliser(zero, world))
+        runs[stage] = (job, zero, Normaliser(zero.objective, zero.forward, world))
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for step in range(WARM_UP + NUM_STEPS):
         for stage, (job, zero, normalise) in runs.items():

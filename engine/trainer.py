@@ -60,8 +60,10 @@ from engine.runtime.fault_watch import FaultWatch, WatchSettings
 from engine.runtime.overlap import run_ahead
 from engine.runtime.train_log import LogSettings, TrainLog
 from engine.target.configuration import load_target_config
+from engine.target.frozen import FrozenTarget
 from engine.weights.quantised_checkpoint import check_fp8_activations
 
+TrainedDraft = ZeroDraft[Eagle3Draft, TrainingTimeTest]
 EXCERPT_TOKENS = 24
 RELOAD_TOLERANCE = 2**-5  # of the largest logit: a few bf16 roundings; a wrong tensor gives errors near 1
 
@@ -117,10 +119,12 @@ class Trainer:
             first_step = self.resume(corpus.loader, position)
             prompts = self.read_prompts(tokenizer, draft_config.vocab_size) if source.can_decode else []
         with self.telemetry.stage("Loading the target"):
+            assert draft_config.aux_layers is not None  # `derive_draft_config` fills them in
             target = source.load_target(draft_config.aux_layers)
         draft = self.new_draft(draft_config, kernels, corpus.vocab_map, target)
         evaluator = None
         if source.can_decode:
+            assert isinstance(target, FrozenTarget), "a source that can decode loads a FrozenTarget"
             max_tokens = self.config.data.max_tokens
             evaluator = AcceptanceEvaluator(
                 self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry, max_tokens
@@ -253,7 +257,7 @@ class Trainer:
         self.telemetry.note(f"Kernels: {kernels.reason}")
         return kernels
 
-    def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: Target, first_step: int) -> ZeroDraft:
+    def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: Target, first_step: int) -> TrainedDraft:
         """The draft under DeepSpeed, as a checkpoint left it after `first_step` or as it is; the run's record is written."""
         resolved = resolve_ds_config(
             self.ds_config,
@@ -279,9 +283,9 @@ class Trainer:
             save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB, corpus.vocab_facts)
         return zero
 
-    def train(self, zero: ZeroDraft, corpus: Corpus, target: Target, first_step: int) -> dict[int, str]:
+    def train(self, zero: TrainedDraft, corpus: Corpus, target: Target, first_step: int) -> dict[int, str]:
         """Train to the last step. Returns the documents of all ranks that were left out, and why, by their place."""
-        normalise = Normaliser(zero, self.world)
+        normalise = Normaliser(zero.objective, zero.forward, self.world)
         stops = self.config.target.non_finite == "stop"
         watch_settings = WatchSettings(target.aux_layers, corpus.name_of, stops, self.world.rank)
         watch = FaultWatch(watch_settings, self.telemetry.warn)
@@ -328,7 +332,7 @@ class Trainer:
 
         return lambda item: ([forward(batch) for batch in item[0]], item[1])
 
-    def export(self, zero: ZeroDraft, corpus: Corpus, target: Target) -> ServedDraft:
+    def export(self, zero: TrainedDraft, corpus: Corpus, target: Target) -> ServedDraft:
         """Write the draft's folder, load it again on every rank and compare its logits with the trained draft's.
 
         Raises NonFiniteError, before an earlier draft is replaced, if a weight is not finite.
@@ -367,7 +371,7 @@ def excerpt(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
 
 
 @torch.no_grad()
-def reload_difference(zero: ZeroDraft, exported: ServedDraft, micro: MicroBatch) -> float:
+def reload_difference(zero: TrainedDraft, exported: ServedDraft, micro: MicroBatch) -> float:
     """Largest difference between logits of the trained and the reloaded draft over all rows, of their largest magnitude."""
     trained_STU = zero.logits(micro)
     embedded = replace(micro, embed_TD=exported.embed(micro.batch.input_ids_T))

@@ -79,7 +79,7 @@ class Job:
 def zero_run(world: World, job: Job) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Global loss of each step, and on rank 0 the final weights, whole."""
     zero = ZeroDraft(job.draft(), job.test(), job.ds_config())
-    normalise = Normaliser(zero, world)
+    normalise = Normaliser(zero.objective, zero.forward, world)
     losses = [zero_step(zero, normalise, world, job.micros(step, world.rank)) for step in range(job.num_steps)]
     return losses, {name: weight.float() for name, weight in zero.gathered_weights()}
 

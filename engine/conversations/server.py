@@ -118,11 +118,12 @@ def read_reply(answer: Any, max_new_tokens: int) -> ServerReply:
     """
     try:
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        answer, ending = choice["message"], choice["finish_reason"]
-        calls = answer.get("tool_calls") or ()
+        message = choice["message"]
+        ending = choice["finish_reason"]
+        calls = message.get("tool_calls") or ()
         parts: Message = {
-            "content": answer.get("content") or "",
-            "reasoning_content": answer.get("reasoning_content") or answer.get("reasoning") or "",
+            "content": message.get("content") or "",
+            "reasoning_content": message.get("reasoning_content") or message.get("reasoning") or "",
             "tool_calls": [call | {"function": with_arguments(call["function"], as_object)} for call in calls],
         }
         num_tokens = int(usage.get("completion_tokens") or 0)

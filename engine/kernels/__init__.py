@@ -147,6 +147,7 @@ def choose_packed_attention(device: torch.device, dtype: torch.dtype) -> PackedA
     if refused:
         return PackedAttention(None, f"in blocks, a document at a time, since {refused}")
     library = flash.available_flash()
+    assert library is not None  # else it was refused
     return PackedAttention(library, f"{library.name}, all documents in one call")
 
 

@@ -63,7 +63,7 @@ _LARGE = {
     "rows": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2))},
     "keys": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 128, 8, 3), Tile(64, 64, 4, 3))},
 }
-ALTERNATIVES = {
+ALTERNATIVES: dict[str, dict[str, dict[int, tuple[Tile, ...]]]] = {
     "sm_80": _AMPERE,
     "sm_86": _SMALL,
     "sm_89": _SMALL,

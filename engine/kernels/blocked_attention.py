@@ -119,7 +119,8 @@ class _Inputs:
 
     def ancestors(self, block: _Block) -> tuple[Tensor, Tensor]:
         """Keys and values, fp32 [A, G, 1, n, E] each."""
-        return self.extra_AGQE[:, :, None, block.rows].chunk(2)
+        keys_AG1nE, values_AG1nE = self.extra_AGQE[:, :, None, block.rows].chunk(2)
+        return keys_AG1nE, values_AG1nE
 
     def ancestor_scores(self, block: _Block, query_GRnE: Tensor, key_AG1nE: Tensor) -> Tensor:
         """[A, G, R, n], minus infinity where a row lacks the ancestor."""

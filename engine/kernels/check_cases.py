@@ -27,6 +27,7 @@ from engine.kernels.interface import (
     LossRows,
     RowWeights,
     SlotTargets,
+    VocabLoss,
 )
 from engine.kernels.packed_attention import PackedAttention, Scores, Segments
 from engine.kernels.vocab_loss import row_loss
@@ -106,9 +107,8 @@ def target_cases(kernels: TargetKernels, head_dim: int, device: torch.device) ->
     if kernels.fp8_linear is not None:
         yield from _fp8_cases("fp8_linear", kernels.fp8_linear, reference.fp8_linear, device)
     if kernels.fp8_activations is not None:
-        options = {"group": FP8_BLOCK[1]}
-        ours = partial(kernels.fp8_activations, **options)
-        plain = partial(reference.fp8_activations, **options)
+        ours = partial(kernels.fp8_activations, group=FP8_BLOCK[1])
+        plain = partial(reference.fp8_activations, group=FP8_BLOCK[1])
         for case in _fp8_cases("fp8_activations", ours, plain, device):
             yield replace(case, floor=FP8_SUMS_FLOOR)
     if kernels.token_permute is not None:
@@ -181,7 +181,7 @@ def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> C
     leaves = (target_ND[slot_R] + noise_RD, head_UD + draw(*head_UD.shape, seed=4, scale=0.1))
     target_ND, head_UD = target_ND.to(device), head_UD.to(device)
 
-    def run(function: Operation, hidden_RD: Tensor, weight_UD: Tensor) -> tuple[Tensor, ...]:
+    def run(function: Callable[..., VocabLoss], hidden_RD: Tensor, weight_UD: Tensor) -> tuple[Tensor, ...]:
         own_head_UD = head_UD.to(hidden_RD.dtype)
 
         def logits(hidden_ND: Tensor) -> Tensor:

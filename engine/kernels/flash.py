@@ -17,6 +17,9 @@ from torch import Tensor
 MAX_HEAD_DIM, HEAD_DIM_GRANULE, LEAST_CAPABILITY = 256, 8, (8, 0)  # of flash attention 2
 
 
+Gradients = tuple[Tensor, Tensor, Tensor]  # of query, key and value
+
+
 class FlashInputs(NamedTuple):
     """What flash attention reads, all of it dense in the last dimension; cu_queries, cu_keys: starts of segments and their end.
 
@@ -85,14 +88,17 @@ def flash_attn() -> FlashAttention | None:
         output_QHE, lse_HQ, *_ = flash._flash_attn_varlen_forward(*arguments, **options)
         return output_QHE, lse_HQ
 
-    def backward(inputs: FlashInputs, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor) -> tuple[Tensor, ...]:
-        grads = [torch.empty_like(x) for x in inputs[:3]]
+    def backward(inputs: FlashInputs, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor) -> Gradients:
+        query_grad_QHE = torch.empty_like(inputs.query_QHE)
+        key_grad_TGE = torch.empty_like(inputs.key_TGE)
+        value_grad_TGE = torch.empty_like(inputs.value_TGE)
+        grads = (query_grad_QHE, key_grad_TGE, value_grad_TGE)
         options = {"dropout_p": 0.0, "softmax_scale": inputs.scale, "causal": True, "softcap": 0.0, "alibi_slopes": None}
         options |= {"window_size_left": -1, "window_size_right": -1}
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
         forward_pass = *inputs[:3], output_QHE, lse_HQ
         flash._flash_attn_varlen_backward(grad_QHE, *forward_pass, *grads, *inputs.segments, **options)
-        return tuple(grads)
+        return grads
 
     return FlashAttention("flash-attn", forward, backward, has_softcap=True)
 
@@ -112,7 +118,7 @@ def _torch_forward(inputs: FlashInputs) -> tuple[Tensor, Tensor]:
     return output_QHE, lse_HQ
 
 
-def _torch_backward(inputs: FlashInputs, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor) -> tuple[Tensor, ...]:
+def _torch_backward(inputs: FlashInputs, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor) -> Gradients:
     unread = lse_HQ.new_empty(2, dtype=torch.uint64)  # the state of a dropout that there is not
     return torch.ops.aten._flash_attention_backward(
         grad_QHE, *inputs[:3], output_QHE, lse_HQ, *inputs.segments, 0.0, True, unread, unread, scale=inputs.scale

@@ -170,9 +170,17 @@ def _suits_cublas(rows_MK: Tensor, codes_XNK: Tensor, scale_XGJ: Tensor, block: 
 
 def _cublas_product(codes_MK: Tensor, row_scale_JM: Tensor, codes_NK: Tensor, scale_GJ: Tensor, dtype: torch.dtype) -> Tensor:
     """[M, N]; M is a multiple of 4."""
-    by_row, by_block = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-    plain = {"swizzle_a": F.SwizzleType.NO_SWIZZLE, "swizzle_b": F.SwizzleType.NO_SWIZZLE, "output_dtype": dtype}
-    return F.scaled_mm(codes_MK, codes_NK.t(), row_scale_JM.t(), by_row, scale_GJ.t(), by_block, **plain)
+    return F.scaled_mm(
+        codes_MK,
+        codes_NK.t(),
+        row_scale_JM.t(),
+        F.ScalingType.BlockWise1x128,
+        scale_GJ.t(),
+        F.ScalingType.BlockWise128x128,
+        swizzle_a=F.SwizzleType.NO_SWIZZLE,
+        swizzle_b=F.SwizzleType.NO_SWIZZLE,
+        output_dtype=dtype,
+    )
 
 
 def fp8_activations(

@@ -81,7 +81,7 @@ def head_stats(logits_NV: Tensor, transform: LogitTransform) -> tuple[Tensor, Te
         return best_N, argmax_N, lse_N
     block = min(MAX_BLOCK_V, triton.next_power_of_2(vocab_size))
     has_cap = transform.soft_cap is not None
-    soft_cap = transform.soft_cap if has_cap else 1.0
+    soft_cap = 1.0 if transform.soft_cap is None else transform.soft_cap
     _stats_kernel[(num_rows,)](
         logits_NV,
         best_N,

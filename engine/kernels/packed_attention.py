@@ -73,9 +73,17 @@ def in_one_call(
     """Attention by flash attention over all segments at once, [T, H, F]; query [H, T, E], key [G, T, E], value [G, T, F]."""
     width = -max(x.shape[2] for x in query_key_value) // HEAD_DIM_GRANULE * -HEAD_DIM_GRANULE
     query_THE, key_TGE, value_TGE = (_readable(x.transpose(0, 1), width) for x in query_key_value)
-    cu_seqlens, longest = segments.cu_seqlens, max(segments.lengths)
-    options = {"scaling": scores.scale, "window": segments.window, "softcap": scores.softcap, "longest": longest}
-    inputs = FlashInputs(query_THE, key_TGE, value_TGE, cu_seqlens, cu_seqlens, **options)
+    inputs = FlashInputs(
+        query_THE,
+        key_TGE,
+        value_TGE,
+        cu_queries=segments.cu_seqlens,
+        cu_keys=segments.cu_seqlens,
+        scaling=scores.scale,
+        window=segments.window,
+        softcap=scores.softcap,
+        longest=max(segments.lengths),
+    )
     output_THE, lse_HT = flash.forward(inputs)
     output_THF = output_THE[..., : query_key_value[2].shape[2]]
     if scores.sinks_H is None:
@@ -94,8 +102,10 @@ def _readable(x: Tensor, width: int) -> Tensor:
 
 def in_blocks(query_HTE: Tensor, key_GTE: Tensor, value_GTF: Tensor, segments: Segments, scores: Scores) -> Tensor:
     """Attention segment by segment, in a window block by block, [T, H, F]; no [L, L] square is formed."""
-    parts = zip(*(x.split(segments.lengths, dim=1) for x in (query_HTE, key_GTE, value_GTF)), strict=True)
-    attended = [_in_blocks(*part, segments.window, scores) for part in parts]
+    queries, keys, values = (x.split(segments.lengths, dim=1) for x in (query_HTE, key_GTE, value_GTF))
+    attended = []
+    for query_HLE, key_GLE, value_GLF in zip(queries, keys, values, strict=True):
+        attended.append(_in_blocks(query_HLE, key_GLE, value_GLF, segments.window, scores))
     return torch.cat(attended, dim=1).transpose(0, 1)
 
 
@@ -122,8 +132,9 @@ def under_mask(query_HQE: Tensor, key_GKE: Tensor, value_GKF: Tensor, mask_QK: T
     if scores.softcap is None and scores.sinks_H is None:
         # PyTorch keeps no square of scores where all are as wide.
         padded = F.pad(value_HKF, (0, max(0, width - value_width)))
-        options = {"attn_mask": mask_QK, "is_causal": mask_QK is None, "scale": scores.scale}
-        attended = F.scaled_dot_product_attention(query_HQE[None], key_HKE[None], padded[None], **options)
+        attended = F.scaled_dot_product_attention(
+            query_HQE[None], key_HKE[None], padded[None], attn_mask=mask_QK, is_causal=mask_QK is None, scale=scores.scale
+        )
         return attended[0, ..., :value_width]
     if mask_QK is None:
         mask_QK = torch.ones(queries, keys, dtype=torch.bool, device=query_HQE.device).tril()

@@ -204,7 +204,8 @@ class _PrefixFlash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prefix: FlashAttention, rows: AttentionRows, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         query_QHE, key_TGE, value_TGE, *extras = (x.contiguous() for x in tensors)
-        inputs = FlashInputs(query_QHE, key_TGE, value_TGE, *_segments(rows), longest=rows.longest)
+        cu_queries, cu_keys = _segments(rows)
+        inputs = FlashInputs(query_QHE, key_TGE, value_TGE, cu_queries, cu_keys, longest=rows.longest)
         output_QHE, lse_HQ = prefix.forward(inputs)
         if extras:
             output_QHE, lse_HQ = _Merge(inputs, rows, tuple(extras)).forward(output_QHE, lse_HQ)
@@ -217,7 +218,8 @@ class _PrefixFlash(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_QHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = FlashInputs(*ctx.saved_tensors[:5], longest=ctx.rows.longest)
+        query_QHE, key_TGE, value_TGE, cu_queries, cu_keys = ctx.saved_tensors[:5]
+        inputs = FlashInputs(query_QHE, key_TGE, value_TGE, cu_queries, cu_keys, longest=ctx.rows.longest)
         output_QHE, lse_HQ, *extras = ctx.saved_tensors[5:]
         results = grad_QHE.contiguous(), output_QHE, lse_HQ
         query_grad_QHE, key_grad_TGE, value_grad_TGE = ctx.prefix.backward(inputs, *results)

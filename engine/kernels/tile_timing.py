@@ -114,13 +114,13 @@ def _work(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) 
     position_Q = torch.arange(num_rows, device=device)
     cu_seqlens = torch.tensor((0, *LENGTHS), device=device).cumsum(0).int()
     rows = AttentionRows(position_Q, cu_seqlens, (position_Q,) * NUM_ANCESTORS)
-    leaves = [draw(HEADS), draw(GROUPS), draw(GROUPS)]
+    query_QHE, key_TGE, value_TGE = draw(HEADS), draw(GROUPS), draw(GROUPS)
     extras = [draw(GROUPS) for _ in range(2 * NUM_ANCESTORS)]
     keys, values = extras[:NUM_ANCESTORS], extras[NUM_ANCESTORS:]
     if kernel == "forward":
-        return partial(_forward, ancestor_attention, (*leaves, keys, values, rows))
-    output_QHE, _ = ancestor_attention(*leaves, keys, values, rows)
-    return partial(_backward, output_QHE, [*leaves, *extras], torch.randn_like(output_QHE))
+        return partial(_forward, ancestor_attention, (query_QHE, key_TGE, value_TGE, keys, values, rows))
+    output_QHE, _ = ancestor_attention(query_QHE, key_TGE, value_TGE, keys, values, rows)
+    return partial(_backward, output_QHE, [query_QHE, key_TGE, value_TGE, *extras], torch.randn_like(output_QHE))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import deepspeed
 import torch
@@ -54,17 +54,31 @@ class Objective(Protocol):
     """How a draft method trains its draft on a micro-batch."""
 
     @property
+    def num_steps(self) -> int:
+        """Predictions that a position makes: TTT steps, or tokens of a block."""
+        ...
+
+    @property
+    def step_weights(self) -> list[float]:
+        """Weight of each of them in the total loss."""
+        ...
+
+    @property
     def is_normalised_globally(self) -> bool:
         """Whether losses are already divided by counts over the global batch, so that gradients are summed over ranks."""
         ...
 
-    def __call__(self, draft: nn.Module, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
+    def __call__(self, draft: Any, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         """Compute the loss of a micro-batch and the counts behind its metrics."""
         ...
 
-    def logits(self, draft: nn.Module, micro: MicroBatch) -> list[torch.Tensor]:
+    def logits(self, draft: Any, micro: MicroBatch) -> list[torch.Tensor]:
         """Compute the draft's logits of every row: one tensor [T, U] for each prediction that a position makes."""
         ...
+
+
+DraftT = TypeVar("DraftT", bound=nn.Module)
+ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
 
 
 class _ObjectiveModule(nn.Module):
@@ -81,10 +95,10 @@ class _ObjectiveModule(nn.Module):
         return tuple(vars(self.objective(self.draft, micro, norms)).values())
 
 
-class ZeroDraft:
+class ZeroDraft(Generic[DraftT, ObjectiveT]):
     """The draft under DeepSpeed: forward, backward and optimizer step of micro-batches, checkpoints and gathered weights."""
 
-    def __init__(self, draft: nn.Module, objective: Objective, ds_config: dict[str, Any], universal: bool = False) -> None:
+    def __init__(self, draft: DraftT, objective: ObjectiveT, ds_config: dict[str, Any], universal: bool = False) -> None:
         """ds_config: a resolved DeepSpeed configuration, handed over as it is. universal: load what `to_universal` wrote."""
         self.draft = draft
         self.objective = objective

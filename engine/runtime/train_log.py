@@ -52,7 +52,7 @@ class TrainLog:
 
     def __init__(self, settings: LogSettings, zero: ZeroDraft, world: World, watch: FaultWatch) -> None:
         self._settings, self._zero, self._world, self._watch = settings, zero, world, watch
-        self._metrics = StepMetrics(zero.objective.ttt.steps, zero.objective.step_weights, world.device)
+        self._metrics = StepMetrics(zero.objective.num_steps, zero.objective.step_weights, world.device)
         self._file: MetricsFile | None = None
         if world.is_main:
             self._file = MetricsFile(settings.output_dir / METRICS, settings.first_step)

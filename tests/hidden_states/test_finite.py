@@ -42,7 +42,7 @@ def poisoned_micro(task: Task, place: str, value: float, dtype: torch.dtype = to
 def learn(task: Task, micro: MicroBatch) -> tuple[DraftOutput, dict[str, torch.Tensor]]:
     """What an optimizer step over one micro-batch computes, and its gradients."""
     draft = LocalDraft(task.test)
-    (norms,) = Normaliser(draft, ALONE)([micro])
+    (norms,) = Normaliser(draft.test, draft.forward, ALONE)([micro])
     output = draft.forward(micro, norms)
     output.loss.backward()
     return output, {name: weight.grad for name, weight in draft._draft.named_parameters()}
@@ -88,8 +88,10 @@ def test_a_batch_without_faults_is_not_changed():
     assert torch.equal(kept.allowed_ST, micro.allowed_ST) and torch.equal(kept.embed_TD, micro.embed_TD)
     for name in ("aux_TA", "slots_N", "last_hidden_ND", "argmax_N", "lse_N"):
         assert torch.equal(getattr(kept.target, name), getattr(micro.target, name)), name
-    (norms,) = Normaliser(LocalDraft(Task().test), ALONE)([micro])
-    (kept_norms,) = Normaliser(LocalDraft(Task().test), ALONE)([kept])
+    draft = LocalDraft(Task().test)
+    normalise = Normaliser(draft.test, draft.forward, ALONE)
+    (norms,) = normalise([micro])
+    (kept_norms,) = normalise([kept])
     assert torch.equal(norms.slots, kept_norms.slots) and torch.equal(norms.loss_rows_S, kept_norms.loss_rows_S)
 
 

@@ -82,7 +82,7 @@ def train(world: World, training: Training) -> dict[str, int]:
         count = sum(weight.numel() for weight in draft.parameters())
         zero = ZeroDraft(draft, test, training.ds_config())
         del draft
-        normalise = Normaliser(zero, world)
+        normalise = Normaliser(zero.objective, zero.forward, world)
         batch = replace(training.documents.batch(TOKENS), input_ids_T=torch.randint(DRAFT_VOCAB, (TOKENS,)))
         for _ in range(2):  # Adam's moments are there from the first step's end
             end_of("between")

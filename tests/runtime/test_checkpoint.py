@@ -50,7 +50,7 @@ def draw() -> int:
 
 def train(zero: ZeroDraft, world: World, num_steps: int) -> list[float]:
     """Losses on batches that the rank's RNG chooses."""
-    normalise, losses = Normaliser(zero, world), []
+    normalise, losses = Normaliser(zero.objective, zero.forward, world), []
     for _ in range(num_steps):
         micros = [make_micro(zero.objective, seed=draw(), dtype=zero.dtype) for _ in range(zero.accumulation_steps)]
         losses.append(zero_step(zero, normalise, world, micros))
@@ -130,7 +130,7 @@ def start_shared(world: World, stage: str, seed: int, reshaped_from: Checkpoints
 
 
 def train_shared(zero: ZeroDraft, world: World, steps: range) -> list[float]:
-    normalise, losses = Normaliser(zero, world), []
+    normalise, losses = Normaliser(zero.objective, zero.forward, world), []
     for step in steps:
         micros = [make_micro(zero.objective, seed=10 * step + index, dtype=zero.dtype) for index in range(4)]
         losses.append(zero_step(zero, normalise, world, micros[world.rank :: world.size]))

@@ -75,10 +75,11 @@ class RotaryTable:
 class RmsNorm(nn.RMSNorm):
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__(size, eps)
+        self._eps = eps
         self.kernels = kernels
 
     def forward(self, x_QD: torch.Tensor) -> torch.Tensor:
-        return self.kernels.elementwise.rms_norm(x_QD, self.weight, self.eps)
+        return self.kernels.elementwise.rms_norm(x_QD, self.weight, self._eps)
 
 
 class Eagle3Attention(nn.Module):
@@ -98,7 +99,8 @@ class Eagle3Attention(nn.Module):
             query_QHE, key_QGE = self.kernels.elementwise.rotate_both(query_QHE, key_QGE, cos_sin)
         else:
             query_QHE = self.q_proj(take_rows(x_QD, rows_R)).unflatten(-1, (-1, self.head_dim))
-            query_QHE = rotate(query_QHE, tuple(table[rows_R] for table in cos_sin))
+            cos_QE, sin_QE = cos_sin
+            query_QHE = rotate(query_QHE, (cos_QE[rows_R], sin_QE[rows_R]))
             key_QGE = rotate(key_QGE, cos_sin)
         keys = keys.extended(key_QGE, value_QGE)
         rows = AttentionRows(
@@ -176,7 +178,9 @@ class Eagle3Draft(nn.Module):
 
     @property
     def decoder_layers(self) -> list[Eagle3Layer]:
-        return [self.midlayer] if self.config.num_hidden_layers == 1 else list(self.layers)
+        """The decoder layers, the first one first."""
+        modules = [self.midlayer] if self.config.num_hidden_layers == 1 else self.layers
+        return [layer for layer in modules if isinstance(layer, Eagle3Layer)]
 
     def fuse(self, aux_TA: torch.Tensor) -> torch.Tensor:
         """Auxiliary hidden states [T, 3D of the target] -> first state [T, D]."""

@@ -201,7 +201,7 @@ def derive_draft_config(
     target = text_config(target_config)
     check_family(target)
     if draft.config is not None:
-        return _read_draft_config(target, draft, aux_layers)
+        return _read_draft_config(target, Path(draft.config), aux_layers)
     layers = _aux_layers(target, aux_layers)
     heads, groups, head_dim = _attention_shape(target, draft)
     return DraftConfig(
@@ -235,24 +235,25 @@ def _aux_layers(target: PreTrainedConfig, chosen: tuple[int, ...] | None) -> tup
     return layers
 
 
-def _read_draft_config(target: PreTrainedConfig, draft: DraftSection, aux_layers: tuple[int, ...] | None) -> DraftConfig:
-    exported = parse_json(read_text(Path(draft.config)), Path(draft.config))
+def _read_draft_config(target: PreTrainedConfig, path: Path, aux_layers: tuple[int, ...] | None) -> DraftConfig:
+    exported = parse_json(read_text(path), path)
     if not isinstance(exported, dict):
-        raise ValueError(f"{draft.config}: expected the object of a draft's config.json")
-    _check_architecture(exported, draft.config)
+        raise ValueError(f"{path}: expected the object of a draft's config.json")
+    _check_architecture(exported, path)
     if aux_layers is not None or (exported.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") is None:
         layers = aux_layers or default_aux_layers(num_layers(target))
         exported["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
-    config = DraftConfig.from_dict(exported, draft.config)
+    config = DraftConfig.from_dict(exported, path)
+    assert config.aux_layers is not None  # the file names them, or they were put in above
     check_aux_layers(config.aux_layers, num_layers(target))
     check_served_aux_layers(target.model_type, config.aux_layers)
     facts = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
     for name, expected in facts.items():
         if getattr(config, name) != expected:
-            raise ValueError(f"{draft.config}: {name}={getattr(config, name)}, but the target has {expected}; correct the file")
+            raise ValueError(f"{path}: {name}={getattr(config, name)}, but the target has {expected}; correct the file")
     if config.max_position_embeddings < target.max_position_embeddings:
         raise ValueError(
-            f"{draft.config}: max_position_embeddings={config.max_position_embeddings} is below the target's "
+            f"{path}: max_position_embeddings={config.max_position_embeddings} is below the target's "
             f"{target.max_position_embeddings}, and servers would refuse the draft; raise it"
         )
     return config

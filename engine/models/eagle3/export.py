@@ -45,6 +45,7 @@ def export_draft(
         _check_names(tensors, dict(Eagle3Draft(config).state_dict()))
     projection_DD = tensors.pop(PROJECTION, None)
     if projection_DD is not None:
+        assert embed_weight_VD is not None, "a draft with a projection ships the target's embedding"
         _check_embedding(embed_weight_VD, config.vocab_size, config.target_hidden_size)
         tensors[EMBEDDING] = (embed_weight_VD.cpu().float() @ projection_DD.float().T).to(dtype).contiguous()
     _check_finite(tensors)
@@ -107,7 +108,9 @@ def load_draft(
     model.load_state_dict(tensors, assign=True)
     dtype = dtype or getattr(torch, config.dtype)
     return ServedDraft(
-        model.to(device, dtype).eval().requires_grad_(False), vocab_map.to(device), embed_weight_VD.to(device, dtype)
+        model.to(device, dtype).eval().requires_grad_(False),
+        vocab_map.to(torch.device(device)),
+        embed_weight_VD.to(device, dtype),
     )
 
 

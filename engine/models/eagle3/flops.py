@@ -55,15 +55,16 @@ class StepCounts:
     def needed(cls, batch: PackedBatch, carries_loss_ST: torch.Tensor, num_slots: int) -> "StepCounts":
         """Those of the rows that a loss depends on; carries_loss_ST: bool [S, T], rows with loss."""
         alive_ST = carries_loss_ST.flip(0).cummax(0).values.flip(0)
-        seen_T, steps = batch.position_T + 1, range(carries_loss_ST.shape[0])
+        seen_T = batch.position_T + 1
+        steps = range(carries_loss_ST.shape[0])
         return cls(
             num_tokens=batch.num_tokens,
             rows_S=tuple(alive_ST.sum(1).tolist()),
-            pairs_S=tuple(((seen_T + step) * alive_ST[step]).sum().item() for step in steps),
-            prefix_pairs=seen_T.sum().item(),
-            num_loss_rows=carries_loss_ST.sum().item(),
+            pairs_S=tuple(int(((seen_T + step) * alive_ST[step]).sum()) for step in steps),
+            prefix_pairs=int(seen_T.sum()),
+            num_loss_rows=int(carries_loss_ST.sum()),
             num_slots=num_slots,
-            num_learned=carries_loss_ST[0].sum().item(),  # a slot that any row learns, its own row of step 0 learns
+            num_learned=int(carries_loss_ST[0].sum()),  # a slot that any row learns, its own row of step 0 learns
         )
 
 

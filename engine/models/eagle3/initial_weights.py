@@ -16,6 +16,7 @@ def start_from_target(draft: Eagle3Draft, embed_weight_VD: torch.Tensor | None, 
     widths agree; None keeps the random start.
     """
     if draft.embed_projection is not None:
+        assert embed_weight_VD is not None, "a draft with a projection starts from the target's embedding"
         draft.embed_projection.weight.copy_(_leading_directions(embed_weight_VD, draft.config.hidden_size))
     elif head_weight_UD is not None:
         draft.lm_head.weight.copy_(head_weight_UD)

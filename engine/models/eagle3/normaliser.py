@@ -1,13 +1,14 @@
 """What losses are divided by, so that a gradient does not depend on how the global batch was cut."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from engine.batch import LossNorms, MicroBatch
+from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.models.eagle3.training_rows import loss_rows
+from engine.models.eagle3.unroll import TrainingTimeTest
 from engine.parallel.mesh import World
-from engine.parallel.zero import ZeroDraft
 
 
 class Normaliser:
@@ -16,10 +17,11 @@ class Normaliser:
     Documents that are left out of a micro-batch count in neither.
     """
 
-    def __init__(self, draft: ZeroDraft, world: World) -> None:
-        self._draft = draft
+    def __init__(self, test: TrainingTimeTest, forward: Callable[[MicroBatch, LossNorms], DraftOutput], world: World) -> None:
+        """forward: runs the draft on a micro-batch, for losses that need mean acceptance rates."""
+        self._test = test
+        self._forward = forward
         self._world = world
-        self._test = draft.objective
 
     def __call__(self, micros: list[MicroBatch]) -> list[LossNorms]:
         """Norms of the micro-batches of one optimizer step; under `slots` a collective."""
@@ -42,5 +44,5 @@ class Normaliser:
     def _acceptance(self, micros: list[MicroBatch], norms: LossNorms) -> torch.Tensor:
         """Mean acceptance rate of each step over the global batch, fp32 [S]: a forward ahead of the one that trains."""
         ahead = replace(norms, acceptance_S=torch.zeros_like(norms.loss_rows_S))  # acceptance does not depend on how losses mix
-        sums_S = torch.stack([self._draft.forward(micro, ahead).accepted_S for micro in micros]).sum(0)
+        sums_S = torch.stack([self._forward(micro, ahead).accepted_S for micro in micros]).sum(0)
         return self._world.sum(sums_S) / norms.loss_rows_S.clamp_min(1)

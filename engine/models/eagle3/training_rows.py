@@ -100,7 +100,10 @@ def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chun
     granule = ROW_GRANULE[slot_ST.device.type]
     runs_T, num_running = torch.ones_like(alive_ST[0]), num_tokens
     rank_T = torch.arange(num_tokens, device=slot_ST.device)  # of a position among those whose rows run
-    loss_rows, slots, kept, is_dense = [], [], [], []
+    loss_rows: list[torch.Tensor] = []
+    slots: list[torch.Tensor] = []
+    kept: list[torch.Tensor | None] = []
+    is_dense: list[bool] = []
     for step in range(steps):
         wanted = min(num_running, -(-num_alive[step] // granule) * granule)
         num_spare = wanted - num_alive[step]

@@ -37,20 +37,28 @@ class Teacher:
 
 
 def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | None = None) -> list[torch.Tensor]:
-    """Pre-norm outputs [Q, D] of the rows of every step that `plan` lets run; of all, [T, D], without a plan."""
-    batch, kept, is_dense = micro.batch, *((plan.kept, plan.is_dense) if plan else ([None] * steps, [True] * steps))
-    position_T, row_T = batch.position_T, torch.arange(batch.num_tokens, device=micro.embed_TD.device)
+    """Compute the pre-norm outputs of every step: [Q, D], of the rows that `plan` lets run, or [T, D] without a plan."""
+    batch = micro.batch
+    kept: list[torch.Tensor | None] = [None] * steps
+    is_dense = [True] * steps
+    if plan is not None:
+        kept = plan.kept
+        is_dense = plan.is_dense
+    position_T = batch.position_T
+    row_T = torch.arange(batch.num_tokens, device=micro.embed_TD.device)
     embed_TD = torch.nn.functional.pad(draft.embed(micro.embed_TD), (0, 0, 0, steps))
 
     def first(state_TD: torch.Tensor, keys: list[LayerKeys]) -> tuple[torch.Tensor, list[LayerKeys]]:
         return draft.step(embed_TD[1 : 1 + batch.num_tokens], state_TD, position_T, keys, kept[0])
 
     def later(step: int, output_QD: torch.Tensor, row_Q: torch.Tensor, keys: list[LayerKeys]):
-        state_QD = draft.next_state(output_QD if kept[step] is None else take_rows(output_QD, kept[step]))
+        index_Q = kept[step]
+        state_QD = draft.next_state(output_QD if index_Q is None else take_rows(output_QD, index_Q))
         return draft.step(take_rows(embed_TD, row_Q + 1 + step), state_QD, position_T[row_Q] + step, keys)
 
     run = recomputed if draft.kernels.recompute == "step" else _at_once
-    row_Q = row_T if kept[0] is None else kept[0]
+    first_kept = kept[0]
+    row_Q = row_T if first_kept is None else first_kept
     longest = max(batch.host_lengths, default=None)
     every_T = LayerKeys(row_T, batch.cu_seqlens, is_dense=True, longest=longest)
     own_Q = replace(every_T, position_Q=row_Q, is_dense=is_dense[0])
@@ -60,8 +68,10 @@ def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | No
     keys = [replace(layer_keys, position_Q=row_Q, is_dense=is_dense[0]) for layer_keys in keys]
     outputs = [output_QD]
     for step in range(1, steps):
-        if kept[step] is not None:
-            row_Q, keys = row_Q[kept[step]], [layer_keys.kept(kept[step], is_dense[step]) for layer_keys in keys]
+        index_Q = kept[step]
+        if index_Q is not None:
+            row_Q = row_Q[index_Q]
+            keys = [layer_keys.kept(index_Q, is_dense[step]) for layer_keys in keys]
         output_QD, keys = run(later, step, output_QD, row_Q, keys)
         outputs.append(output_QD)
     return outputs
@@ -82,6 +92,11 @@ class TrainingTimeTest:
     loss: LossSection
     teacher: Teacher
     slots_per_chunk: int | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """TTT steps."""
+        return self.ttt.steps
 
     @property
     def step_weights(self) -> list[float]:

@@ -32,7 +32,8 @@ class LocalDraft:
 
 
 def norms_of(test: TrainingTimeTest, *micros: MicroBatch) -> list[LossNorms]:
-    return Normaliser(LocalDraft(test), ALONE)(list(micros))
+    draft = LocalDraft(test)
+    return Normaliser(test, draft.forward, ALONE)(list(micros))
 
 
 def rows_of(test: TrainingTimeTest, *micros: MicroBatch) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,8 +218,7 @@ def test_the_slots_normaliser_makes_the_gradient_independent_of_the_cut(kind):
 
 
 def normaliser(task: Task, draft: Eagle3Draft) -> Normaliser:
-    alone = SimpleNamespace(test=task.test, forward=lambda micro, norms: task.test(draft, micro, norms))
-    return Normaliser(alone, World.alone())
+    return Normaliser(task.test, lambda micro, norms: task.test(draft, micro, norms), World.alone())
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
