@@ -105,7 +105,10 @@ class AcceptanceCounts:
         values = counts.tolist()
         per_depth = [int(value) for value in values[: -len(scalars)]]
         draft_tokens = len(per_depth) // 2
-        rest = [field.type(value) for field, value in zip(scalars, values[-len(scalars) :], strict=True)]
+        rest: list[Any] = []
+        for field, value in zip(scalars, values[-len(scalars) :], strict=True):
+            number: Any = field.type  # int, or float of seconds
+            rest.append(number(value))
         return cls(tuple(per_depth[:draft_tokens]), tuple(per_depth[draft_tokens:]), *rest)
 
     def report(self) -> AcceptanceReport:
@@ -137,7 +140,8 @@ def measure_acceptance(
     if plain is not None and len(plain) != len(prompts):
         raise ValueError(f"plain holds {len(plain)} generations for {len(prompts)} prompts; decode the same prompts plainly")
     total = AcceptanceCounts.zero(draft_tokens)
-    for prompt, generation, greedy in zip(prompts, generations, plain or [None] * len(prompts), strict=True):
+    compared: Sequence[Generation | None] = plain or [None] * len(prompts)
+    for prompt, generation, greedy in zip(prompts, generations, compared, strict=True):
         total += AcceptanceCounts.of(generation, greedy, draft_tokens)
         if on_reply is not None:
             on_reply(prompt, generation)

@@ -181,7 +181,7 @@ class _CachedReader:
         device = self.target.device
         ids_1T = torch.tensor([token_ids], device=device)
         self.target.decoder(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
-        return self.target.head.logits(self.seen.last_hidden()[0, -num_choices:]).argmax(-1).tolist()
+        return self.target.whole_head().logits(self.seen.last_hidden()[0, -num_choices:]).argmax(-1).tolist()
 
     def aux(self) -> torch.Tensor:
         return self.seen.aux()[0]
@@ -245,8 +245,15 @@ def speculative_decode(
     with _reading(target, target.aux_layers) as reader:
         first_ids = reader.read(prompt_ids, 1)
         reader.prepare_to_forget()
-        limits = {"max_new_tokens": max_new_tokens, "draft_tokens": draft_tokens, "eos_ids": eos_ids}
-        return speculate(reader, drafter, prompt_ids, first_ids, **limits)
+        return speculate(
+            reader,
+            drafter,
+            prompt_ids,
+            first_ids,
+            max_new_tokens=max_new_tokens,
+            draft_tokens=draft_tokens,
+            eos_ids=eos_ids,
+        )
 
 
 def speculate(

@@ -54,7 +54,7 @@ class AcceptanceEvaluator:
     ) -> None:
         """max_tokens: of a forward without a cache."""
         self._section, self._target, self._world, self._telemetry = section, target, world, telemetry
-        self._until = {"max_new_tokens": section.max_new_tokens, "eos_ids": eos_ids(target.model, tokenizer)}
+        self._eos_ids = eos_ids(target.model, tokenizer)
         self._prompts, self._max_tokens = prompts[world.rank :: world.size], max_tokens
         self._uses_cache = target.mesh.size == 1 and rolls_back(target)
         self._batch_size = section.prompts_per_batch or BATCH_SIZE[target.device.type]
@@ -77,25 +77,40 @@ class AcceptanceEvaluator:
     @cached_property
     def _plain(self) -> list[Generation]:
         generations = []
+        max_new_tokens = self._section.max_new_tokens
         with self._telemetry.progress(len(self._prompts), "prompts") as progress:
             for prompt in self._prompts:
-                generations.append(greedy_decode(self._target, prompt.token_ids, **self._until))
+                generations.append(greedy_decode(self._target, prompt.token_ids, max_new_tokens, self._eos_ids))
                 progress.advance("prompts, plain greedy decoding")
         return self._without_faults(generations)
 
     @cached_property
     def _replies(self) -> list[TargetReply]:
         prompts = [prompt.token_ids for prompt in self._prompts]
-        with self._telemetry.progress(len(prompts) * self._section.max_new_tokens, "tokens") as progress:
+        max_new_tokens = self._section.max_new_tokens
+        with self._telemetry.progress(len(prompts) * max_new_tokens, "tokens") as progress:
 
             def on_forward(num_tokens: int) -> None:
                 progress.move_to(num_tokens, "tokens of replies")
 
-            limits = self._until | {"on_forward": on_forward}
             if self._uses_cache:
-                replies = batched_replies(self._target, prompts, **limits, batch_size=self._batch_size)
+                replies = batched_replies(
+                    self._target,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    eos_ids=self._eos_ids,
+                    batch_size=self._batch_size,
+                    on_forward=on_forward,
+                )
             else:
-                replies = greedy_replies(self._target, prompts, **limits, max_tokens=self._max_tokens)
+                replies = greedy_replies(
+                    self._target,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    eos_ids=self._eos_ids,
+                    max_tokens=self._max_tokens,
+                    on_forward=on_forward,
+                )
         return self._without_faults(replies)
 
     def _without_faults(self, continued: list[Continued]) -> list[Continued]:
@@ -126,15 +141,26 @@ class AcceptanceEvaluator:
 
     def _replayed(self, drafters: Sequence[Drafter]) -> Iterator[Generation]:
         """Lead a drafter along each reply."""
-        limits = self._until | {"draft_tokens": self._section.draft_tokens}
         for reply, drafter in zip(self._replies, drafters, strict=True):
-            yield replay(reply, drafter, **limits)
+            yield replay(
+                reply,
+                drafter,
+                max_new_tokens=self._section.max_new_tokens,
+                draft_tokens=self._section.draft_tokens,
+                eos_ids=self._eos_ids,
+            )
 
     def _decoded(self, make_drafter: Callable[[], Drafter]) -> Iterator[Generation]:
         """Decode one prompt after the other with a drafter of its own."""
-        limits = self._until | {"draft_tokens": self._section.draft_tokens}
         for prompt in self._prompts:
-            yield speculative_decode(self._target, make_drafter(), prompt.token_ids, **limits)
+            yield speculative_decode(
+                self._target,
+                make_drafter(),
+                prompt.token_ids,
+                max_new_tokens=self._section.max_new_tokens,
+                draft_tokens=self._section.draft_tokens,
+                eos_ids=self._eos_ids,
+            )
 
     def _measure(self, generations: Iterator[Generation], drafting: str, on_reply: OnReply | None) -> AcceptanceReport:
         plain = None if self._replays else self._plain

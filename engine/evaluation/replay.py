@@ -160,7 +160,7 @@ class _DecodedBatch:
             use_cache=True,
             **positions,
         )
-        return self._target.head.logits(self._seen.last_hidden()[:, -1]).argmax(-1)
+        return self._target.whole_head().logits(self._seen.last_hidden()[:, -1]).argmax(-1)
 
     def _keep(self, stays: list[int], argmax_B: torch.Tensor) -> None:
         """Go on with these rows alone; argmax_B: the token that each row reads next."""
@@ -264,8 +264,15 @@ def replay(
     """What `speculative_decode` gives where `reply` was decoded under the same `max_new_tokens` and `eos_ids`; not timed."""
     whole = len(reply.token_ids) == max_new_tokens or reply.token_ids[-1] in eos_ids
     assert whole, f"a reply of {len(reply.token_ids)} tokens was decoded under other limits than {max_new_tokens}"
-    limits = {"max_new_tokens": max_new_tokens, "draft_tokens": draft_tokens, "eos_ids": eos_ids}
-    generation = speculate(_Replay(reply), drafter, reply.prompt_ids, reply.token_ids[:1], **limits)
+    generation = speculate(
+        _Replay(reply),
+        drafter,
+        reply.prompt_ids,
+        reply.token_ids[:1],
+        max_new_tokens=max_new_tokens,
+        draft_tokens=draft_tokens,
+        eos_ids=eos_ids,
+    )
     return replace(generation, seconds=0.0)
 
 

@@ -37,7 +37,8 @@ class RunReport:
 
     def show(self, console: Console) -> None:
         if self.after is not None and self.after.num_prompts:
-            reports = {"untrained draft": self.before, "trained draft": self.after, "prompt lookup": self.prompt_lookup}
+            named = {"untrained draft": self.before, "trained draft": self.after, "prompt lookup": self.prompt_lookup}
+            reports = {name: report for name, report in named.items() if report is not None}
             console.print(acceptance_table(reports))
         times = ", ".join(f"{name[0].lower()}{name[1:]} {seconds:.0f} s" for name, seconds in self.stage_s.items())
         console.print(f"Time: {times}")
@@ -71,7 +72,9 @@ def acceptance_table(reports: dict[str, AcceptanceReport]) -> Table:
     table.add_row("none", "1.00", "", _rate(some.plain_tokens_per_s), "1.00x" if some.plain_tokens_per_s else "-", "")
     for name, report in reports.items():
         depths = " ".join("-" if share is None else f"{100 * share:.0f}" for share in report.acceptance_per_depth)
-        speed = f"{report.tokens_per_s / report.plain_tokens_per_s:.2f}x" if report.plain_tokens_per_s else "-"
+        speed = "-"
+        if report.tokens_per_s is not None and report.plain_tokens_per_s:
+            speed = f"{report.tokens_per_s / report.plain_tokens_per_s:.2f}x"
         differs = "-" if report.mismatches is None else f"{report.mismatches} of {report.num_prompts}"
         table.add_row(name, f"{report.acceptance_length:.2f}", depths, _rate(report.tokens_per_s), speed, differs)
     return table

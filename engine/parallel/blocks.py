@@ -67,7 +67,7 @@ def share_rows(embedding: nn.Embedding, group: Group) -> None:
     def forward(input: Tensor) -> Tensor:
         return own.look_up(inner, input, current_tokens().counts_R)
 
-    embedding.forward = forward
+    embedding.forward = forward  # type: ignore[method-assign]  # modules look it up like any other attribute
 
 
 def keep_own(module: nn.Module) -> None:

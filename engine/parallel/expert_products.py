@@ -7,6 +7,7 @@ the device where the experts have grouped products; M is known on the host.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +105,11 @@ def grouped_products(experts: nn.Module) -> Products | None:
     return partial(_grouped, experts)
 
 
-def _grouped(experts: nn.Module, rows_MD: Tensor, choices: SortedChoices) -> Tensor:
-    """Transformers' products, of rows that are sorted already and without weights."""
+def _grouped(experts: Any, rows_MD: Tensor, choices: SortedChoices) -> Tensor:
+    """Transformers' products, of rows that are sorted already and without weights.
+
+    experts: a module that `grouped_products` accepts; nn.Module gives its attributes no types.
+    """
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
     inner_MF = _maps(experts, up_name, rows_MD, choices)
     inner_MF = experts._apply_gate(inner_MF) if experts.has_gate else experts.act_fn(inner_MF)
@@ -115,7 +119,7 @@ def _grouped(experts: nn.Module, rows_MD: Tensor, choices: SortedChoices) -> Ten
     return result_MD
 
 
-def _maps(experts: nn.Module, name: str, rows_MK: Tensor, choices: SortedChoices) -> Tensor:
+def _maps(experts: Any, name: str, rows_MK: Tensor, choices: SortedChoices) -> Tensor:
     bias_MN = None
     if experts.has_bias:
         bias_MN = getattr(experts, f"{name}_bias")[choices.expert_M.long()]
@@ -123,7 +127,7 @@ def _maps(experts: nn.Module, name: str, rows_MK: Tensor, choices: SortedChoices
     return moe._grouped_linear(rows_MK, weight, choices.ends_X, bias=bias_MN, is_transposed=experts.is_transposed)
 
 
-def gated_products(experts: nn.Module) -> Products:
+def gated_products(experts: Any) -> Products:
     """Return the grouped products of Llama 4's experts, whose weights lie transposed: gate and up in one, then down."""
 
     def products(rows_MD: Tensor, choices: SortedChoices) -> Tensor:
@@ -144,7 +148,7 @@ def compute_experts_in_order(decoder: nn.Module) -> None:
 
 
 def _compute_in_order(experts: nn.Module, products: Products) -> None:
-    local = LocalExperts(experts.forward, experts.down_proj.shape[0], products)
+    local = LocalExperts(experts.forward, experts.get_parameter("down_proj").shape[0], products)
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args, **kwargs) -> Tensor:
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])

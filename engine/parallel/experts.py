@@ -7,6 +7,7 @@ other one, which gives the sizes of tensors and messages.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -252,10 +253,10 @@ def _beside_identity(inner, identity: int):
     return forward
 
 
-def dispatch_dense(moe: nn.Module, num_experts: int, group: Group, parts: int, fp8_exchange: str) -> None:
+def dispatch_dense(moe: Any, num_experts: int, group: Group, parts: int, fp8_exchange: str) -> None:
     """`dispatch` for Llama 4, whose experts take inputs that the router has scaled, as many for each expert.
 
-    moe: with `router` (hidden [T, D] -> scores [T, num_experts], 0 where not chosen), `shared_expert` and `experts`.
+    moe: a module with `router` (hidden [T, D] -> scores [T, num_experts], 0 where not chosen), `shared_expert` and `experts`.
     """
     experts = moe.experts
     width = experts.hidden_size

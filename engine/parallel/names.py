@@ -7,6 +7,7 @@ names that it has beside the usual ones are told by what they are made of.
 import re
 from dataclasses import astuple, dataclass, replace
 from functools import cache
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -73,7 +74,8 @@ def names_of(config: PreTrainedConfig) -> Names:
 @cache
 def _published(plan: tuple[tuple[str, str], ...]) -> Names:
     """plan: names of maps, with numbers of layers as *, and their styles."""
-    names, usual = Names(), {name for field in astuple(Names()) if isinstance(field, tuple) for name in field}
+    names = Names()
+    usual = {name for field in astuple(names) if isinstance(field, tuple) for name in field}
     for pattern, style in plan:
         parent, _, name = pattern.rpartition(".")
         block, field = parent.rpartition(".")[2], None
@@ -82,5 +84,6 @@ def _published(plan: tuple[tuple[str, str], ...]) -> Names:
         elif _MLP.search(block):
             field = _OF_MLP.get(style)
         if field is not None and name not in (*usual, *getattr(names, field)):
-            names = replace(names, **{field: (*getattr(names, field), name)})
+            changed: dict[str, Any] = {field: (*getattr(names, field), name)}
+            names = replace(names, **changed)
     return names

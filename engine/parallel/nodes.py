@@ -62,11 +62,11 @@ def _copy_file(path: Path, writes: bool, world: World) -> None:
             size = min(CHUNK_BYTES, num_bytes - start)
             chunk = torch.empty(size, dtype=torch.uint8)
             if source is not None:
-                source.readinto(chunk.numpy())
+                source.readinto(chunk.numpy().data)
             chunk = chunk.to(world.device)
             distributed.broadcast(chunk, src=0)
             if copy is not None:
-                copy.write(chunk.cpu().numpy())
+                copy.write(chunk.cpu().numpy().data)
     if writes:
         partial.replace(path)
 

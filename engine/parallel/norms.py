@@ -1,5 +1,7 @@
 """RMSNorms over features of which each rank of a group holds a part."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,11 +12,13 @@ from engine.parallel.mesh import Group
 
 def norm_over(norm: nn.Module, group: Group) -> None:
     """The mean of squares of [..., T, F] is over all ranks' features; a collective a call."""
-    epsilon = _epsilon(norm)
+    epsilon = required_epsilon(norm)
 
     def forward(hidden_TF: Tensor) -> Tensor:
         square_T1 = sum_over(hidden_TF.float().pow(2).sum(-1, keepdim=True), group) / (hidden_TF.shape[-1] * group.size)
-        return (norm.weight * (hidden_TF.float() * torch.rsqrt(square_T1 + epsilon)).to(hidden_TF.dtype)).to(hidden_TF.dtype)
+        normed_TF = (hidden_TF.float() * torch.rsqrt(square_T1 + epsilon)).to(hidden_TF.dtype)
+        weight_F: Any = norm.weight  # a tensor, which nn.Module does not say
+        return (weight_F * normed_TF).to(hidden_TF.dtype)
 
     norm.forward = forward
 
@@ -28,7 +32,7 @@ def norm_late(mixer: nn.Module, name: str, num_groups: int, group: Group) -> Non
     gives behind its result is a state for a cache that nobody reads, and is dropped.
     """
     run, norm = mixer.forward, mixer.get_submodule(name)
-    norm_own, epsilon, means = norm.forward, _epsilon(norm), []
+    norm_own, epsilon, means = norm.forward, required_epsilon(norm), []
     own_group, ranks = group.rank * num_groups // group.size, group.size // num_groups
 
     def norm_and_note(hidden_TF: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -57,7 +61,7 @@ def epsilon_of(norm: nn.Module) -> float | None:
     return next((value for value in named if value is not None), None)
 
 
-def _epsilon(norm: nn.Module) -> float:
+def required_epsilon(norm: nn.Module) -> float:
     """Return the epsilon of a norm that has one."""
     epsilon = epsilon_of(norm)
     assert epsilon is not None, f"{type(norm).__name__} does not name its epsilon"

@@ -95,7 +95,8 @@ class TargetPlan:
             self.cuts[f"{self.embedding}.weight"] = ShardSpec(0, (part_of_rows(table.num_embeddings, tp),))
 
     def _add(self, decoder: PreTrainedModel, name: str, module: nn.Module, mesh: TargetMesh) -> None:
-        cuts, names = {}, names_of(decoder.config)
+        names = names_of(decoder.config)
+        cuts: dict[str, ShardSpec] = {}
         if is_experts(module, names):
             self._add_experts(decoder, name, module, mesh)
         elif mesh.tp.size > 1 and is_attention(module, names):
@@ -129,7 +130,7 @@ class TargetPlan:
     def _add_experts(self, decoder: PreTrainedModel, name: str, module: nn.Module, mesh: TargetMesh) -> None:
         takes_choices = _takes_choices(module)
         if mesh.ep.size > 1:
-            num_experts = module.down_proj.shape[0]
+            num_experts = module.get_parameter("down_proj").shape[0]
             cuts = expert_cuts(module, num_experts, mesh.ep)
             self.experts[name] = num_experts
             self.counts[name] = {key: num_experts // mesh.ep.size for key in EXPERT_COUNTS if hasattr(module, key)}

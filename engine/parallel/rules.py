@@ -141,13 +141,16 @@ class AttentionHeads:
 
 def attention_cuts(module: nn.Module, heads: AttentionHeads, names: Names) -> tuple[dict[str, ShardSpec], list[str]]:
     """Cuts by parameter name, and the norms over all heads together. Raises Unshardable for a part that no rule knows."""
-    children, cuts, norms = dict(module.named_children()), {}, []
+    children = dict(module.named_children())
+    cuts: dict[str, ShardSpec] = {}
+    norms: list[str] = []
     for name, child in children.items():
-        cut = _attention_map(name, child, children, heads, names) if isinstance(child, nn.Linear) else None
-        if cut is None and isinstance(child, nn.Linear) and name in names.outputs:
-            raise Unshardable(f"{name} reads {child.in_features} features, which {heads.num_queries} heads do not divide")
-        if cut is not None:
-            cuts |= {f"{name}.{leaf}": leaf_cut for leaf, leaf_cut in linear_cuts(child, cut, heads.tp).items()}
+        if isinstance(child, nn.Linear):
+            cut = _attention_map(name, child, children, heads, names)
+            if cut is None and name in names.outputs:
+                raise Unshardable(f"{name} reads {child.in_features} features, which {heads.num_queries} heads do not divide")
+            if cut is not None:
+                cuts |= {f"{name}.{leaf}": leaf_cut for leaf, leaf_cut in linear_cuts(child, cut, heads.tp).items()}
         weight = getattr(child, "weight", None)
         if "norm" in name and weight is not None:
             normed = children.get(names.queries[0] if name.startswith("q") else names.keys[0])
@@ -157,7 +160,7 @@ def attention_cuts(module: nn.Module, heads: AttentionHeads, names: Names) -> tu
                 norms.append(name)
             elif weight.ndim == 2 and weight.shape[0] == count:
                 cuts[f"{name}.weight"] = ShardSpec(0, own)
-    indexer = children.get("indexer")
+    indexer: Any = children.get("indexer")
     if hasattr(indexer, "block_size"):  # it chooses blocks of keys for each key head
         if indexer.num_heads != heads.num_keys:
             raise Unshardable(f"its indexer chooses for {indexer.num_heads} heads, there are {heads.num_keys} key/value heads")
@@ -191,7 +194,7 @@ def _attention_map(
 
 def mlp_cuts(module: nn.Module, tp: Group, names: Names) -> dict[str, ShardSpec]:
     """Cuts by parameter name. Raises Unshardable if its width cannot be shared."""
-    cuts = {}
+    cuts: dict[str, ShardSpec] = {}
     for name, child in module.named_children():
         if not isinstance(child, nn.Linear) or name not in (*names.up, *names.fused_up, *names.down):
             continue
@@ -214,7 +217,8 @@ def expert_cuts(module: nn.Module, num_experts: int, ep: Group) -> dict[str, Sha
 
 def expert_slices(module: nn.Module, hidden_size: int, tp: Group, names: Names) -> dict[str, ShardSpec]:
     """A slice of every expert's width: columns of the maps up, rows of the map down; biases of that once."""
-    weights, cuts = dict(module.named_parameters(recurse=False)), {}
+    weights = dict(module.named_parameters(recurse=False))
+    cuts: dict[str, ShardSpec] = {}
     down = weights["down_proj"]
     transposed = getattr(module, "is_transposed", down.shape[2] == hidden_size and down.shape[1] != hidden_size)
     interleaved = not getattr(module, "is_concatenated", True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from torch import Tensor
+
 MUCH = 1.1
 
 
@@ -76,11 +78,15 @@ class Tokens:
 
     def _part(self, edges_R: Sequence[Sequence[int]]) -> "DocumentChunk":
         """edges_R: first document of each rank, and the first that is not in the part."""
-        rows, numbers, first_row, first_document = [], [], 0, 0
+        rows: list[slice] = []
+        numbers: list[int] = []
+        first_row = 0
+        first_document = 0
         for documents, (start, stop) in zip(self.documents_R, edges_R, strict=True):
             rows.append(slice(first_row + sum(documents[:start]), first_row + sum(documents[:stop])))
             numbers += range(first_document + start, first_document + stop)
-            first_row, first_document = first_row + sum(documents), first_document + len(documents)
+            first_row += sum(documents)
+            first_document += len(documents)
         documents_R = tuple(documents[start:stop] for documents, (start, stop) in zip(self.documents_R, edges_R, strict=True))
         own = slice(rows[self.rank].start - self.own.start, rows[self.rank].stop - self.own.start)
         return DocumentChunk(Tokens(documents_R, self.rank), own, tuple(rows), tuple(numbers))
@@ -113,7 +119,7 @@ class ByDocument(ABC):
     """Something that a forward hands down and that has a part for each document."""
 
     @abstractmethod
-    def of(self, documents: Sequence[int]) -> "ByDocument":
+    def of(self, documents: Sequence[int]) -> "ByDocument | Tensor":
         """The parts of some of the documents."""
 
 

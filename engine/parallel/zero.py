@@ -306,7 +306,8 @@ def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
 
     Raises FileNotFoundError if the checkpoint is incomplete.
     """
-    whole, weights = folder / tag / "mp_rank_00_model_states.pt", {}
+    whole = folder / tag / "mp_rank_00_model_states.pt"
+    weights: dict[str, torch.Tensor] = {}
     if whole.exists():  # below stage 3: the weights as they compute, the frozen ones among them
         weights |= torch.load(whole, map_location="cpu", weights_only=False)["module"]
     if not whole.exists() or any(whole.parent.glob("*_optim_states.pt")):  # above stage 0: the optimizer's, in fp32, in shards

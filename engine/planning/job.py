@@ -52,8 +52,8 @@ class Gpus:
         known = [full for full in _MEMORY_AND_LINK if name.lower() in full.lower()]
         if len(known) != 1:
             raise ValueError(f"no datasheet for {name!r}; use one of {known or sorted(_MEMORY_AND_LINK)}")
-        memory, link = _MEMORY_AND_LINK[known[0]]
-        memory = memory if memory_gb is None else memory_gb
+        published_gb, link = _MEMORY_AND_LINK[known[0]]
+        memory = published_gb if memory_gb is None else memory_gb
         return cls(PEAKS[known[0]], memory * 1e9, link * 1e9, network_gb_per_s * 1e9, per_node)
 
     def rate(self, num_ranks: int) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import comb
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -147,7 +148,10 @@ class TargetCost:
     def _share_of(self, name: str) -> float:
         """Of the tokens, those that a linear map reads: fewer where it is one expert's."""
         owner, _, rest = name.partition(".experts.")
-        return self._chosen / len(self.decoder.get_submodule(f"{owner}.experts")) if rest else 1.0
+        if not rest:
+            return 1.0
+        experts: Any = self.decoder.get_submodule(f"{owner}.experts")  # a list of them
+        return self._chosen / len(experts)
 
     def pair_flops(self, attention: nn.Module) -> int:
         """Scores and outputs of a layer for a pair of query and key."""
@@ -155,7 +159,7 @@ class TargetCost:
         config, output = self.config, next((read for read in reads if isinstance(read, nn.Linear)), None)
         heads = config.num_attention_heads
         values = heads * config.head_dim if output is None else output.in_features
-        latent = [getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
+        latent = [getattr(config, name, None) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
         return 2 * ((heads * sum(latent) if all(latent) else values) + values)
 
     def _attentions(self) -> Iterator[nn.Module]:
@@ -175,7 +179,7 @@ class TargetCost:
         """With tokens spread evenly: rows that come and go, and each chosen expert's copy of them."""
         width, ranks = self.config.hidden_size, self.mesh.ep.size
         experts = next(module for module in block.modules() if is_experts(module, names_of(self.config)))
-        features = experts.down_proj[0].numel() // width
+        features = experts.get_parameter("down_proj")[0].numel() // width
         split = self.mesh.tp.size if ranks == 1 else 1
         rows, choices = own * min(self._chosen, ranks) * split, own * self._chosen * split
         passing = (4 * rows * width + choices * (2 * width + 3 * features // split)) * self.itemsize
@@ -191,8 +195,10 @@ class TargetCost:
         for inner, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 cut = self.plan.cuts.get(f"{name}.{inner}.weight")
-                is_cut = cut is not None and cut.dim == 1
-                widest = max(widest, sum(stop - start for start, stop in cut.intervals) if is_cut else module.in_features)
+                width = module.in_features
+                if cut is not None and cut.dim == 1:
+                    width = sum(stop - start for start, stop in cut.intervals)
+                widest = max(widest, width)
         return round(tokens * widest * self._input_bytes)
 
     def _ranks_of_a_token(self, num_experts: int) -> float:

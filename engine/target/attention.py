@@ -10,6 +10,7 @@ from that, and the attention function does it, by the place in the document.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -106,11 +107,10 @@ def _tuned_here(decoder: PreTrainedModel) -> Iterator[None]:
     if not getattr(decoder.config, "attn_temperature_tuning", False):
         yield
         return
-    before = {
-        module: module.attn_temperature_tuning for module in decoder.modules() if hasattr(module, "attn_temperature_tuning")
-    }
+    with_option: list[Any] = [module for module in decoder.modules() if hasattr(module, "attn_temperature_tuning")]
+    before = {module: module.attn_temperature_tuning for module in with_option}
     token = _tuned.set(_tuned.get() | {module for module, is_tuned in before.items() if is_tuned and not module.use_rope})
-    for module in before:
+    for module in with_option:
         module.attn_temperature_tuning = False
     try:
         yield
@@ -120,7 +120,7 @@ def _tuned_here(decoder: PreTrainedModel) -> Iterator[None]:
         _tuned.reset(token)
 
 
-def _tuned_queries(module: nn.Module, query_1HTE: Tensor, masks: DocumentMasks) -> Tensor:
+def _tuned_queries(module: Any, query_1HTE: Tensor, masks: DocumentMasks) -> Tensor:
     """Scaled as Llama 4 does, by 1 + attn_scale * log(1 + floor((position + 1) / floor_scale))."""
     steps_T = ((masks.position_T + 1).float() / module.floor_scale).floor()
     return (query_1HTE * (steps_T.log1p() * module.attn_scale + 1)[:, None]).to(query_1HTE.dtype)
@@ -190,11 +190,13 @@ def _unknown(module, what) -> ValueError:
 
 def _attend(query_HTE: Tensor, key_GTE: Tensor, value_GTF: Tensor, masks: DocumentMasks, scores: Scores) -> Tensor:
     """[T, H, F]."""
-    if masks.reach is not None:
+    segments = masks.segments
+    if segments is not None:
         attention = choose_packed_attention(query_HTE.device, query_HTE.dtype)
-        return attention(query_HTE, key_GTE, value_GTF, masks.segments, scores)
-    parts = (x.split(masks.lengths, dim=1) for x in (query_HTE, key_GTE, value_GTF))
-    attended = [under_mask(*part, scores) for part in zip(*parts, masks.squares, strict=True)]
+        return attention(query_HTE, key_GTE, value_GTF, segments, scores)
+    queries, keys, values = (x.split(masks.lengths, dim=1) for x in (query_HTE, key_GTE, value_GTF))
+    documents = zip(queries, keys, values, masks.squares, strict=True)
+    attended = [under_mask(query, key, value, square, scores) for query, key, value, square in documents]
     return torch.cat(attended, dim=1).transpose(0, 1)
 
 

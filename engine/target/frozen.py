@@ -1,8 +1,9 @@
 """The frozen target, run online: packed documents in, what the draft learns from out."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,20 +55,22 @@ class ForwardCapture:
     """What the last forward of a captured model left behind."""
 
     def __init__(self, aux_layers: tuple[int, ...], num_streams: int = 1) -> None:
-        self._by_layer: dict[int, Tensor | None] = dict.fromkeys(aux_layers)
+        self._aux_layers = aux_layers
+        self._by_layer: dict[int, Tensor] = {}
         self._num_streams = num_streams
         self._last_hidden: Tensor | None = None
         self._embedded: tuple[Tensor, int] | None = None  # the rows, and their version counter when they were captured
 
     def aux(self) -> Tensor:
         """[batch, tokens, 3D], outputs of the auxiliary layers in ascending order, each the mean of its residual streams."""
-        skipped = [layer for layer, output in self._by_layer.items() if output is None]
+        skipped = [layer for layer in self._aux_layers if layer not in self._by_layer]
         if skipped:
             raise ValueError(f"target.aux_layers: layers {skipped} did not run on text alone; choose others")
-        return torch.cat([self._by_layer[layer] for layer in sorted(self._by_layer)], dim=-1)
+        return torch.cat([self._by_layer[layer] for layer in sorted(self._aux_layers)], dim=-1)
 
     def last_hidden(self) -> Tensor:
         """[batch, tokens, D], the state after the final norm: what the LM head reads."""
+        assert self._last_hidden is not None, "no forward was captured"
         return self._last_hidden
 
     def embedded(self) -> Tensor | None:
@@ -149,7 +152,8 @@ class FrozenTarget:
             rotate_by_length(self.decoder)
         self.mesh, self.plan = mesh, plan or TargetPlan()
         compute_experts_in_order(self.decoder)
-        table, head = model.get_input_embeddings(), head_of(model)
+        table: Any = model.get_input_embeddings()
+        head = head_of(model)
         self.is_tied = head.weight_VD.data_ptr() == table.weight.data_ptr()
         if mesh.size > 1:
             self.decoder.set_attn_implementation(NAME if self.packs else ONE)  # also for configs that modules copy
@@ -157,7 +161,8 @@ class FrozenTarget:
                 self.plan = cut_decoder(self.decoder, mesh)
                 cut_head(model, mesh.tp, self.is_tied)
             let_exchange(self.decoder, self.plan, mesh, self.packs)
-        self.dtype, self.device = table.weight.dtype, table.weight.device
+        self.dtype: torch.dtype = table.weight.dtype
+        self.device: torch.device = table.weight.device
         self.embedding: TargetEmbedding | SharedEmbedding = TargetEmbedding(table.weight)
         if self.plan.embedding is not None:
             self.embedding = SharedEmbedding(table.weight, VocabShard(table.num_embeddings, mesh.tp))
@@ -284,7 +289,9 @@ class FrozenTarget:
         """Compare our head, or our part, with the model's logits on two tokens: remote families may do more than we know."""
         ids_1T = torch.arange(2, device=self.device)[None]
         tp = self.mesh.tp
-        shared = self._forward_of(Tokens(((2,),) * tp.size, tp.rank)) if self.mesh.size > 1 else nullcontext({})
+        shared: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
+        if self.mesh.size > 1:
+            shared = self._forward_of(Tokens(((2,),) * tp.size, tp.rank))
         with capture(self.model, self.aux_layers) as seen, shared as arguments:
             expected = self.model(input_ids=ids_1T, use_cache=False, **arguments).logits.float()
         ours = replace(head, temperature=1.0).logits(seen.last_hidden())

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 
 from engine.kernels.check_cases import Case, draw
 from engine.kernels.self_check import SelfCheck, check_kernel
-from engine.parallel.norms import epsilon_of
+from engine.parallel.norms import epsilon_of, required_epsilon
 
 NORM, MLP, ROTARY = KINDS = ("RMSNorm", "SwiGLU", "rotary")
 ROTATE = "apply_rotary_pos_emb"  # the name that attention modules of Transformers call
@@ -37,6 +38,7 @@ SCALES = (3.0, 30.0)  # of an MLP's inputs; the larger one meets the limits of c
 SETTINGS = (bool, int, float, str, tuple, list, type(None))
 NOT_SETTINGS = {"training", "layer_idx", "layer_id"}
 Sizes = frozenset[tuple[int, int]]  # widths of heads, and of the tables that rotate them
+Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -231,13 +233,14 @@ def _check_norm(module: nn.Module, checks: _Checks) -> _Candidate:
     return _Candidate(NORM, problem, partial(_replace_norm, module, form, checks))
 
 
-def _norm_form(module: nn.Module, checks: _Checks) -> tuple[NormForm, str]:
+def _norm_form(module: Any, checks: _Checks) -> tuple[NormForm, str]:
     """Return the form nearest to a norm, and what is wrong with it.
 
     Several can be within the bound: in 16 bits they differ by a rounding.
     """
     (width,) = module.weight.shape
-    eps, operations = epsilon_of(module), checks.operations
+    eps = required_epsilon(module)
+    operations = checks.operations
     copies = -(-MANY_ROWS // NUM_ROWS) if width <= NARROW else 1
     leaves = draw(NUM_ROWS, width, seed=1), 1 + draw(width, seed=2, scale=0.25)
 
@@ -261,9 +264,9 @@ def _norm_form(module: nn.Module, checks: _Checks) -> tuple[NormForm, str]:
     return NORM_FORMS[best], problems[best]
 
 
-def _replace_norm(module: nn.Module, form: NormForm, checks: _Checks) -> None:
+def _replace_norm(module: Any, form: NormForm, checks: _Checks) -> None:
     own = module.forward
-    eps = epsilon_of(module)
+    eps = required_epsilon(module)
     rms_norm = checks.operations.rms_norm
     dtype = checks.dtype
 
@@ -279,12 +282,12 @@ def _replace_norm(module: nn.Module, form: NormForm, checks: _Checks) -> None:
 class _Part(nn.Module):
     """A stand-in for a linear map: gives one half of its input's features, or all of them."""
 
-    def __init__(self, half: int | None = None) -> None:
+    def __init__(self, place: int | None = None) -> None:
         super().__init__()
-        self.half = half
+        self.place = place
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.half is None else x.chunk(2, -1)[self.half]
+        return x if self.place is None else x.chunk(2, -1)[self.place]
 
 
 def _is_silu_mlp(module: nn.Module) -> bool:
@@ -323,7 +326,7 @@ def _mlp_problem(module: nn.Module, width: int, checks: _Checks) -> str:
     return checks.problem(MLP, *cases)
 
 
-def _replace_mlp(module: nn.Module, checks: _Checks) -> None:
+def _replace_mlp(module: Any, checks: _Checks) -> None:
     swiglu = checks.operations.swiglu
     dtype = checks.dtype
 
@@ -360,7 +363,7 @@ class _Rotary:
         sizes, problem = self._checks.once((own, head_dim), partial(self._sizes, own, head_dim))
         return _Candidate(ROTARY, problem, partial(self._replace, module, own, sizes))
 
-    def _sizes(self, own: Callable[..., object], head_dim: object) -> tuple[Sizes, str]:
+    def _sizes(self, own: Rotate, head_dim: object) -> tuple[Sizes, str]:
         """Return for which widths of heads and tables the operations agree, and what is wrong.
 
         Some functions rotate the first features of wider heads, others are given those alone.
@@ -379,14 +382,14 @@ class _Rotary:
                 problems.append(problem)
         return frozenset(agree), "" if agree else problems[0]
 
-    def _case(self, own: Callable[..., object], head_dim: int, width: int) -> Case:
+    def _case(self, own: Rotate, head_dim: int, width: int) -> Case:
         num_heads, num_groups = 4, 2
         shape = 2, NUM_ROWS  # documents and their tokens
         angle_BTE = draw(*shape, width // 2, seed=3).repeat(1, 1, 2)
         query_BTHE = draw(*shape, num_heads, head_dim, seed=1)
         key_BTGE = draw(*shape, num_groups, head_dim, seed=2)
 
-        def run(rotate: Callable[..., tuple[Tensor, Tensor]], query, key, cos, sin) -> tuple[Tensor, ...]:
+        def run(rotate: Rotate, query, key, cos, sin) -> tuple[Tensor, ...]:
             # A family may read what it has rotated again, so the arguments are compared as well.
             query, key = query.clone().transpose(1, 2), key.clone().transpose(1, 2)
             return *rotate(query, key, cos, sin), query, key
@@ -425,10 +428,10 @@ class _Rotary:
                     cos, sin = unknown, unknown
                 yield cos, sin
 
-    def _replace(self, module: nn.Module, own: Callable[..., object], sizes: Sizes) -> None:
+    def _replace(self, module: nn.Module, own: Rotate, sizes: Sizes) -> None:
         forward = type(module).forward
         key = "globals", id(forward.__globals__), sizes
-        of_module = self._checks.once(key, partial(self._globals, forward, own, sizes))
+        of_module = self._checks.once(key, partial(self._globals, forward.__globals__, own, sizes))
         rebuilt = FunctionType(
             forward.__code__,
             of_module,
@@ -439,21 +442,21 @@ class _Rotary:
         rebuilt.__kwdefaults__ = forward.__kwdefaults__
         module.forward = MethodType(rebuilt, module)
 
-    def _globals(self, forward: FunctionType, own: Callable[..., object], sizes: Sizes) -> dict[str, object]:
-        """Return the global names of a modeling module, with a fused function in one place."""
+    def _globals(self, names: dict[str, Any], own: Rotate, sizes: Sizes) -> dict[str, Any]:
+        """Return the global names of a modeling module, with a fused function in one place. names: as they are."""
         fused_rotate = self._checks.operations.rotate
         dtype = self._checks.dtype
 
-        def rotate(*arguments, **options) -> object:
+        def rotate(*arguments, **options) -> tuple[Tensor, Tensor]:
             is_checked = len(arguments) == 4 and options in ({}, {"unsqueeze_dim": 1})
             if is_checked and _is_rotatable(arguments, sizes, dtype):
                 return fused_rotate(*arguments)
             return own(*arguments, **options)
 
-        return forward.__globals__ | {ROTATE: rotate}
+        return names | {ROTATE: rotate}
 
 
-def _is_rotatable(arguments: tuple[object, ...], sizes: Sizes, dtype: torch.dtype) -> bool:
+def _is_rotatable(arguments: tuple[Any, ...], sizes: Sizes, dtype: torch.dtype) -> bool:
     """Return whether queries, keys and tables are of kinds that were checked."""
     if not all(isinstance(x, Tensor) and x.dtype == dtype for x in arguments):
         return False

@@ -86,7 +86,8 @@ class TargetHead:
         """Largest logit, its first token and log-sum-exp of each row, from logits held at once."""
         fused = choose_head_stats(hidden_ND.device)
         if fused is not None:
-            return fused(self.product(hidden_ND), self.transform)
+            best_N, argmax_N, lse_N = fused(self.product(hidden_ND), self.transform)
+            return best_N, argmax_N, lse_N
         logits_NV = self.logits(hidden_ND)
         best_N, argmax_N = logits_NV.max(dim=-1)
         # In the place of the logits, so that there are never two of this size.

@@ -1,5 +1,7 @@
 """Reading a target: its weights straight to the device, or, to see whether they fit, their names and shapes alone."""
 
+from typing import Any
+
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -79,7 +81,7 @@ def _text_without_weights(
 def _read_generation_config(model: PreTrainedModel, section: TargetSection) -> None:
     """Give a model the generation config of its folder, which may name more end tokens than its config does."""
     if find_published(section.path, GENERATION_CONFIG_NAME, section.revision) is not None:
-        found = GenerationConfig.from_pretrained(section.path, revision=section.revision)
+        found = GenerationConfig.from_pretrained(section.path, revision=section.revision or "main")
         model.generation_config = found
 
 
@@ -89,7 +91,8 @@ def _read_by_transformers(config: PreTrainedConfig, section: TargetSection, devi
     Raises MisfitError, listing them, for weights that the checkpoint lacks, does not know or has in another shape.
     """
     find_weight_files(section.path, section.revision).check()
-    model, seen = auto_class(config).from_pretrained(
+    # A model and what was found of it; Transformers declares the model alone.
+    loaded: Any = auto_class(config).from_pretrained(
         section.path,
         config=config,
         dtype=dtype_of(section, device),
@@ -98,6 +101,7 @@ def _read_by_transformers(config: PreTrainedConfig, section: TargetSection, devi
         output_loading_info=True,
         **section.hub_arguments,
     )
+    model, seen = loaded
     problems = [f"{name}: missing" for name in sorted(seen["missing_keys"])]
     problems += [f"{name}: no such weight" for name in sorted(seen["unexpected_keys"])]
     for name, shape, expected in sorted(seen["mismatched_keys"]):

@@ -9,7 +9,7 @@ Whatever else there is, such as an overlay of a family's own, is evaluated on ea
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -74,9 +74,12 @@ class DocumentMasks(ByDocument):
         return to_device(torch.cat([torch.arange(length) for length in self.lengths]), self.device)
 
     @cached_property
-    def segments(self) -> Segments:
-        """What `reach` says to attention: chunks see each other as little as documents do."""
-        lengths, chunk = self.lengths, self.reach.chunk
+    def segments(self) -> Segments | None:
+        """What `reach` says to attention: chunks see each other as little as documents do. None = the squares say it."""
+        if self.reach is None:
+            return None
+        lengths = self.lengths
+        chunk = self.reach.chunk
         if chunk is not None:
             lengths = tuple(min(chunk, length - start) for length in lengths for start in range(0, length, chunk))
         return Segments(lengths, self.device, self.reach.window)
@@ -170,7 +173,7 @@ class _Found:
     chunk: int | None = None
     facts: list[Tensor] = field(default_factory=list)
 
-    def add(self, kind: str | None, held: dict[str, Any], in_document: bool) -> bool:
+    def add(self, kind: str | None, held: Mapping[str, Any], in_document: bool) -> bool:
         """Take a condition in; False if it is none that we know. in_document: whether it counts from a document's start."""
         if kind == "causal":
             self.is_causal = True
@@ -219,7 +222,7 @@ def _kinds() -> dict[Any, str]:
     return {function.__code__: kind for kind, function in functions.items()}
 
 
-def _conditions(mask_function: MaskFunction, in_document: bool = False) -> Iterator[tuple[str | None, dict[str, Any], bool]]:
+def _conditions(mask_function: MaskFunction, in_document: bool = False) -> Iterator[tuple[str | None, Mapping[str, Any], bool]]:
     """Conditions that all have to hold: kind (None = unknown), what its function closes over, whether `remap` precedes it."""
     kind = _kinds().get(getattr(mask_function, "__code__", None))
     held = inspect.getclosurevars(mask_function).nonlocals if kind else {}
@@ -236,7 +239,7 @@ def _conditions(mask_function: MaskFunction, in_document: bool = False) -> Itera
 def _kinds_are_as_known() -> bool:
     """Whether the installed Transformers means by its masks what `Reach` says."""
     cpu, unpadded = torch.device("cpu"), torch.zeros(1, dtype=torch.int64)
-    pairs = (
+    pairs: tuple[tuple[Reach, Callable[..., Any]], ...] = (  # Transformers declares them for numbers
         (Reach(), masking_utils.causal_mask_function),
         (Reach(window=3), masking_utils.sliding_window_causal_mask_function(3)),
         (Reach(chunk=3), masking_utils.chunked_causal_mask_function(3, unpadded)),

@@ -29,18 +29,19 @@ def _by_length(module: nn.Module, limits: set[int]) -> None:
     def forward(x: Tensor, position_ids: Tensor, *others, **options) -> tuple[Tensor, Tensor]:
         row = row_of_forward.get(None)
         lengths = torch.tensor(() if row is None else row.lengths, dtype=torch.long)
-        passed_L = sum((lengths > limit).long() for limit in limits)
+        passed_L = sum(((lengths > limit).long() for limit in limits), start=torch.zeros_like(lengths))
         kinds = passed_L.unique()
         if len(kinds) < 2 or lengths.sum() != position_ids.shape[-1]:
             return inner(x, position_ids, *others, **options)
-        cos_1TE = sin_1TE = None
-        for kind in kinds:
-            is_own_T = to_device((passed_L == kind).repeat_interleave(lengths), x.device)
-            # the others' positions must not make its documents look longer
-            own_cos, own_sin = inner(x, position_ids * is_own_T, *others, **options)
+        on_host = [(passed_L == kind).repeat_interleave(lengths) for kind in kinds]
+        is_own_KT = [to_device(is_own_T, x.device) for is_own_T in on_host]
+        # the others' positions must not make the documents of a kind look longer
+        tables = [inner(x, position_ids * is_own_T, *others, **options) for is_own_T in is_own_KT]
+        cos_1TE, sin_1TE = tables[0]
+        for is_own_T, (own_cos, own_sin) in zip(is_own_KT[1:], tables[1:], strict=True):
             is_own_T1 = is_own_T[:, None]
-            cos_1TE = own_cos if cos_1TE is None else torch.where(is_own_T1, own_cos, cos_1TE)
-            sin_1TE = own_sin if sin_1TE is None else torch.where(is_own_T1, own_sin, sin_1TE)
+            cos_1TE = torch.where(is_own_T1, own_cos, cos_1TE)
+            sin_1TE = torch.where(is_own_T1, own_sin, sin_1TE)
         return cos_1TE, sin_1TE
 
     module.forward = forward

@@ -71,7 +71,7 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
-def layers_of(decoder: nn.Module) -> nn.ModuleList:
+def layers_of(decoder: PreTrainedModel) -> nn.ModuleList:
     count = num_layers(decoder.config)
     for child in decoder.children():
         if isinstance(child, nn.ModuleList) and len(child) == count:

@@ -1,7 +1,7 @@
 """Checkpoints in the quantised layouts that they are published in: a quantised weight is read where it is quantised."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,7 +181,7 @@ def forget_quantisation(config: PreTrainedConfig) -> None:
 
 def quantisation_facts(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the quantisation settings of a config as a dict; empty if its checkpoint is not quantised."""
-    quantised = next((found for found in map(_published_facts, _levels(config)) if found), {})
+    quantised: Any = next((found for found in map(_published_facts, _levels(config)) if found), {})
     facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
     return facts | (facts.get("quantization") or {})  # older ModelOpt nests it
 
@@ -224,6 +224,11 @@ def check_quantisation(config: PreTrainedConfig, path: str, is_shared: bool) -> 
             problem = f"target.path={path}: is quantised by {facts.get('quant_method')!r}, which Transformers reads"
             raise ValueError(f"{problem} with the package accelerate; pip install accelerate")
         return
+    raise _unreadable(facts, path, can_be_alone)
+
+
+def _unreadable(facts: dict[str, Any], path: str, can_be_alone: bool) -> ValueError:
+    """Return the error for a quantisation in no layout of `LAYOUTS`; can_be_alone: whether Transformers reads it."""
     details = {key: facts.get(key) for key in ("quant_method", "quant_algo", "format") if facts.get(key) is not None}
     method = ", ".join(f"{key} {value!r}" for key, value in details.items()) or "a method that it does not name"
     known = ", ".join(LAYOUTS.values())
@@ -231,7 +236,7 @@ def check_quantisation(config: PreTrainedConfig, path: str, is_shared: bool) -> 
     advice = "name a checkpoint in one of these or in bfloat16"
     if can_be_alone:
         advice += ", or set parallel.tp_size=1 and ep_size=1, where Transformers reads it"
-    raise ValueError(f"{problem}; {advice}")
+    return ValueError(f"{problem}; {advice}")
 
 
 @dataclass(frozen=True)
@@ -313,13 +318,13 @@ def open_checkpoint(
     if not facts:
         return Checkpoint(path, revision)
     if layout is None:
-        check_quantisation(config, path, is_shared=True)
+        raise _unreadable(facts, path, is_left_to_transformers(config))
     forget_quantisation(config)
     if layout == "fp8":
         block = tuple(facts["weight_block_size"])
         checkpoint: Checkpoint = Fp8Checkpoint(path, revision, block, block[1] if fp8_activations else None)
     else:
-        readers = {
+        readers: dict[str, Callable[[str, str | None], Checkpoint]] = {
             "mxfp4": Mxfp4Checkpoint,
             "int4": Int4Checkpoint,
             "scaled_fp8": ScaledCheckpoint,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
 from engine.kernels import choose_fp8_activations, choose_fp8_linear, reference
@@ -29,6 +30,13 @@ class QuantisedWeight(Tensor):
     multiplied by it, their inputs that share a scale, counted from the first that this part of the weight reads.
     """
 
+    codes: Tensor
+    scale: Tensor
+    block: tuple[int, ...]
+    meanings: tuple[float, ...] | None
+    packing: tuple[int, ...]
+    row_group: int | None
+
     @staticmethod
     def __new__(
         cls,
@@ -44,12 +52,16 @@ class QuantisedWeight(Tensor):
         shape = [size * values for size, values in zip(codes.shape, packing, strict=True)]
         with torch.inference_mode(False):  # within it a view of a tensor from outside must be one from outside
             weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
-        weight.codes, weight.scale, weight.block = codes, scale, tuple(block)
-        weight.meanings, weight.packing, weight.row_group = meanings, packing, row_group
+        weight.codes = codes
+        weight.scale = scale
+        weight.block = tuple(block)
+        weight.meanings = meanings
+        weight.packing = packing
+        weight.row_group = row_group
         return weight
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> int:  # type: ignore[override]  # torch's stubs declare it writable, which it is not
         """What it takes in memory."""
         return self.codes.nbytes + self.scale.nbytes
 
@@ -84,13 +96,20 @@ class QuantisedWeight(Tensor):
             return _PRODUCTS.get(func, func)(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares a plain function in place of the class method
+        cls, func: OpOverload, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _KEEPERS and (kept := _KEEPERS[func](*args, **kwargs)) is not None:
             return kept
         assert not (func._schema.is_mutable and isinstance(args[0], cls)), f"{func} would write to a quantised weight"
         args, kwargs = tree_map_only(cls, cls.dequantised, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def plain_tensor(weight: Tensor) -> Tensor:
+    """Return the values of a weight that may be quantised: it is dequantised if it is, and returned as it is if not."""
+    return weight.dequantised() if isinstance(weight, QuantisedWeight) else weight
 
 
 @cache
@@ -184,13 +203,15 @@ def _slice(
 
 @_keeps(aten.cat.default)
 def _cat(weights: Sequence[Tensor], dim: int = 0) -> QuantisedWeight | None:
-    kinds = {(w.meanings, w.packing, w.dtype, w.row_group) if isinstance(w, QuantisedWeight) else None for w in weights}
-    if len(kinds) > 1 or None in kinds:
+    quantised = [weight for weight in weights if isinstance(weight, QuantisedWeight)]
+    kinds = {(weight.meanings, weight.packing, weight.dtype, weight.row_group) for weight in quantised}
+    if len(quantised) < len(weights) or len(kinds) > 1:
         return None
-    block = [gcd(*sizes) for sizes in zip(*(weight.block for weight in weights), strict=True)]
-    block[dim] = gcd(block[dim], *(weight.shape[dim] for weight in weights[:-1]))
-    codes = torch.cat([weight.codes for weight in weights], dim)
-    return weights[0]._like(codes, torch.cat([weight._scale_of(block) for weight in weights], dim), block=block)
+    block = [gcd(*sizes) for sizes in zip(*(weight.block for weight in quantised), strict=True)]
+    block[dim] = gcd(block[dim], *(weight.shape[dim] for weight in quantised[:-1]))
+    codes = torch.cat([weight.codes for weight in quantised], dim)
+    scale = torch.cat([weight._scale_of(block) for weight in quantised], dim)
+    return quantised[0]._like(codes, scale, block=block)
 
 
 @_keeps(aten.stack.default)
@@ -200,9 +221,9 @@ def _stack(weights: Sequence[Tensor], dim: int = 0) -> QuantisedWeight | None:
     return _cat([_unsqueeze(weight, 0) for weight in weights])
 
 
-def _product(weight: Tensor) -> Callable[..., Tensor] | None:
+def _product(weight: QuantisedWeight) -> Callable[..., Tensor] | None:
     """The product on the chip with a weight in fp8, where there is one."""
-    if not isinstance(weight, QuantisedWeight) or weight.codes.dtype != torch.float8_e4m3fn:
+    if weight.codes.dtype != torch.float8_e4m3fn:
         return None
     if weight.row_group is None:
         return choose_fp8_linear(weight.codes.device)
@@ -217,22 +238,25 @@ def _as_multiplied(rows_MK: Tensor, weight: Tensor) -> Tensor:
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product, rows_MK = _product(weight), rows.reshape(-1, rows.shape[-1])
-    if product is None:
-        return F.linear(_as_multiplied(rows_MK, weight).view(rows.shape), weight, bias)
-    out_MN = product(rows_MK, weight.codes[None], weight.scale[None], weight.block)
-    out = out_MN.view(*rows.shape[:-1], -1)
-    return out if bias is None else out + bias
+    rows_MK = rows.reshape(-1, rows.shape[-1])
+    if isinstance(weight, QuantisedWeight) and (product := _product(weight)) is not None:
+        out_MN = product(rows_MK, weight.codes[None], weight.scale[None], weight.block)
+        out = out_MN.view(*rows.shape[:-1], -1)
+        return out if bias is None else out + bias
+    return F.linear(_as_multiplied(rows_MK, weight).view(rows.shape), weight, bias)
 
 
 def _grouped_mm(rows_MK: Tensor, weight_XKN: QuantisedWeight, *, offs: Tensor, **others: None) -> Tensor:
     """As Transformers calls it: rows sorted by expert, and where each one's end."""
     assert not any(others.values()), "Transformers asks for no bias and no other dtype"
-    weight_XNK = weight_XKN.transpose(1, 2)
+    weight_XNK = _transpose(weight_XKN, 1, 2)
     if product := _product(weight_XNK):
         return product(rows_MK, weight_XNK.codes, weight_XNK.scale, weight_XNK.block[1:], offs)
     rows_MK = _as_multiplied(rows_MK, weight_XNK)
-    return reference.grouped_linear(rows_MK, lambda expert: weight_XNK[expert].dequantised(), weight_XNK.shape[1], offs)
+    return reference.grouped_linear(rows_MK, lambda expert: plain_tensor(weight_XNK[expert]), weight_XNK.shape[1], offs)
 
 
-_PRODUCTS = {F.linear: _linear, torch._grouped_mm: _grouped_mm}  # F.grouped_mm calls the latter
+_PRODUCTS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: _linear,
+    torch._grouped_mm: _grouped_mm,  # F.grouped_mm calls it
+}

@@ -75,8 +75,9 @@ def _named_by_index(path: str, index_path: Path, revision: str | None, is_safete
         neighbour = index_path.parent / name
         return neighbour if neighbour.is_file() else find_published(path, name, revision)
 
-    paths = {name: find(name) for name in names}
-    missing = [name for name, found in paths.items() if found is None]
+    found = {name: find(name) for name in names}
+    paths = {name: file for name, file in found.items() if file is not None}
+    missing = [name for name in names if name not in paths]
     if missing:
         listed = ", ".join(missing[:SHOWN])
         problem = f"{len(missing)} of the {len(names)} files of {index_path.name} are missing: {listed}"

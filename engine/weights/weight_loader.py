@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from engine.models.target_families import num_layers, text_config
 from engine.parallel.rules import ShardSpec
-from engine.weights.quantised_weight import QuantisedWeight
+from engine.weights.quantised_weight import QuantisedWeight, plain_tensor
 from engine.weights.weight_reader import Checkpoint, MisfitError
 
 OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -100,7 +100,7 @@ def check_fit(
 
 def _fitting_plan(
     model: PreTrainedModel,
-    whole: Mapping[str, Tensor],
+    whole: dict[str, Tensor],
     checkpoint: Checkpoint,
     wrapper: PreTrainedModel | None,
     dropped: Collection[str],
@@ -122,8 +122,9 @@ def keep_in_float32(model: PreTrainedModel) -> None:
     pattern, group_of, _ = build_glob_alternation(list(wanted))
     for name, tensor in model.state_dict(keep_vars=True).items():
         match = pattern.search(name)
-        if match is not None and tensor.is_floating_point():
-            tensor.data = tensor.data.to(wanted[group_of[match.lastgroup]])
+        if match is not None and match.lastgroup is not None and tensor.is_floating_point():
+            dtype = wanted[group_of[match.lastgroup]]
+            tensor.data = tensor.data.to(dtype)
 
 
 def _put(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
@@ -134,7 +135,7 @@ def _put(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = tensor
     else:
         module._buffers[leaf] = tensor
-    tensor._is_hf_initialized = True
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # the mark that Transformers looks for
 
 
 def own_bytes(tensor: Tensor, cut: ShardSpec | None) -> int:
@@ -147,7 +148,7 @@ def own_bytes(tensor: Tensor, cut: ShardSpec | None) -> int:
 class _Names:
     """What a model calls the tensors of a checkpoint, by Transformers' conversion rules."""
 
-    def __init__(self, model: PreTrainedModel, whole: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, whole: dict[str, Tensor]) -> None:
         rules = get_model_conversion_mapping(model)
         self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -163,7 +164,7 @@ class _Names:
 
 def _plan(
     model: PreTrainedModel,
-    whole: Mapping[str, Tensor],
+    whole: dict[str, Tensor],
     checkpoint: Checkpoint,
     wrapper: PreTrainedModel | None,
     dropped: Collection[str],
@@ -185,14 +186,16 @@ def _plan(
             problems.append(f"{key}: no such weight")
     plan = []
     for name, found in sources.items():
-        rule = by_pattern.get(found[0][1])
+        first_key, first_pattern = found[0]
+        rule = None if first_pattern is None else by_pattern.get(first_pattern)
         targets = rule.target_patterns if rule else [name]
         made = tuple(name.replace(targets[0], target) for target in targets)
-        shape, expected = checkpoint.shape(found[0][0]), list(whole[name].shape)
+        shape = checkpoint.shape(first_key)
+        expected = list(whole[name].shape)
         if rule is None and len(found) > 1:
             problems.append(f"{' and '.join(key for key, _ in found)}: are both {name}")
         if rule is None and shape != expected:
-            problems.append(f"{found[0][0]}: has shape {shape}, the config says {expected}")
+            problems.append(f"{first_key}: has shape {shape}, the config says {expected}")
         plan.append(_Parameter(made, tuple(found), rule))
     there = {name for parameter in plan for name in parameter.names}
     missing = sorted(set(whole) - there - _tied_to(model, there))
@@ -239,8 +242,9 @@ def _read(
     parameter: _Parameter, cuts: Mapping[str, ShardSpec], checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device
 ) -> dict[str, Tensor]:
     first = parameter.names[0]
+    cut = cuts.get(first)
     if parameter.rule is None:
-        cut, ((key, _),) = cuts.get(first), parameter.sources
+        ((key, _),) = parameter.sources
         tensor = checkpoint.read(key, cut)
         return {first: cut.of(tensor) if cut is not None and cut.zeros else tensor}
     experts: dict[int, list[tuple[str, str | None]]] = {}
@@ -248,29 +252,39 @@ def _read(
         if number := OF_EXPERT.search(key):
             experts.setdefault(int(number[1]), []).append((key, pattern))
     if not experts:
-        converted = _converted(parameter, parameter.sources, checkpoint, model)
+        converted = _converted(parameter.rule, first, parameter.sources, checkpoint, model)
         return {name: cuts[name].of(tensor) if name in cuts else tensor for name, tensor in converted.items()}
-    cut = cuts.get(first)
-    of_experts = cut is not None and not cut.zeros and cut.dim == 0
-    own = sorted(experts) if not of_experts else [e for start, stop in cut.intervals for e in range(start, stop)]
-    together = None
+    own = sorted(experts)
+    cut_of_each = cut
+    if cut is not None and not cut.zeros and cut.dim == 0:
+        own = [expert for start, stop in cut.intervals for expert in range(start, stop)]
+        cut_of_each = None
+    together: Tensor | None = None
     for place, expert in enumerate(own):
-        part = _converted(parameter, experts[expert], checkpoint, model)[first]
-        part = cut.of(part) if cut is not None and not of_experts else part
+        part = _converted(parameter.rule, first, experts[expert], checkpoint, model)[first]
+        part = part if cut_of_each is None else cut_of_each.of(part)
         part = _held(part, first, checkpoint, model, device)
-        together = part.new_empty(len(own), *part.shape[1:]) if together is None else together
+        if together is None:
+            together = part.new_empty(len(own), *part.shape[1:])
         together[place] = part[0]
+    assert together is not None, f"this rank holds no expert of {first}"
     return {first: together}
 
 
 def _converted(
-    parameter: _Parameter, sources: Sequence[tuple[str, str | None]], checkpoint: Checkpoint, model: PreTrainedModel
+    rule: WeightConverter,
+    name: str,
+    sources: Sequence[tuple[str, str | None]],
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
 ) -> dict[str, Tensor]:
-    """What the rule makes of some of its tensors, one at a time where they are an expert's."""
-    rule = deepcopy(parameter.rule)
+    """What a rule makes of some of its tensors, one at a time where they are an expert's. name: its first parameter."""
+    rule = deepcopy(rule)
     for key, pattern in sources:
-        rule.add_tensor(parameter.names[0], key, pattern, checkpoint.read(key))
-    made = rule.convert(parameter.names[0], model=model, config=model.config)
+        assert pattern is not None, f"{key} is converted, so it fits a pattern"
+        tensor = checkpoint.read(key)
+        rule.add_tensor(name, key, pattern, tensor)  # type: ignore[arg-type]  # declared for futures, and takes tensors too
+    made = rule.convert(name, model=model, config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
@@ -280,8 +294,9 @@ def _held(tensor: Tensor, name: str, checkpoint: Checkpoint, model: PreTrainedMo
     owner = model.get_submodule(owner_name)
     if isinstance(tensor, QuantisedWeight):
         is_factor = tensor.ndim == 3 or (isinstance(owner, nn.Linear) and owner is not model.get_output_embeddings())
+        stays_quantised = is_factor and checkpoint.keeps(tensor)
         tensor = tensor.to(device)
-        tensor = tensor if checkpoint.keeps(tensor) and is_factor else tensor.dequantised()
+        tensor = tensor if stays_quantised else plain_tensor(tensor)
     # to the device first: it converts faster than the host, which then needs no room for the result
     return tensor.to(device).to(getattr(owner, leaf).dtype)
 

@@ -1,7 +1,9 @@
 """The EAGLE-3 draft: parameter names and shapes are those of SGLang's `LlamaForCausalLMEagle3`."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,6 +17,14 @@ from engine.kernels.recompute import recomputed
 from engine.kernels.row_index import take_rows
 from engine.models.eagle3.draft_config import DraftConfig
 from engine.models.vocab_map import VocabMap
+
+
+class ExtendableKeys(Protocol):
+    """Keys and values of one layer, to which a step adds its own."""
+
+    def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> "LayerKeys":
+        """Return the keys and values with those of this step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -194,7 +204,7 @@ class Eagle3Draft(nn.Module):
         return target_embed_TD if self.embed_projection is None else self.embed_projection(target_embed_TD)
 
     def step(
-        self, embed_QD, state_QD, position_Q: torch.Tensor, keys: list[LayerKeys], rows_R=None
+        self, embed_QD, state_QD, position_Q: torch.Tensor, keys: Sequence[ExtendableKeys], rows_R=None
     ) -> tuple[torch.Tensor, list[LayerKeys]]:
         """One TTT or drafting step: token embeddings and states of rows [Q, D] -> pre-norm outputs [Q, D], keys with theirs.
 
