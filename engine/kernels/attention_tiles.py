@@ -46,24 +46,25 @@ DEFAULTS = {
 }
 
 # With 99 KiB of shared memory: two small programs share a multiprocessor.
-_SMALL = {
+_SMALL: TileTable = {
     "forward": {64: (Tile(64, 64, 4, 3),), 128: (Tile(64, 64, 4, 2), Tile(128, 32, 8, 3))},
     "rows": {64: (Tile(64, 64, 4, 3),), 128: (Tile(64, 32, 4, 2),)},
     "keys": {64: (Tile(64, 64, 4, 3),), 128: (Tile(32, 64, 4, 2),)},
 }
 # With 163 KiB and operands of tensor cores in registers.
-_AMPERE = {
+TileTable = dict[str, dict[int, tuple[Tile, ...]]]  # by kernel and head dim
+_AMPERE: TileTable = {
     "forward": {64: (Tile(128, 128, 8, 3),), 128: (Tile(64, 64, 4, 3), Tile(128, 32, 4, 4))},
     "rows": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3),)},
     "keys": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3),)},
 }
 # With 227 KiB and operands of tensor cores in shared memory.
-_LARGE = {
+_LARGE: TileTable = {
     "forward": {64: (Tile(128, 128, 8, 3),), 128: (Tile(128, 128, 8, 2), Tile(64, 64, 4, 3))},
     "rows": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2))},
     "keys": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 128, 8, 3), Tile(64, 64, 4, 3))},
 }
-ALTERNATIVES: dict[str, dict[str, dict[int, tuple[Tile, ...]]]] = {
+ALTERNATIVES: dict[str, TileTable] = {
     "sm_80": _AMPERE,
     "sm_86": _SMALL,
     "sm_89": _SMALL,
