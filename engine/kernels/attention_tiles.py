@@ -46,13 +46,13 @@ DEFAULTS = {
 }
 
 # With 99 KiB of shared memory: two small programs share a multiprocessor.
+TileTable = dict[str, dict[int, tuple[Tile, ...]]]  # by kernel and head dim
 _SMALL: TileTable = {
     "forward": {64: (Tile(64, 64, 4, 3),), 128: (Tile(64, 64, 4, 2), Tile(128, 32, 8, 3))},
     "rows": {64: (Tile(64, 64, 4, 3),), 128: (Tile(64, 32, 4, 2),)},
     "keys": {64: (Tile(64, 64, 4, 3),), 128: (Tile(32, 64, 4, 2),)},
 }
 # With 163 KiB and operands of tensor cores in registers.
-TileTable = dict[str, dict[int, tuple[Tile, ...]]]  # by kernel and head dim
 _AMPERE: TileTable = {
     "forward": {64: (Tile(128, 128, 8, 3),), 128: (Tile(64, 64, 4, 3), Tile(128, 32, 4, 4))},
     "rows": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3),)},
