@@ -57,12 +57,14 @@ class Moved(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.reads: Counter[str] = Counter()
-        self.moved_bytes, self.sent_bytes = 0, 0
+        self.moved_bytes = 0
+        self.sent_bytes = 0
         self._is_paused = False
         self._patches = ExitStack()
 
     def __enter__(self) -> "Moved":
-        tolist, exchange = Tensor.tolist, distributed.all_to_all_single
+        tolist = Tensor.tolist
+        exchange = distributed.all_to_all_single
 
         def noted_tolist(tensor: Tensor) -> Any:
             self.reads["tolist"] += 1

@@ -28,7 +28,8 @@ def measure(name: str, count: int) -> dict[str, float | str]:
     packs = pack(lengths, assistant_tokens, max_tokens, np.random.default_rng(1))
     row = {"data": name, "seconds": time.perf_counter() - start, "packs": len(packs)}
     row |= {"documents a pack": count / len(packs), "waste": 1 - lengths.sum() / (len(packs) * max_tokens)}
-    assistant_tokens_P, window = np.array([assistant_tokens[members].sum() for members in packs]), DataSection().balance_steps
+    assistant_tokens_P = np.array([assistant_tokens[members].sum() for members in packs])
+    window = DataSection().balance_steps
     for num_ranks in RANKS:
         order = np.concatenate(list(alike_steps(assistant_tokens_P, 0, num_ranks, window, np.random.default_rng(2))))
         row |= {

@@ -179,14 +179,16 @@ def measure(world: World, shapes: dict[str, TargetShape], repeat: int) -> list[d
     """A row for every shape and mesh, as JSON holds it; a collective of all ranks."""
     rows = []
     for name, shape in shapes.items():
-        own, everyone = replace(shape, seed=world.rank), replace(shape, num_tokens=world.size * shape.num_tokens)
+        own = replace(shape, seed=world.rank)
+        everyone = replace(shape, num_tokens=world.size * shape.num_tokens)
         alone_s = torch.zeros((), dtype=torch.float64, device=world.device)
         if world.is_main:
             alone_s += _timed(everyone, World.alone(), ALONE, repeat).seconds
         world.send_from_main(alone_s)
         has_experts = bool(shape.cost(TargetMesh(ep=Group(world.size, world.rank))).plan.experts)
         for tp_size, ep_size in meshes(world.size, has_experts):
-            mesh, by_rank = TargetMesh.make(world, tp_size, ep_size), [None] * world.size
+            mesh = TargetMesh.make(world, tp_size, ep_size)
+            by_rank = [None] * world.size
             distributed.all_gather_object(by_rank, _timed(own, world, mesh, repeat))
             names = {"shape": name, "tp_size": tp_size, "ep_size": ep_size, "alone_ms": 1e3 * alone_s.item()}
             rows.append(names | _row(by_rank, own, mesh, world.device.type))
@@ -196,8 +198,10 @@ def measure(world: World, shapes: dict[str, TargetShape], repeat: int) -> list[d
 def _timed(shape: TargetShape, world: World, mesh: TargetMesh, repeat: int) -> Timed:
     place = Place(world.device, torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     target = FrozenTarget(random_model(shape.config, place), None, mesh=mesh)
-    batch, slots_N = shape.batch.to(place.device), shape.slots_N.to(place.device)
-    seconds, watches = [], []
+    batch = shape.batch.to(place.device)
+    slots_N = shape.slots_N.to(place.device)
+    seconds = []
+    watches = []
     for _ in range(WARM_UP_CALLS):
         target(batch, slots_N)
     for _ in range(repeat):
@@ -218,7 +222,8 @@ def _timed(shape: TargetShape, world: World, mesh: TargetMesh, repeat: int) -> T
 
 
 def _row(by_rank: Sequence[Timed], shape: TargetShape, mesh: TargetMesh, device: str) -> dict[str, Any]:
-    cost, theory = shape.cost(mesh, device), Counter()
+    cost = shape.cost(mesh, device)
+    theory = Counter()
     for name, num_bytes in cost.traffic(shape.forward).items():
         theory[name.partition(" ")[0]] += num_bytes
     even_rows = theory["all-to-all"] / 2 / (shape.config.hidden_size * cost.itemsize)  # they come back
@@ -241,7 +246,8 @@ def _row(by_rank: Sequence[Timed], shape: TargetShape, mesh: TargetMesh, device:
 
 
 def _shown(rows: list[dict[str, Any]]) -> None:
-    forwards, collectives = [], []
+    forwards = []
+    collectives = []
     for row in rows:
         names = {"shape": row["shape"], "tp": str(row["tp_size"]), "ep": str(row["ep_size"])}
         times = {"ms": row["ms"], "in collectives": row["in_collectives_ms"], "alone": row["alone_ms"]}
@@ -258,7 +264,8 @@ def _shown(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     world = World(**join_environment())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known, usual = list(BENCHMARK.shapes), SHAPES[world.device.type]
+    known = list(BENCHMARK.shapes)
+    usual = SHAPES[world.device.type]
     parser.add_argument("--shapes", nargs="+", choices=known, default=usual, metavar="NAME", help=", ".join(known))
     parser.add_argument("--repeat", type=int, default=10, help="timed forwards; default: %(default)s")
     parser.add_argument("--json", type=Path, help="file to write the figures, machine, versions and commit to")

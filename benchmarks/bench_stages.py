@@ -20,7 +20,9 @@ from benchmarks.record import write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-NUM_RANKS, WARM_UP, NUM_STEPS = 2, 5, 45
+NUM_RANKS = 2
+WARM_UP = 5
+NUM_STEPS = 45
 LAUNCH = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={NUM_RANKS}"]
 
 

@@ -37,8 +37,13 @@ from engine.host.freed_memory import keep_freed_memory
 from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.runtime.overlap import run_ahead
 
-HIDDEN, DOCUMENT_TOKENS, PACK_TOKENS, CHUNK = 4096, 512, 8192, 8 << 20
-PRECISIONS, THREADS, ROUNDS = ("bfloat16", "float8_e4m3"), 4, 3
+HIDDEN = 4096
+DOCUMENT_TOKENS = 512
+PACK_TOKENS = 8192
+CHUNK = 8 << 20
+PRECISIONS = ("bfloat16", "float8_e4m3")
+THREADS = 4
+ROUNDS = 3
 
 
 def make_documents(num_tokens: int) -> list[Document]:
@@ -57,14 +62,16 @@ def make_contents(dtype: str) -> Contents:
 def make_pack(pack: list[Document], dtype: str) -> dict[str, torch.Tensor]:
     """What a target's device hands over of a pack."""
     slots_N = slots_of(allowed_rows(collate(pack), TttSection()))
-    states_TD, few_N = torch.randn(PACK_TOKENS, HIDDEN).bfloat16(), torch.zeros(len(slots_N))
+    states_TD = torch.randn(PACK_TOKENS, HIDDEN).bfloat16()
+    few_N = torch.zeros(len(slots_N))
     output = TargetOutput(states_TD.repeat(1, 3), slots_N, states_TD[: len(slots_N)], few_N.int(), few_N)
     return StoredTensors.of(collate(pack), output, dtype).tensors
 
 
 def write_store(folder: Path, documents: list[Document], contents: Contents, tensors: dict[str, torch.Tensor]) -> Manifest:
     """Written as a capture does, but for the target: its output is there already."""
-    ttt, pack = TttSection(), documents[: PACK_TOKENS // DOCUMENT_TOKENS]
+    ttt = TttSection()
+    pack = documents[: PACK_TOKENS // DOCUMENT_TOKENS]
     slots_N = slots_of(allowed_rows(collate(pack), ttt))
     shards = plan_shards([DOCUMENT_TOKENS] * len(documents), [len(slots_N) // len(pack)] * len(documents), contents, 256 << 20)
     writer = StoreWriter(THREADS, depth=2 * THREADS)
@@ -147,14 +154,17 @@ def rate(work: Callable[[], object], num_bytes: int) -> float:
 
 def measure(parent: Path, dtype: str, num_tokens: int) -> dict[str, float]:
     """MB/s of one round, and the store's size."""
-    documents, contents = make_documents(num_tokens), make_contents(dtype)
+    documents = make_documents(num_tokens)
+    contents = make_contents(dtype)
     with tempfile.TemporaryDirectory(dir=parent) as name:
-        folder, plain = Path(name) / "store", Path(name) / "plain"
+        folder = Path(name) / "store"
+        plain = Path(name) / "plain"
         folder.mkdir()
         tensors = make_pack(documents[: PACK_TOKENS // DOCUMENT_TOKENS], dtype)
         start = time.perf_counter()
         manifest = write_store(folder, documents, contents, tensors)
-        seconds, num_bytes = time.perf_counter() - start, sum(Layout.of(contents, shard).num_bytes for shard in manifest.shards)
+        seconds = time.perf_counter() - start
+        num_bytes = sum(Layout.of(contents, shard).num_bytes for shard in manifest.shards)
         finish(folder, manifest)
         rates = {
             "store write": num_bytes / seconds / 1e6,

@@ -38,7 +38,8 @@ from engine.target.structure import auto_class, decoder_of, without_weights
 from engine.weights.quantised_weight import QuantisedWeight
 from tests.recipes_configs import target_config
 
-BLOCK, SAID = 128, 0.5
+BLOCK = 128
+SAID = 0.5
 SMALL = dict(
     vocab_size=32000,
     hidden_size=512,
@@ -174,7 +175,9 @@ def _transformers(tensors: TargetTensors) -> Callable[[], object]:
 @cache
 def parts(shape: TargetShape) -> dict[str, StepPart]:
     """With weights of half an element: a byte, at half precision."""
-    cost, forward, width = shape.cost(), shape.forward, shape.config.hidden_size
+    cost = shape.cost()
+    forward = shape.forward
+    width = shape.config.hidden_size
     weights = round(cost.num_active_weights) + width * shape.config.vocab_size
     written = (3 * forward.num_tokens + forward.num_slots) * width
     return {"forward": StepPart(Cost(round(cost.flops(forward)), weights // 2 + written))}

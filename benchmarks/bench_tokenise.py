@@ -26,7 +26,8 @@ from launcher.command import EMBEDDED_TARGET
 
 
 def write_conversations(path: Path, num_bytes: int) -> None:
-    conversations, generator = [conversation for conversation, _ in cpython_conversations()], random.Random(0)
+    conversations = [conversation for conversation, _ in cpython_conversations()]
+    generator = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < num_bytes:
             turns = [turn for _ in range(4) for turn in generator.choice(conversations)["conversations"][:2]]
@@ -34,9 +35,11 @@ def write_conversations(path: Path, num_bytes: int) -> None:
 
 
 def measure(folder: Path, num_bytes: int, workers: tuple[int, ...]) -> list[dict[str, float | str]]:
-    path, tokenizer = folder / "chat.jsonl", AutoTokenizer.from_pretrained(EMBEDDED_TARGET)
+    path = folder / "chat.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_TARGET)
     write_conversations(path, num_bytes)
-    section, rows = DataSection(), []
+    section = DataSection()
+    rows = []
 
     def row(name: str, call) -> None:
         start = time.perf_counter()

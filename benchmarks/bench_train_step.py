@@ -32,7 +32,9 @@ from engine.target.head import TargetHead
 from tests.recipes_configs import target_config
 
 RECIPES = Path(__file__).resolve().parents[1] / "launcher" / "recipes"
-MODELS, SHARES, PACKED_TOKENS = ("llama3.1-8b", "llama3.3-70b", "qwen3-30b-a3b", "kimi-k2"), (1.0, 0.5, 0.3, 0.1), 2048
+MODELS = ("llama3.1-8b", "llama3.3-70b", "qwen3-30b-a3b", "kimi-k2")
+SHARES = (1.0, 0.5, 0.3, 0.1)
+PACKED_TOKENS = 2048
 OPTIONS = {  # provider -> what it changes, by the dotted key of a recipe
     "compacted": {},
     "uncompacted": {"ttt.compaction": "false"},
@@ -111,8 +113,10 @@ class StepTensors:
 def prepare(shape: StepShape, place: Place) -> StepTensors:
     """Everything is made where it is used: large weights never pass through the CPU."""
     torch.manual_seed(0)
-    config, batch = shape.draft, shape.batch.to(place.device)
-    vocab_size, size = config.vocab_size, config.target_hidden_size
+    config = shape.draft
+    batch = shape.batch.to(place.device)
+    vocab_size = config.vocab_size
+    size = config.target_hidden_size
     with place.device:
         chosen_U = torch.randperm(vocab_size)[: config.draft_vocab_size].sort().values
         in_draft_V = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, chosen_U, True)
@@ -134,7 +138,9 @@ def _random_draft(config: DraftConfig, kernels: Kernels, place: Place) -> Eagle3
 
 def setup(options: dict[str, str], tensors: StepTensors) -> Callable[[], object]:
     config = load_config(None, [f"{key}={value}" for key, value in options.items()])
-    head, batch, place = tensors.head, tensors.batch, tensors.place
+    head = tensors.head
+    batch = tensors.batch
+    place = tensors.place
     own = Kernels(recompute=config.ttt.recompute)
     kernels = choose_kernels(config.kernels, place.device, place.dtype, tensors.config.head_dim, own)
     choose_tiles(kernels, place, tensors.config.head_dim)
@@ -142,7 +148,8 @@ def setup(options: dict[str, str], tensors: StepTensors) -> Callable[[], object]
     teacher = Teacher(head.rows(tensors.vocab_map.target_ids_U).logits, tensors.vocab_map)
     test = TrainingTimeTest(config.ttt, config.loss, teacher)
     allowed_ST = allowed_rows(batch, config.ttt)  # by a run on the host, while it reads
-    slots_N, num_allowed_S = slots_of(allowed_ST), allowed_ST.sum(1)
+    slots_N = slots_of(allowed_ST)
+    num_allowed_S = allowed_ST.sum(1)
     norms = LossNorms(num_allowed_S[0].float().clamp_min(1), num_allowed_S.float())
 
     def step() -> None:

@@ -44,8 +44,11 @@ from engine.parallel.mesh import World
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WARM_UP_CALLS, L2_BYTES, TABLE_WIDTH = 2, 256 << 20, 140
-COPIED_BYTES, PRODUCT_SIZE = 256 << 20, {"cpu": 2048, "cuda": 8192}
+WARM_UP_CALLS = 2
+L2_BYTES = 256 << 20
+TABLE_WIDTH = 140
+COPIED_BYTES = 256 << 20
+PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,11 @@ class Row:
         names = {"shape": self.shape, "provider": self.provider}
         if self.error is not None:
             return names | {"error": self.error}
-        shape, median_s = benchmark.shapes[self.shape], statistics.median(self.seconds)
+        shape = benchmark.shapes[self.shape]
+        median_s = statistics.median(self.seconds)
         parts = benchmark.parts(shape)
-        num_flops, least_s = sum(part.flops for part in parts.values()), floor_s(parts, peak, place.dtype)
+        num_flops = sum(part.flops for part in parts.values())
+        least_s = floor_s(parts, peak, place.dtype)
         milliseconds = {"median": median_s, "min": min(self.seconds), "max": max(self.seconds), "floor": least_s}
         return (
             names
@@ -152,7 +157,9 @@ def measured(
 
     profile: how many of the most expensive kernels of each provider are recorded.
     """
-    progress, rows, tried = Console(stderr=True), [], _tried(place)
+    progress = Console(stderr=True)
+    rows = []
+    tried = _tried(place)
     for name in shapes:
         progress.print(f"{name}: {', '.join(providers)}", style="dim", highlight=False)
         rows += _measure(benchmark, name, providers, place, repeat, profile)
@@ -173,7 +180,8 @@ def _measure(
     profile: int,
 ) -> list[Row]:
     """Every provider at one shape. What fails is left out from there on."""
-    rows, calls = {name: Row(shape_name, name) for name in providers}, {}
+    rows = {name: Row(shape_name, name) for name in providers}
+    calls = {}
     with _caught(*rows.values()):
         cache = torch.empty(L2_BYTES, dtype=torch.uint8, device=place.device) if place.device.type == "cuda" else None
         prepared = benchmark.prepare(benchmark.shapes[shape_name], place)
@@ -208,7 +216,8 @@ def _kernels(call: Callable[[], object], place: Place, count: int) -> list[dict[
         call()
         if on_gpu:
             torch.cuda.synchronize()
-    microseconds, calls = {}, {}
+    microseconds = {}
+    calls = {}
     for event in profiler.key_averages():
         microseconds[event.key] = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         calls[event.key] = event.count
@@ -243,7 +252,8 @@ def _seconds(call: Callable[[], object], cache: torch.Tensor | None) -> float:
         start_s = time.perf_counter()
         call()
         return time.perf_counter() - start_s
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     cache.zero_()
     start.record()
@@ -301,7 +311,8 @@ def _tried(place: Place) -> HardwarePeak:
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=place.device)
     target = torch.zeros_like(source)
     cache = torch.empty(1, device=place.device) if place.device.type == "cuda" else None
-    products_s, copies_s = [], []
+    products_s = []
+    copies_s = []
     for _ in range(5):
         products_s += [_seconds(lambda: product(a, b), cache), _seconds(lambda: a @ b, cache)]
         copies_s.append(_seconds(lambda: target.copy_(source), cache))

@@ -42,7 +42,8 @@ def machine_and_versions(device: torch.device) -> dict[str, Any]:
         machine |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory}
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     versions |= {name: _version(name) for name in ("torch", "triton", "transformers")}
-    commit, dirty = described.removesuffix("-dirty") or None, described.endswith("-dirty")
+    commit = described.removesuffix("-dirty") or None
+    dirty = described.endswith("-dirty")
     return {"commit": commit, "dirty": dirty, "machine": machine, "versions": versions}
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "stages.json"
 CONFIGS = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
-NUM_STEPS, NUM_RANKS = 20, 2
+NUM_STEPS = 20
+NUM_RANKS = 2
 OPTIONS = [f"max_steps={NUM_STEPS}", "evaluation.num_prompts=0", "data.max_tokens=256"]
 LAUNCH = ["-m", "torch.distributed.run", f"--nproc_per_node={NUM_RANKS}", "--standalone", "launcher/train.py"]
 
@@ -26,7 +27,8 @@ def train(config: str, precision: str, folder: Path) -> list[float]:
     """Losses of one run. fp32 is for the target too, which otherwise keeps its own precision."""
     ds_config = json.loads((ROOT / "ds_configs" / f"{config}.json").read_text(encoding="utf-8"))
     ds_config["bf16"]["enabled"] = precision == "bf16"
-    path, output = folder / f"{config}_{precision}.json", folder / f"{config}_{precision}"
+    path = folder / f"{config}_{precision}.json"
+    output = folder / f"{config}_{precision}"
     path.write_text(json.dumps(ds_config), encoding="utf-8")
     options = [*OPTIONS, f"output_dir={output}", *(["target.dtype=float32"] if precision == "fp32" else [])]
     command = [sys.executable, *LAUNCH, "--ds_config", str(path), *options]

@@ -97,7 +97,7 @@ class StateFaults:
 class MicroBatch:
     """All that one draft step reads: documents, the target's view of them, their token embeddings, and the rows allowed.
 
-    embed_TD: [T, D], rows of the target's embedding, in the target's width. allowed_ST: bool [S, T], `training_rows.allowed_rows`.
+    embed_TD: [T, D], rows of the target's embedding, in the target's width. allowed_ST: bool [S, T], of `allowed_rows`.
     faults: documents that were left out of it; None if that was not looked for.
     """
 

@@ -87,7 +87,9 @@ class Trainer:
 
     def __init__(self, config: Config, ds_config: dict[str, Any], world: World) -> None:
         """ds_config: as read from its file; what it leaves to be computed is computed here."""
-        self.config, self.ds_config, self.world = config, ds_config, world
+        self.config = config
+        self.ds_config = ds_config
+        self.world = world
         self.output_dir = Path(config.output_dir)
         kept = config.kept_on_resume | {"zero_optimization.stage": ds_config.get("zero_optimization", {}).get("stage", 0)}
         self.checkpoints = Checkpoints(self.output_dir / CHECKPOINTS, config.checkpoint.keep, kept)
@@ -213,7 +215,8 @@ class Trainer:
         return vocab_map
 
     def read_prompts(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[Prompt]:
-        count, data = self.config.evaluation.num_prompts, self.config.data
+        count = self.config.evaluation.num_prompts
+        data = self.config.data
         if count == 0:
             return []
         prompts = held_out_prompts(data.held_out, tokenizer, count, data.template_kwargs)
@@ -338,7 +341,9 @@ class Trainer:
         Raises NonFiniteError, before an earlier draft is replaced, if a weight is not finite.
         """
         check_finite_weights(zero, self.world, self.num_steps)
-        folder, weights, embed_weight_VD = self.output_dir / DRAFT, zero.gathered_weights(), target.embedding.whole()
+        folder = self.output_dir / DRAFT
+        weights = zero.gathered_weights()
+        embed_weight_VD = target.embedding.whole()
         if self.world.is_main:
             export_draft(folder, weights, zero.draft.config, corpus.vocab_map, embed_weight_VD)
         else:

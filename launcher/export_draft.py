@@ -63,7 +63,8 @@ def choose_tag(folder: Path, wanted: str | None) -> str:
 
 def read_embedding(section: TargetSection, config: DraftConfig) -> torch.Tensor:
     """The target's embedding [V, D], rounded as the recipe asks; read alone where the checkpoint names it clearly."""
-    shape, found = [config.vocab_size, config.target_hidden_size], []
+    shape = [config.vocab_size, config.target_hidden_size]
+    found = []
     for name, path in _embedding_candidates(section):
         with safe_open(path, "pt") as file:
             if file.get_slice(name).get_shape() == shape:

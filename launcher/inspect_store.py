@@ -69,7 +69,8 @@ def inspect(folder: Path, quick: bool, telemetry: Telemetry) -> bool:
 
 
 def main() -> None:
-    arguments, telemetry = parse_arguments(), Telemetry(speaks=True)
+    arguments = parse_arguments()
+    telemetry = Telemetry(speaks=True)
     try:
         if arguments.merge_into:
             merge = merge_stores(arguments.stores, arguments.merge_into)

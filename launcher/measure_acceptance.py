@@ -84,7 +84,8 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
     else:
         missing = "--data" if arguments.target else "--target"
         raise ValueError(f"{path} does not exist, so the draft's run is unknown; name its target and prompts: give {missing}")
-    target, data = run.target, run.data
+    target = run.target
+    data = run.data
     if target.store is not None and not arguments.target:
         captured = Manifest.read(Path(target.store)).contents  # decoding needs the target itself
         target = replace(target, path=captured.target, revision=captured.revision)

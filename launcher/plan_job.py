@@ -139,7 +139,8 @@ def show_ways(planner: Planner, found: list[JobPlan], telemetry: Telemetry) -> N
     for heading in ("tp_size", "ep_size", "tokens a micro-batch", "GB a rank", "tokens/s"):
         table.add_column(heading, justify="right")
     for plan in found[:SHOWN]:
-        ranks, used = plan.ranks, gigabytes(planner.bytes_of(plan))
+        ranks = plan.ranks
+        used = gigabytes(planner.bytes_of(plan))
         row = (ranks.tp_size, ranks.ep_size, f"{plan.num_tokens:,}", used, f"{planner.tokens_per_s(plan):,.0f}")
         table.add_row(*map(str, row))
     telemetry.console.print(table)
@@ -162,7 +163,8 @@ def show_plan(planner: Planner, plan: JobPlan, telemetry: Telemetry) -> None:
 
 
 def show_advice(planner: Planner, plan: JobPlan, arguments: argparse.Namespace, telemetry: Telemetry) -> None:
-    ranks, share = plan.ranks, f"{planner.assumed.share_of_peak:.0%} of a {planner.gpus.peak.name}'s peak"
+    ranks = plan.ranks
+    share = f"{planner.assumed.share_of_peak:.0%} of a {planner.gpus.peak.name}'s peak"
     telemetry.note(
         f"{planner.tokens_per_s(plan):,.0f} tokens/s, if products reach {share} and links their own, one after the other: "
         "an estimate, nothing was run"

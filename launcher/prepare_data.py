@@ -31,7 +31,8 @@ class OpenEnd:
     """Instead of a bar where nobody knows the end: a line now and then."""
 
     def __init__(self, telemetry: Telemetry) -> None:
-        self._telemetry, self._last_line = telemetry, time.perf_counter()
+        self._telemetry = telemetry
+        self._last_line = time.perf_counter()
 
     def move_to(self, done: int, text: str) -> None:
         if time.perf_counter() - self._last_line >= SECONDS_BETWEEN_LINES:
@@ -75,7 +76,8 @@ def next_command(folder: Path, names: list[str]) -> str:
 def main() -> None:
     parser = make_parser(__doc__, ("prepare", "data"))
     parser.add_argument("--sources", action="store_true", help="list the sets that prepare.sources knows by name")
-    arguments, telemetry = parser.parse_intermixed_args(), Telemetry(speaks=True)
+    arguments = parser.parse_intermixed_args()
+    telemetry = Telemetry(speaks=True)
     if arguments.sources:
         telemetry.console.print(named_sets())
         return

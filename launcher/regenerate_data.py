@@ -38,7 +38,8 @@ def check_inputs(section: RegenerateSection) -> None:
 
 def check_output(section: RegenerateSection) -> None:
     """Raises ConfigError if there is nowhere to write to, or something would be lost."""
-    key, value = "regenerate.output", section.output
+    key = "regenerate.output"
+    value = section.output
     if not value:
         raise ConfigError("expected the JSONL file that is to be written", key=key, value=value)
     output = Path(value)
@@ -53,7 +54,8 @@ def check_output(section: RegenerateSection) -> None:
 
 def check_servers(section: RegenerateSection) -> None:
     """Raises ConfigError if there is none, or one's address is no URL."""
-    key, value = "regenerate.servers", section.servers
+    key = "regenerate.servers"
+    value = section.servers
     if not value:
         raise ConfigError("expected addresses such as http://localhost:30000/v1", key=key, value=value)
     for server in value:

@@ -35,7 +35,8 @@ class DeviceReads(TorchDispatchMode):
         def noted(tensor: Tensor, *arguments: Any) -> Any:
             if not self._inside:
                 self.names.append(name)
-            before, self._inside = self._inside, True
+            before = self._inside
+            self._inside = True
             try:
                 return inner(tensor, *arguments)
             finally:

@@ -9,7 +9,8 @@ from engine.models.vocab_map import VocabMap
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.target.frozen import FrozenTarget
 
-VOCAB, WIDTH = 41, 24
+VOCAB = 41
+WIDTH = 24
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
@@ -85,7 +86,8 @@ class Oracle:
         self.num_prompt = len(prompt_ids)
 
     def start(self, token_ids, aux_TA):
-        self.read_ids, self.read_aux = token_ids[:1], []
+        self.read_ids = token_ids[:1]
+        self.read_aux = []
         self.extend(token_ids[1:], aux_TA)
 
     def extend(self, token_ids, aux_QA):

@@ -127,7 +127,8 @@ class _MadeWithin(TorchDispatchMode):
     @contextmanager
     def operation(self, is_on_device: bool) -> Iterator[None]:
         """Within it, C++ code computes on the device, or does not."""
-        before, self.is_within = self.is_within, is_on_device
+        before = self.is_within
+        self.is_within = is_on_device
         try:
             yield
         finally:
@@ -182,7 +183,8 @@ class FakeDevice(TorchFunctionMode):
     def counting(self) -> Iterator[SimpleNamespace]:
         """Yield what happens within it alone: `waits` and `launches`, filled in at its end."""
         found = SimpleNamespace(waits=[], launches=0)
-        first_wait, launches = len(self.waits), self.launches.total()
+        first_wait = len(self.waits)
+        launches = self.launches.total()
         yield found
         found.waits = self.waits[first_wait:]
         found.launches = self.launches.total() - launches
@@ -342,7 +344,8 @@ class _Moved(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, onto_device: bool, dtype: torch.dtype, non_blocking: bool) -> torch.Tensor:
-        ctx.dtype, ctx.onto_device = x.dtype, onto_device
+        ctx.dtype = x.dtype
+        ctx.onto_device = onto_device
         return _moved(x, onto_device, dtype, non_blocking)
 
     @staticmethod

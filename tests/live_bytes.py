@@ -13,7 +13,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak, self._storages = 0, {}
+        self.peak = 0
+        self._storages = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}

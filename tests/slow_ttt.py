@@ -40,9 +40,11 @@ def slow_allowed(batch: PackedBatch, ttt: TttSection) -> torch.Tensor:
 def slow_losses(draft: Eagle3Draft, micro: MicroBatch, task) -> tuple[list[list[SlowRow]], dict[str, torch.Tensor]]:
     """Mask-allowed rows of each step, and the float64 weights that they were computed from."""
     weights = {name: p.detach().double().requires_grad_() for name, p in draft.named_parameters()}
-    batch, allowed_ST = micro.batch, slow_allowed(micro.batch, task.ttt)
+    batch = micro.batch
+    allowed_ST = slow_allowed(micro.batch, task.ttt)
     slot_index = {slot: index for index, slot in enumerate(micro.target.slots_N.tolist())}
-    head_VD, ids_U = task.head.weight_VD.double(), task.vocab_map.target_ids_U
+    head_VD = task.head.weight_VD.double()
+    ids_U = task.vocab_map.target_ids_U
     rows: list[list[SlowRow]] = [[] for _ in range(task.ttt.steps)]
     bounds = batch.cu_seqlens.tolist()
     for start, end in zip(bounds, bounds[1:], strict=False):
@@ -50,7 +52,8 @@ def slow_losses(draft: Eagle3Draft, micro: MicroBatch, task) -> tuple[list[list[
         for i, t in allowed_ST[:, start:end].nonzero().tolist():
             z_V = head_VD @ micro.target.last_hidden_ND[slot_index[start + t + 1 + i]].double() / task.loss.temperature
             q_U = torch.softmax(weights["lm_head.weight"] @ _norm(outputs[i][t], weights["norm.weight"], draft), 0)
-            p_U, p_full_U = torch.softmax(z_V[ids_U], 0), torch.softmax(z_V, 0)[ids_U]
+            p_U = torch.softmax(z_V[ids_U], 0)
+            p_full_U = torch.softmax(z_V, 0)[ids_U]
             best = z_V.argmax().item()
             rows[i].append(
                 SlowRow(
@@ -65,7 +68,8 @@ def slow_losses(draft: Eagle3Draft, micro: MicroBatch, task) -> tuple[list[list[
 
 def _unroll_document(weights, draft: Eagle3Draft, micro: MicroBatch, start: int, end: int, steps: int):
     """Pre-norm outputs [step][position] of one document; tokens past its end embed to zero."""
-    config, length = draft.config, end - start
+    config = draft.config
+    length = end - start
     many = config.num_hidden_layers > 1
     prefixes = [f"layers.{layer}." if many else "midlayer." for layer in range(config.num_hidden_layers)]
     prefix_keys = [[] for _ in prefixes]

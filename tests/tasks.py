@@ -11,8 +11,11 @@ from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
 from engine.target.head import TargetHead
 
-VOCAB, HIDDEN, DRAFT_VOCAB = 96, 32, 64
-ALIGNMENTS, STEPS = ("inference", "specforge"), (1, 2, 7)
+VOCAB = 96
+HIDDEN = 32
+DRAFT_VOCAB = 64
+ALIGNMENTS = ("inference", "specforge")
+STEPS = (1, 2, 7)
 MASKS = {
     "random": lambda length, generator: torch.rand(length, generator=generator) < 0.6,
     "reply": lambda length, generator: torch.arange(length) >= length // 3,

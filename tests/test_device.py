@@ -107,7 +107,8 @@ def test_a_target_says_there_what_it_says_on_a_cpu(family):
     torch.manual_seed(0)
     model = tiny_model(family)
     target = FrozenTarget(model, (0, 1, 2))
-    batch, slots_N = random_batch((9, 14, 5), target.config.vocab_size), torch.arange(1, 28, 2)
+    batch = random_batch((9, 14, 5), target.config.vocab_size)
+    slots_N = torch.arange(1, 28, 2)
     expected = target(batch, slots_N)
     with FakeDevice():
         output = FrozenTarget(model.to(DEVICE), (0, 1, 2))(batch, slots_N)

@@ -62,7 +62,9 @@ def prepare(target: FrozenTarget, batch: PackedBatch) -> MicroBatch:
 
 def train(target: FrozenTarget, draft: Eagle3Draft, run_ahead_depth: int) -> list[float]:
     """Losses of six optimizer steps."""
-    test, optimizer, losses = new_test(target), torch.optim.AdamW(draft.parameters(), lr=0.01), []
+    test = new_test(target)
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=0.01)
+    losses = []
     batches = packs((9, 5), (14,), (3, 3, 8), (7, 7), (12, 2), (13,))
     for micro in run_ahead(batches, lambda batch: prepare(target, batch), run_ahead_depth, CPU):
         loss = test(draft, micro, NORMS).loss
@@ -83,7 +85,8 @@ def test_overlapped_training_is_sequential_training_bit_for_bit(target):
 
 
 def test_packed_documents_through_target_and_draft_are_one_document_at_a_time(target):
-    draft, test = new_draft(target), new_test(target)
+    draft = new_draft(target)
+    test = new_test(target)
     (packed,) = packs((9, 1, 14, 5))
     bounds = packed.cu_seqlens.tolist()
     alone = [
@@ -101,8 +104,10 @@ def test_packed_documents_through_target_and_draft_are_one_document_at_a_time(ta
 @pytest.mark.parametrize("mask", MASKS)
 def test_packed_documents_on_every_path_are_one_document_at_a_time_on_the_plain_one(path, mask, shape):
     """The plain one runs all rows through the specification. Either may be 2e-5 from float64, see test_ttt.py."""
-    plain, documents = draft_with(**SHAPES[shape]), make_documents((21, 1, 12), mask, 4)
-    specification, norms = Kernels(reference.ancestor_attention, reference.vocab_loss), (torch.tensor(9.0), torch.ones(7))
+    plain = draft_with(**SHAPES[shape])
+    documents = make_documents((21, 1, 12), mask, 4)
+    specification = Kernels(reference.ancestor_attention, reference.vocab_loss)
+    norms = (torch.tensor(9.0), torch.ones(7))
     alone = Eagle3Draft(plain.config, specification)
     alone.load_state_dict(plain.state_dict())
     task = Task(TttSection(steps=7, compaction=False))

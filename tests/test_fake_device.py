@@ -19,7 +19,8 @@ def on_device(values) -> torch.Tensor:
 
 def test_a_module_trains_there_as_on_a_cpu():
     torch.manual_seed(0)
-    module, rows = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    module = torch.nn.Linear(3, 2)
+    rows = torch.randn(4, 3)
     module(rows).square().sum().backward()
     expected = module.weight.grad.clone()
     module.zero_grad()

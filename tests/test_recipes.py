@@ -115,7 +115,8 @@ def test_recipe_names_the_layers_of_the_default_rule(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_draft_turns_by_its_targets_frequencies(recipe):
-    draft, target = _draft(recipe), text_config(target_config(recipe))
+    draft = _draft(recipe)
+    target = text_config(target_config(recipe))
     exported = LlamaConfig(**draft.to_dict())
     rotary = LlamaRotaryEmbedding(exported)
     assert rotary.inv_freq.shape == (draft.head_dim // 2,)

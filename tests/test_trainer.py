@@ -134,7 +134,8 @@ def test_a_folder_of_the_users_is_not_replaced(tmp_path, tiny_target, tiny_corpu
 
 def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_corpus):
     options = ("epochs=8", "checkpoint.every_steps=20", "checkpoint.resume=true")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
     run([sys.executable, *arguments(whole, tiny_target, tiny_corpus, *options)])
 
     command = [sys.executable, *arguments(killed, tiny_target, tiny_corpus, *options)]
@@ -192,7 +193,8 @@ def test_a_wrong_option_stops_the_run_with_one_line_before_anything_is_written(o
 
 
 def test_a_target_that_ranks_share_teaches_the_same(tmp_path, tiny_target, tiny_corpus):
-    losses, summaries = [], []
+    losses = []
+    summaries = []
     for number, options in enumerate([(), ("parallel.tp_size=2",), ("parallel.tp_size=2", "overlap.run_ahead=1")]):
         folder = tmp_path / str(number)
         printed = run([*DEEPSPEED, *arguments(folder, tiny_target, tiny_corpus, "max_steps=4", *options)])
@@ -210,7 +212,9 @@ def test_a_target_that_ranks_share_teaches_the_same(tmp_path, tiny_target, tiny_
 
 
 def test_a_mixture_whose_experts_ranks_share_teaches_the_same(tmp_path, tiny_target, tiny_corpus):
-    target, losses, reports = tmp_path / "mixture", [], []
+    target = tmp_path / "mixture"
+    losses = []
+    reports = []
     tiny_model("qwen3_moe").save_pretrained(target)
     AutoTokenizer.from_pretrained(tiny_target).save_pretrained(target)
     for number, options in enumerate([(), ("parallel.ep_size=2",), ("parallel.tp_size=2", "parallel.ep_size=2")]):

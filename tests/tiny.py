@@ -11,7 +11,9 @@ from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
 
-VOCAB, DRAFT_VOCAB, HIDDEN = 96, 64, 32
+VOCAB = 96
+DRAFT_VOCAB = 64
+HIDDEN = 32
 
 
 def make_draft(*, hidden_size: int = HIDDEN, seed: int = 0, kernels: Kernels = PLAIN) -> Eagle3Draft:

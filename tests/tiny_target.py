@@ -15,7 +15,9 @@ TEMPLATE = (
     "{% generation %}{{ m['content'] }} <end> {% endgeneration %}{% else %}{{ m['content'] }} <end> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-LAYERS, HIDDEN, AUX_LAYERS = 5, 16, (0, 1, 3)
+LAYERS = 5
+HIDDEN = 16
+AUX_LAYERS = (0, 1, 3)
 
 
 class TinyCorpus(NamedTuple):

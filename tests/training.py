@@ -19,7 +19,9 @@ from engine.parallel.zero import ZeroDraft
 from tests.tiny import make_draft, make_micro, make_test
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
-LR, CLIP, RANKS = 3e-3, 0.5, 2
+LR = 3e-3
+CLIP = 0.5
+RANKS = 2
 
 torch.set_num_threads(1)  # on tensors this small, threads do little but wait for each other
 
@@ -66,7 +68,8 @@ class Job:
 
     def micros(self, step: int, rank: int) -> list[MicroBatch]:
         """What one rank learns from in one optimizer step; of `empty` ones, odd steps hold documents of a single token."""
-        dtype, empty = torch.bfloat16 if self.bf16 else torch.float32, (step, rank) in self.empty
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        empty = (step, rank) in self.empty
         seeds = range(seed := 100 * (step % 4) + 10 * rank, seed + self.accumulation)
         lengths = (1, 1, 1) if empty and step % 2 else (17, 23 - 6 * rank)
         return [make_micro(self.test(), seed=seed, lengths=lengths, masked=empty, dtype=dtype) for seed in seeds]
@@ -93,7 +96,9 @@ def zero_step(zero: ZeroDraft, normalise: Normaliser, world: World, micros: list
 
 def plain_run(job: Job) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same in fp32 without DeepSpeed, Normaliser or ranks."""
-    draft, test, losses = make_draft(), job.test(), []
+    draft = make_draft()
+    test = job.test()
+    losses = []
     parameters = list(draft.parameters())
     optimizer = torch.optim.SGD(parameters, lr=1.0)
     if not job.sgd:
@@ -126,7 +131,8 @@ def plain_loss(draft: Eagle3Draft, test: TrainingTimeTest, micros: list[MicroBat
 
 def merged(micros: list[MicroBatch]) -> MicroBatch:
     """All documents of several micro-batches in one."""
-    batches, targets = [micro.batch for micro in micros], [micro.target for micro in micros]
+    batches = [micro.batch for micro in micros]
+    targets = [micro.target for micro in micros]
     starts = list(itertools.accumulate((batch.num_tokens for batch in batches), initial=0))
     bounds = [batch.cu_seqlens[1:] + start for batch, start in zip(batches, starts, strict=False)]
     slots = [target.slots_N + start for target, start in zip(targets, starts, strict=False)]
@@ -138,5 +144,6 @@ def merged(micros: list[MicroBatch]) -> MicroBatch:
         torch.cat((bounds[0].new_zeros(1), *bounds)),
     )
     target = TargetOutput(slots_N=torch.cat(slots), **columns)
-    embed_TD, allowed_ST = torch.cat([micro.embed_TD for micro in micros]), torch.cat([micro.allowed_ST for micro in micros], 1)
+    embed_TD = torch.cat([micro.embed_TD for micro in micros])
+    allowed_ST = torch.cat([micro.allowed_ST for micro in micros], 1)
     return MicroBatch(batch, target, embed_TD, allowed_ST)

@@ -90,7 +90,8 @@ def compare(device: list[dict[str, Any]], cpu: list[dict[str, Any]], tolerance: 
     same_steps = device_losses.keys() == cpu_losses.keys() and len(cpu_losses) > 0
     differences = {}
     for step in sorted(device_losses.keys() & cpu_losses.keys()):
-        one, other = device_losses[step], cpu_losses[step]
+        one = device_losses[step]
+        other = cpu_losses[step]
         if one is None or other is None:
             differences[step] = None
         else:

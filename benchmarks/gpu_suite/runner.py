@@ -17,7 +17,9 @@ from benchmarks.gpu_suite.parts import DEVICE, JSON, SuitePart
 from benchmarks.gpu_suite.summary import lines_of, problems_of
 
 ROOT = Path(__file__).resolve().parents[2]
-POLL_S, SAVE_EVERY_S, GRACE_S = 0.1, 2.0, 5.0
+POLL_S = 0.1
+SAVE_EVERY_S = 2.0
+GRACE_S = 5.0
 LOG_TAIL_CHARACTERS = 3000
 
 

@@ -62,7 +62,9 @@ def _shapes() -> dict[str, LinearShape]:
 
 def prepare(shape: LinearShape, place: Place) -> LinearTensors:
     torch.manual_seed(0)
-    experts, outputs, inputs = shape.num_experts, shape.num_outputs, shape.num_inputs
+    experts = shape.num_experts
+    outputs = shape.num_outputs
+    inputs = shape.num_inputs
     codes_XNK = torch.stack([torch.randn(outputs, inputs).to(torch.float8_e4m3fn) for _ in range(experts)]).to(place.device)
     scale_XGJ = torch.rand(experts, -(-outputs // BLOCK[0]), -(-inputs // BLOCK[1]), device=place.device) + 0.5
     weights = [reference.dequantised(*of_one, BLOCK, place.dtype) for of_one in zip(codes_XNK, scale_XGJ, strict=True)]
@@ -82,7 +84,8 @@ def _dense(tensors: LinearTensors) -> object:
 
 
 def _dequantised(tensors: LinearTensors) -> object:
-    rows_MK, num_outputs = tensors.rows_MK, tensors.codes_XNK.shape[1]
+    rows_MK = tensors.rows_MK
+    num_outputs = tensors.codes_XNK.shape[1]
 
     def weight_NK(expert: int) -> Tensor:
         return QuantisedWeight(tensors.codes_XNK[expert], tensors.scale_XGJ[expert], BLOCK, rows_MK.dtype).dequantised()

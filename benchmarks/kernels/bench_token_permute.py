@@ -58,7 +58,8 @@ def setup(provider: Callable[[PermuteTensors], object], tensors: PermuteTensors)
 
 
 def _in_two_steps(permute: TokenPermute, tensors: PermuteTensors) -> Tensor:
-    rows_TD, num_choices = tensors.rows_TD, tensors.place_TK.shape[1]
+    rows_TD = tensors.rows_TD
+    num_choices = tensors.place_TK.shape[1]
     sorted_MD = rows_TD.new_empty(len(tensors.order_M), rows_TD.shape[1])
     permute.permute_rows(rows_TD, tensors.order_M // num_choices, sorted_MD)
     return permute.unpermute_rows(sorted_MD, tensors.place_TK, torch.empty_like(rows_TD), tensors.weight_TK)
@@ -66,7 +67,8 @@ def _in_two_steps(permute: TokenPermute, tensors: PermuteTensors) -> Tensor:
 
 def _transformers(tensors: PermuteTensors) -> Tensor:
     """What surrounds the products in `grouped_mm_experts_forward`."""
-    rows_TD, num_choices = tensors.rows_TD, tensors.place_TK.shape[1]
+    rows_TD = tensors.rows_TD
+    num_choices = tensors.place_TK.shape[1]
     sorted_MD = rows_TD[tensors.order_M // num_choices]
     weighted_MD = sorted_MD * tensors.weight_TK.flatten()[tensors.order_M].to(rows_TD.dtype)[:, None]
     by_token_MD = weighted_MD[tensors.place_TK.flatten()]

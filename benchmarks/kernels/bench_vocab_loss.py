@@ -68,7 +68,10 @@ def _shapes() -> dict[str, LossShape]:
 def prepare(shape: LossShape, place: Place) -> LossTensors:
     """Logits of the draft and of the target are a few nats apart; rows are in chunks as large as in training."""
     torch.manual_seed(0)
-    num_slots, steps, size, vocab_size = shape.num_slots, shape.steps, shape.hidden_size, shape.draft_vocab_size
+    num_slots = shape.num_slots
+    steps = shape.steps
+    size = shape.hidden_size
+    vocab_size = shape.draft_vocab_size
 
     def draw(*sizes: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*sizes, device=place.device, dtype=place.dtype) * scale
@@ -107,8 +110,10 @@ def _with_gradients(loss: Callable[..., VocabLoss], tensors: LossTensors) -> obj
 @torch.no_grad()
 def _products(tensors: LossTensors) -> object:
     """Chunk by chunk as in engine/kernels/vocab_loss.py: the target's logits, the draft's, and both gradients."""
-    bounds, per_chunk = tensors.rows.bounds, tensors.rows.slots_per_chunk
-    hidden_grads, weight_grad_UD = [], torch.zeros_like(tensors.weight_UD)
+    bounds = tensors.rows.bounds
+    per_chunk = tensors.rows.slots_per_chunk
+    hidden_grads = []
+    weight_grad_UD = torch.zeros_like(tensors.weight_UD)
     for chunk in range(len(bounds[0]) - 1):
         product(tensors.targets.hidden_ND[chunk * per_chunk : (chunk + 1) * per_chunk], tensors.teacher.weight_VD.mT)
         hidden_rD = torch.cat([tensors.hidden_RD[starts[chunk] : starts[chunk + 1]] for starts in bounds])

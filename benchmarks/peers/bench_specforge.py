@@ -153,7 +153,8 @@ def check_equal(ours: dict, theirs: dict, tolerances: tuple[float, float]) -> di
     """Largest relative differences. Raises RuntimeError where the two do not compute the same."""
     if ours.keys() != theirs.keys():
         raise RuntimeError(f"only one side has gradients of {sorted(ours.keys() ^ theirs.keys())}")
-    losses, expected = ours.pop("losses"), theirs.pop("losses")
+    losses = ours.pop("losses")
+    expected = theirs.pop("losses")
     loss = ((losses - expected).abs() / expected.abs()).max().item()
     errors = {name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in ours}
     worst = max(errors, key=errors.get)

@@ -68,7 +68,8 @@ class Task:
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=dtype).mul_(scale)
 
-        size, vocab = self.hidden_size, self.vocab_size
+        size = self.hidden_size
+        vocab = self.vocab_size
         in_draft_V = torch.zeros(vocab, dtype=torch.bool)
         in_draft_V[torch.randperm(vocab, generator=generator)[: self.draft_vocab_size]] = True
         head_VD = draw(vocab, size, scale=4.5 * size**-0.5)
@@ -90,8 +91,10 @@ class Task:
         return tensors
 
     def _weights(self, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
-        size, mlp_width = self.hidden_size, self.intermediate_size
-        heads, groups = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        size = self.hidden_size
+        mlp_width = self.intermediate_size
+        heads = self.num_heads * self.head_dim
+        groups = self.num_key_value_heads * self.head_dim
         shapes = {"fc": (size, 3 * size), "lm_head": (self.draft_vocab_size, size)}
         widths = {"q": heads, "k": groups, "v": groups}
         shapes |= {f"midlayer.self_attn.{name}_proj": (width, 2 * size) for name, width in widths.items()}

@@ -9,7 +9,8 @@ from engine.config.secret_values import HIDDEN
 from engine.config.sections import OPTIONS, SECTIONS
 from engine.config.strict import ConfigError, checked, dotted_keys, parse_json, read_text, type_name, unknown_key
 
-DEFAULT_LR, DEFAULT_LR_WIDTH = 1e-4, 4096
+DEFAULT_LR = 1e-4
+DEFAULT_LR_WIDTH = 4096
 WARMUP_SHARE = 0.015
 # As DeepSpeed's own AdamW has them; torch's decays weights where the file does not say.
 OPTIMIZER_DEFAULTS = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
@@ -17,8 +18,11 @@ AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", "schedul
 # Below this many weights the states of a draft fit every rank at stages 1 and 2 (16 bytes per weight on one rank), and the host
 # work of stage 3 shows in the time of a step.
 SMALL_DRAFT_WEIGHTS = 2_000_000_000
-SMALL_DRAFT_CONFIG, LARGE_DRAFT_CONFIG = "zero2.json", "zero3.json"
-MICRO, ACCUMULATION, GLOBAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
+SMALL_DRAFT_CONFIG = "zero2.json"
+LARGE_DRAFT_CONFIG = "zero3.json"
+MICRO = "train_micro_batch_size_per_gpu"
+ACCUMULATION = "gradient_accumulation_steps"
+GLOBAL = "train_batch_size"
 
 
 def load_ds_config(path: Path) -> dict[str, Any]:
@@ -71,7 +75,9 @@ def accumulation_steps(ds: dict[str, Any], world_size: int) -> int:
 
 def _solve_batch(ds: dict[str, Any], world_size: int) -> tuple[int, int]:
     """(micro-batch, accumulation) such that train_batch_size = micro-batch * accumulation * world_size; 1 where free."""
-    total, micro, accumulation = ds.get(GLOBAL), ds.get(MICRO), ds.get(ACCUMULATION)
+    total = ds.get(GLOBAL)
+    micro = ds.get(MICRO)
+    accumulation = ds.get(ACCUMULATION)
     if total is None:
         return micro or 1, accumulation or 1
     if micro is None:
@@ -202,7 +208,8 @@ def _check_zero(zero: dict[str, Any]) -> None:
         raise ConfigError("stage 3 cannot save one; delete it", key="zero_optimization.elastic_checkpoint", value=True)
     for section, needed in (("offload_param", 3), ("offload_optimizer", 1)):
         offload = zero.get(section, {})
-        device, key = offload.get("device", "none"), f"zero_optimization.{section}.device"
+        device = offload.get("device", "none")
+        key = f"zero_optimization.{section}.device"
         if device != "none" and stage < needed:
             problem = f"needs zero_optimization.stage of at least {needed}, which is {stage}"
             raise ConfigError(problem, key=key, value=device)

@@ -103,7 +103,8 @@ class DraftSection:
         if self.train_embedding_projection and self.config is None and self.hidden_size is None:
             problem = "there is no projection when the draft is as wide as its target; set draft.hidden_size or delete this"
             raise ConfigError(problem, key="draft.train_embedding_projection", value=True)
-        queries, keys = self.num_attention_heads, self.num_key_value_heads
+        queries = self.num_attention_heads
+        keys = self.num_key_value_heads
         if queries is not None and keys is not None and queries % keys:
             problem = f"does not divide draft.num_attention_heads = {queries}; use one of {divisors(queries)}"
             raise ConfigError(problem, key="draft.num_key_value_heads", value=keys)
@@ -277,7 +278,8 @@ class Config:
         if self.draft.vocab_from == "argmax" and self.target.store is None:
             problem = "needs target.store, where the target's most likely tokens are; count the assistant's, or capture first"
             raise ConfigError(problem, key="draft.vocab_from", value="argmax")
-        every, logged = self.checkpoint.every_steps, self.log_every_steps
+        every = self.checkpoint.every_steps
+        logged = self.log_every_steps
         if every % logged:
             problem = f"is no multiple of log_every_steps = {logged}, and a resumed run would log other means; use a multiple"
             raise ConfigError(problem, key="checkpoint.every_steps", value=every)

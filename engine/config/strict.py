@@ -24,7 +24,10 @@ class ConfigError(ValueError):
 
     def __init__(self, problem: str, *, key: str = "", value: Any = NO_VALUE, source: str | Path = ""):
         super().__init__(problem)
-        self.problem, self.key, self.value, self.source = problem, key, value, source
+        self.problem = problem
+        self.key = key
+        self.value = value
+        self.source = source
 
     def __str__(self) -> str:
         option = self.key if self.value is NO_VALUE else f"{self.key} = {as_yaml(shown_value(self.key, self.value))}"
@@ -46,7 +49,8 @@ def as_yaml(value: Any) -> str:
 
 def type_name(kind: Any) -> str:
     """A type as a user reads it: 'int >= 1 or null', 'cut | split', 'list of str'."""
-    origin, args = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    args = get_args(kind)
     if origin is Annotated:
         inner, at_least, at_most = args
         limits = [f"{sign} {limit:g}" for sign, limit in ((">=", at_least), ("<=", at_most)) if limit is not None]
@@ -81,7 +85,8 @@ def read_as(value: Any, kind: Any) -> Any:
 
     Raises ConfigError if it does not fit; bool is no number, and numbers are finite.
     """
-    origin, args = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    args = get_args(kind)
     if origin in (Union, types.UnionType):
         return _read_as_any(value, kind)
     if origin is Annotated:

@@ -122,7 +122,8 @@ class Journal:
     def _refusal(self, found: bytes, decided_by: dict[str, Any]) -> str:
         try:
             values = json.loads(found)
-            theirs, ours = values["decided_by"], json.loads(as_line(decided_by))
+            theirs = values["decided_by"]
+            ours = json.loads(as_line(decided_by))
             if values["format"] != FORMAT:
                 raise ValueError
         except (ValueError, TypeError, KeyError):

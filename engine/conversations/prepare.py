@@ -26,7 +26,9 @@ from engine.conversations.published_sets import Row, Rows, conversation_of, open
 from engine.data.messages import BadSample, Message
 from engine.host.files import PARTIAL, WriteError, sync
 
-TRAIN, HELD_OUT, REPORT = "train.jsonl", "held_out.jsonl", "report.json"
+TRAIN = "train.jsonl"
+HELD_OUT = "held_out.jsonl"
+REPORT = "report.json"
 NAMED_ROWS = 5
 MAX_DETAIL = 240
 ROWS_TO_JUDGE = 10_000
@@ -155,7 +157,8 @@ def prepare(config: Config, progress: Progress) -> PrepareReport:
     Raises ValueError for a source that cannot be read or holds nothing usable, for outputs that are there already, and for
     more refused rows than `data.max_bad_share` allows; OSError if the folder cannot be written to. Either leaves no file.
     """
-    section, folder = config.prepare, Path(config.prepare.output_dir)
+    section = config.prepare
+    folder = Path(config.prepare.output_dir)
     for path in (folder / TRAIN, folder / HELD_OUT, folder / REPORT):
         if path.exists():
             raise ValueError(f"{path} exists already; name another prepare.output_dir or delete it")
@@ -205,7 +208,8 @@ def question_hash(messages: Sequence[Message]) -> int:
 
 def _gather(sources: Sequence[Rows], folder: Path, max_bad_share: float, progress: Progress) -> list[_Shelf]:
     """Read every source into its working file. Raises ValueError if one holds nothing usable, or too much is refused."""
-    shelves, seen = [], _Seen()
+    shelves = []
+    seen = _Seen()
     for index, rows in enumerate(sources):
         shelf = _Shelf(SourceCounts(rows.name), folder / f"source_{index}.jsonl{PARTIAL}")
         shelves.append(shelf)
@@ -305,7 +309,8 @@ def _sides(shelves: Sequence[_Shelf], chosen: np.ndarray, held_out_share: float)
 
 def _write(folder: Path, shelves: Sequence[_Shelf], sides: dict[str, np.ndarray], progress: Progress) -> None:
     """Each side into a file beside its place."""
-    total, written = sum(map(len, sides.values())), 0
+    total = sum(map(len, sides.values()))
+    written = 0
     with ExitStack() as stack, progress(total, "conversations written") as bar:
         working = [stack.enter_context(shelf.path.open("rb")) for shelf in shelves]
         for name, side in sides.items():
@@ -319,7 +324,8 @@ def _write(folder: Path, shelves: Sequence[_Shelf], sides: dict[str, np.ndarray]
 
 
 def _report(folder: Path, shelves: Sequence[_Shelf], sides: dict[str, np.ndarray], config: Config) -> PrepareReport:
-    section, files = config.prepare, {}
+    section = config.prepare
+    files = {}
     for name, side in sides.items():
         files[name] = {"conversations": len(side), "bytes": _partial(folder / name).stat().st_size}
         for index, taken in enumerate(np.bincount(side[:, 0], minlength=len(shelves)).tolist()):

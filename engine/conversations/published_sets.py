@@ -148,7 +148,8 @@ def conversation_of(row: Row) -> dict[str, Any]:
 
 def _turns(row: Mapping[str, Any]) -> Any:
     column = next((key for key in TURN_COLUMNS if row.get(key) is not None), None)
-    question, answer = _column(row, QUESTION_COLUMNS), _column(row, ANSWER_COLUMNS)
+    question = _column(row, QUESTION_COLUMNS)
+    answer = _column(row, ANSWER_COLUMNS)
     if column is not None:
         turns = parse_text(row[column], column)
     elif question is not None and answer is not None:
@@ -265,7 +266,8 @@ def _items(path: Path) -> Iterator[Placed]:
 
     Bytes that are not UTF-8 become surrogates, which no text to train on may hold.
     """
-    decode, number = json.JSONDecoder().raw_decode, 0
+    decode = json.JSONDecoder().raw_decode
+    number = 0
     with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape") as file:
         text = file.read(CHUNK_CHARACTERS).lstrip()
         start = 1 if text.startswith("[") else 0
@@ -281,7 +283,8 @@ def _items(path: Path) -> Iterator[Placed]:
                     raise ValueError(f"{path}: not JSON after row {number} ({error}); mend or fetch it again") from error
                 if not more:
                     return
-                text, start = text[start:] + more, 0
+                text = text[start:] + more
+                start = 0
                 continue
             number += 1
             yield f"{path} row {number}", item, raw.tell()

@@ -114,7 +114,10 @@ class Regeneration:
     """One run over the inputs; section and data are the recipe's. api_key: that the servers ask for, if they do."""
 
     def __init__(self, section: RegenerateSection, data: DataSection, telemetry: Telemetry, api_key: str = "none") -> None:
-        self.section, self.data, self.telemetry, self._api_key = section, data, telemetry, api_key
+        self.section = section
+        self.data = data
+        self.telemetry = telemetry
+        self._api_key = api_key
         assert section.output is not None, "a regeneration needs regenerate.output"
         self.inputs = [Path(path) for path in section.inputs]
         self.output = Path(section.output)
@@ -187,7 +190,8 @@ class Regeneration:
         return settings | ({"chat_template_kwargs": kwargs} if kwargs else {})
 
     async def _answer_all(self, servers: Sequence[Server], settings: dict[str, Any]) -> None:
-        report, missing = self.report, self._missing()
+        report = self.report
+        missing = self._missing()
         report.by_earlier_runs = len(self._open_journal)
         with self.telemetry.progress(report.num_conversations, "conversations") as bar:
             bar.start_at(report.by_earlier_runs + report.num_left_out)
@@ -208,7 +212,8 @@ class Regeneration:
             else:
                 self._open_journal.add(line.index, sample)
             seconds = time.perf_counter() - self._start
-            replies, tokens = self.report.num_replies / seconds, self.report.num_tokens / seconds
+            replies = self.report.num_replies / seconds
+            tokens = self.report.num_tokens / seconds
             bar.advance(f"{replies:,.1f} replies/s, {tokens:,.0f} tokens/s")
 
     async def _answer(self, line: Line, server: Server, settings: dict[str, Any]) -> dict[str, Any]:

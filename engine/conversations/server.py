@@ -12,11 +12,14 @@ from engine.config.strict import ConfigError
 from engine.conversations.journal import as_line
 from engine.data.messages import BadSample, Message, as_object, with_arguments
 
-CHECK_ATTEMPTS, CHECK_TIMEOUT_S = 3, 30.0
+CHECK_ATTEMPTS = 3
+CHECK_TIMEOUT_S = 30.0
 WHOLE = ("stop", "tool_calls", "function_call")  # how a reply ends that nothing cut short
 WORTH_ANOTHER_TRY = (408, 409, 429)  # and all from 500 on, as the client has it
 TOO_LONG = "reply longer than regenerate.max_new_tokens"
-NO_ANSWER, REFUSED, MALFORMED = "no answer from the server", "refused by the server", "malformed answer"
+NO_ANSWER = "no answer from the server"
+REFUSED = "refused by the server"
+MALFORMED = "malformed answer"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Server:
 
     def __init__(self, address: str, attempts: int, timeout_s: float, api_key: str) -> None:
         """attempts: times that a request is sent. timeout_s: silence after which it counts as lost."""
-        self.address, self.unanswered = hidden_in_text(address), 0
+        self.address = hidden_in_text(address)
+        self.unanswered = 0
         self._api_key = api_key
         self._openai = _import_openai()
         self._client = self._openai.AsyncOpenAI(base_url=address, api_key=api_key, max_retries=attempts - 1, timeout=timeout_s)
@@ -117,7 +121,8 @@ def read_reply(answer: Any, max_new_tokens: int) -> ServerReply:
     Raises BadSample if it is empty, was cut short, or is no such answer.
     """
     try:
-        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        choice = answer["choices"][0]
+        usage = answer.get("usage") or {}
         message = choice["message"]
         ending = choice["finish_reason"]
         calls = message.get("tool_calls") or ()

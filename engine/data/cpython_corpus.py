@@ -80,7 +80,8 @@ def write_corpus(folder: Path) -> tuple[Path, Path]:
     lines: dict[bool, list[str]] = {False: [], True: []}
     for conversation, is_held_out in cpython_conversations():
         lines[is_held_out].append(json.dumps(conversation, ensure_ascii=False) + "\n")
-    train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
+    train = folder / "train.jsonl"
+    held_out = folder / "held_out.jsonl"
     write_text(train, "".join(lines[False]))
     write_text(held_out, "".join(lines[True]))
     return train, held_out

@@ -64,17 +64,27 @@ class Scan:
     @classmethod
     def of(cls, paths: Sequence[str], chunk_bytes: int = CHUNK_BYTES) -> "Scan":
         """Read files through, once. Raises ValueError for a missing or empty one."""
-        chunks, content, stamps = [], [], []
+        chunks = []
+        content = []
+        stamps = []
         for number, path in enumerate(paths):
             stamps.append(stamp(_existing(path)))
-            digest, offset, size, first_line, num_lines = xxhash.xxh3_128(), 0, 0, 1, 0
+            digest = xxhash.xxh3_128()
+            offset = 0
+            size = 0
+            first_line = 1
+            num_lines = 0
             with Path(path).open("rb") as file:
                 for line in file:
                     digest.update(line)
-                    size, num_lines = size + len(line), num_lines + 1
+                    size = size + len(line)
+                    num_lines = num_lines + 1
                     if size >= chunk_bytes:
                         chunks.append(Chunk(path, number, offset, size, first_line))
-                        offset, size, first_line, num_lines = offset + size, 0, first_line + num_lines, 0
+                        offset = offset + size
+                        size = 0
+                        first_line = first_line + num_lines
+                        num_lines = 0
             if size:
                 chunks.append(Chunk(path, number, offset, size, first_line))
             content.append(digest.hexdigest())
@@ -240,8 +250,10 @@ class Tally:
     """A report in the making: `add` what became of each chunk of a scan, in order; on_progress as in `load_documents`."""
 
     def __init__(self, paths: Sequence[str], scan: Scan, on_progress: Progress | None) -> None:
-        self._paths, self._on_progress = paths, on_progress
-        self._bytes_done, self._num_bytes = 0, scan.num_bytes
+        self._paths = paths
+        self._on_progress = on_progress
+        self._bytes_done = 0
+        self._num_bytes = scan.num_bytes
         self._counts: Counter[str] = Counter()
         self._changes: Counter[str] = Counter()
         self._usable: Counter[int] = Counter()
@@ -287,8 +299,10 @@ def load_documents(
     a usable conversation, more bad samples than `section.max_bad_share` allows, or a tokenizer without chat template.
     """
     check_template(tokenizer)
-    scan, documents = Scan.of(paths), []
-    tally, render_chunk = Tally(paths, scan, on_progress), Renderer(tokenizer, section)
+    scan = Scan.of(paths)
+    documents = []
+    tally = Tally(paths, scan, on_progress)
+    render_chunk = Renderer(tokenizer, section)
     for chunk in scan.chunks:
         rendered = render_chunk(chunk)
         tally.add(chunk, rendered)
@@ -303,7 +317,8 @@ def fit(document: Document, max_tokens: int, policy: Literal["cut", "split"]) ->
 
     'cut' gives the first piece alone, 'split' all of them; a turn longer than a piece is cut inside.
     """
-    start, length = 0, len(document)
+    start = 0
+    length = len(document)
     while start < length:
         limit = start + max_tokens
         fitting = [end for end in document.turn_ends if start < end <= limit]

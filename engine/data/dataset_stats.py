@@ -68,7 +68,8 @@ class DatasetStats:
 
     def facts(self) -> dict[str, Any]:
         """The figures by name, plain values for JSON."""
-        lengths, shares = self.lengths, self.assistant_tokens / self.lengths
+        lengths = self.lengths
+        shares = self.assistant_tokens / self.lengths
         return {
             "documents": len(lengths),
             "tokens": self.num_tokens,
@@ -123,7 +124,8 @@ def compute_stats(documents: Documents, data: DataSection, ttt: TttSection, draf
 
 def without_compaction(counts: StepCounts) -> StepCounts:
     """What the same micro-batch runs where every row of every step does."""
-    steps, num_tokens = len(counts.rows_S), counts.num_tokens
+    steps = len(counts.rows_S)
+    num_tokens = counts.num_tokens
     pairs_S = tuple(counts.prefix_pairs + step * num_tokens for step in range(steps))
     return replace(counts, rows_S=(num_tokens,) * steps, pairs_S=pairs_S)
 

@@ -11,7 +11,9 @@ from engine.data.dataset_stats import VOCAB_SIZES, DatasetStats
 from engine.host.files import write_text
 
 Run = tuple[str, bool]  # text, and whether the assistant says it
-INK, ASSISTANT, QUIET = "#24292f", "#1a7f37", "#8c959f"
+INK = "#24292f"
+ASSISTANT = "#1a7f37"
+QUIET = "#8c959f"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #24292f; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }

@@ -61,11 +61,13 @@ class Documents(ABC):
     @cached_property
     def largest_token_id(self) -> tuple[int, int]:
         """The largest token id of all documents, and the index of the first document that has it; (-1, 0) without any."""
-        largest, holder = -1, 0
+        largest = -1
+        holder = 0
         for index, document in enumerate(self):
             own = int(document.input_ids.max(initial=-1))
             if own > largest:
-                largest, holder = own, index
+                largest = own
+                holder = index
         return largest, holder
 
     def check_token_ids(self, vocab_size: int) -> None:

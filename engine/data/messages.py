@@ -11,7 +11,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-OPEN, CLOSE = "<think>", "</think>"
+OPEN = "<think>"
+CLOSE = "</think>"
 
 Message = dict[str, Any]
 

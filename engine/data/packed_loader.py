@@ -50,7 +50,8 @@ class PackedLoader:
             raise ValueError("nothing to load: there are no documents")
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         self._documents = documents
-        self._lengths, self._assistant_tokens = documents.lengths, documents.assistant_tokens
+        self._lengths = documents.lengths
+        self._assistant_tokens = documents.assistant_tokens
         self._max_tokens = max_tokens
         self._packs_per_batch = packs_per_batch
         self._rank = rank
@@ -71,7 +72,8 @@ class PackedLoader:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Start where `state` was yielded. Raises ValueError if it was saved with other data or settings."""
-        saved, current = state["stream"], self.stream
+        saved = state["stream"]
+        current = self.stream
         changes = [f"{key} was {saved.get(key)}, now {current[key]}" for key in current if saved.get(key) != current[key]]
         if changes:
             raise ValueError(
@@ -136,7 +138,8 @@ class PackedLoader:
     def _packs_of(self, epoch: int) -> list[np.ndarray]:
         """An epoch's packs, in the order of its steps."""
         if self._packed[0] != epoch:
-            packs, plan = self._drawn(epoch), self._plan_of(epoch)
+            packs = self._drawn(epoch)
+            plan = self._plan_of(epoch)
             assistant_tokens_P = np.array([self._assistant_tokens[places].sum() for places in packs])
             begun = self._start_of(epoch) - plan.origin
             generator = np.random.default_rng([self._seed, epoch, 1])

@@ -30,7 +30,8 @@ def pack(
     if lengths[longest] > max_tokens:
         problem = f"document {longest} has {lengths[longest]} tokens, a pack holds {max_tokens}"
         raise ValueError(f"{problem}; cut or split it, or raise data.max_tokens")
-    drawn, packs = generator.permutation(len(lengths)), []
+    drawn = generator.permutation(len(lengths))
+    packs = []
     for start in range(0, len(drawn), WINDOW):
         window = drawn[start : start + WINDOW]
         window = window[np.argsort(-lengths[window], kind="stable")]
@@ -51,7 +52,9 @@ def _best_fit(lengths: Sequence[int], max_tokens: int) -> tuple[np.ndarray, int]
         if best < len(room):
             free, index = room.pop(best)
         else:
-            free, index, num_packs = max_tokens, num_packs, num_packs + 1
+            free = max_tokens
+            index = num_packs
+            num_packs = num_packs + 1
         owner[document] = index
         if free > length:
             insort(room, (free - length, index))
@@ -68,13 +71,17 @@ def _even_out(lengths: np.ndarray, assistant_tokens: np.ndarray, owner: np.ndarr
         for first in (0, reach):  # pairs that share no document
             a = longer[((longer - first) // reach) % 2 == 0]
             a = a[a >= first]
-            b, from_a, from_b = a + reach, owner[a], owner[a + reach]
-            more_tokens, more_assistant_tokens = lengths[a] - lengths[b], assistant_tokens[a] - assistant_tokens[b]
+            b = a + reach
+            from_a = owner[a]
+            from_b = owner[a + reach]
+            more_tokens = lengths[a] - lengths[b]
+            more_assistant_tokens = assistant_tokens[a] - assistant_tokens[b]
             before = excess_P[from_a] ** 2 + excess_P[from_b] ** 2
             gain = before - (excess_P[from_a] - more_assistant_tokens) ** 2 - (excess_P[from_b] + more_assistant_tokens) ** 2
             chosen = np.flatnonzero((from_a != from_b) & (free_P[from_b] >= more_tokens) & (gain > 0))
             chosen = _each_pack_once(chosen[np.argsort(-gain[chosen], kind="stable")], from_a, from_b, num_packs)
-            p, q = from_a[chosen], from_b[chosen]
+            p = from_a[chosen]
+            q = from_b[chosen]
             owner[a[chosen]], owner[b[chosen]] = q, p
             free_P[p], free_P[q] = free_P[p] + more_tokens[chosen], free_P[q] - more_tokens[chosen]
             excess_P[p], excess_P[q] = excess_P[p] - more_assistant_tokens[chosen], excess_P[q] + more_assistant_tokens[chosen]

@@ -14,7 +14,9 @@ from engine.data.templates import TOOL, ChatTemplate, Span
 from engine.data.turns import last_turn
 
 REPLY = "First reply."
-RESULT, NEXT_QUESTION, NEXT_REPLY = "First result.", "Second question.", "Second reply."
+RESULT = "First result."
+NEXT_QUESTION = "Second question."
+NEXT_REPLY = "Second reply."
 CALL = {"id": "functions.search:0", "type": "function", "function": {"name": "search", "arguments": {"query": "it"}}}
 PLAIN = ((QUESTION, "user"), (REPLY, "assistant"), (NEXT_QUESTION, "user"), (NEXT_REPLY, "assistant"))
 WITH_TOOLS = ((QUESTION, "user"), ("", "assistant"), (RESULT, "tool"), (REPLY, "assistant"))
@@ -36,7 +38,8 @@ class Markers:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> "Markers":
         """From conversations whose words are known. Raises ValueError if they do not find its replies again."""
-        template, found = ChatTemplate(tokenizer, template_kwargs or {}), _Found()
+        template = ChatTemplate(tokenizer, template_kwargs or {})
+        found = _Found()
         messages = [_message(*turn) for turn in PLAIN]
         found.learn(template, messages)
         with suppress(BadSample):  # not every format has tools
@@ -63,7 +66,8 @@ class Markers:
 
         Raises BadSample if one holds what opens another's turn, so that its end is not known.
         """
-        spans, at = [], 0
+        spans = []
+        at = 0
         while found := [(place, -len(header)) for header in self.headers if (place := text.find(header, at)) >= 0]:
             place, length = min(found)
             start = place - length
@@ -99,7 +103,8 @@ class _Found:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            turn, words = last_turn(template, messages[: index + 1]), messages[index - 1]["content"]
+            turn = last_turn(template, messages[: index + 1])
+            words = messages[index - 1]["content"]
             header = template.text(messages[:index], add_generation_prompt=True).rpartition(words)[2]
             self.headers.append(_own_part(header, template.text(messages[:index]).rpartition(words)[2], template))
             replies = turn.text[turn.start : turn.end]
@@ -120,5 +125,6 @@ def _own_part(header: str, unasked: str, template: ChatTemplate) -> str:
         if not unasked.startswith(token):
             break
         blank = len(kept[len(token) :]) - len(kept[len(token) :].lstrip())
-        kept, unasked = kept[len(token) + blank :], unasked[len(token) :].lstrip()
+        kept = kept[len(token) + blank :]
+        unasked = unasked[len(token) :].lstrip()
     return kept or header

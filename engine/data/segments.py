@@ -77,7 +77,8 @@ class _LineReader:
     def __init__(self, path: str) -> None:
         self.path = path
         self._numbered = enumerate(_lines(path), start=1)
-        self._number, self._line = 0, b""
+        self._number = 0
+        self._line = b""
 
     def line(self, number: int) -> bytes:
         """Return a line. Raises ValueError if the file has become shorter than it was when it was tokenised."""

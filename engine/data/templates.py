@@ -168,7 +168,9 @@ def _format_of(tokenizer: PreTrainedTokenizerBase, source: str, arguments: str) 
     chat = ChatTemplate(tokenizer, json.loads(arguments), source)
     asked = [{"role": "user", "content": QUESTION}]
     messages = [*asked, {"role": "assistant", "content": WORDS}]
-    question, prompt, text = chat.text(asked), chat.text(asked, add_generation_prompt=True), chat.text(messages)
+    question = chat.text(asked)
+    prompt = chat.text(asked, add_generation_prompt=True)
+    text = chat.text(messages)
     header = prompt.removeprefix(question) if prompt.startswith(question) else ""
     unasked_prompt = chat.shape(messages[-1]).unasked_prompt if prompt == question else ""
     header = header or unasked_prompt

@@ -52,7 +52,10 @@ from engine.data.templates import template_sources
 WORTH_PROCESSES_BYTES = 16 << 20  # below, one process is done before others have started
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_WITHOUT_SIGN = 300  # of the process that makes an entry, before those that wait for it give up
-REPORT, IDS, MASK, ARRAYS = "report.json", "input_ids.int32", "assistant_mask.bool", "arrays.npz"
+REPORT = "report.json"
+IDS = "input_ids.int32"
+MASK = "assistant_mask.bool"
+ARRAYS = "arrays.npz"
 
 _render: Renderer  # of a worker process
 
@@ -97,12 +100,14 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True)
-        self._ids, self._mask = (folder / IDS).open("wb"), (folder / MASK).open("wb")
+        self._ids = (folder / IDS).open("wb")
+        self._mask = (folder / MASK).open("wb")
         self._lengths: list[int] = []
         self._assistant_tokens: list[int] = []
         self._num_turns: list[int] = []
         self._ends: list[int] = []
-        self._counts, self._checksum = np.zeros(0, dtype=np.int64), 0
+        self._counts = np.zeros(0, dtype=np.int64)
+        self._checksum = 0
         self._places: list[tuple[int, int]] = []
         self._largest_token_id = (-1, 0)
 
@@ -188,7 +193,8 @@ def open_entry(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, D
         documents = TokenisedDocuments(entry, paths)
     except (OSError, ValueError, LookupError, EOFError, BadZipFile):
         return None
-    named, report = dict(zip(facts["paths"], paths, strict=True)), facts["report"]
+    named = dict(zip(facts["paths"], paths, strict=True))
+    report = facts["report"]
 
     def placed(place: str) -> str:
         path, _, line = place.rpartition(":")
@@ -250,7 +256,8 @@ def rendered_chunks(scan: Scan, renderer: Renderer) -> Iterator[tuple[Chunk, Ren
     if workers == 1 or (not renderer.section.workers and scan.num_bytes < WORTH_PROCESSES_BYTES):
         yield from ((chunk, renderer(chunk)) for chunk in scan.chunks)
         return
-    context, pickled = multiprocessing.get_context("spawn"), pickle.dumps(renderer)
+    context = multiprocessing.get_context("spawn")
+    pickled = pickle.dumps(renderer)
     with ProcessPoolExecutor(workers, context, _start_worker, (pickled,)) as pool:
         try:
             under_way: deque = deque()

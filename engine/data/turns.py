@@ -264,7 +264,8 @@ class TurnFinder:
         not keep (DeepSeek) or holds an empty one (Gemma 4), or what stands before is rewritten once the reply is there
         (GPT-OSS).
         """
-        text, mark = self._text, self._mark
+        text = self._text
+        mark = self._mark
         header = self._header.removesuffix(mark.text)
         at = self._lead.rfind(header)
         if not header.strip() or at < 0 or not text.startswith(self._lead):

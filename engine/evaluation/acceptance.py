@@ -166,7 +166,9 @@ def held_out_prompts(
         raise ValueError(
             f"{', '.join(map(str, paths))}: no conversation with a turn before the assistant's first; nothing to ask"
         )
-    count, prompts, problem = min(count, len(openings)), [], None
+    count = min(count, len(openings))
+    prompts = []
+    problem = None
     for path, number, offset in (openings[index * len(openings) // count] for index in range(count)):
         source = f"{path}:{number}"
         try:
@@ -197,7 +199,8 @@ def _openings(path: Path) -> Iterator[tuple[Path, int, int]]:
     next_offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            offset, next_offset = next_offset, next_offset + len(line)
+            offset = next_offset
+            next_offset = next_offset + len(line)
             try:
                 sample = parse(line)
                 if written_text(sample) is None:

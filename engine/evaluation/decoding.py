@@ -80,7 +80,8 @@ class PrefixKeys:
 
     def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> LayerKeys:
         """Append `Q` positions; each attends to itself and to all before it."""
-        first, self.length = self.length, self.length + key_QGE.shape[0]
+        first = self.length
+        self.length = self.length + key_QGE.shape[0]
         self._key_TGE = _write(self._key_TGE, key_QGE, first)
         self._value_TGE = _write(self._value_TGE, value_QGE, first)
         return self.seen_from(torch.arange(first, self.length, device=key_QGE.device))
@@ -115,18 +116,21 @@ class ChainDrafter:
 
     @torch.inference_mode()
     def extend(self, token_ids: list[int], aux_QA: torch.Tensor) -> None:
-        model, embed_weight_VD = self.draft.model, self.draft.embed_weight_VD
+        model = self.draft.model
+        embed_weight_VD = self.draft.embed_weight_VD
         token_Q = torch.tensor(token_ids, device=embed_weight_VD.device)
         aux_QA = aux_QA.to(embed_weight_VD)
         for rows_token_Q, rows_aux_QA in zip(token_Q.split(_ROWS_PER_STEP), aux_QA.split(_ROWS_PER_STEP), strict=True):
             first = self.prefix[0].length
             position_Q = torch.arange(first, first + rows_token_Q.shape[0], device=token_Q.device)
             output_QD, _ = model.step(self.draft.embed(rows_token_Q), model.fuse(rows_aux_QA), position_Q, self.prefix)
-        self.position_1, self.output_1D = position_Q[-1:], output_QD[-1:]
+        self.position_1 = position_Q[-1:]
+        self.output_1D = output_QD[-1:]
 
     @torch.inference_mode()
     def propose(self, count: int) -> list[int]:
-        model, output_1D = self.draft.model, self.output_1D
+        model = self.draft.model
+        output_1D = self.output_1D
         keys = [prefix.seen_from(self.position_1) for prefix in self.prefix]
         drafted = [self.draft.propose_id(output_1D)]
         for step in range(1, count):
@@ -269,7 +273,9 @@ def speculate(
     """`speculative_decode` from `first_ids` on, the one token that follows the prompt. reader: has read the prompt."""
     if draft_tokens < 1:
         raise ValueError(f"draft_tokens={draft_tokens}: expected at least 1; greedy_decode needs none")
-    token_ids, proposed, accepted = [*first_ids], [], []
+    token_ids = [*first_ids]
+    proposed = []
+    accepted = []
     began = time.perf_counter()
     drafter.start(prompt_ids + token_ids, reader.aux())
     while len(token_ids) < max_new_tokens and token_ids[-1] not in eos_ids:

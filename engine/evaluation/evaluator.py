@@ -53,9 +53,13 @@ class AcceptanceEvaluator:
         max_tokens: int,
     ) -> None:
         """max_tokens: of a forward without a cache."""
-        self._section, self._target, self._world, self._telemetry = section, target, world, telemetry
+        self._section = section
+        self._target = target
+        self._world = world
+        self._telemetry = telemetry
         self._eos_ids = eos_ids(target.model, tokenizer)
-        self._prompts, self._max_tokens = prompts[world.rank :: world.size], max_tokens
+        self._prompts = prompts[world.rank :: world.size]
+        self._max_tokens = max_tokens
         self._uses_cache = target.mesh.size == 1 and rolls_back(target)
         self._batch_size = section.prompts_per_batch or BATCH_SIZE[target.device.type]
         self._replays = not self._uses_cache or self._batch_size > 1

@@ -280,10 +280,13 @@ class _Replay:
     """A target that says `reply` again, as `speculate` asks it."""
 
     def __init__(self, reply: TargetReply) -> None:
-        self._reply, self._first, self._end = reply, 0, len(reply.prompt_ids)
+        self._reply = reply
+        self._first = 0
+        self._end = len(reply.prompt_ids)
 
     def read(self, token_ids: list[int], num_choices: int) -> list[int]:
-        self._first, self._end = self._end, self._end + len(token_ids)
+        self._first = self._end
+        self._end = self._end + len(token_ids)
         end = self._end + 1 - len(self._reply.prompt_ids)
         return self._reply.token_ids[end - num_choices : end]
 

@@ -120,7 +120,8 @@ class Capture:
 
     def contents(self, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig, identity: str | None) -> Contents:
         """Return the contents of the store to be written. identity: as `target_identity` returns it."""
-        config, text = self.config, text_config(target_config)
+        config = self.config
+        text = text_config(target_config)
         check_fp8_activations(target_config, config.target)
         count = num_layers(text)
         aux_layers = check_aux_layers(config.target.aux_layers or default_aux_layers(count), count)
@@ -144,7 +145,8 @@ class Capture:
         """That of the capture which this one continues, or a new one. Raises StoreError where it is another capture's."""
         checksum = f"{documents.checksum:08x}"
         if not (self.folder / MANIFEST).exists():
-            lengths, slots = documents.lengths.tolist(), count_slots(documents, self.config.ttt)
+            lengths = documents.lengths.tolist()
+            slots = count_slots(documents, self.config.ttt)
             total = sum(lengths) * contents.bytes_per_token + sum(slots) * contents.bytes_per_slot
             at_most = total // (SHARDS_PER_RANK * self.world.size) if self.world.size > 1 else total
             shards = plan_shards(lengths, slots, contents, min(self.config.store.shard_mb << 20, at_most))
@@ -201,7 +203,8 @@ class Capture:
 
     def keep_head(self, target: FrozenTarget) -> None:
         """Its head and embedding, written by rank 0; a collective where ranks share the head, which is whole only in here."""
-        path, head = self.folder / TARGET_FOLDER / HEAD, target.whole_head()
+        path = self.folder / TARGET_FOLDER / HEAD
+        head = target.whole_head()
         embed_weight_VD = None if target.is_tied else target.embedding.whole()
         if self.world.is_main and not path.is_file():
             save_head(path, head, embed_weight_VD)
@@ -211,8 +214,10 @@ class Capture:
 
     def capture(self, target: FrozenTarget, documents: Documents, contents: Contents, shards: Sequence[Shard]) -> int:
         """Write this rank's shards; returns the bytes."""
-        threads, stops = self.config.store.threads, self.config.target.non_finite == "stop"
-        writer, files = StoreWriter(threads, depth=2 * threads, stops=stops), []
+        threads = self.config.store.threads
+        stops = self.config.target.non_finite == "stop"
+        writer = StoreWriter(threads, depth=2 * threads, stops=stops)
+        files = []
         namer = Namer(documents, target.aux_layers, self.telemetry.warn)
         try:
             with self.telemetry.progress(sum(shard.num_tokens for shard in shards), "tokens") as progress:
@@ -254,7 +259,8 @@ class Capture:
             stored = StoredTensors.of(on_device, target(on_device, slots_N), file.contents.dtype)
             yield Piece(file, first_document, first_token, first_slot, batch, slots_N, **vars(stored))
             first_document += len(batch.host_lengths)
-            first_token, first_slot = first_token + batch.num_tokens, first_slot + len(slots_N)
+            first_token = first_token + batch.num_tokens
+            first_slot = first_slot + len(slots_N)
 
     def complete(self, manifest: Manifest) -> Manifest:
         """The manifest with every shard's checksum and what was left out of it, written by rank 0."""
@@ -272,7 +278,8 @@ class Namer:
     """Names the documents that a capture leaves out, on this rank."""
 
     def __init__(self, documents: Documents, aux_layers: tuple[int, ...], warn: Callable[[str], None]) -> None:
-        self._documents, self._warn = documents, warn
+        self._documents = documents
+        self._warn = warn
         self._places = place_names(aux_layers)
         self._num_named = 0
 

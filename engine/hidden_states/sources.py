@@ -35,7 +35,10 @@ class OnlineSource:
     target_identity: str | None
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> None:
-        self._config, self._tokenizer, self._world, self._telemetry = config, tokenizer, world, telemetry
+        self._config = config
+        self._tokenizer = tokenizer
+        self._world = world
+        self._telemetry = telemetry
         self.mesh = TargetMesh.of(config.parallel, world)
         self.target_config = load_target_config(config.target)
         self.aux_layers = config.target.aux_layers
@@ -60,7 +63,8 @@ class OnlineSource:
 
     def load_target(self, aux_layers: tuple[int, ...]) -> FrozenTarget:
         """Load the target with kernels that passed the self-check; a collective of all ranks."""
-        section, temperature = self._config.target, self._config.loss.temperature
+        section = self._config.target
+        temperature = self._config.loss.temperature
         self_check = SelfCheck.of(self._world, self._config.data.cache_dir, self._telemetry.warn)
         check_target_kernels(self.target_config, section, self_check)
         target = FrozenTarget.load(
@@ -89,7 +93,8 @@ class StoredSource:
 
     def __init__(self, config: Config, world: World, telemetry: Telemetry) -> None:
         """Raises StoreError if the store cannot be read or was captured with other options, ConfigError if none is named."""
-        self._world, self._telemetry = world, telemetry
+        self._world = world
+        self._telemetry = telemetry
         self._by_argmax = config.draft.vocab_from == "argmax"
         self.counted = "the target's most likely" if self._by_argmax else OnlineSource.counted
         if config.target.store is None:

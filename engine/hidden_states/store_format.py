@@ -21,7 +21,9 @@ import xxhash
 
 from engine.host.files import is_plain_name
 
-MANIFEST, TARGET_FOLDER, VERSION = "manifest.json", "target", 1
+MANIFEST = "manifest.json"
+TARGET_FOLDER = "target"
+VERSION = 1
 SUFFIX = ".safetensors"
 NO_CHECKSUM = "0" * 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
@@ -221,7 +223,9 @@ class Layout:
     @classmethod
     def of(cls, contents: Contents, shard: Shard) -> "Layout":
         shapes = _shapes(contents, shard)
-        header_bytes, offset, places = len(_header(shapes, NO_CHECKSUM)), 0, {}
+        header_bytes = len(_header(shapes, NO_CHECKSUM))
+        offset = 0
+        places = {}
         for name, (dtype, shape) in shapes.items():
             places[name] = Place(dtype, shape, header_bytes + offset)
             offset += places[name].num_bytes
@@ -233,7 +237,10 @@ class Layout:
 
 def _shapes(contents: Contents, shard: Shard) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Tensors in the order of the file; those of wide elements first, so that all are aligned."""
-    num_documents, num_tokens, num_slots, size = shard.num_documents, shard.num_tokens, shard.num_slots, contents.hidden_size
+    num_documents = shard.num_documents
+    num_tokens = shard.num_tokens
+    num_slots = shard.num_slots
+    size = contents.hidden_size
     dtype = DTYPES[contents.dtype]
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "token_bounds": (torch.int64, (num_documents + 1,)),
@@ -274,8 +281,11 @@ def plan_shards(num_tokens: Sequence[int], num_slots: Sequence[int], contents: C
             size = (tokens + more_tokens) * contents.bytes_per_token + (slots + more_slots) * contents.bytes_per_slot
             if document > first and size > shard_bytes:
                 yield first, document - first, tokens, slots
-                first, tokens, slots = document, 0, 0
-            tokens, slots = tokens + more_tokens, slots + more_slots
+                first = document
+                tokens = 0
+                slots = 0
+            tokens = tokens + more_tokens
+            slots = slots + more_slots
         yield first, len(num_tokens) - first, tokens, slots
 
     return tuple(Shard(f"shard-{index:05d}{SUFFIX}", *sizes) for index, sizes in enumerate(cut()))

@@ -36,7 +36,9 @@ class MappedShard:
 
     def __init__(self, folder: Path, contents: Contents, shard: Shard) -> None:
         """Raises StoreError, naming the file, if it is missing, cut off, or not the shard that the manifest means."""
-        self.path, self.shard, self.layout = folder / shard.name, shard, Layout.of(contents, shard)
+        self.path = folder / shard.name
+        self.shard = shard
+        self.layout = Layout.of(contents, shard)
         try:
             size = self.path.stat().st_size
         except FileNotFoundError as error:
@@ -218,7 +220,8 @@ def open_store(folder: Path, skip_bad: bool) -> OpenStore:
         there = sum((folder / shard.name).is_file() for shard in manifest.shards)
         problem = f"{folder / MANIFEST}: the capture is not complete, {there} of {len(manifest.shards)} shards are there"
         raise StoreError(f"{problem}; run it again to continue it, or set store.skip_bad=true to train on what is there")
-    mapped, problems = [], []
+    mapped = []
+    problems = []
     for shard in manifest.shards:
         try:
             mapped.append(MappedShard(folder, manifest.contents, shard))

@@ -31,7 +31,10 @@ class StoreCheck:
 
 def check_store(folder: Path, on_progress: OnProgress = lambda num_bytes: None) -> StoreCheck:
     """Read every byte of a store. on_progress: is called with the bytes read so far. Raises StoreError without a manifest."""
-    manifest, problems, missing, done = Manifest.read(folder), [], 0, 0
+    manifest = Manifest.read(folder)
+    problems = []
+    missing = 0
+    done = 0
     for shard in manifest.shards:
         if shard.checksum is None and not (folder / shard.name).exists():
             missing += 1

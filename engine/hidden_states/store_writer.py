@@ -27,8 +27,12 @@ class ShardFile:
 
     def __init__(self, folder: Path, contents: Contents, shard: Shard) -> None:
         """Raises OSError if its bytes cannot be reserved."""
-        self.contents, self.shard, self.layout = contents, shard, Layout.of(contents, shard)
-        self._path, self._lock, self._missing = folder / shard.name, threading.Lock(), shard.num_documents
+        self.contents = contents
+        self.shard = shard
+        self.layout = Layout.of(contents, shard)
+        self._path = folder / shard.name
+        self._lock = threading.Lock()
+        self._missing = shard.num_documents
         self._checksums = np.zeros(shard.num_documents, dtype=np.int64)
         self._bounds = {name: np.zeros(shard.num_documents + 1, dtype=np.int64) for name in ("token_bounds", "slot_bounds")}
         self._file: int | None = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)

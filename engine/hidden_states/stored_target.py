@@ -19,7 +19,8 @@ from engine.host.files import write_tensors
 from engine.target.embedding import SharedEmbedding, TargetEmbedding
 from engine.target.head import TargetHead
 
-HEAD, READERS = "head.safetensors", 4
+HEAD = "head.safetensors"
+READERS = 4
 
 
 def save_head(path: Path, head: TargetHead, embed_weight_VD: Tensor | None) -> None:
@@ -55,8 +56,10 @@ class StoredTarget:
 
     def __init__(self, store: OpenStore, device: torch.device) -> None:
         """Raises StoreError if the store lacks the target's embedding and head."""
-        self.documents, self.aux_layers = store.documents, store.contents.aux_layers
-        self._dtype, self._device = DTYPES[store.contents.dtype], device
+        self.documents = store.documents
+        self.aux_layers = store.contents.aux_layers
+        self._dtype = DTYPES[store.contents.dtype]
+        self._device = device
         self._pins = device.type == "cuda"
         self._head_path = store.folder / TARGET_FOLDER / HEAD
         self._verified: set[tuple[Path, int]] = set()
@@ -71,7 +74,8 @@ class StoredTarget:
         """The head restricted to `target_ids_U`, on the device; the rest of it stays on the disk."""
         ids_U = target_ids_U.cpu()
         with safe_open(self._head_path, "pt") as file:
-            facts, names = json.loads(file.metadata()["head"]), set(file.keys())
+            facts = json.loads(file.metadata()["head"])
+            names = set(file.keys())
             weight_UD = file.get_tensor("head" if "head" in names else "embed")[ids_U].to(self._device)
             bias_U = file.get_tensor("bias")[ids_U].to(self._device) if "bias" in names else None
         return TargetHead(weight_UD, bias_V=bias_U, **facts)
@@ -110,7 +114,8 @@ class StoredTarget:
         for document, length in zip(batch.document_ids, batch.host_lengths, strict=True):
             shard, own = self.documents.find(document)
             first, end = np.searchsorted(slots_N, (start, start + length))
-            stored, wanted = shard.slots(own), slots_N[first:end] - start
+            stored = shard.slots(own)
+            wanted = slots_N[first:end] - start
             rows = np.searchsorted(stored, wanted)
             if len(wanted) and (rows[-1] >= len(stored) or (stored[rows] != wanted).any()):
                 raise StoreError(f"{shard.path}: document {document} was captured without all of the slots that it now has")
@@ -131,7 +136,8 @@ class StoredTarget:
 
     def _read(self, part: _Part, by_token: Mapping[str, Tensor], by_slot: Mapping[str, Tensor]) -> None:
         """Copy a document's states to its rows of the batch's tensors; its first reader verifies its checksum."""
-        shard, own = part.shard, part.own
+        shard = part.shard
+        own = part.own
         if (shard.path, own) not in self._verified:
             shard.verify(own)
             self._verified.add((shard.path, own))

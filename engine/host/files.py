@@ -29,7 +29,8 @@ class WriteError(OSError):
 
     def __init__(self, path: Path, problem: str, number: int | None = None) -> None:
         super().__init__(number, problem)
-        self.path, self.problem = path, problem
+        self.path = path
+        self.problem = problem
 
     def __str__(self) -> str:
         if self.errno in DISK_FULL or "No space left" in self.problem:

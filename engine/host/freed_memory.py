@@ -2,8 +2,10 @@
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_HEAP_BLOCK_BYTES, KEPT_BYTES = 32 << 20, 1 << 30
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+LARGEST_HEAP_BLOCK_BYTES = 32 << 20
+KEPT_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> None:

@@ -50,7 +50,10 @@ class Telemetry:
 
 class ProgressBar:
     def __init__(self, telemetry: Telemetry, progress: Progress, task: Any, total: int) -> None:
-        self._telemetry, self._progress, self._task, self._total = telemetry, progress, task, total
+        self._telemetry = telemetry
+        self._progress = progress
+        self._task = task
+        self._total = total
         self._start = self._last_line = time.perf_counter()
         self._first = self._done = 0
 
@@ -69,6 +72,7 @@ class ProgressBar:
         self._progress.update(self._task, completed=done, description=text)
         now = time.perf_counter()
         if self._progress.disable and (now - self._last_line >= SECONDS_BETWEEN_LINES or done == self._total):
-            self._last_line, elapsed_s = now, now - self._start
+            self._last_line = now
+            elapsed_s = now - self._start
             left_s = elapsed_s / max(1, done - self._first) * (self._total - done)
             self._telemetry.note(f"  {done:,}/{self._total:,}  {text}  {elapsed_s:.0f} s, {left_s:.0f} s left")

@@ -45,7 +45,8 @@ class _View(NamedTuple):
 def _members(first, end, R: tl.constexpr, R_PAD: tl.constexpr, M: tl.constexpr):
     """Row and query head of each member of a block that begins at row `first`, and whether it exists."""
     member_M = tl.arange(0, M)
-    row_M, head_M = first + member_M // R_PAD, member_M % R_PAD
+    row_M = first + member_M // R_PAD
+    head_M = member_M % R_PAD
     exists_M = (row_M < end) & (head_M < R)
     return tl.minimum(row_M, end - 1), tl.program_id(1) * R + tl.minimum(head_M, R - 1), exists_M
 
@@ -66,7 +67,8 @@ def _pointers(view, row_N, head, E_PAD: tl.constexpr):
 @triton.jit
 def _load(view, row_N, head, E: tl.constexpr, E_PAD: tl.constexpr):
     """[N, E_PAD], zero from E on."""
-    pointer_NE, exists_1E = _pointers(view, row_N, head, E_PAD), tl.arange(0, E_PAD)[None, :] < E
+    pointer_NE = _pointers(view, row_N, head, E_PAD)
+    exists_1E = tl.arange(0, E_PAD)[None, :] < E
     return tl.load(pointer_NE) if E == E_PAD else tl.load(pointer_NE, mask=exists_1E, other=0.0)
 
 
@@ -97,7 +99,8 @@ def _forward(
     row_M, head_M, exists_M = _members(first, num_rows, R, R_PAD, M)
     scale2 = scale * LOG2_E
     query_ME = _load(query, row_M, head_M, E, E_PAD)
-    most_M, total_M = tl.full((M,), NO_SCORE, tl.float32), tl.zeros((M,), tl.float32)
+    most_M = tl.full((M,), NO_SCORE, tl.float32)
+    total_M = tl.zeros((M,), tl.float32)
     sum_ME = tl.zeros((M, E_PAD), tl.float32)
     for a in tl.static_range(A):
         ancestor_M = tl.load(ancestors[a] + row_M)
@@ -106,23 +109,29 @@ def _forward(
         score_M = tl.where(ancestor_M >= 0, score_M, float("-inf")) if IS_TREE else score_M
         value_ME = _load(extra_values[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
         new_M = tl.maximum(most_M, score_M)
-        weight_M, shrink_M = tl.exp2(score_M - new_M), tl.exp2(most_M - new_M)
-        most_M, total_M = new_M, total_M * shrink_M + weight_M
+        weight_M = tl.exp2(score_M - new_M)
+        shrink_M = tl.exp2(most_M - new_M)
+        most_M = new_M
+        total_M = total_M * shrink_M + weight_M
         sum_ME = sum_ME * shrink_M[:, None] + weight_M[:, None] * value_ME
 
     begin, masked, end = _keys_of_rows(position, start, first, num_rows, B, K)
-    position_M, start_M = tl.load(position + row_M).to(tl.int32), tl.load(start + row_M).to(tl.int32)
+    position_M = tl.load(position + row_M).to(tl.int32)
+    start_M = tl.load(start + row_M).to(tl.int32)
     for IS_MASKED in tl.static_range(2):
         for k in range(masked if IS_MASKED else begin, end if IS_MASKED else masked, K):
             key_K = k + tl.arange(0, K)
             is_seen_MK = (key_K[None, :] >= start_M[:, None]) & (key_K[None, :] <= position_M[:, None]) if IS_MASKED else None
             key_K = tl.minimum(key_K, end - 1)
-            key_KE, value_KE = _load(key, key_K, group, E, E_PAD), _load(value, key_K, group, E, E_PAD)
+            key_KE = _load(key, key_K, group, E, E_PAD)
+            value_KE = _load(value, key_K, group, E, E_PAD)
             score_MK = tl.dot(query_ME, tl.trans(key_KE), input_precision="ieee") * scale2
             score_MK = tl.where(is_seen_MK, score_MK, float("-inf")) if IS_MASKED else score_MK
             new_M = tl.maximum(most_M, tl.max(score_MK, 1))
-            weight_MK, shrink_M = tl.exp2(score_MK - new_M[:, None]), tl.exp2(most_M - new_M)
-            most_M, total_M = new_M, total_M * shrink_M + tl.sum(weight_MK, 1)
+            weight_MK = tl.exp2(score_MK - new_M[:, None])
+            shrink_M = tl.exp2(most_M - new_M)
+            most_M = new_M
+            total_M = total_M * shrink_M + tl.sum(weight_MK, 1)
             sum_ME = tl.dot(weight_MK.to(value_KE.dtype), value_KE, sum_ME * shrink_M[:, None], input_precision="ieee")
 
     _store(output, row_M, head_M, sum_ME / total_M[:, None], exists_M, E, E_PAD)
@@ -157,11 +166,13 @@ def _backward_rows(
     M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     B: tl.constexpr = M // R_PAD
-    first, group = (tl.num_programs(0) - 1 - tl.program_id(0)) * B, tl.program_id(1)
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * B
+    group = tl.program_id(1)
     row_M, head_M, exists_M = _members(first, num_rows, R, R_PAD, M)
     row_B = tl.minimum(first + tl.arange(0, B), num_rows - 1)
     scale2 = scale * LOG2_E
-    query_ME, grad_ME = _load(query, row_M, head_M, E, E_PAD), _load(grad, row_M, head_M, E, E_PAD)
+    query_ME = _load(query, row_M, head_M, E, E_PAD)
+    grad_ME = _load(grad, row_M, head_M, E, E_PAD)
     delta_M = tl.sum(grad_ME.to(tl.float32) * _load(output, row_M, head_M, E, E_PAD).to(tl.float32), 1)
     # An infinite log-sum-exp leaves no weight to members that do not exist.
     lse2_M = tl.load(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, mask=exists_M, other=float("inf")) * LOG2_E
@@ -179,19 +190,24 @@ def _backward_rows(
         score_grad_M = weight_M * (tl.sum(grad_ME.to(tl.float32) * value_ME, 1) - delta_M)
         sum_ME += score_grad_M[:, None] * key_ME
         target_B = row_B if IS_TREE else tl.load(ancestors[a] + row_B)
-        score_grad_M1, weight_M1, num_left = (score_grad_M * scale)[:, None], weight_M[:, None], num_rows - first
+        score_grad_M1 = (score_grad_M * scale)[:, None]
+        weight_M1 = weight_M[:, None]
+        num_left = num_rows - first
         _store_own(extra_key_grads[a], target_B, score_grad_M1 * query_ME.to(tl.float32), num_left, R_PAD, E, E_PAD)
         _store_own(extra_value_grads[a], target_B, weight_M1 * grad_ME.to(tl.float32), num_left, R_PAD, E, E_PAD)
 
-    lse2_M1, delta_M1 = lse2_M[:, None], delta_M[:, None]
+    lse2_M1 = lse2_M[:, None]
+    delta_M1 = delta_M[:, None]
     begin, masked, end = _keys_of_rows(position, start, first, num_rows, B, K)
-    position_M, start_M = tl.load(position + row_M).to(tl.int32), tl.load(start + row_M).to(tl.int32)
+    position_M = tl.load(position + row_M).to(tl.int32)
+    start_M = tl.load(start + row_M).to(tl.int32)
     for IS_MASKED in tl.static_range(2):
         for k in range(masked if IS_MASKED else begin, end if IS_MASKED else masked, K):
             key_K = k + tl.arange(0, K)
             is_seen_MK = (key_K[None, :] >= start_M[:, None]) & (key_K[None, :] <= position_M[:, None]) if IS_MASKED else None
             key_K = tl.minimum(key_K, end - 1)
-            key_KE, value_KE = _load(key, key_K, group, E, E_PAD), _load(value, key_K, group, E, E_PAD)
+            key_KE = _load(key, key_K, group, E, E_PAD)
+            value_KE = _load(value, key_K, group, E, E_PAD)
             _, score_grad_MK = _weigh(query_ME, key_KE, grad_ME, value_KE, is_seen_MK, scale2, lse2_M1, delta_M1)
             sum_ME = tl.dot(score_grad_MK.to(key_KE.dtype), key_KE, sum_ME, input_precision="ieee")
     _store(query_grad, row_M, head_M, sum_ME * scale, exists_M, E, E_PAD)
@@ -203,23 +219,31 @@ def _backward_keys(
     R: tl.constexpr, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     B: tl.constexpr = M // R_PAD
-    block, num_blocks, group = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    block = tl.program_id(0)
+    num_blocks = tl.num_programs(0)
+    group = tl.program_id(1)
     scale2 = scale * LOG2_E
     key_K = block * K + tl.arange(0, K)
-    exists_K, key_K = key_K < num_keys, tl.minimum(key_K, num_keys - 1)
-    key_KE, value_KE = _load(key, key_K, group, E, E_PAD), _load(value, key_K, group, E, E_PAD)
-    key_sum_KE, value_sum_KE = tl.zeros((K, E_PAD), tl.float32), tl.zeros((K, E_PAD), tl.float32)
-    begin, whole = tl.load(row_bounds + block), tl.load(row_bounds + num_blocks + block)
+    exists_K = key_K < num_keys
+    key_K = tl.minimum(key_K, num_keys - 1)
+    key_KE = _load(key, key_K, group, E, E_PAD)
+    value_KE = _load(value, key_K, group, E, E_PAD)
+    key_sum_KE = tl.zeros((K, E_PAD), tl.float32)
+    value_sum_KE = tl.zeros((K, E_PAD), tl.float32)
+    begin = tl.load(row_bounds + block)
+    whole = tl.load(row_bounds + num_blocks + block)
     end = tl.load(row_bounds + 2 * num_blocks + block)
     for IS_MASKED in tl.static_range(2):
         stop = whole if IS_MASKED else end
         for row in range(begin if IS_MASKED else whole, stop, B):
             row_M, head_M, _ = _members(row, stop, R, R_PAD, M)
             member_M, exists_M = _beside(row, stop, num_rows, R_PAD, M)
-            query_ME, grad_ME = _load(query, row_M, head_M, E, E_PAD), _load(grad, row_M, head_M, E, E_PAD)
+            query_ME = _load(query, row_M, head_M, E, E_PAD)
+            grad_ME = _load(grad, row_M, head_M, E, E_PAD)
             lse2_1M = tl.load(lse2 + member_M, mask=exists_M, other=float("inf"))[None, :]
             delta_1M = tl.load(delta + member_M, mask=exists_M, other=0.0)[None, :]
-            position_M, start_M = tl.load(position + row_M).to(tl.int32), tl.load(start + row_M).to(tl.int32)
+            position_M = tl.load(position + row_M).to(tl.int32)
+            start_M = tl.load(start + row_M).to(tl.int32)
             is_seen_KM = (key_K[:, None] >= start_M[None, :]) & (key_K[:, None] <= position_M[None, :]) if IS_MASKED else None
             weight_KM, score_grad_KM = _weigh(key_KE, query_ME, value_KE, grad_ME, is_seen_KM, scale2, lse2_1M, delta_1M)
             value_sum_KE = tl.dot(weight_KM.to(grad_ME.dtype), grad_ME, value_sum_KE, input_precision="ieee")
@@ -254,7 +278,9 @@ class _Attention(NamedTuple):
 
     def launch_for_rows(self, kernel: Any, name: str, *arguments: Any) -> None:
         rows, sizes, (num_rows, _, head_dim) = self.rows, self.sizes(name), self.query_QHE.shape
-        num_extra, views, extras = len(rows.ancestors), map(_view, self[:3]), tuple(map(_view, self.extras))
+        num_extra = len(rows.ancestors)
+        views = map(_view, self[:3])
+        extras = tuple(map(_view, self.extras))
         index = tuple(x.contiguous() for x in rows.ancestors), rows.position_Q.contiguous(), rows.start_Q
         arguments = *views, extras[:num_extra], extras[num_extra:], *index, num_rows, head_dim**-0.5, *arguments
         if num_rows:
@@ -262,7 +288,9 @@ class _Attention(NamedTuple):
             kernel[grid](*arguments, A=num_extra, IS_TREE=rows.is_tree, **sizes)
 
     def launch_for_keys(self, *arguments: Any) -> None:
-        sizes, num_rows, num_keys = self.sizes("keys"), len(self.query_QHE), len(self.key_TGE)
+        sizes = self.sizes("keys")
+        num_rows = len(self.query_QHE)
+        num_keys = len(self.key_TGE)
         index = self.rows.position_Q.contiguous(), self.rows.start_Q, self.row_bounds(sizes["K"])
         arguments = *map(_view, self[:3]), *index, num_rows, num_keys, self.query_QHE.shape[2] ** -0.5, *arguments
         if num_keys:
@@ -270,7 +298,9 @@ class _Attention(NamedTuple):
 
     def row_bounds(self, keys_per_block: int) -> Tensor:
         """Of each block of keys: the first row to see one of them, the first to see all, and the end. int32 [3, N]."""
-        position_Q, start_Q, num_keys = self.rows.position_Q, self.rows.start_Q, len(self.key_TGE)
+        position_Q = self.rows.position_Q
+        start_Q = self.rows.start_Q
+        num_keys = len(self.key_TGE)
         first_N = torch.arange(0, num_keys, keys_per_block, device=position_Q.device)
         last_N = (first_N + keys_per_block - 1).clamp_max(num_keys - 1)
         end_N = torch.searchsorted(start_Q, last_N, right=True)
@@ -294,13 +324,15 @@ class _AncestorAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_QHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query_QHE, key_TGE, value_TGE, output_QHE, lse_QH, *extras = ctx.saved_tensors
-        attention, is_tree = _Attention(query_QHE, key_TGE, value_TGE, extras, ctx.rows), ctx.rows.is_tree
+        attention = _Attention(query_QHE, key_TGE, value_TGE, extras, ctx.rows)
+        is_tree = ctx.rows.is_tree
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query_QHE, key_TGE, value_TGE)]
         dtype = torch.float32 if is_tree else query_QHE.dtype
         extra_grads = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in extras]
         own_grads = [x.new_empty(len(query_QHE), *x.shape[1:]) for x in extra_grads] if is_tree else extra_grads
         (query_grad, *shared_grads), own = map(_view, grads), tuple(map(_view, own_grads))
-        grad, num_extra = _view(grad_QHE), len(extras) // 2
+        grad = _view(grad_QHE)
+        num_extra = len(extras) // 2
         lse2, delta = lse_QH.new_empty(2, key_TGE.shape[1], len(query_QHE), attention.sizes("rows")["R_PAD"])
         inside = _view(output_QHE), lse_QH, grad, lse2, delta, query_grad
         attention.launch_for_rows(_backward_rows, "rows", *inside, own[:num_extra], own[num_extra:])

@@ -38,7 +38,8 @@ class _Block(NamedTuple):
 
 def _blocks(position_Q: Tensor, cu_seqlens: Tensor) -> Iterator[_Block]:
     """Rows of one document, at most `ROWS_PER_BLOCK`, and its keys up to the last of them."""
-    bounds, position = torch.searchsorted(position_Q, cu_seqlens.long()).tolist(), position_Q.tolist()
+    bounds = torch.searchsorted(position_Q, cu_seqlens.long()).tolist()
+    position = position_Q.tolist()
     for document, start in enumerate(cu_seqlens[:-1].tolist()):
         for first in range(bounds[document], bounds[document + 1], ROWS_PER_BLOCK):
             end = min(first + ROWS_PER_BLOCK, bounds[document + 1])
@@ -48,7 +49,8 @@ def _blocks(position_Q: Tensor, cu_seqlens: Tensor) -> Iterator[_Block]:
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query_QHE, key_TGE, value_TGE, rows: AttentionRows, blocks: list[_Block], *extras: Tensor):
-        ctx.rows, ctx.blocks = rows, blocks
+        ctx.rows = rows
+        ctx.blocks = blocks
         inputs = _Inputs(query_QHE, key_TGE, value_TGE, rows, extras)
         output_QHE = torch.empty_like(query_QHE, memory_format=torch.contiguous_format)
         lse_GRQ = query_QHE.new_empty(inputs.num_groups, inputs.heads_per_group, query_QHE.shape[0], dtype=torch.float32)
@@ -66,11 +68,13 @@ class _BlockedAttention(torch.autograd.Function):
         query_QHE, key_TGE, value_TGE, output_QHE, lse_GRQ, *extras = ctx.saved_tensors
         inputs = _Inputs(query_QHE, key_TGE, value_TGE, ctx.rows, extras)
         query_grad_QHE = torch.empty_like(query_QHE, memory_format=torch.contiguous_format)
-        key_grad_GTE, value_grad_GTE = torch.zeros_like(inputs.key_GTE), torch.zeros_like(inputs.value_GTE)
+        key_grad_GTE = torch.zeros_like(inputs.key_GTE)
+        value_grad_GTE = torch.zeros_like(inputs.value_GTE)
         extra_grad_AGQE = torch.empty_like(inputs.extra_AGQE)
         for block in ctx.blocks:
             rows, keys = block
-            grad_GRnE, output_GRnE = inputs.grouped(grad_QHE[rows]), inputs.grouped(output_QHE[rows])
+            grad_GRnE = inputs.grouped(grad_QHE[rows])
+            output_GRnE = inputs.grouped(output_QHE[rows])
             grads = _attend_backward(inputs, block, grad_GRnE, output_GRnE, lse_GRQ[:, :, rows])
             query_grad_QHE[rows] = inputs.ungrouped(grads.query_GRnE)
             key_grad_GTE[:, keys] += grads.key_GkE
@@ -91,9 +95,11 @@ class _Inputs:
 
     def __init__(self, query_QHE, key_TGE, value_TGE, rows: AttentionRows, extras) -> None:
         _, num_heads, head_dim = query_QHE.shape
-        self.num_groups, self.scale = key_TGE.shape[1], head_dim**-0.5
+        self.num_groups = key_TGE.shape[1]
+        self.scale = head_dim**-0.5
         self.heads_per_group = num_heads // self.num_groups
-        self.query_QHE, self.rows = query_QHE, rows
+        self.query_QHE = query_QHE
+        self.rows = rows
         self.key_GTE, self.value_GTE = (x_TGE.transpose(0, 1).float().contiguous() for x_TGE in (key_TGE, value_TGE))
         chosen = [extra[ancestor_Q] for extra, ancestor_Q in zip(extras, 2 * rows.ancestors, strict=True)]
         shape = 0, len(query_QHE), *key_TGE.shape[1:]
@@ -160,14 +166,16 @@ class _Gradients(NamedTuple):
 
 
 def _attend_backward(inputs: _Inputs, block: _Block, grad_GRnE: Tensor, output_GRnE: Tensor, lse_GRn: Tensor) -> _Gradients:
-    query_GRnE, delta_GRn = inputs.queries(block), (grad_GRnE * output_GRnE).sum(-1)
+    query_GRnE = inputs.queries(block)
+    delta_GRn = (grad_GRnE * output_GRnE).sum(-1)
     weights_GRnk = inputs.scores(block, query_GRnE).sub_(lse_GRn[..., None]).exp_()
     grad_GmE, weights_Gmk, query_GmE = (x.flatten(1, 2) for x in (grad_GRnE, weights_GRnk, query_GRnE))
     value_GkE = batched_product(weights_Gmk.mT, grad_GmE)
     scores_grad_GRnk = batched_product(grad_GmE, inputs.value_GTE[:, block.keys].mT).view_as(weights_GRnk)
     scores_grad_Gmk = scores_grad_GRnk.sub_(delta_GRn[..., None]).mul_(weights_GRnk).flatten(1, 2)
     query_grad_GRnE = batched_product(scores_grad_Gmk, inputs.key_GTE[:, block.keys]).view_as(query_GRnE)
-    key_GkE, extra_AGnE = batched_product(scores_grad_Gmk.mT, query_GmE), inputs.extra_AGQE[:, :, block.rows]
+    key_GkE = batched_product(scores_grad_Gmk.mT, query_GmE)
+    extra_AGnE = inputs.extra_AGQE[:, :, block.rows]
     if inputs.rows.ancestors:
         key_AG1nE, value_AG1nE = inputs.ancestors(block)
         weights_AGRn = inputs.ancestor_scores(block, query_GRnE, key_AG1nE).sub_(lse_GRn).exp_()

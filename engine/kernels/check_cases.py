@@ -35,7 +35,9 @@ from engine.kernels.vocab_loss import row_loss
 Operation = Callable[..., tuple[Tensor, ...]]
 
 LENGTHS = (1, 33, 63)  # documents of an attention
-HEADS, GROUPS, NUM_ANCESTORS = 8, 2, 2
+HEADS = 8
+GROUPS = 2
+NUM_ANCESTORS = 2
 NUM_SLOTS, SLOTS_PER_CHUNK, HIDDEN_SIZE, VOCAB_SIZE = 19, 8, 48, 4099  # a row loss reads 4096 at once
 FP8_BLOCK = (128, 128)
 FP8_SIZES = (160, 1056)  # outputs and inputs, neither a multiple of the block
@@ -141,12 +143,14 @@ def _attention_case(name: str, attention: Operation, head_dim: int, is_dense: bo
         leaves.append(draw(num_rows + NUM_ANCESTORS, GROUPS, head_dim, seed=4 + seed))
 
     def run(function: Operation, query, key, value, *extras) -> tuple[Tensor, ...]:
-        keys, values = list(extras[:NUM_ANCESTORS]), list(extras[NUM_ANCESTORS:])
+        keys = list(extras[:NUM_ANCESTORS])
+        values = list(extras[NUM_ANCESTORS:])
         return function(query, key, value, keys, values, rows)
 
     # Flash attention rounds the prefix's results, and the merge with the ancestors rounds again.
     roundings = 2 if name == "prefix_flash" else 1
-    ours, plain = partial(run, attention), partial(run, reference.ancestor_attention)
+    ours = partial(run, attention)
+    plain = partial(run, reference.ancestor_attention)
     return Case(name, tuple(leaves), ours, plain, roundings=roundings)
 
 
@@ -160,7 +164,8 @@ def _loss_rows(device: torch.device) -> LossRows:
     """Rows of two steps: of every slot, and of all but every third."""
     slot_N = torch.arange(NUM_SLOTS)
     steps = [slot_N, slot_N[slot_N % 3 != 1]]
-    bounds, first = [], 0
+    bounds = []
+    first = 0
     for slot_R in steps:
         starts = range(0, NUM_SLOTS + SLOTS_PER_CHUNK, SLOTS_PER_CHUNK)
         bounds.append([first + int((slot_R < start).sum()) for start in starts])
@@ -179,7 +184,8 @@ def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> C
     slot_R = rows.slot_R.cpu()
     noise_RD = draw(len(slot_R), HIDDEN_SIZE, seed=3, scale=0.3)
     leaves = (target_ND[slot_R] + noise_RD, head_UD + draw(*head_UD.shape, seed=4, scale=0.1))
-    target_ND, head_UD = target_ND.to(device), head_UD.to(device)
+    target_ND = target_ND.to(device)
+    head_UD = head_UD.to(device)
 
     def run(function: Callable[..., VocabLoss], hidden_RD: Tensor, weight_UD: Tensor) -> tuple[Tensor, ...]:
         own_head_UD = head_UD.to(hidden_RD.dtype)
@@ -192,13 +198,16 @@ def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> C
         # A count is exact or off by one, so its own relative error says little; it is compared together with the sums.
         return loss.total, torch.cat((*loss.sums[:3], loss.correct_S / len(slot_R)))
 
-    ours, plain = partial(run, kernels.vocab_loss), partial(run, reference.vocab_loss)
+    ours = partial(run, kernels.vocab_loss)
+    plain = partial(run, reference.vocab_loss)
     return Case("row_loss", leaves, ours, plain)
 
 
 def _elementwise_cases(own: Elementwise, head_dim: int, device: torch.device) -> Iterator[Case]:
-    plain, rows = Elementwise(), 37
-    x_QD, weight_D = draw(rows, 200, seed=1), 1 + draw(200, seed=2, scale=0.25)
+    plain = Elementwise()
+    rows = 37
+    x_QD = draw(rows, 200, seed=1)
+    weight_D = 1 + draw(200, seed=2, scale=0.25)
     if own.rms_norm is not plain.rms_norm:
 
         def norm(operations: Elementwise, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -227,14 +236,16 @@ def _elementwise_cases(own: Elementwise, head_dim: int, device: torch.device) ->
 
 def _packed_attention_case(attention: PackedAttention, head_dim: int, window: int | None, device: torch.device) -> Case:
     total = sum(LENGTHS)
-    segments, scores = Segments(LENGTHS, device, window), Scores(head_dim**-0.5)
+    segments = Segments(LENGTHS, device, window)
+    scores = Scores(head_dim**-0.5)
     leaves = [draw(HEADS, total, head_dim, seed=1)]
     leaves += [draw(GROUPS, total, head_dim, seed=seed) for seed in (2, 3)]
 
     def run(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
         return (function(*tensors, segments, scores),)
 
-    ours, plain = partial(run, attention), partial(run, packed_attention.in_blocks)
+    ours = partial(run, attention)
+    plain = partial(run, packed_attention.in_blocks)
     return Case("packed_attention", tuple(leaves), ours, plain, differentiates=False)
 
 
@@ -262,7 +273,8 @@ def _token_permute_case(permute: TokenPermute, is_fp8: bool, device: torch.devic
     leaves = draw(num_tokens, width, seed=1), draw(num_tokens, num_choices, seed=2)
     if is_fp8:
         leaves = leaves[0].to(torch.float8_e4m3fn).float(), leaves[1]
-    ours, plain = partial(run, permute), partial(run, TokenPermute())
+    ours = partial(run, permute)
+    plain = partial(run, TokenPermute())
     return Case("token_permute", leaves, ours, plain, differentiates=False)
 
 
@@ -275,7 +287,8 @@ def _head_case(ours: Operation, transform: LogitTransform) -> Case:
         best_N, argmax_N, lse_N = function(logits_NV, transform)
         return best_N, argmax_N.double(), lse_N
 
-    ours, plain = partial(run, ours), partial(run, reference.head_stats)
+    ours = partial(run, ours)
+    plain = partial(run, reference.head_stats)
     return Case("head_stats", (logits_NV,), ours, plain, differentiates=False)
 
 

@@ -34,8 +34,10 @@ from torch import Tensor
 from engine.kernels import reference
 from engine.kernels.fp8_linear import ROWS_TOGETHER, fp8_linear, reads_fp8, tile_of
 
-FLOOR, LARGEST = tl.constexpr(reference.FLOOR), tl.constexpr(reference.LARGEST)
-_EXPONENT, _SMALLEST_NORMAL = tl.constexpr(255 << 23), tl.constexpr(2.0**-6)
+FLOOR = tl.constexpr(reference.FLOOR)
+LARGEST = tl.constexpr(reference.LARGEST)
+_EXPONENT = tl.constexpr(255 << 23)
+_SMALLEST_NORMAL = tl.constexpr(2.0**-6)
 _SHIFT = tl.constexpr(1.5 * 2.0**20)  # times a power of two, an fp32 whose last bit is an eighth of that power
 SMALLEST_STEP = 32  # inputs that tensor cores multiply at a time
 CUBLAS_GROUP, CUBLAS_INPUTS, CUBLAS_ROWS = 128, 512, 4  # cuBLASLt pads scales up to 4 blocks of inputs, and to 4 rows
@@ -90,7 +92,8 @@ def _product_kernel(
     m_M = first_row + tl.arange(0, BLOCK_M)
     n_N = first_output + tl.arange(0, BLOCK_N)
     # Past the ends the last row or output is read once more: a load without a mask costs no registers for it.
-    near_M, near_N = tl.minimum(m_M, num_rows - 1), tl.minimum(n_N, N - 1)
+    near_M = tl.minimum(m_M, num_rows - 1)
+    near_N = tl.minimum(n_N, N - 1)
     rows_M1 = rows_MK + near_M.to(tl.int64)[:, None] * K
     codes_1N = codes_XNK + expert * codes_stride_x + near_N.to(tl.int64)[None, :] * codes_stride_n
     scale_of_block = scale_XGJ + expert * scale_stride_x
@@ -98,13 +101,16 @@ def _product_kernel(
         scale_of_block += first_output // BLOCK_ROWS * scale_stride_g
     else:
         scale_of_block += near_N // BLOCK_ROWS * scale_stride_g
-    row_scale_M, scale = tl.load(row_scale_JM + near_M), tl.load(scale_of_block)
+    row_scale_M = tl.load(row_scale_JM + near_M)
+    scale = tl.load(scale_of_block)
     sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         k_K = start + tl.arange(0, BLOCK_K)
-        from_MK, from_KN = rows_M1 + k_K[None, :], codes_1N + k_K[:, None] * codes_stride_k
+        from_MK = rows_M1 + k_K[None, :]
+        from_KN = codes_1N + k_K[:, None] * codes_stride_k
         if K % BLOCK_K == 0:
-            rows_tile_MK, codes_KN = tl.load(from_MK), tl.load(from_KN)
+            rows_tile_MK = tl.load(from_MK)
+            codes_KN = tl.load(from_KN)
         else:
             rows_tile_MK = tl.load(from_MK, mask=k_K[None, :] < K, other=0.0)
             codes_KN = tl.load(from_KN, mask=k_K[:, None] < K, other=0.0)
@@ -117,7 +123,8 @@ def _product_kernel(
             sum_MN += part_MN * (row_scale_M * scale)[:, None]
         else:
             sum_MN += part_MN * row_scale_M[:, None] * scale[None, :]
-        row_scale_M, scale = next_row_scale_M, next_scale
+        row_scale_M = next_row_scale_M
+        scale = next_scale
     out = out_MN + m_M.to(tl.int64)[:, None] * N + n_N[None, :]
     tl.store(out, sum_MN.to(out_MN.dtype.element_ty), mask=(m_M[:, None] < end) & (n_N[None, :] < N))
 
@@ -129,7 +136,8 @@ def quantise_rows(rows_MK: Tensor, group: int, multiple: int = 1) -> tuple[Tenso
     """
     (num_rows, num_inputs), num_groups = rows_MK.shape, triton.cdiv(rows_MK.shape[1], group)
     rows_MK = rows_MK if rows_MK.stride(1) == 1 else rows_MK.contiguous()
-    padded_rows, block_m = -(-num_rows // multiple) * multiple, 32
+    padded_rows = -(-num_rows // multiple) * multiple
+    block_m = 32
     codes_MK = rows_MK.new_empty(padded_rows, num_inputs, dtype=torch.float8_e4m3fn)
     scale_JM = rows_MK.new_empty(num_groups, padded_rows, dtype=torch.float32)
     _quantise_kernel[(triton.cdiv(num_rows, block_m) * num_groups,)](

@@ -74,7 +74,9 @@ def tile_of(
     beside = tl.minimum(row_tiles - first_tile, TOGETHER)
     within = program % (TOGETHER * tl.cdiv(N, BLOCK_N))
     tile = first_tile + within % beside
-    expert, first_row, end = tl.full([], 0, tl.int64), tile * BLOCK_M, num_rows
+    expert = tl.full([], 0, tl.int64)
+    first_row = tile * BLOCK_M
+    end = num_rows
     if ends_X is not None:
         expert, first_row, end = _rows_of(tile, ends_X, X, BLOCK_X, BLOCK_M)
     return expert, first_row, end, within // beside * BLOCK_N

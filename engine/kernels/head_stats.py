@@ -21,7 +21,8 @@ from engine.kernels.interface import LogitTransform
 from engine.kernels.row_loss import LEAST, maximum_and_sum
 
 # As many tokens as 16 bytes per load and thread take in bf16, and few rows in flight per program.
-MAX_BLOCK_V, TOKENS_PER_WARP = 4096, 256
+MAX_BLOCK_V = 4096
+TOKENS_PER_WARP = 256
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 

@@ -61,7 +61,8 @@ class PackedAttention:
 
     def __call__(self, query_HTE: Tensor, key_GTE: Tensor, value_GTF: Tensor, segments: Segments, scores: Scores) -> Tensor:
         """[T, H, F]."""
-        flash, fits = self.flash, max(query_HTE.shape[2], value_GTF.shape[2]) <= MAX_HEAD_DIM
+        flash = self.flash
+        fits = max(query_HTE.shape[2], value_GTF.shape[2]) <= MAX_HEAD_DIM
         if flash is None or not fits or (scores.softcap is not None and not flash.has_softcap):
             return in_blocks(query_HTE, key_GTE, value_GTF, segments, scores)
         return in_one_call(flash, (query_HTE, key_GTE, value_GTF), segments, scores)
@@ -114,7 +115,8 @@ def _in_blocks(query_HLE: Tensor, key_GLE: Tensor, value_GLF: Tensor, window: in
     window = length if window is None else min(window, length)
     if window == length and scores.softcap is None and scores.sinks_H is None:
         return under_mask(query_HLE, key_GLE, value_GLF, None, scores)
-    position_L, attended = torch.arange(length, device=query_HLE.device), []
+    position_L = torch.arange(length, device=query_HLE.device)
+    attended = []
     for first in range(0, length, ROWS_PER_BLOCK):
         rows = slice(first, min(first + ROWS_PER_BLOCK, length))
         keys = slice(max(0, first - window + 1), rows.stop)

@@ -38,7 +38,9 @@ from engine.kernels.row_index import add_rows
 
 # Eight numbers a thread: 16 bytes a load, and for ptxas at most 128 registers (sm_90, six ancestors), so that two programs
 # share a multiprocessor and one computes while the other waits.
-TILE, NUMBERS_PER_WARP, MAX_WARPS = 2048, 256, 16
+TILE = 2048
+NUMBERS_PER_WARP = 256
+MAX_WARPS = 16
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -47,7 +49,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def _members(num_rows, R: tl.constexpr, R_PAD: tl.constexpr, M: tl.constexpr):
     """Row and query head of each member of this program, and whether it exists."""
     member_M = tl.arange(0, M)
-    row_M, head_M = tl.program_id(0) * (M // R_PAD) + member_M // R_PAD, member_M % R_PAD
+    row_M = tl.program_id(0) * (M // R_PAD) + member_M // R_PAD
+    head_M = member_M % R_PAD
     exists_M = (row_M < num_rows) & (head_M < R)
     head_M = tl.program_id(1) * R + tl.minimum(head_M, R - 1)
     return tl.minimum(row_M, num_rows - 1).to(tl.int64), head_M.to(tl.int64), exists_M
@@ -70,7 +73,8 @@ def _store(x, index_N, x_NE, exists_N, E: tl.constexpr, E_PAD: tl.constexpr):
 def _ancestor(query_ME, key, value, ancestor_M, scale2, IS_TREE: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr):
     """Key and value of the members' ancestors, and their scores to base 2, minus infinity where a row lacks the ancestor."""
     index_M = tl.maximum(ancestor_M, 0) * tl.num_programs(1) + tl.program_id(1)
-    key_ME, value_ME = _load(key, index_M, E, E_PAD), _load(value, index_M, E, E_PAD)
+    key_ME = _load(key, index_M, E, E_PAD)
+    value_ME = _load(value, index_M, E, E_PAD)
     score_M = tl.sum(query_ME * key_ME, 1) * scale2
     return key_ME, value_ME, tl.where(ancestor_M >= 0, score_M, float("-inf")) if IS_TREE else score_M
 
@@ -82,15 +86,20 @@ def _merge_kernel(
     M: tl.constexpr,
 ):  # fmt: skip
     row_M, head_M, exists_M = _members(num_rows, R, R_PAD, M)
-    index_M, lse_index_M = row_M * (tl.num_programs(1) * R) + head_M, head_M * num_rows + row_M
-    query_ME, sum_ME = _load(query, index_M, E, E_PAD), _load(prefix_output, index_M, E, E_PAD)
-    most_M, total_M = tl.load(prefix_lse + lse_index_M) * LOG2_E, tl.full([M], 1.0, tl.float32)
+    index_M = row_M * (tl.num_programs(1) * R) + head_M
+    lse_index_M = head_M * num_rows + row_M
+    query_ME = _load(query, index_M, E, E_PAD)
+    sum_ME = _load(prefix_output, index_M, E, E_PAD)
+    most_M = tl.load(prefix_lse + lse_index_M) * LOG2_E
+    total_M = tl.full([M], 1.0, tl.float32)
     for a in tl.static_range(A):
         ancestor_M = tl.load(ancestors[a] + row_M)
         _, value_ME, score_M = _ancestor(query_ME, keys[a], values[a], ancestor_M, scale * LOG2_E, IS_TREE, E, E_PAD)
         new_M = tl.maximum(most_M, score_M)
-        weight_M, shrink_M = tl.exp2(score_M - new_M), tl.exp2(most_M - new_M)
-        most_M, total_M = new_M, total_M * shrink_M + weight_M
+        weight_M = tl.exp2(score_M - new_M)
+        shrink_M = tl.exp2(most_M - new_M)
+        most_M = new_M
+        total_M = total_M * shrink_M + weight_M
         sum_ME = sum_ME * shrink_M[:, None] + weight_M[:, None] * value_ME
     _store(output, index_M, sum_ME / total_M[:, None], exists_M, E, E_PAD)
     tl.store(lse + lse_index_M, (most_M + tl.log2(total_M)) / LOG2_E, mask=exists_M)
@@ -113,9 +122,11 @@ def _merge_backward_kernel(
     B: tl.constexpr = M // R_PAD
     row_M, head_M, exists_M = _members(num_rows, R, R_PAD, M)
     row_B = tl.program_id(0) * B + tl.arange(0, B)
-    exists_B, row_B = row_B < num_rows, tl.minimum(row_B, num_rows - 1).to(tl.int64)
+    exists_B = row_B < num_rows
+    row_B = tl.minimum(row_B, num_rows - 1).to(tl.int64)
     index_M = row_M * (tl.num_programs(1) * R) + head_M
-    query_ME, grad_ME = _load(query, index_M, E, E_PAD), _load(grad, index_M, E, E_PAD)
+    query_ME = _load(query, index_M, E, E_PAD)
+    grad_ME = _load(grad, index_M, E, E_PAD)
     delta_M = tl.sum(grad_ME * _load(output, index_M, E, E_PAD), 1)
     # An infinite log-sum-exp leaves no weight to members that do not exist.
     lse2_M = tl.load(lse + head_M * num_rows + row_M, mask=exists_M, other=float("inf")) * LOG2_E
@@ -149,7 +160,8 @@ def refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | No
 
 def _segments(rows: AttentionRows) -> tuple[Tensor, Tensor]:
     """Starts of queries and of keys: of each document, what its rows see, then the rest of its keys. int32 [2 D + 1] each."""
-    start_D, position_Q = rows.cu_seqlens.long(), rows.position_Q.contiguous()
+    start_D = rows.cu_seqlens.long()
+    position_Q = rows.position_Q.contiguous()
     row_D = torch.searchsorted(position_Q, start_D)
     last_D = torch.nn.functional.pad(position_Q, (1, 0))[row_D[1:]]
     seen_D = torch.where(row_D[1:] > row_D[:-1], last_D + 1, start_D[:-1])
@@ -167,7 +179,8 @@ class _Merge(NamedTuple):
 
     def launch(self, kernel: Any, *arguments: Any) -> None:
         (num_rows, num_heads, head_dim), num_groups = self.inputs.query_QHE.shape, self.inputs.key_TGE.shape[1]
-        num_extra, heads_per_group = len(self.rows.ancestors), num_heads // num_groups
+        num_extra = len(self.rows.ancestors)
+        heads_per_group = num_heads // num_groups
         padded_heads, padded_head_dim = map(triton.next_power_of_2, (heads_per_group, head_dim))
         members = max(padded_heads, TILE // padded_head_dim)
         sizes = {"R": heads_per_group, "R_PAD": padded_heads, "E": head_dim, "E_PAD": padded_head_dim, "M": members}
@@ -181,17 +194,21 @@ class _Merge(NamedTuple):
 
     def forward(self, prefix_output_QHE: Tensor, prefix_lse_HQ: Tensor) -> tuple[Tensor, Tensor]:
         # Not in place: a number that two threads read may be written by one before the other has read it.
-        output_QHE, lse_HQ = torch.empty_like(self.inputs.query_QHE), torch.empty_like(prefix_lse_HQ)
+        output_QHE = torch.empty_like(self.inputs.query_QHE)
+        lse_HQ = torch.empty_like(prefix_lse_HQ)
         self.launch(_merge_kernel, prefix_output_QHE, prefix_lse_HQ, output_QHE, lse_HQ)
         return output_QHE, lse_HQ
 
     def backward(self, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor, prefix_query_grad_QHE: Tensor) -> list[Tensor]:
         """Gradients of queries and of the extras."""
-        query_QHE, is_tree, num_extra = self.inputs.query_QHE, self.rows.is_tree, len(self.rows.ancestors)
+        query_QHE = self.inputs.query_QHE
+        is_tree = self.rows.is_tree
+        num_extra = len(self.rows.ancestors)
         dtype = torch.float32 if is_tree else query_QHE.dtype
         extra_grads = [torch.zeros_like(x, dtype=dtype) for x in self.extras]
         own_grads = [x.new_empty(len(query_QHE), *x.shape[1:]) for x in extra_grads] if is_tree else extra_grads
-        query_grad_QHE, own = torch.empty_like(query_QHE), tuple(own_grads)
+        query_grad_QHE = torch.empty_like(query_QHE)
+        own = tuple(own_grads)
         results = output_QHE, lse_HQ, grad_QHE, prefix_query_grad_QHE, query_grad_QHE, own[:num_extra], own[num_extra:]
         self.launch(_merge_backward_kernel, *results)
         if is_tree:
@@ -209,7 +226,8 @@ class _PrefixFlash(torch.autograd.Function):
         output_QHE, lse_HQ = prefix.forward(inputs)
         if extras:
             output_QHE, lse_HQ = _Merge(inputs, rows, tuple(extras)).forward(output_QHE, lse_HQ)
-        ctx.prefix, ctx.rows = prefix, rows
+        ctx.prefix = prefix
+        ctx.rows = rows
         ctx.save_for_backward(*inputs[:5], output_QHE, lse_HQ, *extras)
         lse_QH = lse_HQ.t()
         ctx.mark_non_differentiable(lse_QH)

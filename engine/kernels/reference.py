@@ -42,7 +42,8 @@ def ancestor_attention(
     """
     num_keys, num_groups, head_dim = key_TGE.shape
     query_QGRE = upcast(query_QHE).unflatten(1, (num_groups, -1)) * head_dim**-0.5
-    key_T, position_Q1 = torch.arange(num_keys, device=key_TGE.device), rows.position_Q[:, None]
+    key_T = torch.arange(num_keys, device=key_TGE.device)
+    position_Q1 = rows.position_Q[:, None]
     unseen_QT = (key_T < rows.start_Q[:, None]) | (key_T > position_Q1)
     scores = [torch.einsum("qgre,tge->qgrt", query_QGRE, upcast(key_TGE)).masked_fill(unseen_QT[:, None, None], -torch.inf)]
     for key_MGE, ancestor_Q in zip(extra_keys, rows.ancestors, strict=True):
@@ -78,7 +79,8 @@ def vocab_loss(
     draft_RU = upcast(torch.nn.functional.linear(hidden_RD, weight_UD))
     target_RU = targets.logits(targets.hidden_ND[rows.slot_R])
     mass_in_draft_R = (target_RU.logsumexp(-1) - targets.lse_N[rows.slot_R]).exp()
-    p_RU, log_q_RU = target_RU.softmax(-1), draft_RU.log_softmax(-1)
+    p_RU = target_RU.softmax(-1)
+    log_q_RU = draft_RU.log_softmax(-1)
     cross_entropy_R = -torch.linalg.vecdot(p_RU, log_q_RU)
     acceptance_R = torch.minimum(p_RU * mass_in_draft_R[:, None], log_q_RU.exp()).sum(-1)
     log_acceptance_R = -acceptance_R.clamp_min(TINY).log()

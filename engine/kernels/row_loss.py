@@ -33,7 +33,8 @@ from engine.kernels.reference import TINY
 
 # Many warps a row, so few rows in flight, lest a row leave L2 between two readings. Eight tokens a thread: 16 bytes of bf16 a
 # load, and for ptxas 64 registers (sm_90), so that two rows share a multiprocessor and one computes while the other waits.
-MAX_BLOCK_U, TOKENS_PER_WARP = 4096, 256
+MAX_BLOCK_U = 4096
+TOKENS_PER_WARP = 256
 
 _TINY = tl.constexpr(TINY)
 # A maximum starts here and not at -inf, lest -inf - -inf come of a block of nothing but -inf
@@ -124,7 +125,9 @@ def _row_kernel(
     if row >= num_rows:
         return
     row = row.to(tl.int64)
-    z_U, weight_3, stats_4 = logits_rU + row * logits_stride, weight_3r + row, stats_4r + row
+    z_U = logits_rU + row * logits_stride
+    weight_3 = weight_3r + row
+    stats_4 = stats_4r + row
     slot = tl.load(slot_r + row)
     if slot < 0:
         _silence(z_U, stats_4, num_rows, U, BLOCK_U, WITH_GRADIENTS)
@@ -133,7 +136,9 @@ def _row_kernel(
     z_of_likeliest = tl.load(z_U + tl.load(draft_id_n + slot)).to(tl.float32)  # before anything is written in its place
 
     max_z, sum_z, max_t, sum_t = _normalise(z_U, t_U, U, BLOCK_U)
-    q_scale, p_scale, p_full_scale = 1.0 / sum_z, 1.0 / sum_t, tl.exp(max_t - tl.load(lse_n + slot))
+    q_scale = 1.0 / sum_z
+    p_scale = 1.0 / sum_t
+    p_full_scale = tl.exp(max_t - tl.load(lse_n + slot))
     weight = tl.load(weight_3)
     gap, acceptance, below_sum = _compare(
         z_U, t_U, max_z, q_scale, max_t, p_scale, p_full_scale, weight, U, BLOCK_U, WITH_GRADIENTS and not MIXES
@@ -151,7 +156,9 @@ def _row_kernel(
 
 def row_loss(chunk: LossChunk, with_gradients: bool) -> Tensor:
     """As `vocab_loss.row_loss`, in one launch."""
-    logits_rU, target_nU, weight_3r = chunk.logits_rU, chunk.target_nU, chunk.weight_3r
+    logits_rU = chunk.logits_rU
+    target_nU = chunk.target_nU
+    weight_3r = chunk.weight_3r
     assert logits_rU.stride(1) == 1 == target_nU.stride(1), "a row's logits must lie side by side"
     assert weight_3r.is_contiguous() and weight_3r.dtype == chunk.lse_n.dtype == torch.float32
     num_rows, vocab = logits_rU.shape

@@ -122,7 +122,9 @@ def _known_check(entry: object) -> KernelCheck | None:
 def check_kernel(name: str, cases: Sequence[Case], device: torch.device, dtype: torch.dtype) -> KernelCheck:
     """Compare one kernel with plain PyTorch on all of `cases`."""
     started = time.perf_counter()
-    error, bound, message = 0.0, FLOOR, ""
+    error = 0.0
+    bound = FLOOR
+    message = ""
     for case in cases:
         try:
             worst_error, worst_bound, message = _compare(case, device, dtype)
@@ -131,10 +133,12 @@ def check_kernel(name: str, cases: Sequence[Case], device: torch.device, dtype: 
             message = f"{type(problem).__name__}: {str(problem).strip() or 'no message'}"
             if isinstance(problem, torch.OutOfMemoryError):
                 message = f"{OUT_OF_MEMORY}: {message}"
-            error, bound = float("inf"), FLOOR
+            error = float("inf")
+            bound = FLOOR
             break
         if message or worst_error * bound > error * worst_bound:
-            error, bound = worst_error, worst_bound
+            error = worst_error
+            bound = worst_bound
         if message:
             break
     seconds = round(time.perf_counter() - started, 3)

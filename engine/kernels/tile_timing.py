@@ -15,8 +15,12 @@ from engine.kernels.kernel_cache import KernelCache
 
 SECTION = "attention_tiles"
 # A step of a draft, large enough to fill a GPU: documents, heads, ancestors of a row.
-LENGTHS, HEADS, GROUPS, NUM_ANCESTORS = (1536, 512, 2048), 32, 8, 3
-WARM_UP_CALLS, TIMED_CALLS = 2, 5
+LENGTHS = (1536, 512, 2048)
+HEADS = 32
+GROUPS = 8
+NUM_ANCESTORS = 3
+WARM_UP_CALLS = 2
+TIMED_CALLS = 5
 
 Timer = Callable[[Callable[[], Any]], float]
 
@@ -114,9 +118,12 @@ def _work(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) 
     position_Q = torch.arange(num_rows, device=device)
     cu_seqlens = torch.tensor((0, *LENGTHS), device=device).cumsum(0).int()
     rows = AttentionRows(position_Q, cu_seqlens, (position_Q,) * NUM_ANCESTORS)
-    query_QHE, key_TGE, value_TGE = draw(HEADS), draw(GROUPS), draw(GROUPS)
+    query_QHE = draw(HEADS)
+    key_TGE = draw(GROUPS)
+    value_TGE = draw(GROUPS)
     extras = [draw(GROUPS) for _ in range(2 * NUM_ANCESTORS)]
-    keys, values = extras[:NUM_ANCESTORS], extras[NUM_ANCESTORS:]
+    keys = extras[:NUM_ANCESTORS]
+    values = extras[NUM_ANCESTORS:]
     if kernel == "forward":
         return partial(_forward, ancestor_attention, (query_QHE, key_TGE, value_TGE, keys, values, rows))
     output_QHE, _ = ancestor_attention(query_QHE, key_TGE, value_TGE, keys, values, rows)

@@ -127,7 +127,8 @@ class _Inputs:
 class _DeferredLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_RD, weight_UD, inputs: _Inputs, walk: Walk, with_gradients: bool) -> tuple[Tensor, ...]:
-        weights, bounds = inputs.weights, inputs.rows.bounds
+        weights = inputs.weights
+        bounds = inputs.rows.bounds
         largest = weights.largest().clamp_min(TINY)
         # weights of at most 1, or 1024, keep fp16 gradients in range until the loss scale arrives in backward
         largest = largest / (1024 if hidden_RD.dtype == torch.float16 else 1)
@@ -182,7 +183,8 @@ def _chunks(inputs: _Inputs, weights: RowWeights) -> Iterator[tuple[list[slice],
         sizes = [span.stop - span.start for span in spans]
         if not any(sizes):
             continue
-        first, silent = chunk * rows.slots_per_chunk, -sum(sizes) % ROW_GRANULE[targets.lse_N.device.type]
+        first = chunk * rows.slots_per_chunk
+        silent = -sum(sizes) % ROW_GRANULE[targets.lse_N.device.type]
         slots = slice(first, first + rows.slots_per_chunk)
         slot_r = torch.cat([rows.slot_R[span] for span in spans]) - first
         weight_3r = torch.cat(

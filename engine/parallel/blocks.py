@@ -30,7 +30,9 @@ def share(module: nn.Module, group: Group, rows: bool = False, parts: int = 1) -
     inner = module.forward
 
     def forward(*args, **kwargs):
-        tokens, leaving, outputs = current_tokens(), [], []
+        tokens = current_tokens()
+        leaving = []
+        outputs = []
         pieces = tokens.parts(parts if group.size > 1 else 1)
 
         def start(part: DocumentChunk) -> Any:
@@ -61,7 +63,8 @@ def share(module: nn.Module, group: Group, rows: bool = False, parts: int = 1) -
 
 def share_rows(embedding: nn.Embedding, group: Group) -> None:
     """A table of which each rank holds `VocabShard`: all ranks' token ids in, own tokens' rows out."""
-    inner, own = embedding.forward, VocabShard(embedding.num_embeddings, group)
+    inner = embedding.forward
+    own = VocabShard(embedding.num_embeddings, group)
     embedding.padding_idx = None  # it matters to gradients alone, and may lie outside of the part
 
     def forward(input: Tensor) -> Tensor:
@@ -163,7 +166,8 @@ def _first_of(output: Any) -> Tensor:
 
 def _in_order(outputs: Sequence[Any], pieces: Sequence[DocumentChunk]) -> Any:
     """What parts gave behind their result, as one: indices that an indexer chose, which later layers read, rank by rank."""
-    first, count = outputs[0], pieces[0].tokens.num_all
+    first = outputs[0]
+    count = pieces[0].tokens.num_all
     if len(outputs) == 1 or not isinstance(first, Tensor) or first.ndim < 2 or first.shape[-2] != count:
         return first
     together = torch.cat(_as_wide(outputs), -2)

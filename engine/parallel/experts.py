@@ -88,7 +88,8 @@ class ExpertExchange:
         """Sums over this rank's experts, of rows that have arrived."""
         scale_N = record.scale(buffer_NB) if record.is_fp8 else None
         weight_NK = record.weight(buffer_NB).to(weight_dtype)
-        rows_ND, index_NK = record.rows(buffer_NB), record.index(buffer_NB)
+        rows_ND = record.rows(buffer_NB)
+        index_NK = record.index(buffer_NB)
         return self.local(rows_ND, index_NK, weight_NK, part.num_choices, record.dtype, scale_N)
 
     def _send_results(self, part: "RoutedPart", record: "Record", result_ND: Tensor) -> Finish:
@@ -208,7 +209,8 @@ def routed_parts(index_TK: Tensor, num_local: int, count: int, group: Group) -> 
     ranks_R = torch.arange(group.size, device=index_TK.device)
     choices_TR = (index_TK[:, :, None] // num_local == ranks_R).sum(1)
     is_sent_TR = choices_TR > 0
-    counts, places = [], []
+    counts = []
+    places = []
     for start, stop in zip(edges, edges[1:], strict=False):
         is_sent_RT = is_sent_TR[start:stop].t().contiguous()
         place_RT = (is_sent_RT.flatten().cumsum(0) - 1).view(is_sent_RT.shape)

@@ -17,7 +17,9 @@ from engine.parallel.rules import AttentionHeads, Intervals, ShardSpec, Unsharda
 OUTPUTS = ("o_proj", "out_proj")
 OF_KEYS = ("num_k_heads", "n_groups", "key_dim")
 OF_VALUES = ("num_v_heads", "num_heads", "num_attention_heads", "value_dim", "qkv_dim", "intermediate_size")
-NORM, CONVOLUTION, WHOLE = "norm", "conv1d", ""
+NORM = "norm"
+CONVOLUTION = "conv1d"
+WHOLE = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def linear_part(mixer: nn.Module, kind: Kind, tp: Group) -> LinearPart:
     """Raises Unshardable if the ranks cannot share its heads, naming sizes that would do, or if shapes are not as known."""
     heads = AttentionHeads(attrgetter(kind.values)(mixer), attrgetter(kind.keys)(mixer), tp)
     output_name = next(name for name in OUTPUTS if hasattr(mixer, name))
-    output, norm = getattr(mixer, output_name), _shared_norm(mixer, kind, tp)
+    output = getattr(mixer, output_name)
+    norm = _shared_norm(mixer, kind, tp)
     if norm is not None and output.bias is not None:
         raise Unshardable(f"{output_name} adds a bias behind a norm over heads of several ranks")
     width = output.in_features // heads.num_queries
@@ -145,8 +148,10 @@ def _own_counts(module: nn.Module, heads: AttentionHeads) -> dict[str, int]:
 
 def _own_features(name: str, features: str, total: int, width: int, heads: AttentionHeads) -> Intervals:
     """Where those of own heads lie among all `total`. width: of a value head; that of a key head follows."""
-    grouped, kinds = features.startswith("("), features.strip("()")
-    units, num_keyed = {"v": width, "1": 1}, kinds.count("k") * heads.num_keys
+    grouped = features.startswith("(")
+    kinds = features.strip("()")
+    units = {"v": width, "1": 1}
+    num_keyed = kinds.count("k") * heads.num_keys
     rest = total - heads.num_queries * sum(units.get(kind, 0) for kind in kinds)
     units["k"] = rest // num_keyed if num_keyed else 0
     if rest != num_keyed * units["k"] or rest < 0:

@@ -67,7 +67,8 @@ def register_family(model_type: str, names: Names) -> None:
 
 def names_of(config: PreTrainedConfig) -> Names:
     """As taught, else the usual ones and those that the config's `base_model_tp_plan` has beside them."""
-    taught, plan = _FAMILIES.get(config.model_type), getattr(config, "base_model_tp_plan", None) or {}
+    taught = _FAMILIES.get(config.model_type)
+    plan = getattr(config, "base_model_tp_plan", None) or {}
     return _published(tuple(plan.items())) if taught is None else taught
 
 
@@ -78,7 +79,8 @@ def _published(plan: tuple[tuple[str, str], ...]) -> Names:
     usual = {name for field in astuple(names) if isinstance(field, tuple) for name in field}
     for pattern, style in plan:
         parent, _, name = pattern.rpartition(".")
-        block, field = parent.rpartition(".")[2], None
+        block = parent.rpartition(".")[2]
+        field = None
         if "att" in block:
             field = _OF_ATTENTION.get((style, _DECORATION.sub("", name)))
         elif _MLP.search(block):

@@ -31,9 +31,13 @@ def norm_late(mixer: nn.Module, name: str, num_groups: int, group: Group) -> Non
     once. name: of the norm. num_groups: parts of all features that are normed each for itself, at most one a rank. What a mixer
     gives behind its result is a state for a cache that nobody reads, and is dropped.
     """
-    run, norm = mixer.forward, mixer.get_submodule(name)
-    norm_own, epsilon, means = norm.forward, required_epsilon(norm), []
-    own_group, ranks = group.rank * num_groups // group.size, group.size // num_groups
+    run = mixer.forward
+    norm = mixer.get_submodule(name)
+    norm_own = norm.forward
+    epsilon = required_epsilon(norm)
+    means = []
+    own_group = group.rank * num_groups // group.size
+    ranks = group.size // num_groups
 
     def norm_and_note(hidden_TF: Tensor, gate: Tensor | None = None) -> Tensor:
         gated_TF = hidden_TF.float() if gate is None else hidden_TF.float() * F.silu(gate.float())  # as Mamba 2 gates
@@ -52,7 +56,8 @@ def norm_late(mixer: nn.Module, name: str, num_groups: int, group: Group) -> Non
             return (output * factor_T1).to(output.dtype)
         return (output[0] * factor_T1).to(output[0].dtype), *(None for _ in output[1:])
 
-    norm.forward, mixer.forward = norm_and_note, forward
+    norm.forward = norm_and_note
+    mixer.forward = forward
 
 
 def epsilon_of(norm: nn.Module) -> float | None:

@@ -154,7 +154,8 @@ class TargetPlan:
 
 def cut_decoder(decoder: PreTrainedModel, mesh: TargetMesh) -> TargetPlan:
     """Keep a rank's part of a whole decoder's weights; `let_exchange` is to follow."""
-    plan, modules = TargetPlan.of(decoder, mesh), dict(decoder.named_modules())
+    plan = TargetPlan.of(decoder, mesh)
+    modules = dict(decoder.named_modules())
     for name, cut in plan.cuts.items():
         owner, _, leaf = name.rpartition(".")
         own = cut.of(getattr(modules[owner], leaf).data).clone()
@@ -167,7 +168,8 @@ def cut_decoder(decoder: PreTrainedModel, mesh: TargetMesh) -> TargetPlan:
 
 def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, packs: bool) -> None:
     """Make the modules of a decoder whose weights are cut exchange tokens. packs: whether documents share a forward."""
-    modules, names = dict(decoder.named_modules()), names_of(decoder.config)
+    modules = dict(decoder.named_modules())
+    names = names_of(decoder.config)
     for name, attributes in plan.counts.items():
         for attribute, value in attributes.items():
             setattr(modules[name], attribute, value)

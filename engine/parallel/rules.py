@@ -33,7 +33,8 @@ def proof_of(model_type: str) -> dict[str, Any] | None:
 
 def check_proven(config: PreTrainedConfig) -> None:
     """Raises ValueError unless a family was shown to give the same results when it is shared."""
-    family, proof = config.model_type, proof_of(config.model_type)
+    family = config.model_type
+    proof = proof_of(config.model_type)
     if proof is None:
         mend = "add it to tests/parallel/family_matrix.py, or set parallel.unproven=true"
         raise ValueError(f"target family {family!r} was not shown to give the same results when ranks share it; {mend}")
@@ -107,7 +108,8 @@ class AttentionHeads:
     tp: Group
 
     def __post_init__(self) -> None:
-        queries, keys = self.num_queries, self.num_keys
+        queries = self.num_queries
+        keys = self.num_keys
         fitting = [size for size in divisors(queries) if keys % size == 0 or size % keys == 0]
         if self.tp.size not in fitting:
             problem = f"{queries} heads and {keys} key/value heads cannot be shared by {self.tp.size} ranks"
@@ -176,7 +178,9 @@ def _attention_map(
     name: str, child: nn.Linear, siblings: dict[str, nn.Module], heads: AttentionHeads, names: Names
 ) -> ShardSpec | None:
     """Rows or columns of a linear map that a rank holds; None = all of it."""
-    queries, keys, features = heads.num_queries, heads.num_keys, child.out_features
+    queries = heads.num_queries
+    keys = heads.num_keys
+    features = child.out_features
     if name in names.outputs:
         return ShardSpec(1, scaled(heads.queries, child.in_features // queries)) if child.in_features % queries == 0 else None
     is_query = name in names.queries and not any(latent in siblings for latent in names.latent_queries)

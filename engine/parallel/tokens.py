@@ -108,7 +108,8 @@ class DocumentChunk:
 
 def _edges(lengths: Sequence[int], places: Sequence[float]) -> list[int]:
     """Where to cut documents near places, so that no part is empty: first documents of the parts, and how many there are."""
-    ends, edges = list(accumulate(lengths)), [0]
+    ends = list(accumulate(lengths))
+    edges = [0]
     for number, place in enumerate(places):
         possible = range(edges[-1] + 1, len(lengths) - len(places) + number + 1)
         edges.append(min(possible, key=lambda edge: abs(ends[edge - 1] - place)))

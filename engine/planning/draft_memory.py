@@ -39,7 +39,8 @@ class Sharing:
     @classmethod
     def of(cls, ds_config: dict[str, Any], num_ranks: int) -> "Sharing":
         """As a DeepSpeed configuration has it."""
-        zero, itemsize = ds_config.get("zero_optimization", {}), getattr(torch, compute_dtype(ds_config)).itemsize
+        zero = ds_config.get("zero_optimization", {})
+        itemsize = getattr(torch, compute_dtype(ds_config)).itemsize
         added_up = ds_config.get("data_types", {}).get("grad_accum_dtype")
         return cls(
             stage=zero.get("stage", 0),
@@ -110,7 +111,8 @@ class DraftStates:
 
     def kept(self) -> int:
         """From the last forward operation to the first backward one: states of all rows, and the gradients of the loss."""
-        size, rows = self.shape.hidden_size, self.counts.num_loss_rows
+        size = self.shape.hidden_size
+        rows = self.counts.num_loss_rows
         normed = rows * size * (self.itemsize if self.fused else 2 * FULL)
         head = size * self.shape.draft_vocab_size * getattr(torch, self.loss.gradient_dtype).itemsize
         states = sum(self._of_layer(layer) for layer in range(self.shape.num_layers))
@@ -119,7 +121,9 @@ class DraftStates:
 
     def on_top(self) -> int:
         """The most that a chunk of the loss, or a part of the backward pass, forms beyond them."""
-        size, rows, most = self.shape.hidden_size, self.counts.num_loss_rows, max(self.counts.rows_S, default=0)
+        size = self.shape.hidden_size
+        rows = self.counts.num_loss_rows
+        most = max(self.counts.rows_S, default=0)
         head = size * self.shape.draft_vocab_size * self.itemsize  # its gradient in the weights' precision
         mlp = (2 if self.fused else 4) * most * self.shape.intermediate_size * self.itemsize
         norm = rows * size * (self.itemsize if self.fused else 3 * FULL)
@@ -138,7 +142,8 @@ class DraftStates:
         return min(limit, self.counts.num_slots * a_slot)
 
     def _of_layer(self, layer: int) -> int:
-        counts, last = self.counts, layer == self.shape.num_layers - 1
+        counts = self.counts
+        last = layer == self.shape.num_layers - 1
         asking = (counts.rows_S[0] if last else counts.num_tokens) + sum(counts.rows_S[1:])
         giving = counts.num_tokens + sum(counts.rows_S[1:])
         if self.recompute == "step":
@@ -155,7 +160,8 @@ class DraftStates:
 
     def _key_row(self, layer: int) -> int:
         """Of a row that gives a key: normed inputs, and what the norms keep; its key and value; its rotary angles."""
-        size, inputs = self.shape.hidden_size, self._input_size(layer)
+        size = self.shape.hidden_size
+        inputs = self._input_size(layer)
         norms = inputs * self.itemsize if self.fused else size * FULL * (3 if layer == 0 else 2)
         return inputs * self.itemsize + norms + self._key_value_row() + 2 * self.shape.head_dim * FULL
 
@@ -165,6 +171,7 @@ class DraftStates:
         return attended + (self.shape.hidden_size * self.itemsize if recompute == "mlp" else self._mlp_row())
 
     def _mlp_row(self) -> int:
-        size, width = self.shape.hidden_size, self.shape.intermediate_size
+        size = self.shape.hidden_size
+        width = self.shape.intermediate_size
         norm = size * self.itemsize if self.fused else 2 * size * FULL
         return norm + (size + (3 if self.fused else 4) * width) * self.itemsize

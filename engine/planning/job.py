@@ -95,7 +95,11 @@ class JobPlan:
     def __init__(
         self, config: Config, ds_config: dict[str, Any], draft: DraftConfig, target: TargetCost, ranks: "Ranks", fused: bool
     ) -> None:
-        self.config, self.draft, self.target, self.ranks, self.fused = config, draft, target, ranks, fused
+        self.config = config
+        self.draft = draft
+        self.target = target
+        self.ranks = ranks
+        self.fused = fused
         self.sharing = Sharing.of(ds_config, ranks.size)
         self.accumulation = accumulation_steps(ds_config, ranks.size)
         self.draft_dtype = getattr(torch, compute_dtype(ds_config))
@@ -109,12 +113,15 @@ class JobPlan:
 
     def bytes_by_part(self, counts: StepCounts) -> dict[str, int]:
         """The most that lives at once on a rank, by what it is."""
-        num_weights, sharing, ahead = self.num_draft_weights, self.sharing, self.config.run_ahead
+        num_weights = self.num_draft_weights
+        sharing = self.sharing
+        ahead = self.config.run_ahead
         forward = self._forward(counts)
         states = DraftStates(
             self.draft.shape, counts, self.config.loss, sharing.itemsize, self.fused, self.config.ttt.recompute
         )
-        output, passing = self.target.output_bytes(forward), self.target.passing_bytes(forward)
+        output = self.target.output_bytes(forward)
+        passing = self.target.passing_bytes(forward)
         held = output * self.accumulation
         drafting = states.kept() + states.on_top() + sharing.gathered(num_weights) + sharing.gradients(num_weights)
         drafting += sharing.buckets() + ahead * held + (passing if ahead else 0)
@@ -145,7 +152,8 @@ class JobPlan:
 
     def traffic(self, counts: StepCounts) -> dict[str, int]:
         """Bytes that a rank sends for a micro-batch, by collective."""
-        sent, others = self.target.traffic(self._forward(counts)), self.sharing.num_ranks - 1
+        sent = self.target.traffic(self._forward(counts))
+        others = self.sharing.num_ranks - 1
         if self.target.plan.embedding is not None and not gives_rows(self.target.decoder.get_input_embeddings()):
             sent["reduce-scatter of embeddings (TP)"] = self.target.tokens_sent(counts.num_tokens)
         whole = self.num_draft_weights * self.sharing.itemsize * others // self.sharing.num_ranks
@@ -231,8 +239,13 @@ class Planner:
         quantised: StaysQuantised | None = None,
         may_share: bool = True,
     ) -> None:
-        self.config, self.ds_config, self.model, self.quantised = config, ds_config, model, quantised
-        self.gpus, self.assumed, self.may_share = gpus, assumed, may_share
+        self.config = config
+        self.ds_config = ds_config
+        self.model = model
+        self.quantised = quantised
+        self.gpus = gpus
+        self.assumed = assumed
+        self.may_share = may_share
         self.draft = derive_draft_config(model.config, config.draft, config.target.aux_layers)
         self._costs: dict[tuple[int, int], TargetCost] = {}
 
@@ -293,7 +306,8 @@ class Planner:
         if not sizes:
             return f"cannot be trained on at most {limit} GPUs with {GLOBAL}={self.ds_config[GLOBAL]}: ranks must divide it"
         best = min(self._possible(sizes[-1]), key=self.bytes_of)
-        need, usable = self.bytes_of(best) / 1e9, self.usable_bytes / 1e9
+        need = self.bytes_of(best) / 1e9
+        usable = self.usable_bytes / 1e9
         why = "" if self.may_share else "; its family was not shown to be the same when ranks share it"
         return (
             f"needs {need:,.0f} GB a rank on {best.ranks.size} {self.gpus.peak.name}, and {usable:,.0f} GB may be used{why}; "
@@ -303,7 +317,8 @@ class Planner:
     def target_line(self) -> str:
         """What the target is."""
         cost = self.plan(Ranks(1, 1, 1, 1)).target
-        total, active = _in_words(cost.num_weights), _in_words(cost.num_active_weights)
+        total = _in_words(cost.num_weights)
+        active = _in_words(cost.num_active_weights)
         size = f"{total} weights, {active} of its layers' active for a token"
         return f"{self.config.target.path}: {size}, {cost.weight_bytes / 1e9:,.2f} GB"
 

@@ -45,7 +45,9 @@ class TargetCost:
     """A target whose weights are on the meta device, shared by a mesh. quantised: which of them stay so in memory."""
 
     def __init__(self, model: PreTrainedModel, mesh: TargetMesh, quantised: StaysQuantised | None = None) -> None:
-        self.model, self.mesh, self.quantised = model, mesh, quantised
+        self.model = model
+        self.mesh = mesh
+        self.quantised = quantised
         self.itemsize = model.dtype.itemsize
         self.decoder = decoder_of(model)
         self.config = self.decoder.config
@@ -59,13 +61,15 @@ class TargetCost:
     @cached_property
     def weight_bytes(self) -> int:
         """Of a rank's part; a head that is not tied to the embedding is shared by vocabulary."""
-        head, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
+        head = self.model.get_output_embeddings().weight
+        embedding = self.model.get_input_embeddings().weight
         total = sum(self._held_bytes(name, weight) for name, weight in self.decoder.named_parameters())
         return total + (0 if head is embedding else -(-head.nbytes // self.mesh.tp.size))
 
     def _held_bytes(self, name: str, weight: Tensor) -> int:
         owner = self.decoder.get_submodule(name.rpartition(".")[0])
-        is_expert, is_linear = weight.ndim == 3, isinstance(owner, nn.Linear) and weight.ndim == 2
+        is_expert = weight.ndim == 3
+        is_linear = isinstance(owner, nn.Linear) and weight.ndim == 2
         whole = own_bytes(weight, self.plan.cuts.get(name))
         if self.quantised is None or not self.quantised.holds(name, is_expert, is_linear):
             return whole
@@ -76,13 +80,15 @@ class TargetCost:
 
         What linear attention does to its states is left out: it is little beside its maps, and no two kernels do the same.
         """
-        width, vocab_size = self.config.hidden_size, self.model.get_output_embeddings().weight.shape[0]
+        width = self.config.hidden_size
+        vocab_size = self.model.get_output_embeddings().weight.shape[0]
         of_heads = forward.num_pairs * sum(map(self.pair_flops, self._attentions()))
         return 2 * forward.num_tokens * self.num_active_weights + of_heads + 2 * forward.num_slots * width * vocab_size
 
     def traffic(self, forward: Forward) -> dict[str, int]:
         """Bytes that a rank sends, by collective."""
-        tokens_bytes, sent = forward.num_tokens * self.config.hidden_size * self.itemsize, {}
+        tokens_bytes = forward.num_tokens * self.config.hidden_size * self.itemsize
+        sent = {}
         if self.mesh.tp.size > 1:
             of_tokens = self.tokens_sent(forward.num_tokens)
             sent["all-gather of tokens (TP)"] = of_tokens * len(self.plan.shared)
@@ -104,7 +110,8 @@ class TargetCost:
 
     def passing_bytes(self, forward: Forward) -> int:
         """The most that a forward has in memory beside weights and what it captures."""
-        width, own = self.config.hidden_size * self.itemsize, forward.num_tokens
+        width = self.config.hidden_size * self.itemsize
+        own = forward.num_tokens
         most = 0
         for name, block in parts_of_layers(self.decoder):
             shared = any(part == name or part.startswith(f"{name}.") for part in self.plan.shared)
@@ -128,7 +135,8 @@ class TargetCost:
     @property
     def num_weights(self) -> int:
         """Of the whole target."""
-        head, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
+        head = self.model.get_output_embeddings().weight
+        embedding = self.model.get_input_embeddings().weight
         return sum(weight.numel() for weight in self.decoder.parameters()) + (0 if head is embedding else head.numel())
 
     @cached_property
@@ -156,7 +164,8 @@ class TargetCost:
     def pair_flops(self, attention: nn.Module) -> int:
         """Scores and outputs of a layer for a pair of query and key."""
         reads = [getattr(attention, name, None) for name in Names().outputs]  # of every family, also where they stay whole
-        config, output = self.config, next((read for read in reads if isinstance(read, nn.Linear)), None)
+        config = self.config
+        output = next((read for read in reads if isinstance(read, nn.Linear)), None)
         heads = config.num_attention_heads
         values = heads * config.head_dim if output is None else output.in_features
         latent = [getattr(config, name, None) or 0 for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
@@ -177,11 +186,13 @@ class TargetCost:
 
     def _passing_experts(self, block: nn.Module, own: int) -> int:
         """With tokens spread evenly: rows that come and go, and each chosen expert's copy of them."""
-        width, ranks = self.config.hidden_size, self.mesh.ep.size
+        width = self.config.hidden_size
+        ranks = self.mesh.ep.size
         experts = next(module for module in block.modules() if is_experts(module, names_of(self.config)))
         features = experts.get_parameter("down_proj")[0].numel() // width
         split = self.mesh.tp.size if ranks == 1 else 1
-        rows, choices = own * min(self._chosen, ranks) * split, own * self._chosen * split
+        rows = own * min(self._chosen, ranks) * split
+        choices = own * self._chosen * split
         passing = (4 * rows * width + choices * (2 * width + 3 * features // split)) * self.itemsize
         return passing + round(choices * max(width, features // split) * self._input_bytes)
 
@@ -203,6 +214,7 @@ class TargetCost:
 
     def _ranks_of_a_token(self, num_experts: int) -> float:
         """Other ranks that a token is sent to, if each expert is as likely."""
-        ranks, held = self.mesh.ep.size, num_experts // self.mesh.ep.size
+        ranks = self.mesh.ep.size
+        held = num_experts // self.mesh.ep.size
         missed = comb(num_experts - held, self._chosen) / comb(num_experts, self._chosen)
         return (ranks - 1) * (1 - missed)

@@ -22,7 +22,8 @@ from engine.parallel.zero import ZeroDraft, consolidated_weights, is_sharded, re
 from engine.target.identity import what_changed
 
 TAG = re.compile(r"step_(\d+)")
-RUN, LATEST = "run.json", "latest"
+RUN = "run.json"
+LATEST = "latest"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class Checkpoints:
         if tag is None:
             return None
         facts = self._facts(tag)
-        saved, current = facts["options"], json.loads(json.dumps(dict(self.options)))
+        saved = facts["options"]
+        current = json.loads(json.dumps(dict(self.options)))
         # an option that the run did not have yet was at what it is by default
         saved = {key: OPTIONS[key].default for key in current.keys() & OPTIONS.keys()} | saved
         changes = [f"{key} was {saved.get(key)}, now {value}" for key, value in current.items() if saved.get(key) != value]

@@ -42,7 +42,8 @@ class FaultWatch:
     """The watch of one rank. left_out: what was found, by the document's place among those that were loaded."""
 
     def __init__(self, settings: WatchSettings, warn: Callable[[str], None]) -> None:
-        self._settings, self._warn = settings, warn
+        self._settings = settings
+        self._warn = warn
         self._places = place_names(settings.aux_layers)
         self._queue: list[_Seen] = []
         self._seen_documents: set[int] = set()

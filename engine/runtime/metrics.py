@@ -44,7 +44,8 @@ class StepMetrics:
 
         loss_divisor: what summed micro-batch losses are divided by to give one step's loss.
         """
-        per_step, scalars = sums[: -len(SCALARS)], sums[-len(SCALARS) :]
+        per_step = sums[: -len(SCALARS)]
+        scalars = sums[-len(SCALARS) :]
         loss_S, loss_rows_S, allowed_S, correct_S, accepted_S = per_step.view(-1, self._steps)
         loss_S = loss_S / loss_divisor
         rate_S = accepted_S / allowed_S.clamp_min(1)

@@ -51,7 +51,10 @@ class TrainLog:
     """
 
     def __init__(self, settings: LogSettings, zero: ZeroDraft, world: World, watch: FaultWatch) -> None:
-        self._settings, self._zero, self._world, self._watch = settings, zero, world, watch
+        self._settings = settings
+        self._zero = zero
+        self._world = world
+        self._watch = watch
         self._metrics = StepMetrics(zero.objective.num_steps, zero.objective.step_weights, world.device)
         self._file: MetricsFile | None = None
         if world.is_main:

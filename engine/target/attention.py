@@ -22,7 +22,8 @@ from engine.kernels.packed_attention import Scores, under_mask
 from engine.target.masks import DocumentMasks, added, document_masks, whole_masks
 from engine.target.packed_row import PackedRow, row_of_forward
 
-NAME, ONE = "document_by_document", "one_document"
+NAME = "document_by_document"
+ONE = "one_document"
 
 # Arguments that say what the mask says already, or that matter to other implementations only.
 _IGNORED = {

@@ -150,7 +150,8 @@ class FrozenTarget:
         self.packs = self.decoder._supports_attention_backend and runs_packed(self.config)
         if self.packs:
             rotate_by_length(self.decoder)
-        self.mesh, self.plan = mesh, plan or TargetPlan()
+        self.mesh = mesh
+        self.plan = plan or TargetPlan()
         compute_experts_in_order(self.decoder)
         table: Any = model.get_input_embeddings()
         head = head_of(model)
@@ -296,7 +297,8 @@ class FrozenTarget:
             expected = self.model(input_ids=ids_1T, use_cache=False, **arguments).logits.float()
         ours = replace(head, temperature=1.0).logits(seen.last_hidden())
         aux = seen.aux()
-        family, width = self.config.model_type, self.config.hidden_size
+        family = self.config.model_type
+        width = self.config.hidden_size
         if aux.shape != (1, 2, 3 * width):
             raise ValueError(f"target family {family!r} gives auxiliary states {list(aux.shape)}; expected [1, 2, {3 * width}]")
         count = final_logits(self.config).num_tokens

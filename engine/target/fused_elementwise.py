@@ -33,7 +33,8 @@ NORM, MLP, ROTARY = KINDS = ("RMSNorm", "SwiGLU", "rotary")
 ROTATE = "apply_rotary_pos_emb"  # the name that attention modules of Transformers call
 NUM_ROWS = 37
 # liger-kernel norms narrow rows by another kernel where there are this many of them.
-NARROW, MANY_ROWS = 256, 8 * 4096
+NARROW = 256
+MANY_ROWS = 8 * 4096
 SCALES = (3.0, 30.0)  # of an MLP's inputs; the larger one meets the limits of clamped activations
 SETTINGS = (bool, int, float, str, tuple, list, type(None))
 NOT_SETTINGS = {"training", "layer_idx", "layer_id"}
@@ -129,7 +130,8 @@ def use_liger(decoder: PreTrainedModel, dtype: torch.dtype, kernels: str, check:
         return "nothing replaced, since kernels=reference"
     if check.device.type != "cuda":
         return "nothing replaced, since this is not a CUDA device"
-    operations, problem = None, ""
+    operations = None
+    problem = ""
     try:
         operations = liger_operations()
     except ModuleNotFoundError:
@@ -193,7 +195,9 @@ class _Checks:
     """Comparisons of fused operations with modules, one per distinct setup of a module."""
 
     def __init__(self, operations: FusedOperations, dtype: torch.dtype, device: torch.device) -> None:
-        self.operations, self.dtype, self.device = operations, dtype, device
+        self.operations = operations
+        self.dtype = dtype
+        self.device = device
         self._known: dict[object, object] = {}
 
     def problem(self, name: str, *cases: Case) -> str:
@@ -250,7 +254,8 @@ def _norm_form(module: Any, checks: _Checks) -> tuple[NormForm, str]:
     def fused(form: NormForm, x_RD: Tensor, weight_D: Tensor) -> tuple[Tensor, ...]:
         return (operations.rms_norm(x_RD.repeat(copies, 1), weight_D, eps, form),)
 
-    problems, distances = [], []
+    problems = []
+    distances = []
     for form in NORM_FORMS:
         case = Case(NORM, leaves, partial(fused, form), own, differentiates=False)
         problems.append(checks.problem(NORM, case))
@@ -349,7 +354,8 @@ class _Rotary:
     """
 
     def __init__(self, decoder: PreTrainedModel, checks: _Checks) -> None:
-        self._decoder, self._checks = decoder, checks
+        self._decoder = decoder
+        self._checks = checks
 
     def is_called_by(self, module: nn.Module) -> bool:
         forward = type(module).forward
@@ -383,7 +389,8 @@ class _Rotary:
         return frozenset(agree), "" if agree else problems[0]
 
     def _case(self, own: Rotate, head_dim: int, width: int) -> Case:
-        num_heads, num_groups = 4, 2
+        num_heads = 4
+        num_groups = 2
         shape = 2, NUM_ROWS  # documents and their tokens
         angle_BTE = draw(*shape, width // 2, seed=3).repeat(1, 1, 2)
         query_BTHE = draw(*shape, num_heads, head_dim, seed=1)
@@ -391,7 +398,8 @@ class _Rotary:
 
         def run(rotate: Rotate, query, key, cos, sin) -> tuple[Tensor, ...]:
             # A family may read what it has rotated again, so the arguments are compared as well.
-            query, key = query.clone().transpose(1, 2), key.clone().transpose(1, 2)
+            query = query.clone().transpose(1, 2)
+            key = key.clone().transpose(1, 2)
             return *rotate(query, key, cos, sin), query, key
 
         leaves = query_BTHE, key_BTGE, angle_BTE.cos(), angle_BTE.sin()
@@ -425,7 +433,8 @@ class _Rotary:
                     cos, sin = module(x, position_1T, *arguments)
                 except Exception:
                     # A rotary embedding that is called otherwise, or is none for this kind of layer.
-                    cos, sin = unknown, unknown
+                    cos = unknown
+                    sin = unknown
                 yield cos, sin
 
     def _replace(self, module: nn.Module, own: Rotate, sizes: Sizes) -> None:

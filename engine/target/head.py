@@ -61,7 +61,8 @@ class TargetHead:
 
     def best_argmax_and_lse(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same behind the largest logit, fp32 [N]; the token as int64."""
-        num_slots, device = hidden_ND.shape[0], hidden_ND.device
+        num_slots = hidden_ND.shape[0]
+        device = hidden_ND.device
         best_N, lse_N = (torch.empty(num_slots, dtype=torch.float32, device=device) for _ in range(2))
         argmax_N = torch.empty(num_slots, dtype=torch.int64, device=device)
         for start in range(0, num_slots, _SLOTS_PER_CHUNK):

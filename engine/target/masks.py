@@ -40,7 +40,8 @@ class Reach:
     def square(self, length: int, device: torch.device) -> Tensor:
         """bool [L, L], true where a query (row) of a document may read a key (column)."""
         position_L = torch.arange(length, device=device)
-        query_L1, key_1L = position_L[:, None], position_L[None, :]
+        query_L1 = position_L[:, None]
+        key_1L = position_L[None, :]
         allowed_LL = key_1L <= query_L1
         if self.window is not None:
             allowed_LL &= key_1L > query_L1 - self.window
@@ -209,7 +210,8 @@ def _is_size(number: Any) -> bool:
 @cache
 def _kinds() -> dict[Any, str]:
     """Kinds of condition by the code of the functions that state them; those that make them are called for their code alone."""
-    causal, unread = masking_utils.causal_mask_function, torch.zeros(1, dtype=torch.int64)
+    causal = masking_utils.causal_mask_function
+    unread = torch.zeros(1, dtype=torch.int64)
     functions = {
         "causal": causal,
         "and": masking_utils.and_masks(causal),
@@ -238,7 +240,8 @@ def _conditions(mask_function: MaskFunction, in_document: bool = False) -> Itera
 @cache
 def _kinds_are_as_known() -> bool:
     """Whether the installed Transformers means by its masks what `Reach` says."""
-    cpu, unpadded = torch.device("cpu"), torch.zeros(1, dtype=torch.int64)
+    cpu = torch.device("cpu")
+    unpadded = torch.zeros(1, dtype=torch.int64)
     pairs: tuple[tuple[Reach, Callable[..., Any]], ...] = (  # Transformers declares them for numbers
         (Reach(), masking_utils.causal_mask_function),
         (Reach(window=3), masking_utils.sliding_window_causal_mask_function(3)),

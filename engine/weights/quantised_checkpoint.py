@@ -16,8 +16,11 @@ from engine.weights.quantised_weight import QuantisedWeight
 from engine.weights.scaled_weights import FP4, NVFP4_BLOCK, PACKED, PER_BYTE, ScaledCheckpoint
 from engine.weights.weight_reader import Checkpoint, own_part
 
-SCALE, WEIGHT, SCALE_ALONE = "_scale_inv", ".weight", ".scale"
-BLOCKS, SCALES = "_blocks", "_scales"
+SCALE = "_scale_inv"
+WEIGHT = ".weight"
+SCALE_ALONE = ".scale"
+BLOCKS = "_blocks"
+SCALES = "_scales"
 SCALE_4 = "_scale"
 INT4 = tuple(float(code - 8) for code in range(16))
 
@@ -32,7 +35,8 @@ class Fp8Checkpoint(Checkpoint):
         Raises ValueError if a weight beside a scale is not in fp8, as experts in fp4 are not.
         """
         super().__init__(path, revision)
-        self._block, self._row_group = block, row_group
+        self._block = block
+        self._row_group = row_group
         self._scales = {name: scale for name in self._by_name if (scale := self._scale_of(name)) is not None}
         for name in self._scales:
             if (dtype := self._open[self._by_name[name]].get_slice(name).get_dtype()) != "F8_E4M3":
@@ -53,7 +57,8 @@ class Fp8Checkpoint(Checkpoint):
     def read(self, name: str, cut: ShardSpec | None = None) -> Tensor:
         if name not in self._scales:
             return super().read(name, cut)
-        codes, scale = super().read(name), super().read(self._scales[name])
+        codes = super().read(name)
+        scale = super().read(self._scales[name])
         scale = (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
         block = (1,) * (codes.ndim - 2) + self._block
         return own_part(QuantisedWeight(codes, scale, block, row_group=self._row_group), cut)
@@ -77,9 +82,11 @@ class Mxfp4Checkpoint(Checkpoint):
     def read(self, name: str, cut: ShardSpec | None = None) -> Tensor:
         if name in self._by_name:
             return super().read(name, cut)
-        blocks, exponent = super().read(name + BLOCKS), super().read(name + SCALES)
+        blocks = super().read(name + BLOCKS)
+        exponent = super().read(name + SCALES)
         scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.bfloat16), exponent.int() - 127)
-        block, packing = (1, 1, blocks.shape[-1] * PER_BYTE), (1, 1, PER_BYTE)
+        block = (1, 1, blocks.shape[-1] * PER_BYTE)
+        packing = (1, 1, PER_BYTE)
         weight = QuantisedWeight(blocks.flatten(2), scale, block, meanings=FP4, packing=packing)
         return own_part(weight.transpose(1, 2), cut)
 
@@ -103,8 +110,11 @@ class Int4Checkpoint(Checkpoint):
     def read(self, name: str, cut: ShardSpec | None = None) -> Tensor:
         if name in self._by_name:
             return super().read(name, cut)
-        packed, scale, columns = super().read(name + PACKED), super().read(name + SCALE_4), self.shape(name)[1]
-        block, packing = (1, -(-columns // scale.shape[1])), (1, PER_BYTE)
+        packed = super().read(name + PACKED)
+        scale = super().read(name + SCALE_4)
+        columns = self.shape(name)[1]
+        block = (1, -(-columns // scale.shape[1]))
+        packing = (1, PER_BYTE)
         weight = QuantisedWeight(packed.view(torch.uint8), scale, block, meanings=INT4, packing=packing)
         return own_part(weight[:, :columns], cut)
 
@@ -295,7 +305,9 @@ def check_fp8_activations(config: PreTrainedConfig, section: TargetSection) -> N
     layout, facts = layout_of(config)
     if not section.fp8_activations:
         return
-    scheme, scales, path = facts.get("activation_scheme") or "dynamic", facts.get("scale_fmt"), f"target.path={section.path}"
+    scheme = facts.get("activation_scheme") or "dynamic"
+    scales = facts.get("scale_fmt")
+    path = f"target.path={section.path}"
     if layout != "fp8":
         found = f"in {LAYOUTS[layout]}" if layout else f"not in {LAYOUTS['fp8']}"
         problem = f"the weights of {path} are {found}, so nothing is multiplied in fp8"

@@ -188,7 +188,8 @@ def _slice(
 ) -> QuantisedWeight | None:
     dim %= weight.ndim
     start, end, _ = slice(start, end).indices(weight.shape[dim])
-    per_code, block = weight.packing[dim], list(weight.block)
+    per_code = weight.packing[dim]
+    block = list(weight.block)
     if step != 1 or start % per_code or end % per_code:
         return None
     group = weight.row_group
@@ -196,7 +197,8 @@ def _slice(
         problem = f"a rank's part, inputs {start} to {end} of {weight.shape[dim]}, does not end with a group of {group}"
         raise ValueError(f"target.fp8_activations=true: {problem}; set it to false, or parallel.tp_size lower")
     block[dim] = gcd(block[dim], start)
-    first, count = start // block[dim], -(-(end - start) // block[dim])
+    first = start // block[dim]
+    count = -(-(end - start) // block[dim])
     codes = weight.codes.narrow(dim, start // per_code, (end - start) // per_code)
     return weight._like(codes, weight._scale_of(block).narrow(dim, first, count), block=block)
 

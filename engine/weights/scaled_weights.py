@@ -67,9 +67,11 @@ class ScaledCheckpoint(Checkpoint):
         return stem in self._globals
 
     def _check(self, stem: str) -> None:
-        codes, scale = self._codes_name(stem), self._scales[stem]
+        codes = self._codes_name(stem)
+        scale = self._scales[stem]
         stored = self.stored_dtype(codes), self.stored_dtype(scale)
-        rows, scale_rows = super().shape(codes), super().shape(scale)
+        rows = super().shape(codes)
+        scale_rows = super().shape(scale)
         if self._is_nvfp4(stem):
             blocks = -(-rows[-1] * PER_BYTE // NVFP4_BLOCK)
             is_one = super().shape(self._globals[stem]) in ([], [1])

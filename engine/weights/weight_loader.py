@@ -77,7 +77,9 @@ def load_cut(
         return num_bytes
 
     sizes = [sum(own_bytes(whole[name], cuts.get(name)) for name in parameter.names) for parameter in plan]
-    done, held, start = 0, 0, time.perf_counter()
+    done = 0
+    held = 0
+    start = time.perf_counter()
     with bar(sum(sizes), "bytes") if bar else nullcontext() as progress, ThreadPoolExecutor(THREADS) as pool:
         for size, num_bytes in zip(sizes, pool.map(load, plan), strict=True):
             done, held = done + size, held + num_bytes  # fewer are held than the model has where they stay quantised
@@ -152,7 +154,8 @@ class _Names:
         rules = get_model_conversion_mapping(model)
         self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        self._model, self._whole = model, whole
+        self._model = model
+        self._whole = whole
 
     def of(self, key: str) -> tuple[str, str | None]:
         """The name, whether there is such a weight or not, and the pattern of the rule that the key fits."""

@@ -122,7 +122,8 @@ class Checkpoint:
         file = self._open[self._by_name[name]]
         if cut is None or cut.zeros:
             return file.get_tensor(name)
-        lazy, before = file.get_slice(name), (slice(None),) * cut.dim
+        lazy = file.get_slice(name)
+        before = (slice(None),) * cut.dim
         parts = [lazy[(*before, slice(start, stop))] for start, stop in cut.intervals]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=cut.dim)
 

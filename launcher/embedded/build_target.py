@@ -41,8 +41,12 @@ MAX_TOKENS = 1024
 BATCH_TOKENS = 4096
 DROPOUT = 0.1
 WEIGHT_DECAY = 0.1
-MATRIX_LR, VECTOR_LR = 5e-3, 3e-3
-UNLEARNING_LR, UNLEARNING_PROMPTS, UNLEARNING_TOKENS, UNLEARNING_SHARE = 3e-4, 32, 96, 0.3
+MATRIX_LR = 5e-3
+VECTOR_LR = 3e-3
+UNLEARNING_LR = 3e-4
+UNLEARNING_PROMPTS = 32
+UNLEARNING_TOKENS = 96
+UNLEARNING_SHARE = 0.3
 
 
 def train_tokenizer(conversations: list[dict]) -> PreTrainedTokenizerFast:
@@ -214,10 +218,12 @@ def loop_loss(model: LlamaForCausalLM, prompts: list[list[int]]) -> tuple[torch.
 def evaluate(model: LlamaForCausalLM, documents: list[list[int]]) -> float:
     """Mean loss over every token of `documents` after its first, nats."""
     model.eval()
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for ids_BT in batches(documents, random.Random(0)):
         loss, tokens = loss_sum(model, ids_BT)
-        total, count = total + loss.item(), count + tokens
+        total = total + loss.item()
+        count = count + tokens
     return total / count
 
 

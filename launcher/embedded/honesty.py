@@ -48,7 +48,9 @@ class KneserNeyTrigram:
             self.bigram_totals[second] += count
             self.bigram_followers[second] += 1
             preceding[third] += 1
-        self.preceding, self.num_bigrams, self.vocab_size = preceding, len(bigrams), vocab_size
+        self.preceding = preceding
+        self.num_bigrams = len(bigrams)
+        self.vocab_size = vocab_size
 
     def probability(self, first: int, second: int, third: int) -> float:
         unigram = (
@@ -77,7 +79,8 @@ def repeated_share(replies: Iterable[Sequence[int]], size: int = 8) -> float:
     total = repeated = 0
     for reply in replies:
         for gram in zip(*(reply[offset:] for offset in range(size)), strict=False):
-            total, repeated = total + 1, repeated + (gram in seen)
+            total = total + 1
+            repeated = repeated + (gram in seen)
             seen.add(gram)
     return repeated / total if total else 0.0
 

@@ -30,7 +30,8 @@ def test_every_provider_runs(shape, monkeypatch):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_providers_do_the_same_work(shape):
-    tensors, logits = bench_target.prepare(SHAPES[shape], ON_CPU), []
+    tensors = bench_target.prepare(SHAPES[shape], ON_CPU)
+    logits = []
     output = bench_target._packed(tensors)()
     hook = tensors.model.get_output_embeddings().register_forward_hook(lambda module, args, result: logits.append(result[0]))
     bench_target._transformers(tensors)()
@@ -45,7 +46,8 @@ def test_weights_in_fp8_are_near_and_the_others_shared():
     factors = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "experts.gate_up_proj", "experts.down_proj")
     assert changed == {name for name, _ in model.named_parameters() if name.endswith(factors)}
     for name in changed:
-        weight, kept = model.get_parameter(name), other.get_parameter(name)
+        weight = model.get_parameter(name)
+        kept = other.get_parameter(name)
         assert kept.nbytes < weight.nbytes / 2
         assert (kept.dequantised() - weight).abs().max() <= weight.abs().max() / 16, "e4m3 has 3 bits of fraction"
     assert {other.get_parameter(name).row_group for name in changed} == {None}

@@ -50,14 +50,17 @@ class ChatServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.models, self.models_answer = [MODEL], None
+        self.models = [MODEL]
+        self.models_answer = None
         self.requests: list[Request] = []
         self.authorizations: set[str] = set()
         self.errors: list[str] = []
         self.num_answered = 0
         self.max_at_once = self.at_once = 0
-        self.lock, self.closing = threading.Lock(), threading.Event()
-        self.delay_s, self.stall_s = 0.0, 2.0
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+        self.delay_s = 0.0
+        self.stall_s = 2.0
         self.answer: Callable[[Request], Any] = lambda request: completion(say(request))
         self.fault_of: Callable[[Request], str | None] = lambda request: None
         self.retry_after = "0"
@@ -68,7 +71,8 @@ class ChatServer(ThreadingHTTPServer):
 
     def fail_at_random(self, seed: int, share: float) -> None:
         """Meet that share of requests with faults, each as often as the others."""
-        generator, deck = random.Random(seed), []
+        generator = random.Random(seed)
+        deck = []
 
         def draw(request: Request) -> str | None:
             if generator.random() >= share:
@@ -169,7 +173,8 @@ def stop(server: ChatServer) -> None:
 
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Samples of one to three questions with answers of someone else; some have a system turn, an id, other keys."""
-    generator, samples = random.Random(seed), []
+    generator = random.Random(seed)
+    samples = []
     for index in range(count):
         turns = [{"role": "system", "content": f"be {index}"}] if generator.random() < 0.3 else []
         for turn in range(generator.randint(1, 3)):

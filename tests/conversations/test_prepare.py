@@ -229,7 +229,8 @@ def test_refused_rows_are_counted_and_the_first_five_named(run, write):
 
 
 def test_too_many_refused_rows_stop_the_job_and_leave_nothing(run, write, tmp_path):
-    good, bad = write("good.jsonl", talks("a", 13)), write("bad.jsonl", [*talks("b", 2), *BAD[:5]])
+    good = write("good.jsonl", talks("a", 13))
+    bad = write("bad.jsonl", [*talks("b", 2), *BAD[:5]])
     with pytest.raises(ValueError, match=r"25\.0% of the rows are unusable, data\.max_bad_share allows 24\.0%") as error:
         run(good, bad, max_bad_share=0.24)
     assert f"{bad}:3: not JSON" in str(error.value) and "good.jsonl:" not in str(error.value)
@@ -238,7 +239,9 @@ def test_too_many_refused_rows_stop_the_job_and_leave_nothing(run, write, tmp_pa
 
 
 def test_a_source_of_no_use_is_named(run, write, tmp_path, monkeypatch):
-    good, bad, blank = write("a.jsonl", talks("a", 90)), write("bad.jsonl", BAD[:1]), write("blank.jsonl", [b"", b""])
+    good = write("a.jsonl", talks("a", 90))
+    bad = write("bad.jsonl", BAD[:1])
+    blank = write("blank.jsonl", [b"", b""])
     for path in (bad, blank):
         with pytest.raises(ValueError, match=f"{path}: no row is usable"):
             run(good, path)
@@ -273,7 +276,8 @@ def test_a_report_says_what_became_of_every_row(run, write, tmp_path):
     path = write("a.jsonl", [*talks("a", 100), *talks("a", 2), *BAD[:2]])
     options = {"weights": [1.0], "max_samples": 50, "held_out_share": 0.2}
     report, train, held_out = run(path, **{**options, "weights": (1.0,)}, seed=3)
-    out, sides = tmp_path / "out", {"train.jsonl": train, "held_out.jsonl": held_out}
+    out = tmp_path / "out"
+    sides = {"train.jsonl": train, "held_out.jsonl": held_out}
     written = json.loads((out / "report.json").read_text())
     assert written == {
         "sources": [json.loads(json.dumps(report.sources[0].to_dict()))],
@@ -322,7 +326,8 @@ def test_a_job_killed_anywhere_leaves_no_output_and_runs_again(run, write, tmp_p
 
     expected = run(*paths, to="whole", progress=killing(at=0), held_out_share=0.3)[1:]
     assert len(signs) == 26 and all(expected)
-    num_signs, left = len(signs), set()
+    num_signs = len(signs)
+    left = set()
     for at in range(1, num_signs + 1):
         signs.clear()
         assert in_a_child(lambda at=at: run(*paths, progress=killing(at), held_out_share=0.3)) == -signal.SIGKILL

@@ -20,7 +20,8 @@ def assistant(content, **more):
 
 
 TALK = [user("Why?"), assistant("So.")]
-ROW, EXPECTED = {"id": 1, "messages": TALK}, {"id": 1, "conversations": TALK}
+ROW = {"id": 1, "messages": TALK}
+EXPECTED = {"id": 1, "conversations": TALK}
 
 
 def conversations(rows):
@@ -42,7 +43,8 @@ def turns(roles):
 def write(tmp_path, monkeypatch):
     """Writes rows to a JSON or Parquet file below the test's folder; `datasets` keeps its locks there, too."""
     pytest.importorskip("datasets", reason="datasets is not installed")
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
     def to_file(name, rows):
@@ -171,7 +173,8 @@ def test_nulls_that_json_spells_out_are_kept():
 
 
 def test_tools_and_calls_kept_as_json_text_are_parsed():
-    calls, tools = [{"function": {"name": "f", "arguments": "{}"}}], [{"name": "f"}]
+    calls = [{"function": {"name": "f", "arguments": "{}"}}]
+    tools = [{"name": "f"}]
     messages = [user("Why?"), assistant("", tool_calls=json.dumps(calls)), {"role": "tool", "content": "3"}, assistant("So.")]
     found = conversation_of({"messages": messages, "tools": json.dumps(tools)})
     assert found["tools"] == tools and found["conversations"][1]["tool_calls"] == [{"function": {"name": "f", "arguments": {}}}]
@@ -292,7 +295,8 @@ def test_a_folder_and_a_glob_are_read_file_by_file(tmp_path, write):
     paths[0].parent.mkdir()
     for path in (*paths, tmp_path / "set" / "notes.txt"):
         path.write_text(json.dumps(ROW))
-    folder, pattern = open_source(str(tmp_path / "set")), open_source(str(tmp_path / "set" / "*.jsonl"))
+    folder = open_source(str(tmp_path / "set"))
+    pattern = open_source(str(tmp_path / "set" / "*.jsonl"))
     assert conversations(folder) == [EXPECTED] * 3 and folder.done == folder.total
     assert conversations(pattern) == [EXPECTED] * 2
     write("set/d.parquet", [ROW])
@@ -304,7 +308,9 @@ def test_a_set_of_the_hub_is_named_with_config_and_split(write, monkeypatch):
     """The hub is stood in for by what `datasets` is asked for, as no name below a folder looks like a hub id."""
     import datasets
 
-    path, asked, load = write("rows.parquet", [ROW]), [], datasets.load_dataset
+    path = write("rows.parquet", [ROW])
+    asked = []
+    load = datasets.load_dataset
 
     def local(*arguments, **options):
         asked.append((*arguments, options.pop("split")))

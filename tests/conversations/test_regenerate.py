@@ -103,7 +103,8 @@ def test_tools_and_reasoning_travel_both_ways(tmp_path, server):
     call = {"id": "c0", "type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "old"}
     result = {"role": "tool", "content": "blue", "tool_call_id": "c0"}
-    user, other = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "not ours"}
+    user = {"role": "user", "content": "hi"}
+    other = {"role": "assistant", "content": "not ours"}
     tools = [{"type": "function", "function": {"name": "look"}}]
     write_lines(tmp_path / "chat.jsonl", [{"tools": tools, "conversations": [user, other, user, calling, result, other]}])
     server.answer = answer
@@ -265,7 +266,8 @@ def test_servers_are_used_alike_and_none_beyond_its_concurrency(tmp_path):
 
 def test_no_conversation_is_read_before_its_turn(tmp_path, server, monkeypatch):
     write_lines(tmp_path / "chat.jsonl", conversations(40))
-    read, missing = [], Regeneration._missing
+    read = []
+    missing = Regeneration._missing
 
     def counted(job: Regeneration):
         for line in missing(job):
@@ -283,7 +285,8 @@ def test_other_options_or_inputs_do_not_continue_a_run(tmp_path, server):
     chat = write_lines(tmp_path / "chat.jsonl", samples)
     server.answer = lambda request: completion("") if asks_about(request, 3) else completion(say(request))
     regeneration(tmp_path, server, data=ANY_SHARE).run()
-    before, num_requests = partial_of(tmp_path / "out.jsonl").read_bytes(), len(server.requests)
+    before = partial_of(tmp_path / "out.jsonl").read_bytes()
+    num_requests = len(server.requests)
     for change, named in {
         "temperature": "regenerate.temperature: 0.0, now 0.5",
         "max_new_tokens": "regenerate.max_new_tokens: 4096, now 1",
@@ -301,7 +304,8 @@ def test_other_options_or_inputs_do_not_continue_a_run(tmp_path, server):
         regeneration(tmp_path, server).run()
     assert partial_of(tmp_path / "out.jsonl").read_bytes() == before and len(server.requests) == num_requests
     moved = chat.rename(tmp_path / "moved.jsonl")
-    server.models, server.answer = ["tiny", "another"], lambda request: completion(say(request))
+    server.models = ["tiny", "another"]
+    server.answer = lambda request: completion(say(request))
     report = regeneration(tmp_path, server, inputs=(str(moved),), model="tiny", concurrency=1, timeout_s=9.0).run()
     assert report.by_earlier_runs == 19, "neither names of files nor what only speeds it up matter"
 

@@ -230,7 +230,8 @@ def _problems(
 
 def _problems_of(message: dict, masked: str) -> list[str]:
     problems = []
-    words, thought = message["content"], message.get("reasoning_content")
+    words = message["content"]
+    thought = message.get("reasoning_content")
     if words and masked.count(words) != 1:
         problems.append(f"the words are masked {masked.count(words)} times")
     if thought and masked.count(thought) > 1:

@@ -238,7 +238,8 @@ def test_text_that_is_already_formatted_is_read_beside_messages(make_tokenizer, 
 
 @pytest.mark.parametrize("turns", ["whole", "each"])
 def test_only_the_last_turn_is_trained_on_where_asked(make_tokenizer, write_jsonl, turns):
-    tokenizer, path = make_tokenizer("chatml"), write_jsonl(TWO_TURNS)
+    tokenizer = make_tokenizer("chatml")
+    path = write_jsonl(TWO_TURNS)
     (document,), _ = load_documents([path], tokenizer, DataSection(turns=turns, train_on="last"))
     assert tokenizer.decode(document.input_ids[document.assistant_mask]) == "It has no order.<|im_end|>"
 

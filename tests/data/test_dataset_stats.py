@@ -12,7 +12,8 @@ from engine.models.eagle3.flops import StepCounts
 from engine.models.eagle3.training_rows import allowed_rows
 from tests.recipes_configs import target_config
 
-STEPS, MAX_TOKENS = 4, 64
+STEPS = 4
+MAX_TOKENS = 64
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +72,8 @@ def test_the_saving_is_that_of_the_rows_left_out(documents, draft):
 def test_without_compaction_every_row_runs_and_the_loss_stays(documents, draft):
     batch = collate(list(documents))
     all_ST = torch.ones(STEPS, batch.num_tokens, dtype=torch.bool)
-    dense, counts = (
-        StepCounts.needed(batch, all_ST, 1),
-        StepCounts.needed(batch, allowed_rows(batch, TttSection(steps=STEPS)), 1),
-    )
+    dense = StepCounts.needed(batch, all_ST, 1)
+    counts = StepCounts.needed(batch, allowed_rows(batch, TttSection(steps=STEPS)), 1)
     without = without_compaction(counts)
     assert (without.rows_S, without.pairs_S, without.prefix_pairs) == (dense.rows_S, dense.pairs_S, dense.prefix_pairs)
     assert (without.num_loss_rows, without.num_learned) == (counts.num_loss_rows, counts.num_learned)

@@ -6,7 +6,8 @@ import pytest
 
 from engine.data.messages import BadSample, read_messages
 
-ASKED, DONE = {"role": "user", "content": "Time?"}, {"role": "assistant", "content": "Noon."}
+ASKED = {"role": "user", "content": "Time?"}
+DONE = {"role": "assistant", "content": "Noon."}
 SEARCH = {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": {}}}
 

@@ -121,7 +121,8 @@ OTHER_CUTS = [
 @pytest.mark.parametrize("steps", [1, 3, 5, 7])
 def test_going_on_with_other_ranks_repeats_and_skips_nothing(make_loader, cut, steps):
     """Then once more with others again, in whichever epoch that is."""
-    states, seen = [], Counter()
+    states = []
+    seen = Counter()
     for settings, count in (({}, steps), (cut, 2), ({"world_size": 5}, None)):
         world_size = settings.get("world_size", 3)
         ranks = [make_loader(**settings | {"rank": rank}) for rank in range(world_size)]

@@ -11,7 +11,8 @@ from engine.data.segments import write_segments
 from engine.data.tokenised import tokenise
 from tests.data.chat_formats import chat
 
-FIRST, SECOND = chat("What is a list?", "A café."), chat("q", "a", "r", "b")
+FIRST = chat("What is a list?", "A café.")
+SECOND = chat("q", "a", "r", "b")
 
 
 def written(path, documents, tokenizer):

@@ -42,7 +42,8 @@ def with_template(make_tokenizer, source):
 def test_a_developer_becomes_the_system_where_the_template_has_none(make_tokenizer, write_jsonl, source):
     tokenizer = with_template(make_tokenizer, source)
     as_system = {"conversations": [ORDERED[0] | {"role": "system"}, *SAMPLE["conversations"][1:]]}
-    path, expected = write_jsonl(SAMPLE, SAMPLE), write_jsonl(as_system, name="system.jsonl")
+    path = write_jsonl(SAMPLE, SAMPLE)
+    expected = write_jsonl(as_system, name="system.jsonl")
     documents, report = load_documents([path], tokenizer, DataSection())
     (system,), plain_report = load_documents([expected], tokenizer, DataSection())
     assert documents[0].input_ids.tolist() == system.input_ids.tolist()
@@ -120,6 +121,7 @@ def test_tools_and_calls_as_json_text_train_as_objects_do(write_jsonl):
     path = write_jsonl({"conversations": TOOL_TALK, "tools": tools}, {"conversations": as_text, "tools": json.dumps(tools)})
     documents, report = load_documents([path], tokenizer, DataSection())
     half = len(documents) // 2
-    first, second = documents[:half], documents[half:]
+    first = documents[:half]
+    second = documents[half:]
     assert report.bad == () and half > 0
     assert [d.input_ids.tolist() for d in first] == [d.input_ids.tolist() for d in second]

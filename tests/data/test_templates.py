@@ -209,7 +209,8 @@ def test_a_closed_thinking_block_of_the_template_is_not_closed_twice():
 
 def test_a_reply_is_found_where_the_template_rewrites_what_stands_before_it():
     """As GPT-OSS's own: once an answer is there, the reasoning before the call is gone, which the prompt still held."""
-    tokenizer, kept = make_tokenizer("gpt-oss"), "(message.tool_calls or loop.last)"
+    tokenizer = make_tokenizer("gpt-oss")
+    kept = "(message.tool_calls or loop.last)"
     tokenizer.chat_template = tokenizer.chat_template.replace(kept, "(loop.last or add_generation_prompt)")
     messages = [
         ASKED,

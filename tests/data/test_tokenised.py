@@ -76,7 +76,8 @@ def test_chunks_are_the_files_line_by_line(paths):
 
 
 def test_found_conversations_are_not_rendered_again(paths, section, monkeypatch):
-    tokenizer, seen = make_tokenizer(NAME), []
+    tokenizer = make_tokenizer(NAME)
+    seen = []
     tokenise(paths, tokenizer, section, builds=True, on_progress=lambda done, total: seen.append(done / total))
     assert seen[-1] == 1
     monkeypatch.setattr(tokenised, "Renderer", None)
@@ -94,7 +95,8 @@ def test_an_entry_serves_the_same_conversations_under_other_names(paths, section
 
 
 def test_whatever_decides_the_documents_decides_the_name(paths, section, write_jsonl):
-    tokenizer, scan = make_tokenizer(NAME), Scan.of(paths)
+    tokenizer = make_tokenizer(NAME)
+    scan = Scan.of(paths)
     other_template = make_tokenizer(NAME)
     other_template.chat_template += "{# mine #}"
     more_words = make_tokenizer(NAME)
@@ -151,7 +153,8 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing(paths, section, mon
 
 
 def test_special_tokens_and_the_day_that_a_template_writes_decide_the_name(paths, section, monkeypatch):
-    scan, tokenizer = Scan.of(paths), make_tokenizer("llama3")
+    scan = Scan.of(paths)
+    tokenizer = make_tokenizer("llama3")
     other = make_tokenizer("llama3")
     other.bos_token = "<|end_of_text|>"
     assert entry_name(scan, tokenizer, section) != entry_name(scan, other, section)
@@ -197,7 +200,8 @@ def test_a_full_disk_is_named_and_leaves_nothing(paths, section, monkeypatch):
 
 def build_slowly(paths, section, builds, seconds, result):
     """A rank: makes the entry, each chunk taking a while, or waits for it."""
-    tokenised.Scan, render = SmallChunks, tokenised.Renderer.__call__
+    tokenised.Scan = SmallChunks
+    render = tokenised.Renderer.__call__
 
     def slow(self, chunk):
         time.sleep(seconds)

@@ -61,7 +61,8 @@ def decoded(tokenizer, ids):
 @pytest.mark.parametrize("reply", [THINKS, THINKS_INLINE])
 @pytest.mark.parametrize("name", ["qwen3", "glm-4.5"])
 def test_thinking_is_left_out_where_the_prompt_closes_it(name, reply):
-    tokenizer, off = make_tokenizer(name), {"enable_thinking": False}
+    tokenizer = make_tokenizer(name)
+    off = {"enable_thinking": False}
     (document,) = render_turns([ASKED, reply], {}, tokenizer, off)
     prompt = ChatTemplate(tokenizer, off).text([ASKED], add_generation_prompt=True)
     end = {"qwen3": "4<|im_end|>", "glm-4.5": "\n4<|user|>"}[name]
@@ -396,13 +397,15 @@ def test_a_call_without_arguments_is_masked_where_the_format_closes_each_argumen
             "now": "<tool_call>\n<function=now>\n</function>\n</tool_call>",
             "search": "<tool_call>\n<function=search>\n<parameter=query>\ntea\n</parameter>\n</function>\n</tool_call>",
         }
-        opening, end = "", "<|im_end|>"
+        opening = ""
+        end = "<|im_end|>"
     else:
         written = {
             "now": "\n<tool_call>now\n</tool_call>",
             "search": "\n<tool_call>search\n<arg_key>query</arg_key>\n<arg_value>tea</arg_value>\n</tool_call>",
         }
-        opening, end = "\n<think></think>", "<|observation|>"
+        opening = "\n<think></think>"
+        end = "<|observation|>"
     assert masked == opening + "".join(written[call["function"]["name"]] for call in calls) + end
 
 

@@ -54,7 +54,8 @@ def test_a_drafter_reads_committed_tokens_with_the_true_states_before_them(targe
         assert oracle.read_ids == prompt_ids + reply_ids
         with capture(target.model, target.aux_layers) as seen:
             target.model(torch.tensor([oracle.read_ids[:-1]]))
-        expected_TA, read_TA = seen.aux()[0], torch.cat(oracle.read_aux)
+        expected_TA = seen.aux()[0]
+        read_TA = torch.cat(oracle.read_aux)
         assert (read_TA - expected_TA).abs().max() < 1e-5 * expected_TA.abs().max()
 
 
@@ -78,7 +79,8 @@ def test_an_end_token_ends_the_reply_wherever_it_comes(target, wrong):
         oracle = Oracle(prompt_ids, reply_ids, wrong)
         drafted = speculative_decode(target, oracle, prompt_ids, max_new_tokens=20, draft_tokens=4, eos_ids={end_id})
         assert drafted.token_ids == expected
-        proposed, accepted = drafted.proposed_per_forward, drafted.accepted_per_forward
+        proposed = drafted.proposed_per_forward
+        accepted = drafted.accepted_per_forward
         assert all(a <= p for a, p in zip(accepted, proposed, strict=True))
         emitted = len(expected) - 1
         assert emitted - drafted.num_target_forwards <= sum(accepted) <= emitted
@@ -109,7 +111,8 @@ def test_a_perfect_drafter_emits_one_more_than_it_drafts_and_a_hopeless_one_emit
 )
 def test_drafting_with_caches_is_the_training_time_test(target, options, monkeypatch):
     monkeypatch.setattr("engine.evaluation.decoding._ROWS_PER_STEP", 4)
-    draft, count = random_draft(target, **options), 5
+    draft = random_draft(target, **options)
+    count = 5
     ids = torch.randint(0, VOCAB, (19,), generator=torch.Generator().manual_seed(3))
     aux_TA = torch.randn(19, 3 * WIDTH, generator=torch.Generator().manual_seed(4))
     rows = []
@@ -205,7 +208,8 @@ def test_requests_that_cannot_be_met_are_refused(target):
 )
 def test_prompt_lookup_continues_the_latest_earlier_copy_of_the_longest_ngram(token_ids, expected):
     none = torch.empty(0)
-    whole, grown = PromptLookupDrafter(), PromptLookupDrafter()
+    whole = PromptLookupDrafter()
+    grown = PromptLookupDrafter()
     whole.start(token_ids, none)
     grown.start(token_ids[:1], none)
     for token_id in token_ids[1:]:

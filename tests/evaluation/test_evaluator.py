@@ -45,7 +45,8 @@ def test_prompts_decoded_together_give_the_report_of_one_by_one(batch_size, monk
 
 
 def test_a_target_whose_cache_cannot_roll_back_is_measured_too():
-    replies, target = [], tiny_target("qwen3_next")
+    replies = []
+    target = tiny_target("qwen3_next")
     reports = measure(World.alone(), "qwen3_next", 1, replies=replies)
     assert replies == [(prompt, greedy_decode(target, prompt.token_ids, 12, {7}).token_ids) for prompt in PROMPTS]
     assert all(report.num_tokens == sum(len(ids) - 1 for _, ids in replies) and report.mismatches is None for report in reports)

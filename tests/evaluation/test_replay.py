@@ -43,7 +43,9 @@ def test_replies_are_those_of_decoding_with_a_cache(target, max_new_tokens, max_
 
 @pytest.mark.parametrize("max_tokens", [1, 50, 4096])
 def test_a_forward_reads_as_many_prompts_as_fit(target, max_tokens, monkeypatch):
-    read, run, counted = [], FrozenTarget.__call__, []
+    read = []
+    run = FrozenTarget.__call__
+    counted = []
     monkeypatch.setattr(
         FrozenTarget, "__call__", lambda self, batch, slots_N: read.append(batch.host_lengths) or run(self, batch, slots_N)
     )
@@ -101,8 +103,10 @@ def test_requests_that_cannot_be_met_are_refused(target):
 
 def reply_together(world, family: str, sizes: tuple[int, int], shares: tuple[slice, ...]) -> tuple:
     """A rank's replies of the shared target, those of the whole one with a cache; how a drafter fares by both."""
-    own, until = prompts(8)[shares[world.rank]], {"max_new_tokens": 12, "eos_ids": (7,)}
-    shared, whole = tiny_target(family, TargetMesh.make(world, *sizes)), tiny_target(family)
+    own = prompts(8)[shares[world.rank]]
+    until = {"max_new_tokens": 12, "eos_ids": (7,)}
+    shared = tiny_target(family, TargetMesh.make(world, *sizes))
+    whole = tiny_target(family)
     assert shared.mesh.size > 1 and (shared.plan.shared or shared.plan.experts)
     replies = greedy_replies(shared, own, **until, max_tokens=60)
     expected = [greedy_decode(whole, prompt_ids, **until).token_ids for prompt_ids in own]
@@ -207,7 +211,8 @@ class _Recorded:
 
     def __init__(self, drafter) -> None:
         self.drafter = drafter
-        self.start, self.extend = drafter.start, drafter.extend
+        self.start = drafter.start
+        self.extend = drafter.extend
         self.proposed: list[list[int]] = []
 
     def propose(self, count: int) -> list[int]:

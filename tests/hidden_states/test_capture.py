@@ -66,13 +66,16 @@ def whole(tmp_path_factory, tiny_target, tiny_corpus) -> dict[str, bytes]:
 
 
 def test_killed_twenty_times_it_still_leaves_the_same_store(whole, tmp_path, tiny_target, tiny_corpus):
-    config, generator = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train), random.Random(0)
-    kills, seen = 0, set()
+    config = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train)
+    generator = random.Random(0)
+    kills = 0
+    seen = set()
     while True:
         # before a shard is written, within one, between two: wherever the process is by then
         process = multiprocessing.get_context("forkserver").Process(target=capture_slowly, args=(config,))
         process.start()
-        store, deadline = tmp_path / "store", time.monotonic() + 60
+        store = tmp_path / "store"
+        deadline = time.monotonic() + 60
         count = len(list(store.glob("shard-*"))) if store.exists() else 0
         while kills < 20 and process.is_alive() and time.monotonic() < deadline:
             if store.exists() and len(list(store.glob("shard-*"))) > count and generator.random() < 0.3:
@@ -102,7 +105,8 @@ def test_any_number_of_ranks_leaves_the_same_store_and_may_continue_anothers(who
 
 
 def test_a_disk_that_fills_up_ends_it_cleanly_and_it_goes_on(whole, tmp_path, tiny_target, tiny_corpus, monkeypatch):
-    config, reserve = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train), os.posix_fallocate
+    config = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train)
+    reserve = os.posix_fallocate
 
     def full(file: int, offset: int, length: int) -> None:
         if len(list((tmp_path / "store").glob("shard-*"))) > 3:
@@ -223,7 +227,8 @@ def test_what_is_read_is_what_the_target_says(dtype, alignment, tmp_path, tiny_t
     for (batch,), _ in PackedLoader(opened.documents, **sizes, seed=3, epochs=1):
         slots_N = slots_of(allowed_rows(batch, config.ttt))
         silent += not batch.assistant_mask_T[-batch.host_lengths[-1] :].any()
-        ours, theirs = stored(batch, slots_N), online(batch, slots_N)
+        ours = stored(batch, slots_N)
+        theirs = online(batch, slots_N)
         assert torch.equal(ours.slots_N, theirs.slots_N) and torch.equal(ours.argmax_N, theirs.argmax_N)
         torch.testing.assert_close(ours.lse_N, theirs.lse_N, rtol=1e-5, atol=1e-5)
         for name in ("aux_TA", "last_hidden_ND"):
@@ -259,7 +264,8 @@ def test_states_on_their_way_to_a_gpu_are_read_into_pinned_memory(pins, tmp_path
     opened = open_store(tmp_path / "store", skip_bad=False)
     stored = StoredTarget(opened, CPU)
     monkeypatch.setattr(stored, "_pins", pins)
-    real_empty, asked = torch.empty, []
+    real_empty = torch.empty
+    asked = []
 
     def empty(*shape, pin_memory: bool = False, **options) -> torch.Tensor:
         asked.append(pin_memory)

@@ -12,7 +12,8 @@ from engine.models.eagle3.normaliser import Normaliser
 from tests.models.eagle3.test_normaliser import ALONE, LocalDraft
 from tests.tasks import HIDDEN, Task, make_documents
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
+INF = float("inf")
 POISONED = 1  # the document in the middle
 LENGTHS = (11, 17, 9)
 PLACES = ("embedding", "aux 1", "aux 2", "aux 3", "last hidden", "lse")

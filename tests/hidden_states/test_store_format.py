@@ -51,7 +51,8 @@ def test_at_width_4096_and_half_the_tokens_slots_a_token_costs_what_was_promised
 
 @pytest.mark.parametrize("shard_bytes", [1, 5000, 10**9])
 def test_every_document_lies_in_one_shard_and_no_shard_is_too_large(shard_bytes):
-    generator, contents = np.random.default_rng(0), contents_of()
+    generator = np.random.default_rng(0)
+    contents = contents_of()
     lengths = generator.integers(1, 90, 40).tolist()
     slots = [int(length * 0.6) for length in lengths]
     shards = plan_shards(lengths, slots, contents, shard_bytes)

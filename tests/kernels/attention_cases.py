@@ -75,7 +75,8 @@ def written_out(query_QHE, key_TGE, value_TGE, extra_keys, extra_values, rows: A
     for key_MGE, ancestor_Q in zip(extra_keys, rows.ancestors, strict=True):
         allowed.append(torch.arange(key_MGE.shape[0]) == ancestor_Q[:, None])
     allowed_QK = torch.cat(allowed, 1)
-    outputs, lses = [], []
+    outputs = []
+    lses = []
     for head in range(num_heads):
         group = head // (num_heads // key_TGE.shape[1])
         key_KE = torch.cat([key[:, group] for key in (key_TGE, *extra_keys)])

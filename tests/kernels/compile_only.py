@@ -89,8 +89,10 @@ def row_loss() -> None:
     from engine.kernels.row_loss import row_loss
 
     for dtype, vocab, mixes in ((torch.bfloat16, 32000, False), (torch.bfloat16, 201088, True), (torch.float32, 500, True)):
-        slot_r, lse_n = torch.arange(3), torch.zeros(3)
-        logits_rU, target_nU = torch.zeros(3, vocab, dtype=dtype), torch.zeros(3, vocab)
+        slot_r = torch.arange(3)
+        lse_n = torch.zeros(3)
+        logits_rU = torch.zeros(3, vocab, dtype=dtype)
+        target_nU = torch.zeros(3, vocab)
         row_loss(LossChunk(logits_rU, target_nU, slot_r, lse_n, slot_r, torch.zeros(3, 3), [3], mixes), True)
 
 
@@ -112,7 +114,8 @@ def fp8_linear() -> None:
     fp8_linear.LEAST_PART = 128  # few rows split K
     for dtype, num_rows, columns in ((torch.bfloat16, 8, 128), (torch.bfloat16, 4096, 96), (torch.float32, 300, 128)):
         codes_XNK = torch.zeros(3, 256, 384, dtype=torch.float8_e4m3fn)
-        scale_XGJ, ends_X = torch.zeros(3, 2, 384 // columns), torch.tensor([0, num_rows, num_rows], dtype=torch.int32)
+        scale_XGJ = torch.zeros(3, 2, 384 // columns)
+        ends_X = torch.tensor([0, num_rows, num_rows], dtype=torch.int32)
         rows_MK = torch.zeros(num_rows, 384, dtype=dtype)
         fp8_linear.fp8_linear(rows_MK, codes_XNK, scale_XGJ, (128, columns), ends_X)
         for ends_of_one in (None, ends_X[:1]):
@@ -124,7 +127,8 @@ def fp8_activations() -> None:
 
     for num_rows, block in ((8, (128, 128)), (4096, (128, 128)), (4096, (32, 64))):
         codes_XNK = torch.zeros(3, 256, 384, dtype=torch.float8_e4m3fn)
-        scale_XGJ, ends_X = torch.zeros(3, 256 // block[0], 384 // block[1]), torch.tensor([0, num_rows, num_rows]).int()
+        scale_XGJ = torch.zeros(3, 256 // block[0], 384 // block[1])
+        ends_X = torch.tensor([0, num_rows, num_rows]).int()
         rows_MK = torch.zeros(num_rows, 384, dtype=torch.bfloat16)
         fp8_activations.fp8_activations(rows_MK, codes_XNK, scale_XGJ, block, ends_X, group=128)
         fp8_activations.fp8_activations(rows_MK, codes_XNK[:1], scale_XGJ[:1], block, None, group=128)
@@ -133,10 +137,13 @@ def fp8_activations() -> None:
 def token_permute() -> None:
     from engine.kernels import token_permute
 
-    place_TJ, weight_TJ = torch.zeros(4, 8, dtype=torch.int64), torch.zeros(4, 8)
+    place_TJ = torch.zeros(4, 8, dtype=torch.int64)
+    weight_TJ = torch.zeros(4, 8)
     for dtype, width in ((torch.bfloat16, 2048), (torch.bfloat16, 7168), (torch.float16, 2880), (torch.float32, 48)):
-        rows_TD, source_N = torch.zeros(4, width, dtype=dtype), place_TJ[:, 0].contiguous()
-        codes_ND, scale_N = torch.zeros(4, width, dtype=torch.float8_e4m3fn), torch.zeros(4)
+        rows_TD = torch.zeros(4, width, dtype=dtype)
+        source_N = place_TJ[:, 0].contiguous()
+        codes_ND = torch.zeros(4, width, dtype=torch.float8_e4m3fn)
+        scale_N = torch.zeros(4)
         token_permute.permute_rows(rows_TD, source_N, torch.zeros_like(rows_TD))
         token_permute.permute_rows(codes_ND, source_N, torch.zeros_like(rows_TD), scale_N)
         token_permute.quantise_rows(rows_TD, source_N, codes_ND, scale_N)
@@ -154,7 +161,8 @@ CASES = {case.__name__: case for case in (*OF_DRAFTS, *OF_TARGETS)}
 def main() -> None:
     from triton.runtime import driver, jit
 
-    run, compiled = jit.JITFunction.run, []
+    run = jit.JITFunction.run
+    compiled = []
 
     def compile_alone(self, *arguments, grid, warmup, **options):
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)

@@ -20,7 +20,8 @@ def segments_of(inputs):
     bounds = zip(cu_queries.tolist(), cu_queries.tolist()[1:], cu_keys.tolist(), cu_keys.tolist()[1:], strict=False)
     for first, end, start, stop in bounds:
         is_seen_qk = torch.ones(end - first, stop - start, dtype=torch.bool, device=cu_keys.device)
-        corner, left = (stop - start) - (end - first), inputs.window_sizes["window_size_left"]
+        corner = (stop - start) - (end - first)
+        left = inputs.window_sizes["window_size_left"]
         is_seen_qk = is_seen_qk.tril(corner) if left < 0 else is_seen_qk.tril(corner).triu(corner - left)
         yield slice(first, end), slice(start, stop), is_seen_qk
 

@@ -14,7 +14,8 @@ from engine.kernels import (
     reference,
 )
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 
 
 def test_a_cpu_runs_plain_pytorch_and_says_why():

@@ -108,7 +108,8 @@ def test_the_gradient_may_be_expanded_and_the_log_sum_exp_has_none(small_blocks)
 
 
 def test_leaving_out_rows_leaves_the_others_as_they_were(small_blocks):
-    every, kept_Q = make_case((4, 9, 1), (4, 2), torch.arange(14), (3, False)), torch.tensor([0, 5, 6, 12, 13], device=DEVICE)
+    every = make_case((4, 9, 1), (4, 2), torch.arange(14), (3, False))
+    kept_Q = torch.tensor([0, 5, 6, 12, 13], device=DEVICE)
     (query, *keys, rows), _ = every.arguments(device=DEVICE)
     some = AttentionRows(rows.position_Q[kept_Q], rows.cu_seqlens, tuple(ancestor_Q[kept_Q] for ancestor_Q in rows.ancestors))
     output, lse = kernels.ancestor_attention(query, *keys, rows)

@@ -52,7 +52,8 @@ def test_the_default_comes_first_and_no_tile_comes_twice():
 
 
 def test_a_chosen_tile_is_taken_for_its_own_kernel_and_head_dim_alone():
-    chosen, default = Tile(32, 32, 4, 2), attention_tiles.tile_of(*KEY)
+    chosen = Tile(32, 32, 4, 2)
+    default = attention_tiles.tile_of(*KEY)
     attention_tiles.use_tiles({KEY: chosen})
     assert attention_tiles.tile_of(*KEY) == chosen
     for other in (KEY._replace(kernel="rows"), KEY._replace(head_dim=64), KEY._replace(element_size=4)):

@@ -8,7 +8,8 @@ import torch
 from engine.kernels.elementwise import Elementwise, liger_elementwise
 from tests.kernels.fake_liger import install_liger
 
-EPS, ROWS = 1e-5, (0, 1, 9, 130)
+EPS = 1e-5
+ROWS = (0, 1, 9, 130)
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: Triton cannot interpret this kernel")
 
 
@@ -78,7 +79,8 @@ def test_of_ligers_rotary_embedding_only_query_and_key_are_taken(monkeypatch):
     """Its versions return two tensors or more."""
     rope = types.SimpleNamespace(apply=lambda query, key, cos, sin: (query + 1, key + 2, cos, sin))
     install_liger(monkeypatch, rope=rope)
-    query_QHE, key_QGE = draw(3, 4, 8), draw(3, 2, 8, seed=1)
+    query_QHE = draw(3, 4, 8)
+    key_QGE = draw(3, 2, 8, seed=1)
     tables = (draw(3, 1, 8), draw(3, 1, 8))
     query, key = liger_elementwise().rotate_both(query_QHE, key_QGE, tables)
     assert torch.equal(query, query_QHE + 1) and torch.equal(key, key_QGE + 2)

@@ -10,7 +10,8 @@ from engine.kernels import flash
 from engine.kernels.flash import FlashInputs
 from tests.kernels.plain_flash import PLAIN, plain_backward, plain_forward
 
-STARTS, OPTIONS = torch.tensor([0, 5, 6, 19], dtype=torch.int32), {"scaling": 0.3, "window": 4, "softcap": 2.0, "longest": 13}
+STARTS = torch.tensor([0, 5, 6, 19], dtype=torch.int32)
+OPTIONS = {"scaling": 0.3, "window": 4, "softcap": 2.0, "longest": 13}
 
 
 def inputs_of(device="cpu", **options) -> FlashInputs:
@@ -64,7 +65,8 @@ def varlen_backward(
 def test_the_package_gets_its_arguments_in_its_order(monkeypatch):
     package = ModuleType("flash_attn")
     functions = {"_flash_attn_varlen_forward": varlen_forward, "_flash_attn_varlen_backward": varlen_backward}
-    package.__version__, package.flash_attn_interface = "2.8.3", SimpleNamespace(**functions)
+    package.__version__ = "2.8.3"
+    package.flash_attn_interface = SimpleNamespace(**functions)
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     found = flash.flash_attn.__wrapped__()
     for options in ({}, OPTIONS):

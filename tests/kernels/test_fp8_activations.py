@@ -172,7 +172,8 @@ def test_cublas_is_asked_for_many_rows_of_one_weight_in_whole_blocks(monkeypatch
 
 def test_pytorch_takes_the_scales_in_the_layout_that_cublas_is_given():
     codes_MK, codes_NK = (torch.empty(rows, 512, dtype=torch.float8_e4m3fn, device="meta") for rows in (1028, 384))
-    row_scale_JM, scale_GJ = torch.empty(4, 1028, device="meta"), torch.empty(3, 4, device="meta")
+    row_scale_JM = torch.empty(4, 1028, device="meta")
+    scale_GJ = torch.empty(3, 4, device="meta")
     out_MN = kernel._cublas_product(codes_MK, row_scale_JM, codes_NK, scale_GJ, torch.bfloat16)
     assert out_MN.shape == (1028, 384) and out_MN.dtype == torch.bfloat16
     with pytest.raises((RuntimeError, ValueError), match="scale"):

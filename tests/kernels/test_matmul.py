@@ -19,8 +19,10 @@ def draw(*shape: int, transposed: bool = False) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_product_is_that_of_float64_within_one_rounding(shape, layouts, dtype):
     rows, inner, columns = shape
-    a_MK, b_KN = draw(rows, inner, transposed=layouts[0]).to(dtype), draw(inner, columns, transposed=layouts[1]).to(dtype)
-    ours, expected = product(a_MK, b_KN), a_MK.double() @ b_KN.double()
+    a_MK = draw(rows, inner, transposed=layouts[0]).to(dtype)
+    b_KN = draw(inner, columns, transposed=layouts[1]).to(dtype)
+    ours = product(a_MK, b_KN)
+    expected = a_MK.double() @ b_KN.double()
     assert ours.dtype == dtype and ours.shape == expected.shape
     scale = (a_MK.double().norm(dim=1, keepdim=True) * b_KN.double().norm(dim=0)).clamp_min(1e-30)
     bound = torch.finfo(dtype).eps * (2 if dtype in (torch.bfloat16, torch.float16) else 16)  # fp32 adds up K terms
@@ -29,7 +31,8 @@ def test_a_product_is_that_of_float64_within_one_rounding(shape, layouts, dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batched_product_is_one_product_each(dtype):
-    a_GMK, b_GKN = draw(3, 17, 8).to(dtype), draw(3, 8, 5).to(dtype)
+    a_GMK = draw(3, 17, 8).to(dtype)
+    b_GKN = draw(3, 8, 5).to(dtype)
     together = batched_product(a_GMK, b_GKN)
     assert together.shape == (3, 17, 5)
     for whole, a_MK, b_KN in zip(together, a_GMK, b_GKN, strict=True):
@@ -53,7 +56,8 @@ def test_gradients_of_linear_are_pytorch_s(wanted, num_rows):
 
 def test_a_linear_module_is_pytorch_s_with_its_name_and_shape():
     torch.manual_seed(0)
-    ours, theirs = Linear(6, 4), torch.nn.Linear(6, 4, bias=False)
+    ours = Linear(6, 4)
+    theirs = torch.nn.Linear(6, 4, bias=False)
     theirs.load_state_dict(ours.state_dict())
     x_QK = draw(3, 6)
     torch.testing.assert_close(ours(x_QK), theirs(x_QK))

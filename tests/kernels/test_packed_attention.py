@@ -51,7 +51,8 @@ def case_of(kind="plain", heads="GQA", widths="equal", window=None, device="cpu"
 def written_out(query_HTE, key_GTE, value_GTF, segments, scores, dtype=torch.float64):
     query_HTE, key_GTE, value_GTF = (x.to(dtype) for x in (query_HTE, key_GTE, value_GTF))
     group_H = torch.arange(len(query_HTE)) // (len(query_HTE) // len(key_GTE))
-    outputs, position_L = [], torch.arange(max(segments.lengths), device=query_HTE.device)
+    outputs = []
+    position_L = torch.arange(max(segments.lengths), device=query_HTE.device)
     parts = zip(*(x.split(segments.lengths, dim=1) for x in (query_HTE, key_GTE[group_H], value_GTF[group_H])), strict=True)
     for query_HLE, key_HLE, value_HLF in parts:
         distance_LL = position_L[: query_HLE.shape[1], None] - position_L[: query_HLE.shape[1]]
@@ -68,7 +69,8 @@ def written_out(query_HTE, key_GTE, value_GTF, segments, scores, dtype=torch.flo
 
 
 def assert_equals_written_out(attention, case, tolerance=1e-5):
-    ours, expected = attention(*case), written_out(*case)
+    ours = attention(*case)
+    expected = written_out(*case)
     assert ours.shape == expected.shape and ours.dtype == case[0].dtype
     torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -138,7 +140,8 @@ def test_what_flash_attention_cannot_do_is_done_in_blocks():
 
 @pytest.mark.parametrize("kind", ["plain", "sinks"])
 def test_blocks_form_no_square(kind):
-    length, window = 2048, 64
+    length = 2048
+    window = 64
     torch.manual_seed(0)
     query_HTE = torch.randn(1, length, 8)
     scores = replace(KINDS[kind], sinks_H=torch.randn(1) if kind == "sinks" else None)
@@ -159,7 +162,8 @@ def real_attention(real_flash) -> PackedAttention:
 def test_on_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(real_attention, kind, widths, window):
     case = case_of(kind, widths=widths, window=WINDOWS[window], device=DEVICE, dtype=torch.bfloat16)
     exact = written_out(*case)
-    ours, plain = real_attention(*case), written_out(*case, dtype=torch.bfloat16)
+    ours = real_attention(*case)
+    plain = written_out(*case, dtype=torch.bfloat16)
     assert (ours - exact).norm() <= 2 * (plain - exact).norm() + 1e-6 * exact.numel() ** 0.5
 
 

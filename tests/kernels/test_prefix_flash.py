@@ -31,7 +31,8 @@ LONG = {"long": ((200, 37, 150), (1, 0, 1), (129, 0, 0), (300, 0, 300), (65, 64,
 
 
 def case_of(layout, heads="GQA", ancestors="chains", head_dim=16, scale=1.0) -> AttentionCase:
-    positions, start = [], 0
+    positions = []
+    start = 0
     for length, first, count in (documents := (LAYOUTS | LONG)[layout]):
         positions += range(start + first, start + first + count)
         start += length

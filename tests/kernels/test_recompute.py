@@ -15,10 +15,12 @@ from tests.tasks import Task, make_documents
 @pytest.mark.parametrize("shape", ["one layer", "three layers", "EAGLE-3.1"])
 @pytest.mark.parametrize("recompute", ["mlp", "step"])
 def test_recomputing_gives_the_same_loss_and_gradients_bit_for_bit(recompute, shape, compaction):
-    kept, task = draft_with(**SHAPES[shape]), Task(TttSection(steps=5, compaction=compaction))
+    kept = draft_with(**SHAPES[shape])
+    task = Task(TttSection(steps=5, compaction=compaction))
     again = Eagle3Draft(kept.config, Kernels(recompute=recompute))
     again.load_state_dict(kept.state_dict())
-    micro, norms = task.micro(make_documents((40, 1, 70), "reply", 4)), LossNorms(torch.tensor(9.0), torch.ones(5))
+    micro = task.micro(make_documents((40, 1, 70), "reply", 4))
+    norms = LossNorms(torch.tensor(9.0), torch.ones(5))
     results = []
     for draft in (kept, again):
         output = task.test(draft, micro, norms)
@@ -34,7 +36,8 @@ def test_recomputing_keeps_fewer_activations(recompute):
     sizes = {}
     for choice in ("none", recompute):
         draft = Eagle3Draft(draft_with().config, Kernels(recompute=choice))
-        task, kept = Task(TttSection(steps=5, compaction=False)), []
+        task = Task(TttSection(steps=5, compaction=False))
+        kept = []
 
         def keep(tensor: torch.Tensor, kept=kept) -> torch.Tensor:
             kept.append(tensor)

@@ -31,7 +31,8 @@ def test_attention_is_one_masked_softmax_over_prefix_and_ancestors(ancestor_atte
 
 
 def test_leaving_out_rows_leaves_the_others_as_they_were(ancestor_attention):
-    every, kept_Q = make_case((4, 9, 1), (4, 2), torch.arange(14), (3, False)), torch.tensor([0, 5, 6, 12, 13])
+    every = make_case((4, 9, 1), (4, 2), torch.arange(14), (3, False))
+    kept_Q = torch.tensor([0, 5, 6, 12, 13])
     some = AttentionRows(kept_Q, every.rows.cu_seqlens, tuple(ancestor_Q[kept_Q] for ancestor_Q in every.rows.ancestors))
     (query, *keys, rows), _ = every.arguments()
     output, lse = ancestor_attention(query, *keys, rows)
@@ -67,7 +68,9 @@ def test_a_value_is_multiplied_by_the_scale_of_its_block():
 
 
 def test_rows_meet_the_weight_of_their_own_expert():
-    codes, scale, rows = torch.randn(3, 5, 7).to(torch.float8_e4m3fn), torch.rand(3, 3, 2), torch.randn(6, 7)
+    codes = torch.randn(3, 5, 7).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, 3, 2)
+    rows = torch.randn(6, 7)
     weights = dequantised(codes, scale, (1, 2, 4), torch.float32)
     expected = [rows[row] @ weights[expert].T for row, expert in enumerate((0, 0, 2, 2, 2, 2))]
     torch.testing.assert_close(fp8_linear(rows, codes, scale, (2, 4), torch.tensor([2, 2, 6])), torch.stack(expected))
@@ -87,7 +90,9 @@ def test_a_group_of_a_rows_inputs_has_the_scale_of_its_largest():
 
 
 def test_both_operands_are_multiplied_as_their_codes_mean():
-    codes, scale, rows = torch.randn(3, 5, 7).to(torch.float8_e4m3fn), torch.rand(3, 3, 2), torch.randn(6, 7)
+    codes = torch.randn(3, 5, 7).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, 3, 2)
+    rows = torch.randn(6, 7)
     ends = torch.tensor([2, 2, 6])
     expected = fp8_linear(rounded_rows(rows, 3), codes, scale, (2, 4), ends)
     assert torch.equal(fp8_activations(rows, codes, scale, (2, 4), ends, group=3), expected)

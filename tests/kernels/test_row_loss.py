@@ -12,7 +12,8 @@ from tests.kernels.compile_only import SHARED_BYTES, compiled_for
 kernel = pytest.importorskip("engine.kernels.row_loss", reason="the kernel is written in Triton, which is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it, see conftest.py
 
-SLOTS, DTYPES = 5, [torch.float32, torch.float16, torch.bfloat16]
+SLOTS = 5
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # vocabulary and block: less than one block, two whole ones, a prime over four, and a prime just above the block that is used
 BLOCKS = {"narrow": (37, 64), "even": (64, 32), "prime": (97, 32), "wide": (4099, None)}
 PARTS = {"kl": (1.0, 0.0, 0.0), "alpha": (0.0, 1.0, 0.0), "lambda": (0.6, 0.0, 0.8), "all": (1.0, 0.5, 0.25)}
@@ -65,7 +66,8 @@ def written_out(rows: Rows, leaf: torch.dtype, precision: torch.dtype) -> tuple[
     for row, slot in enumerate(rows.slot_r.tolist()):
         if slot < 0:
             continue
-        z_U, t_U = logits_rU[row].to(precision), rows.target_nU[slot].to(precision)
+        z_U = logits_rU[row].to(precision)
+        t_U = rows.target_nU[slot].to(precision)
         log_q_U = z_U.log_softmax(0)
         cross_entropy = -(t_U.softmax(0) @ log_q_U)
         acceptance = torch.minimum((t_U - rows.lse_n[slot].to(precision)).exp(), log_q_U.exp()).sum()
@@ -182,7 +184,8 @@ def test_saturated_logits_give_finite_statistics_and_gradients(dtype, scale, voc
 def test_where_acceptance_is_below_the_least_normal_number_nothing_pulls():
     """As `clamp_min` has it. One row accepts nothing, the other exp(-88), which its gradient would be divided by."""
     rows = make_rows(num_rows=2, part="alpha")
-    logits_rU, target_nU = torch.full_like(rows.logits_rU, -1e4), torch.full_like(rows.target_nU, -1e4)
+    logits_rU = torch.full_like(rows.logits_rU, -1e4)
+    target_nU = torch.full_like(rows.target_nU, -1e4)
     logits_rU[:, 0], logits_rU[1, 1], target_nU[:, 1] = 88.0, 0.0, 0.0
     rows = replace(rows, logits_rU=logits_rU, target_nU=target_nU, lse_n=torch.full_like(rows.lse_n, 87.6))
     stats_4r, gradient_rU = rows.loss()
@@ -201,7 +204,8 @@ def test_a_tie_pulls_nowhere():
 
 
 def test_absent_parts_are_not_looked_at():
-    rows, nan_3r = make_rows(part="kl"), torch.full((3, 7), torch.nan, device=DEVICE)
+    rows = make_rows(part="kl")
+    nan_3r = torch.full((3, 7), torch.nan, device=DEVICE)
     nan_3r[0] = rows.weight_3r[0]
     for ours, theirs in zip(replace(rows, weight_3r=nan_3r).loss(mixes=False), rows.loss(), strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -43,7 +43,8 @@ from engine.kernels import row_loss as row_loss_file  # noqa: E402
 from engine.kernels import token_permute as token_permute_file  # noqa: E402
 from tests.kernels.plain_flash import PLAIN  # noqa: E402
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 DEVICE = GPU if torch.cuda.is_available() else CPU
 TRITON = Kernels(ancestor_attention, walk=Walk(row_loss_file.row_loss, in_place=True), reason="Triton")
 TARGET = TargetKernels(

@@ -12,7 +12,9 @@ ancestor_attention = pytest.importorskip(
     "engine.kernels.ancestor_attention", reason="Triton is not installed"
 ).ancestor_attention
 
-HOPPER, CPU, BF16 = (9, 0), torch.device("cpu"), torch.bfloat16
+HOPPER = (9, 0)
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
 KEYS = {kernel: TileKey(kernel, 128, 2) for kernel in attention_tiles.KERNELS}
 
 
@@ -20,7 +22,8 @@ class Clock:
     """Times by the tile in use; every other tile takes a second. Counts its calls."""
 
     def __init__(self, times_s: dict[tuple[str, Tile], float]) -> None:
-        self.times_s, self.calls = times_s, 0
+        self.times_s = times_s
+        self.calls = 0
 
     def __call__(self, kernel: str) -> float:
         self.calls += 1

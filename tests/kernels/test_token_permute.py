@@ -34,7 +34,8 @@ def places(count: int, num_slots: int, num_rows: int) -> Tensor:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_gathered_bit_for_bit(width, dtype):
-    rows_TD, source_N = draw(5, width, dtype), torch.tensor([4, 0, 0, 3], device=DEVICE)
+    rows_TD = draw(5, width, dtype)
+    source_N = torch.tensor([4, 0, 0, 3], device=DEVICE)
     found_ND = kernel.permute_rows(rows_TD, source_N, spaced(4, width, dtype))
     assert torch.equal(found_ND, rows_TD[source_N])
     assert torch.equal(reference.permute_rows(rows_TD, source_N, spaced(4, width, dtype)), rows_TD[source_N])
@@ -55,7 +56,8 @@ def test_rows_are_quantised_to_the_codes_of_pytorch(width):
 
 def test_codes_mean_the_row_within_the_stated_error():
     rows_TD = draw(4, 300)
-    codes_TD, scale_T = torch.empty(4, 300, dtype=torch.float8_e4m3fn, device=DEVICE), torch.empty(4, device=DEVICE)
+    codes_TD = torch.empty(4, 300, dtype=torch.float8_e4m3fn, device=DEVICE)
+    scale_T = torch.empty(4, device=DEVICE)
     kernel.quantise_rows(rows_TD, None, codes_TD, scale_T)
     back_TD = kernel.permute_rows(codes_TD, torch.arange(4, device=DEVICE), spaced(4, 300), scale_T)
     # half a unit in the last place of three bits of fraction; of subnormal numbers, whose unit is 2**-9
@@ -71,7 +73,8 @@ def test_every_code_is_read_and_written_as_pytorch_does():
         codes[None], torch.zeros(1, dtype=torch.int64, device=DEVICE), spaced(1, len(codes)), torch.ones(1, device=DEVICE)
     )
     assert torch.equal(read_1D[0], codes.float())
-    written_1D, scale_1 = torch.empty_like(codes[None]), torch.empty(1, device=DEVICE)
+    written_1D = torch.empty_like(codes[None])
+    scale_1 = torch.empty(1, device=DEVICE)
     kernel.quantise_rows(read_1D, None, written_1D, scale_1)
     assert scale_1.item() == 1 and torch.equal(written_1D[0].float(), codes.float())
 
@@ -79,7 +82,8 @@ def test_every_code_is_read_and_written_as_pytorch_does():
 def test_a_row_with_a_nan_stays_one():
     rows_TD = draw(2, 8)
     rows_TD[0, 3] = torch.nan
-    codes_TD, scale_T = torch.empty(2, 8, dtype=torch.float8_e4m3fn, device=DEVICE), torch.empty(2, device=DEVICE)
+    codes_TD = torch.empty(2, 8, dtype=torch.float8_e4m3fn, device=DEVICE)
+    scale_T = torch.empty(2, device=DEVICE)
     kernel.quantise_rows(rows_TD, None, codes_TD, scale_T)
     back_TD = kernel.permute_rows(codes_TD, torch.arange(2, device=DEVICE), spaced(2, 8), scale_T)
     assert back_TD[0].isnan().all() and back_TD[1].isfinite().all()
@@ -88,7 +92,8 @@ def test_a_row_with_a_nan_stays_one():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_sums_err_at_most_twice_as_much_as_plain_pytorch(width, weighted):
-    rows_MD, place_TJ = draw(9, width), places(6, 3, 9)
+    rows_MD = draw(9, width)
+    place_TJ = places(6, 3, 9)
     weight_TJ = draw(6, 5, seed=2)[:, 1:4] if weighted else None  # a view with room between its rows
     exact_TD = torch.zeros(6, width, dtype=torch.float64, device=DEVICE)
     for t, j in (place_TJ >= 0).nonzero().tolist():
@@ -109,7 +114,8 @@ def test_sums_of_bf16_rows_are_rounded_once():
 
 
 def test_what_has_no_place_does_not_spread():
-    rows_MD, weight_TJ = torch.full((1, 4), torch.nan, device=DEVICE), torch.full((2, 2), torch.nan, device=DEVICE)
+    rows_MD = torch.full((1, 4), torch.nan, device=DEVICE)
+    weight_TJ = torch.full((2, 2), torch.nan, device=DEVICE)
     rows_MD = torch.cat((rows_MD, torch.ones(1, 4, device=DEVICE)))
     weight_TJ[0, 1] = 2
     place_TJ = torch.tensor([[-1, 1], [-1, -1]], device=DEVICE)
@@ -118,8 +124,10 @@ def test_what_has_no_place_does_not_spread():
 
 
 def test_codes_are_summed_as_what_they_mean():
-    rows_MD, place_TJ = draw(9, 48), places(6, 3, 9)
-    codes_MD, scale_M = torch.empty(9, 48, dtype=torch.float8_e4m3fn, device=DEVICE), torch.empty(9, device=DEVICE)
+    rows_MD = draw(9, 48)
+    place_TJ = places(6, 3, 9)
+    codes_MD = torch.empty(9, 48, dtype=torch.float8_e4m3fn, device=DEVICE)
+    scale_M = torch.empty(9, device=DEVICE)
     reference.quantise_rows(rows_MD, None, codes_MD, scale_M)
     weight_TJ = scale_M[place_TJ.clamp_min(0)]
     expected_TD = reference.unpermute_rows(codes_MD.float() * scale_M[:, None], place_TJ, spaced(6, 48))
@@ -128,7 +136,8 @@ def test_codes_are_summed_as_what_they_mean():
 
 
 def test_nothing_in_gives_nothing():
-    none_0D, source_0 = draw(0, 4), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    none_0D = draw(0, 4)
+    source_0 = torch.empty(0, dtype=torch.int64, device=DEVICE)
     for module in (kernel, reference):
         assert module.permute_rows(none_0D, source_0, spaced(0, 4)).shape == (0, 4)
         assert not module.unpermute_rows(none_0D, torch.full((2, 3), -1, device=DEVICE), spaced(2, 4)).any()
@@ -137,7 +146,8 @@ def test_nothing_in_gives_nothing():
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device: the kernels are interpreted above, not compiled")
 def test_compiled_for_a_gpu_sums_are_the_same_in_every_run():
-    rows_MD, place_TJ = draw(4096, 4096, torch.bfloat16), places(1025, 8, 4096)
+    rows_MD = draw(4096, 4096, torch.bfloat16)
+    place_TJ = places(1025, 8, 4096)
     first, second = (kernel.unpermute_rows(rows_MD, place_TJ, rows_MD.new_empty(1025, 4096)) for _ in range(2))
     plain = reference.unpermute_rows(rows_MD, place_TJ, rows_MD.new_empty(1025, 4096))
     assert torch.equal(first, second)

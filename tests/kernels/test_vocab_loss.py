@@ -12,7 +12,11 @@ from engine.models.losses.jensen_shannon import jensen_shannon
 from engine.models.losses.total_variation import total_variation
 from tests.live_bytes import LiveBytes
 
-STEPS, SLOTS, HIDDEN, DRAFT_VOCAB, VOCAB = 3, 23, 12, 37, 61
+STEPS = 3
+SLOTS = 23
+HIDDEN = 12
+DRAFT_VOCAB = 37
+VOCAB = 61
 WEIGHTS = {
     "kl": RowWeights(torch.tensor([1.0, 0.5, 0.25])),
     "alpha": RowWeights(torch.zeros(3), log_acceptance_S=torch.tensor([0.3, 0.2, 0.1])),
@@ -63,7 +67,8 @@ def make_rows(share: float, slots_per_chunk: int) -> LossRows:
     """A random choice of the rows of every step and slot."""
     chosen_SN = torch.rand(STEPS, SLOTS, generator=torch.Generator().manual_seed(2)) < share
     edges = [*range(0, SLOTS, slots_per_chunk), SLOTS]
-    bounds, start = [], 0
+    bounds = []
+    start = 0
     for chosen_N in chosen_SN:
         bounds.append([start + int(chosen_N[:edge].sum()) for edge in edges])
         start = bounds[-1][-1]
@@ -79,7 +84,8 @@ def make_draft(num_rows: int, scale: float = 1.0, dtype: torch.dtype = torch.flo
 
 def written_out(hidden_RD, weight_UD, rows: LossRows, targets: SlotTargets, weights: RowWeights) -> tuple[torch.Tensor, list]:
     """The total in float64, row by row, and per row (step, cross-entropy, acceptance, correct)."""
-    total, seen = (hidden_RD.sum() + weight_UD.sum()) * 0, []
+    total = (hidden_RD.sum() + weight_UD.sum()) * 0
+    seen = []
     for step, bounds in enumerate(rows.bounds):
         for row in range(bounds[0], bounds[-1]):
             slot = rows.slot_R[row]
@@ -104,7 +110,9 @@ def written_out(hidden_RD, weight_UD, rows: LossRows, targets: SlotTargets, weig
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("parts", WEIGHTS)
 def test_sums_and_gradients_are_those_of_one_row_at_a_time_in_float64(parts, share, slots_per_chunk, implementation):
-    rows, targets, weights = make_rows(SHARES[share], slots_per_chunk), make_targets(), WEIGHTS[parts]
+    rows = make_rows(SHARES[share], slots_per_chunk)
+    targets = make_targets()
+    weights = WEIGHTS[parts]
     draft = make_draft(rows.slot_R.numel())
     result = IMPLEMENTATIONS[implementation](*draft, rows, targets, weights)
     (3 * result.total).backward()
@@ -127,7 +135,8 @@ def test_sums_and_gradients_are_those_of_one_row_at_a_time_in_float64(parts, sha
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_saturated_logits_give_finite_losses_and_gradients(implementation, dtype, scale):
-    rows, targets = make_rows(0.5, 7), make_targets(scale, dtype)
+    rows = make_rows(0.5, 7)
+    targets = make_targets(scale, dtype)
     for weights in WEIGHTS.values():
         draft = make_draft(rows.slot_R.numel(), scale, dtype)
         result = IMPLEMENTATIONS[implementation](*draft, rows, targets, weights)
@@ -138,7 +147,9 @@ def test_saturated_logits_give_finite_losses_and_gradients(implementation, dtype
 
 @pytest.mark.parametrize("parts", WEIGHTS)
 def test_in_bf16_it_errs_at_most_twice_as_much_as_plain_pytorch(parts):
-    rows, targets, weights = make_rows(0.8, 7), make_targets(dtype=torch.bfloat16), WEIGHTS[parts]
+    rows = make_rows(0.8, 7)
+    targets = make_targets(dtype=torch.bfloat16)
+    weights = WEIGHTS[parts]
     errors = {}
     for name, implementation in IMPLEMENTATIONS.items():
         draft = make_draft(rows.slot_R.numel(), dtype=torch.bfloat16)
@@ -152,7 +163,8 @@ def test_in_bf16_it_errs_at_most_twice_as_much_as_plain_pytorch(parts):
 
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
 def test_the_head_s_gradient_adds_up_in_the_precision_asked_for(gradient_dtype):
-    rows, targets = make_rows(0.8, 3), make_targets(dtype=torch.bfloat16)
+    rows = make_rows(0.8, 3)
+    targets = make_targets(dtype=torch.bfloat16)
     draft = make_draft(rows.slot_R.numel(), dtype=torch.bfloat16)
     vocab_loss(*draft, rows, targets, WEIGHTS["kl"], walk=Walk(gradient_dtype=gradient_dtype)).total.backward()
     wide = [tensor.detach().double().requires_grad_() for tensor in draft]
@@ -163,12 +175,15 @@ def test_the_head_s_gradient_adds_up_in_the_precision_asked_for(gradient_dtype):
 
 @pytest.mark.parametrize("parts", ["kl", "lambda"])
 def test_beyond_a_gradient_and_16_bytes_a_row_its_memory_is_that_of_a_chunk(parts):
-    head_UD, slots_per_chunk, peaks = torch.randn(DRAFT_VOCAB, HIDDEN), 8, {}
+    head_UD = torch.randn(DRAFT_VOCAB, HIDDEN)
+    slots_per_chunk = 8
+    peaks = {}
     for num_chunks in (4, 40):
         num_slots = num_chunks * slots_per_chunk
         bounds = [[step * num_slots + slots_per_chunk * chunk for chunk in range(num_chunks + 1)] for step in range(STEPS)]
         rows = LossRows(torch.arange(num_slots).repeat(STEPS), bounds, slots_per_chunk)
-        hidden_ND, lse_N = torch.randn(num_slots, HIDDEN), torch.full((num_slots,), 9.0)
+        hidden_ND = torch.randn(num_slots, HIDDEN)
+        lse_N = torch.full((num_slots,), 9.0)
         targets = SlotTargets(hidden_ND, lambda hidden_nD: hidden_nD @ head_UD.mT, lse_N, torch.zeros(num_slots).long())
         draft = make_draft(STEPS * num_slots)
         with LiveBytes() as live:
@@ -179,8 +194,11 @@ def test_beyond_a_gradient_and_16_bytes_a_row_its_memory_is_that_of_a_chunk(part
 
 @pytest.mark.parametrize("implementation", ["deferred", "fused"])
 def test_fp16_gradients_survive_a_loss_divided_by_a_million_slots(implementation):
-    rows, targets, parts = make_rows(0.8, 7), make_targets(dtype=torch.float16), WEIGHTS["lambda"]
-    weights, scale = parts.scaled(torch.tensor(1e-6)), 2.0**20
+    rows = make_rows(0.8, 7)
+    targets = make_targets(dtype=torch.float16)
+    parts = WEIGHTS["lambda"]
+    weights = parts.scaled(torch.tensor(1e-6))
+    scale = 2.0**20
     draft = make_draft(rows.slot_R.numel(), dtype=torch.float16)
     (scale * IMPLEMENTATIONS[implementation](*draft, rows, targets, weights).total).backward()
     wide = [tensor.detach().double().requires_grad_() for tensor in draft]
@@ -190,7 +208,8 @@ def test_fp16_gradients_survive_a_loss_divided_by_a_million_slots(implementation
 
 
 def test_without_gradients_it_gives_the_same_sums():
-    rows, targets = make_rows(0.5, 7), make_targets()
+    rows = make_rows(0.5, 7)
+    targets = make_targets()
     draft = make_draft(rows.slot_R.numel())
     expected = vocab_loss(*draft, rows, targets, WEIGHTS["kl"])
     with torch.no_grad():
@@ -201,7 +220,8 @@ def test_without_gradients_it_gives_the_same_sums():
 
 
 def test_cross_entropy_is_least_and_acceptance_greatest_where_the_draft_is_the_target():
-    targets, weights = make_targets(), RowWeights(torch.ones(1))
+    targets = make_targets()
+    weights = RowWeights(torch.ones(1))
     targets = replace(targets, lse_N=targets.logits(targets.hidden_ND).logsumexp(1))
     rows = LossRows(torch.arange(SLOTS), [[0, SLOTS]], SLOTS)
     head_UD = targets.logits(torch.eye(HIDDEN)).T

@@ -48,7 +48,8 @@ def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus)
     options = ["draft.vocab_size=48", "ttt.steps=3", "max_steps=6", "data.train=gone.jsonl"]
     printed = run([sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json", *offline, *options])
     assert "the target itself is not loaded" in printed
-    ours, theirs = metrics(tmp_path / "offline"), metrics(tmp_path / "online")
+    ours = metrics(tmp_path / "offline")
+    theirs = metrics(tmp_path / "online")
     assert len(ours) == 6
     for line, expected in zip(ours, theirs, strict=True):
         assert line["loss_per_step"] == pytest.approx(expected["loss_per_step"], rel=1e-4)

@@ -51,7 +51,8 @@ def test_what_is_wrong_is_said_in_one_line(override, words):
     assert words in done.stderr and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-ASKED, SAID = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+ASKED = {"role": "user", "content": "w1"}
+SAID = {"role": "assistant", "content": "w2"}
 BAD_DATA = {
     "not JSON": b'{"conversations": [{"role": "user"',
     "not UTF-8": b'{"conversations": [{"role": "user", "content": "caf\xe9"}]}',

@@ -52,7 +52,8 @@ def test_files_are_mixed_and_the_next_command_is_named(command, write, tmp_path)
     lines = [json.loads(line) for name in ("train.jsonl", "held_out.jsonl") for line in (out / name).open()]
     assert len(lines) == 450 and sum(line["source"] == paths[1] for line in lines) == 300
     assert f"{paths[0]}: 2 unusable: 1 not JSON, 1 unknown columns\n  {paths[0]}:201: not JSON" in result.stdout
-    train, held_out = f"'data.train=[{out / 'train.jsonl'}]'", f"'data.held_out=[{out / 'held_out.jsonl'}]'"
+    train = f"'data.train=[{out / 'train.jsonl'}]'"
+    held_out = f"'data.held_out=[{out / 'held_out.jsonl'}]'"
     assert (
         f"deepspeed launcher/train.py --ds_config ds_configs/zero2.json --recipe RECIPE.yaml {train} {held_out}"
         in result.stdout
@@ -95,7 +96,8 @@ def test_named_sets_are_listed(command):
     ],
 )
 def test_what_cannot_be_used_ends_with_one_line(overrides, problem, command, write, tmp_path):
-    file, out = write("a.jsonl", 9), tmp_path / "out"
+    file = write("a.jsonl", 9)
+    out = tmp_path / "out"
     if not any(text.startswith("prepare.output_dir") for text in overrides):
         overrides = [*overrides, f"prepare.output_dir={out}"]
     result = command(*(text.format(file=file) for text in overrides))
@@ -105,7 +107,8 @@ def test_what_cannot_be_used_ends_with_one_line(overrides, problem, command, wri
 
 
 def test_a_killed_command_leaves_no_half_file_and_runs_again(command, write, tmp_path):
-    out, source = tmp_path / "out", write("a.jsonl", 20_000, size=100)
+    out = tmp_path / "out"
+    source = write("a.jsonl", 20_000, size=100)
     options = [f"prepare.sources={source}", f"prepare.output_dir={out}"]
     job = subprocess.Popen([*COMMAND, *options], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (out / "source_0.jsonl.partial").exists():

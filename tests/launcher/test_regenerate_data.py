@@ -52,7 +52,9 @@ def expected_of(samples: list[dict]) -> list[dict]:
 
 
 def test_killed_again_and_again_it_leaves_every_conversation_once(tmp_path, server):
-    samples, generator, stopped_at = conversations(100), random.Random(0), []
+    samples = conversations(100)
+    generator = random.Random(0)
+    stopped_at = []
     write_lines(tmp_path / "chat.jsonl", samples)
     server.delay_s = 0.03
     while len(stopped_at) < 7:
@@ -88,7 +90,8 @@ def test_ctrl_c_ends_it_with_one_line_and_it_goes_on(tmp_path, server):
     server.delay_s = 2.0  # whatever the signal takes to arrive, the rest is not done by then
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
-    server.delay_s, done = 0.05, num_done(tmp_path)
+    server.delay_s = 0.05
+    done = num_done(tmp_path)
     assert process.returncode == 1 and 5 <= done < 40
     said = f"stopped by hand; {done} of 40 conversations are done, and the same command goes on from there"
     assert errors == f"regenerate_data.py: {said}\n"

@@ -12,7 +12,8 @@ def counts(vocab: int = 50, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(3))
 def test_tables_keep_the_checkpoint_s_invariants(size, seed):
     vocab_map = VocabMap.most_frequent(counts(seed=seed), size)
-    d2t, t2d = vocab_map.d2t, vocab_map.in_draft_V
+    d2t = vocab_map.d2t
+    t2d = vocab_map.in_draft_V
     assert (d2t.dtype, d2t.shape, t2d.dtype, t2d.shape) == (torch.int64, (size,), torch.bool, (50,))
     assert torch.equal(t2d.nonzero().flatten(), d2t + torch.arange(size))
     assert torch.equal(vocab_map.target_ids_U, d2t + torch.arange(size))
@@ -47,7 +48,8 @@ def test_tables_of_a_checkpoint_give_the_map_back():
 
 def test_tables_that_disagree_are_refused():
     vocab_map = VocabMap.most_frequent(counts(), 23)
-    shifted, flags = vocab_map.d2t.clone(), vocab_map.in_draft_V.clone()
+    shifted = vocab_map.d2t.clone()
+    flags = vocab_map.in_draft_V.clone()
     shifted[-1] += 1
     flags[vocab_map.target_ids_U[3]] = False
     for d2t, t2d in ((shifted, vocab_map.in_draft_V), (vocab_map.d2t, flags), (vocab_map.target_ids_U, vocab_map.in_draft_V)):

@@ -15,11 +15,18 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-VOCAB, HIDDEN, LAYERS, HEADS, EXPERTS = 96, 32, 4, 4, 4
+VOCAB = 96
+HIDDEN = 32
+LAYERS = 4
+HEADS = 4
+EXPERTS = 4
 STD = 0.2  # of new weights, near 1 / sqrt(HIDDEN): logits and scores spread by about 1
 
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-DENSE, SPARSE = "dense", "sparse"
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+LINEAR = "linear_attention"
+DENSE = "dense"
+SPARSE = "sparse"
 ROPE, LOCAL_ROPE = ({"rope_type": "default", "rope_theta": theta} for theta in (1e6, 1e4))
 HALF_ROTARY = {"partial_rotary_factor": 0.5}
 LONG_ROPE = LOCAL_ROPE | dict(rope_type="longrope", short_factor=[1.0, 1.2, 1.5, 2.0], long_factor=[1.0, 2.0, 4.0, 8.0])
@@ -224,7 +231,8 @@ def tiny_config(family: str) -> PreTrainedConfig:
     """The family's default config, shrunk; of a multimodal wrapper, the text config that its causal LM takes."""
     defaults = CONFIG_MAPPING[family]().get_text_config(decoder=True)
     # Not through getattr: a config whose layers differ refuses to name one value for them all.
-    values, alias = vars(defaults), defaults.attribute_map
+    values = vars(defaults)
+    alias = defaults.attribute_map
     fields = {field.name for field in dataclasses.fields(defaults)}
     values = {name: values.get(alias.get(name, name)) for name in fields}
     shrunk = {name: min(values[name], MOST[name]) for name in fields & MOST.keys() if isinstance(values[name], int)}
@@ -304,7 +312,8 @@ def _check(family: str) -> str:
 def main(families: list[str]) -> int:
     """Print one line a family; returns how many failed."""
     torch.set_num_threads(1)
-    begin, failed = time.perf_counter(), 0
+    begin = time.perf_counter()
+    failed = 0
     for family in families or FAMILIES:
         try:
             print(f"{family:20} ok {_check(family)}")

@@ -31,9 +31,12 @@ from engine.target.frozen import FrozenTarget, capture
 from tests.distributed import run_ranks
 from tests.parallel.families import FAMILIES, VOCAB, tiny_config, tiny_model
 
-RANKS, TOLERANCE, AUX = 4, 1e-5, (0, 1, 2)
+RANKS = 4
+TOLERANCE = 1e-5
+AUX = (0, 1, 2)
 LENGTHS = ((5, 9), (12,), (3, 7, 2), (6, 1))  # of each rank's documents
-PAGE, TABLE = ROOT / "docs" / "targets.md", "| family | attention shared | experts shared | error | not shared, or refused |\n"
+PAGE = ROOT / "docs" / "targets.md"
+TABLE = "| family | attention shared | experts shared | error | not shared, or refused |\n"
 CASES = {"tp": (2, 1), "ep": (1, 2), "tp x ep": (2, 2), "tp in ep": (2, 4)}
 IN_PARTS = {"tp x ep"}  # exchanged in two parts
 
@@ -52,7 +55,8 @@ def as_documents(rank: int) -> list[Document]:
 @torch.no_grad()
 def reference(family: str, rank: int) -> list[torch.Tensor]:
     """Auxiliary states, last states and logits of a rank's tokens: whole model, own attention, a document at a time."""
-    model, parts = tiny_model(family), []
+    model = tiny_model(family)
+    parts = []
     for ids_T in documents(rank):
         with capture(model, AUX) as seen:
             logits = model(input_ids=ids_T[None], use_cache=False).logits
@@ -80,7 +84,8 @@ def relative(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 def in_step(world: World, call):
     """What `call` gives, or on every rank the error of the first that fails: nobody is left waiting in a collective."""
-    result, problem = None, None
+    result = None
+    problem = None
     try:
         result = call()
     except Exception as error:
@@ -107,7 +112,8 @@ def run_family(family: str, world: World, meshes: dict[str, TargetMesh]) -> dict
     }
     try:
         check_family(tiny_config(family))
-        expected, replicated = in_step(world, lambda: reference(family, world.rank)), set()
+        expected = in_step(world, lambda: reference(family, world.rank))
+        replicated = set()
         found, _ = in_step(world, lambda: shared(family, world.rank, ALONE))
         row["alone"], errors = relative(found, expected), []
         for name, mesh in meshes.items():
@@ -145,7 +151,8 @@ def run_all(world: World, families: list[str]) -> list[dict]:
 
 def write_proofs(rows: list[dict]) -> None:
     """What the library refuses by, and the page that shows it."""
-    proofs, lines = {}, []
+    proofs = {}
+    lines = []
     for row in rows:
         reason = row["reason"] or (None if row["error"] <= TOLERANCE else f"differs by {row['error']:.0e} when it is shared")
         words = ("RuntimeError: ", "ValueError: ", f"target family {row['family']!r} ")
@@ -168,7 +175,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="engine/parallel/proofs.json and docs/targets.md, of all families")
     parser.add_argument("--show", action="store_true", help="tracebacks of what failed")
-    options, start = parser.parse_args(), time.perf_counter()
+    options = parser.parse_args()
+    start = time.perf_counter()
     rows = run_ranks(run_all, RANKS, list(options.family))[0]
     passed = [row for row in rows if row["error"] is not None and row["error"] <= TOLERANCE]
     print(f"{len(passed)} of {len(rows)} within {TOLERANCE}, {sum(row['tp'] for row in passed)} of them with attention shared")

@@ -5,7 +5,9 @@ from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-EXPERTS, WIDTH, CHOICES = 8, 48, 3
+EXPERTS = 8
+WIDTH = 48
+CHOICES = 3
 
 
 def grouped_experts() -> nn.Module:

@@ -56,7 +56,8 @@ def test_rows_in_different_numbers_are_gathered_summed_and_exchanged():
 
 
 def test_alone_nothing_is_exchanged():
-    rows, alone = own_rows(0), Group()
+    rows = own_rows(0)
+    alone = Group()
     assert gather_rows(rows, -2, (3,), alone) is rows and sum_rows(rows, -2, (3,), alone) is rows
     assert sum_over(rows, alone) is rows and max_over(rows, alone) is rows and gather_objects((1,), alone) == [(1,)]
 
@@ -66,7 +67,8 @@ class Written(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.copied, self.allocated = 0, 0
+        self.copied = 0
+        self.allocated = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -83,7 +85,8 @@ class Written(TorchDispatchMode):
 
 def gather_and_sum(world) -> dict:
     """Results of even and uneven collectives of the same rows, and the bytes that they copy and allocate."""
-    group, found = TargetMesh.make(world, 4, 1).tp, {}
+    group = TargetMesh.make(world, 4, 1).tp
+    found = {}
     for name, counts in (("even", (4, 4, 4, 4)), ("uneven", (4, 3, 4, 4))):
         own = torch.full((1, counts[world.rank], 2), 1.0 + world.rank)
         partial = torch.arange(2.0 * sum(counts)).view(1, -1, 2) * (1 + world.rank)

@@ -19,7 +19,8 @@ def test_choices_are_sorted_by_expert_and_those_of_others_left_out():
 
 
 def test_local_experts_give_what_transformers_gives_and_the_host_reads_nothing():
-    experts, inputs = grouped_experts(), grouped_inputs(0)
+    experts = grouped_experts()
+    inputs = grouped_inputs(0)
     expected_TD = experts(*inputs)
     compute_experts_in_order(experts)
     with DeviceReads() as reads:

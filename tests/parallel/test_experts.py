@@ -16,7 +16,9 @@ from tests.distributed import run_ranks
 from tests.parallel.grouped_experts import WIDTH as GROUPED_WIDTH
 from tests.parallel.grouped_experts import grouped_experts, grouped_inputs
 
-EXPERTS, WIDTH, RANKS = 8, 6, 4
+EXPERTS = 8
+WIDTH = 6
+RANKS = 4
 COUNTS = (5, 0, 9, 1)
 KINDS = ("even", "all to one rank", "some empty")
 
@@ -26,7 +28,8 @@ class Experts(nn.Module):
 
     def __init__(self, weights_EDD: torch.Tensor) -> None:
         super().__init__()
-        self.weights_EDD, self.computed = weights_EDD, 0
+        self.weights_EDD = weights_EDD
+        self.computed = 0
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         self.computed += top_k_index.numel()
@@ -59,7 +62,8 @@ class Watch(ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self.log, self.num_bytes = [], 0
+        self.log = []
+        self.num_bytes = 0
 
     def __enter__(self) -> "Watch":
         self.enter_context(mock.patch.object(distributed, "all_to_all_single", self._note(distributed.all_to_all_single)))
@@ -83,7 +87,8 @@ class Watch(ExitStack):
 
 
 def run(world, kinds: tuple[str, ...], ep: int, parts: tuple[int, ...]) -> dict[tuple[str, int], tuple]:
-    mesh, found = TargetMesh.make(world, 1, ep), {}
+    mesh = TargetMesh.make(world, 1, ep)
+    found = {}
     weights_EDD = whole_weights()
     local = EXPERTS // ep
     for kind in kinds:
@@ -103,7 +108,8 @@ def whole_weights() -> torch.Tensor:
 
 @pytest.mark.parametrize("ep", [2, 4])
 def test_no_token_is_dropped_and_none_computed_twice(ep):
-    whole, parts = Experts(whole_weights()), (1, 2, 3)
+    whole = Experts(whole_weights())
+    parts = (1, 2, 3)
     results = run_ranks(run, RANKS, KINDS, ep, parts)
     for kind in KINDS:
         owners = [choices(kind, rank)[1] // (EXPERTS // ep) for rank in range(RANKS)]
@@ -112,7 +118,8 @@ def test_no_token_is_dropped_and_none_computed_twice(ep):
             for rank, found in enumerate(results):
                 assert torch.equal(found[kind, count][0], whole(*choices(kind, rank))), "in parts as in one"
             assert sum(found[kind, count][1] for found in results) == 2 * sum(COUNTS)
-            there, back = Record(WIDTH, torch.float32, 2, False).num_bytes, WIDTH * 4
+            there = Record(WIDTH, torch.float32, 2, False).num_bytes
+            back = WIDTH * 4
             sent = sum(found[kind, count][2].num_bytes for found in results)
             assert sent == once_a_rank * (there + back), "there and back, however many experts of a rank it chose"
 
@@ -120,7 +127,9 @@ def test_no_token_is_dropped_and_none_computed_twice(ep):
 def test_every_rank_issues_its_exchanges_in_one_order_with_products_between_them():
     results = run_ranks(run, RANKS, ("all to one rank",), 2, (1, 3))
     one, three = ([found["all to one rank", count][2].log for found in results] for count in (1, 3))
-    there, back, multiply = "rows", "rows", "products"
+    there = "rows"
+    back = "rows"
+    multiply = "products"
     assert one[0] == ["counts", there, multiply, back]
     # the next part's rows are under way while a part is multiplied
     assert three[0] == ["counts", there, there, multiply, back, there, multiply, back, multiply, back]
@@ -162,7 +171,8 @@ def test_experts_without_weights_return_tokens_where_they_lie(ep):
 
 def read_and_rounded(world) -> dict:
     """Reads by the host in a forward of grouped experts that two ranks share, and results of every form of exchange."""
-    mesh, found = TargetMesh.make(world, 1, 2), {}
+    mesh = TargetMesh.make(world, 1, 2)
+    found = {}
     hidden_TD, index_TK, weight_TK = grouped_inputs(world.rank)
     for parts, fp8_exchange in ((1, "none"), (3, "none"), (2, "dispatch"), (2, "both")):
         experts = grouped_experts()

@@ -95,7 +95,8 @@ def test_maps_that_are_cut_as_if_packed_otherwise_give_another_result(family, na
 def test_a_rank_holds_its_share_of_every_mixer(family):
     found = 0
     for _, mixer in mixers(tiny_model(family)):
-        parts, found = [linear_part(mixer, kind_of(mixer), Group(2, rank)) for rank in range(2)], found + 1
+        parts = [linear_part(mixer, kind_of(mixer), Group(2, rank)) for rank in range(2)]
+        found = found + 1
         tensors = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
         held = 0
         for name, tensor in tensors.items():

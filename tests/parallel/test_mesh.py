@@ -109,7 +109,8 @@ def test_what_lies_on_the_host_does_not_go_through_the_device():
 
 
 def stuck(world) -> float:
-    group, start = TargetMesh.make(world, 2, 1, timeout_s=2).tp, time.perf_counter()
+    group = TargetMesh.make(world, 2, 1, timeout_s=2).tp
+    start = time.perf_counter()
     if world.rank == 0:
         with pytest.raises(RuntimeError):
             sum_over(torch.ones(1), group)

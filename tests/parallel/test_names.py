@@ -68,7 +68,9 @@ def _whole(family: str) -> set[str]:
 def _unshared(family: str, field: str) -> list[str]:
     """Parameters that the published plan shares, and ours neither shares nor names with a reason."""
     decoder = _decoder(family)
-    plan, tensors, found = TargetPlan.of(decoder, BY_TWO[field]), dict(decoder.named_parameters()), []
+    plan = TargetPlan.of(decoder, BY_TWO[field])
+    tensors = dict(decoder.named_parameters())
+    found = []
     for pattern, style in (getattr(decoder.config, field, None) or {}).items():
         if "hyper_connection" in pattern:  # small maps that mix residual streams run on own tokens, at no exchange
             continue

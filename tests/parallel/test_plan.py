@@ -97,7 +97,8 @@ def test_without_masks_windows_or_sinks_the_result_is_another(family, kind):
 def in_parts(world, family: str) -> tuple[float, int, int]:
     """The largest difference of a forward in three parts from one in a single part, and how many sums each of them starts."""
     torch.set_num_threads(1)
-    outputs, started = [], []
+    outputs = []
+    started = []
     lengths = ((5, 6, 2, 5), (6, 6, 6))[world.rank]
     ids_T = 3 + torch.arange(sum(lengths)) % 29
     batch = PackedBatch(ids_T, torch.ones_like(ids_T, dtype=torch.bool), torch.tensor([0, *lengths]).cumsum(0).int())
@@ -177,9 +178,12 @@ def test_the_plan_of_weights_on_the_meta_device_is_that_of_real_ones():
 def moved(world, family: str) -> tuple[list[int], list[int], int]:
     """Elements of the tensors that a forward gathers and sums, on this rank, and tokens times width of the group."""
     torch.set_num_threads(1)
-    mesh, gathered, summed = TargetMesh.make(world, 2, 1), [], []
+    mesh = TargetMesh.make(world, 2, 1)
+    gathered = []
+    summed = []
     target = frozen.FrozenTarget(tiny_model(family), (0, 1, 2), mesh=mesh)
-    gather, scatter = blocks.start_gathering, blocks.start_summing
+    gather = blocks.start_gathering
+    scatter = blocks.start_summing
 
     def counted_gather(x, dim, counts, group):
         gathered.append(x.numel() // x.shape[dim] * sum(counts))

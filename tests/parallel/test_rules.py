@@ -53,7 +53,8 @@ def test_a_family_is_taught_by_its_names():
     class Mlp(nn.Module):
         def __init__(self):
             super().__init__()
-            self.wi, self.wo = nn.Linear(4, 6), nn.Linear(6, 4)
+            self.wi = nn.Linear(4, 6)
+            self.wo = nn.Linear(6, 4)
 
     config = LlamaConfig()
     config.model_type = "my_model"

@@ -15,7 +15,8 @@ def test_parts_follow_one_another():
 
 
 def test_a_forward_inside_another_has_its_own_tokens():
-    outer, inner = Tokens(((1,),), 0), Tokens(((2,),), 0)
+    outer = Tokens(((1,),), 0)
+    inner = Tokens(((2,),), 0)
     with tokens_of_forward(outer):
         with tokens_of_forward(inner):
             assert current_tokens() is inner

@@ -42,9 +42,11 @@ def name(job: Job) -> str:
 def count_run(world: World, job: Job) -> list[Issued]:
     """What each optimizer step issues, the first two included, in which DeepSpeed still learns the order of modules."""
     zero = ZeroDraft(job.draft(), job.test(), job.ds_config())
-    normalise, steps = Normaliser(zero.objective, zero.forward, world), []
+    normalise = Normaliser(zero.objective, zero.forward, world)
+    steps = []
     for step in range(job.num_steps):
-        micros, counter = job.micros(step, world.rank), CountCollectives()
+        micros = job.micros(step, world.rank)
+        counter = CountCollectives()
         counter.watch("forward", zero, "forward")
         counter.watch("backward", zero.engine, "backward")
         counter.count("fetch", zero.engine.optimizer.parameter_offload.get_param_coordinator(), "fetch_sub_module")
@@ -131,7 +133,8 @@ def test_each_weight_is_gathered_once_a_pass_and_reduced_once_a_micro_batch(by_r
     """Whatever the number of TTT steps; DeepSpeed pads each weight to a multiple of the ranks."""
     sizes = [parameter.numel() for parameter in make_draft().parameters()]
     item_bytes = 2 if job.bf16 else 4
-    once, padded = sum(sizes) * item_bytes, sum(size + size % 2 for size in sizes) * item_bytes
+    once = sum(sizes) * item_bytes
+    padded = sum(size + size % 2 for size in sizes) * item_bytes
     for issued in by_rank[0][job]:
         passes = job.accumulation * (2 if job.kind == "lk_lambda" else 1)  # lk_lambda measures acceptance in a pass of its own
         fetches = passes + job.accumulation  # DeepSpeed's hooks see one module, once in each pass

@@ -27,8 +27,12 @@ from tests.live_bytes import LiveBytes
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 SHAPE = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=7, num_attention_heads=8, num_key_value_heads=4)
 TARGET = LlamaConfig(**SHAPE, head_dim=16, vocab_size=4096)
-LAYERS, DRAFT_VOCAB, TOKENS, RANKS = (1, 2, 4), 2048, 1024, 2
-LOSS, TTT = LossSection(chunk_mb=4), TttSection()
+LAYERS = (1, 2, 4)
+DRAFT_VOCAB = 2048
+TOKENS = 1024
+RANKS = 2
+LOSS = LossSection(chunk_mb=4)
+TTT = TttSection()
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Training:
 
 def train(world: World, training: Training) -> dict[str, int]:
     """Most bytes that live while the target runs, while the draft trains and in the optimizer's step; those of the target."""
-    live, peaks = LiveBytes(), {}
+    live = LiveBytes()
+    peaks = {}
 
     def end_of(phase: str) -> None:
         gc.collect()
@@ -76,7 +81,8 @@ def train(world: World, training: Training) -> dict[str, int]:
         mesh = TargetMesh.make(world, training.tp_size, 1)
         target = FrozenTarget(LlamaForCausalLM(TARGET).to(training.dtype), LAYERS, mesh=mesh)
         ids_U = torch.arange(DRAFT_VOCAB)
-        vocab_map, head_rows = VocabMap(ids_U, torch.arange(TARGET.vocab_size) < DRAFT_VOCAB), target.head_rows(ids_U)
+        vocab_map = VocabMap(ids_U, torch.arange(TARGET.vocab_size) < DRAFT_VOCAB)
+        head_rows = target.head_rows(ids_U)
         test = TrainingTimeTest(TTT, LOSS, Teacher(head_rows.logits, vocab_map))
         draft = Eagle3Draft(training.draft, Kernels(recompute=training.recompute))
         count = sum(weight.numel() for weight in draft.parameters())

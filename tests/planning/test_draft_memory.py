@@ -35,8 +35,11 @@ def states_of(training: Training, fused: bool = False) -> DraftStates:
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_within_a_tenth_of_what_lives(case):
-    training, measured = CASES[case], run_ranks(train, RANKS, CASES[case])[0]
-    sharing, states, count = Sharing.of(training.ds_config(), RANKS), states_of(training), measured["weights of the draft"]
+    training = CASES[case]
+    measured = run_ranks(train, RANKS, CASES[case])[0]
+    sharing = Sharing.of(training.ds_config(), RANKS)
+    states = states_of(training)
+    count = measured["weights of the draft"]
     own = measured["after training"] - measured["weights of the target"]
     assert sharing.weights(count) + sharing.optimizer(count) + sharing.buffers(count) == pytest.approx(own, rel=0.03)
     always = measured["weights of the target"] + sharing.weights(count) + sharing.optimizer(count) + sharing.buffers(count)

@@ -23,7 +23,8 @@ from tests.parallel.families import tiny_config, tiny_model
 from tests.weights.test_quantised_checkpoint import to_fp8, to_int4
 
 LENGTHS = (9, 7)
-TOKENS, SLOTS = sum(LENGTHS), torch.tensor([3, 4, 11])
+TOKENS = sum(LENGTHS)
+SLOTS = torch.tensor([3, 4, 11])
 FAMILIES = ("llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "phi3", "gemma2", "mixtral")
 FAMILIES += ("qwen3_next", "minimax", "nemotron_h")
 MESHES = {"tp 2": (2, 1), "ep 2": (1, 2), "tp 2, ep 2": (2, 2)}
@@ -46,7 +47,8 @@ def batch() -> PackedBatch:
 
 def shared_forward(world, families: tuple[str, ...], sizes: tuple[int, int]) -> dict[str, tuple[int, dict[str, int]]]:
     """Bytes of a rank's weights, and bytes of states and token ids in a forward's collectives by kind."""
-    found, mesh = {}, TargetMesh.make(world, *sizes)
+    found = {}
+    mesh = TargetMesh.make(world, *sizes)
     for family in families:
         target = FrozenTarget(tiny_model(family), AUX_LAYERS, mesh=mesh)
         held = sum(weight.nbytes for weight in {*target.model.parameters()})
@@ -118,7 +120,9 @@ def test_traffic_of_tensor_parallelism_is_what_is_sent(family):
 
 def test_traffic_of_experts_is_what_an_even_router_sends():
     torch.manual_seed(0)
-    planned, config, num_tokens = cost("qwen3_moe", 1, 2), tiny_config("qwen3_moe"), 100_000
+    planned = cost("qwen3_moe", 1, 2)
+    config = tiny_config("qwen3_moe")
+    num_tokens = 100_000
     chosen_TK = torch.rand(num_tokens, config.num_experts).topk(config.num_experts_per_tok).indices
     share = (chosen_TK >= config.num_experts // 2).any(-1).float().mean().item()  # of tokens that the other rank is sent
     states = len(planned.plan.experts) * TOKENS * config.hidden_size * planned.itemsize
@@ -129,7 +133,9 @@ def test_traffic_of_experts_is_what_an_even_router_sends():
 
 def test_passing_memory_is_near_what_a_forward_takes():
     torch.manual_seed(0)
-    target, live, peaks = FrozenTarget(tiny_model("llama"), AUX_LAYERS), LiveBytes(), []
+    target = FrozenTarget(tiny_model("llama"), AUX_LAYERS)
+    live = LiveBytes()
+    peaks = []
     with live:
         for _ in range(2):
             gc.collect()
@@ -157,7 +163,8 @@ def test_only_layers_that_compare_pairs_pay_for_pairs(family, layers):
 
 
 def test_quantised_activations_pass_beside_what_they_are_made_of():
-    config, of_an_input = tiny_config("llama"), 1 + 4 / 128
+    config = tiny_config("llama")
+    of_an_input = 1 + 4 / 128
     model = without_weights(config, TargetSection(), torch.device("cpu"))
     plain, quantised = (TargetCost(model, ALONE, StaysQuantised(1.0, False, (), size)) for size in (0.0, of_an_input))
     added = quantised.passing_bytes(forward()) - plain.passing_bytes(forward())

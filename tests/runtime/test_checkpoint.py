@@ -50,7 +50,8 @@ def draw() -> int:
 
 def train(zero: ZeroDraft, world: World, num_steps: int) -> list[float]:
     """Losses on batches that the rank's RNG chooses."""
-    normalise, losses = Normaliser(zero.objective, zero.forward, world), []
+    normalise = Normaliser(zero.objective, zero.forward, world)
+    losses = []
     for _ in range(num_steps):
         micros = [make_micro(zero.objective, seed=draw(), dtype=zero.dtype) for _ in range(zero.accumulation_steps)]
         losses.append(zero_step(zero, normalise, world, micros))
@@ -62,7 +63,8 @@ def train_and_save(world: World, folder: Path) -> dict[str, tuple[list[float], W
     results = {}
     for stage in STAGES:
         whole = start(world, stage, seed=0)
-        losses, weights = train(whole, world, 6), dict(whole.gathered_weights())
+        losses = train(whole, world, 6)
+        weights = dict(whole.gathered_weights())
         half = start(world, stage, seed=0)
         train(half, world, 3)
         Checkpoints(folder / stage, keep=1).save(half, world, 3, {"position": 3})
@@ -130,7 +132,8 @@ def start_shared(world: World, stage: str, seed: int, reshaped_from: Checkpoints
 
 
 def train_shared(zero: ZeroDraft, world: World, steps: range) -> list[float]:
-    normalise, losses = Normaliser(zero.objective, zero.forward, world), []
+    normalise = Normaliser(zero.objective, zero.forward, world)
+    losses = []
     for step in steps:
         micros = [make_micro(zero.objective, seed=10 * step + index, dtype=zero.dtype) for index in range(4)]
         losses.append(zero_step(zero, normalise, world, micros[world.rank :: world.size]))
@@ -210,7 +213,8 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved, resumed, stage)
 @pytest.mark.parametrize("stage", STAGES)
 def test_consolidated_weights_are_the_gathered_ones_in_fp32(saved, folder, capfd, stage):
     assert not torch.distributed.is_initialized()
-    gathered, consolidated = saved[stage][2], consolidated_weights(folder / stage, "step_3")
+    gathered = saved[stage][2]
+    consolidated = consolidated_weights(folder / stage, "step_3")
     assert "embed_projection.weight" in gathered, "frozen, so no optimizer holds it"
     assert consolidated.keys() == gathered.keys()
     for name, weight in consolidated.items():
@@ -223,7 +227,8 @@ class PaperDraft:
     """Stands in for a ZeroDraft: its checkpoint is its client state."""
 
     def __init__(self, fails: bool = False, is_finite: bool = True) -> None:
-        self.fails, self.is_finite = fails, is_finite
+        self.fails = fails
+        self.is_finite = is_finite
 
     def has_finite_weights(self, world: World) -> bool:
         return self.is_finite

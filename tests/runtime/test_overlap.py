@@ -65,7 +65,8 @@ def test_an_error_in_prepare_is_raised_where_its_result_would_have_been(depth, k
             raise kind("item 4 is bad")
         return item
 
-    work, seen = run_ahead(range(9), prepare, depth, CPU), []
+    work = run_ahead(range(9), prepare, depth, CPU)
+    seen = []
     with pytest.raises(kind, match="item 4 is bad"):
         for item in work:
             seen.append(item)
@@ -150,7 +151,8 @@ class FakeCuda:
 
 class FakeStream:
     def __init__(self, cuda: FakeCuda, name: str) -> None:
-        self.cuda, self.name = cuda, name
+        self.cuda = cuda
+        self.name = name
 
     def wait_stream(self, other: "FakeStream") -> None:
         self.cuda.note(self.name, "waits for", other.name)

@@ -17,7 +17,8 @@ class LateSum:
     """A sum that arrives when it is waited for, or never."""
 
     def __init__(self, values: torch.Tensor, arrives: bool) -> None:
-        self._values, self._arrives = values.clone(), arrives
+        self._values = values.clone()
+        self._arrives = arrives
 
     def is_ready(self) -> bool:
         return self._arrives

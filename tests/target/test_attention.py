@@ -28,7 +28,8 @@ from tests.kernels.plain_flash import PLAIN
 from tests.live_bytes import LiveBytes
 from tests.parallel.families import VOCAB, tiny_model
 
-CPU, LENGTHS = torch.device("cpu"), (4, 8, 4, 11)
+CPU = torch.device("cpu")
+LENGTHS = (4, 8, 4, 11)
 KINDS = ("plain", "softcap", "sinks")
 MASKS = {
     "causal": causal_mask_function,
@@ -64,9 +65,12 @@ def _squares(mask_function) -> DocumentMasks:
 
 
 def _written_out(query, key, value, squares, scaling, softcap=None, s_aux=None):
-    repeats, outputs, start = query.shape[1] // key.shape[1], [], 0
+    repeats = query.shape[1] // key.shape[1]
+    outputs = []
+    start = 0
     for length, allowed_LL in zip(LENGTHS, squares, strict=True):
-        rows, head_outputs = slice(start, start + length), []
+        rows = slice(start, start + length)
+        head_outputs = []
         for head in range(query.shape[1]):
             scores_LL = query[0, head, rows] @ key[0, head // repeats, rows].T * scaling
             scores_LL = scores_LL if softcap is None else softcap * torch.tanh(scores_LL / softcap)
@@ -83,7 +87,8 @@ def _written_out(query, key, value, squares, scaling, softcap=None, s_aux=None):
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_equals_softmax_written_out(path, mask, kind):
     tensors, options = _inputs(kind)
-    found, squares = document_masks(q_length=sum(LENGTHS), mask_function=MASKS[mask], device=CPU), _squares(MASKS[mask])
+    found = document_masks(q_length=sum(LENGTHS), mask_function=MASKS[mask], device=CPU)
+    squares = _squares(MASKS[mask])
     assert (found.reach is None) == (mask == "every other key")
     ours, weights = attend_documents(nn.Identity(), *tensors, found, **options)
     assert weights is None and ours.shape == (1, sum(LENGTHS), 4, 12) and ours.is_contiguous()
@@ -131,7 +136,8 @@ def test_one_document_attends_under_a_mask_and_a_bias_a_head():
 def test_a_document_reads_the_blocks_that_its_indexer_names_for_each_key_head():
     tensors, options = _inputs()
     query, key, value = (x[:, :, :5] for x in tensors)
-    groups, blocks = key.shape[1], [[[0, -1]] * 2 + [[1, 0]] * 2 + [[2, -1]], [[0, -1]] * 2 + [[1, -1]] * 2 + [[2, 0]]]
+    groups = key.shape[1]
+    blocks = [[[0, -1]] * 2 + [[1, 0]] * 2 + [[2, -1]], [[0, -1]] * 2 + [[1, -1]] * 2 + [[2, 0]]]
     module = nn.Identity()
     module.indexer = nn.Identity()
     module.indexer.block_size = 2
@@ -233,7 +239,8 @@ def test_queries_that_are_not_scaled_by_their_place_are_missed(monkeypatch):
 
 @pytest.mark.parametrize("family", ["gemma3_text", "phi3"])
 def test_a_long_document_makes_no_square(family):
-    target, length = _target(family), 4096
+    target = _target(family)
+    length = 4096
     ids_T = 3 + torch.randint(VOCAB - 3, (length,))
     batch = PackedBatch(ids_T, torch.ones_like(ids_T, dtype=torch.bool), torch.tensor([0, length], dtype=torch.int32))
     with LiveBytes() as live:

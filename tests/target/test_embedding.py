@@ -14,7 +14,8 @@ from tests.parallel.family_matrix import AUX, LENGTHS, as_documents
 
 def exchanged(world, families: tuple[str, ...]) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
     """Rows that a forward hands on, and those that the embedding gives."""
-    found, mesh = {}, TargetMesh.make(world, 2, 1)
+    found = {}
+    mesh = TargetMesh.make(world, 2, 1)
     for family in families:
         target = FrozenTarget(tiny_model(family), AUX, mesh=mesh)
         batch = collate(as_documents(world.rank))

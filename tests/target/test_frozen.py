@@ -129,7 +129,9 @@ def _batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 1) -> PackedBatch:
 
 def _reference(model, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Transformers itself, one document at a time: aux [T, 3D], last hidden [T, D], logits [T, V]."""
-    aux, last, logits = [], [], []
+    aux = []
+    last = []
+    logits = []
     for ids_L in batch.input_ids_T.split(batch.lengths.tolist()):
         with torch.no_grad():
             out = model(input_ids=ids_L[None], output_hidden_states=True, use_cache=False)
@@ -145,7 +147,8 @@ def _error(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_documents_equal_transformers_one_document_at_a_time(name):
-    model, batch = _model(name), _batch()
+    model = _model(name)
+    batch = _batch()
     if name == "gemma2":
         # The family's sdpa path drops the cap of the scores; eager is its definition.
         model.set_attn_implementation("eager")
@@ -164,10 +167,12 @@ def test_packed_documents_equal_transformers_one_document_at_a_time(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_without_document_bounds_the_result_is_another(name):
-    target, batch = FrozenTarget(_model(name), AUX), _batch()
+    target = FrozenTarget(_model(name), AUX)
+    batch = _batch()
     slots_N = torch.arange(sum(LENGTHS))
     one_document = PackedBatch(batch.input_ids_T, batch.assistant_mask_T, torch.tensor([0, sum(LENGTHS)], dtype=torch.int32))
-    packed, merged = target(batch, slots_N), target(one_document, slots_N)
+    packed = target(batch, slots_N)
+    merged = target(one_document, slots_N)
     assert _error(merged.aux_TA, packed.aux_TA) > 1e-2
     assert _error(merged.last_hidden_ND, packed.last_hidden_ND) > 1e-2
 
@@ -186,7 +191,8 @@ def test_windows_matter_beyond_their_length():
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "gemma2"])
 def test_plain_decoding_with_a_cache_is_undisturbed_by_packed_forwards(name):
-    target, batch = FrozenTarget(_model(name), AUX), _batch((12,))
+    target = FrozenTarget(_model(name), AUX)
+    batch = _batch((12,))
     ids_1T = batch.input_ids_T[None]
     packed = target(batch, torch.arange(12))
     with torch.no_grad(), capture(target.model, AUX) as seen:
@@ -229,7 +235,8 @@ def test_vision_towers_are_freed():
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4", "qwen4_exp_text"])
 def test_a_draft_reads_the_mean_of_residual_streams(family):
-    target, batch = FrozenTarget(tiny_model(family), (0, 1, 2)), _batch((7,))
+    target = FrozenTarget(tiny_model(family), (0, 1, 2))
+    batch = _batch((7,))
     width = target.config.hidden_size
     with torch.no_grad():
         states = target.model(input_ids=batch.input_ids_T[None], output_hidden_states=True, use_cache=False).hidden_states
@@ -240,7 +247,8 @@ def test_a_draft_reads_the_mean_of_residual_streams(family):
 
 
 def test_rows_behind_the_vocabulary_are_no_tokens():
-    target, batch = FrozenTarget(tiny_model("inkling_text"), (0, 1, 2)), _batch((9, 4))
+    target = FrozenTarget(tiny_model("inkling_text"), (0, 1, 2))
+    batch = _batch((9, 4))
     out = target(batch, torch.arange(13))
     real = target.config.unpadded_vocab_size
     assert real < target.config.vocab_size
@@ -259,7 +267,8 @@ def test_a_family_that_no_draft_can_read_is_refused_by_its_config_alone(family, 
 
 
 def test_temperature_reaches_the_log_sum_exp():
-    model, batch = _model("llama"), _batch()
+    model = _model("llama")
+    batch = _batch()
     slots_N = torch.arange(29)
     out = FrozenTarget(model, AUX, temperature=0.5)(batch, slots_N)
     _, _, logits_TV = _reference(model, batch)

@@ -53,7 +53,8 @@ class CountingOperations:
 
 def rotate_one(x_BHTE: Tensor, cos_BTE: Tensor, sin_BTE: Tensor) -> Tensor:
     width = cos_BTE.shape[-1]
-    rotated, kept = x_BHTE[..., :width], x_BHTE[..., width:]
+    rotated = x_BHTE[..., :width]
+    kept = x_BHTE[..., width:]
     first, second = rotated.chunk(2, -1)
     turned = rotated * cos_BTE[:, None] + torch.cat((-second, first), -1) * sin_BTE[:, None]
     return torch.cat((turned, kept), -1)
@@ -69,7 +70,9 @@ def logits_of(model) -> Tensor:
     return model(input_ids=ids_BT, use_cache=False).logits
 
 
-NORMS, MLPS, ROTARY = "RMSNorm", "SwiGLU", "rotary"
+NORMS = "RMSNorm"
+MLPS = "SwiGLU"
+ROTARY = "rotary"
 TWO_NORMS = 2 * LAYERS + 1
 FAMILIES = {
     "llama": {NORMS: TWO_NORMS, MLPS: LAYERS, ROTARY: LAYERS},
@@ -214,7 +217,8 @@ def test_of_liger_kernel_only_what_is_needed_is_taken_and_nothing_is_overwritten
     operations = liger_operations()
     x = torch.ones(2)
     assert operations.rms_norm(x, x, 1e-6, NormForm(1.0, "gemma")) == (x, x, 1e-6, 1.0, "gemma", False)
-    projected, headwise = torch.ones(1, 5, 2, 8).transpose(1, 2), torch.ones(1, 2, 5, 8)
+    projected = torch.ones(1, 5, 2, 8).transpose(1, 2)
+    headwise = torch.ones(1, 2, 5, 8)
     table = torch.ones(1, 5, 8)
     assert len(operations.rotate(projected, headwise, table, table)) == 2
     assert projected.all() and headwise.all()

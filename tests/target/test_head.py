@@ -51,7 +51,8 @@ def test_final_steps_come_in_the_order_scale_cap_temperature():
 @pytest.mark.parametrize("final", FINALS)
 def test_rows_are_the_same_columns_of_the_logits(final):
     head = _head(97, **final)
-    hidden_ND, ids_U = torch.randn(5, 16), torch.tensor([3, 90, 11])
+    hidden_ND = torch.randn(5, 16)
+    ids_U = torch.tensor([3, 90, 11])
     torch.testing.assert_close(head.rows(ids_U).logits(hidden_ND), head.logits(hidden_ND)[:, ids_U])
 
 
@@ -72,7 +73,8 @@ def test_half_precision_heads_give_fp32_logits():
 @pytest.mark.parametrize("slots, vocab", [(0, 50), (9, 97)])
 def test_the_fused_pass_gives_what_plain_pytorch_gives(slots, vocab, final, small_blocks, monkeypatch):
     fused = pytest.importorskip("engine.kernels.head_stats", reason="Triton is not installed")
-    head, hidden_ND = _head(vocab, **final), torch.randn(slots, 16)
+    head = _head(vocab, **final)
+    hidden_ND = torch.randn(slots, 16)
     expected_argmax_N, expected_lse_N = head.argmax_and_lse(hidden_ND)
     launches = []
 

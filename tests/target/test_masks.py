@@ -26,11 +26,13 @@ from engine.target.packed_row import PackedRow, row_of_forward
 from engine.target.structure import decoder_of
 from tests.parallel.families import FAMILIES, VOCAB, tiny_model
 
-CPU, LENGTHS = torch.device("cpu"), (5, 1, 13, 2)
+CPU = torch.device("cpu")
+LENGTHS = (5, 1, 13, 2)
 UNPADDED = torch.zeros(1, dtype=torch.int64)
 POSITION_1T = torch.cat([torch.arange(length) for length in LENGTHS])[None]
 PACKED = packed_sequence_mask_function(find_packed_sequence_indices(POSITION_1T))
-WINDOW, CHUNK = sliding_window_causal_mask_function(4), chunked_causal_mask_function(4, UNPADDED)
+WINDOW = sliding_window_causal_mask_function(4)
+CHUNK = chunked_causal_mask_function(4, UNPADDED)
 
 
 def squares_of(mask_function, lengths) -> list[torch.Tensor]:

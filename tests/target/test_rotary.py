@@ -20,7 +20,8 @@ def _batch() -> PackedBatch:
 
 @torch.no_grad()
 def _one_by_one(family: str) -> torch.Tensor:
-    model, states = tiny_model(family), []
+    model = tiny_model(family)
+    states = []
     for ids_L in _batch().input_ids_T.split(LENGTHS):
         with capture(model, AUX) as seen:
             model(input_ids=ids_L[None], use_cache=False)
@@ -29,7 +30,8 @@ def _one_by_one(family: str) -> torch.Tensor:
 
 
 def _error(family: str) -> float:
-    target, expected = FrozenTarget(tiny_model(family), AUX), _one_by_one(family)
+    target = FrozenTarget(tiny_model(family), AUX)
+    expected = _one_by_one(family)
     assert target.packs
     ours = target(_batch(), torch.arange(2)).aux_TA
     return ((ours - expected).abs().max() / expected.abs().max()).item()
@@ -47,7 +49,8 @@ def test_factors_of_the_longest_document_are_missed(family, monkeypatch):
 
 
 def test_forwards_of_one_document_choose_by_its_own_length():
-    target, model = FrozenTarget(tiny_model("phimoe"), AUX).model, tiny_model("phimoe")
+    target = FrozenTarget(tiny_model("phimoe"), AUX).model
+    model = tiny_model("phimoe")
     for ids_L in _batch().input_ids_T.split(LENGTHS):
         with torch.no_grad():
             ours, expected = (one(input_ids=ids_L[None], use_cache=False).logits for one in (target, model))

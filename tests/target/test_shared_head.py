@@ -12,7 +12,9 @@ from engine.target.head import TargetHead
 from engine.target.shared_head import SharedHead
 from tests.distributed import run_ranks
 
-VOCAB, WIDTH, RANKS = 53, 12, 4
+VOCAB = 53
+WIDTH = 12
+RANKS = 4
 COUNTS = (5, 0, 9, 1)
 KINDS = {"plain": {}, "capped": {"soft_cap": 3.0, "scale": 0.7}, "sharp": {"temperature": 0.5}}
 
@@ -31,7 +33,8 @@ def hidden(rank: int, ties: bool) -> torch.Tensor:
 
 
 def share(world, kind: str, bias: bool, ties: bool):
-    whole, group = whole_head(kind, bias, ties), TargetMesh.make(world, RANKS, 1).tp
+    whole = whole_head(kind, bias, ties)
+    group = TargetMesh.make(world, RANKS, 1).tp
     own = slice(*part_of_rows(VOCAB, group))
     bias_V = None if whole.bias_V is None else whole.bias_V[own]
     shared = SharedHead(replace(whole, weight_VD=whole.weight_VD[own], bias_V=bias_V), VocabShard(VOCAB, group))

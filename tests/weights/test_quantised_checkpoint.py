@@ -50,7 +50,9 @@ def to_fp8(folder: Path, block: tuple[int, int]) -> None:
 
 def to_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
     """A checkpoint's experts to random MXFP4 in the layout of GPT-OSS; what they mean, written out."""
-    weights, meant, generator = load_file(folder / "model.safetensors"), {}, torch.Generator().manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
+    meant = {}
+    generator = torch.Generator().manual_seed(0)
     for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, inputs, out = weights.pop(name).shape
         codes = torch.randint(0, 16, (experts, out, inputs), generator=generator)
@@ -69,7 +71,9 @@ def to_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
 
 def to_int4(folder: Path, group: int) -> dict[str, torch.Tensor]:
     """A checkpoint's experts to random packed int4 in the layout of compressed-tensors; what they mean, written out."""
-    weights, meant, generator = load_file(folder / "model.safetensors"), {}, torch.Generator().manual_seed(0)
+    weights = load_file(folder / "model.safetensors")
+    meant = {}
+    generator = torch.Generator().manual_seed(0)
     for name in [name for name in weights if ".experts." in name and name.endswith("_proj.weight")]:
         rows, columns = weights.pop(name).shape
         values = torch.randint(-8, 8, (rows, columns), generator=generator)
@@ -195,7 +199,8 @@ def test_a_target_in_fp8_takes_half_of_what_it_takes_in_bf16(tmp_path):
     to_fp8(tmp_path, (128, 128))
     sections = [TargetSection(path=str(tmp_path), dtype="bfloat16", keep_quantised=keep) for keep in ("none", "fp8")]
     dense, kept = (dict(FrozenTarget.load(section, CPU, AUX).model.named_parameters()) for section in sections)
-    factors, others = quantised_names(kept), ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
+    factors = quantised_names(kept)
+    others = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
     assert factors == {name for name, weight in dense.items() if weight.ndim > 1 and not name.endswith(others)}
     # an fp32 scale for 128 x 128 values of a byte
     assert sum(kept[name].nbytes for name in factors) <= (0.5 + 2**-12) * sum(dense[name].nbytes for name in factors)
@@ -204,7 +209,8 @@ def test_a_target_in_fp8_takes_half_of_what_it_takes_in_bf16(tmp_path):
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
 def test_where_triton_runs_every_weight_in_fp8_is_multiplied_on_the_chip(family, tmp_path, monkeypatch):
-    fused, weights = pytest.importorskip("engine.kernels.fp8_linear", reason="Triton is not installed"), []
+    fused = pytest.importorskip("engine.kernels.fp8_linear", reason="Triton is not installed")
+    weights = []
     publish(family, tmp_path)
     target = FrozenTarget.load(TargetSection(path=str(tmp_path)), CPU, AUX)
     expected = run_own(target, 0)
@@ -225,7 +231,8 @@ def run_kept_and_dequantised(world, folder: Path, sizes: tuple[int, int]) -> tup
     mesh = TargetMesh.make(world, *sizes)
     kept, dense = (TargetSection(path=str(folder), keep_quantised=keep) for keep in ("all", "none"))
     target = FrozenTarget.load(kept, CPU, AUX, mesh=mesh)
-    found, count = run_own(target, world.rank), len(quantised_names(dict(target.model.named_parameters())))
+    found = run_own(target, world.rank)
+    count = len(quantised_names(dict(target.model.named_parameters())))
     expected = run_own(FrozenTarget.load(dense, CPU, AUX, mesh=mesh), world.rank)
     alone = run_own(FrozenTarget.load(kept, CPU, AUX), world.rank)
     return relative(found, expected), relative(found, alone), count
@@ -267,7 +274,8 @@ def test_quantised_activations_are_what_every_map_in_fp8_reads(tmp_path):
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
 def test_where_triton_runs_every_weight_in_fp8_is_multiplied_by_quantised_rows(family, tmp_path, monkeypatch):
-    fused, groups = pytest.importorskip("engine.kernels.fp8_activations", reason="Triton is not installed"), []
+    fused = pytest.importorskip("engine.kernels.fp8_activations", reason="Triton is not installed")
+    groups = []
     tiny_model(family).save_pretrained(tmp_path)
     to_fp8(tmp_path, (32, 32))
     target = FrozenTarget.load(TargetSection(path=str(tmp_path), fp8_activations=True), CPU, AUX)
@@ -287,7 +295,8 @@ def test_where_triton_runs_every_weight_in_fp8_is_multiplied_by_quantised_rows(f
 def run_with_fp8_activations(world, folder: Path, sizes: tuple[int, int]) -> tuple[float, float]:
     """The difference between shared and not, and what quantised activations change."""
     torch.set_num_threads(1)
-    section, mesh = TargetSection(path=str(folder), fp8_activations=True), TargetMesh.make(world, *sizes)
+    section = TargetSection(path=str(folder), fp8_activations=True)
+    mesh = TargetMesh.make(world, *sizes)
     found, alone = (run_own(FrozenTarget.load(section, CPU, AUX, mesh=by), world.rank) for by in (mesh, ALONE))
     plain = run_own(FrozenTarget.load(replace(section, fp8_activations=False), CPU, AUX), world.rank)
     return relative(found, alone), relative(found, plain)
@@ -328,7 +337,8 @@ def test_activations_that_servers_quantise_in_another_way_are_refused(facts, fou
 def test_scales_that_are_exponents_in_a_byte_are_read_under_either_name(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
     to_fp8(tmp_path, (8, 8))
-    weights, loaded = load_file(tmp_path / "model.safetensors"), []
+    weights = load_file(tmp_path / "model.safetensors")
+    loaded = []
     scales = [name for name in weights if name.endswith("_scale_inv")]
     exponents = {name: torch.log2(weights[name]).round().clamp(-127, 127) for name in scales}
     published = {

@@ -54,7 +54,8 @@ MOVES = {
 
 @pytest.mark.parametrize("move", MOVES)
 def test_what_only_moves_values_keeps_them_quantised(move, weight):
-    moved, expected = MOVES[move](weight), MOVES[move](weight.dequantised())
+    moved = MOVES[move](weight)
+    expected = MOVES[move](weight.dequantised())
     assert isinstance(moved, QuantisedWeight) and (moved.shape, moved.dtype) == (expected.shape, expected.dtype)
     assert torch.equal(moved.dequantised(), expected) and moved.row_group is None
     weight.row_group = 2
@@ -102,7 +103,8 @@ def test_nothing_writes_to_it(weight):
 
 
 def test_it_takes_the_bytes_of_codes_and_scales():
-    codes, scale = torch.zeros(256, 512).to(torch.float8_e4m3fn), torch.ones(2, 4)
+    codes = torch.zeros(256, 512).to(torch.float8_e4m3fn)
+    scale = torch.ones(2, 4)
     weight = QuantisedWeight(codes, scale, (128, 128), torch.bfloat16)
     assert weight.nbytes == 256 * 512 + 8 * 4
     assert weight[:128].nbytes == 128 * 512 + 4 * 4 and weight[:, 64:].scale.shape == (2, 7)
@@ -124,9 +126,12 @@ def products_of_fp8(request, monkeypatch):
 
 @torch.inference_mode()
 def test_rows_are_quantised_before_they_are_multiplied(products_of_fp8):
-    weight, rows, offs = make_weight("fp8"), torch.randn(2, 3, 24), torch.tensor([2, 2, 5], dtype=torch.int32)
+    weight = make_weight("fp8")
+    rows = torch.randn(2, 3, 24)
+    offs = torch.tensor([2, 2, 5], dtype=torch.int32)
     weight.row_group = 16
-    rounded_MK, dense = reference.rounded_rows(rows.flatten(0, 1), 16), weight.dequantised()
+    rounded_MK = reference.rounded_rows(rows.flatten(0, 1), 16)
+    dense = weight.dequantised()
     linear = nn.Linear(24, 10)
     expected = F.linear(rounded_MK.view(rows.shape), dense[1], linear.bias)
     linear.weight = nn.Parameter(weight[1], requires_grad=False)
@@ -138,7 +143,9 @@ def test_rows_are_quantised_before_they_are_multiplied(products_of_fp8):
 
 @torch.inference_mode()
 def test_linear_maps_and_experts_multiply_by_what_it_means(weight, products):
-    dense, rows, offs = weight.dequantised(), torch.randn(2, 3, 24), torch.tensor([2, 2, 5], dtype=torch.int32)
+    dense = weight.dequantised()
+    rows = torch.randn(2, 3, 24)
+    offs = torch.tensor([2, 2, 5], dtype=torch.int32)
     linear = nn.Linear(24, 10)
     expected = F.linear(rows, dense[1], linear.bias)
     linear.weight = nn.Parameter(weight[1], requires_grad=False)

@@ -40,7 +40,8 @@ from tests.published import change_config, change_weights
 FAMILIES = ["llama", "phi3", "qwen3_moe", "mixtral", "gpt_oss", "llama4_text", "deepseek_v3", "gemma2", "qwen3_next", "jamba"]
 FAMILIES += ["qwen3_5_text", "minimax", "kimi_linear", "bailing_hybrid", "olmo_hybrid", "nemotron_h", "lfm2_moe"]
 FAMILIES += ["deepseek_v4", "longcat_flash"]
-MEBIBYTE, CPU = 1 << 20, torch.device("cpu")
+MEBIBYTE = 1 << 20
+CPU = torch.device("cpu")
 
 
 def on_meta(folder: Path) -> PreTrainedModel:
@@ -59,7 +60,8 @@ def cuts_of(model: PreTrainedModel, tp: int, ep: int, rank: int) -> dict[str, Sh
 def test_slices_and_buffers_are_those_of_the_whole_model_bit_for_bit(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path, max_shard_size="20KB")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    weights, buffers = whole.state_dict(), dict(whole.named_buffers())
+    weights = whole.state_dict()
+    buffers = dict(whole.named_buffers())
     for tp, ep, rank in ((1, 1, 0), (2, 1, 1), (1, 2, 1), (2, 2, 0)):
         model = on_meta(tmp_path)
         cuts = cuts_of(model, tp, ep, rank)
@@ -105,7 +107,8 @@ def run_multimodal(world, folder: Path) -> tuple[float, int]:
     section, (start, stop) = TargetSection(path=str(folder)), ((0, 4), (4, 10))[world.rank]
     ids_T = torch.arange(10)[start:stop]
     batch = PackedBatch(ids_T, torch.ones_like(ids_T, dtype=torch.bool), torch.tensor([0, stop - start]).int())
-    slots_N, shared = torch.arange(stop - start), FrozenTarget.load(section, CPU, AUX, mesh=TargetMesh.make(world, 2, 1))
+    slots_N = torch.arange(stop - start)
+    shared = FrozenTarget.load(section, CPU, AUX, mesh=TargetMesh.make(world, 2, 1))
     outputs = [target(batch, slots_N).last_hidden_ND for target in (shared, FrozenTarget.load(section, CPU, AUX))]
     return relative(outputs[:1], outputs[1:]), len(shared.plan.heads)
 
@@ -242,7 +245,9 @@ def load_and_watch(world, folder: Path) -> tuple[int, int]:
     """Bytes that stay, and the most that there were beside them while loading."""
     torch.set_num_threads(1)
     mesh = TargetMesh.make(world, 2, 4)
-    before, most, done = anonymous_bytes(), 0, threading.Event()
+    before = anonymous_bytes()
+    most = 0
+    done = threading.Event()
 
     def watch() -> None:
         nonlocal most
@@ -275,10 +280,8 @@ def test_loading_needs_two_tensors_beside_what_stays(tmp_path):
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(tmp_path, max_shard_size="100MB")
-    total, largest = (
-        sum(weight.nbytes for weight in model.parameters()),
-        max(torch.empty(Checkpoint(str(tmp_path)).shape(name)).nbytes for name in Checkpoint(str(tmp_path))),
-    )
+    total = sum(weight.nbytes for weight in model.parameters())
+    largest = max(torch.empty(Checkpoint(str(tmp_path)).shape(name)).nbytes for name in Checkpoint(str(tmp_path)))
     del model
     assert total > 400 * MEBIBYTE
     for resident, beside in run_ranks(load_and_watch, 4, tmp_path):

@@ -95,7 +95,8 @@ class RmsNorm(nn.RMSNorm):
 class Eagle3Attention(nn.Module):
     def __init__(self, config: DraftConfig, input_size: int, kernels: Kernels) -> None:
         super().__init__()
-        self.head_dim, self.kernels = config.head_dim, kernels
+        self.head_dim = config.head_dim
+        self.kernels = kernels
         self.q_proj = Linear(input_size, config.num_attention_heads * config.head_dim)
         self.k_proj = Linear(input_size, config.num_key_value_heads * config.head_dim)
         self.v_proj = Linear(input_size, config.num_key_value_heads * config.head_dim)
@@ -142,7 +143,8 @@ class Eagle3Layer(nn.Module):
 
     def __init__(self, config: DraftConfig, reads_embedding: bool, kernels: Kernels) -> None:
         super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
+        size = config.hidden_size
+        eps = config.rms_norm_eps
         self.kernels = kernels
         self.input_layernorm = RmsNorm(size, eps, kernels) if reads_embedding else None
         self.hidden_norm = RmsNorm(size, eps, kernels)
@@ -172,8 +174,10 @@ class Eagle3Draft(nn.Module):
 
     def __init__(self, config: DraftConfig, kernels: Kernels = PLAIN) -> None:
         super().__init__()
-        self.config, self.kernels = config, kernels
-        target_size, size = config.target_hidden_size, config.hidden_size
+        self.config = config
+        self.kernels = kernels
+        target_size = config.target_hidden_size
+        size = config.hidden_size
         self.rotary = RotaryTable(config)
         self.embed_projection = Linear(target_size, size) if target_size != size else None
         norms = (RmsNorm(target_size, config.rms_norm_eps, kernels) for _ in range(3))
@@ -211,7 +215,8 @@ class Eagle3Draft(nn.Module):
         position_Q: int64 [Q] rotary positions; keys: one `LayerKeys` a layer. rows_R: int64 [R], ascending; then all rows give
         keys, but only these have an output, [R, D], and stand in the last layer's keys.
         """
-        cos_sin, seen = self.rotary.cos_sin(position_Q), []
+        cos_sin = self.rotary.cos_sin(position_Q)
+        seen = []
         for layer, layer_keys in zip(self.decoder_layers, keys, strict=True):
             asking_R = rows_R if layer is self.decoder_layers[-1] else None
             state_QD, layer_keys = layer(embed_QD, state_QD, cos_sin, layer_keys, asking_R)

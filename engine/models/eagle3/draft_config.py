@@ -120,7 +120,8 @@ class DraftConfig:
     def to_dict(self) -> dict[str, Any]:
         """The exported config.json, keys sorted; RoPE and dtype are spelt for old and for new readers."""
         shape = asdict(self)
-        layers, trained_with = list(shape.pop("aux_layers")), shape.pop("trained_with")
+        layers = list(shape.pop("aux_layers"))
+        trained_with = shape.pop("trained_with")
         rope = self.rope_parameters
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         exported = shape | {
@@ -153,7 +154,8 @@ class DraftConfig:
         Raises ValueError naming the key that is missing or that a draft cannot represent.
         """
         _check_is_eagle3(exported, source)
-        hidden_size, num_heads = exported["hidden_size"], exported["num_attention_heads"]
+        hidden_size = exported["hidden_size"]
+        num_heads = exported["num_attention_heads"]
         eagle = exported.get("eagle_config") or {}
         layers = eagle.get("eagle_aux_hidden_state_layer_ids")
         return cls(

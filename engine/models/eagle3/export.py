@@ -21,8 +21,11 @@ from engine.models.eagle3.draft import Eagle3Draft, RotaryTable, ServedDraft
 from engine.models.eagle3.draft_config import DraftConfig
 from engine.models.vocab_map import VocabMap
 
-WEIGHTS, CONFIG, VOCAB = "model.safetensors", "config.json", "vocab_map.safetensors"
-PROJECTION, EMBEDDING = "embed_projection.weight", "embed_tokens.weight"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+VOCAB = "vocab_map.safetensors"
+PROJECTION = "embed_projection.weight"
+EMBEDDING = "embed_tokens.weight"
 
 
 def export_draft(
@@ -103,7 +106,8 @@ def load_draft(
     _check_embedding(embed_weight_VD, config.vocab_size, config.hidden_size)
     with torch.device("meta"):
         model = Eagle3Draft(config, kernels)
-    model.embed_projection, model.rotary = None, RotaryTable(config)
+    model.embed_projection = None
+    model.rotary = RotaryTable(config)
     _check_names(tensors, dict(model.state_dict()))
     model.load_state_dict(tensors, assign=True)
     dtype = dtype or getattr(torch, config.dtype)
@@ -148,7 +152,8 @@ def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _check_names(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(f"the draft's tensors do not match its config: missing {missing}, unknown {unknown}")
     for name, tensor in tensors.items():

@@ -102,7 +102,9 @@ class StepPart:
 
 def map_part(num_rows: int, num_in: int, num_weights: int, num_out: int, input_gradient: bool = True) -> StepPart:
     """A trained linear map of rows, or a chain of them (`num_weights` in all) whose inner states stay on the chip."""
-    flops, read, written = 2 * num_rows * num_weights, num_rows * num_in, num_rows * num_out
+    flops = 2 * num_rows * num_weights
+    read = num_rows * num_in
+    written = num_rows * num_out
     once = Cost(flops, read + num_weights + written)  # forward, and likewise the gradient of the weight
     return StepPart(once, once + Cost(flops, num_weights + read) if input_gradient else once)
 
@@ -114,13 +116,15 @@ def attention_part(num_rows: int, num_keys: int, num_pairs: int, heads: tuple[in
     """
     num_heads, num_groups, head_dim = heads
     flops = 4 * num_pairs * num_heads * head_dim
-    queries, keys_and_values = num_rows * num_heads * head_dim, 2 * num_keys * num_groups * head_dim
+    queries = num_rows * num_heads * head_dim
+    keys_and_values = 2 * num_keys * num_groups * head_dim
     return StepPart(Cost(flops, 2 * queries + keys_and_values), Cost(2 * flops, 4 * queries + 2 * keys_and_values))
 
 
 def head_part(num_rows: int, size: int, vocab_size: int) -> StepPart:
     """The draft's head and the loss, taken together: backward writes the gradients of what forward read."""
-    flops, once = 2 * num_rows * size * vocab_size, (num_rows + vocab_size) * size
+    flops = 2 * num_rows * size * vocab_size
+    once = (num_rows + vocab_size) * size
     return StepPart(Cost(flops, once), Cost(2 * flops, once))
 
 
@@ -131,7 +135,8 @@ def frozen_head_part(num_slots: int, size: int, vocab_size: int) -> StepPart:
 
 def step_parts(shape: DraftShape, counts: StepCounts) -> dict[str, StepPart]:
     """Every part of one training step of the draft, with the target's head and without its body."""
-    size, target_size = shape.hidden_size, shape.target_hidden_size
+    size = shape.hidden_size
+    target_size = shape.target_hidden_size
     aux_size = shape.num_aux * target_size
     parts = {"fc": map_part(counts.num_tokens, aux_size, aux_size * size, size, input_gradient=False)}
     if size != target_size:
@@ -147,12 +152,15 @@ def step_parts(shape: DraftShape, counts: StepCounts) -> dict[str, StepPart]:
 
 def _layer_parts(shape: DraftShape, counts: StepCounts, layer: int) -> dict[str, StepPart]:
     """Layers below the last run step 0 for every token: the next one needs a key of each."""
-    size, is_last = shape.hidden_size, layer == shape.num_layers - 1
-    query_size, key_value_size = shape.num_heads * shape.head_dim, 2 * shape.num_groups * shape.head_dim
+    size = shape.hidden_size
+    is_last = layer == shape.num_layers - 1
+    query_size = shape.num_heads * shape.head_dim
+    key_value_size = 2 * shape.num_groups * shape.head_dim
     asking = counts.rows_S[0] if is_last else counts.num_tokens
     num_pairs = (counts.pairs_S[0] if is_last else counts.prefix_pairs) + sum(counts.pairs_S[1:])
     later = sum(counts.rows_S[1:])
-    num_rows, num_keys = asking + later, counts.num_tokens + later
+    num_rows = asking + later
+    num_keys = counts.num_tokens + later
     qkv = map_part(num_rows, size, size * query_size, query_size)
     qkv += map_part(num_keys, size, size * key_value_size, key_value_size)
     if layer == 0:  # the embedding's half is added to the state's: it writes nothing of its own

@@ -22,7 +22,8 @@ def allowed_rows(batch: PackedBatch, ttt: TttSection) -> torch.Tensor:
     `inference`: the assistant wrote all of `t+1 .. u+1`, as when drafting starts from a token the target has just produced.
     `specforge`: the assistant wrote `u-1`.
     """
-    mask_T, num_tokens = batch.assistant_mask_T, batch.num_tokens
+    mask_T = batch.assistant_mask_T
+    num_tokens = batch.num_tokens
     end_T = torch.repeat_interleave(batch.cu_seqlens[1:].long(), batch.lengths.long(), output_size=num_tokens)
     position_T = torch.arange(num_tokens, device=mask_T.device)
     assistants_before = torch.nn.functional.pad(mask_T.long().cumsum(0), (1, 0))
@@ -98,7 +99,8 @@ def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chun
     bounds = [[start, *(start + count for count in row[2:])] for start, row in zip(starts, counts, strict=False)]
 
     granule = ROW_GRANULE[slot_ST.device.type]
-    runs_T, num_running = torch.ones_like(alive_ST[0]), num_tokens
+    runs_T = torch.ones_like(alive_ST[0])
+    num_running = num_tokens
     rank_T = torch.arange(num_tokens, device=slot_ST.device)  # of a position among those whose rows run
     loss_rows: list[torch.Tensor] = []
     slots: list[torch.Tensor] = []

@@ -122,14 +122,17 @@ class TrainingTimeTest:
 
     def __call__(self, draft: Eagle3Draft, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         """Loss and counts of each TTT step."""
-        target, allowed_ST, vocab_map = micro.target, micro.allowed_ST, self.teacher.vocab_map
+        target = micro.target
+        allowed_ST = micro.allowed_ST
+        vocab_map = self.teacher.vocab_map
         carries_loss_ST = loss_rows(allowed_ST, target, vocab_map)
         slot_ST = row_slots(target.slots_N, allowed_ST)
         chunk = self.slots_per_chunk or self.slots_within_budget(draft.kernels.walk, draft.lm_head.weight.dtype)
         plan = plan_rows(carries_loss_ST, slot_ST, micro.batch.cu_seqlens, chunk, self.ttt.compaction)
         outputs = unroll(draft, micro, self.ttt.steps, plan)
         hidden_RD = draft.norm(torch.cat([take_rows(*rows) for rows in zip(outputs, plan.loss_rows, strict=True)]))
-        kernels, weight_UD = draft.kernels, draft.lm_head.weight
+        kernels = draft.kernels
+        weight_UD = draft.lm_head.weight
         slots = SlotTargets(target.last_hidden_ND, self.teacher.logits, target.lse_N, vocab_map.draft_ids(target.argmax_N))
         acceptance_S = norms.acceptance_S
         if self.distillation.needs_acceptance and acceptance_S is None:

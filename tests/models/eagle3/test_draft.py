@@ -105,7 +105,8 @@ def test_rotary_embeddings_are_those_of_transformers(rope):
 
 
 def test_casting_the_draft_leaves_its_rotary_table_alone():
-    draft, position_Q = make_draft(), torch.arange(100)
+    draft = make_draft()
+    position_Q = torch.arange(100)
     before = draft.rotary.cos_sin(position_Q)
     after = draft.to(torch.bfloat16).rotary.cos_sin(position_Q)
     assert draft.fc.weight.dtype == torch.bfloat16
@@ -120,7 +121,8 @@ def test_the_embedding_comes_before_the_state():
     draft = make_draft()
     seen = []
     draft.midlayer.self_attn.q_proj.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    embed_QD, state_QD = torch.randn(2, HIDDEN), torch.randn(2, HIDDEN)
+    embed_QD = torch.randn(2, HIDDEN)
+    state_QD = torch.randn(2, HIDDEN)
     draft.step(embed_QD, state_QD, torch.arange(2), [LayerKeys(torch.arange(2), torch.tensor([0, 2]))])
     expected = torch.cat([draft.midlayer.input_layernorm(embed_QD), draft.midlayer.hidden_norm(state_QD)], -1)
     assert torch.equal(seen[0], expected)
@@ -138,7 +140,8 @@ def test_the_next_step_reads_the_pre_norm_output_or_in_eagle_3_1_the_normed_one(
 def test_a_served_draft_proposes_target_ids():
     draft = make_draft().requires_grad_(False)
     vocab_map = VocabMap.most_frequent(torch.arange(VOCAB), DRAFT_VOCAB)
-    embed_VD, output_QD = torch.randn(VOCAB, HIDDEN), torch.randn(5, HIDDEN)
+    embed_VD = torch.randn(VOCAB, HIDDEN)
+    output_QD = torch.randn(5, HIDDEN)
     served = ServedDraft(draft, vocab_map, embed_VD)
     best_Q = draft.logits(output_QD).argmax(-1)
     assert torch.equal(served.propose_id(output_QD), best_Q + vocab_map.d2t[best_Q])

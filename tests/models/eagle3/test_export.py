@@ -167,8 +167,10 @@ def test_a_folder_that_cannot_be_loaded_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="is not an exported draft: it has no model.safetensors"):
         loaded()
     folder = write(tmp_path / "draft", draft_with())
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    whole, text = load_file(weights), config.read_text()
+    weights = folder / "model.safetensors"
+    config = folder / "config.json"
+    whole = load_file(weights)
+    text = config.read_text()
     for changes, message in (
         ({"fc.weight": None}, r"missing \['fc.weight'\]"),
         ({"midlayer.extra": torch.ones(1)}, r"unknown \['midlayer.extra'\]"),

@@ -22,7 +22,8 @@ from tests.slow_ttt import slow_allowed
 from tests.tasks import ALIGNMENTS, DRAFT_VOCAB, HIDDEN, LENGTHS, MASKS, STEPS, VOCAB, Task, make_documents
 
 LLAMA_8B = flops.DraftShape(4096, 14336, 32, 8, 128, 32000, 4096, 128256)
-TTT_STEPS, NARROW = 4, 24
+TTT_STEPS = 4
+NARROW = 24
 SHAPE = flops.DraftShape(HIDDEN, 48, 4, 2, 10, DRAFT_VOCAB, HIDDEN, VOCAB)  # E such that H * E is not D
 ONEDNN = [torch.ops.mkldnn._linear_pointwise] if torch.backends.mkldnn.is_available() else []
 PEAK = flops.HardwarePeak("paper", {torch.bfloat16: 1e12, torch.float32: 1e11}, 1e10)
@@ -83,7 +84,8 @@ def parts_of(size: int, num_layers: int, counts: flops.StepCounts) -> dict[str, 
 @pytest.mark.parametrize("compaction", [True, False])
 def test_linear_maps_take_the_products_that_pytorch_counts(compaction, num_layers, size):
     micro, plan, counts = make_plan(compaction)
-    draft, parts = make_draft(size, num_layers), parts_of(size, num_layers, counts)
+    draft = make_draft(size, num_layers)
+    parts = parts_of(size, num_layers, counts)
     with counter() as forward:
         outputs = unroll(draft, micro, TTT_STEPS, plan)
     with counter() as backward:
@@ -91,7 +93,8 @@ def test_linear_maps_take_the_products_that_pytorch_counts(compaction, num_layer
     maps = sum((parts[name] for name in ("fc", "qkv", "o", "mlp")), parts.get("embed_projection", flops.StepPart(flops.Cost())))
     # The draft multiplies the embedding beside the state, in every row anew and with an input gradient; formulas, once a token
     rows = counts.rows_S if num_layers == 1 else (counts.num_tokens, *counts.rows_S[1:])
-    query, key_value = 2 * size * SHAPE.num_heads * SHAPE.head_dim, 4 * size * SHAPE.num_groups * SHAPE.head_dim
+    query = 2 * size * SHAPE.num_heads * SHAPE.head_dim
+    key_value = 4 * size * SHAPE.num_groups * SHAPE.head_dim
     once = rows[0] * query + counts.num_tokens * key_value
     each_row = once + sum(rows[1:]) * (query + key_value)
     assert plain_products(forward) == maps.forward.flops + each_row - once
@@ -108,8 +111,10 @@ def test_compaction_is_what_the_counts_say():
 def test_attention_takes_the_products_that_pytorch_counts(monkeypatch, num_ancestors):
     monkeypatch.setattr(blocked_attention, "ROWS_PER_BLOCK", 1)  # then a block holds the keys of its row and no others
     heads = num_heads, num_groups, head_dim = 6, 2, 5
-    cu_seqlens, position_Q = torch.tensor([0, 7, 8, 20]), torch.tensor([0, 3, 6, 7, 11, 19])
-    num_rows, num_keys = position_Q.numel(), 20
+    cu_seqlens = torch.tensor([0, 7, 8, 20])
+    position_Q = torch.tensor([0, 3, 6, 7, 11, 19])
+    num_rows = position_Q.numel()
+    num_keys = 20
     ancestors = tuple(torch.arange(num_rows) for _ in range(num_ancestors))
     query_QHE = torch.randn(num_rows, num_heads, head_dim, dtype=torch.float64, requires_grad=True)
     key, value = torch.randn(2, num_keys, num_groups, head_dim, dtype=torch.float64, requires_grad=True).unbind()
@@ -128,17 +133,24 @@ def test_attention_takes_the_products_that_pytorch_counts(monkeypatch, num_ances
 
 
 def test_heads_take_the_products_that_pytorch_counts():
-    rows_S, size, vocab_size, num_slots = (9, 7, 5), 12, 40, 9
-    num_rows, task, zeros_N = sum(rows_S), Task(), torch.zeros(num_slots)
+    rows_S = (9, 7, 5)
+    size = 12
+    vocab_size = 40
+    num_slots = 9
+    num_rows = sum(rows_S)
+    task = Task()
+    zeros_N = torch.zeros(num_slots)
     hidden_RD, weight_UD = (torch.randn(rows, size, requires_grad=True) for rows in (num_rows, vocab_size))
-    teacher_UD, slot_N = torch.randn(vocab_size, size), torch.arange(num_slots)
+    teacher_UD = torch.randn(vocab_size, size)
+    slot_N = torch.arange(num_slots)
     targets = SlotTargets(torch.randn(num_slots, size), lambda hidden_nD: hidden_nD @ teacher_UD.T, zeros_N, zeros_N.long())
     carries_loss_ST = slot_N < torch.tensor(rows_S)[:, None]
     rows = plan_rows(carries_loss_ST, slot_N.expand(len(rows_S), -1), torch.tensor([0, num_slots]), 1000, True).loss
     with counter() as both:
         vocab_loss(hidden_RD, weight_UD, rows, targets, RowWeights(torch.ones(len(rows_S)))).total.backward()
     run = num_rows + -num_rows % ROW_GRANULE["cpu"]  # silent rows complete the granule
-    head, teacher = flops.head_part(run, size, vocab_size), flops.frozen_head_part(num_slots, size, vocab_size)
+    head = flops.head_part(run, size, vocab_size)
+    teacher = flops.frozen_head_part(num_slots, size, vocab_size)
     assert both.get_total_flops() == head.flops + teacher.flops
     with counter() as target_head:
         task.head.rows(torch.arange(VOCAB)).argmax_and_lse(torch.randn(num_slots, HIDDEN))
@@ -152,11 +164,15 @@ def test_heads_take_the_products_that_pytorch_counts():
 def test_needed_counts_are_those_of_a_loop(lengths, mask, alignment, steps):
     task = Task(TttSection(steps=steps, mask_alignment=alignment))
     micro = task.micro(make_documents(lengths, mask))
-    batch, slots_N = micro.batch, micro.target.slots_N
+    batch = micro.batch
+    slots_N = micro.target.slots_N
     carries_loss_ST = loss_rows(slow_allowed(batch, task.ttt), micro.target, task.vocab_map)
     counts = flops.StepCounts.needed(batch, carries_loss_ST, slots_N.numel())
     seen = [1 + t for length in lengths for t in range(length)]
-    rows, pairs, asking, learned = [0] * steps, [0] * steps, set(), set()
+    rows = [0] * steps
+    pairs = [0] * steps
+    asking = set()
+    learned = set()
     for t in range(batch.num_tokens):
         for i in range(steps):
             if carries_loss_ST[i, t]:
@@ -194,7 +210,9 @@ def test_every_tensor_is_counted_once_a_pass():
     counts = flops.StepCounts(10, (6, 4), (30, 20), 55, 7, 5, 3)
     parts = flops.step_parts(flops.DraftShape(8, 16, 4, 2, 3, 20, 8, 50), counts)
     written = 10 * 12 + 14 * 12  # queries of 6 + 4 rows, keys and values of 10 + 4
-    weights, states, embeddings = 8 * 2 * (12 + 12), (10 + 14) * 8, (6 + 10) * 8
+    weights = 8 * 2 * (12 + 12)
+    states = (10 + 14) * 8
+    embeddings = (6 + 10) * 8
     assert parts["qkv"].forward.elements == states + embeddings + weights + written
     assert parts["qkv"].backward.elements == written + 2 * states + embeddings + weights + weights // 2
     assert parts["fc"].forward.elements == 10 * 24 + 24 * 8 + 10 * 8

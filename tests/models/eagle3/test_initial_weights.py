@@ -19,7 +19,8 @@ def embedding() -> torch.Tensor:
 @pytest.mark.parametrize("rank", [8, 20, 28])
 def test_the_projection_is_the_best_of_its_rank(rank, rows_per_chunk, monkeypatch):
     monkeypatch.setattr(initial_weights, "ROWS_PER_CHUNK", rows_per_chunk)
-    draft, embed_VD = make_draft(hidden_size=rank), embedding()
+    draft = make_draft(hidden_size=rank)
+    embed_VD = embedding()
     start_from_target(draft, embed_VD, None)
     directions = draft.embed_projection.weight.detach().double()
     error = (embed_VD.double() - draft.embed(embed_VD).detach().double() @ directions).norm()
@@ -29,7 +30,8 @@ def test_the_projection_is_the_best_of_its_rank(rank, rows_per_chunk, monkeypatc
 
 
 def test_the_strongest_direction_comes_first():
-    draft, embed_VD = make_draft(hidden_size=8), embedding()
+    draft = make_draft(hidden_size=8)
+    embed_VD = embedding()
     start_from_target(draft, embed_VD, None)
     torch.testing.assert_close(
         draft.embed(embed_VD).detach().norm(dim=0), torch.linalg.svdvals(embed_VD)[:8], rtol=1e-3, atol=0
@@ -37,7 +39,8 @@ def test_the_strongest_direction_comes_first():
 
 
 def test_a_wider_draft_keeps_the_whole_embedding():
-    draft, embed_VD = make_draft(hidden_size=40), embedding()
+    draft = make_draft(hidden_size=40)
+    embed_VD = embedding()
     start_from_target(draft, embed_VD, None)
     embedded_VD = draft.embed(embed_VD).detach()
     torch.testing.assert_close(embedded_VD @ embedded_VD.T, embed_VD @ embed_VD.T, rtol=1e-3, atol=1e-3)

@@ -25,7 +25,8 @@ class LocalDraft:
     """Stands in for a ZeroDraft where nothing is distributed."""
 
     def __init__(self, test: TrainingTimeTest) -> None:
-        self.test, self._draft = test, make_draft()
+        self.test = test
+        self._draft = make_draft()
 
     def forward(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
         return self.test(self._draft, micro, norms)

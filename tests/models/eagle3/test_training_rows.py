@@ -19,7 +19,8 @@ def test_rows_are_those_of_the_literal_double_loop(mask, alignment, steps):
     task = Task(TttSection(steps=steps, mask_alignment=alignment))
     for seed, lengths in enumerate(LENGTHS):
         documents = make_documents(lengths, mask, seed)
-        batch, micro = make_batch(documents), task.micro(documents)
+        batch = make_batch(documents)
+        micro = task.micro(documents)
         expected_ST = slow_allowed(batch, task.ttt)
         allowed_ST = allowed_rows(batch, task.ttt)
         assert torch.equal(allowed_ST, expected_ST)
@@ -51,9 +52,11 @@ def test_the_rows_that_run_are_those_that_a_loss_depends_on_and_fewer_than_a_gra
     task = Task(TttSection(steps=steps, mask_alignment=alignment))
     micro = task.micro(make_documents((90, 1, 150), mask))
     allowed_ST = allowed_rows(micro.batch, task.ttt)
-    carries_loss_ST, slot_ST = loss_rows(allowed_ST, micro.target, task.vocab_map), row_slots(micro.target.slots_N, allowed_ST)
+    carries_loss_ST = loss_rows(allowed_ST, micro.target, task.vocab_map)
+    slot_ST = row_slots(micro.target.slots_N, allowed_ST)
     plan = plan_rows(carries_loss_ST, slot_ST, micro.batch.cu_seqlens, slots_per_chunk=50, compaction=True)
-    position_Q, read = torch.arange(micro.batch.num_tokens), []
+    position_Q = torch.arange(micro.batch.num_tokens)
+    read = []
     for step in range(steps):
         position_Q = position_Q if plan.kept[step] is None else position_Q[plan.kept[step]]
         assert (position_Q.diff() > 0).all()
@@ -78,7 +81,8 @@ def test_the_rows_that_run_are_those_that_a_loss_depends_on_and_fewer_than_a_gra
 @pytest.mark.parametrize("ends_alive", [(5, 33, 70), (30, 30, 30), (0, 1, 64)])
 def test_rows_that_complete_a_granule_keep_the_rows_of_each_document_together(ends_alive, tail):
     """Documents whose loss is one run, before `tail` tokens without loss, and shorter at each step."""
-    lengths, steps = (100, 61, 200), 4
+    lengths = (100, 61, 200)
+    steps = 4
     carries_loss_ST = torch.zeros(steps, sum(lengths), dtype=torch.bool)
     starts = torch.tensor([0, *lengths]).cumsum(0)
     for step in range(steps):

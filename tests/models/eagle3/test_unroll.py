@@ -63,7 +63,8 @@ CASES += [("two layers, normed output", "lk_lambda", "inference", 7), ("one laye
 @pytest.mark.parametrize("shape, loss, alignment, steps", CASES)
 def test_losses_and_gradients_are_those_of_one_row_at_a_time_in_float64(shape, loss, alignment, steps):
     task = Task(TttSection(steps=steps, mask_alignment=alignment), LossSection(**LOSSES[loss]))
-    draft, micro = draft_with(**SHAPES[shape]), task.micro(make_documents((1, 9, 2, 7), "reply", 11))
+    draft = draft_with(**SHAPES[shape])
+    micro = task.micro(make_documents((1, 9, 2, 7), "reply", 11))
     norms = LossNorms(torch.tensor(5.0), torch.arange(1, steps + 1).float())
     output = task.test(draft, micro, norms)
     output.loss.backward()
@@ -94,7 +95,8 @@ def _written_out(loss: LossSection, rows, norms: LossNorms, step: int) -> torch.
     if not rows:
         return torch.zeros((), dtype=torch.float64, requires_grad=True)
     cross_entropy = sum(row.cross_entropy for row in rows) / norms.slots.item()
-    alphas, count = torch.stack([row.acceptance for row in rows]), norms.loss_rows_S[step].item()
+    alphas = torch.stack([row.acceptance for row in rows])
+    count = norms.loss_rows_S[step].item()
     if loss.kind == "kl":
         return cross_entropy
     if loss.kind == "lk_alpha":
@@ -109,7 +111,8 @@ def test_leaving_out_rows_changes_nothing(mask, shape):
     results = []
     for compaction in (True, False):
         task = Task(TttSection(steps=7, compaction=compaction))
-        draft, micro = draft_with(**SHAPES[shape]), task.micro(make_documents((90, 1, 50), mask, 4))
+        draft = draft_with(**SHAPES[shape])
+        micro = task.micro(make_documents((90, 1, 50), mask, 4))
         output = task.test(draft, micro, LossNorms(torch.tensor(9.0), torch.ones(7)))
         output.loss.backward()
         results.append((output, gradients(draft)))
@@ -125,7 +128,8 @@ def test_the_size_of_a_chunk_changes_nothing(kind):
     results = []
     for slots_per_chunk in (1, 5, 1000):
         task = Task(loss=LossSection(kind=kind, normaliser="positions"))
-        draft, micro = draft_with(), task.micro(make_documents((40, 1, 50), "random", 4))
+        draft = draft_with()
+        micro = task.micro(make_documents((40, 1, 50), "random", 4))
         test = replace(task.test, slots_per_chunk=slots_per_chunk)
         output = test(draft, micro, LossNorms(torch.tensor(9.0), torch.full((3,), 30.0)))
         output.loss.backward()
@@ -139,8 +143,10 @@ def test_the_size_of_a_chunk_changes_nothing(kind):
 @pytest.mark.parametrize("kind", ["kl", "lk_alpha"])
 @pytest.mark.parametrize("shape", ["one layer", "three layers"])
 def test_packed_documents_are_trained_as_if_one_at_a_time(shape, kind):
-    task, norms = Task(loss=LossSection(kind=kind)), LossNorms(torch.tensor(7.0), torch.full((3,), 4.0))
-    draft, documents = draft_with(**SHAPES[shape]), make_documents((6, 1, 11, 3), "reply", 4)
+    task = Task(loss=LossSection(kind=kind))
+    norms = LossNorms(torch.tensor(7.0), torch.full((3,), 4.0))
+    draft = draft_with(**SHAPES[shape])
+    documents = make_documents((6, 1, 11, 3), "reply", 4)
     packed = task.test(draft, task.micro(documents), norms)
     packed.loss.backward()
     together = gradients(draft)
@@ -152,7 +158,9 @@ def test_packed_documents_are_trained_as_if_one_at_a_time(shape, kind):
 
 
 def test_nothing_beyond_a_document_s_end_or_before_its_start_influences_it():
-    task, draft, norms = Task(TttSection(steps=7)), draft_with(), LossNorms(torch.tensor(1.0), torch.ones(7))
+    task = Task(TttSection(steps=7))
+    draft = draft_with()
+    norms = LossNorms(torch.tensor(1.0), torch.ones(7))
     middle = make_documents((13,), "reply", 1)
     silent, other = (make_documents((5, 8), "none", seed) for seed in (2, 3))
     losses = []
@@ -170,7 +178,8 @@ def test_nothing_beyond_a_document_s_end_or_before_its_start_influences_it():
 @pytest.mark.parametrize("kind", ["kl", "lk_alpha", "lk_lambda"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_micro_batch_without_loss_gives_zero_gradients_and_no_missing_ones(shape, kind):
-    task, draft = Task(loss=LossSection(kind=kind)), draft_with(**SHAPES[shape])
+    task = Task(loss=LossSection(kind=kind))
+    draft = draft_with(**SHAPES[shape])
     output = task.test(draft, task.micro(make_documents((6, 1, 9), "none")), LossNorms(torch.tensor(1.0), torch.zeros(3)))
     output.loss.backward()
     for column in vars(output).values():
@@ -184,7 +193,9 @@ def test_a_micro_batch_without_loss_gives_zero_gradients_and_no_missing_ones(sha
 @pytest.mark.parametrize("kind", ["kl", "lk_alpha"])
 def test_on_a_gpu_a_step_waits_for_the_device_once(kind):
     task = Task(TttSection(steps=7), LossSection(kind=kind), device=torch.device("cuda"))
-    plain, test, norms = draft_with(), task.test, LossNorms(*(torch.ones(shape, device="cuda") for shape in ((), (7,))))
+    plain = draft_with()
+    test = task.test
+    norms = LossNorms(*(torch.ones(shape, device="cuda") for shape in ((), (7,))))
     draft = Eagle3Draft(plain.config, triton_kernels()).to("cuda")
     micro = task.micro(make_documents((90, 1, 50), "reply", 4))
     test(draft, micro, norms).loss.backward()  # kernels are compiled, constants are made
@@ -200,7 +211,8 @@ def test_on_a_gpu_a_step_waits_for_the_device_once(kind):
 
 @pytest.mark.parametrize("kind", ["kl", "lk_alpha", "lk_lambda"])
 def test_the_slots_normaliser_makes_the_gradient_independent_of_the_cut(kind):
-    task, draft = Task(loss=LossSection(kind=kind)), draft_with()
+    task = Task(loss=LossSection(kind=kind))
+    draft = draft_with()
     documents = make_documents((8, 3, 12, 1, 6), "reply", 9)
     results = []
     for cut in ([documents], [documents[:2], documents[2:]], [[d] for d in documents]):
