@@ -19,7 +19,7 @@ setup(
     package_data={
         "engine.data": ["chat_templates/*.jinja"],
         "engine.parallel": ["proofs.json"],
-        "launcher": ["recipes/*.yaml", "embedded/target/*"],
+        "launcher": ["recipes/*", "embedded/target/*"],
         "ds_configs": ["*.json"],
     },
     entry_points={"console_scripts": ["draftspeed = launcher.cli:main"]},
@@ -27,6 +27,7 @@ setup(
         "torch>=2.8",
         "transformers>=5.20,<6",
         "deepspeed>=0.19",
+        "pydantic>=2.7",
         "safetensors>=0.5",
         "tokenizers>=0.22",
         "numpy>=2",

@@ -79,9 +79,9 @@ def test_the_embedded_recipe_needs_nothing_from_outside():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_says_what_it_is_and_how_to_run_it(recipe):
-    first = (FOLDER / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()[0]
-    assert first.startswith("# A draft for ")
-    assert first.endswith(f"--recipe launcher/recipes/{recipe}.yaml")
+    title = (FOLDER / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()[1]
+    assert title.startswith("# A draft for ")
+    assert title.endswith(f"--recipe launcher/recipes/{recipe}.yaml")
     assert load_config(FOLDER / f"{recipe}.yaml", []).output_dir == f"outputs/{recipe}"
 
 

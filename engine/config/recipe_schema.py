@@ -1,0 +1,48 @@
+"""The JSON schema of a recipe, with which editors complete and check YAML files."""
+
+import dataclasses
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from engine.config.sections import SECTIONS, Config, kind_of
+
+TITLE = "DraftSpeed recipe"
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the schema: every section and option with its type, bounds, default and help; unknown keys are refused."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        section = SECTIONS.get(field.name)
+        if section is None:
+            fields[field.name] = _field(field)
+        else:
+            model = _model(section.__name__, section, {own.name: _field(own) for own in dataclasses.fields(section)})
+            fields[field.name] = (model, Field(default=None, description=section.__doc__))
+    schema = _model(TITLE, Config, fields).model_json_schema()
+    for name in SECTIONS:
+        del schema["properties"][name]["default"]  # a section that a recipe leaves out has its own defaults
+    return schema
+
+
+def _model(name: str, documented: type, fields: dict[str, Any]) -> type[BaseModel]:
+    return create_model(name, __config__=ConfigDict(extra="forbid"), __doc__=documented.__doc__, **fields)
+
+
+def _field(field: dataclasses.Field) -> tuple[Any, Any]:
+    unit = field.metadata["unit"]
+    text = field.metadata["text"]
+    description = f"{text} [{unit}]" if unit else text
+    return _with_bounds(kind_of(field)), Field(default=field.default, description=description)
+
+
+def _with_bounds(kind: Any) -> Any:
+    """Write the bounds of `engine.config.strict.bounded` as pydantic does."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        number, at_least, at_most = get_args(kind)
+        return Annotated[number, Field(ge=at_least, le=at_most)]
+    if origin is not None and type(None) in get_args(kind):
+        return Union[tuple(_with_bounds(member) for member in get_args(kind))]  # noqa: UP007 (built at run time)
+    return kind
