@@ -32,6 +32,7 @@ TESTS_OF_NO_SINGLE_FILE = {
     "test_fake_device",
     "test_equalities",
     "test_golden",
+    "test_pairwise",
     "test_plugins",
     "test_recipes",
 }

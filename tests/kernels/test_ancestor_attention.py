@@ -16,6 +16,7 @@ from tests.kernels.attention_cases import (
     written_out,
 )
 from tests.kernels.compile_only import SHARED_BYTES, compiled_for
+from tests.pairwise import pairwise
 
 kernels = pytest.importorskip("engine.kernels.ancestor_attention", reason="the kernel is written in Triton, which is missing")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it, see conftest.py
@@ -57,10 +58,7 @@ def assert_errs_at_most_twice_as_the_reference(case: AttentionCase, dtype: torch
         assert (own - true).norm() <= 2 * (plainly - true).norm() + 1e-5 * true.norm()
 
 
-@pytest.mark.parametrize("ancestors", ANCESTORS)
-@pytest.mark.parametrize("queries", QUERIES)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pairwise(lengths=LENGTHS, heads=HEADS, queries=QUERIES, ancestors=ANCESTORS)
 def test_attention_is_one_masked_softmax_over_prefix_and_ancestors(small_blocks, lengths, heads, queries, ancestors):
     lengths = LENGTHS[lengths]
     assert_equals_written_out(make_case(lengths, HEADS[heads], QUERIES[queries](sum(lengths)), ANCESTORS[ancestors]))

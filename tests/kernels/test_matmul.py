@@ -5,6 +5,7 @@ import torch
 
 from engine.kernels import matmul
 from engine.kernels.matmul import Linear, batched_product, linear, product
+from tests.pairwise import pairwise
 
 SHAPES = [(1, 1, 1), (33, 7, 65), (128, 512, 31), (0, 5, 3), (5, 0, 3)]
 
@@ -14,9 +15,11 @@ def draw(*shape: int, transposed: bool = False) -> torch.Tensor:
     return torch.randn(*shape[::-1], generator=g).mT if transposed else torch.randn(*shape, generator=g)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("layouts", [(False, False), (False, True), (True, False), (True, True)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pairwise(
+    shape=SHAPES,
+    layouts=[(False, False), (False, True), (True, False), (True, True)],
+    dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+)
 def test_a_product_is_that_of_float64_within_one_rounding(shape, layouts, dtype):
     rows, inner, columns = shape
     a_MK = draw(rows, inner, transposed=layouts[0]).to(dtype)

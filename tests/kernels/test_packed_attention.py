@@ -12,6 +12,7 @@ from engine.kernels import packed_attention
 from engine.kernels.packed_attention import PackedAttention, Scores, Segments, in_blocks
 from tests.kernels.plain_flash import PLAIN, plain_forward
 from tests.live_bytes import LiveBytes
+from tests.pairwise import pairwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (5, 1, 131, 17, 1, 2)
@@ -75,17 +76,12 @@ def assert_equals_written_out(attention, case, tolerance=1e-5):
     torch.testing.assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("path", PATHS)
+@pairwise(path=PATHS, kind=KINDS, window=WINDOWS)
 def test_windows_caps_and_sinks(path, kind, window):
     assert_equals_written_out(PATHS[path], case_of(kind, window=WINDOWS[window]))
 
 
-@pytest.mark.parametrize("widths", WIDTHS)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("kind", ["plain", "both"])
-@pytest.mark.parametrize("path", PATHS)
+@pairwise(path=PATHS, kind=["plain", "both"], heads=HEADS, widths=WIDTHS)
 def test_any_heads_and_widths(path, kind, heads, widths):
     assert_equals_written_out(PATHS[path], case_of(kind, heads, widths, window=9))
 
@@ -156,9 +152,7 @@ def real_attention(real_flash) -> PackedAttention:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("widths", WIDTHS)
-@pytest.mark.parametrize("kind", KINDS)
+@pairwise(kind=KINDS, widths=WIDTHS, window=WINDOWS)
 def test_on_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(real_attention, kind, widths, window):
     case = case_of(kind, widths=widths, window=WINDOWS[window], device=DEVICE, dtype=torch.bfloat16)
     exact = written_out(*case)

@@ -14,6 +14,7 @@ from tests.kernels.compile_only import SHARED_BYTES, compiled_for
 
 kernels = pytest.importorskip("engine.kernels.prefix_flash", reason="the merge is written in Triton, which is not installed")
 from tests.kernels.plain_flash import PLAIN  # noqa: E402
+from tests.pairwise import pairwise  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -164,9 +165,11 @@ def test_refusals_say_why(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("ancestors", ANCESTORS)
-@pytest.mark.parametrize("layout", ["long", "several", "one row of several", "one token"])
+@pairwise(
+    layout=["long", "several", "one row of several", "one token"],
+    ancestors=ANCESTORS,
+    dtype=[torch.bfloat16, torch.float16],
+)
 def test_on_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(real_flash, layout, ancestors, dtype):
     assert_errs_at_most_twice_as_plain_pytorch(case_of(layout, ancestors=ancestors, head_dim=128), dtype)
 

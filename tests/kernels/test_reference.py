@@ -6,6 +6,7 @@ import torch
 from engine.kernels import AttentionRows, blocked_attention, reference
 from engine.kernels.reference import dequantised, fp8_activations, fp8_linear, quantised_rows, rounded_rows
 from tests.kernels.attention_cases import ANCESTORS, HEADS, LENGTHS, QUERIES, make_case, with_gradients, written_out
+from tests.pairwise import pairwise
 
 
 @pytest.fixture(params=["reference", "blocked", "blocks of 3 rows"])
@@ -15,10 +16,7 @@ def ancestor_attention(request, monkeypatch):
     return reference.ancestor_attention if request.param == "reference" else blocked_attention.ancestor_attention
 
 
-@pytest.mark.parametrize("ancestors", ANCESTORS)
-@pytest.mark.parametrize("queries", QUERIES)
-@pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pairwise(lengths=LENGTHS, heads=HEADS, queries=QUERIES, ancestors=ANCESTORS)
 def test_attention_is_one_masked_softmax_over_prefix_and_ancestors(ancestor_attention, lengths, heads, queries, ancestors):
     lengths = LENGTHS[lengths]
     case = make_case(lengths, HEADS[heads], QUERIES[queries](sum(lengths)), ANCESTORS[ancestors])

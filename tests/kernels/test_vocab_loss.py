@@ -11,6 +11,7 @@ from engine.kernels.vocab_loss import Walk, vocab_loss
 from engine.models.losses.jensen_shannon import jensen_shannon
 from engine.models.losses.total_variation import total_variation
 from tests.live_bytes import LiveBytes
+from tests.pairwise import pairwise
 
 STEPS = 3
 SLOTS = 23
@@ -105,10 +106,7 @@ def written_out(hidden_RD, weight_UD, rows: LossRows, targets: SlotTargets, weig
     return total, seen
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("slots_per_chunk", [1, 7, 100])
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("parts", WEIGHTS)
+@pairwise(implementation=IMPLEMENTATIONS, slots_per_chunk=[1, 7, 100], share=SHARES, parts=WEIGHTS)
 def test_sums_and_gradients_are_those_of_one_row_at_a_time_in_float64(parts, share, slots_per_chunk, implementation):
     rows = make_rows(SHARES[share], slots_per_chunk)
     targets = make_targets()

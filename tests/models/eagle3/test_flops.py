@@ -18,6 +18,7 @@ from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import DraftConfig
 from engine.models.eagle3.training_rows import RowPlan, loss_rows, plan_rows, row_slots
 from engine.models.eagle3.unroll import unroll
+from tests.pairwise import pairwise
 from tests.slow_ttt import slow_allowed
 from tests.tasks import ALIGNMENTS, DRAFT_VOCAB, HIDDEN, LENGTHS, MASKS, STEPS, VOCAB, Task, make_documents
 
@@ -157,10 +158,7 @@ def test_heads_take_the_products_that_pytorch_counts():
     assert target_head.get_total_flops() == flops.frozen_head_part(num_slots, HIDDEN, VOCAB).flops
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("alignment", ALIGNMENTS)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pairwise(lengths=LENGTHS, mask=MASKS, alignment=ALIGNMENTS, steps=STEPS)
 def test_needed_counts_are_those_of_a_loop(lengths, mask, alignment, steps):
     task = Task(TttSection(steps=steps, mask_alignment=alignment))
     micro = task.micro(make_documents(lengths, mask))
