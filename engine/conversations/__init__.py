@@ -1,1 +1,1 @@
-"""Files of conversations: made from published sets, and answered anew by the target itself."""
+"""Prepare conversation files from published data sets, and regenerate replies with the target."""

@@ -1,7 +1,8 @@
-"""The conversations finished so far, on the disk one by one: whatever ends a run, the next one goes on behind the last.
+"""Journal of finished conversations on disk, so that an interrupted run can be continued.
 
-The first line says what decides the result, each further one holds a conversation: {"line": its index among all lines of the
-inputs, "sample": {...}}. They come in the order in which they were finished; `write_to` puts them into that of the inputs.
+The first line holds the options that determine the result. Each further line holds one
+conversation: {"line": its index among all lines of the inputs, "sample": {...}}. Lines are in the
+order in which the conversations were finished; `write_to` writes them in the order of the inputs.
 """
 
 import fcntl
@@ -16,22 +17,26 @@ FORMAT = "draftspeed regenerated conversations, version 1"
 
 
 class JournalError(ValueError):
-    """A journal that cannot be continued; the message names the file and the mend."""
+    """A journal that cannot be continued. The message names the file and says how to fix it."""
 
 
 def as_line(value: Any) -> bytes:
-    """A value as a line of JSONL. Raises ValueError for what UTF-8 or JSON cannot say: half a surrogate pair, NaN."""
+    """Encode a value as a line of JSONL.
+
+    Raises ValueError if JSON in UTF-8 cannot represent it, e.g. half of a surrogate pair or NaN.
+    """
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 class Journal:
-    """A file that one process at a time appends finished conversations to; a context manager."""
+    """A file to which one process at a time appends finished conversations; a context manager."""
 
     def __init__(self, path: Path, decided_by: dict[str, Any]) -> None:
-        """Begin a journal, or take one up; a last line that was cut off is removed.
+        """Start a journal, or continue an existing one; an incomplete last line is removed.
 
-        decided_by: option -> value as JSON, of all that the conversations depend on.
-        Raises JournalError if another process writes it, or it is of other options or no journal at all.
+        decided_by: all options that the conversations depend on, with their values as JSON.
+        Raises JournalError if another process writes it, if it has other options, or if it is no
+        journal.
         """
         self.path = path
         self._offsets: dict[int, int] = {}
@@ -57,18 +62,18 @@ class Journal:
         return line in self._offsets
 
     def add(self, line: int, sample: dict[str, Any]) -> None:
-        """Append a finished conversation; it outlives this process from here on."""
+        """Append a finished conversation and flush it to the file."""
         assert line not in self._offsets, f"line {line} is finished already"
         self._offsets[line] = self._append(as_line({"line": line, "sample": sample}))
 
     def samples(self) -> Iterator[dict[str, Any]]:
-        """The conversations in the order of the inputs, read one by one."""
+        """Yield the conversations in the order of the inputs, read one at a time."""
         for _, offset in sorted(self._offsets.items()):
             self._file.seek(offset)
             yield json.loads(self._file.readline())["sample"]
 
     def write_to(self, output: Path) -> None:
-        """Write the conversations to a JSONL file that appears, or takes the place of an earlier one, whole."""
+        """Write the conversations to a JSONL file, which atomically replaces an existing one."""
 
         def write(place: Path) -> None:
             with place.open("wb") as file:
@@ -77,11 +82,11 @@ class Journal:
         write_whole(output, write)
 
     def delete(self) -> None:
-        """Remove the file: the output holds all that it held."""
+        """Delete the file, once the output holds all conversations."""
         self.path.unlink()
 
     def _append(self, content: bytes) -> int:
-        """Where the content begins."""
+        """Append bytes to the file and return the offset at which they start."""
         offset = self._end
         self._file.write(content)
         self._file.flush()
@@ -90,7 +95,7 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however the process ends
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError as error:
             raise JournalError(f"another process writes {self.path}; wait for it, or name another output") from error
 
@@ -99,7 +104,7 @@ class Journal:
         self._file.seek(0)
         found = self._file.readline()
         if found != header:
-            if not header.startswith(found):  # a beginning of it is all that a run killed at its start leaves
+            if not header.startswith(found):  # a run killed at its start leaves a partial header
                 raise JournalError(self._refusal(found, decided_by))
             self._file.truncate(0)
             self._append(header)
@@ -116,7 +121,7 @@ class Journal:
         try:
             return json.loads(record)["line"]
         except (ValueError, TypeError, KeyError) as error:
-            mend = "delete that line, and its conversation is answered again"
+            mend = "delete that line to have its conversation answered again"
             raise JournalError(f"{self.path}:{number} is not what was written there ({error}); {mend}") from error
 
     def _refusal(self, found: bytes, decided_by: dict[str, Any]) -> str:
@@ -129,5 +134,5 @@ class Journal:
         except (ValueError, TypeError, KeyError):
             return f"{self.path} is not a journal of unfinished conversations; delete it, or name another output"
         changes = [f"{key}: {theirs.get(key)!r}, now {value!r}" for key, value in ours.items() if theirs.get(key) != value]
-        mend = f"Restore these, name another output, or delete {self.path} to begin anew"
-        return f"{self.path} was begun with other options; {'; '.join(changes)}. {mend}"
+        mend = f"Restore these, name another output, or delete {self.path} to start over"
+        return f"{self.path} was started with other options; {'; '.join(changes)}. {mend}"

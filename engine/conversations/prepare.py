@@ -1,7 +1,9 @@
-"""Sources become one training and one held-out file of conversations; what is refused, doubled or left is counted and named.
+"""Convert sources to one training file and one held-out file of conversations.
 
-Every source is read once, into a working file beside the outputs; in memory stay a hash of each conversation, and where its
-line begins. The outputs are then written shuffled under other names and put in their places at the end, train.jsonl last.
+Rows that are refused, duplicated or not taken are counted, and the first refused ones are named.
+Every source is read once, into a working file next to the outputs. Only a hash of each conversation
+and the offset of its line stay in memory. The outputs are then written in random order under
+temporary names and renamed at the end, train.jsonl last.
 """
 
 import json
@@ -36,7 +38,7 @@ ROWS_BETWEEN_SIGNS = 100
 
 
 class Bar(Protocol):
-    """Shows how far something is, as `telemetry.ProgressBar` does."""
+    """Shows progress; `telemetry.ProgressBar` is one."""
 
     def move_to(self, done: int, text: str) -> None: ...
 
@@ -46,11 +48,15 @@ Progress = Callable[[int, str], AbstractContextManager[Bar]]
 
 @dataclass
 class SourceCounts:
-    """What became of a source's rows.
+    """Counts of the rows of a source.
 
-    rows: read; of these `dropped`, by reason, cannot be used, `duplicates` say what an earlier row of any source said, and
-    `kept` are left. train, held_out: of the kept ones, in either file. turns, characters: of the kept ones, in all.
-    first_dropped: (place, reason, detail) of some.
+    rows: rows read. Each is either dropped, a duplicate or kept.
+    duplicates: rows with the same conversation as an earlier row of any source.
+    kept: conversations that can be used.
+    train, held_out: kept conversations written to each file.
+    turns, characters: totals over the kept conversations.
+    dropped: rows that cannot be used, by reason.
+    first_dropped: (place, reason, detail) of the first dropped rows.
     """
 
     name: str
@@ -71,7 +77,7 @@ class SourceCounts:
     def drop(self, place: str, error: BadSample) -> None:
         self.dropped[error.reason] += 1
         if len(self.first_dropped) < NAMED_ROWS:
-            detail = error.detail.encode(errors="backslashreplace").decode()  # it may quote what is no text
+            detail = error.detail.encode(errors="backslashreplace").decode()  # may quote invalid text
             self.first_dropped.append((place, error.reason, detail[:MAX_DETAIL]))
 
     def keep(self, messages: Sequence[Message]) -> None:
@@ -80,13 +86,13 @@ class SourceCounts:
         self.characters += sum(len(message["content"]) for message in messages)
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts, what was taken in all, and the means of a kept conversation."""
+        """Return the counts, the number of conversations taken, and means per kept conversation."""
         kept = max(1, self.kept)
         means = {"mean_turns": round(self.turns / kept, 2), "mean_characters": round(self.characters / kept, 1)}
         return vars(self) | {"taken": self.train + self.held_out} | means
 
     def dropped_lines(self) -> list[str]:
-        """Why rows were refused, and the first of them by name."""
+        """Return lines with the reasons for refused rows, and the first such rows by name."""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
         first = [f"  {place}: {reason}: {detail}" for place, reason, detail in self.first_dropped]
         return [f"{self.name}: {self.num_dropped:,} unusable: {reasons}", *first] if first else []
@@ -94,7 +100,10 @@ class SourceCounts:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What became of all sources, and how the choice was made; files: conversations and bytes of each file written."""
+    """Counts of all sources, the options of the selection, and the files written.
+
+    files: number of conversations and bytes of each file, by name.
+    """
 
     sources: Sequence[SourceCounts]
     files: dict[str, dict[str, int]]
@@ -104,7 +113,7 @@ class PrepareReport:
     held_out_share: float
 
     def table(self) -> Table:
-        """A row a source; fits 80 columns."""
+        """Return a table with one row per source, which fits 80 columns."""
         table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
         table.add_column("source", overflow="fold")
         for heading in ("rows", "dropped", "doubled", "kept", "taken", "turns", "chars"):
@@ -117,7 +126,7 @@ class PrepareReport:
         return table
 
     def lines(self) -> list[str]:
-        """What was refused, with the first rows by name, and what the files hold."""
+        """Return lines on refused rows, the first ones by name, and on the files written."""
         dropped = [line for source in self.sources for line in source.dropped_lines()]
         files = [f"{name}: {of['conversations']:,} conversations, {of['bytes']:,} bytes" for name, of in self.files.items()]
         if self.held_out_share > 0 and HELD_OUT not in self.files:
@@ -131,9 +140,10 @@ class PrepareReport:
 
 @dataclass
 class _Shelf:
-    """A source's conversations, as lines of a working file.
+    """A source's kept conversations, as lines of a working file.
 
-    offsets, questions: uint64 a kept conversation, where its line begins and the hash of its first question.
+    offsets: offset of each conversation's line in the file, uint64.
+    questions: hash of each conversation's first question, uint64.
     """
 
     counts: SourceCounts
@@ -144,18 +154,20 @@ class _Shelf:
 
 @dataclass
 class _Seen:
-    """Hashes, of 128 bits, of the conversations of all sources so far, and of the ids that they were given."""
+    """128-bit hashes of all conversations read so far, and of the ids assigned to them."""
 
     conversations: set[bytes] = field(default_factory=set)
     ids: set[bytes] = field(default_factory=set)
 
 
 def prepare(config: Config, progress: Progress) -> PrepareReport:
-    """Write train.jsonl, held_out.jsonl and report.json of `config.prepare`'s sources into its output folder.
+    """Write train.jsonl, held_out.jsonl and report.json for the sources of `config.prepare`.
 
-    progress: makes a bar over (units in all, name); 0 = nobody knows how many.
-    Raises ValueError for a source that cannot be read or holds nothing usable, for outputs that are there already, and for
-    more refused rows than `data.max_bad_share` allows; OSError if the folder cannot be written to. Either leaves no file.
+    The files are written to `prepare.output_dir`; after an error, none is left there.
+    progress(total units, name): makes a progress bar; a total of 0 means unknown.
+    Raises ValueError if a source cannot be read or has no usable row, if an output exists already,
+    or if more rows are refused than `data.max_bad_share` allows. Raises OSError if the folder
+    cannot be written to.
     """
     section = config.prepare
     folder = Path(config.prepare.output_dir)
@@ -176,17 +188,19 @@ def prepare(config: Config, progress: Progress) -> PrepareReport:
     except OSError as error:
         if error.errno and not error.filename and not isinstance(error, WriteError):
             problem = error.strerror or str(error)
-            raise WriteError(folder, problem, error.errno) from error  # a full disk does not say which it is
+            # The error of a full disk names no file.
+            raise WriteError(folder, problem, error.errno) from error
         raise
     finally:
         _remove_partials(folder)
 
 
 def num_taken(available: Sequence[int], weights: Sequence[float] | None, max_samples: int | None) -> list[int]:
-    """How many conversations of each source are taken, none of them twice and `max_samples` in all.
+    """Return how many conversations to take from each source, at most `max_samples` in total.
 
-    By weight, as many as the scarcest source allows; without weights all there are, or the same share of each. What rounding
-    leaves goes to the largest fractions.
+    No conversation is taken twice. With weights, the numbers are proportional to them, and as large
+    as the scarcest source allows. Without weights, everything is taken, or the same share of each
+    source. The remainder from rounding down goes to the sources with the largest fractions.
     """
     parts = [Fraction(str(weight)) for weight in weights] if weights else [Fraction(count) for count in available]
     scale = min(count / part for count, part in zip(available, parts, strict=True) if part)
@@ -201,13 +215,16 @@ def num_taken(available: Sequence[int], weights: Sequence[float] | None, max_sam
 
 
 def question_hash(messages: Sequence[Message]) -> int:
-    """64 bits of the user's first message, alike for questions that differ in case and blanks alone."""
+    """Return a 64-bit hash of the user's first message, ignoring case and amount of whitespace."""
     question = next(message["content"] for message in messages if message["role"] == "user")
     return int.from_bytes(blake2b(" ".join(question.lower().split()).encode(), digest_size=8).digest(), "little")
 
 
 def _gather(sources: Sequence[Rows], folder: Path, max_bad_share: float, progress: Progress) -> list[_Shelf]:
-    """Read every source into its working file. Raises ValueError if one holds nothing usable, or too much is refused."""
+    """Read every source into its working file.
+
+    Raises ValueError if a source has no usable row, or if too many rows are refused.
+    """
     shelves = []
     seen = _Seen()
     for index, rows in enumerate(sources):
@@ -219,7 +236,7 @@ def _gather(sources: Sequence[Rows], folder: Path, max_bad_share: float, progres
     every = [shelf.counts for shelf in shelves]
     share = sum(counts.num_dropped for counts in every) / sum(counts.rows for counts in every)
     if share > max_bad_share:
-        mend = "mend or remove them, or raise data.max_bad_share to go on without them"
+        mend = "fix or remove them, or raise data.max_bad_share to continue without them"
         problem = f"{share:.1%} of the rows are unusable, data.max_bad_share allows {max_bad_share:.1%}; {mend}"
         raise ValueError("\n".join([problem, *(line for counts in every for line in counts.dropped_lines())]))
     return shelves
@@ -239,7 +256,7 @@ def _fill(shelf: _Shelf, rows: Rows, seen: _Seen, max_bad_share: float, progress
                     shelf.offsets.append(file.tell())
                     file.write(line)
             if counts.rows == ROWS_TO_JUDGE == counts.num_dropped and max_bad_share < 1:
-                mend = "leave the source out, or set data.max_bad_share=1 to read on"
+                mend = "leave the source out, or set data.max_bad_share=1 to continue reading"
                 problem = f"{rows.name}: none of its first {ROWS_TO_JUDGE:,} rows is usable; {mend}"
                 raise ValueError("\n".join([problem, *counts.dropped_lines()]))
             if counts.rows % ROWS_BETWEEN_SIGNS == 0 and rows.done != rows.total:
@@ -248,7 +265,10 @@ def _fill(shelf: _Shelf, rows: Rows, seen: _Seen, max_bad_share: float, progress
 
 
 def _line_of(row: Row, shelf: _Shelf, seen: _Seen) -> bytes:
-    """The line that a row becomes, counted; nothing if an earlier row said the same. Raises BadSample."""
+    """Convert a row to its output line and count it; return b"" if it is a duplicate.
+
+    Raises BadSample if the row cannot be used.
+    """
     conversation = conversation_of(row)
     messages = conversation["conversations"]
     digest = _digest([messages, conversation.get("tools")])
@@ -280,10 +300,14 @@ def _as_json(value: Any, sort_keys: bool = False) -> bytes:
 
 
 def _choose(shelves: Sequence[_Shelf], section: PrepareSection, seed: int) -> np.ndarray:
-    """(shelf, conversation) of each one taken, in the order in which they are written: int64 [n, 2]."""
+    """Choose conversations at random; return (shelf index, conversation index) pairs, int64 [n, 2].
+
+    The pairs are in the order in which the conversations are written.
+    Raises ValueError if a weighted source has no conversation left.
+    """
     for shelf in shelves:
         if section.weights and not shelf.offsets:
-            raise ValueError(f"{shelf.counts.name}: all of it is in earlier sources too; leave it and its weight out")
+            raise ValueError(f"{shelf.counts.name}: all of it is in earlier sources too; remove it and its weight")
     available = [len(shelf.offsets) for shelf in shelves]
     generator = np.random.default_rng(seed)
     drawn = []
@@ -294,7 +318,10 @@ def _choose(shelves: Sequence[_Shelf], section: PrepareSection, seed: int) -> np
 
 
 def _sides(shelves: Sequence[_Shelf], chosen: np.ndarray, held_out_share: float) -> dict[str, np.ndarray]:
-    """The rows of `chosen` that each file gets, by its name; no file without any. Raises ValueError if none is for training."""
+    """Split `chosen` into the rows of each file, by file name; a file without rows is omitted.
+
+    Raises ValueError if no conversation is left for training.
+    """
     limit = int(held_out_share * 2**64)
     held_out = np.zeros(len(chosen), dtype=bool)
     for index, shelf in enumerate(shelves):
@@ -308,7 +335,7 @@ def _sides(shelves: Sequence[_Shelf], chosen: np.ndarray, held_out_share: float)
 
 
 def _write(folder: Path, shelves: Sequence[_Shelf], sides: dict[str, np.ndarray], progress: Progress) -> None:
-    """Each side into a file beside its place."""
+    """Write the conversations of each file, under a temporary name."""
     total = sum(map(len, sides.values()))
     written = 0
     with ExitStack() as stack, progress(total, "conversations written") as bar:
@@ -346,7 +373,7 @@ def _put_in_place(paths: Sequence[Path]) -> None:
 
 
 def _remove_partials(folder: Path) -> None:
-    """Of this run or of one that was killed."""
+    """Delete temporary files of this run, or of an earlier run that was killed."""
     for pattern in ("source_*.jsonl", TRAIN, HELD_OUT, REPORT):
         for path in folder.glob(f"{pattern}{PARTIAL}"):
             path.unlink()

@@ -1,8 +1,9 @@
-"""Published sets and files of conversations, read row by row, and the one conversion that their rows share.
+"""Read published data sets and conversation files, and convert their rows to conversations.
 
-A row is known by the columns it has, whatever set it is from: turns, or a question and its answer. What cannot be converted
-without altering it is refused with a reason. Files are read piece by piece, and sets of the hub are streamed by the package
-datasets, which nothing else needs.
+The format of a row is recognised by its columns, independently of its source: turns, or a question
+and its answer. A row that cannot be converted without loss is refused with a reason. Files are read
+in chunks. Data sets of the Hugging Face hub are streamed with the package datasets, which is needed
+for nothing else.
 """
 
 import glob
@@ -25,10 +26,12 @@ from engine.data.messages import MEDIA_KEYS, BadSample, Message, parse, parse_te
 
 TURN_COLUMNS = ("conversations", "messages", "conversation", "data")
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "problem", "input")
-ANSWER_COLUMNS = ("response", "output", "completion", "solution", "answer")  # an `answer` beside them is the bare result
+# An `answer` next to other answer columns is only the bare result, so it comes last.
+ANSWER_COLUMNS = ("response", "output", "completion", "solution", "answer")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ID_COLUMNS = ("id", "uuid", "prompt_id", "conversation_id")
-TURN_KEYS = ("role", "content", "name", "reasoning_content", "thinking", "tool_call_id", "tool_calls")  # what templates read
+# Keys that templates read.
+TURN_KEYS = ("role", "content", "name", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
 ASSISTANTS = {"chatgpt", "bing", "bard", "model"}
 CALCULATOR_NOTE = re.compile(r"<<[^<>\n]*>>")
 GSM8K_RESULT = re.compile(r"\n#### .*\Z")
@@ -39,15 +42,15 @@ CHUNK_CHARACTERS = 1 << 20
 ROWS_AT_ONCE = 200
 
 Row = Any  # the bytes of a JSONL line, or a mapping of columns
-Placed = tuple[str, Row, int]  # where the row is from, the row, and the units of its part read so far
+Placed = tuple[str, Row, int]  # place of the row, the row, and the units of its part read so far
 
 
 @dataclass(frozen=True)
 class Source:
-    """A published set that prepare_data.py knows by name.
+    """A published data set that prepare_data.py knows by name.
 
-    hub_id, config, split: its place on the Hugging Face hub; an empty config is the set's default.
-    about: one line of what it is.
+    hub_id, config, split: its location on the Hugging Face hub; an empty config is the default one.
+    about: description in one line.
     """
 
     name: str
@@ -58,11 +61,15 @@ class Source:
 
 
 _NAMED = (
-    Source("ultrachat", "HuggingFaceH4/ultrachat_200k", "", "train_sft", "chat of several turns, written by ChatGPT"),
-    Source("sharegpt", "Aeala/ShareGPT_Vicuna_unfiltered", "", "train", "what users shared of their talks with ChatGPT"),
-    Source("perfectblend", "mlabonne/open-perfectblend", "", "train", "chat, mathematics, code and instructions, blended"),
+    Source("ultrachat", "HuggingFaceH4/ultrachat_200k", "", "train_sft", "multi-turn chat, written by ChatGPT"),
+    Source("sharegpt", "Aeala/ShareGPT_Vicuna_unfiltered", "", "train", "conversations with ChatGPT, shared by users"),
+    Source("perfectblend", "mlabonne/open-perfectblend", "", "train", "a mixture of chat, mathematics, code and instructions"),
     Source(
-        "magpie", "Magpie-Align/Magpie-Llama-3.1-Pro-300K-Filtered", "", "train", "Llama-3.1-70B's own questions and answers"
+        "magpie",
+        "Magpie-Align/Magpie-Llama-3.1-Pro-300K-Filtered",
+        "",
+        "train",
+        "questions and answers by Llama-3.1-70B",
     ),
     Source("opencodeinstruct", "nvidia/OpenCodeInstruct", "", "train", "programming tasks and their solutions in Python"),
     Source("gsm8k", "openai/gsm8k", "main", "train", "grade-school word problems, solved step by step"),
@@ -72,7 +79,11 @@ SOURCES = {source.name: source for source in _NAMED}
 
 @dataclass(frozen=True)
 class _Part:
-    """A file, or a set of the hub: how it is read, and its size in `unit` if that is known."""
+    """A file or a data set of the hub.
+
+    read: yields its rows.
+    size: in units of `unit`; None if unknown.
+    """
 
     read: Callable[[], Iterator[Placed]]
     size: int | None
@@ -81,9 +92,9 @@ class _Part:
 
 @dataclass
 class Rows:
-    """The rows of a source in its order: iterating gives (place, row), where `place` names the row for a report.
+    """Iterable over the rows of a source, as (place, row); `place` names the row in reports.
 
-    done: units read so far, of `total`: bytes of JSONL and JSON files, rows of anything else.
+    done: units read so far, out of `total`: bytes of JSONL and JSON files, otherwise rows.
     """
 
     name: str
@@ -92,7 +103,7 @@ class Rows:
 
     @property
     def total(self) -> int | None:
-        """Units in all; None if a set does not say, or its files are of different kinds."""
+        """Total number of units; None if a size is unknown or the files have different units."""
         units = {part.unit for part in self.parts}
         known_sizes = [part.size for part in self.parts if part.size is not None]
         if len(units) > 1 or len(known_sizes) < len(self.parts):
@@ -109,10 +120,12 @@ class Rows:
 
 
 def open_source(name: str) -> Rows:
-    """The rows of a named set, of a file, of the files of a folder or a glob, or of a set of the Hugging Face hub.
+    """Open a source by name.
 
-    Raises ValueError if there is no such source, a file is empty, or the hub cannot be reached; while iterated, if a file
-    that is not JSONL is damaged. A damaged line of JSONL is a row as any other, which `conversation_of` refuses.
+    name: a known data set, a file, a folder or glob of files, or a data set of the hub.
+    Raises ValueError if there is no such source, if a file is empty, or if the hub cannot be
+    reached. Iterating raises ValueError if a file that is not JSONL is damaged. A damaged line of
+    JSONL is yielded as any other row, and `conversation_of` refuses it.
     """
     if name in SOURCES:
         source = SOURCES[name]
@@ -128,10 +141,12 @@ def open_source(name: str) -> Rows:
 
 
 def conversation_of(row: Row) -> dict[str, Any]:
-    """A row as `conversations` (role, content, and what chat templates read beside them), with its `id` and `tools` if any.
+    """Convert a row to a sample with `conversations`, and with its `id` and `tools` if it has them.
 
-    Raises BadSample for what `read_messages` refuses, for columns that are none of those known, and for turns whose roles
-    do not alternate from the user's first on; turns of system and tool may stand anywhere after that.
+    Messages keep the keys that chat templates read, see TURN_KEYS.
+    Raises BadSample if `read_messages` refuses the row, if it has none of the known columns, if the
+    first turn after the system's is not the user's, or if two user or two assistant turns follow
+    each other.
     """
     row = parse(row) if isinstance(row, bytes) else row
     if not isinstance(row, Mapping):
@@ -168,7 +183,10 @@ def _turns(row: Mapping[str, Any]) -> Any:
 
 
 def _column(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The first of the columns that holds something; else the first that is there, whose emptiness is then refused."""
+    """Return the first of the columns with a value, else the first that exists, or None.
+
+    A column without a value is refused later.
+    """
     there = [name for name in names if name in row]
     return next((name for name in there if row[name] is not None), there[0] if there else None)
 
@@ -178,19 +196,23 @@ def _turn(role: str, content: Any) -> Message:
 
 
 def _question(row: Mapping[str, Any], column: str) -> Any:
-    """The question; an instruction is followed by the input that it is about."""
+    """Return the question of a row; an instruction is followed by its input."""
     parts = [row[column], row.get("input") if column == "instruction" else None]
     texts = [part for part in parts if part]
-    return "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else parts  # which is refused
+    # A list is refused later.
+    return "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else parts
 
 
 def _answer(answer: Any) -> Any:
-    """The answer; GSM8K's, known by its last line, without the calculator's notes, which nobody should learn to say."""
+    """Return the answer, without calculator notes if its last line shows that it is from GSM8K."""
     return CALCULATOR_NOTE.sub("", answer) if isinstance(answer, str) and GSM8K_RESULT.search(answer.rstrip()) else answer
 
 
 def _normalised(turn: Any) -> Any:
-    """A turn with its role in lower case and by its usual name; keys without a value are gone."""
+    """Return a turn with a normalised role and without keys that have no value.
+
+    Roles are in lower case, and other names of the assistant are replaced.
+    """
     turn = parse_text(turn, "a turn")
     if not isinstance(turn, dict):
         return turn
@@ -213,7 +235,11 @@ def _check_order(messages: Sequence[Message]) -> None:
 
 
 def _files(name: str) -> list[Path]:
-    """The files that a name stands for, sorted; none if there is nothing of that name. Raises ValueError for other files."""
+    """Return the files that a name refers to, sorted; empty if nothing has that name.
+
+    name: a file, a folder or a glob.
+    Raises ValueError for a file of an unknown type, or a folder without known files.
+    """
     path = Path(name)
     if path.is_file():
         if not name.endswith(FILE_TYPES):
@@ -244,13 +270,16 @@ def _hub_part(name: str, hub_id: str, config: str, split: str) -> _Part:
     with _on_one_line(name):
         dataset = datasets.load_dataset(hub_id, config or None, split=split, streaming=True)
         if dataset.features:
-            dataset = dataset.decode(False)  # images are refused, so nobody need decode them
+            dataset = dataset.decode(False)  # images are refused, so they need not be decoded
     info = (dataset.info.splits or {}).get(split)
     return _Part(partial(_table_rows, name, partial(iter, dataset)), (info and info.num_examples) or None, "rows")
 
 
 def _lines(path: Path) -> Iterator[Placed]:
-    """The lines of a JSONL file that are not blank, as bytes: one that is not UTF-8 must not cost the others."""
+    """Yield the lines of a JSONL file that are not blank.
+
+    Lines are bytes, so that a line that is not UTF-8 does not affect the others.
+    """
     number = 0
     with path.open("rb") as raw:
         try:
@@ -262,9 +291,10 @@ def _lines(path: Path) -> Iterator[Placed]:
 
 
 def _items(path: Path) -> Iterator[Placed]:
-    """The items of a JSON list, or JSON values one after the other, with one of them and a chunk in memory.
+    """Yield the items of a JSON list, or concatenated JSON values, from a file.
 
-    Bytes that are not UTF-8 become surrogates, which no text to train on may hold.
+    Only one item and a chunk of the file are in memory.
+    Bytes that are not UTF-8 become surrogates, which are refused later.
     """
     decode = json.JSONDecoder().raw_decode
     number = 0
@@ -280,7 +310,7 @@ def _items(path: Path) -> Iterator[Placed]:
             except (ValueError, RecursionError) as error:
                 more = file.read(max(CHUNK_CHARACTERS, len(text) - start))  # an item may be longer than a chunk
                 if not more and text[start:].strip() not in ("", "]"):
-                    raise ValueError(f"{path}: not JSON after row {number} ({error}); mend or fetch it again") from error
+                    raise ValueError(f"{path}: not JSON after row {number} ({error}); fix or fetch it again") from error
                 if not more:
                     return
                 text = text[start:] + more
@@ -297,7 +327,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _table_rows(name: str, read: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[Placed]:
-    """Rows of an Arrow table, without the keys that only other rows have."""
+    """Yield the rows of an Arrow table, without keys that have no value in the row."""
     with _on_one_line(name):
         rows = read()
     number = 0
@@ -320,7 +350,7 @@ def _package(name: str) -> ModuleType:
 
 @contextmanager
 def _on_one_line(name: str) -> Iterator[None]:
-    """Whatever the package datasets, Arrow and the hub's client raise becomes a ValueError of one line."""
+    """Convert any error of datasets, Arrow or the hub client to a one-line ValueError."""
     try:
         yield
     except Exception as error:
@@ -331,7 +361,7 @@ def _on_one_line(name: str) -> Iterator[None]:
 
 
 def _without_none(value: Any) -> Any:
-    """Arrow gives every row the keys of all rows; those that a row lacks are None and go."""
+    """Remove keys whose value is None: Arrow gives every row the keys of all rows."""
     if isinstance(value, dict):
         return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value

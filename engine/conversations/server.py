@@ -1,4 +1,4 @@
-"""A server of the target that speaks OpenAI's protocol, as SGLang's and vLLM's do: what it serves, and its replies."""
+"""Client for a server of the target with an OpenAI-compatible API, e.g. SGLang or vLLM."""
 
 import asyncio
 import json
@@ -14,8 +14,8 @@ from engine.data.messages import BadSample, Message, as_object, with_arguments
 
 CHECK_ATTEMPTS = 3
 CHECK_TIMEOUT_S = 30.0
-WHOLE = ("stop", "tool_calls", "function_call")  # how a reply ends that nothing cut short
-WORTH_ANOTHER_TRY = (408, 409, 429)  # and all from 500 on, as the client has it
+WHOLE = ("stop", "tool_calls", "function_call")  # finish reasons of complete replies
+WORTH_ANOTHER_TRY = (408, 409, 429)  # and all from 500 on; the statuses that the client retries
 TOO_LONG = "reply longer than regenerate.max_new_tokens"
 NO_ANSWER = "no answer from the server"
 REFUSED = "refused by the server"
@@ -24,20 +24,30 @@ MALFORMED = "malformed answer"
 
 @dataclass(frozen=True)
 class ServerReply:
-    """message: the assistant's turn. num_tokens: generated for it, 0 where the server does not say."""
+    """A reply of the server.
+
+    message: the assistant's turn.
+    num_tokens: number of tokens generated for it; 0 if the server does not report it.
+    """
 
     message: Message
     num_tokens: int
 
 
 class Server:
-    """One server; it sends requests again, with growing pauses or those that the server asks for.
+    """Client for one server.
 
-    address: as messages show it, without a password. unanswered: requests given up since it last answered one.
+    Failed requests are repeated, after increasing pauses or those that the server requests.
+    address: address for messages, without a password.
+    unanswered: requests given up since the server last answered one.
     """
 
     def __init__(self, address: str, attempts: int, timeout_s: float, api_key: str) -> None:
-        """attempts: times that a request is sent. timeout_s: silence after which it counts as lost."""
+        """Create a client for the server at `address`.
+
+        attempts: how often a request is sent at most.
+        timeout_s: time in seconds without an answer after which a request counts as lost.
+        """
         self.address = hidden_in_text(address)
         self.unanswered = 0
         self._api_key = api_key
@@ -48,7 +58,7 @@ class Server:
         )
 
     async def models(self) -> list[str]:
-        """Names of what it serves. Raises ConfigError if it does not answer."""
+        """Return the names of the models it serves. Raises ConfigError if it does not answer."""
         try:
             answer = await self._check_client.get("/models", cast_to=object)
             return [str(model["id"]) for model in answer["data"]]
@@ -56,11 +66,14 @@ class Server:
             came = self._words(error)
         except (ValueError, LookupError, TypeError) as error:
             came = f"expected a list of models, got {type(error).__name__}: {error}"
-        problem = f"{self.address}/models does not answer ({came}); start the server, or mend its address"
+        problem = f"{self.address}/models does not answer ({came}); start the server, or fix its address"
         raise ConfigError(problem, key="regenerate.servers")
 
     async def reply(self, request: dict[str, Any]) -> ServerReply:
-        """The answer to a request of /chat/completions. Raises BadSample if none comes, or none that can be used."""
+        """Send a request to /chat/completions and return the reply.
+
+        Raises BadSample if there is no answer, or if it cannot be used.
+        """
         try:
             answer = await self._client.post("/chat/completions", body=request, cast_to=object)
         except self._openai.APIError as error:
@@ -77,11 +90,11 @@ class Server:
         return read_reply(answer, request["max_tokens"])
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections to the server."""
         await self._client.close()
 
     def _words(self, error: Exception) -> str:
-        """What the server said, or what became of the connection to it, on one line."""
+        """Return the server's error message, or the connection error, on one line."""
         if isinstance(error, self._openai.APIStatusError):
             body = error.body
             text = f"{error.status_code}: {body['message'] if isinstance(body, dict) and 'message' in body else body}"
@@ -91,7 +104,11 @@ class Server:
 
 
 async def served_model(servers: Sequence[Server], wanted: str | None) -> str:
-    """The model that all servers serve; wanted: its name, None = the only one. Raises ConfigError if there is none."""
+    """Return the name of the model that all servers serve.
+
+    wanted: the name to look for; None = each server must serve exactly one model.
+    Raises ConfigError if the servers do not serve one common model.
+    """
     offers = await asyncio.gather(*(server.models() for server in servers))
     for server, offered in zip(servers, offers, strict=True):
         if wanted is None and len(offered) != 1 or wanted is not None and wanted not in offered:
@@ -105,7 +122,10 @@ async def served_model(servers: Sequence[Server], wanted: str | None) -> str:
 
 
 def as_sent(message: Message) -> Message:
-    """A message as the protocol has it: arguments of tool calls are text there. Raises BadSample for what is no tool call."""
+    """Convert a message to the API's format, in which tool call arguments are text.
+
+    Raises BadSample if a tool call is malformed.
+    """
     calls = message.get("tool_calls")
     if not calls:
         return message
@@ -116,9 +136,10 @@ def as_sent(message: Message) -> Message:
 
 
 def read_reply(answer: Any, max_new_tokens: int) -> ServerReply:
-    """The assistant's turn in an answer of /chat/completions; arguments of tool calls as chat templates read them: objects.
+    """Return the assistant's turn from an answer of /chat/completions.
 
-    Raises BadSample if it is empty, was cut short, or is no such answer.
+    Tool call arguments are converted to objects, which chat templates read.
+    Raises BadSample if the reply is empty or cut short, or if the answer is malformed.
     """
     try:
         choice = answer["choices"][0]

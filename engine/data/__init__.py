@@ -1,1 +1,1 @@
-"""Conversations in, packed batches out: rendering with the assistant's mask, cutting, packing, sharding by rank."""
+"""Turn conversations into packed batches: render, mask assistant tokens, cut, pack and shard."""

@@ -1,11 +1,12 @@
-"""A conversation becomes token ids and the mask of what the assistant said.
+"""Render conversations as token ids with a mask of the assistant tokens.
 
-The chat template writes the text. Each reply is found by rendering the conversation up to it: the
-reply is what its turn adds to the prompt that asks for it, up to the token at which a server stops,
-and it must hold the words of the message. `{% generation %}` tags are verified where a template has
-them, and decide where it has no generation prompt. Where a template rewrites earlier turns (drops
-their reasoning, ends them otherwise), the conversation becomes one document per reply. Text that
-was written with the template already is searched for what the template puts around replies.
+The chat template writes the text. Each reply is located by rendering the conversation up to it.
+The reply is the text that its turn adds to the generation prompt, up to the token at which a server
+stops, and it must contain the words of the message. If a template has `{% generation %}` tags, they
+are checked against this; if it has no generation prompt, the tags locate the replies. If a template
+rewrites earlier turns (drops their reasoning, or ends them differently), the conversation becomes
+one document per reply. In text that is already rendered, replies are located by the markers that
+the template puts around them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,18 +33,19 @@ def render(
     template_kwargs: Mapping[str, Any] | None,
     train_on: TrainOn = "all",
 ) -> Document:
-    """Render a conversation whole with the tokenizer's chat template and mark the assistant's tokens.
+    """Render a whole conversation as one document and mask its assistant tokens.
 
-    extra: the sample's own arguments of the template. train_on: all replies, or the last one.
-    Raises BadSample where the template fails, and with reason UNVERIFIED where it rewrites earlier turns, so that the mask
-    cannot be derived.
+    extra: template arguments from the sample.
+    train_on: "all" marks every reply, "last" only the last one.
+    Raises BadSample if the template fails. The reason is UNVERIFIED if the template rewrites
+    earlier turns, so that the mask cannot be derived.
     """
     template = ChatTemplate(tokenizer, {**extra, **(template_kwargs or {})})
     replies = _chosen(_replies(messages), train_on)
     if tokenizer.is_fast and template.format.tagged:
         if not template.format.header:
             return _document_of_tags(messages, replies, template, tokenizer)
-        tagged_turns(template, messages)  # which verifies the tags
+        tagged_turns(template, messages)  # verifies the tags
     turns, messages = _turns(template, messages, replies)
     text = turns[-1].text if replies[-1] == len(messages) - 1 else template.text(messages)
     for index, turn in zip(replies, turns, strict=True):
@@ -59,9 +61,11 @@ def render_turns(
     template_kwargs: Mapping[str, Any] | None,
     train_on: TrainOn = "all",
 ) -> list[Document]:
-    """Render a document per assistant turn: what a server reads and says there, with that turn alone marked.
+    """Render one document per assistant turn, with only that turn marked.
 
-    Raises BadSample where the template fails or writes a turn otherwise than after its generation prompt.
+    Each document is the text that a server reads and generates at that turn.
+    The parameters are those of `render`.
+    Raises BadSample if the template fails, or if a turn does not follow its generation prompt.
     """
     template = ChatTemplate(tokenizer, {**extra, **(template_kwargs or {})})
     turns, _ = _turns(template, messages, _chosen(_replies(messages), train_on))
@@ -69,17 +73,20 @@ def render_turns(
 
 
 def render_text(text: str, markers: Markers, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all") -> Document:
-    """A document of text that was written with the chat template already. Raises BadSample where it holds no reply."""
+    """Tokenise text that is already rendered with the chat template, and mask its assistant tokens.
+
+    Raises BadSample if the text contains no reply.
+    """
     spans = markers.find(text)
     if not spans:
-        raise BadSample("no assistant turn", f"the text holds nothing that opens a reply, as {markers.headers[0]!r} does")
+        raise BadSample("no assistant turn", f"the text contains no reply header such as {markers.headers[0]!r}")
     return _masked(text, _chosen(spans, train_on), tokenizer)
 
 
 def _document_of_tags(
     messages: Sequence[Message], replies: Sequence[int], template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
 ) -> Document:
-    """A document of which the template's tags mark the turns, for a template without a generation prompt."""
+    """Render a document of a template without generation prompt; its tags locate the turns."""
     if template.format.tags_hold_header:
         raise BadSample(UNVERIFIED, "the chat template's {% generation %} tags mark more than replies")
     tagged = tagged_turns(template, messages)
@@ -92,9 +99,10 @@ def _document_of_tags(
 
 
 def _turns(template: ChatTemplate, messages: Sequence[Message], replies: Sequence[int]) -> tuple[list[Turn], list[Message]]:
-    """Return the turns of some replies, and the messages as a server would have them after these turns.
+    """Return the turns of the given replies, and the messages as a server has them afterwards.
 
-    Thinking that a prompt leaves no place for was never generated, so later turns do not read it either.
+    If a prompt leaves no place for thinking, the thinking is never generated, so later turns do not
+    read it either.
     """
     history = list(messages)
     turns = []
@@ -106,11 +114,15 @@ def _turns(template: ChatTemplate, messages: Sequence[Message], replies: Sequenc
 
 
 def _replies(messages: Sequence[Message]) -> list[int]:
-    """Turns of the assistant that answer somebody: what opens a conversation is read, not learned. Raises BadSample."""
+    """Return the indices of assistant turns that come after a user or tool turn.
+
+    An assistant turn that opens a conversation is context only.
+    Raises BadSample if there is no reply.
+    """
     asked = next((index for index, message in enumerate(messages) if message["role"] in ("user", "tool")), len(messages))
     replies = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index > asked]
     if not replies:
-        raise BadSample("no assistant turn", "the assistant answers nobody")
+        raise BadSample("no assistant turn", "no assistant turn follows a user or tool turn")
     return replies
 
 
@@ -119,14 +131,14 @@ def _chosen(replies: Sequence[Any], train_on: TrainOn) -> Sequence[Any]:
 
 
 def _document(text: str, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Document:
-    """A document of which some turns are the assistant's."""
+    """Tokenise `text` and mark the given turns as assistant tokens."""
     document = _masked(text, [(turn.start, turn.end) for turn in turns], tokenizer)
     changes = tuple(turn.change for turn in turns if turn.change)
     return replace(document, changes=changes)
 
 
 def _masked(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Document:
-    """A document of which the characters `spans` are the assistant's."""
+    """Tokenise `text` and mark the character ranges `spans` as assistant tokens."""
     input_ids, spans = (_by_offsets if tokenizer.is_fast else _by_prefixes)(text, spans, tokenizer)
     mask = np.zeros(len(input_ids), dtype=bool)
     for first, end in spans:
@@ -135,9 +147,10 @@ def _masked(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase
 
 
 def _by_offsets(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
-    """Token ids of `text`, and its `spans` from characters to tokens; a token across a turn's end belongs to the turn.
+    """Tokenise `text`, and convert `spans` from characters to tokens with the tokenizer's offsets.
 
-    Where a token would cross a turn's start, the text is cut there: a server's prompt ends there too.
+    A token that crosses the end of a turn belongs to the turn. If a token would cross the start of
+    a turn, the text is split there before tokenisation, because a server's prompt ends there too.
     """
     input_ids, first_T, last_T = _encoded(text, 0, tokenizer)
     crossed = [start for start, _ in spans if ((first_T < start) & (start < last_T)).any()]
@@ -151,14 +164,18 @@ def _by_offsets(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizer
 
 
 def _encoded(text: str, offset: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Token ids, and the characters of each, counted from `offset`."""
+    """Return the token ids of `text` and the character bounds of each token, plus `offset`."""
     encoding = on_sample(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     first_T, last_T = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T + offset
     return encoding["input_ids"], first_T, last_T
 
 
 def _by_prefixes(text: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[Span]]:
-    """The same for a tokenizer without offsets: the tokens up to a bound, which must be the first of the whole text's."""
+    """Tokenise `text`, and convert its `spans` to tokens, with a tokenizer that gives no offsets.
+
+    A bound is the number of tokens of the text before it.
+    Raises BadSample if these are not the first tokens of the whole text.
+    """
     input_ids = _tokens(text, tokenizer)
 
     def tokens_before(position: int) -> int:

@@ -1,7 +1,8 @@
-"""Control tokens in the text that chat templates write: ends of turns, and the marks of a thinking block.
+"""Control tokens in the text that chat templates write: ends of turns, and thinking tags.
 
-A control token is a special token of the tokenizer, or a tag such as `<|im_end|>` or `[/INST]` that the template itself
-writes. Functions here look only at text that is known to be the template's own, never at the words of a message.
+A control token is a special token of the tokenizer, or a tag such as `<|im_end|>` or `[/INST]` that
+the template writes. These functions are given only text that the template wrote, never the words of
+a message.
 """
 
 import re
@@ -23,10 +24,11 @@ PromptThinking = Literal["none", "opened", "closed"]
 
 @dataclass(frozen=True)
 class ThinkingMark:
-    """What a generation prompt says about thinking behind its header.
+    """Whether a generation prompt opens a thinking block, closes it, or has none.
 
-    kind: 'opened' if the model continues inside a thinking block, 'closed' if the prompt holds an empty one.
-    text: the end of the prompt that says so, with its blanks; "" for 'none'.
+    kind: 'opened' if the model continues inside a thinking block, 'closed' if the prompt contains
+        an empty one, 'none' otherwise.
+    text: the end of the prompt that holds the block's tags, including whitespace; "" for 'none'.
     """
 
     kind: PromptThinking
@@ -37,7 +39,7 @@ NO_MARK = ThinkingMark("none", "")
 
 
 def thinking_mark(header: str) -> ThinkingMark:
-    """Return what a generation prompt's header says about thinking, judged by the names of its last tags."""
+    """Return the thinking mark of a generation prompt's header, judged by its last tags."""
     last = TAG_AT_END.search(header)
     if last is None or header[last.end("name") :].strip():
         return NO_MARK
@@ -52,7 +54,7 @@ def thinking_mark(header: str) -> ThinkingMark:
 
 
 def is_empty_block(text: str) -> bool:
-    """Whether a text is nothing but an opening tag, at most one word, and a closing tag."""
+    """Return whether a text consists of an opening tag, at most one word, and a closing tag."""
     pair = TAG_PAIR_AT_END.fullmatch(text.lstrip())
     return pair is not None
 
@@ -63,13 +65,16 @@ def _closes(tag: str) -> bool:
 
 @lru_cache(maxsize=64)
 def special_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
-    """Return a tokenizer's special tokens, longest first. template: the tokenizer's own, so that a change is noticed."""
+    """Return a tokenizer's special tokens, longest first.
+
+    template: source of the template, so that the cached result is not used for another one.
+    """
     added = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
     return tuple(sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True))
 
 
 def leading_token(text: str, known: Sequence[str]) -> str:
-    """Return the control token at the start of a template's own text, "" if there is none."""
+    """Return the control token at the start of text that a template wrote; "" if there is none."""
     for token in known:
         if text.startswith(token):
             return token
@@ -78,7 +83,7 @@ def leading_token(text: str, known: Sequence[str]) -> str:
 
 
 def token_ends(text: str, known: Sequence[str]) -> list[tuple[str, int]]:
-    """Return the control tokens of a text made of control tokens and blanks, each with the place where it ends."""
+    """Return (token, end position) of each token in a text of control tokens and whitespace."""
     found = []
     position = len(text) - len(text.lstrip())
     while token := leading_token(text[position:], known):
@@ -90,13 +95,13 @@ def token_ends(text: str, known: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def token_tail(text: str, known: Sequence[str]) -> str:
-    """Return the longest end of a text that holds nothing but control tokens and blanks, from its first token on."""
+    """Return the longest suffix of control tokens and blanks, from its first token on."""
     tail = re.search(rf"(?:(?:{_any_token(known)})\s*)+$", text)
     return "" if tail is None else tail[0]
 
 
 def whole_token_start(text: str, start: int, known: Sequence[str]) -> int:
-    """Return `start`, or the end of the control token in which it lies."""
+    """Return `start`, or, if it lies inside a control token, the end of that token."""
     for token in re.finditer(_any_token(known), text):
         if token.start() < start < token.end():
             return token.end()

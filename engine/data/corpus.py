@@ -1,4 +1,4 @@
-"""Reading a run's conversations, with the progress and the summary that a person sees."""
+"""Read a run's conversations, with a progress bar and a printed summary."""
 
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from engine.parallel.mesh import World
 def read_documents(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry
 ) -> tuple[Documents, DataReport]:
-    """The documents of `section.train`, and what became of its conversations: from `cache_dir`, or in memory if that is null.
+    """Return the documents of `section.train` and the report on its conversations.
 
-    Raises ValueError as `load_documents` does.
+    Documents come from the cache in `section.cache_dir`, or are read into memory if that is null.
+    Raises ValueError under the conditions of `load_documents`.
     """
     num_bytes = sum(Path(path).stat().st_size for path in section.train if Path(path).is_file())
     with telemetry.progress(num_bytes, "bytes") as progress:

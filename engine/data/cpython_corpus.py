@@ -1,8 +1,10 @@
-"""English conversations taken from the running CPython: the corpus of the embedded default.
+"""English conversations made from the running CPython: the corpus of the embedded default recipe.
 
-Two sources, both shipped with every CPython: `pydoc_data.topics` (the language reference as plain text) and the docstrings of
-the standard library. Python modules are parsed, never imported; built-in modules, which cannot do anything on import, are
-inspected. The result depends on the CPython version alone: same interpreter, same conversations, in the same order.
+There are two sources, both shipped with every CPython: `pydoc_data.topics` (the language reference
+as plain text) and the docstrings of the standard library. Python modules are parsed, never
+imported. Built-in modules are imported and inspected, since their import has no side effects. The
+result depends only on the CPython version: the same interpreter gives the same conversations in the
+same order.
 """
 
 import ast
@@ -45,10 +47,13 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class DocEntry(NamedTuple):
-    """One documented thing.
+    """One documented object or topic.
 
-    kind: a key of `QUESTIONS`. home: dotted name of what holds it, "" if nothing. name: its own name. signature: its arguments,
-    "" if none. text: as it is written, indentation and all.
+    kind: a key of `QUESTIONS`.
+    home: dotted name of the module or class that contains it; "" if there is none.
+    name: name without `home`.
+    signature: its arguments; "" if it has none.
+    text: documentation as written, including indentation.
     """
 
     kind: str
@@ -59,9 +64,10 @@ class DocEntry(NamedTuple):
 
 
 def cpython_conversations() -> Iterator[tuple[dict[str, Any], bool]]:
-    """Conversations (`id`, `conversations`) sorted by id, each with whether it is held out; no two share a text.
+    """Yield (conversation, is held out) sorted by entry; no two have the same first answer.
 
-    The side is drawn from a hash of the text's first sentence, so texts that open alike never lie on both sides.
+    A conversation has the keys `id` and `conversations`. Whether it is held out follows from a hash
+    of the text's first sentence, so texts with the same first sentence are in the same split.
     """
     seen: set[str] = set()
     for entry in sorted(_entries()):
@@ -74,7 +80,7 @@ def cpython_conversations() -> Iterator[tuple[dict[str, Any], bool]]:
 
 
 def write_corpus(folder: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `held_out.jsonl` into `folder`; both paths are returned. Raises WriteError."""
+    """Write `train.jsonl` and `held_out.jsonl` and return both paths. Raises WriteError."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lines: dict[bool, list[str]] = {False: [], True: []}
@@ -125,7 +131,7 @@ def _source_entries(stdlib: Path) -> Iterator[DocEntry]:
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):
-            continue  # deliberately broken fixtures and templates live in the standard library
+            continue  # the standard library contains deliberately broken fixtures and templates
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts).replace("posixpath", "os.path")
         yield from _documented_nodes(tree, "module", "", module)
 
@@ -144,7 +150,7 @@ def _documented_nodes(node: ast.Module | Definition, kind: str, home: str, name:
 
 
 def _definitions(node: ast.AST) -> Iterator[Definition]:
-    """Classes and functions defined in `node`, under any `if` or `try`, but not those inside another definition."""
+    """Yield classes and functions of `node`, also under `if` or `try`, but no nested ones."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield child
@@ -155,7 +161,7 @@ def _definitions(node: ast.AST) -> Iterator[Definition]:
 def _builtin_entries() -> Iterator[DocEntry]:
     for module_name in sys.builtin_module_names:
         for attribute, value in vars(importlib.import_module(module_name)).items():
-            if not attribute.startswith("__loader"):  # the import system's, in every module
+            if not attribute.startswith("__loader"):  # set by the import system
                 yield from _runtime_entries(value, "function", module_name, attribute)
 
 
@@ -172,13 +178,13 @@ def _runtime_entries(value: Any, kind: str, home: str, name: str) -> Iterator[Do
 
 
 def _text_signature(value: Any) -> str:
-    """Arguments of a built-in as its C source gives them; a function's module, which comes first there, is left out."""
+    """Return the arguments of a built-in from its C source, without the leading `$module`."""
     signature = " ".join((getattr(value, "__text_signature__", None) or "()").strip("()").split())
     return re.sub(r"^\$module(, /)?(, )?", "", signature).replace("$", "")
 
 
 def _answer_turns(text: str) -> list[str]:
-    """Prose paragraphs of `text`, reflowed and grouped into turns of at most about `MAX_TURN_CHARS` characters."""
+    """Return the prose of `text`, reflowed into turns of about `MAX_TURN_CHARS` characters."""
     turns: list[str] = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
         paragraph = " ".join(block.split())
@@ -199,7 +205,7 @@ def _is_prose(block: str, paragraph: str) -> bool:
 
 
 def _pieces(paragraph: str) -> Iterator[str]:
-    """Cut a paragraph longer than a turn at the ends of sentences."""
+    """Split a paragraph that is longer than a turn at the ends of sentences."""
     piece = ""
     for sentence in re.split(r"(?<=[.!?])\s", paragraph):
         if piece and len(piece) + len(sentence) > MAX_TURN_CHARS:

@@ -1,4 +1,7 @@
-"""JSONL conversations become documents of at most `max_tokens` tokens; whatever is cut or refused is counted and named."""
+"""Turn JSONL conversations into documents of at most `max_tokens` tokens.
+
+Conversations that are cut, split or refused are counted and named in a report.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +35,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole lines of a file. file: its number. offset, size: in bytes; first_line: its number, from 1."""
+    """Consecutive whole lines of a file.
+
+    file: index of the file among those read.
+    offset, size: in bytes.
+    first_line: number of the first line, from 1.
+    """
 
     path: str
     file: int
@@ -41,7 +49,7 @@ class Chunk:
     first_line: int
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Lines that are not blank, with their numbers."""
+        """Yield (line number, line) for each line that is not blank."""
         with Path(self.path).open("rb") as file:
             file.seek(self.offset)
             for number, line in enumerate(file.read(self.size).split(b"\n"), start=self.first_line):
@@ -51,7 +59,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Scan:
-    """Files of conversations as they are on the disk. content: hash of each one's bytes. stamps: time of change, and size."""
+    """State of conversation files on disk.
+
+    content: hash of each file's bytes.
+    stamps: modification time and size of each file.
+    """
 
     chunks: tuple[Chunk, ...]
     content: tuple[str, ...]
@@ -63,7 +75,7 @@ class Scan:
 
     @classmethod
     def of(cls, paths: Sequence[str], chunk_bytes: int = CHUNK_BYTES) -> "Scan":
-        """Read files through, once. Raises ValueError for a missing or empty one."""
+        """Read each file once. Raises ValueError if a file is missing or empty."""
         chunks = []
         content = []
         stamps = []
@@ -92,18 +104,20 @@ class Scan:
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """By which a change of a file is noticed."""
+    """Return a file's modification time in ns and its size in bytes, to detect changes."""
     facts = path.stat()
     return facts.st_mtime_ns, facts.st_size
 
 
 @dataclass
 class Rendered:
-    """What became of some lines.
+    """Documents rendered from some lines, with counts for the report.
 
-    bad: (file number, line, reason, detail) of each refused conversation. long: (file number, line, tokens) of each that became
-    a document above max_tokens. counts: `samples`, `by_turn`, `cut`, `split` and `dropped`, as in `DataReport`. changes: as in
-    `DataReport`.
+    bad: (file index, line, reason, detail) of each refused conversation.
+    long: (file index, line, tokens of its longest document) of each conversation with a document
+        above max_tokens.
+    counts: `samples`, `by_turn`, `cut`, `split` and `dropped`, defined in `DataReport`.
+    changes: defined in `DataReport`.
     """
 
     documents: list[Document] = field(default_factory=list)
@@ -115,7 +129,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Renderer:
-    """Lines of conversation files to documents, as `section` has it."""
+    """Renders lines of conversation files as documents, with the options of `section`."""
 
     tokenizer: PreTrainedTokenizerBase
     section: DataSection
@@ -137,7 +151,11 @@ class Renderer:
         return rendered
 
     def documents_of(self, line: bytes, rendered: Rendered) -> list[Document]:
-        """The documents of a conversation, however long: one, or one per assistant turn, as `turns` has it."""
+        """Return the documents of a conversation, before any is cut to `max_tokens`.
+
+        There is one document, or one per assistant turn, as `section.turns` selects.
+        Raises BadSample if the conversation cannot be used.
+        """
         sample = parse(line)
         if (text := written_text(sample)) is not None:
             return [render_text(text, self._markers, self.tokenizer, self.section.train_on)]
@@ -152,7 +170,10 @@ class Renderer:
         return documents
 
     def _changes(self, documents: Sequence[Document]) -> set[str]:
-        """Return how replies are written otherwise. Raises BadSample if `lost_thinking` refuses such a conversation."""
+        """Return the differences between the rendered replies and their messages.
+
+        Raises BadSample if thinking is missing and `lost_thinking` refuses such a conversation.
+        """
         changes = {change for document in documents for change in document.changes}
         lost = sorted(changes.intersection(LOST_THINKING))
         if lost and self.section.lost_thinking == "refuse":
@@ -160,7 +181,11 @@ class Renderer:
         return changes
 
     def _render_any(self, alternatives: list[list[Message]], extra: dict[str, Any], counts: Counter[str]) -> list[Document]:
-        """Render the first alternative that can be; the error is that of the first, which is the more usual form."""
+        """Render the first alternative that the template accepts.
+
+        If it accepts none, the error of the first alternative is raised, because that is the usual
+        form.
+        """
         first, *others = alternatives
         try:
             return self._render(first, extra, counts)
@@ -197,7 +222,7 @@ class Renderer:
 
 
 class UnusableData(ValueError):
-    """Too little of the conversations can be used. bad: as in `DataReport`."""
+    """Too few conversations can be used. bad: defined in `DataReport`."""
 
     def __init__(self, message: str, bad: Sequence[Bad]) -> None:
         super().__init__(message)
@@ -206,14 +231,16 @@ class UnusableData(ValueError):
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the conversations.
+    """Counts of conversations read, and of the documents made from them.
 
-    num_samples: conversations read, bad ones included. num_documents, num_tokens, num_assistant_tokens: what they became.
-    by_turn: conversations that became a document per assistant turn.
-    cut, split: documents above max_tokens that were shortened, or made into several.
-    dropped: documents and pieces that can carry no loss: under 3 tokens, or no assistant token left.
+    num_samples: conversations read, including refused ones.
+    num_documents, num_tokens, num_assistant_tokens: totals of the resulting documents.
+    by_turn: conversations that became one document per assistant turn.
+    cut, split: documents above max_tokens that were shortened, or split into several.
+    dropped: documents and pieces that carry no loss: under 3 tokens, or without an assistant token.
     changes: number of conversations for each kind of difference between the text and the messages.
-    bad: (file:line, reason, detail) of each refused conversation. long: (file:line, tokens) of each that was cut or split.
+    bad: (file:line, reason, detail) of each refused conversation.
+    long: (file:line, tokens of its longest document) of each conversation that was cut or split.
     """
 
     num_samples: int
@@ -229,17 +256,17 @@ class DataReport:
     long: tuple[tuple[str, int], ...]
 
     def summary(self) -> str:
-        """A few lines: totals, what was cut, and the first that were refused, for each reason, or too long, by name."""
+        """Return a few lines: totals, and the first refused or overlong conversations by name."""
         share = self.num_assistant_tokens / max(1, self.num_tokens)
         lines = [
             f"{self.num_samples:,} conversations -> {self.num_documents:,} documents, {self.num_tokens:,} tokens, "
-            f"{share:.0%} of them the assistant's"
+            f"{share:.0%} of them assistant tokens"
         ]
         if self.by_turn:
-            lines.append(f"{self.by_turn:,} conversations taken turn by turn")
+            lines.append(f"{self.by_turn:,} conversations rendered turn by turn")
         lines += [f"{count:,} conversations with {change}" for change, count in sorted(self.changes.items())]
         if self.cut or self.split or self.dropped:
-            lines.append(f"{self.cut:,} cut and {self.split:,} split at max_tokens, {self.dropped:,} without loss dropped")
+            lines.append(f"{self.cut:,} cut and {self.split:,} split at max_tokens, {self.dropped:,} dropped (no loss)")
         if self.long:
             first = ", ".join(f"{place} ({tokens:,} tokens)" for place, tokens in self.long[:NAMED_SAMPLES])
             lines.append(f"  too long: {first}" + (", ..." if len(self.long) > NAMED_SAMPLES else ""))
@@ -247,7 +274,10 @@ class DataReport:
 
 
 class Tally:
-    """A report in the making: `add` what became of each chunk of a scan, in order; on_progress as in `load_documents`."""
+    """Accumulates a `DataReport`; call `add` with the result of each chunk of a scan, in order.
+
+    on_progress: see `load_documents`.
+    """
 
     def __init__(self, paths: Sequence[str], scan: Scan, on_progress: Progress | None) -> None:
         self._paths = paths
@@ -275,11 +305,14 @@ class Tally:
 
     @property
     def report(self) -> DataReport:
-        """Raises ValueError, naming the first of its refused conversations, if a file gave no document."""
+        """Report on all chunks added.
+
+        Raises UnusableData, naming the first refused conversations, if a file gave no document.
+        """
         for number, path in enumerate(self._paths):
             if not self._usable[number]:
                 own = [bad for bad in self._bad if bad[0].rpartition(":")[0] == path]
-                problem = "no conversation with an assistant token to train on; expected JSONL with one conversation a line"
+                problem = "no conversation with an assistant token to train on; expected JSONL with one conversation per line"
                 raise UnusableData("\n".join([f"{path}: {problem}", *_bad_lines(own)]), self._bad)
         counted = {f"num_{name}": self._counts[name] for name in ("samples", "documents", "tokens", "assistant_tokens")}
         counted |= {name: self._counts[name] for name in ("by_turn", "cut", "split", "dropped")}
@@ -293,10 +326,12 @@ def load_documents(
     *,
     on_progress: Progress | None = None,
 ) -> tuple[DocumentList, DataReport]:
-    """Documents of JSONL files, one conversation a line, in the order of the files; all in memory, by this process.
+    """Read JSONL files with one conversation per line into documents in memory, in this process.
 
-    on_progress(bytes read, bytes in all) is called now and then. Raises ValueError for a missing or empty file, a file without
-    a usable conversation, more bad samples than `section.max_bad_share` allows, or a tokenizer without chat template.
+    Documents are in the order of the files. on_progress(bytes read, total bytes) is called
+    after each chunk.
+    Raises ValueError if a file is missing, empty or without a usable conversation, if more samples
+    are unusable than `section.max_bad_share` allows, or if the tokenizer has no chat template.
     """
     check_template(tokenizer)
     scan = Scan.of(paths)
@@ -313,9 +348,10 @@ def load_documents(
 
 
 def fit(document: Document, max_tokens: int, policy: Literal["cut", "split"]) -> Iterator[Document]:
-    """Pieces of a document, each of at most `max_tokens` tokens, that end with an assistant turn wherever one fits.
+    """Yield pieces of a document of at most `max_tokens` tokens each.
 
-    'cut' gives the first piece alone, 'split' all of them; a turn longer than a piece is cut inside.
+    A piece ends with the last assistant turn that fits; a turn longer than a piece is cut inside.
+    policy: 'cut' yields only the first piece, 'split' all of them.
     """
     start = 0
     length = len(document)
@@ -336,7 +372,7 @@ def fit(document: Document, max_tokens: int, policy: Literal["cut", "split"]) ->
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless the tokenizer has a chat template, or several of which one is named "default"."""
+    """Raise ValueError if the tokenizer has no chat template, or several and no "default"."""
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise ValueError(
@@ -351,10 +387,13 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_bad_share(report: DataReport, max_bad_share: float) -> None:
-    """Raises ValueError, naming the first of them, if more of the conversations are unusable."""
+    """Raise UnusableData if a larger share of the conversations is unusable than `max_bad_share`.
+
+    The message names the first of them.
+    """
     share = len(report.bad) / max(1, report.num_samples)
     if share > max_bad_share:
-        mend = "mend or remove them, or raise data.max_bad_share to go on without them"
+        mend = "fix or remove them, or raise data.max_bad_share to continue without them"
         lines = [f"{share:.1%} of the conversations are unusable, data.max_bad_share allows {max_bad_share:.1%}; {mend}"]
         raise UnusableData("\n".join(lines + _bad_lines(report.bad)), report.bad)
 
@@ -362,14 +401,14 @@ def check_bad_share(report: DataReport, max_bad_share: float) -> None:
 def _existing(path: str) -> Path:
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"{path}: no such file; expected JSONL with one conversation a line")
+        raise ValueError(f"{path}: no such file; expected JSONL with one conversation per line")
     if file.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty; expected JSONL with one conversation a line")
+        raise ValueError(f"{path}: the file is empty; expected JSONL with one conversation per line")
     return file
 
 
 def _bad_lines(bad: Sequence[Bad]) -> list[str]:
-    """How many were refused, and for each reason how many, and the first of them by name."""
+    """Return lines with the number of refused conversations and the first one for each reason."""
     if not bad:
         return []
     first = {reason: f"{place}: {detail}" for place, reason, detail in reversed(bad)}

@@ -1,4 +1,4 @@
-"""What conversations are like, as training will meet them: lengths, the assistant's share, rows, vocabulary, packs."""
+"""Statistics of rendered conversations: lengths, assistant tokens, TTT rows, vocabulary, packs."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from engine.models.eagle3.draft_config import DraftConfig
 from engine.models.eagle3.flops import StepCounts, step_parts
 from engine.models.eagle3.training_rows import allowed_rows, slots_of
 
-SAMPLED_DOCUMENTS = 4096  # for what needs the masks themselves
+SAMPLED_DOCUMENTS = 4096  # for figures that need the masks themselves
 VOCAB_SIZES = (8_000, 16_000, 32_000, 64_000)
 
 Bin = tuple[float, float, int]
@@ -22,13 +22,17 @@ Bin = tuple[float, float, int]
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """Figures of all documents, and of a sample of them where their masks are needed.
+    """Statistics of all documents; those that need masks are computed from a sample.
 
-    lengths, assistant_tokens: tokens per document, and how many of them are the assistant's, int64 [n].
-    turns: assistant turns of the sampled documents.
-    rows_S, alive_S: rows that the mask allows at each TTT step, and those that compaction keeps, as shares of the positions.
-    saving: FLOPs of a training step of the draft without compaction, over those with it. num_sampled: documents sampled.
-    token_counts: how often the assistant says each token, descending. num_packs: of one epoch, each of max_tokens.
+    lengths, assistant_tokens: tokens and assistant tokens per document, int64 [n].
+    turns: number of assistant turns of each sampled document.
+    rows_S: rows that the mask allows at each TTT step, as a share of the positions.
+    alive_S: rows that compaction keeps at each TTT step, as a share of the positions.
+    saving: FLOPs of a training step of the draft without compaction, divided by those with it.
+    num_sampled: number of sampled documents.
+    token_counts: occurrences of each token among the assistant tokens, in descending order.
+    num_packs: packs in one epoch.
+    max_tokens: capacity of a pack.
     """
 
     lengths: np.ndarray
@@ -48,16 +52,16 @@ class DatasetStats:
 
     @property
     def waste(self) -> float:
-        """Share of the packs' positions that no token fills."""
+        """Share of positions in the packs that hold no token."""
         return 1 - self.num_tokens / (self.num_packs * self.max_tokens)
 
     @property
     def loss_share(self) -> float:
-        """Share of positions that learn something at the first TTT step."""
+        """Share of positions that carry loss at the first TTT step."""
         return self.rows_S[0]
 
     def coverage(self, vocab_size: int) -> float:
-        """Share of what the assistant says that a draft vocabulary of the most frequent tokens holds."""
+        """Return the share of assistant tokens that the `vocab_size` most frequent tokens cover."""
         covered = self._covered_by_most_frequent
         last = min(vocab_size, len(covered)) - 1
         return float(covered[last] / covered[-1])
@@ -67,7 +71,7 @@ class DatasetStats:
         return np.cumsum(self.token_counts)
 
     def facts(self) -> dict[str, Any]:
-        """The figures by name, plain values for JSON."""
+        """Return the statistics by name, as plain values for JSON."""
         lengths = self.lengths
         shares = self.assistant_tokens / self.lengths
         return {
@@ -90,7 +94,11 @@ class DatasetStats:
 
 
 def compute_stats(documents: Documents, data: DataSection, ttt: TttSection, draft: DraftConfig, seed: int) -> DatasetStats:
-    """Compute the statistics of documents, for a draft. Raises ValueError if a token id is outside the target's vocabulary."""
+    """Compute the statistics of documents for a draft.
+
+    seed: of the sample and of the packs.
+    Raises ValueError if a token id is outside the target's vocabulary.
+    """
     counts_V = documents.count_assistant_tokens(draft.vocab_size)
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(documents), min(len(documents), SAMPLED_DOCUMENTS), replace=False))
@@ -123,7 +131,7 @@ def compute_stats(documents: Documents, data: DataSection, ttt: TttSection, draf
 
 
 def without_compaction(counts: StepCounts) -> StepCounts:
-    """What the same micro-batch runs where every row of every step does."""
+    """Return the counts of the same micro-batch when every row of every TTT step is computed."""
     steps = len(counts.rows_S)
     num_tokens = counts.num_tokens
     pairs_S = tuple(counts.prefix_pairs + step * num_tokens for step in range(steps))
@@ -131,7 +139,10 @@ def without_compaction(counts: StepCounts) -> StepCounts:
 
 
 def draft_flops(draft: DraftConfig, counts: StepCounts) -> int:
-    """Of a training step of the draft, the rows of the target's head that it learns from included, the full head not."""
+    """Return the FLOPs of a training step of the draft.
+
+    They include the target head's rows for the draft vocabulary, but not the full target head.
+    """
     parts = step_parts(draft.shape, counts)
     return sum(part.flops for name, part in parts.items() if name != "target_head")
 
@@ -141,7 +152,11 @@ def _shares(rows_S: torch.Tensor, num_tokens: int) -> tuple[float, ...]:
 
 
 def histogram(values: np.ndarray, num_bins: int = 12, within: tuple[float, float] | None = None) -> list[Bin]:
-    """(from, to, how many) over even bins from the smallest to the largest value, or over a range; none is within a number."""
+    """Return a histogram as (low edge, high edge, count) of bins of equal width.
+
+    The bins cover `within`, or the range of the values. For integers without `within`, there are at
+    most as many bins as there are integers in the range.
+    """
     if within is None and np.issubdtype(values.dtype, np.integer):
         within = int(values.min()), int(values.max()) + 1
         num_bins = min(num_bins, within[1] - within[0])

@@ -1,4 +1,4 @@
-"""A stats of conversations as one HTML page: figures, plots and samples, with nothing to load from elsewhere."""
+"""Dataset statistics as one self-contained HTML page: figures, plots and samples."""
 
 import html
 import io
@@ -10,7 +10,7 @@ import numpy as np
 from engine.data.dataset_stats import VOCAB_SIZES, DatasetStats
 from engine.host.files import write_text
 
-Run = tuple[str, bool]  # text, and whether the assistant says it
+Run = tuple[str, bool]  # text, and whether its tokens are assistant tokens
 INK = "#24292f"
 ASSISTANT = "#1a7f37"
 QUIET = "#8c959f"
@@ -27,7 +27,11 @@ pre b { font-weight: normal; color: #1a7f37; background: #dafbe1 }
 
 
 def write_page(path: Path, title: str, stats: DatasetStats, samples: Sequence[tuple[str, Sequence[Run]]]) -> None:
-    """samples: a heading and the text of each, run by run. Raises ImportError without matplotlib, OSError on a bad path."""
+    """Write the page to `path`.
+
+    samples: a heading and the text of each sample, as runs of assistant and other text.
+    Raises ImportError if matplotlib is missing, and OSError if the path cannot be written.
+    """
     rows = []
     for name, value in stats.facts().items():
         label = html.escape(name.replace("_", " "))
@@ -46,7 +50,7 @@ def write_page(path: Path, title: str, stats: DatasetStats, samples: Sequence[tu
 {"".join(plots(stats))}
 </div>
 <h2>Samples</h2>
-<p>Green is what the assistant says: the tokens that carry loss.</p>
+<p>Assistant tokens, which carry loss, are shown in green.</p>
 {shown}
 </html>
 """
@@ -55,7 +59,11 @@ def write_page(path: Path, title: str, stats: DatasetStats, samples: Sequence[tu
 
 
 def plots(stats: DatasetStats) -> list[str]:
-    """Each as SVG: document lengths, the assistant's share of them, rows by TTT step, coverage by vocabulary size."""
+    """Return the plots as SVG.
+
+    They show document lengths, the share of assistant tokens, rows by TTT step, and coverage by
+    vocabulary size.
+    """
     from matplotlib.figure import Figure
 
     drawn = []
@@ -74,20 +82,20 @@ def plots(stats: DatasetStats) -> list[str]:
 def _lengths(axes, stats: DatasetStats) -> None:
     axes.hist(stats.lengths, bins=40, color=ASSISTANT)
     axes.axvline(stats.max_tokens, color=QUIET, linestyle="--", label=f"max_tokens {stats.max_tokens:,}")
-    axes.set(title="Tokens of a document", ylabel="documents")
+    axes.set(title="Tokens per document", ylabel="documents")
     axes.legend(frameon=False)
 
 
 def _shares(axes, stats: DatasetStats) -> None:
     axes.hist(stats.assistant_tokens / stats.lengths, bins=40, range=(0, 1), color=ASSISTANT)
-    axes.set(title="The assistant's share of a document", ylabel="documents")
+    axes.set(title="Share of assistant tokens per document", ylabel="documents")
 
 
 def _rows(axes, stats: DatasetStats) -> None:
     steps = np.arange(len(stats.rows_S))
-    axes.bar(steps, stats.alive_S, color="#aceebb", label="run")
+    axes.bar(steps, stats.alive_S, color="#aceebb", label="computed")
     axes.bar(steps, stats.rows_S, width=0.5, color=ASSISTANT, label="carry loss")
-    axes.set(title="Rows by TTT step, of all positions", ylim=(0, 1), xticks=steps)
+    axes.set(title="Rows by TTT step, as a share of all positions", ylim=(0, 1), xticks=steps)
     axes.legend(frameon=False)
 
 

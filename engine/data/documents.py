@@ -1,4 +1,4 @@
-"""Rendered conversations: token ids with the mask of what the assistant said, one or many."""
+"""Rendered conversations: token ids with a mask of the assistant tokens."""
 
 import zlib
 from abc import ABC, abstractmethod
@@ -14,9 +14,9 @@ class Document:
     """A rendered conversation, or a piece of one.
 
     input_ids: int32 [T].
-    assistant_mask: bool [T], true for the assistant's replies with their end-of-turn tokens.
+    assistant_mask: bool [T], true for assistant replies including their end-of-turn tokens.
     turn_ends: ascending token indices, each just after an assistant turn.
-    place: number of its conversation's file among those read, and line, from 1; None = unknown.
+    place: file index and line number, from 1, of the conversation; None = unknown.
     changes: one description for each marked reply whose text differs from its message.
     """
 
@@ -31,9 +31,9 @@ class Document:
 
 
 class Documents(ABC):
-    """The documents of a run, wherever they lie, and what is asked of all of them together.
+    """The documents of a run, in memory or on disk, with statistics over all of them.
 
-    paths: files of the conversations; none = unknown.
+    paths: files of the conversations; empty if unknown.
     """
 
     paths: tuple[str, ...] = ()
@@ -44,14 +44,14 @@ class Documents(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Document:
-        """Return a document, counted from 0."""
+        """Return the document with the given index, from 0."""
 
     def __iter__(self) -> Iterator[Document]:
         for index in range(len(self)):
             yield self[index]
 
     def name_of(self, index: int) -> str:
-        """Return `file:line` of a document's conversation, or `document 7` where that is unknown."""
+        """Return `file:line` of a document, or e.g. `document 7` if that is unknown."""
         place = self[index].place
         if place is None or not self.paths:
             return f"document {index}"
@@ -60,7 +60,7 @@ class Documents(ABC):
 
     @cached_property
     def largest_token_id(self) -> tuple[int, int]:
-        """The largest token id of all documents, and the index of the first document that has it; (-1, 0) without any."""
+        """Largest token id, and index of the first document with it; (-1, 0) if there is none."""
         largest = -1
         holder = 0
         for index, document in enumerate(self):
@@ -71,24 +71,24 @@ class Documents(ABC):
         return largest, holder
 
     def check_token_ids(self, vocab_size: int) -> None:
-        """Raise ValueError, naming the document, if a token id is not one of the target's vocabulary."""
+        """Raise ValueError, naming the document, if a token id is outside the vocabulary."""
         largest, holder = self.largest_token_id
         if largest >= vocab_size:
             raise ValueError(outside_vocabulary(self.name_of(holder), largest, vocab_size))
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each, int64 [n]."""
+        """Number of tokens of each document, int64 [n]."""
         return np.array([len(document) for document in self], dtype=np.int64)
 
     @cached_property
     def assistant_tokens(self) -> np.ndarray:
-        """The assistant's tokens of each, int64 [n]."""
+        """Number of assistant tokens of each document, int64 [n]."""
         return np.array([document.assistant_mask.sum() for document in self], dtype=np.int64)
 
     @cached_property
     def checksum(self) -> int:
-        """CRC-32 of all token ids and masks, document by document."""
+        """CRC-32 of the token ids and masks of all documents, in order."""
         checksum = 0
         for document in self:
             checksum = document_checksum(document, checksum)
@@ -96,14 +96,17 @@ class Documents(ABC):
 
     @cached_property
     def token_counts(self) -> np.ndarray:
-        """How often the assistant says each token, int64 [largest id + 1]."""
+        """Occurrences of each token id among assistant tokens, int64 [largest such id + 1]."""
         counts = np.zeros(0, dtype=np.int64)
         for document in self:
             counts = add_counts(counts, document)
         return counts
 
     def count_assistant_tokens(self, vocab_size: int) -> np.ndarray:
-        """How often the assistant says each token: int64 [V]. Raises ValueError if a token id is not below `vocab_size`."""
+        """Return the occurrences of each token id among the assistant tokens, int64 [V].
+
+        Raises ValueError if a token id is not below `vocab_size`.
+        """
         self.check_token_ids(vocab_size)
         counts = self.token_counts
         return np.pad(counts, (0, vocab_size - len(counts)))
@@ -124,18 +127,25 @@ class DocumentList(Documents):
 
 
 def outside_vocabulary(name: str, token_id: int, vocab_size: int) -> str:
-    """Return the message for a text with a token that the target has no row for. name: of the document or the prompt."""
+    """Return the error message for a token id that is outside the target's vocabulary.
+
+    name: name of the document or prompt that contains it.
+    """
     problem = f"{name}: token id {token_id} is outside the target's vocabulary of {vocab_size}"
-    return f"{problem}; use the target's own tokenizer, without added tokens, or take the text out"
+    return f"{problem}; use the target's own tokenizer, without added tokens, or remove the text"
 
 
 def document_checksum(document: Document, checksum: int) -> int:
-    """The checksum of documents, with one more behind them."""
+    """Return the checksum of documents, `checksum`, extended by one more document."""
     return zlib.crc32(document.assistant_mask.tobytes(), zlib.crc32(document.input_ids.tobytes(), checksum))
 
 
 def add_counts(counts: np.ndarray, document: Document) -> np.ndarray:
-    """`counts` of assistant tokens with those of a document, as long as its largest token asks."""
+    """Return `counts` plus the assistant tokens of a document.
+
+    counts: occurrences of each token id, int64. It may be modified in place. The result is extended
+    if the document contains a larger token id.
+    """
     more = np.bincount(document.input_ids[document.assistant_mask])
     if len(more) > len(counts):
         counts, more = more, counts

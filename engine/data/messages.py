@@ -1,4 +1,4 @@
-"""What a line of a conversation file says: its messages, or why it cannot be used."""
+"""Parse lines of conversation files into messages, or refuse them with a reason."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,11 @@ Message = dict[str, Any]
 
 
 class BadSample(ValueError):
-    """A conversation that cannot be used: `reason` is the category it is counted under, `detail` says what came."""
+    """A conversation that cannot be used.
+
+    reason: category under which it is counted.
+    detail: description of the problem.
+    """
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -27,7 +31,7 @@ class BadSample(ValueError):
 
 
 def parse(line: bytes) -> Any:
-    """The JSON of a line. Raises BadSample."""
+    """Return the JSON value of a line. Raises BadSample if it is not JSON in UTF-8."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -37,9 +41,10 @@ def parse(line: bytes) -> Any:
 
 
 def parse_text(value: Any, name: str) -> Any:
-    """Return what JSON text holds, or `value` itself if it is no text; blank text holds nothing (None).
+    """Parse `value` if it is JSON text; return None for blank text, and other values unchanged.
 
-    Some sets keep tools and calls as JSON text, because their format wants one type per column.
+    Some data sets store tools and calls as JSON text, because their format needs one type per
+    column.
     Raises BadSample if the text is not JSON.
     """
     if not isinstance(value, str):
@@ -51,17 +56,20 @@ def parse_text(value: Any, name: str) -> Any:
 
 
 def written_text(sample: Any) -> str | None:
-    """The text of a sample that was written with the chat template already; None if it is of messages."""
+    """Return the text of a sample that is already rendered; None if the sample has messages."""
     text = sample.get("text") if isinstance(sample, dict) and "conversations" not in sample else None
     return text if isinstance(text, str) else None
 
 
 def read_messages(sample: Any) -> tuple[list[Message], dict[str, Any]]:
-    """Messages (role, content, and every other key as it came) and template arguments (`tools`) of a JSON sample.
+    """Return the messages and the template arguments (`tools`) of a JSON sample.
 
-    Accepts `role`/`content` and ShareGPT's `from`/`value`. Tools, tool calls and the arguments of calls may be JSON text;
-    they become objects, as chat templates want them, and a call without arguments gets an empty object. `reasoning`, as some
-    servers name it, is kept and also given as `reasoning_content`, which most templates read. Raises BadSample.
+    Messages have a role, a content, and all other keys unchanged. Both `role`/`content` and
+    ShareGPT's `from`/`value` are accepted. Tools, tool calls and the arguments of calls may be JSON
+    text; they are converted to objects, which chat templates expect. A call without arguments gets
+    an empty object. `reasoning`, the name that some servers use, is kept and also copied to
+    `reasoning_content`, which most templates read.
+    Raises BadSample if the sample cannot be used.
     """
     turns = sample.get("conversations") if isinstance(sample, dict) else None
     if not isinstance(turns, list):
@@ -77,7 +85,10 @@ def read_messages(sample: Any) -> tuple[list[Message], dict[str, Any]]:
 
 
 def thinking_and_words(reply: Message) -> tuple[str, str]:
-    """What a reply thinks, and what it says then; a thinking block at the start of its content is thinking."""
+    """Return the thinking of a reply and its content without the thinking.
+
+    The thinking is in one of REASONING_KEYS, or in a thinking block at the start of the content.
+    """
     content = reply["content"].strip()
     for key in REASONING_KEYS:
         if reply.get(key):
@@ -89,7 +100,7 @@ def thinking_and_words(reply: Message) -> tuple[str, str]:
 
 
 def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
-    """Messages with the arguments of their tool calls as JSON text, as a few chat templates want them."""
+    """Return messages with tool call arguments as JSON text, which a few templates need."""
 
     def as_text(arguments: Any) -> str:
         return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
@@ -103,7 +114,10 @@ def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
 
 
 def with_arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """A tool call with its arguments changed, {} where it has none. It holds its function, or is one itself."""
+    """Return a tool call with `change` applied to its arguments; missing arguments count as {}.
+
+    call: an object with the key `function`, or the function object itself.
+    """
     function = call.get("function", call)
     arguments = function.get("arguments")
     function = function | {"arguments": change({} if arguments is None else arguments)}
@@ -111,7 +125,10 @@ def with_arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[s
 
 
 def as_object(arguments: Any) -> Any:
-    """Arguments of a tool call as chat templates want them. What a model said may be no JSON; then it stays as it was said."""
+    """Return the arguments of a tool call as an object, which chat templates expect.
+
+    Arguments that are not a JSON object are returned unchanged: a model may generate invalid JSON.
+    """
     try:
         value = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
@@ -120,7 +137,7 @@ def as_object(arguments: Any) -> Any:
 
 
 def on_sample(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call the template or the tokenizer on a sample; what the sample makes them raise becomes a BadSample."""
+    """Call the template or the tokenizer on a sample. Raises BadSample if the call fails."""
     try:
         return call(*args, **kwargs)
     except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -149,7 +166,10 @@ def _read_turn(turn: Any, name: str) -> Message:
 
 
 def _read_reasoning(turn: dict[str, Any], name: str) -> None:
-    """Give `reasoning` also as `reasoning_content`. Raises BadSample unless the reasoning of a turn is one text."""
+    """Copy `reasoning` to `reasoning_content`, in place.
+
+    Raises BadSample if reasoning is not text, or if the two keys hold different texts.
+    """
     for key in REASONING_KEYS:
         if turn.get(key) is not None and not isinstance(turn[key], str):
             problem = f"{name} holds a {type(turn[key]).__name__} under {key!r}, expected a string"
@@ -196,7 +216,7 @@ def _read_content(content: Any, name: str) -> str:
         try:
             content.encode()
         except UnicodeEncodeError as error:
-            raise BadSample("not UTF-8", f"{name} holds half of a surrogate pair, which no text has") from error
+            raise BadSample("not UTF-8", f"{name} holds half of a surrogate pair, which is not valid text") from error
         return content
     if not isinstance(content, list):
         raise BadSample("content is not text", f"{name} holds a {type(content).__name__}, expected a string")

@@ -1,4 +1,4 @@
-"""The stream of packs, shared out over ranks, optimizer step by optimizer step."""
+"""Distribute a stream of packs over ranks, one optimizer step at a time."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from engine.data.packing import alike_steps, collate, pack
 
 
 class Plan(NamedTuple):
-    """How packs were gathered into steps: of `packs_per_step` each, counted from pack `origin` of the stream."""
+    """Grouping of packs into steps of `packs_per_step` packs, from pack `origin` of the stream."""
 
     packs_per_step: int
     origin: int
@@ -23,10 +23,12 @@ class Plan(NamedTuple):
 class PackedLoader:
     """One rank's micro-batches, grouped by optimizer step.
 
-    Each epoch is shuffled by (seed, epoch) and packed; the epochs follow each other as one stream of packs. A step takes
-    world_size * packs_per_batch * accumulation_steps packs of it, which cost alike, so the stream does not depend on how a step
-    is cut over ranks. The last step is filled up with silent packs, which carry no loss, so that every rank issues the same
-    collectives; nothing is dropped or repeated, also not where a run goes on with other ranks in the middle of an epoch.
+    Each epoch is shuffled by (seed, epoch) and packed; the epochs form one stream of packs. A step
+    takes world_size * packs_per_batch * accumulation_steps packs of similar cost from the stream.
+    The stream therefore does not depend on how a step is divided over ranks. The last step is
+    filled with silent packs, which carry no loss, so that every rank issues the same collectives.
+    No document is dropped or repeated, even if a run resumes with another number of ranks in the
+    middle of an epoch.
     """
 
     def __init__(
@@ -42,9 +44,12 @@ class PackedLoader:
         epochs: int,
         balance_steps: int,
     ):
-        """max_tokens: of a pack; packs_per_batch: packs in a rank's micro-batch; balance_steps: as `data.balance_steps`.
+        """Pack the documents for one rank.
 
-        Raises ValueError without documents.
+        max_tokens: capacity of a pack.
+        packs_per_batch: packs in one micro-batch of a rank.
+        balance_steps: see `data.balance_steps`.
+        Raises ValueError if there are no documents.
         """
         if not documents:
             raise ValueError("nothing to load: there are no documents")
@@ -63,15 +68,18 @@ class PackedLoader:
         self._packed: tuple[int, list[np.ndarray]] = (-1, [])
         self._first_pack = 0
         self._plan = Plan(self._packs_per_step, 0)
-        self._begun: dict[int, Plan] = {}  # epochs that a run with another global batch began
+        self._begun: dict[int, Plan] = {}  # epochs started by a run with another global batch size
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps from where iteration starts to the end of the last epoch."""
+        """Number of optimizer steps from the start of iteration to the end of the last epoch."""
         return -(-(self._epoch_ends[-1] - self._first_pack) // self._packs_per_step)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Start where `state` was yielded. Raises ValueError if it was saved with other data or settings."""
+        """Continue after the step that yielded `state`.
+
+        Raises ValueError if the state was saved with other data or settings.
+        """
         saved = state["stream"]
         current = self.stream
         changes = [f"{key} was {saved.get(key)}, now {current[key]}" for key in current if saved.get(key) != current[key]]
@@ -92,7 +100,7 @@ class PackedLoader:
             self._begun[epoch] = Plan(*state["epoch_plan"])
 
     def __iter__(self) -> Iterator[tuple[list[PackedBatch], dict[str, Any]]]:
-        """One item an optimizer step: this rank's micro-batches, and the state that continues after them."""
+        """Yield this rank's micro-batches of each step and the state for resuming after it."""
         num_packs = self._epoch_ends[-1]
         for first in range(self._first_pack, num_packs, self._packs_per_step):
             batches = [self._micro_batch(first, index) for index in range(self._accumulation_steps)]
@@ -128,7 +136,7 @@ class PackedLoader:
         return collate(documents, places)
 
     def _pack(self, index: int) -> tuple[list[Document], list[int]]:
-        """The documents of pack `index` of the whole stream, and their places; past its end, a silent one."""
+        """Return a pack's documents and their indices; past the stream's end, a silent pack."""
         if index >= self._epoch_ends[-1]:
             return [self._silent_document], [self._shortest]
         epoch = self._epoch_of(index)
@@ -136,7 +144,7 @@ class PackedLoader:
         return [self._documents[place] for place in places], places
 
     def _packs_of(self, epoch: int) -> list[np.ndarray]:
-        """An epoch's packs, in the order of its steps."""
+        """Return the packs of an epoch, in the order of its steps."""
         if self._packed[0] != epoch:
             packs = self._drawn(epoch)
             plan = self._plan_of(epoch)
@@ -161,7 +169,7 @@ class PackedLoader:
 
     @cached_property
     def _epoch_ends(self) -> list[int]:
-        """Packs in the stream up to the end of each epoch."""
+        """Number of packs in the stream up to the end of each epoch."""
         return list(accumulate(len(self._drawn(epoch)) for epoch in range(self._epochs)))
 
     @property

@@ -1,6 +1,8 @@
-"""Documents laid end to end in packs of at most `max_tokens` tokens: full ones that cost alike, and alike ones in a step.
+"""Pack documents into full packs of similar cost, and group packs of similar cost into steps.
 
-Ranks wait for each other at every step, and a step costs what its rows with loss do, which follow from the assistant's tokens.
+A pack holds whole documents of at most `max_tokens` tokens in total. Ranks wait for each other at
+every step, and the cost of a step depends on its rows with loss, which follow from the assistant
+tokens.
 """
 
 from bisect import bisect_left, insort
@@ -12,19 +14,23 @@ import torch
 from engine.batch import PackedBatch
 from engine.data.documents import Document
 
-WINDOW = 4096  # documents that are packed together
-NEIGHBOURS, PASSES = 8, 4  # in order of length, with whom a document may trade places, and how often
+WINDOW = 4096  # number of documents that are packed together
+# A document may be swapped with this many neighbours in order of length, in this many passes.
+NEIGHBOURS, PASSES = 8, 4
 
 
 def pack(
     lengths: np.ndarray, assistant_tokens: np.ndarray, max_tokens: int, generator: np.random.Generator
 ) -> list[np.ndarray]:
-    """Packs of document indices, each of at most `max_tokens` tokens, in random order; every document lies in exactly one.
+    """Pack documents and return the packs, as arrays of document indices, in random order.
 
-    lengths, assistant_tokens: int64 [n], tokens per document, and how many of them are the assistant's. Documents are drawn
-    into windows. Within
-    one, the longest first, each joins the fullest pack that has room; then documents of like length trade places, until the
-    packs' assistant tokens are as even as that makes them. Raises ValueError if a document is longer than a pack.
+    Each pack has at most `max_tokens` tokens, and every document is in exactly one pack. Documents
+    are drawn at random into windows. Within a window, documents are taken from the longest to the
+    shortest, and each joins the fullest pack that has room. Then documents of similar length are
+    swapped between packs, to even out the packs' assistant tokens.
+
+    lengths, assistant_tokens: tokens and assistant tokens per document, int64 [n].
+    Raises ValueError if a document is longer than a pack.
     """
     longest = int(lengths.argmax())
     if lengths[longest] > max_tokens:
@@ -43,7 +49,10 @@ def pack(
 
 
 def _best_fit(lengths: Sequence[int], max_tokens: int) -> tuple[np.ndarray, int]:
-    """The pack of each document, and how many packs there are."""
+    """Pack documents best-fit; return the pack index of each document and the number of packs.
+
+    lengths: tokens per document, in the order in which they are packed.
+    """
     owner = np.empty(len(lengths), dtype=np.int64)
     room: list[tuple[int, int]] = []  # (free tokens, pack), ascending
     num_packs = 0
@@ -62,13 +71,17 @@ def _best_fit(lengths: Sequence[int], max_tokens: int) -> tuple[np.ndarray, int]
 
 
 def _even_out(lengths: np.ndarray, assistant_tokens: np.ndarray, owner: np.ndarray, num_packs: int, max_tokens: int) -> None:
-    """Let neighbours in length trade packs, in place, where that brings both closer to the mean and the longer one has room."""
+    """Swap documents of similar length between packs, in place, to even out assistant tokens.
+
+    Two documents are swapped if that lowers the squared deviation of their packs' assistant tokens
+    from the mean and the longer one fits.
+    """
     free_P = max_tokens - np.bincount(owner, weights=lengths, minlength=num_packs)
     excess_P = np.bincount(owner, weights=assistant_tokens, minlength=num_packs)
     excess_P -= excess_P.mean()
     for reach in [distance for _ in range(PASSES) for distance in range(1, NEIGHBOURS + 1)]:
         longer = np.arange(len(lengths) - reach)
-        for first in (0, reach):  # pairs that share no document
+        for first in (0, reach):  # the pairs of each half share no document
             a = longer[((longer - first) // reach) % 2 == 0]
             a = a[a >= first]
             b = a + reach
@@ -88,7 +101,7 @@ def _even_out(lengths: np.ndarray, assistant_tokens: np.ndarray, owner: np.ndarr
 
 
 def _each_pack_once(trades: np.ndarray, from_a: np.ndarray, from_b: np.ndarray, num_packs: int) -> np.ndarray:
-    """The trades, best first, without those that touch a pack which a better one touches."""
+    """Return the swaps, best first, without those that affect a pack of a better swap."""
     both = np.stack((from_a[trades], from_b[trades]), 1)
     best_P = np.full(num_packs, len(trades))
     np.minimum.at(best_P, both, np.arange(len(trades))[:, None])
@@ -98,10 +111,13 @@ def _each_pack_once(trades: np.ndarray, from_a: np.ndarray, from_b: np.ndarray, 
 def alike_steps(
     assistant_tokens_P: np.ndarray, begun: int, packs_per_step: int, window: int, generator: np.random.Generator
 ) -> Iterator[np.ndarray]:
-    """Packs in an order in which those of a step cost alike, a step at a time.
+    """Yield the pack indices of one step at a time, so that packs of a step have similar cost.
 
-    assistant_tokens_P: assistant tokens per pack. begun: packs that the first of these steps already has. Packs of `window`
-    steps are sorted, cut into steps, and the steps shuffled; 0 = as they come.
+    assistant_tokens_P: assistant tokens per pack.
+    begun: number of preceding packs. If they end within a step, the first step yielded completes
+        it.
+    window: number of steps whose packs are sorted by cost and divided into steps, which are then
+        shuffled; 0 keeps the given order.
     """
     packs_P = np.arange(len(assistant_tokens_P))
     first = -begun % packs_per_step
@@ -118,7 +134,11 @@ def alike_steps(
 
 
 def collate(documents: Sequence[Document], document_ids: Sequence[int] = ()) -> PackedBatch:
-    """One batch of whole documents, in the order given. document_ids: as in it. Raises ValueError if there are none."""
+    """Concatenate whole documents into one batch, in the order given.
+
+    document_ids: see `PackedBatch`.
+    Raises ValueError if there are no documents.
+    """
     if not documents:
         raise ValueError("a batch needs at least one document, got none")
     lengths = [len(document) for document in documents]

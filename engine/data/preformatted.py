@@ -1,4 +1,4 @@
-"""Text that was written with the chat template already: where the replies lie in it."""
+"""Locate the replies in text that is already rendered with a chat template."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,10 +24,13 @@ WITH_TOOLS = ((QUESTION, "user"), ("", "assistant"), (RESULT, "tool"), (REPLY, "
 
 @dataclass(frozen=True)
 class Markers:
-    """What a template puts around replies.
+    """Texts that a template writes around replies.
 
-    headers: before one, the longest first. thinking: the thinking block that the generation prompt opens behind it, "" if it
-    does not. ends: what may end a reply. others: special tokens that open what is not the assistant's.
+    headers: texts that precede a reply, longest first.
+    thinking: thinking block that the generation prompt writes after the header; "" if it writes
+        none.
+    ends: texts that may end a reply.
+    others: special tokens that start a turn of another role.
     """
 
     headers: tuple[str, ...]
@@ -37,14 +40,17 @@ class Markers:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> "Markers":
-        """From conversations whose words are known. Raises ValueError if they do not find its replies again."""
+        """Derive the markers of a tokenizer's template by rendering conversations with known words.
+
+        Raises ValueError if the markers do not locate the replies of such a conversation.
+        """
         template = ChatTemplate(tokenizer, template_kwargs or {})
         found = _Found()
         messages = [_message(*turn) for turn in PLAIN]
         found.learn(template, messages)
-        with suppress(BadSample):  # not every format has tools
+        with suppress(BadSample):  # not every template supports tools
             found.learn(template, [_message(*turn) for turn in WITH_TOOLS])
-        if isinstance(tokenizer.chat_template, dict):  # conversations with tools may have a template of their own
+        if isinstance(tokenizer.chat_template, dict):  # there may be a separate template for tools
             with_tools = ChatTemplate(tokenizer, {**(template_kwargs or {}), "tools": [TOOL]})
             with suppress(BadSample):
                 found.learn(with_tools, [_message(*turn) for turn in WITH_TOOLS])
@@ -62,9 +68,10 @@ class Markers:
         raise ValueError(f"{problem}; give messages under 'conversations' instead of 'text'")
 
     def find(self, text: str) -> list[Span]:
-        """Where the replies lie in a text, in characters, each with its end.
+        """Return the character spans of the replies in a text, each including its end token.
 
-        Raises BadSample if one holds what opens another's turn, so that its end is not known.
+        Raises BadSample if a reply contains a token that starts a turn of another role, so that the
+        end of the reply is unknown.
         """
         spans = []
         at = 0
@@ -77,7 +84,7 @@ class Markers:
             if start < at:
                 spans.append((start, at))
             if foreign := next((token for token in self.others if token in text[start:at]), None):
-                raise BadSample(UNVERIFIED, f"a reply in the text holds {foreign!r}, which opens another's turn")
+                raise BadSample(UNVERIFIED, f"a reply in the text holds {foreign!r}, which starts a turn of another role")
         return spans
 
 
@@ -90,7 +97,7 @@ def _message(words: str, role: str) -> Message:
 
 @dataclass
 class _Found:
-    """What conversations whose words are known tell of a template. replies: the replies themselves, one behind the other."""
+    """Markers found so far in conversations with known words. replies: all replies concatenated."""
 
     headers: list[str] = field(default_factory=list)
     ends: set[str] = field(default_factory=set)
@@ -98,7 +105,7 @@ class _Found:
     replies: str = ""
 
     def learn(self, template: ChatTemplate, messages: Sequence[Message]) -> None:
-        """Add the headers and ends of a conversation's replies, and the special tokens that open what is said to them."""
+        """Add headers and ends of a conversation's replies, and tokens that start other turns."""
         whole = template.text(messages)
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -119,7 +126,11 @@ class _Found:
 
 
 def _own_part(header: str, unasked: str, template: ChatTemplate) -> str:
-    """What of a header asks for the reply: without the end of the turn before, which is there unasked too."""
+    """Return the part of a header that requests the reply.
+
+    The end of the previous turn is removed: the template writes it without a generation prompt too.
+    header, unasked: text after the previous message, with and without the generation prompt.
+    """
     kept = header
     while token := next((token for token in template.special_tokens if kept.startswith(token)), ""):
         if not unasked.startswith(token):

@@ -1,8 +1,9 @@
-"""How a chat template writes a reply, found with a probe: a reply of the same parts whose words occur nowhere else.
+"""How a chat template writes a reply, found by rendering a probe.
 
-The text around a probe's parts is the template's own, so a turn is found by its place and never by the words of a message.
-Behind a conversation, `unused_words` chooses words for the probe that the conversation does not
-contain.
+A probe is a reply with the same parts as a real one, whose words occur nowhere else. The text
+around the parts of a probe is written by the template, so a turn is located by its position and
+never by the words of a message. For a probe that follows a conversation, `unused_words` chooses
+words that the conversation does not contain.
 """
 
 import json
@@ -40,7 +41,7 @@ Render = Callable[[Sequence[Message], bool], str]
 class ProbeWords:
     """The words of a probe.
 
-    suffix: digits at the end of each of them, which make them differ from a conversation's words.
+    suffix: digits at the end of each word, which distinguish it from the words of a conversation.
     """
 
     suffix: str = ""
@@ -67,7 +68,7 @@ class ProbeWords:
 
     @property
     def last_message(self) -> str:
-        """Words for the message before the probe, which are no part of the probe."""
+        """Words for the message before the probe. They are not part of the probe."""
         return f"Zqf message zqf{self.suffix}"
 
     @property
@@ -80,7 +81,7 @@ WORDS = PROBE_WORDS.words
 
 
 def unused_words(text: str) -> ProbeWords:
-    """Return words for a probe of which none occurs in a text."""
+    """Return words for a probe, none of which occurs in `text`."""
     words = PROBE_WORDS
     for number in count(1):
         if not any(part in text for part in (*words.parts, words.last_message)):
@@ -91,14 +92,18 @@ def unused_words(text: str) -> ProbeWords:
 
 @dataclass(frozen=True)
 class ReplyShape:
-    """What a template writes around the parts of a reply.
+    """Text that a template writes around the parts of a reply.
 
-    opening: between the generation prompt and the first part; an empty thought of the prompt that replies do not keep
-        counts as no part of it. None if the reply does not follow the prompt.
-    tail: the control tokens behind the last part, with blanks, up to the end of the text; "" if there are none.
+    opening: text between the generation prompt and the first part. A thinking block at the end of
+        the prompt that replies do not keep does not count as part of the prompt. None if the reply
+        does not follow the prompt.
+    tail: control tokens and whitespace after the last part, up to the end of the text; "" if there
+        are none.
     stop: number of characters of `tail` up to the end of the token at which a server stops.
-    next_token: for an empty tail, the control token of the next turn that ends a reply (GLM); "" if there is none.
-    unasked_prompt: a generation prompt that the template writes even behind a reply (Command-R7B); "" if there is none.
+    next_token: for an empty tail, the control token of the next turn that ends a reply (GLM); "" if
+        there is none.
+    unasked_prompt: generation prompt that the template writes even after a reply (Command-R7B); ""
+        if there is none.
     """
 
     opening: str | None
@@ -124,28 +129,32 @@ def probe_of(reply: Message, probe_words: ProbeWords = PROBE_WORDS) -> Message:
 
 
 def without_thinking(reply: Message) -> Message:
-    """Return a reply without its thinking, wherever it is written."""
+    """Return a reply without its thinking, whether that is under a key or in the content."""
     kept = {key: value for key, value in reply.items() if key not in REASONING_KEYS}
     _, words = thinking_and_words(reply)
     return kept | {"content": words}
 
 
 def first_part(text: str, words: ProbeWords = PROBE_WORDS) -> int:
-    """Return where the first part of a probe begins in a text, -1 if the text holds none."""
+    """Return the position of the first part of a probe in a text, or -1 if the text holds none."""
     places = [text.find(part) for part in words.parts if part in text]
     return min(places, default=-1)
 
 
 def behind_last_part(text: str) -> str:
-    """Return the text behind the last part of a probe."""
+    """Return the text after the last part of a probe."""
     ends = [text.rfind(part) + len(part) for part in PROBE_WORDS.parts if part in text]
     return text[max(ends, default=len(text)) :]
 
 
 def shape_of(probe: Message, render: Render, known: Sequence[str], eos: str | None, bos: str | None) -> ReplyShape:
-    """Return how a template writes a probe behind a question. known: the tokenizer's special tokens.
+    """Return how a template writes a probe after a question.
 
-    Raises BadSample if the template cannot write it, or writes more than control tokens behind it.
+    render(messages, add_generation_prompt): renders the template.
+    known: the tokenizer's special tokens.
+    eos, bos: the tokenizer's tokens for end and start of text, if it has them.
+    Raises BadSample if the template cannot write the probe, or writes more than control tokens
+    after it.
     """
     asked = [{"role": "user", "content": QUESTION}]
     prompt = render(asked, True)
@@ -167,7 +176,10 @@ def shape_of(probe: Message, render: Render, known: Sequence[str], eos: str | No
 
 
 def _unasked_prompt(prompt: str, behind: str, known: Sequence[str]) -> str:
-    """Return the generation prompt that stands behind both a question and a reply, without the token that ends a turn."""
+    """Return the generation prompt that follows both a question and a reply; "" if there is none.
+
+    It excludes the end-of-turn token.
+    """
     length = shared_length(prompt[::-1], behind[::-1])
     shared = behind[whole_token_start(behind, len(behind) - length, known) :]
     end_token = leading_token(shared, known)
@@ -181,9 +193,9 @@ def written_probe(
     render: Render,
     words: ProbeWords = PROBE_WORDS,
 ) -> tuple[Message, str]:
-    """Return a probe that the template writes behind some messages, and the text that it writes.
+    """Return a probe that the template writes after the messages `before`, and the rendered text.
 
-    A probe that only thinks, of which the template writes nothing, is replaced by words at the same place.
+    A probe with thinking only, which the template omits, is replaced by a probe with words.
     Raises BadSample if the template writes no part of a reply.
     """
     plain = {"role": "assistant", "content": words.words}
@@ -212,9 +224,9 @@ def _probe_call(call: dict, index: int, words: ProbeWords) -> dict:
 
 
 def _probe_arguments(arguments: object, words: ProbeWords) -> object:
-    """Return arguments of the same form, none where the call has none.
+    """Return probe arguments of the same form; none if the call has none.
 
-    Some formats close each argument (GLM-4.5), so a call without arguments ends otherwise.
+    Some formats close each argument (GLM-4.5), so a call without arguments ends differently.
     """
     if arguments is None:
         return {}
@@ -225,7 +237,7 @@ def _probe_arguments(arguments: object, words: ProbeWords) -> object:
 
 
 def _behind_in_history(asked: Sequence[Message], probe: Message, render: Render) -> str | None:
-    """Return what follows a probe once another turn follows it, None if the template cannot write that."""
+    """Return the text between a probe and a following turn; None if it cannot be rendered."""
     following: list[Message] = [{"role": "user", "content": NEXT}]
     calls = probe.get("tool_calls")
     if calls:
@@ -233,7 +245,8 @@ def _behind_in_history(asked: Sequence[Message], probe: Message, render: Render)
             {"role": "tool", "content": NEXT, "name": PROBE_WORDS.call_name, "tool_call_id": call["id"]} for call in calls
         ]
     plain = {"role": "assistant", "content": WORDS}
-    candidates = [probe] if calls else [probe, plain]  # a reply that only thinks may be gone from the history
+    # A template may omit a reply with thinking only from the history.
+    candidates = [probe] if calls else [probe, plain]
     for candidate in candidates:
         with suppress(BadSample):
             written, found, _ = render([*asked, candidate, *following], False).partition(NEXT)
@@ -244,10 +257,12 @@ def _behind_in_history(asked: Sequence[Message], probe: Message, render: Render)
 
 @dataclass(frozen=True)
 class Ending:
-    """Control tokens that may end a reply: (token, where it ends in the tail) of each.
+    """Control tokens that may end a reply, each as (token, its end position in the tail).
 
-    own: those that the reply ends with in the history too. last: all that end it as the last turn.
-    next_token: the token that opens the next turn, where the reply has no end token of its own.
+    length: number of characters of the tail.
+    own: tokens that end the reply both as the last turn and in the history.
+    last: tokens that end the reply as the last turn.
+    next_token: token that starts the next turn, if the reply has no end token of its own.
     """
 
     length: int
@@ -257,7 +272,12 @@ class Ending:
 
     @classmethod
     def of(cls, behind: str, tail: str, later: str | None, known: Sequence[str], bos: str | None) -> "Ending":
-        """Read the endings of a reply. behind: what follows its last part; later: the same in the history."""
+        """Find the control tokens that may end a reply.
+
+        behind: text after the last part of the reply as the last turn.
+        tail: control tokens and whitespace at the end of `behind`.
+        later: text after the last part once another turn follows; None if unknown.
+        """
         tokens = token_ends(tail, known)
         for is_end in (lambda token: token in known, _has_bars):
             ends = [(token, end) for token, end in tokens if is_end(token)]
@@ -269,16 +289,17 @@ class Ending:
         return cls(len(tail), _shared(tokens, behind, tail, later), tuple(tokens), "")
 
     def stop(self, eos: str | None, ends_with_words: bool) -> int:
-        """Return how many characters of the tail a server generates.
+        """Return the number of characters of the tail that a server generates.
 
-        What stands behind the tokens that end a reply in the history too ends the conversation (Phi-3's end of text).
-        Words that end otherwise in the history (GPT-OSS) end with their first token, tool calls with their last.
+        Tokens after those that also end the reply in the history end the conversation (Phi-3's end
+        of text). If a reply ends differently in the history (GPT-OSS), words end with the first
+        token of the tail, and tool calls with the last one.
         """
         candidates = self.own
         if not candidates:
             candidates = self.last[:1] if ends_with_words else self.last
         if not ends_with_words and eos in [token for token, _ in self.last]:
-            candidates = self.last  # tokens that close a call stand before the one that ends generation
+            candidates = self.last  # tokens that close a call precede the one that ends generation
         if not candidates:
             return self.length
         for token, end in candidates:
@@ -292,14 +313,14 @@ def _has_bars(token: str) -> bool:
 
 
 def _shared(tokens: Sequence[tuple[str, int]], behind: str, tail: str, later: str | None) -> tuple[tuple[str, int], ...]:
-    """Return the tokens of a tail that stand behind the reply in the history too."""
+    """Return the tokens of a tail that also follow the reply in the history."""
     offset = len(behind) - len(tail)
     shared = 0 if later is None else shared_length(behind, later)
     return tuple((token, end) for token, end in tokens if offset + end <= shared)
 
 
 def shared_length(first: str, second: str) -> int:
-    """Return the number of characters with which both texts begin."""
+    """Return the length of the common prefix of two texts."""
     length = 0
     for one, other in zip(first, second, strict=False):
         if one != other:

@@ -1,4 +1,4 @@
-"""Documents as text that the assistant says and text that it does not: what a mask means, for users and for tests."""
+"""Show documents as text segments that are masked as assistant text or not, for users and tests."""
 
 import json
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from engine.host.files import write_whole
 
 
 class Segment(NamedTuple):
-    """Text of tokens that follow one another and are all the assistant's, or all not."""
+    """Text of consecutive tokens that are either all assistant tokens or all other tokens."""
 
     text: str
     assistant: bool
 
 
 def segments_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """Return the document's text, special tokens included, cut wherever its mask changes."""
+    """Return the document's text, including special tokens, split wherever its mask changes."""
     mask = document.assistant_mask
     changes = np.flatnonzero(np.diff(mask)) + 1
     edges = [0, *changes.tolist(), len(document)]
@@ -37,8 +37,10 @@ def segments_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[
 def write_segments(path: Path, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write all documents as one JSON list, one document per line, in their order.
 
-    Each is {"id", "place", "segments": [{"text", "assistant"}]}. id: as its conversation has it, or its place.
-    place: `file:line`. Raises WriteError.
+    An entry is {"id", "place", "segments": [{"text", "assistant"}]}.
+    id: id of the conversation, or its place if it has none.
+    place: `file:line`.
+    Raises WriteError if the file cannot be written.
     """
 
     def write(place: Path) -> None:
@@ -55,7 +57,10 @@ def write_segments(path: Path, documents: Documents, tokenizer: PreTrainedTokeni
 
 
 def conversation_ids(documents: Documents) -> Iterator[Any]:
-    """Yield the id of each document's conversation, or its place where it has none; reads every file once."""
+    """Yield the id of each document's conversation, or its place if it has none.
+
+    Every file is read once.
+    """
     reader: _LineReader | None = None
     for index in range(len(documents)):
         name = documents.name_of(index)
@@ -72,7 +77,7 @@ def conversation_ids(documents: Documents) -> Iterator[Any]:
 
 
 class _LineReader:
-    """Lines of a file by their numbers, from 1, asked for in ascending order."""
+    """Reads lines of a file by number, from 1; numbers must not decrease."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -81,11 +86,11 @@ class _LineReader:
         self._line = b""
 
     def line(self, number: int) -> bytes:
-        """Return a line. Raises ValueError if the file has become shorter than it was when it was tokenised."""
+        """Return a line. Raises ValueError if the file has become too short since tokenisation."""
         while self._number < number:
             found = next(self._numbered, None)
             if found is None:
-                problem = f"{self.path} has no line {number} any more, so it was changed while it was read"
+                problem = f"{self.path} no longer has line {number}: it was changed while it was read"
                 raise ValueError(f"{problem}; run the same command again")
             self._number, self._line = found
         return self._line

@@ -1,6 +1,6 @@
-"""Messages as a chat template accepts them: the role developer, and the arguments of tool calls.
+"""Convert messages to the form that a chat template accepts: developer role, tool call arguments.
 
-What a template accepts is found by rendering short conversations whose words are known, once per template.
+The form is found by rendering short conversations with known words, once per template.
 """
 
 import json
@@ -17,7 +17,7 @@ from engine.data.templates import ChatTemplate
 DEVELOPER_AS_SYSTEM = "role developer, which the chat template does not have, written as system"
 ORDER = "Answer briefly, as ordered."
 ARGUMENTS = {"query": "green tea"}
-# Mistral's templates accept ids of nine letters and digits only.
+# Mistral's templates accept only ids of nine letters and digits.
 CALL = {"id": "call00001", "type": "function", "function": {"name": "search", "arguments": ARGUMENTS}}
 RESULT = {"role": "tool", "name": "search", "tool_call_id": CALL["id"], "content": "Found."}
 
@@ -25,7 +25,7 @@ ArgumentForm = Literal["object", "text"]
 
 
 def accepted_roles(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
-    """Return the messages with the role developer as it is where the template has it, else as system."""
+    """Return the messages, with role developer renamed to system if the template lacks it."""
     if all(message["role"] != "developer" for message in messages) or takes_developer(template):
         return list(messages)
     renamed = []
@@ -36,9 +36,10 @@ def accepted_roles(messages: Sequence[Message], template: ChatTemplate) -> list[
 
 
 def accepted_arguments(messages: Sequence[Message], template: ChatTemplate) -> list[list[Message]]:
-    """Return the messages with the arguments of tool calls in the form that the template takes.
+    """Return the messages with the arguments of tool calls in the form that the template accepts.
 
-    There are two alternatives, the more usual one first, if that form cannot be found out.
+    The result is a list of alternatives. It has two entries, the more usual form first, if the
+    accepted form cannot be determined.
     """
     if not any(message.get("tool_calls") for message in messages):
         return [list(messages)]
@@ -51,12 +52,15 @@ def accepted_arguments(messages: Sequence[Message], template: ChatTemplate) -> l
 
 
 def takes_developer(template: ChatTemplate) -> bool:
-    """Whether the template writes messages of the role developer, otherwise than as the user's or the assistant's."""
+    """Return whether the template writes the role developer differently from user and assistant."""
     return _takes_developer(template.tokenizer, template.source, _probe_arguments(template))
 
 
 def argument_form(template: ChatTemplate) -> ArgumentForm | None:
-    """Return how the template takes the arguments of tool calls: as objects, as JSON text, or None if it fails with both."""
+    """Return the form of tool call arguments that the template accepts: "object" or "text".
+
+    Returns None if it fails with both.
+    """
     return _argument_form(template.tokenizer, template.source, _probe_arguments(template))
 
 
@@ -65,7 +69,7 @@ def _probe_arguments(template: ChatTemplate) -> str:
 
 
 def _rendered(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
-    """Return the text; None if the template cannot write these messages."""
+    """Return the rendered messages, or None if the template cannot write them."""
     try:
         return template.text(messages)
     except BadSample:
@@ -95,7 +99,8 @@ def _argument_form(tokenizer: PreTrainedTokenizerBase, source: str, arguments: s
         {"role": "user", "content": NEXT},
     ]
     as_objects = _rendered(template, messages)
-    if as_objects is not None and str(ARGUMENTS) not in as_objects:  # which is Python's spelling, not JSON's
+    # The text of a Python dict is not JSON.
+    if as_objects is not None and str(ARGUMENTS) not in as_objects:
         return "object"
     if _rendered(template, with_text_arguments(messages)) is not None:
         return "text"

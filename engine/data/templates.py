@@ -1,7 +1,7 @@
-"""Chat templates: which one a run uses, and what it makes of messages.
+"""Select the chat template of a run, and render messages with it.
 
-A template is the tokenizer's own, one of `chat_templates/` by name, or a user's file. Those of the folder are written to the
-published formats, for tokenizers that come without one.
+A template is the tokenizer's own, a named one of the folder `chat_templates/`, or a user's file.
+The templates of the folder follow the published formats and are for tokenizers without a template.
 """
 
 import json
@@ -42,7 +42,7 @@ Span = tuple[int, int]
 
 
 def load_tokenizer(target: TargetSection, data: DataSection) -> PreTrainedTokenizerBase:
-    """The target's tokenizer, with `data.template` for its chat template."""
+    """Load the target's tokenizer; if `data.template` is set, it replaces the chat template."""
     template = None if data.template is None else read_template(data.template)
     tokenizer = AutoTokenizer.from_pretrained(target.path, **target.hub_arguments)
     if template is not None:
@@ -51,12 +51,12 @@ def load_tokenizer(target: TargetSection, data: DataSection) -> PreTrainedTokeni
 
 
 def read_template(name: str) -> str:
-    """A template by its name, or of a file."""
+    """Read the template with the given name, or the file at that path."""
     return NAMED_TEMPLATES.get(name, Path(name)).read_text(encoding="utf-8")
 
 
 def template_sources(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the Jinja source of the tokenizer's chat template, or of all of them where it has several named ones."""
+    """Return the Jinja source of each of the tokenizer's chat templates, ordered by name."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         return [template[name] for name in sorted(template)]
@@ -65,12 +65,15 @@ def template_sources(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 @dataclass(frozen=True)
 class Format:
-    """What a template writes around a reply behind one question.
+    """Text that a template writes around a reply to one question.
 
-    header: the generation prompt behind the question, "" if there is none. always_asked: whether the template writes it
-    even where nobody asks for a reply. empty_thought: the end of the header that the
-    template does not write before replies. bare: whether nothing stands between question and reply (Mistral).
-    tagged: whether `{% generation %}` tags mark replies. tags_hold_header: whether they mark a reply's header too.
+    header: generation prompt after the question; "" if there is none.
+    always_asked: whether the template writes the header even without add_generation_prompt.
+    empty_thought: end of the header, an empty thinking block that the template does not write
+        before replies; "" if there is none.
+    bare: whether there is nothing between question and reply (Mistral).
+    tagged: whether `{% generation %}` tags mark replies.
+    tags_hold_header: whether the tags include the header of a reply.
     """
 
     header: str
@@ -85,7 +88,7 @@ class Format:
 class ChatTemplate:
     """A tokenizer's chat template with its arguments (`tools`, `enable_thinking`, ...).
 
-    chosen: Jinja source of the template; None = the tokenizer's own for these arguments.
+    chosen: Jinja source of the template; None = the tokenizer's template for these arguments.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -94,7 +97,10 @@ class ChatTemplate:
 
     @cached_property
     def source(self) -> str:
-        """Jinja source of the template; of several named ones, "tool_use" if there are tools, else "default"."""
+        """Jinja source of the template.
+
+        If the tokenizer has several, it is "tool_use" if there are tools, and "default" otherwise.
+        """
         if self.chosen is not None:
             return self.chosen
         name = self.arguments.get("chat_template")
@@ -102,7 +108,10 @@ class ChatTemplate:
 
     @cached_property
     def format(self) -> Format:
-        """Found by rendering a question and a reply. Raises BadSample if the template cannot write these."""
+        """Format of replies, found by rendering a question and a reply.
+
+        Raises BadSample if the template cannot write them.
+        """
         return _format_of(self.tokenizer, self.source, self._own_probe_arguments)
 
     @cached_property
@@ -115,9 +124,9 @@ class ChatTemplate:
         return self.probe_arguments(with_tool=is_for_tools)  # a template for tools need not work without any
 
     def probe_arguments(self, with_tool: bool) -> str:
-        """Return the arguments as JSON text, with one known tool or none in place of the sample's own.
+        """Return the arguments as JSON text, with one known tool or none instead of the sample's.
 
-        So few kinds of arguments have to be tried.
+        This keeps the number of distinct arguments small, so that results can be cached.
         """
         arguments = {key: value for key, value in self.arguments.items() if key != "tools"}
         if with_tool:
@@ -125,7 +134,7 @@ class ChatTemplate:
         return json.dumps(arguments, sort_keys=True, default=str)
 
     def text(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """Raises BadSample where the template fails."""
+        """Render messages as text. Raises BadSample if the template fails."""
         options = {
             "chat_template": self.source,
             "add_generation_prompt": add_generation_prompt,
@@ -135,7 +144,10 @@ class ChatTemplate:
         return on_sample(self.tokenizer.apply_chat_template, list(messages), **arguments)
 
     def shape(self, reply: Message) -> ReplyShape:
-        """How the template writes replies with the same parts. Raises BadSample if it cannot write such a reply."""
+        """Return how the template writes replies with the same parts as `reply`.
+
+        Raises BadSample if it cannot write such a reply.
+        """
         probe = json.dumps(probe_of(reply))
         try:
             return _shape_of(self.tokenizer, self.source, self._own_probe_arguments, probe)
@@ -145,7 +157,7 @@ class ChatTemplate:
         return _shape_of(self.tokenizer, self.source, self.probe_arguments(with_tool=True), probe)
 
     def tagged(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """Return the text, and the spans inside its `{% generation %}` tags, in characters."""
+        """Render messages; return the text and the character spans of `{% generation %}` tags."""
         arguments = {**self.tokenizer.special_tokens_map, **self.arguments}
         chats = {
             "conversations": [list(messages)],
@@ -190,13 +202,16 @@ def _format_of(tokenizer: PreTrainedTokenizerBase, source: str, arguments: str) 
 
 
 def _holds_more_than_thinking(opening: str) -> bool:
-    """Whether what a tag holds before a reply's words is more than an empty thinking block."""
+    """Return whether a tag holds more than an empty thinking block before the words of a reply."""
     mark = thinking_mark(opening)
     return bool(opening.removesuffix(mark.text).strip())
 
 
 def template_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Special tokens that a reply may hold or end with: those that the chat templates write, and the end of text."""
+    """Return the ids of special tokens that a reply may contain or end with, in ascending order.
+
+    These are the special tokens that the chat templates write, and the end-of-text token.
+    """
     asked = [{"role": "user", "content": "Who?"}]
     answered = [*asked, {"role": "assistant", "content": "I."}, *asked]
     texts = []

@@ -1,8 +1,10 @@
-"""Tokenised conversations on the disk: made once by several processes, mapped into memory by every rank and every later run.
+"""Cache of tokenised conversations on disk.
 
-An entry of the cache is a folder under a name made of the conversations' bytes, the tokenizer, the template, the options and
-the code that they go through. One process of a machine makes it, under a lock that other machines and runs respect; the other
-ranks wait for the folder, not in a collective. It has its name once it is whole.
+An entry is built once, by several worker processes, and memory-mapped by every rank and every later
+run. It is a folder whose name is a hash of the conversations' bytes, the tokenizer, the template,
+the options and the code of this package. One process per machine builds it, under a lock that other
+machines and runs respect. The other ranks wait for the folder to appear, not in a collective. The
+folder gets its final name once it is complete.
 """
 
 import fcntl
@@ -49,22 +51,25 @@ from engine.data.documents import Document, Documents, add_counts, document_chec
 from engine.data.fingerprint import hash_of, tokenizer_hash
 from engine.data.templates import template_sources
 
-WORTH_PROCESSES_BYTES = 16 << 20  # below, one process is done before others have started
+WORTH_PROCESSES_BYTES = 16 << 20  # for less data, one process finishes before others have started
 SECONDS_BETWEEN_LOOKS = 0.2
-SECONDS_WITHOUT_SIGN = 300  # of the process that makes an entry, before those that wait for it give up
+SECONDS_WITHOUT_SIGN = 300  # waiting ranks give up if no process builds the entry for so long
 REPORT = "report.json"
 IDS = "input_ids.int32"
 MASK = "assistant_mask.bool"
 ARRAYS = "arrays.npz"
 
-_render: Renderer  # of a worker process
+_render: Renderer  # set in each worker process
 
 
 class TokenisedDocuments(Documents):
-    """The documents of an entry; their tokens stay on the disk."""
+    """The documents of a cache entry; their tokens are memory-mapped from disk."""
 
     def __init__(self, folder: Path, paths: Sequence[str]) -> None:
-        """Raises OSError or ValueError if the entry is not there, or not whole."""
+        """Open the entry in `folder`.
+
+        Raises OSError, ValueError or another error of `open_entry` if it is missing or incomplete.
+        """
         self.paths = tuple(paths)
         with np.load(folder / ARRAYS) as arrays:
             self._token_bounds, self._turn_bounds, self._ends = (
@@ -95,7 +100,7 @@ class TokenisedDocuments(Documents):
 
 
 class Writer:
-    """An entry in the making: documents as they come, the rest at the end."""
+    """Writes a cache entry: tokens as documents are added, indices and report on `close`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -156,9 +161,11 @@ def tokenise(
     builds: bool,
     on_progress: Progress | None = None,
 ) -> tuple[TokenisedDocuments, DataReport]:
-    """What `load_documents` gives, out of `section.cache_dir`, where it is made first if it is not there.
+    """Return documents and report from `section.cache_dir`, building the entry if needed.
 
-    builds: whether this process may make it; the others wait until one has. Raises ValueError as `load_documents` does.
+    The result is that of `load_documents`, which also describes the ValueErrors raised.
+    builds: whether this process may build the entry; other processes wait until it exists.
+    on_progress: see `load_documents`.
     """
     assert section.cache_dir is not None, "without data.cache_dir, conversations are read by `load_documents`"
     check_template(tokenizer)
@@ -175,19 +182,22 @@ def tokenise(
 
 
 def entry_name(scan: Scan, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> str:
-    """Of everything that decides what the conversations become."""
+    """Return the name of a cache entry: a hash of everything that determines its documents."""
     options = ("template_kwargs", "train_on", "turns", "lost_thinking", "long_documents", "max_tokens")
     code = [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
     made_by = [*code, transformers.__version__, tokenizers.__version__, jinja2.__version__]
     template = [tokenizer.chat_template, tokenizer.special_tokens_map]
     if any("strftime_now" in source for source in template_sources(tokenizer)):
-        template.append(date.today().isoformat())  # which it writes
+        template.append(date.today().isoformat())  # the template writes the date
     rendered = [tokenizer_hash(tokenizer), template, [getattr(section, name) for name in options]]
     return hash_of([scan.content, rendered, made_by])
 
 
 def open_entry(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, DataReport] | None:
-    """The documents of an entry and their report, with these names of the files; None if it is not there, or not whole."""
+    """Open a cache entry; return its documents and report, or None if it is missing or incomplete.
+
+    paths: current paths of the files. They replace those of the time of the build in the report.
+    """
     try:
         facts = json.loads((entry / REPORT).read_text(encoding="utf-8"))
         documents = TokenisedDocuments(entry, paths)
@@ -208,9 +218,9 @@ def open_entry(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, D
 def _build_once(
     entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on_progress: Progress | None
 ) -> tuple[TokenisedDocuments, DataReport]:
-    """Build an entry under its lock, unless another process has built it by then, and open it.
+    """Open an entry, after building it under its lock unless another process has done so meanwhile.
 
-    Raises ValueError if it cannot be written, or cannot be read afterwards.
+    Raises ValueError if the entry cannot be written, or cannot be read afterwards.
     """
     advice = "free some space, or name another folder in data.cache_dir"
     try:
@@ -220,7 +230,7 @@ def _build_once(
                 _build(entry, paths, scan, renderer, on_progress)
                 found = open_entry(entry, paths)
     except OSError as error:
-        problem = f"{entry.parent}: tokenised conversations cannot be kept there: {error.strerror or error}"
+        problem = f"{entry.parent}: tokenised conversations cannot be written there: {error.strerror or error}"
         raise ValueError(f"{problem}; {advice}") from error
     if found is None:
         raise ValueError(f"{entry}: the tokenised conversations that were just written there cannot be read; {advice}")
@@ -228,9 +238,10 @@ def _build_once(
 
 
 def _build(entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on_progress: Progress | None) -> None:
-    for leftover in entry.parent.glob(f"{entry.name}.partial-*"):  # of a process that died: this one holds the lock
+    # This process holds the lock, so these were left by a process that died.
+    for leftover in entry.parent.glob(f"{entry.name}.partial-*"):
         shutil.rmtree(leftover)
-    shutil.rmtree(entry, ignore_errors=True)  # one that is not whole
+    shutil.rmtree(entry, ignore_errors=True)  # an entry that could not be opened
     partial = entry.with_name(f"{entry.name}.partial-{socket.gethostname()}-{os.getpid()}")
     tally = Tally(paths, scan, on_progress)
     try:
@@ -240,7 +251,7 @@ def _build(entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on
             tally.add(chunk, rendered)
         writer.close(paths, tally.report)
         if changed := [path for path, before in zip(paths, scan.stamps, strict=True) if stamp(Path(path)) != before]:
-            raise ValueError(f"{', '.join(changed)}: changed while it was read; start again when nobody writes to it")
+            raise ValueError(f"{', '.join(changed)}: changed while it was read; run again once no process writes to it")
         partial.rename(entry)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -248,9 +259,9 @@ def _build(entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on
 
 
 def rendered_chunks(scan: Scan, renderer: Renderer) -> Iterator[tuple[Chunk, Rendered]]:
-    """What becomes of each chunk, in order, by as many processes as are worth it; few chunks are under way at a time.
+    """Yield each chunk with its rendered documents, in order; several processes render larger data.
 
-    Raises ValueError if a process dies.
+    The number of chunks in progress is bounded. Raises ValueError if a process dies.
     """
     workers = renderer.section.workers or len(os.sched_getaffinity(0))
     if workers == 1 or (not renderer.section.workers and scan.num_bytes < WORTH_PROCESSES_BYTES):
@@ -268,13 +279,13 @@ def rendered_chunks(scan: Scan, renderer: Renderer) -> Iterator[tuple[Chunk, Ren
                     yield first, future.result()
             yield from ((chunk, future.result()) for chunk, future in under_way)
         except BrokenProcessPool as error:
-            problem = "a process that tokenises died, perhaps for want of memory"
+            problem = "a tokenising process died, possibly because it ran out of memory"
             raise ValueError(f"{problem}; run again with a lower data.workers than {workers}") from error
 
 
 def _start_worker(pickled: bytes) -> None:
     global _render
-    init_hf_modules()  # where tokenizers of remote code are imported from
+    init_hf_modules()  # needed to unpickle tokenizers defined by remote code
     _render = pickle.loads(pickled)
 
 
@@ -283,21 +294,24 @@ def _render_chunk(chunk: Chunk) -> Rendered:
 
 
 def _await(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, DataReport]:
-    """What another process of this machine makes. Raises ValueError if nobody makes it any more, or ever began."""
+    """Wait for an entry that another process of this machine builds, and open it.
+
+    Raises ValueError if no process builds it for SECONDS_WITHOUT_SIGN seconds.
+    """
     last_sign = time.monotonic()
     while (found := open_entry(entry, paths)) is None:
         if any(entry.parent.glob(f"{entry.name}.partial-*")) and not _is_free(entry):
             last_sign = time.monotonic()
         if time.monotonic() - last_sign > SECONDS_WITHOUT_SIGN:
-            problem = f"nobody makes {entry}, which this rank waits for"
-            raise ValueError(f"{problem}; the first rank of this machine ended, or has another data.cache_dir")
+            problem = f"no process is building {entry}, and this rank is waiting for it"
+            raise ValueError(f"{problem}; the first rank of this machine has ended, or uses another data.cache_dir")
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return found
 
 
 @contextmanager
 def _locked(entry: Path) -> Iterator[None]:
-    """Hold the entry's lock, which the system takes back from a process that dies."""
+    """Hold the entry's lock, which the operating system releases if the process dies."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     with _lock_file(entry) as file:
         while not _take(file):
@@ -306,14 +320,17 @@ def _locked(entry: Path) -> Iterator[None]:
 
 
 def _is_free(entry: Path) -> bool:
-    """Whether no process holds the lock."""
+    """Return whether no process holds the entry's lock."""
     with suppress(FileNotFoundError), _lock_file(entry) as file:
         return _take(file)
     return True
 
 
 def _lock_file(entry: Path) -> BinaryIO:
-    """Read only, so that users who share a folder share its locks."""
+    """Open the entry's lock file.
+
+    It is opened read-only, so that users who share a folder can use each other's lock files.
+    """
     return os.fdopen(os.open(entry.with_suffix(".lock"), os.O_RDONLY | os.O_CREAT, 0o666), "rb")
 
 

@@ -1,4 +1,4 @@
-"""Turns of the assistant in a rendered conversation: where each begins, and the token at which a server stops."""
+"""Locate assistant turns in a rendered conversation, up to the token at which a server stops."""
 
 import json
 from collections.abc import Sequence
@@ -30,9 +30,10 @@ LOST_THINKING = (CLOSED_BY_PROMPT, NOT_WRITTEN, NOT_BEHIND_PROMPT)
 class Turn:
     """A conversation that ends with a reply, as a server reads and generates it.
 
-    text: the whole conversation. [start, end): the reply with its end token, in characters of the text.
-    reply: the message that the text holds, without its thinking if that had to be left out.
-    change: what is written otherwise than the message or the prompt has it, for the report; "" if nothing is.
+    text: the whole conversation.
+    start, end: character range [start, end) of the reply with its end token.
+    reply: the message that the text contains, without its thinking if that had to be left out.
+    change: how the text differs from the message or the prompt, for the report; "" if it does not.
     """
 
     text: str
@@ -43,9 +44,10 @@ class Turn:
 
 
 def tagged_turns(template: ChatTemplate, messages: Sequence[Message]) -> dict[int, Turn]:
-    """Return what the template's `{% generation %}` tags mark: each reply with its end token, by its index.
+    """Return the turns that the template's `{% generation %}` tags mark, by message index.
 
-    Raises BadSample unless there is one tag per reply, and each holds its whole reply.
+    A turn includes its end token. Raises BadSample unless there is one tag per reply, and each
+    contains its whole reply.
     """
     text, spans = template.tagged(messages)
     replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -63,7 +65,7 @@ def tagged_turns(template: ChatTemplate, messages: Sequence[Message]) -> dict[in
 
 
 def _tagged_end(template: ChatTemplate, text: str, span: Span, reply: Message) -> int:
-    """Where a tagged reply's end token ends: inside the span, or just behind a span that leaves it out."""
+    """Return where a tagged reply's end token ends, which is inside the span or just after it."""
     shape = template.shape(reply)
     stop = shape.tail[: shape.stop] or shape.next_token
     end = span[0] + len(text[span[0] : span[1]].rstrip())
@@ -75,10 +77,11 @@ def _tagged_end(template: ChatTemplate, text: str, span: Span, reply: Message) -
 
 
 def last_turn(template: ChatTemplate, messages: Sequence[Message]) -> Turn:
-    """Return messages that end with a reply, as a server reads and generates them.
+    """Render messages that end with a reply, as a server reads and generates them.
 
-    The reply is what its turn adds to the prompt that asks for it, up to the token at which a server stops. Thinking
-    that the prompt leaves no place for is left out. Raises BadSample where the text cannot be verified.
+    The reply is the text that its turn adds to the generation prompt, up to the token at which a
+    server stops. Thinking is left out if the prompt leaves no place for it.
+    Raises BadSample if the text cannot be verified.
     """
     *before, reply = messages
     number = len(before)
@@ -97,9 +100,10 @@ def last_turn(template: ChatTemplate, messages: Sequence[Message]) -> Turn:
 
 
 def _ended(template: ChatTemplate, reply: Message, text: str, start: int) -> tuple[str, int]:
-    """Return the text and where the reply's end token ends in it; a token of the next turn is added (GLM).
+    """Return the text and the end position of the reply's end token in it.
 
-    Raises BadSample if anything but control tokens stands behind the words.
+    If a reply ends with the first token of the next turn (GLM), that token is appended.
+    Raises BadSample if anything but control tokens follows the words.
     """
     shape = template.shape(reply)
     written = text[start:]
@@ -120,7 +124,7 @@ def _ended(template: ChatTemplate, reply: Message, text: str, start: int) -> tup
 
 
 def _lost_thinking(reply: Message, written: str) -> str:
-    """Return why a reply's thinking is not in what is masked, "" if it is there or the reply has none."""
+    """Return why the thinking of a reply is missing from its text; "" if nothing is missing."""
     thinking, words = thinking_and_words(reply)
     before_words = written.rpartition(words)[0] if words else written
     if thinking.strip() and thinking.strip() not in before_words:
@@ -130,14 +134,21 @@ def _lost_thinking(reply: Message, written: str) -> str:
 
 @dataclass(frozen=True)
 class TurnFinder:
-    """Finds where in a rendered conversation its last reply begins, behind the prompt that asks for it."""
+    """Locates the start of the last reply in a rendered conversation, after its generation prompt.
+
+    before: messages before the reply.
+    """
 
     template: ChatTemplate
     before: Sequence[Message]
     reply: Message
 
     def find(self) -> tuple[Message, str, int]:
-        """Return the reply, without thinking where it had to be left out, the text, and where the reply begins in it."""
+        """Return the reply, the rendered text, and the position in it at which the reply starts.
+
+        The returned reply lacks its thinking if that had to be left out.
+        Raises BadSample if the reply cannot be located.
+        """
         thinks = bool(thinking_and_words(self.reply)[0].strip())
         if thinks and self.prompt_closes_thinking:
             return self._silent().find()
@@ -159,12 +170,12 @@ class TurnFinder:
 
     @cached_property
     def prompt(self) -> str:
-        """What a server reads before the reply."""
+        """Text that a server reads before the reply."""
         return self.template.text(self.before, add_generation_prompt=True)
 
     @property
     def prompt_closes_thinking(self) -> bool:
-        """Whether the prompt holds an empty thinking block, so that no thinking follows it."""
+        """Whether the prompt contains an empty thinking block, so that no thinking follows it."""
         return self._mark.kind == "closed"
 
     @cached_property
@@ -177,7 +188,7 @@ class TurnFinder:
 
     @cached_property
     def _header(self) -> str:
-        """The generation prompt alone, "" if there is none."""
+        """Generation prompt alone; "" if there is none."""
         header = self.template.format.header
         if self.prompt.startswith(self._unasked) and not self._asked_always:
             return self.prompt[len(self._unasked) :]
@@ -185,13 +196,13 @@ class TurnFinder:
 
     @cached_property
     def _asked_always(self) -> bool:
-        """Whether the prompt ends with a header that the template writes even where nobody asks for a reply."""
+        """Whether the prompt ends with a header that the template always writes."""
         plain = self.template.format
         return plain.always_asked and self.prompt.endswith(plain.header)
 
     @cached_property
     def _mark(self) -> ThinkingMark:
-        """What the generation prompt says about thinking."""
+        """Thinking mark of the generation prompt."""
         empty_thought = self.template.format.empty_thought
         if empty_thought and self._header.endswith(empty_thought):
             return ThinkingMark("closed", empty_thought)
@@ -199,7 +210,7 @@ class TurnFinder:
 
     @cached_property
     def _lead(self) -> str:
-        """The text up to the reply's first part, found with a probe in its place."""
+        """Text up to the first part of the reply, found by rendering a probe in its place."""
         return self._lead_behind(self.before)
 
     def _lead_behind(self, before: Sequence[Message]) -> str:
@@ -210,17 +221,17 @@ class TurnFinder:
 
     @cached_property
     def _words(self) -> ProbeWords:
-        """Words for the probe that neither the messages before it nor their rendered text contain."""
+        """Words for the probe that occur neither in the messages before it nor in their text."""
         given = [*self.before, self.template.arguments]
         as_text = json.dumps(given, ensure_ascii=False, default=str)
         return unused_words("\n".join([as_text, self._unasked, self.prompt]))
 
     @cached_property
     def _history_end(self) -> int:
-        """Where the last message before the reply ends in the lead, 0 if it is not written.
+        """End of the last message before the reply, as a position in `_lead`; 0 if not written.
 
-        What follows that message is the template's own. It is found with other words in the
-        message's place.
+        The text after that message is written by the template. It is found by rendering other words
+        instead of the message.
         """
         if not self.before or not self.before[-1]["content"].strip():
             return 0
@@ -233,7 +244,7 @@ class TurnFinder:
         return len(self._lead) - shared_length(self._lead[::-1], behind[::-1])
 
     def _silent(self) -> "TurnFinder":
-        """Find the reply without its thinking instead. Raises BadSample if nothing else is in it."""
+        """Return a finder for the reply without thinking. Raises BadSample if nothing is left."""
         reply = without_thinking(self.reply)
         if not reply["content"].strip() and not reply.get("tool_calls"):
             problem = f"turn {len(self.before)} only thinks, and the prompt closes the thinking block"
@@ -241,9 +252,10 @@ class TurnFinder:
         return TurnFinder(self.template, self.before, reply)
 
     def _check_header(self) -> None:
-        """Raise BadSample if the template asks for no reply here, and a header may stand before it.
+        """Raise BadSample if there is no generation prompt here but there may be a header.
 
-        None does if the reply's parts follow at once, or what precedes them also follows the generation prompt elsewhere.
+        There is no header if the first part of the reply follows immediately, or if the text before
+        it also follows the generation prompt of a question.
         """
         if self.template.format.bare:
             return
@@ -258,11 +270,11 @@ class TurnFinder:
         raise BadSample(UNVERIFIED, problem)
 
     def _behind_header(self) -> tuple[Message, str, int]:
-        """Find the reply behind the last header before its first part.
+        """Locate the reply after the last header before its first part; put it after the prompt.
 
-        The template writes the reply otherwise than behind its prompt: the prompt opens a thinking block that replies do
-        not keep (DeepSeek) or holds an empty one (Gemma 4), or what stands before is rewritten once the reply is there
-        (GPT-OSS).
+        Used if the rendered reply does not follow its prompt: the prompt opens a thinking block
+        that replies do not keep (DeepSeek) or contains an empty one (Gemma 4), or the template
+        rewrites earlier text once the reply is there (GPT-OSS).
         """
         text = self._text
         mark = self._mark
@@ -284,7 +296,10 @@ class TurnFinder:
         return self.reply, self.prompt + rest, len(self.prompt)
 
     def _in_opened_block(self, start: int) -> tuple[Message, str, int]:
-        """Put a reply behind a prompt that opens a thinking block. start: where the text continues behind the header."""
+        """Put a reply after a prompt that opens a thinking block.
+
+        start: position in the text after the header.
+        """
         rest = self._text[start:]
         opening = self._lead[start:].lstrip()
         opened = self._mark.text.strip()
@@ -305,7 +320,7 @@ class TurnFinder:
         return self.reply, self.prompt + written, len(self.prompt)
 
     def _follows_prompt_elsewhere(self, opening: str) -> bool:
-        """Whether a reply with the same parts opens so behind the generation prompt of a question."""
+        """Return whether such a reply has this opening after a question's generation prompt."""
         return opening == self.template.shape(self.reply).opening
 
     def _misfit(self) -> BadSample:
@@ -314,7 +329,7 @@ class TurnFinder:
 
 
 def holds(reply: Message, written: str) -> bool:
-    """Whether all of a reply is in what was said: its words and calls, or else its thinking."""
+    """Return whether a text contains a reply: its words and calls, or else its thinking."""
     thinking, words = thinking_and_words(reply)
     calls = [call.get("function", call)["name"] for call in reply.get("tool_calls") or ()]
     parts = [words, *calls] if words or calls else [thinking]

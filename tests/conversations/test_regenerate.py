@@ -184,7 +184,7 @@ def test_bad_lines_are_counted_and_named_and_too_many_end_it_before_any_request(
     half = '{"conversations": [{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "a"}]}'
     bad = ["{", '{"text": "x"}', half, "[" * 100_000]
     write_lines(tmp_path / "chat.jsonl", ["", *bad, *samples, "  "])
-    with pytest.raises(ValueError, match="40.0% of the conversations are left out.*; mend or remove them") as error:
+    with pytest.raises(ValueError, match="40.0% of the conversations are left out.*; fix or remove them") as error:
         regeneration(tmp_path, server, data=DataSection(max_bad_share=0.3)).run()
     assert "3 not JSON, 1 not a conversation" in str(error.value) and "chat.jsonl:2: not JSON" in str(error.value)
     assert not server.requests and [path.name for path in tmp_path.iterdir()] == ["chat.jsonl"]

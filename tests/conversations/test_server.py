@@ -65,7 +65,7 @@ def test_a_server_that_does_not_answer_is_named():
         stop(server)
         with pytest.raises(ConfigError, match=f"{server.address}/models does not answer .*; start the server"):
             model_of(well.address, server.address)
-        with pytest.raises(ConfigError, match="/models does not answer .404: .*Not Found.*mend its address"):
+        with pytest.raises(ConfigError, match="/models does not answer .404: .*Not Found.*fix its address"):
             model_of(well.address.removesuffix("/v1"))
         well.models_answer = {"data": ["no object"]}
         with pytest.raises(ConfigError, match="/models does not answer .expected a list of models, got TypeError"):

@@ -128,7 +128,7 @@ def test_cut_split_and_dropped_documents_are_counted(make_tokenizer, write_jsonl
     cut, report = load_documents([path], tokenizer, DataSection(max_tokens=64, long_documents="cut"))
     assert (report.cut, report.split, report.dropped) == (2, 0, 1)
     assert report.num_documents == len(cut) == 2
-    assert "2 cut and 0 split at max_tokens, 1 without loss dropped" in report.summary()
+    assert "2 cut and 0 split at max_tokens, 1 dropped (no loss)" in report.summary()
     assert [place for place, _ in report.long] == [f"{path}:1", f"{path}:2"] and f"too long: {path}:1 (" in report.summary()
     pieces, report = load_documents([path], tokenizer, DataSection(max_tokens=64, long_documents="split"))
     assert (report.cut, report.split) == (0, 2)
@@ -156,7 +156,7 @@ def test_conversations_are_taken_turn_by_turn_where_asked_or_needed(
     documents, report = load_documents([path], make_tokenizer(template), DataSection(turns=turns))
     assert (report.by_turn, report.num_documents, report.num_samples, report.bad) == (by_turn, num_documents, 2, ())
     assert all(len(document.turn_ends) == 1 for document in documents) is (num_documents == 3)
-    assert (f"{by_turn} conversations taken turn by turn" in report.summary()) is (by_turn > 0)
+    assert (f"{by_turn} conversations rendered turn by turn" in report.summary()) is (by_turn > 0)
 
 
 def test_whole_conversations_are_refused_where_the_template_rewrites_them(make_tokenizer, write_jsonl):

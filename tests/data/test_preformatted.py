@@ -62,7 +62,7 @@ def test_a_reply_whose_end_is_missing_runs_to_the_end(make_tokenizer):
 
 def test_text_without_a_reply_is_refused_by_name(make_tokenizer):
     tokenizer = make_tokenizer("chatml")
-    with pytest.raises(BadSample, match=r"nothing that opens a reply, as '<\|im_start\|>assistant\\n' does"):
+    with pytest.raises(BadSample, match=r"no reply header such as '<\|im_start\|>assistant\\n'"):
         render_text("A list is a sequence.", Markers.of(tokenizer, None), tokenizer)
     with pytest.raises(BadSample, match="no assistant turn"):
         render_text("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", Markers.of(tokenizer, None), tokenizer)

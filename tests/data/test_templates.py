@@ -234,7 +234,7 @@ def test_what_opens_a_conversation_is_read_not_learned(tags):
     greeting = {"role": "assistant", "content": "Hello."}
     document = render([greeting, ASKED, {"role": "assistant", "content": "Here."}], {}, tokenizer, None)
     assert "Hello." in tokenizer.decode(document.input_ids) and masked_text(document, tokenizer) == ["Here.<|im_end|>"]
-    with pytest.raises(BadSample, match="answers nobody"):
+    with pytest.raises(BadSample, match="no assistant turn follows a user"):
         render([greeting, ASKED], {}, tokenizer, None)
 
 

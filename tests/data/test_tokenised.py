@@ -172,7 +172,7 @@ def test_special_tokens_and_the_day_that_a_template_writes_decide_the_name(paths
 
 def test_a_rank_does_not_wait_for_ever_for_one_that_is_gone(paths, section, monkeypatch):
     monkeypatch.setattr(tokenised, "SECONDS_WITHOUT_SIGN", 0.5)
-    with pytest.raises(ValueError, match="nobody makes .* which this rank waits for"):
+    with pytest.raises(ValueError, match="no process is building .* this rank is waiting for it"):
         tokenise(paths, make_tokenizer(NAME), section, builds=False)
 
 
