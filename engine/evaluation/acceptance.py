@@ -195,7 +195,7 @@ def check_prompts(prompts: Sequence[Prompt], vocab_size: int) -> None:
 def _openings(path: Path) -> Iterator[tuple[Path, int, int]]:
     """(file, line, where it begins) of each conversation whose first reply answers somebody."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected JSONL with one conversation a line")
+        raise ValueError(f"{path}: no such file; expected JSONL with one conversation per line")
     next_offset = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
