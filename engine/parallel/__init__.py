@@ -1,1 +1,1 @@
-"""Processes and how work is divided between them. Models know nothing of it."""
+"""Process groups, and the division of work between ranks. Models do not depend on this package."""

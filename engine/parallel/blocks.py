@@ -1,7 +1,8 @@
-"""What wraps a module of the target so that its ranks share it: forwards are exchanged, the module knows nothing of it.
+"""Wrappers that let ranks share a module of the target by replacing its `forward`.
 
-Token dimension: the last one of whole numbers [1, T], else the last but one ([1, T, D], [1, T, E]); of what is called with rows
-of tokens, as experts are, the first ([T, D], [T, K]).
+Token dimension: the last one of an integer tensor [1, T], otherwise the last but one ([1, T, D],
+[1, T, E]). Modules that are called with rows of tokens, such as experts, have it first ([T, D] and
+[T, K]).
 """
 
 from collections import UserDict
@@ -22,10 +23,12 @@ Change = Callable[[Tensor, int], Any]
 
 
 def share(module: nn.Module, group: Group, rows: bool = False, parts: int = 1) -> None:
-    """A sharded block: all ranks' tokens in at its door, and out of its partial results the sum for own tokens.
+    """Gather all ranks' tokens before a sharded module, and reduce-scatter its results after it.
 
-    rows: whether it is called with rows of tokens. parts: into how many its documents are divided where they can be: while one
-    is computed, the next one's tokens come and the last one's results leave.
+    rows: whether the module is called with rows of tokens ([T, D]).
+    parts: maximum number of chunks, each with whole documents of every rank. While one chunk is
+    computed, the inputs of the next one are gathered and the results of the previous one are
+    summed.
     """
     inner = module.forward
 
@@ -62,10 +65,10 @@ def share(module: nn.Module, group: Group, rows: bool = False, parts: int = 1) -
 
 
 def share_rows(embedding: nn.Embedding, group: Group) -> None:
-    """A table of which each rank holds `VocabShard`: all ranks' token ids in, own tokens' rows out."""
+    """Let an embedding with rows sharded by `VocabShard` look up this rank's token ids."""
     inner = embedding.forward
     own = VocabShard(embedding.num_embeddings, group)
-    embedding.padding_idx = None  # it matters to gradients alone, and may lie outside of the part
+    embedding.padding_idx = None  # it only affects gradients, and may lie outside of the shard
 
     def forward(input: Tensor) -> Tensor:
         return own.look_up(inner, input, current_tokens().counts_R)
@@ -74,7 +77,10 @@ def share_rows(embedding: nn.Embedding, group: Group) -> None:
 
 
 def keep_own(module: nn.Module) -> None:
-    """A replicated block: what comes gathered (positions, rotary embeddings, masks) is cut to own tokens."""
+    """Narrow the gathered inputs of a replicated module to local tokens.
+
+    Such inputs are, for example, positions, rotary embeddings and masks.
+    """
     inner = module.forward
 
     def forward(*args, **kwargs):
@@ -89,9 +95,10 @@ def keep_own(module: nn.Module) -> None:
 
 
 def by_document(module: nn.Module, shared: bool) -> None:
-    """A block that would carry something from one document to the next, run on one document after the other.
+    """Run a module on one document at a time, if it would otherwise carry state between documents.
 
-    shared: whether it is given all ranks' documents, or own ones. Put inside `share` or `keep_own`.
+    shared: whether the module receives the documents of all ranks, or only those of this rank.
+    Apply this before `share` or `keep_own`, so that it is the inner wrapper.
     """
     inner = module.forward
 
@@ -109,18 +116,24 @@ def by_document(module: nn.Module, shared: bool) -> None:
 
 
 def token_dim(x: Tensor, count: int, rows: bool = False) -> int | None:
-    """Where the `count` tokens of a tensor lie; None if it is not of tokens. rows: whether it is of rows of tokens."""
+    """Return the dimension of a tensor that holds its `count` tokens, or None if there is none.
+
+    rows: whether the tensor belongs to a module that is called with rows of tokens.
+    """
     whole = not x.is_floating_point() and not x.is_complex() and not rows
-    positions = whole and (x.ndim == 2 or (x.ndim == 3 and x.shape[0] > 1))  # [1, T], or several kinds of them, [3, 1, T]
+    # Positions are [1, T], or [3, 1, T] if there are several kinds of them.
+    positions = whole and (x.ndim == 2 or (x.ndim == 3 and x.shape[0] > 1))
     dim = -1 if x.ndim == 1 or positions else -2
     return dim if x.ndim and x.shape[dim] == count else None
 
 
 def _changed(value: Any, count: int, change: Change, documents: Sequence[int] | None = None, rows: bool = False) -> Any:
-    """Arguments with their tensors of `count` tokens changed, and what is by document cut to `documents`.
+    """Apply `change(tensor, dim)` to the tensors of `count` tokens in nested arguments.
 
-    What layers leave in a store for later ones (keys and values, in Gemma 4) is of the documents that they were given, so a
-    store holds one of its kind for each choice of documents.
+    documents: if given, values with one part per document are reduced to these documents.
+
+    Layers of Gemma 4 leave keys and values for later layers in a store. They belong to the
+    documents that the layer received, so a store holds one nested store per selection of documents.
     """
 
     def changed(item: Any) -> Any:
@@ -135,7 +148,7 @@ def _changed(value: Any, count: int, change: Change, documents: Sequence[int] | 
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Arguments with what lies in their tuples, lists and dicts changed."""
+    """Apply `change` to every item of nested tuples, lists and dicts."""
     if isinstance(value, tuple | list):
         return type(value)(_each(item, change) for item in value)
     if isinstance(value, dict):
@@ -165,7 +178,11 @@ def _first_of(output: Any) -> Tensor:
 
 
 def _in_order(outputs: Sequence[Any], pieces: Sequence[DocumentChunk]) -> Any:
-    """What parts gave behind their result, as one: indices that an indexer chose, which later layers read, rank by rank."""
+    """Merge an additional output of all chunks in the order of all tokens, rank by rank.
+
+    An example are the indices of an indexer, which later layers read. An output without one row per
+    token is taken from the first chunk.
+    """
     first = outputs[0]
     count = pieces[0].tokens.num_all
     if len(outputs) == 1 or not isinstance(first, Tensor) or first.ndim < 2 or first.shape[-2] != count:
@@ -176,7 +193,10 @@ def _in_order(outputs: Sequence[Any], pieces: Sequence[DocumentChunk]) -> Any:
 
 
 def _as_wide(results: Sequence[Tensor]) -> list[Tensor]:
-    """Indices that indexers chose, fewer in a short document, made as many by naming one of them again."""
+    """Pad the indices of an indexer to one width by repeating the first index.
+
+    Short documents have fewer indices.
+    """
     width = max(x.shape[-1] for x in results)
     return [
         torch.cat((x, x[..., :1].expand(*x.shape[:-1], width - x.shape[-1])), -1) if x.shape[-1] < width else x for x in results

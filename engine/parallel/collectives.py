@@ -1,4 +1,7 @@
-"""Collectives of rows that the ranks of a group hold in different numbers; each falls away in a group of one."""
+"""Collectives over rows, of which each rank of a group may hold a different number.
+
+Gathering, summing and taking maxima in a group of one rank does not communicate.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -7,22 +10,26 @@ from torch import Tensor, distributed
 
 from engine.parallel.mesh import Group
 
-Finish = Callable[[], Tensor]  # waits for what was started, on a GPU in its stream
+# Waits for a collective and returns its result. On a GPU the current stream waits, not the host.
+Finish = Callable[[], Tensor]
 
 
 def gather_rows(local: Tensor, dim: int, counts: Sequence[int], group: Group) -> Tensor:
-    """All ranks' rows, in the order of the ranks: [..., own, ...] -> [..., sum(counts), ...]. counts: rows by rank."""
+    """Return all ranks' rows in the order of ranks: [..., local, ...] -> [..., sum(counts), ...].
+
+    counts: number of rows of each rank.
+    """
     return start_gathering(local, dim, counts, group)()
 
 
 def start_gathering(local: Tensor, dim: int, counts: Sequence[int], group: Group) -> Finish:
     """Asynchronous `gather_rows`; call the returned handle to wait.
 
-    Where all ranks bring equally many rows nothing is padded or copied: they arrive in the result.
+    If all ranks have the same number of rows, nothing is padded or copied.
     """
     if group.size == 1:
         return lambda: local
-    assert local.shape[dim] == counts[group.rank], f"rank {group.rank} brings {local.shape[dim]} rows, not {counts[group.rank]}"
+    assert local.shape[dim] == counts[group.rank], f"rank {group.rank} has {local.shape[dim]} rows, not {counts[group.rank]}"
     longest = max(counts)
     rows = local.movedim(dim, 0)
     sent = rows.contiguous() if len(rows) == longest else _padded([rows], longest)
@@ -40,14 +47,14 @@ def start_gathering(local: Tensor, dim: int, counts: Sequence[int], group: Group
 
 
 def sum_rows(partial: Tensor, dim: int, counts: Sequence[int], group: Group) -> Tensor:
-    """The sum of all ranks' partial results, of which each rank gets its own rows: the way back of `gather_rows`."""
+    """Sum all ranks' partial results and return this rank's rows; the reverse of `gather_rows`."""
     return start_summing(partial, dim, counts, group)()
 
 
 def start_summing(partial: Tensor, dim: int, counts: Sequence[int], group: Group) -> Finish:
     """Asynchronous `sum_rows`; call the returned handle to wait.
 
-    Where all ranks get equally many rows nothing is padded or copied, as in `start_gathering`.
+    If all ranks get the same number of rows, nothing is padded or copied.
     """
     if group.size == 1:
         return lambda: partial
@@ -66,7 +73,7 @@ def start_summing(partial: Tensor, dim: int, counts: Sequence[int], group: Group
 
 
 def _padded(parts: Sequence[Tensor], count: int) -> Tensor:
-    """Return parts one after the other, each in `count` rows, filled up with zeros."""
+    """Concatenate parts, each padded with zeros to `count` rows."""
     padded = parts[0].new_zeros(len(parts), count, *parts[0].shape[1:])
     for place, part in enumerate(parts):
         padded[place, : len(part)] = part
@@ -74,7 +81,7 @@ def _padded(parts: Sequence[Tensor], count: int) -> Tensor:
 
 
 def sum_over(values: Tensor, group: Group) -> Tensor:
-    """The sum of all ranks' values, on every rank."""
+    """Return the sum of all ranks' values on every rank."""
     if group.size > 1:
         values = values.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(values, group=group.process_group)
@@ -82,7 +89,7 @@ def sum_over(values: Tensor, group: Group) -> Tensor:
 
 
 def max_over(values: Tensor, group: Group) -> Tensor:
-    """The largest of all ranks' values, element by element, on every rank."""
+    """Return the element-wise maximum of all ranks' values on every rank."""
     if group.size > 1:
         values = values.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(values, op=distributed.ReduceOp.MAX, group=group.process_group)
@@ -90,16 +97,17 @@ def max_over(values: Tensor, group: Group) -> Tensor:
 
 
 def exchange_counts(counts: Tensor, group: Group) -> Tensor:
-    """Exchange what each rank tells every other one: row r of [R, ...] goes to rank r, row r of the result came from it."""
+    """Send row r of [R, ...] to rank r, and return the rows received; row r is from rank r."""
     received = torch.empty_like(counts)
     distributed.all_to_all_single(received, counts, group=group.process_group)
     return received
 
 
 def start_exchanging(rows: Tensor, sent: Sequence[int], received: Sequence[int], group: Group) -> Finish:
-    """Start to exchange rows sorted by the rank they go to; the returned handle gives those of all ranks, sorted by rank.
+    """Start sending rows, sorted by receiving rank; the returned handle gives the rows received.
 
-    sent, received: rows by rank.
+    The rows received are sorted by sending rank.
+    sent, received: number of rows for and from each rank.
     """
     rows = rows.contiguous()
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
@@ -114,7 +122,7 @@ def start_exchanging(rows: Tensor, sent: Sequence[int], received: Sequence[int],
 
 
 def gather_objects(own: object, group: Group) -> list:
-    """Something small of every rank, by rank; from host to host."""
+    """Return a small object of every rank, by rank; exchanged between hosts, not devices."""
     everyone: list = [own] * group.size
     if group.size > 1:
         distributed.all_gather_object(everyone, own, group=group.host_group)

@@ -1,7 +1,7 @@
-"""Products of rows with the experts that a rank holds: rows sorted by expert, multiplied, and summed up again by token.
+"""Products with this rank's experts: sort rows by expert, multiply them, sum results by token.
 
-T tokens, K choices of each, M choices of experts that lie here, D hidden size. Nothing here waits for
-the device where the experts have grouped products; M is known on the host.
+T: tokens. K: choices per token. M: choices of local experts, known on the host. D: hidden size.
+If the experts have grouped products, nothing here waits for the device.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,13 @@ from engine.kernels import choose_token_permute
 
 @dataclass(frozen=True)
 class SortedChoices:
-    """Choices of local experts, sorted by expert and within one by token.
+    """Choices of local experts, sorted by expert, then by token.
 
-    row_M: the row of each choice. expert_M: its expert. choice_M: its place in the flattened [T, K].
-    place_TK: where each choice lies among the sorted ones, -1 for those of no local expert.
-    ends_X: int32, where each expert's choices end.
+    row_M: row of each choice.
+    expert_M: expert of each choice.
+    choice_M: index of each choice in the flattened [T, K].
+    place_TK: index of each choice among the sorted ones; -1 if its expert is not local.
+    ends_X: int32, end of each expert's choices.
     """
 
     row_M: Tensor
@@ -35,7 +37,8 @@ class SortedChoices:
     def of(cls, index_TK: Tensor, num_experts: int, num_choices: int) -> "SortedChoices":
         """Sort choices without waiting for the device.
 
-        index_TK: local ids; `num_experts` or more for a choice that is not computed here. num_choices: how many are.
+        index_TK: local ids; `num_experts` or more for a choice that is not computed here.
+        num_choices: number of choices that are computed here.
         """
         expert_S, choice_S = index_TK.flatten().sort(stable=True)
         number_S = torch.arange(len(choice_S), device=choice_S.device)
@@ -53,11 +56,12 @@ Products = Callable[[Tensor, SortedChoices], Tensor]
 
 @dataclass(frozen=True)
 class LocalExperts:
-    """Experts that lie on this rank, and how rows sorted by expert are multiplied by them.
+    """The experts of this rank, and the function that multiplies rows sorted by expert by them.
 
-    products: rows [M, D] and their choices -> [M, D], not weighted; None = `inner` is called with one
-    choice per row, and weights its results. scales_inputs: whether a router's weight multiplies what
-    an expert reads, not what it returns.
+    products: maps rows [M, D] and their choices to unweighted results [M, D]. If None, `inner` is
+    called with one choice per row, and weights its results itself.
+    scales_inputs: whether the router's weight multiplies the input of an expert instead of its
+    output.
     """
 
     inner: Callable[..., Tensor]
@@ -74,9 +78,11 @@ class LocalExperts:
         dtype: torch.dtype,
         scale_T: Tensor | None = None,
     ) -> Tensor:
-        """Return each row's sum over its local experts: [T, D] of `dtype`, added up in fp32 in the order of K.
+        """Return the weighted sum over local experts for each row, [T, D] in `dtype`.
 
-        rows_TD: of `dtype`, or codes of e4m3 with scale_T. index_TK, num_choices: as in `SortedChoices.of`.
+        Results are added in fp32, in the order of K.
+        rows_TD: in `dtype`, or e4m3 codes with one scale per row in scale_T.
+        index_TK, num_choices: see `SortedChoices.of`.
         """
         permute = choose_token_permute(rows_TD.device)
         out_TD = torch.empty(rows_TD.shape, dtype=dtype, device=rows_TD.device)
@@ -97,7 +103,11 @@ class LocalExperts:
 
 
 def grouped_products(experts: nn.Module) -> Products | None:
-    """Return the grouped products of an experts module that lets Transformers choose them; None for other modules."""
+    """Return the grouped products of an experts module, or None if the module has none.
+
+    A module has them if it has the attributes of Transformers' experts, and its config selects the
+    `grouped_mm` implementation.
+    """
     config = getattr(experts, "config", None)
     has_layout = all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
     if not has_layout or getattr(config, "_experts_implementation", None) != "grouped_mm":
@@ -106,9 +116,10 @@ def grouped_products(experts: nn.Module) -> Products | None:
 
 
 def _grouped(experts: Any, rows_MD: Tensor, choices: SortedChoices) -> Tensor:
-    """Transformers' products, of rows that are sorted already and without weights.
+    """Compute Transformers' grouped products for sorted rows, without weighting the results.
 
-    experts: a module that `grouped_products` accepts; nn.Module gives its attributes no types.
+    experts: a module that `grouped_products` accepts. It has type Any because nn.Module does not
+    type its attributes.
     """
     up_name = "gate_up_proj" if experts.has_gate else "up_proj"
     inner_MF = _maps(experts, up_name, rows_MD, choices)
@@ -128,7 +139,10 @@ def _maps(experts: Any, name: str, rows_MK: Tensor, choices: SortedChoices) -> T
 
 
 def gated_products(experts: Any) -> Products:
-    """Return the grouped products of Llama 4's experts, whose weights lie transposed: gate and up in one, then down."""
+    """Return the grouped products of Llama 4's experts.
+
+    Their weights are transposed, and gate and up are one weight.
+    """
 
     def products(rows_MD: Tensor, choices: SortedChoices) -> Tensor:
         gate_up_M2F = moe._grouped_linear(rows_MD, experts.gate_up_proj, choices.ends_X, is_transposed=True)
@@ -140,7 +154,7 @@ def gated_products(experts: Any) -> Products:
 
 
 def compute_experts_in_order(decoder: nn.Module) -> None:
-    """Let experts with grouped products sort, multiply and sum rows by `LocalExperts`; other experts stay as they are."""
+    """Let experts with grouped products compute through `LocalExperts`; others stay unchanged."""
     for experts in decoder.modules():
         products = grouped_products(experts)
         if products is not None:

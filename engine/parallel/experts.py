@@ -1,8 +1,9 @@
-"""Expert parallelism: own tokens go to the ranks that hold their experts, once per rank, and come back as sums.
+"""Expert parallelism: send each token once to every rank that holds any of its experts.
 
-Router, shared experts and the experts' own products stay the model's. No token is dropped, however
-unevenly they fall. The host reads once per layer: how many rows and choices each rank sends to each
-other one, which gives the sizes of tensors and messages.
+The ranks return sums over their experts. The router, the shared experts and the experts' products
+are those of the model. No token is dropped, however uneven the routing is. The host reads from the
+device once per layer: the numbers of rows and choices that ranks send to each other, which
+determine the sizes of tensors and messages.
 """
 
 from collections.abc import Sequence
@@ -18,16 +19,19 @@ from engine.parallel.expert_products import LocalExperts, gated_products, groupe
 from engine.parallel.mesh import Group
 
 CODES = torch.float8_e4m3fn
-# Bytes; Triton then sees that rows are sixteen values of any precision apart, and reads sixteen bytes at a time.
+# In bytes. With this alignment, Triton knows that the row stride is a multiple of 16 values of any
+# precision, and reads 16 bytes at a time.
 ALIGNMENT = 64
 
 
 def dispatch(experts: nn.Module, num_experts: int, group: Group, parts: int = 1, fp8_exchange: str = "none") -> None:
-    """Let an experts module, `(hidden [T, D], top_k_index [T, K], top_k_weights [T, K]) -> [T, D]`, run over a group.
+    """Let the ranks of a group share an experts module.
 
-    It holds experts rank * n .. rank * n + n - 1, `n = num_experts / group.size`, under the local ids
-    0 .. n - 1. parts: chunks of a rank's tokens, of which one is exchanged while another is multiplied.
-    fp8_exchange: that of `ParallelSection`.
+    The forward of the module maps hidden [T, D], top_k_index [T, K] and top_k_weights [T, K] to
+    [T, D]. With `n = num_experts / group.size`, this rank holds experts `rank * n` to
+    `rank * n + n - 1` under the local ids 0 to `n - 1`.
+    parts: chunks of local tokens, so that communication of one overlaps with compute of another.
+    fp8_exchange: `ParallelSection.fp8_exchange`.
     """
     num_local = num_experts // group.size
     inner = _beside_identity(experts.forward, num_local) if num_identities(experts) else experts.forward
@@ -37,7 +41,10 @@ def dispatch(experts: nn.Module, num_experts: int, group: Group, parts: int = 1,
 
 @dataclass(frozen=True)
 class ExpertExchange:
-    """The forward of experts that a group shares. Its arguments are those of `dispatch`."""
+    """Forward of an experts module that the ranks of a group share.
+
+    group, parts, fp8_exchange: see `dispatch`.
+    """
 
     local: LocalExperts
     group: Group
@@ -47,8 +54,8 @@ class ExpertExchange:
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args, **kwargs) -> Tensor:
         """Return each token's weighted sum over its experts; a collective of the group.
 
-        Every rank issues its exchanges in the same order: rows of part p + 1 leave before part p is
-        multiplied, and results of part p leave behind them.
+        Every rank starts its exchanges in the same order: the rows of chunk p + 1 are sent before
+        chunk p is multiplied, and the results of chunk p are sent after that.
         """
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         index_TK = top_k_index.reshape(-1, top_k_index.shape[-1])
@@ -72,7 +79,7 @@ class ExpertExchange:
     def _send_rows(
         self, part: "RoutedPart", record: "Record", hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor
     ) -> Finish:
-        """Start sending a part's rows with the choices that their receivers are to compute."""
+        """Start sending the rows of a chunk, with the choices that the receiving ranks compute."""
         token_N, rank_N = part.rows()
         buffer_NB = record.empty(part.num_sent, hidden_TD.device)
         record.write_rows(buffer_NB, hidden_TD[part.start : part.stop], token_N)
@@ -85,7 +92,7 @@ class ExpertExchange:
         return start_exchanging(buffer_NB, part.sent, part.received, self.group)
 
     def _multiply(self, part: "RoutedPart", record: "Record", buffer_NB: Tensor, weight_dtype: torch.dtype) -> Tensor:
-        """Sums over this rank's experts, of rows that have arrived."""
+        """Compute the weighted sums over this rank's experts for the rows received."""
         scale_N = record.scale(buffer_NB) if record.is_fp8 else None
         weight_NK = record.weight(buffer_NB).to(weight_dtype)
         rows_ND = record.rows(buffer_NB)
@@ -100,7 +107,7 @@ class ExpertExchange:
         return start_exchanging(result_ND, part.received, part.sent, self.group)
 
     def _sum(self, part: "RoutedPart", record: "Record", back: Tensor, out_TD: Tensor) -> None:
-        """Write the sum of the results that came back for each token of a part, rank 0's first."""
+        """Write the sum of the results returned for each token of a chunk, added in rank order."""
         weight_TR = None
         if record.is_fp8:
             scale_N = record.scale(back)
@@ -112,10 +119,14 @@ class ExpertExchange:
 
 @dataclass(frozen=True)
 class Record:
-    """The bytes that travel for one row: values, or codes and their scale; then weights and ids of its choices.
+    """Byte layout of the message for one row.
 
-    width: values of a row. dtype: of the model. num_choices: weights in fp32 and local ids in int16
-    that go with a row. is_fp8: whether the values travel as e4m3 with one scale per row.
+    A record holds the values of the row, or its codes and their scale, followed by the weights
+    (fp32) and the local ids (int16) of its choices.
+    width: values per row.
+    dtype: precision of the model.
+    num_choices: choices per row.
+    is_fp8: whether values are sent as e4m3 with one scale per row.
     """
 
     width: int
@@ -144,7 +155,7 @@ class Record:
         return torch.empty(count, self.num_bytes, dtype=torch.uint8, device=device)
 
     def rows(self, buffer_NB: Tensor) -> Tensor:
-        """Return the values or codes, [N, D]; a view, as those below."""
+        """Return a view of the values or codes, [N, D]."""
         return buffer_NB[:, : self._row_bytes].view(CODES if self.is_fp8 else self.dtype)
 
     def scale(self, buffer_NB: Tensor) -> Tensor:
@@ -159,7 +170,10 @@ class Record:
         return buffer_NB[:, start : start + 2 * self.num_choices].view(torch.int16)
 
     def write_rows(self, buffer_NB: Tensor, rows_TD: Tensor, source_N: Tensor | None) -> None:
-        """Write row `source_N[n]` to record n, rounded to fp8 where records are. source_N: None only where they are."""
+        """Write row `source_N[n]` of rows_TD to record n, rounded to fp8 if `is_fp8`.
+
+        source_N: None = every row in order, which is supported only if `is_fp8`.
+        """
         permute = choose_token_permute(rows_TD.device)
         if self.is_fp8:
             permute.quantise_rows(rows_TD, source_N, self.rows(buffer_NB), self.scale(buffer_NB))
@@ -173,10 +187,13 @@ def _aligned(num_bytes: int, alignment: int = ALIGNMENT) -> int:
 
 @dataclass(frozen=True)
 class RoutedPart:
-    """Tokens start .. stop - 1 of a rank and their rows: one for each rank that holds any of their experts.
+    """A chunk of a rank's tokens, start .. stop - 1, and the rows sent for them.
 
-    place_TR: where the row to each rank lies among those that leave, sorted by rank, -1 for none.
-    sent, received: rows by rank. num_choices: of local experts, by the rows that arrive.
+    Each token has one row for every rank that holds any of its experts.
+    place_TR: index of the token's row for each rank among the rows sent, which are sorted by rank;
+    -1 if there is no such row.
+    sent, received: number of rows for and from each rank.
+    num_choices: choices of local experts among the rows received.
     """
 
     start: int
@@ -191,18 +208,23 @@ class RoutedPart:
         return sum(self.sent)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Token, counted from the part's first, and receiver of each row, int64 [N] both."""
+        """Return each row's token, counted from the start of the chunk, and its receiving rank.
+
+        Both are int64 [N].
+        """
         num_tokens, num_ranks = self.place_TR.shape
-        slot_TR = torch.where(self.place_TR < 0, self.num_sent, self.place_TR)  # one more slot takes what is not sent
+        # Pairs that are not sent go to an extra slot.
+        slot_TR = torch.where(self.place_TR < 0, self.num_sent, self.place_TR)
         pair_S = torch.arange(slot_TR.numel(), device=slot_TR.device)
         pair_N = pair_S.new_empty(self.num_sent + 1).scatter_(0, slot_TR.flatten(), pair_S)[: self.num_sent]
         return pair_N // num_ranks, pair_N % num_ranks
 
 
 def routed_parts(index_TK: Tensor, num_local: int, count: int, group: Group) -> list[RoutedPart]:
-    """Divide a rank's tokens into `count` parts and find their rows; a collective of the group, and one read by the host.
+    """Divide a rank's tokens into `count` chunks and find the rows to send for each.
 
-    index_TK: ids of experts, of which each rank holds `num_local`; others belong to no rank.
+    A collective of the group. The host reads from the device once.
+    index_TK: ids of experts. Each rank holds `num_local` of them; larger ids belong to no rank.
     """
     num_tokens = len(index_TK)
     edges = [num_tokens * number // count for number in range(count + 1)]
@@ -218,7 +240,8 @@ def routed_parts(index_TK: Tensor, num_local: int, count: int, group: Group) -> 
         counts.append(torch.stack((is_sent_RT.sum(1), choices_TR[start:stop].sum(0)), 1))
     sent_RP2 = torch.stack(counts, 1)
     received_RP2 = exchange_counts(sent_RP2, group)
-    sent, received = torch.stack((sent_RP2, received_RP2)).permute(0, 2, 3, 1).tolist()  # the one read
+    # The host reads from the device only here.
+    sent, received = torch.stack((sent_RP2, received_RP2)).permute(0, 2, 3, 1).tolist()
     parts = []
     for number, place_TR in enumerate(places):
         rows_sent, _ = sent[number]
@@ -228,12 +251,12 @@ def routed_parts(index_TK: Tensor, num_local: int, count: int, group: Group) -> 
 
 
 def num_identities(experts: nn.Module) -> int:
-    """How many of the experts that a router chooses from have no weights, and return their tokens as they are."""
+    """Return the number of identity experts, which have no weights and return their inputs."""
     return getattr(experts, "zero_expert_num", None) or 0
 
 
 def keep_identities(experts: nn.Module, num_experts: int) -> None:
-    """Let what experts without weights return, whose ids begin at `num_experts`, be added where the token lies."""
+    """Add the results of identity experts (ids from `num_experts` on) on the token's own rank."""
     inner = experts.forward
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -246,7 +269,10 @@ def keep_identities(experts: nn.Module, num_experts: int) -> None:
 
 
 def _beside_identity(inner, identity: int):
-    """Experts called with one choice a token, which LongCat's cannot take alone: beside that of an identity, with weight 0."""
+    """Return a forward that adds an identity expert with weight 0 to each token's only choice.
+
+    LongCat's experts cannot be called with a single choice per token.
+    """
 
     def forward(rows_MD: Tensor, index_M1: Tensor, weights_M1: Tensor) -> Tensor:
         index_M2 = torch.cat((index_M1, torch.full_like(index_M1, identity)), dim=1)
@@ -256,9 +282,11 @@ def _beside_identity(inner, identity: int):
 
 
 def dispatch_dense(moe: Any, num_experts: int, group: Group, parts: int, fp8_exchange: str) -> None:
-    """`dispatch` for Llama 4, whose experts take inputs that the router has scaled, as many for each expert.
+    """Let the ranks of a group share the experts of a Llama 4 MoE block; see `dispatch`.
 
-    moe: a module with `router` (hidden [T, D] -> scores [T, num_experts], 0 where not chosen), `shared_expert` and `experts`.
+    Llama 4's experts take inputs that the router has scaled, the same number for each expert.
+    moe: a module with `router` (hidden [T, D] -> scores [T, num_experts], 0 where not chosen),
+    `shared_expert` and `experts`.
     """
     experts = moe.experts
     width = experts.hidden_size

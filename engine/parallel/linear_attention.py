@@ -1,8 +1,10 @@
-"""Which part of a linear-attention or state-space mixer a rank holds: some of its value heads, and the key heads they read.
+"""Shards of linear-attention and state-space mixers: some value heads and their key heads.
 
-Such mixers pack their features in more ways than attention does, so a kind says what those of each map are of: `k` a key head,
-`v` a value head, `1` a value head that has one number; segment by segment, or in brackets key head by key head. Widths are read
-from shapes. The first Mamba is of no kind: a product over all of its channels stands in its middle.
+Such mixers pack their features in more ways than attention does. A `Kind` therefore describes the
+features of each map by a string of segments: `k` has features of every key head, `v` features of
+every value head, and `1` one number per value head. In brackets, the segments are interleaved by
+key head. Widths are read from shapes. Mamba 1 has no kind, because it contains a product over all
+of its channels.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,10 +26,12 @@ WHOLE = ""
 
 @dataclass(frozen=True)
 class Kind:
-    """Mixers that are built alike.
+    """A structure that the mixers of several families have in common.
 
-    keys, values: attributes with the numbers of their heads. mark: a map or parameter that other kinds lack. features: of all
-    but the map that reads the heads, segment by segment. A mixer with any other parameter or buffer is not of the kind.
+    keys, values: paths of the attributes with the number of key heads and of value heads.
+    mark: a map or parameter that other kinds do not have.
+    features: segments of each map and parameter, except the output map. A mixer with any other
+    parameter or buffer is not of this kind.
     """
 
     keys: str
@@ -49,7 +53,7 @@ _DELTA = {
     "k_proj": "k",
     "v_proj": "v",
     CONVOLUTION: "kkv",
-    "o_norm": WHOLE,  # one for every head
+    "o_norm": WHOLE,  # all heads use the same weight
     "b_proj": "1",
     "g_proj": "v",
 }
@@ -83,15 +87,18 @@ KINDS = (
         "A_log",
         {"in_proj": "vvkk1", CONVOLUTION: "vkk", NORM: "v", "A_log": "1", "D": "1", "dt_bias": "1"},
     ),
-    Kind("conv.in_channels", "conv.in_channels", "conv", {"in_proj": "vvv", "conv": "v"}),  # LFM2: each channel for itself
+    Kind("conv.in_channels", "conv.in_channels", "conv", {"in_proj": "vvv", "conv": "v"}),  # LFM2: separate channels
 )
 
 
 @dataclass(frozen=True)
 class LinearPart:
-    """What a rank holds of a mixer: cuts by parameter or buffer, counts by submodule.
+    """The part of a mixer that a rank holds.
 
-    norm: one over features of several ranks, and by how many groups of them; None where each rank has its own.
+    cuts: by name of the parameter or buffer.
+    counts: attributes to set, by name of the submodule.
+    norm: name of a norm with feature groups that span several ranks, and its number of groups; None
+    if there is no such norm.
     """
 
     cuts: dict[str, ShardSpec]
@@ -100,18 +107,22 @@ class LinearPart:
 
 
 def kind_of(mixer: nn.Module) -> Kind | None:
-    """None of what is no such mixer, or one that is not known."""
+    """Return the kind of a mixer, or None if the module is not a mixer of a known kind."""
     return next((kind for kind in KINDS if kind.fits(mixer)), None)
 
 
 def linear_part(mixer: nn.Module, kind: Kind, tp: Group) -> LinearPart:
-    """Raises Unshardable if the ranks cannot share its heads, naming sizes that would do, or if shapes are not as known."""
+    """Return the part of a mixer that this rank holds.
+
+    Raises Unshardable if the ranks cannot share its heads (the message lists sizes that work), or
+    if its shapes do not match its kind.
+    """
     heads = AttentionHeads(attrgetter(kind.values)(mixer), attrgetter(kind.keys)(mixer), tp)
     output_name = next(name for name in OUTPUTS if hasattr(mixer, name))
     output = getattr(mixer, output_name)
     norm = _shared_norm(mixer, kind, tp)
     if norm is not None and output.bias is not None:
-        raise Unshardable(f"{output_name} adds a bias behind a norm over heads of several ranks")
+        raise Unshardable(f"{output_name} adds a bias after a norm over heads of several ranks")
     width = output.in_features // heads.num_queries
     reads = ShardSpec(1, scaled(heads.queries, width))
     cuts = {f"{output_name}.{leaf}": cut for leaf, cut in linear_cuts(output, reads, tp).items()}
@@ -136,7 +147,7 @@ def _shared_norm(mixer: nn.Module, kind: Kind, tp: Group) -> tuple[str, int] | N
 
 
 def _own_counts(module: nn.Module, heads: AttentionHeads) -> dict[str, int]:
-    """What a module that holds a rank's heads alone calls their numbers and widths."""
+    """Return a module's attributes with numbers and widths of heads, for the local heads only."""
     kinds = ((OF_KEYS, heads.counts["num_kv_heads"], heads.num_keys), (OF_VALUES, heads.counts["num_heads"], heads.num_queries))
     return {
         name: whole * own // count
@@ -147,7 +158,11 @@ def _own_counts(module: nn.Module, heads: AttentionHeads) -> dict[str, int]:
 
 
 def _own_features(name: str, features: str, total: int, width: int, heads: AttentionHeads) -> Intervals:
-    """Where those of own heads lie among all `total`. width: of a value head; that of a key head follows."""
+    """Return the intervals of the local heads' features among all `total` features.
+
+    width: features of a value head. The width of a key head follows from `total`.
+    Raises Unshardable if `total` does not match the segments.
+    """
     grouped = features.startswith("(")
     kinds = features.strip("()")
     units = {"v": width, "1": 1}
@@ -164,7 +179,7 @@ def _own_features(name: str, features: str, total: int, width: int, heads: Atten
             all_heads, ((first, end),) = (heads.num_keys, heads.keys) if kind == "k" else (heads.num_queries, heads.queries)
             count = all_heads // num_groups
             start, stop = (min(max(head - group * count, 0), count) * units[kind] + offset for head in (first, end))
-            if found and found[-1][1] == start:  # one slice of a file, not two
+            if found and found[-1][1] == start:  # adjacent intervals are read as one slice
                 start = found.pop()[0]
             if start < stop:
                 found.append((start, stop))

@@ -1,4 +1,4 @@
-"""Who takes part in a run: the process's place among the others, its device, and with whom it runs one target."""
+"""Processes of a job: rank and device of each, and the groups of ranks that run one target."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +13,16 @@ from engine.config.sections import ParallelSection, divisors
 from engine.host.pinned_copy import HostCopy
 
 Decision = TypeVar("Decision")
-PARTS_ON_A_GPU = 2  # there collectives run beside products
+PARTS_ON_A_GPU = 2  # collectives run concurrently with compute
 
 
 @dataclass(frozen=True)
 class World:
     """One process of a job.
 
-    rank: 0 .. size - 1 over all nodes; local_rank: 0 .. local_size - 1 on this node.
-    shares_output: whether the ranks of all nodes see one output folder.
+    rank: 0 .. size - 1 over all nodes.
+    local_rank: 0 .. local_size - 1 on this node.
+    shares_output: whether the ranks of all nodes see the same output folder.
     """
 
     rank: int
@@ -32,7 +33,7 @@ class World:
 
     @classmethod
     def alone(cls) -> "World":
-        """A job of one process."""
+        """Return the world of a job with one process."""
         return cls(rank=0, size=1, local_rank=0, local_size=1)
 
     @property
@@ -45,7 +46,7 @@ class World:
 
     @property
     def writes_output(self) -> bool:
-        """Whether this process writes what every rank reads from its own view of the output folder."""
+        """Whether this process writes files that every rank reads from its own output folder."""
         return self.is_main or (not self.shares_output and self.local_rank == 0)
 
     @property
@@ -53,7 +54,7 @@ class World:
         return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of a tensor over all ranks; every rank gets the result."""
+        """Return the sum of a tensor over all ranks on every rank; a collective."""
         values = values.clone()
         if self.size > 1:
             distributed.all_reduce(values)
@@ -67,11 +68,11 @@ class World:
         return [count > 0 for count in counts.tolist()]
 
     def start_sum(self, values: torch.Tensor) -> "PendingSum":
-        """Start the sum of a tensor over all ranks; call `wait` of the result for it. A collective."""
+        """Asynchronous `sum`; call `wait` of the result to get the sum. A collective."""
         return PendingSum(values.clone(), self.size)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the plain values of all ranks, by rank; a collective."""
+        """Return one picklable value of every rank, by rank; a collective."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
@@ -79,14 +80,15 @@ class World:
         return values
 
     def send_from_main(self, values: torch.Tensor) -> None:
-        """Give every rank what rank 0 has, in place."""
+        """Overwrite a tensor on every rank with the values of rank 0; a collective."""
         if self.size > 1:
             distributed.broadcast(values, src=0)
 
     def decide(self, decision: Callable[[], Decision]) -> Decision:
-        """Return on every rank what `decision()` returns on rank 0, which alone calls it; a collective.
+        """Call `decision()` on rank 0 only, and return its result on every rank; a collective.
 
-        Files are read this way if ranks must agree on what they hold. A ValueError on rank 0 is raised on every rank.
+        Use it to read files whose contents all ranks must agree on. A ValueError on rank 0 is
+        raised on every rank.
         """
         if self.size == 1:
             return decision()
@@ -112,18 +114,23 @@ class World:
 
 @lru_cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of a device's `PendingSum`s: one for all, since PyTorch hands out its few streams in turn."""
+    """Return the stream that all `PendingSum`s of a device use.
+
+    PyTorch has a small pool of streams and reuses them in turn, so a stream per sum could be one
+    that is in use elsewhere.
+    """
     return torch.cuda.Stream(device)
 
 
 class PendingSum:
-    """Asynchronous `World.sum`: the sum over all ranks, on its way to the host.
+    """Asynchronous `World.sum` with a copy of the result to the host.
 
-    On a GPU the collective and the copy run on a side stream, so that later work of the current stream waits for neither.
+    On a GPU the collective and the copy run on a side stream, so that later work on the current
+    stream waits for neither.
     """
 
     def __init__(self, values: torch.Tensor, num_ranks: int) -> None:
-        """values: belong to the sum from here on and are overwritten by it."""
+        """Start the sum. values: overwritten, so callers must not use them afterwards."""
         self._values = values
         self._copy: HostCopy | None = None
         self._work = distributed.all_reduce(values, async_op=True) if num_ranks > 1 else None
@@ -133,7 +140,7 @@ class PendingSum:
         side.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(side):
             if self._work is not None:
-                self._work.wait()  # of the side stream, not of the host
+                self._work.wait()  # the side stream waits, not the host
             self._copy = HostCopy(values)
         values.record_stream(side)
 
@@ -144,7 +151,7 @@ class PendingSum:
         return self._work is None or self._work.is_completed()
 
     def wait(self) -> torch.Tensor:
-        """Return the sum, on the host."""
+        """Return the sum as a tensor on the host."""
         if self._copy is not None:
             return self._copy.wait()
         if self._work is not None:
@@ -154,10 +161,11 @@ class PendingSum:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that work on something together: how many, which of them this one is, and what their collectives run over.
+    """A group of ranks: its size, this rank's number in it, and its process groups.
 
-    process_group, host_group: for tensors on the ranks' device, and for what lies on the host, which must not wait for the
-    device; None for a group of one, which has no collectives.
+    process_group: for tensors on the ranks' devices.
+    host_group: for data on the host, so that exchanging it does not wait for the device.
+    Both are None in a group of one rank, which has no collectives.
     """
 
     size: int = 1
@@ -168,11 +176,14 @@ class Group:
 
 @dataclass(frozen=True)
 class TargetMesh:
-    """With whom a rank runs the target. tp: shares attention, dense MLPs and the head. ep: shares the experts.
+    """Groups of ranks that run the target together.
 
-    parts: into how many the tokens of a shared layer are divided, so that their exchange overlaps with its products.
+    The ranks of a group are consecutive. Each rank contributes its own micro-batches and gets their
+    hidden states back.
+    tp: the group that shares attention, dense MLPs and the head.
+    ep: the group that shares the experts.
+    parts: chunks per sharded layer, so that communication of one overlaps with compute of another.
     fp8_exchange: `ParallelSection.fp8_exchange`.
-    Ranks of a group follow one another. Each rank brings micro-batches of its own and gets their hidden states back.
     """
 
     tp: Group = Group()
@@ -190,10 +201,13 @@ class TargetMesh:
         parts: int = 1,
         fp8_exchange: str = "none",
     ) -> "TargetMesh":
-        """The groups of a rank; a collective of all ranks, which must ask for the same sizes.
+        """Create the process groups of a rank; a collective of all ranks.
 
-        timeout_s: after which a stuck collective of theirs ends the job; None = PyTorch's. Raises ValueError, naming sizes that
-        would do, if they do not divide the world or each other.
+        All ranks must pass the same sizes.
+        timeout_s: seconds after which a stuck collective of the groups ends the job; None =
+        PyTorch's default.
+        Raises ValueError if a size does not divide the number of ranks, or neither size divides the
+        other. The message lists sizes that work.
         """
         check_sizes(world.size, tp_size, ep_size)
         tp, ep = (_own_group(world, size, timeout_s) for size in (tp_size, ep_size))
@@ -201,13 +215,13 @@ class TargetMesh:
 
     @classmethod
     def of(cls, parallel: ParallelSection, world: World) -> "TargetMesh":
-        """As `make`, with what a recipe says."""
+        """Create the mesh that a recipe asks for; a collective with the errors of `make`."""
         parts = parallel.exchange_parts or (1 if world.device.type == "cpu" else PARTS_ON_A_GPU)
         return cls.make(world, parallel.tp_size, parallel.ep_size, parallel.timeout_s, parts, parallel.fp8_exchange)
 
     @property
     def whole(self) -> Group:
-        """The ranks that one copy of the target takes: one of the groups holds the other."""
+        """The ranks that hold one copy of the target: the larger group contains the other."""
         return max(self.tp, self.ep, key=lambda group: group.size)
 
     @property
@@ -219,7 +233,10 @@ ALONE = TargetMesh()
 
 
 def check_sizes(num_ranks: int, tp_size: int, ep_size: int) -> None:
-    """Raises ValueError, naming sizes that would do, unless both divide the ranks and one of them the other."""
+    """Raise ValueError unless both sizes divide the number of ranks and one size divides the other.
+
+    The message lists sizes that work.
+    """
     fitting = divisors(num_ranks)
     for name, size in (("tp_size", tp_size), ("ep_size", ep_size)):
         if size not in fitting:

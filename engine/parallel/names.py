@@ -1,7 +1,8 @@
-"""What a family calls its linear maps: by usual names, by the plan that its config publishes, or as a user teaches.
+"""Names of a family's linear maps: common, published in its config, or registered by a user.
 
-A published plan says of a map only whether ranks take its outputs or its inputs. Which one is the query it does not say, so the
-names that it has beside the usual ones are told by what they are made of.
+A published plan states only whether a map is sharded by its outputs or by its inputs, not whether
+it computes queries, keys or values. This is inferred from the names in the plan that are not common
+ones.
 """
 
 import re
@@ -14,11 +15,15 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class Names:
-    """What a family calls its linear maps.
+    """Names of a family's linear maps, by role.
 
-    queries, keys, values, outputs: of attention. latent_queries: instead of `queries` where both are there (MLA).
-    latent_keys_values: keys and values of all heads. fused: queries, keys and values in one map, segment by segment, or head
-    by head (`fused_by_head`). gates: of attention, some features a head. up, down: of MLPs; fused_up: gate and up in one.
+    queries, keys, values, outputs: maps of attention.
+    latent_queries: used instead of `queries` if a module has both (MLA).
+    latent_keys_values: one map for the keys and values of all heads (MLA).
+    fused: one map for queries, keys and values, by segment, or by head if `fused_by_head`.
+    gates: gates of attention, with the same number of features per head.
+    up, down: maps of MLPs.
+    fused_up: one map for gate and up.
     """
 
     queries: tuple[str, ...] = ("q_proj",)
@@ -35,7 +40,8 @@ class Names:
     down: tuple[str, ...] = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "output_linear")
 
 
-# What a plan's styles make of a map in an MLP, and of a map in attention by its name without "proj" and the like.
+# Roles of maps by their style in a published plan. In attention the role also depends on the name
+# of the map, without affixes such as "proj".
 _OF_MLP = {"colwise": "up", "packed_colwise": "fused_up", "rowwise": "down"}
 _OF_ATTENTION = {
     ("colwise", "q"): "queries",
@@ -55,18 +61,22 @@ _DECORATION = re.compile(r"^w_?|_?(proj|projection|linear|layer|w)$")
 
 _FAMILIES = {
     "gpt_neox": Names(fused_by_head=True),
-    "inkling_text": Names(outputs=()),  # convolves keys and values, and places come in as a bias of the scores
-    "zaya": Names(outputs=(), down=()),  # convolves the queries and keys of all heads together; its routers are MLPs
+    "inkling_text": Names(outputs=()),  # convolves keys and values; positions bias the scores
+    "zaya": Names(outputs=(), down=()),  # convolves queries and keys across heads; routers are MLPs
 }
 
 
 def register_family(model_type: str, names: Names) -> None:
-    """Teach what a family calls its maps. model_type: of its text config."""
+    """Register the names of a family's linear maps. model_type: `model_type` of its text config."""
     _FAMILIES[model_type] = names
 
 
 def names_of(config: PreTrainedConfig) -> Names:
-    """As taught, else the usual ones and those that the config's `base_model_tp_plan` has beside them."""
+    """Return the registered names of a config's family.
+
+    If there are none, return the common names and those that the config's `base_model_tp_plan`
+    adds.
+    """
     taught = _FAMILIES.get(config.model_type)
     plan = getattr(config, "base_model_tp_plan", None) or {}
     return _published(tuple(plan.items())) if taught is None else taught
@@ -74,7 +84,10 @@ def names_of(config: PreTrainedConfig) -> Names:
 
 @cache
 def _published(plan: tuple[tuple[str, str], ...]) -> Names:
-    """plan: names of maps, with numbers of layers as *, and their styles."""
+    """Return the common names and those that a published plan adds.
+
+    plan: pairs of a map's name, with * for the number of the layer, and its style.
+    """
     names = Names()
     usual = {name for field in astuple(names) if isinstance(field, tuple) for name in field}
     for pattern, style in plan:

@@ -1,4 +1,4 @@
-"""Folders of a job on several nodes: whether all nodes see one, and files for those that do not."""
+"""Output folders of a job on several nodes: detect shared ones, copy files to the others."""
 
 import time
 import uuid
@@ -12,14 +12,14 @@ from torch import distributed
 from engine.host.files import PARTIAL, writing
 from engine.parallel.mesh import World
 
-SECONDS_TO_APPEAR = 5.0  # network file systems show a new file a little later to other nodes
+SECONDS_TO_APPEAR = 5.0  # network file systems show a new file to other nodes with a delay
 CHUNK_BYTES = 256 << 20
 
 
 def is_shared(folder: Path, world: World) -> bool:
     """Return whether every node sees the folder that rank 0 sees; a collective.
 
-    Rank 0 writes a file with a name that nobody else can know, and the first rank of every node looks for it.
+    Rank 0 creates a file with a random name, and the first rank of every node looks for it.
     """
     if world.num_nodes == 1:
         return True
@@ -36,9 +36,9 @@ def is_shared(folder: Path, world: World) -> bool:
 
 
 def copy_from_main(folder: Path, names: Iterable[str], world: World) -> None:
-    """Copy files of rank 0's folder to the same folder of nodes that do not share it; a collective.
+    """Copy files of rank 0's folder to the same folder on nodes that do not share it; a collective.
 
-    The bytes travel through the process group. The first rank of a node writes them.
+    Rank 0 broadcasts the bytes, and the first rank of each node writes them.
     """
     writes = world.writes_output and not world.is_main
     if writes:
@@ -50,7 +50,7 @@ def copy_from_main(folder: Path, names: Iterable[str], world: World) -> None:
 
 def _copy_file(path: Path, writes: bool, world: World) -> None:
     num_bytes = world.decide(lambda: path.stat().st_size)
-    # Written outside of the folder: after a crash it must hold nothing but a draft's files.
+    # Written outside of the folder, which must only hold files of a draft, even after a crash.
     partial = path.parent.with_name(f".{path.parent.name}.{path.name}{PARTIAL}")
     with ExitStack() as opened:
         source = opened.enter_context(path.open("rb")) if world.is_main else None

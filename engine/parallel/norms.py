@@ -1,4 +1,4 @@
-"""RMSNorms over features of which each rank of a group holds a part."""
+"""RMSNorms over features that are sharded between the ranks of a group."""
 
 from typing import Any
 
@@ -11,25 +11,31 @@ from engine.parallel.mesh import Group
 
 
 def norm_over(norm: nn.Module, group: Group) -> None:
-    """The mean of squares of [..., T, F] is over all ranks' features; a collective a call."""
+    """Let an RMSNorm of [..., T, F] average squares over the features of all ranks.
+
+    Each call of the norm is a collective (one all-reduce).
+    """
     epsilon = required_epsilon(norm)
 
     def forward(hidden_TF: Tensor) -> Tensor:
         square_T1 = sum_over(hidden_TF.float().pow(2).sum(-1, keepdim=True), group) / (hidden_TF.shape[-1] * group.size)
         normed_TF = (hidden_TF.float() * torch.rsqrt(square_T1 + epsilon)).to(hidden_TF.dtype)
-        weight_F: Any = norm.weight  # a tensor, which nn.Module does not say
+        weight_F: Any = norm.weight  # a tensor, but nn.Module does not type it
         return (weight_F * normed_TF).to(hidden_TF.dtype)
 
     norm.forward = forward
 
 
 def norm_late(mixer: nn.Module, name: str, num_groups: int, group: Group) -> None:
-    """Mend behind a mixer what its norm did within, which was over own features alone: one collective a call of the mixer.
+    """Correct a rank-local RMSNorm after the mixer with one all-reduce per call of the mixer.
 
-    An RMSNorm multiplies a token's features by one number, which a linear map passes on, and a mixer has no other map behind
-    this norm. So no document waits for other ranks in the middle of the mixer, and the sums of squares of all of them cross at
-    once. name: of the norm. num_groups: parts of all features that are normed each for itself, at most one a rank. What a mixer
-    gives behind its result is a state for a cache that nobody reads, and is dropped.
+    An RMSNorm multiplies a token's features by one factor, and a linear map preserves this factor.
+    The output map is the only map of the mixer after this norm, so the factor can be corrected in
+    the mixer's output. Documents then need no communication inside the mixer, and the sums of
+    squares of all documents are exchanged at once.
+    name: name of the norm in the mixer.
+    num_groups: groups of features that are normalised separately, at most one per rank.
+    Further outputs of the mixer are states for a cache that is not used; they are replaced by None.
     """
     run = mixer.forward
     norm = mixer.get_submodule(name)
@@ -40,7 +46,8 @@ def norm_late(mixer: nn.Module, name: str, num_groups: int, group: Group) -> Non
     ranks = group.size // num_groups
 
     def norm_and_note(hidden_TF: Tensor, gate: Tensor | None = None) -> Tensor:
-        gated_TF = hidden_TF.float() if gate is None else hidden_TF.float() * F.silu(gate.float())  # as Mamba 2 gates
+        # Mamba 2 applies the gate before the norm.
+        gated_TF = hidden_TF.float() if gate is None else hidden_TF.float() * F.silu(gate.float())
         means.append(gated_TF.pow(2).mean(-1, keepdim=True))
         return norm_own(hidden_TF) if gate is None else norm_own(hidden_TF, gate)
 
@@ -61,13 +68,13 @@ def norm_late(mixer: nn.Module, name: str, num_groups: int, group: Group) -> Non
 
 
 def epsilon_of(norm: nn.Module) -> float | None:
-    """Return what a norm adds to the mean of squares, None where it does not say."""
+    """Return the epsilon that a norm adds to the mean of squares, or None if it is unknown."""
     named = (getattr(norm, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
     return next((value for value in named if value is not None), None)
 
 
 def required_epsilon(norm: nn.Module) -> float:
-    """Return the epsilon of a norm that has one."""
+    """Return the epsilon of a norm that must have one."""
     epsilon = epsilon_of(norm)
     assert epsilon is not None, f"{type(norm).__name__} does not name its epsilon"
     return epsilon

@@ -1,6 +1,7 @@
-"""A target shared by the ranks of a mesh: which weights are cut, and which modules exchange tokens.
+"""Plan of a target that ranks share: which weights are cut, and which modules exchange tokens.
 
-What no rule of `rules.py` or `linear_attention.py` fits stays replicated, runs on own tokens, and is reported with the reason.
+A module that no rule of `rules.py` or `linear_attention.py` fits stays replicated and runs on local
+tokens. The plan records the reason.
 """
 
 import copy
@@ -39,13 +40,18 @@ MIXER_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", "pas
 
 @dataclass
 class TargetPlan:
-    """What becomes of a decoder, by the names of its parameters and modules.
+    """How a decoder is divided between ranks, by the names of its parameters and modules.
 
-    cuts: what a rank holds of a parameter or buffer. shared: modules that see all ranks' tokens. experts: modules that tokens
-    are dispatched to, with the number of experts. norms: those over a width that is shared. late_norms: of a mixer, one whose
-    part is mended behind it, and the number of its groups. counts: attributes to set. heads: of an attention module, its own
-    query and key heads. linear: shared mixers of linear attention. embedding: the table of token embeddings, if ranks share its
-    rows. replicated: modules that might have been shared, and why they are not.
+    cuts: the part of each parameter or buffer that this rank holds; others are held whole.
+    shared: modules that run on all ranks' tokens.
+    experts: modules that tokens are dispatched to, with the number of experts of all ranks.
+    norms: norms over features that are sharded.
+    late_norms: by mixer, the norm that is corrected after the mixer, and its number of groups.
+    counts: by module, attributes to set.
+    heads: by attention module, the numbers of local query heads and key heads.
+    linear: linear-attention mixers that ranks share.
+    replicated: modules that might have been shared, and why they are not.
+    embedding: name of the token embedding, if ranks share its rows.
     """
 
     cuts: dict[str, ShardSpec] = field(default_factory=dict)
@@ -61,7 +67,7 @@ class TargetPlan:
 
     @classmethod
     def of(cls, decoder: PreTrainedModel, mesh: TargetMesh) -> "TargetPlan":
-        """That of a decoder whose weights are whole, or on the meta device."""
+        """Return the plan of a decoder with whole weights, which may be on the meta device."""
         plan = cls()
         stacks = tuple(f"{name}." for name, child in decoder.named_children() if isinstance(child, nn.ModuleList))
         for name, module in decoder.named_modules():
@@ -78,7 +84,7 @@ class TargetPlan:
         return plan
 
     def summary(self, mesh: TargetMesh) -> list[str]:
-        """For a person: what is shared by how many, and what is not."""
+        """Return log lines on the modules that ranks share, and on replicated ones with reasons."""
         if mesh.size == 1:
             return []
         lines = [
@@ -138,7 +144,7 @@ class TargetPlan:
             cuts = expert_slices(module, decoder.config.hidden_size, mesh.tp, names_of(decoder.config))
             if takes_choices:
                 self.shared.append(name)
-            else:  # their inputs are no tokens any more, so the whole block is shared
+            else:  # their inputs are already sorted by expert, so the whole block is shared
                 self._add_block(decoder, name.rpartition(".")[0], mesh)
         else:
             return
@@ -153,7 +159,7 @@ class TargetPlan:
 
 
 def cut_decoder(decoder: PreTrainedModel, mesh: TargetMesh) -> TargetPlan:
-    """Keep a rank's part of a whole decoder's weights; `let_exchange` is to follow."""
+    """Replace a decoder's whole weights by this rank's part; call `let_exchange` afterwards."""
     plan = TargetPlan.of(decoder, mesh)
     modules = dict(decoder.named_modules())
     for name, cut in plan.cuts.items():
@@ -167,14 +173,18 @@ def cut_decoder(decoder: PreTrainedModel, mesh: TargetMesh) -> TargetPlan:
 
 
 def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, packs: bool) -> None:
-    """Make the modules of a decoder whose weights are cut exchange tokens. packs: whether documents share a forward."""
+    """Let the modules of a decoder with cut weights exchange tokens between ranks.
+
+    packs: whether mixers can process several documents in one forward; otherwise they run document
+    by document.
+    """
     modules = dict(decoder.named_modules())
     names = names_of(decoder.config)
     for name, attributes in plan.counts.items():
         for attribute, value in attributes.items():
             setattr(modules[name], attribute, value)
         if name in plan.heads and any(fused in dict(modules[name].named_children()) for fused in names.fused):
-            # such a module asks its config for the counts
+            # Modules with fused maps read the numbers of heads from their config.
             modules[name].config = config = copy.copy(modules[name].config)
             config.num_attention_heads, config.num_key_value_heads = plan.heads[name]
     if plan.embedding is not None:
@@ -204,19 +214,22 @@ def let_exchange(decoder: PreTrainedModel, plan: TargetPlan, mesh: TargetMesh, p
 
 
 def _takes_choices(experts: nn.Module) -> bool:
-    """Whether experts are called with tokens and each one's choice of experts and weights, not with tokens sorted by expert."""
+    """Return whether experts are called with tokens and their choices and weights.
+
+    Otherwise they are called with tokens sorted by expert.
+    """
     return len(signature(experts.forward).parameters) > 1
 
 
 def _mixers(decoder: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Parts of decoder layers in which tokens meet."""
+    """Yield the parts of decoder layers that mix tokens, such as attention, with their names."""
     for name, part in parts_of_layers(decoder):
         if MIXER_ARGUMENTS & signature(part.forward).parameters.keys():
             yield name, part
 
 
 def parts_of_layers(decoder: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Children of decoder layers by name, and of those that are lists of them."""
+    """Yield the children of decoder layers with their names; lists yield their items."""
     for stack_name, stack in decoder.named_children():
         for place, layer in stack.named_children() if isinstance(stack, nn.ModuleList) else ():
             for name, child in layer.named_children():

@@ -1,6 +1,7 @@
-"""Which part of each weight a rank holds: heads of attention, columns and rows of MLPs, whole experts or slices of all.
+"""Sharding rules for attention heads, MLPs, and experts (whole ones, or a slice of each).
 
-Names (`names.py`) say what is a query, a gate or an expert, shapes say how many heads and segments there are.
+The role of a map (query, gate, expert and so on) follows from its name (`names.py`). The numbers of
+heads and segments follow from shapes.
 """
 
 import json
@@ -27,12 +28,15 @@ Intervals = tuple[tuple[int, int], ...]
 
 
 def proof_of(model_type: str) -> dict[str, Any] | None:
-    """What tests/parallel/family_matrix.py found of a family: `tp`, `ep`, `error`, or `reason` if it cannot be shared."""
+    """Return the result of tests/parallel/family_matrix.py for a family; None if not tested.
+
+    Keys: `tp`, `ep`, `error`, and `reason` if the family cannot be shared, otherwise None.
+    """
     return json.loads(PROOFS.read_text(encoding="utf-8")).get(model_type)
 
 
 def check_proven(config: PreTrainedConfig) -> None:
-    """Raises ValueError unless a family was shown to give the same results when it is shared."""
+    """Raise ValueError unless tests have shown that sharding a family keeps its results."""
     family = config.model_type
     proof = proof_of(config.model_type)
     if proof is None:
@@ -43,14 +47,15 @@ def check_proven(config: PreTrainedConfig) -> None:
 
 
 class Unshardable(Exception):
-    """A module that no rule can share; str() says why."""
+    """Raised for a module that no rule can share. The message is the reason."""
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What a rank holds of a parameter: intervals along a dimension, one behind the other.
+    """The part of a parameter that a rank holds: concatenated intervals along one dimension.
 
-    zeros: of a bias that is added once: all of it on the first rank, zeros on the others.
+    zeros: whether the rank holds zeros instead. Only the first rank then holds the values, so that
+    a bias is added once.
     """
 
     dim: int = 0
@@ -64,16 +69,22 @@ class ShardSpec:
 
 
 def is_attention(module: nn.Module, names: Names) -> bool:
-    """Whether it is softmax attention through Transformers' interface, with maps that we know."""
+    """Return whether a module is softmax attention with maps of known names.
+
+    It must call Transformers' attention interface.
+    """
     children = dict(module.named_children())
     knows = [names.outputs, (*names.queries, *names.latent_queries, *names.fused)]
-    if not getattr(module, "is_kv_shared_layer", False):  # which takes keys and values that an earlier layer left
+    if not getattr(module, "is_kv_shared_layer", False):  # uses an earlier layer's keys and values
         knows.append((*names.keys, *names.latent_keys_values, *names.fused))
     return all(any(name in children for name in some) for some in knows) and compares_pairs(module)
 
 
 def compares_pairs(module: nn.Module) -> bool:
-    """Whether it lets each query read each key, through Transformers' interface, as no linear attention does."""
+    """Return whether a module compares each query with each key, through Transformers' interface.
+
+    Linear attention does not.
+    """
     return "attention_interface" in getsource(type(module).forward)
 
 
@@ -83,7 +94,7 @@ def is_mlp(module: nn.Module, names: Names) -> bool:
 
 
 def holds_experts(module: nn.Module, names: Names) -> bool:
-    """Whether the weights of several experts lie in it, stacked."""
+    """Return whether a module holds the stacked weights of several experts."""
     weights = dict(module.named_parameters(recurse=False))
     return "down_proj" in weights and any(
         weight.ndim == 3 and name in (*names.up, *names.fused_up) for name, weight in weights.items()
@@ -91,16 +102,21 @@ def holds_experts(module: nn.Module, names: Names) -> bool:
 
 
 def is_experts(module: nn.Module, names: Names) -> bool:
-    """Whether each of its experts is given some tokens: called with those alone, or with each one's choice and weights."""
+    """Return whether a module gives each of its experts only some of the tokens.
+
+    Such a module is called with tokens sorted by expert, or with tokens and their choices and
+    weights.
+    """
     return holds_experts(module, names) and len(signature(module.forward).parameters) != 2
 
 
 @dataclass(frozen=True)
 class AttentionHeads:
-    """Query and key heads of an attention module, and those of a rank: `queries`, `keys`, as intervals of head numbers.
+    """Numbers of query and key heads of an attention module, and the heads that this rank holds.
 
-    Key heads that are fewer than ranks are held by several. Raises Unshardable, naming sizes that would do, if the ranks cannot
-    share them.
+    `queries` and `keys` are the local heads as intervals of head numbers. If there are fewer key
+    heads than ranks, several ranks hold the same key head.
+    Raises Unshardable if the ranks cannot share the heads. The message lists sizes that work.
     """
 
     num_queries: int
@@ -117,7 +133,7 @@ class AttentionHeads:
 
     @classmethod
     def of(cls, module: nn.Module, config: PreTrainedConfig, tp: Group) -> "AttentionHeads":
-        """As many as the module, or else its config, says."""
+        """Return the heads of a module, with numbers from the module, or else from the config."""
         queries = _count(module, QUERY_COUNTS, config, "num_attention_heads")
         keys = queries if any(hasattr(module, name) for name in names_of(config).latent_keys_values) else None
         return cls(queries, keys or _count(module, KEY_COUNTS, config, "num_key_value_heads"), tp)
@@ -135,14 +151,17 @@ class AttentionHeads:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What a module that holds these heads alone calls their numbers."""
+        """The numbers of local heads, by the name of the module attribute that holds them."""
         queries, keys = (sum(stop - start for start, stop in heads) for heads in (self.queries, self.keys))
         counts = dict.fromkeys(QUERY_COUNTS, queries) | dict.fromkeys(KEY_COUNTS, keys)
         return counts | {"num_key_value_groups": queries // keys}
 
 
 def attention_cuts(module: nn.Module, heads: AttentionHeads, names: Names) -> tuple[dict[str, ShardSpec], list[str]]:
-    """Cuts by parameter name, and the norms over all heads together. Raises Unshardable for a part that no rule knows."""
+    """Return the cuts of an attention module by parameter name, and its norms over all heads.
+
+    Raises Unshardable for a parameter that no rule covers.
+    """
     children = dict(module.named_children())
     cuts: dict[str, ShardSpec] = {}
     norms: list[str] = []
@@ -163,7 +182,7 @@ def attention_cuts(module: nn.Module, heads: AttentionHeads, names: Names) -> tu
             elif weight.ndim == 2 and weight.shape[0] == count:
                 cuts[f"{name}.weight"] = ShardSpec(0, own)
     indexer: Any = children.get("indexer")
-    if hasattr(indexer, "block_size"):  # it chooses blocks of keys for each key head
+    if hasattr(indexer, "block_size"):  # it chooses blocks of keys per key head
         if indexer.num_heads != heads.num_keys:
             raise Unshardable(f"its indexer chooses for {indexer.num_heads} heads, there are {heads.num_keys} key/value heads")
         cuts["indexer.q_proj.weight"] = ShardSpec(0, scaled(heads.keys, indexer.head_dim))
@@ -177,7 +196,7 @@ def attention_cuts(module: nn.Module, heads: AttentionHeads, names: Names) -> tu
 def _attention_map(
     name: str, child: nn.Linear, siblings: dict[str, nn.Module], heads: AttentionHeads, names: Names
 ) -> ShardSpec | None:
-    """Rows or columns of a linear map that a rank holds; None = all of it."""
+    """Return the rows or columns of a linear map that this rank holds; None = all of it."""
     queries = heads.num_queries
     keys = heads.num_keys
     features = child.out_features
@@ -197,7 +216,10 @@ def _attention_map(
 
 
 def mlp_cuts(module: nn.Module, tp: Group, names: Names) -> dict[str, ShardSpec]:
-    """Cuts by parameter name. Raises Unshardable if its width cannot be shared."""
+    """Return the cuts of an MLP by parameter name.
+
+    Raises Unshardable if the width cannot be shared.
+    """
     cuts: dict[str, ShardSpec] = {}
     for name, child in module.named_children():
         if not isinstance(child, nn.Linear) or name not in (*names.up, *names.fused_up, *names.down):
@@ -211,16 +233,24 @@ def mlp_cuts(module: nn.Module, tp: Group, names: Names) -> dict[str, ShardSpec]
 
 
 def expert_cuts(module: nn.Module, num_experts: int, ep: Group) -> dict[str, ShardSpec]:
-    """A rank's experts, whole. Raises Unshardable if there are no equal parts."""
+    """Return cuts that keep an equal number of whole experts per rank, by parameter name.
+
+    Raises Unshardable if `num_experts` is not divisible by the number of ranks.
+    """
     if num_experts % ep.size:
         raise Unshardable(f"{num_experts} experts cannot be shared by {ep.size} ranks; use one of {divisors(num_experts)}")
     own = (part_of(num_experts, ep),)
-    weights = module.named_parameters(recurse=False)  # there may be rows for experts that have no weights, behind the others
+    # A parameter may have more rows than experts: rows of identity experts, after the others.
+    weights = module.named_parameters(recurse=False)
     return {name: ShardSpec(0, own) for name, weight in weights if weight.shape[0] >= num_experts}
 
 
 def expert_slices(module: nn.Module, hidden_size: int, tp: Group, names: Names) -> dict[str, ShardSpec]:
-    """A slice of every expert's width: columns of the maps up, rows of the map down; biases of that once."""
+    """Return cuts that keep a slice of every expert's width, by parameter name.
+
+    The up and gate maps are cut by outputs, the down map by inputs. Only the first rank adds the
+    bias of the down map. Raises Unshardable if the width cannot be shared.
+    """
     weights = dict(module.named_parameters(recurse=False))
     cuts: dict[str, ShardSpec] = {}
     down = weights["down_proj"]
@@ -243,7 +273,10 @@ def expert_slices(module: nn.Module, hidden_size: int, tp: Group, names: Names) 
 
 
 def linear_cuts(linear: nn.Linear, cut: ShardSpec, tp: Group) -> dict[str, ShardSpec]:
-    """Those of a linear map's parameters. The bias of one that is cut by columns is added by one rank."""
+    """Return the cuts of a linear map's weight and bias.
+
+    If the weight is cut by columns, only the first rank adds the bias.
+    """
     cuts = {"weight": cut}
     if linear.bias is not None and cut.dim == 0:
         cuts["bias"] = cut
@@ -253,13 +286,16 @@ def linear_cuts(linear: nn.Linear, cut: ShardSpec, tp: Group) -> dict[str, Shard
 
 
 def part_of(total: int, group: Group) -> tuple[int, int]:
-    """A rank's equal part of `total`."""
+    """Return the start and end of this rank's part of `total`, which the group's size divides."""
     size = total // group.size
     return group.rank * size, (group.rank + 1) * size
 
 
 def part_of_rows(total: int, group: Group) -> tuple[int, int]:
-    """A rank's part of a vocabulary, which the ranks need not divide: parts differ by one row."""
+    """Return the start and end of this rank's rows of a vocabulary.
+
+    The group's size need not divide `total`; numbers of rows differ by at most one between ranks.
+    """
     return total * group.rank // group.size, total * (group.rank + 1) // group.size
 
 
@@ -268,7 +304,7 @@ def scaled(intervals: Intervals, unit: int) -> Intervals:
 
 
 def _segments(total: int, count: int, tp: Group) -> Intervals:
-    """A rank's part of each of `count` equal segments."""
+    """Return this rank's part of each of `count` equal segments of `total` features."""
     size = total // count
     if size % tp.size:
         raise Unshardable(

@@ -1,7 +1,8 @@
-"""How the tokens of one forward of the target lie on the ranks that run it together.
+"""Layout of the tokens of one target forward over the ranks that run it together.
 
-Each rank's own micro-batch is its part of the sequence (Megatron's sequence parallelism, aligned): what is replicated runs on
-own tokens, what is sharded on all ranks' tokens, gathered at its door. A document never spans ranks.
+Each rank's micro-batch is its part of the sequence, as in Megatron's sequence parallelism.
+Replicated modules run on local tokens, and sharded modules gather the tokens of all ranks. A
+document never spans ranks.
 """
 
 from abc import ABC, abstractmethod
@@ -19,14 +20,18 @@ MUCH = 1.1
 
 @dataclass(frozen=True)
 class Tokens:
-    """documents_R: lengths of each rank's documents. rank: whose tokens are own."""
+    """Tokens of one forward on all ranks.
+
+    documents_R: lengths of each rank's documents.
+    rank: this rank, which holds the local tokens.
+    """
 
     documents_R: tuple[tuple[int, ...], ...]
     rank: int
 
     @cached_property
     def counts_R(self) -> tuple[int, ...]:
-        """Tokens by rank."""
+        """Number of tokens of each rank."""
         return tuple(map(sum, self.documents_R))
 
     @property
@@ -39,26 +44,29 @@ class Tokens:
 
     @cached_property
     def own(self) -> slice:
-        """Where own tokens lie among all."""
+        """Position of the local tokens among all tokens."""
         start = sum(self.counts_R[: self.rank])
         return slice(start, start + self.num_own)
 
     @cached_property
     def documents(self) -> tuple[int, ...]:
-        """Lengths of all documents, those of rank 0 first."""
+        """Lengths of all documents, in the order of ranks."""
         return tuple(length for documents in self.documents_R for length in documents)
 
     @cached_property
     def own_documents(self) -> range:
-        """Which of all documents are own."""
+        """Indices of the local documents among all documents."""
         start = sum(len(documents) for documents in self.documents_R[: self.rank])
         return range(start, start + len(self.documents_R[self.rank]))
 
     def parts(self, count: int) -> tuple["DocumentChunk", ...]:
-        """At most `count` parts, about as long, of whole documents of each rank.
+        """Split the tokens into at most `count` chunks of whole documents, of similar length.
 
-        Fewer where a rank has fewer of them, or where parts that differ from rank to rank would exchange `MUCH` more rows than
-        all at once: each rank sends as many as the longest has.
+        Each chunk has documents of every rank.
+
+        There are fewer chunks if a rank has fewer documents, or if the chunks would exchange more
+        than `MUCH` times the rows of a single exchange. In an exchange every rank sends as many
+        rows as the rank with the most tokens, so chunks of uneven lengths send more padding.
         """
         if count not in self._parts:
             self._parts[count] = self._in_parts(min(count, *map(len, self.documents_R)))
@@ -77,7 +85,7 @@ class Tokens:
         return parts
 
     def _part(self, edges_R: Sequence[Sequence[int]]) -> "DocumentChunk":
-        """edges_R: first document of each rank, and the first that is not in the part."""
+        """Return a chunk. edges_R: for each rank, its first document and the first one after it."""
         rows: list[slice] = []
         numbers: list[int] = []
         first_row = 0
@@ -94,10 +102,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class DocumentChunk:
-    """Some documents of each rank.
+    """A chunk of a forward: some documents of each rank.
 
-    tokens: theirs. own: where those of this rank lie among own tokens. rows: where those of each rank lie among all.
-    documents: which they are of all.
+    tokens: the tokens of the chunk.
+    own: position of this rank's tokens of the chunk among its local tokens.
+    rows: for each rank, position of its tokens of the chunk among all tokens.
+    documents: indices of the chunk's documents among all documents.
     """
 
     tokens: Tokens
@@ -107,7 +117,12 @@ class DocumentChunk:
 
 
 def _edges(lengths: Sequence[int], places: Sequence[float]) -> list[int]:
-    """Where to cut documents near places, so that no part is empty: first documents of the parts, and how many there are."""
+    """Return the document boundaries closest to `places` that leave no chunk empty.
+
+    lengths: tokens per document.
+    places: wanted boundaries, in tokens.
+    Returns the first document of each chunk, followed by the number of documents.
+    """
     ends = list(accumulate(lengths))
     edges = [0]
     for number, place in enumerate(places):
@@ -117,11 +132,11 @@ def _edges(lengths: Sequence[int], places: Sequence[float]) -> list[int]:
 
 
 class ByDocument(ABC):
-    """Something that a forward hands down and that has a part for each document."""
+    """Base class of forward arguments that have one part per document."""
 
     @abstractmethod
     def of(self, documents: Sequence[int]) -> "ByDocument | Tensor":
-        """The parts of some of the documents."""
+        """Return the parts of the given documents."""
 
 
 _current: ContextVar[Tokens] = ContextVar("tokens of the forward under way")
@@ -129,7 +144,7 @@ _current: ContextVar[Tokens] = ContextVar("tokens of the forward under way")
 
 @contextmanager
 def tokens_of_forward(tokens: Tokens) -> Iterator[None]:
-    """Within it, forwards of a parallel target are of these tokens."""
+    """Context in which forwards of a parallel target process these tokens."""
     before = _current.set(tokens)
     try:
         yield
@@ -142,5 +157,5 @@ def current_tokens() -> Tokens:
 
 
 def bounds(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Where each of several parts, one behind the other, starts and stops."""
+    """Return the start and end of each of several consecutive parts."""
     return [(stop - length, stop) for length, stop in zip(lengths, accumulate(lengths), strict=True)]

@@ -1,4 +1,4 @@
-"""A rank's rows of a table that a group shares, such as an embedding or a head, and looking rows up in all of it."""
+"""Row-wise shards of a vocabulary table (an embedding or a head), and lookups in all of it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,10 @@ from engine.parallel.rules import part_of_rows
 
 @dataclass(frozen=True)
 class VocabShard:
-    """total: rows of the whole table, of which this rank holds `part_of_rows`."""
+    """A rank's rows of a table that a group shares: the interval `part_of_rows(total, group)`.
+
+    total: rows of the whole table.
+    """
 
     total: int
     group: Group
@@ -24,20 +27,24 @@ class VocabShard:
 
     @property
     def counts_R(self) -> list[int]:
-        """Rows by rank."""
+        """Number of rows of each rank."""
         parts = (part_of_rows(self.total, replace(self.group, rank=rank)) for rank in range(self.group.size))
         return [end - first for first, end in parts]
 
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Where rows lie among own ones, 0 where another rank holds them; and whether they are own."""
+        """Return the local index of each id, and whether this rank holds the id.
+
+        The index is 0 for ids of other ranks.
+        """
         first, end = part_of_rows(self.total, self.group)
         is_own = (ids >= first) & (ids < end)
         return torch.where(is_own, ids - first, 0), is_own
 
     def look_up(self, look_up_own: Callable[[Tensor], Tensor], ids_T: Tensor, counts_R: Sequence[int]) -> Tensor:
-        """Rows [..., T, D] of own ids [..., T], from the ranks that hold them; a collective of the group.
+        """Return the rows [..., T, D] of this rank's ids [..., T]; a collective of the group.
 
-        look_up_own: among own rows. counts_R: ids by rank.
+        look_up_own: maps local indices to rows.
+        counts_R: number of ids of each rank.
         """
         place_M, is_own_M = self.find(gather_rows(ids_T, -1, counts_R, self.group))
         return sum_rows(look_up_own(place_M).masked_fill(~is_own_M[..., None], 0), -2, counts_R, self.group)

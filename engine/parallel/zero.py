@@ -1,7 +1,8 @@
-"""ZeRO on the draft, through DeepSpeed. The only file that imports it.
+"""ZeRO for the draft, through DeepSpeed. This is the only file that imports DeepSpeed.
 
-The whole training-time test is one forward of one module, so a weight is gathered at most once in forward and once in backward,
-and its gradient is reduced once, however often the steps use it.
+The whole training-time test is one forward of one module. A weight is therefore gathered at most
+once in the forward pass and once in the backward pass, and its gradient is reduced once, regardless
+of the number of TTT steps that use it.
 """
 
 import contextlib
@@ -27,45 +28,56 @@ from engine.config.secret_values import without_secrets
 from engine.host.freed_memory import keep_freed_memory
 from engine.parallel.mesh import World
 
-UNIVERSAL = ".universal"  # behind a checkpoint's tag
+UNIVERSAL = ".universal"  # appended to a checkpoint's tag
 
 
 def connect(world: World, timeout_s: int, cpu_threads: int) -> None:
-    """Join the job's process group and settle this process on its device and share of the cores."""
+    """Join the job's process group, and select this process's device and number of CPU threads.
+
+    timeout_s: timeout of collectives in seconds.
+    cpu_threads: 0 = an equal share of the cores. Used only without a GPU.
+    """
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls older names
+    # DeepSpeed calls deprecated functions.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
         keep_freed_memory()
         torch.set_num_threads(cpu_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
-        # compiling DeepSpeed's shared-memory collectives takes a minute and gains nothing at a draft's size
+        # Compiling DeepSpeed's shared-memory collectives takes a minute without gain for a draft.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
 
 
 def disconnect() -> None:
-    """Leave the process group, all ranks together: one that is alive when its process ends may abort it."""
+    """Leave the process group; a collective.
+
+    A process that ends without leaving its process group may abort.
+    """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 class Objective(Protocol):
-    """How a draft method trains its draft on a micro-batch."""
+    """Loss function of a draft method on a micro-batch."""
 
     @property
     def num_steps(self) -> int:
-        """Predictions that a position makes: TTT steps, or tokens of a block."""
+        """Number of predictions per position: TTT steps, or tokens of a block."""
         ...
 
     @property
     def step_weights(self) -> list[float]:
-        """Weight of each of them in the total loss."""
+        """Weight of each prediction in the total loss."""
         ...
 
     @property
     def is_normalised_globally(self) -> bool:
-        """Whether losses are already divided by counts over the global batch, so that gradients are summed over ranks."""
+        """Whether losses are already divided by counts over the global batch.
+
+        Gradients are then summed over ranks instead of averaged.
+        """
         ...
 
     def __call__(self, draft: Any, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
@@ -73,7 +85,7 @@ class Objective(Protocol):
         ...
 
     def logits(self, draft: Any, micro: MicroBatch) -> list[torch.Tensor]:
-        """Compute the draft's logits of every row: one tensor [T, U] for each prediction that a position makes."""
+        """Compute the draft's logits: one tensor [T, U] for each prediction per position."""
         ...
 
 
@@ -82,7 +94,7 @@ ObjectiveT = TypeVar("ObjectiveT", bound=Objective)
 
 
 class _ObjectiveModule(nn.Module):
-    """The draft and its objective as one module, whose inputs and outputs DeepSpeed sees as tensors."""
+    """The draft and its objective as one module. It returns a tuple of tensors for DeepSpeed."""
 
     def __init__(self, draft: nn.Module, objective: Objective) -> None:
         super().__init__()
@@ -99,7 +111,11 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
     """The draft under DeepSpeed: forward, backward and optimizer step of micro-batches, checkpoints and gathered weights."""
 
     def __init__(self, draft: DraftT, objective: ObjectiveT, ds_config: dict[str, Any], universal: bool = False) -> None:
-        """ds_config: a resolved DeepSpeed configuration, handed over as it is. universal: load what `to_universal` wrote."""
+        """Initialise DeepSpeed for the draft.
+
+        ds_config: a resolved DeepSpeed configuration, passed on unchanged.
+        universal: whether `load` reads the output of `to_universal`.
+        """
         self.draft = draft
         self.objective = objective
         self._universal = universal
@@ -108,12 +124,13 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         module = _ObjectiveModule(draft, objective)
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
-        self.engine.config = without_secrets(self.engine.config)  # which it writes into checkpoints
+        self.engine.config = without_secrets(self.engine.config)  # saved in checkpoints
         stage = self.engine.zero_optimization_stage()
         if stage == 0 and optimizer is not None:
             _forget_steps(optimizer)
         if stage == 3:
-            # The module holds every weight during a whole pass; else each TTT step would gather what the last one released.
+            # The module holds every weight during a whole pass. Otherwise each TTT step would
+            # gather the weights that the previous one released.
             for parameter in draft.parameters():
                 deepspeed.zero.register_external_parameter(module, parameter)
             _leave_hooks_to(module, self.engine.optimizer.parameter_offload)
@@ -130,7 +147,7 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the draft's compute."""
+        """Precision in which the draft computes."""
         if self.engine.bfloat16_enabled():
             return torch.bfloat16
         return torch.float16 if self.engine.fp16_enabled() else torch.float32
@@ -140,14 +157,15 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
 
     @torch.no_grad()
     def logits(self, micro: MicroBatch) -> torch.Tensor:
-        """Draft logits of every row, [S, T, U]; a collective."""
+        """Return the draft's logits for the S predictions per position, [S, T, U]; a collective."""
         return torch.stack(self.engine(micro, None))
 
     def train(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
-        """Forward, backward and, at the last micro-batch of an accumulation, the optimizer step.
+        """Run forward, backward and, after the last accumulated micro-batch, the optimizer step.
 
-        DeepSpeed averages gradients over ranks and accumulation steps. Under the `slots` normaliser losses are already divided
-        by counts over the global batch, so that division is undone.
+        DeepSpeed averages gradients over ranks and accumulation steps. With the `slots` normaliser
+        losses are already divided by counts over the global batch, so DeepSpeed's division is
+        undone.
         """
         output = self.forward(micro, norms)
         loss = output.loss
@@ -160,33 +178,41 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
 
     @property
     def num_skipped_steps(self) -> int:
-        """Optimizer steps that DeepSpeed has left out because their gradient was not finite."""
+        """Optimizer steps that DeepSpeed has skipped because their gradient was not finite."""
         return self.engine.skipped_steps
 
     @torch.no_grad()
     def has_finite_weights(self, world: World) -> bool:
-        """Return whether every weight is finite, on all ranks; waits for the device. A collective."""
+        """Return whether every weight is finite on all ranks.
+
+        A collective that waits for the device.
+        """
         largest = [torch.zeros(1)]
         for parameter in self.engine.module.parameters():
-            own = getattr(parameter, "ds_tensor", parameter)  # the rank's part, at stage 3
+            own = getattr(parameter, "ds_tensor", parameter)  # at stage 3, this rank's part
             if own.numel():
                 largest.append(torch.linalg.vector_norm(own.flatten(), ord=float("inf")).float().cpu().reshape(1))
         is_bad = not torch.cat(largest).isfinite().all()
         return not world.any_rank([is_bad])[0]
 
     def write_monitors(self, values: dict[str, float], step: int) -> None:
-        """Feed the monitors that the DeepSpeed configuration enables."""
+        """Write values to the monitors that the DeepSpeed configuration enables."""
         if self.engine.monitor.enabled:
             self.engine.monitor.write_events([(f"train/{name}", value, step) for name, value in values.items()])
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Write a checkpoint to `folder / tag`; a collective that returns when every rank's part is written."""
+        """Write a checkpoint to `folder / tag`.
+
+        A collective that returns after every rank's part is written.
+        """
         self.engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restore weights, optimizer and schedule; returns the client state saved with them.
+        """Restore weights, optimizer and schedule, and return the client state saved with them.
 
-        The learning rate of the next step is the one that this run's configuration gives for it, not the one that was saved.
+        The learning rate of the next step follows from this run's configuration, not from the
+        checkpoint.
+        Raises ValueError if the checkpoint is incomplete.
         """
         rates = [group["lr"] for group in self.engine.optimizer.param_groups]
         path, client_state = self.engine.load_checkpoint(str(folder), tag=tag + UNIVERSAL * self._universal)
@@ -196,10 +222,12 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         return client_state
 
     def _set_rates(self, configured: list[float]) -> None:
-        """Set the next step's learning rate. configured: rates of the parameter groups, for runs without a schedule.
+        """Set the learning rate of the next step.
 
-        A checkpoint holds the rate that its own schedule had reached. A run that is longer now has another schedule, which
-        DeepSpeed moves to the right step but applies only after that step.
+        A checkpoint holds the learning rate of its own schedule. A run with a new length has a
+        different schedule. DeepSpeed moves it to the right step, but applies it only after that
+        step.
+        configured: learning rates of the parameter groups, for runs without a schedule.
         """
         schedule = self.engine.lr_scheduler
         if schedule is None:
@@ -210,19 +238,23 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         self.learning_rate = self.engine.get_lr()[0]
 
     def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each weight whole, on the CPU of rank 0, one at a time; a collective: every rank must iterate to the end."""
+        """Yield each weight's name and whole value on the CPU of rank 0.
+
+        Other ranks get empty tensors. A collective: every rank must iterate to the end.
+        """
         for name, parameter in self.draft.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
                 yield name, parameter.detach().cpu().clone() if self.engine.global_rank == 0 else torch.empty(0)
 
 
 def make_optimizer(parameters: list[nn.Parameter], ds_config: dict[str, Any]) -> torch.optim.Optimizer | None:
-    """Return the AdamW for the device, or None where DeepSpeed builds the optimizer that its configuration names.
+    """Return the AdamW for the device, or None if DeepSpeed builds the configured optimizer.
 
-    On a GPU that is NVIDIA apex's FusedAdam if apex is installed, else torch's fused AdamW: neither compiles anything.
-    `optimizer.params.torch_adam` decides otherwise: true takes torch's AdamW at once, false takes DeepSpeed's own FusedAdam,
-    which is compiled with nvcc at its first use. An offloaded optimizer is DeepSpeed's own.
-    Raises ValueError if DeepSpeed's FusedAdam was asked for and cannot be built.
+    On a GPU this is NVIDIA apex's FusedAdam if apex is installed, otherwise torch's fused AdamW.
+    Neither compiles anything. `optimizer.params.torch_adam` overrides the choice: true selects
+    torch's AdamW, and false selects DeepSpeed's FusedAdam, which is compiled with nvcc at its first
+    use. DeepSpeed builds offloaded optimizers itself.
+    Raises ValueError if DeepSpeed's FusedAdam was requested and cannot be built.
     """
     section = ds_config["optimizer"]
     offload = ds_config.get("zero_optimization", {}).get("offload_optimizer", {})
@@ -241,7 +273,10 @@ def make_optimizer(parameters: list[nn.Parameter], ds_config: dict[str, Any]) ->
 
 
 def apex_fused_adam() -> type | None:
-    """Return NVIDIA apex's FusedAdam, or None where it is not installed. The package that PyPI calls `apex` is another one."""
+    """Return NVIDIA apex's FusedAdam, or None if it is not installed.
+
+    The package `apex` on PyPI is unrelated.
+    """
     try:
         from apex.optimizers import FusedAdam
     except ImportError:
@@ -252,17 +287,18 @@ def apex_fused_adam() -> type | None:
 def _deepspeed_adam(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
     try:
         return deepspeed.ops.adam.FusedAdam(parameters, **options)
-    except Exception as error:  # whatever the compiler, the linker or the loader of the compiled file raises
+    except Exception as error:  # from the compiler, the linker or the loader of the compiled file
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         problem = "optimizer.params.torch_adam = false asks for DeepSpeed's FusedAdam, which cannot be built here"
         raise ValueError(f"{problem} ({reason}); delete the key to train with torch's fused AdamW") from error
 
 
 def _leave_hooks_to(module: nn.Module, offload: Any) -> None:
-    """Remove DeepSpeed's ZeRO-3 hooks from every submodule, so that they run once per pass, around `module`.
+    """Remove DeepSpeed's ZeRO-3 hooks from submodules, so that they run only around `module`.
 
-    `module` holds every weight from the beginning of a pass to its end, so the hooks of the submodules (about ninety calls
-    per pass at seven TTT steps) find nothing to gather or release. Gradients are reduced by hooks on the weights, which stay.
+    `module` holds every weight from the start of a pass to its end, so the hooks of the submodules
+    (about 90 calls per pass with 7 TTT steps) have nothing to gather or release. The hooks on the
+    weights, which reduce gradients, are kept.
     """
     kept = {id(module._forward_pre_hooks), id(module._forward_hooks)}
     for handles in (offload.forward_hooks, offload.backward_hooks):
@@ -272,19 +308,26 @@ def _leave_hooks_to(module: nn.Module, offload: Any) -> None:
 
 
 def _forget_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Unmake the step of zeros that DeepSpeed's 16-bit wrapper takes at stage 0: Adam's bias correction would count it."""
+    """Clear the optimizer state that DeepSpeed creates at stage 0 before training.
+
+    Its 16-bit wrapper takes a step with zero gradients. Otherwise Adam's bias correction would
+    count it.
+    """
     optimizer.state.clear()
     for group in optimizer.param_groups:
         group.pop("step", None)
 
 
 def is_sharded(folder: Path, tag: str) -> bool:
-    """Whether each rank wrote a part of a checkpoint, as above stage 0."""
+    """Return whether a checkpoint has one part per rank, as with ZeRO stages above 0."""
     return any((folder / tag).glob("*_optim_states.pt"))
 
 
 def to_universal(folder: Path, tag: str) -> None:
-    """Write a checkpoint of shards anew, beside it, as any number of ranks can load it. Raises ValueError if that fails."""
+    """Convert a sharded checkpoint to a universal one, which any number of ranks can load.
+
+    It is written next to the checkpoint. Raises ValueError if the conversion fails.
+    """
     remove_universal(folder, tag)
     paths = ("--input_folder", str(folder / tag), "--output_folder", str(folder / (tag + UNIVERSAL)))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *paths, "--inject_missing_state"]
@@ -296,21 +339,23 @@ def to_universal(folder: Path, tag: str) -> None:
 
 
 def remove_universal(folder: Path, tag: str) -> None:
-    """What `to_universal` wrote, if anything."""
+    """Remove the output of `to_universal`, if there is any."""
     shutil.rmtree(folder / (tag + UNIVERSAL), ignore_errors=True)
     (folder / "latest_universal").unlink(missing_ok=True)
 
 
 def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
-    """Weights of a checkpoint of any ZeRO stage, fp32, whole, under the draft's own names; needs no process group.
+    """Return the whole weights of a checkpoint of any ZeRO stage, in fp32.
 
-    Raises FileNotFoundError if the checkpoint is incomplete.
+    The names are those of the draft's parameters. Needs no process group. Raises FileNotFoundError
+    if the checkpoint is incomplete.
     """
     whole = folder / tag / "mp_rank_00_model_states.pt"
     weights: dict[str, torch.Tensor] = {}
-    if whole.exists():  # below stage 3: the weights as they compute, the frozen ones among them
+    if whole.exists():  # below stage 3: weights in compute precision, including frozen ones
         weights |= torch.load(whole, map_location="cpu", weights_only=False)["module"]
-    if not whole.exists() or any(whole.parent.glob("*_optim_states.pt")):  # above stage 0: the optimizer's, in fp32, in shards
+    # Above stage 0, the optimizer holds the weights in fp32, in shards.
+    if not whole.exists() or any(whole.parent.glob("*_optim_states.pt")):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             weights |= get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
     return {name.removeprefix("draft."): weight.float() for name, weight in weights.items()}

@@ -1,1 +1,1 @@
-"""Reading and keeping the target's weights, quantised or not, whole or one rank's part."""
+"""Reading and storage of the target's weights: quantised or not, whole or one rank's part."""

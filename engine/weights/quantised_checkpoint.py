@@ -1,4 +1,4 @@
-"""Checkpoints in the quantised layouts that they are published in: a quantised weight is read where it is quantised."""
+"""Checkpoints in published quantised layouts. Quantised weights are read as `QuantisedWeight`."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -26,13 +26,19 @@ INT4 = tuple(float(code - 8) for code in range(16))
 
 
 class Fp8Checkpoint(Checkpoint):
-    """Weights in fp8 with a scale a block: `NAME_scale_inv` (DeepSeek-V3, Kimi-K2, Qwen3-FP8), or `scale` beside `weight`
-    (DeepSeek-V4). A scale is a number, or the exponent of a power of two, in a byte (`ue8m0`)."""
+    """A checkpoint with weights in fp8 and one scale per block.
+
+    The scale of NAME is `NAME_scale_inv` (DeepSeek-V3, Kimi-K2, Qwen3-FP8), or `scale` next to
+    `weight` (DeepSeek-V4). A scale is a number, or the exponent of a power of two in one byte
+    (`ue8m0`).
+    """
 
     def __init__(self, path: str, revision: str | None, block: tuple[int, int], row_group: int | None = None) -> None:
-        """block: rows and columns that a scale is of. row_group: as of a `QuantisedWeight`.
+        """Open the checkpoint and find the scale of each weight.
 
-        Raises ValueError if a weight beside a scale is not in fp8, as experts in fp4 are not.
+        block: numbers of rows and columns that share a scale.
+        row_group: see `QuantisedWeight`.
+        Raises ValueError if a weight with a scale is not in fp8, for example an expert in fp4.
         """
         super().__init__(path, revision)
         self._block = block
@@ -40,7 +46,7 @@ class Fp8Checkpoint(Checkpoint):
         self._scales = {name: scale for name in self._by_name if (scale := self._scale_of(name)) is not None}
         for name in self._scales:
             if (dtype := self._open[self._by_name[name]].get_slice(name).get_dtype()) != "F8_E4M3":
-                problem = f"{name} has a scale and is {dtype}, and only weights in fp8 (e4m3) are read beside others in fp8"
+                problem = f"{name} has a scale and is stored as {dtype}; scaled weights must be F8_E4M3"
                 raise ValueError(f"target.path={path}: {problem}; name a bfloat16 checkpoint")
 
     def is_understood(self, name: str) -> bool:
@@ -65,9 +71,11 @@ class Fp8Checkpoint(Checkpoint):
 
 
 class Mxfp4Checkpoint(Checkpoint):
-    """Experts in MXFP4 (GPT-OSS): of NAME, `NAME_blocks` uint8 [E, out, in / 32, 16] and `NAME_scales` uint8 [E, out, in / 32].
+    """A checkpoint with experts in MXFP4 (GPT-OSS).
 
-    NAME itself is [E, in, out], as the model has it. A scale is a power of two, its exponent 127 above what it means.
+    NAME is stored as `NAME_blocks`, uint8 [E, out, in / 32, 16], and `NAME_scales`, uint8
+    [E, out, in / 32]. It is read as [E, in, out], which is the shape in the model. A scale is a
+    power of two, stored as its exponent plus 127.
     """
 
     def __iter__(self) -> Iterator[str]:
@@ -92,10 +100,11 @@ class Mxfp4Checkpoint(Checkpoint):
 
 
 class Int4Checkpoint(Checkpoint):
-    """Weights in compressed-tensors' packed int4 (Kimi-K2-Thinking, K2.5).
+    """A checkpoint with weights in compressed-tensors' packed int4 (Kimi-K2-Thinking, K2.5).
 
-    Of NAME, `NAME_packed` int32 [out, in / 8], the first of eight values in the lowest bits, 8 above what it means;
-    `NAME_scale` [out, in / group size]; `NAME_shape` int64 [2].
+    NAME is stored as `NAME_packed`, int32 [out, in / 8], `NAME_scale`, [out, in / group size], and
+    `NAME_shape`, int64 [2]. The first of 8 packed values is in the lowest bits. Each value is
+    stored plus 8.
     """
 
     def __iter__(self) -> Iterator[str]:
@@ -119,7 +128,7 @@ class Int4Checkpoint(Checkpoint):
         return own_part(weight[:, :columns], cut)
 
 
-# Layouts that are read here, as messages name them.
+# Layouts that can be read, with their descriptions in error messages.
 LAYOUTS = {
     "fp8": "fp8 with a scale per block",
     "scaled_fp8": "fp8 with a scale per tensor or row",
@@ -127,25 +136,28 @@ LAYOUTS = {
     "mxfp4": "MXFP4",
     "int4": "packed int4",
 }
-HOLDS_FP8 = ("fp8", "scaled_fp8", "nvfp4")  # in which linear maps may be in fp8; NVFP4 is mixed with it
+HOLDS_FP8 = ("fp8", "scaled_fp8", "nvfp4")  # linear maps may be in fp8; NVFP4 mixes both
 MODELOPT = ("modelopt", "modelopt_fp8", "modelopt_fp4")
 MODELOPT_FP8 = {"FP8", "FP8_PER_CHANNEL_PER_TOKEN"}
 
 
 def _weight_groups(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return how a compressed-tensors config quantises the weights of each of its groups of modules."""
+    """Return the weight settings of each group of modules in a compressed-tensors config."""
     return [group.get("weights") or {} for group in (facts.get("config_groups") or {}).values()]
 
 
 def _is_packed_int4(facts: dict[str, Any]) -> bool:
-    """Whether all that is quantised is in symmetric int4, by groups of columns or by row."""
+    """Return whether all quantised weights are packed symmetric int4.
+
+    Scales may be per group of columns or per row.
+    """
     groups = _weight_groups(facts)
     plain = all(group.get("num_bits") == 4 and group.get("type", "int") == "int" and group.get("symmetric") for group in groups)
     return bool(groups) and plain and facts.get("format") == "pack-quantized"
 
 
 def _bits_and_kind(facts: dict[str, Any]) -> set[tuple[Any, Any, Any]]:
-    """Bits, type and strategy of the weights of each group of a compressed-tensors config."""
+    """Return the distinct (bits, type, strategy) of the weights in a compressed-tensors config."""
     groups = _weight_groups(facts)
     return {(group.get("num_bits"), group.get("type"), group.get("strategy")) for group in groups}
 
@@ -169,12 +181,12 @@ def _layout_of_modelopt(facts: dict[str, Any]) -> str | None:
         algorithms = {str(layer.get("quant_algo")).upper() for layer in layers}
     if algorithms <= MODELOPT_FP8:
         return "scaled_fp8"
-    # a mix with fp8 counts as NVFP4, whose reader takes both
+    # A mix with fp8 counts as NVFP4, because that reader handles both.
     return "nvfp4" if algorithms <= MODELOPT_FP8 | {"NVFP4"} else None
 
 
 def _levels(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """A config, and that of the language model within it."""
+    """Return a config and the config of its language model."""
     return [config, config.get_text_config(decoder=True)]
 
 
@@ -193,11 +205,15 @@ def quantisation_facts(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the quantisation settings of a config as a dict; empty if its checkpoint is not quantised."""
     quantised: Any = next((found for found in map(_published_facts, _levels(config)) if found), {})
     facts = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    return facts | (facts.get("quantization") or {})  # older ModelOpt nests it
+    return facts | (facts.get("quantization") or {})  # nested in older ModelOpt configs
 
 
 def layout_of(config: PreTrainedConfig) -> tuple[str | None, dict[str, Any]]:
-    """The layout of a config's checkpoint, a key of `LAYOUTS`, or None if it is in none of them; and what the config says."""
+    """Return the layout of a config's checkpoint, and the config's quantisation settings.
+
+    The layout is a key of `LAYOUTS`, or None if the checkpoint is not quantised or in another
+    layout.
+    """
     facts = quantisation_facts(config)
     method = facts.get("quant_method")
     if method == "compressed-tensors":
@@ -212,7 +228,7 @@ def layout_of(config: PreTrainedConfig) -> tuple[str | None, dict[str, Any]]:
 
 
 def is_left_to_transformers(config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint is quantised in a way that Transformers reads and no layout of `LAYOUTS` is."""
+    """Return whether Transformers reads a checkpoint quantised in no layout of `LAYOUTS`."""
     layout, facts = layout_of(config)
     method = facts.get("quant_method")
     is_bits_and_bytes = facts.get("load_in_8bit") or facts.get("load_in_4bit")
@@ -221,8 +237,9 @@ def is_left_to_transformers(config: PreTrainedConfig) -> bool:
 
 
 def check_quantisation(config: PreTrainedConfig, path: str, is_shared: bool) -> None:
-    """Raise ValueError, naming the method, if a checkpoint is quantised in a way that cannot be read.
+    """Raise ValueError if a checkpoint is quantised in a way that cannot be read.
 
+    The message names the quantisation method.
     is_shared: whether several ranks share the target.
     """
     layout, facts = layout_of(config)
@@ -238,7 +255,10 @@ def check_quantisation(config: PreTrainedConfig, path: str, is_shared: bool) -> 
 
 
 def _unreadable(facts: dict[str, Any], path: str, can_be_alone: bool) -> ValueError:
-    """Return the error for a quantisation in no layout of `LAYOUTS`; can_be_alone: whether Transformers reads it."""
+    """Return the error for a quantisation in no layout of `LAYOUTS`.
+
+    can_be_alone: whether Transformers can read it on a single rank.
+    """
     details = {key: facts.get(key) for key in ("quant_method", "quant_algo", "format") if facts.get(key) is not None}
     method = ", ".join(f"{key} {value!r}" for key, value in details.items()) or "a method that it does not name"
     known = ", ".join(LAYOUTS.values())
@@ -251,10 +271,13 @@ def _unreadable(facts: dict[str, Any], path: str, can_be_alone: bool) -> ValueEr
 
 @dataclass(frozen=True)
 class StaysQuantised:
-    """Which weights stay quantised, as far as a config tells.
+    """Description of the weights that stay quantised, as far as it follows from a config.
 
-    value_bytes: of one, its share of a scale included. input_bytes: the same of what they are multiplied with, 0 where that
-    stays as it is.
+    value_bytes: bytes per weight value, including its share of a scale.
+    only_experts: whether only experts stay quantised.
+    skipped: modules that the config lists as not quantised, or parts of their names.
+    input_bytes: bytes per input value of a product, including its share of a scale; 0 if inputs are
+    not quantised.
     """
 
     value_bytes: float
@@ -264,7 +287,10 @@ class StaysQuantised:
 
     @classmethod
     def of(cls, config: PreTrainedConfig, keep: str, fp8_activations: bool = False) -> "StaysQuantised | None":
-        """None where all are dequantised. keep, fp8_activations: as in `target`."""
+        """Return the description for a config, or None if all weights are dequantised.
+
+        keep, fp8_activations: `target.keep_quantised` and `target.fp8_activations`.
+        """
         layout, facts = layout_of(config)
         if layout is None or keep == "none" or (keep == "fp8" and layout not in ("fp8", "scaled_fp8")):
             return None
@@ -280,9 +306,9 @@ class StaysQuantised:
         return cls(1 / PER_BYTE + (2 / size if size > 0 else 0), True)
 
     def holds(self, name: str, is_expert: bool, is_linear: bool) -> bool:
-        """Whether a weight of a decoder stays quantised."""
+        """Return whether a weight of a decoder stays quantised."""
         parts = name.split(".")
-        for skipped in self.skipped:  # whole names from anywhere above, or parts of them
+        for skipped in self.skipped:  # names that may start at an outer module, or parts of names
             wanted = skipped.split(".")
             while wanted and wanted[0] not in parts:
                 wanted = wanted[1:]
@@ -292,7 +318,7 @@ class StaysQuantised:
 
 
 def _left_out(facts: dict[str, Any]) -> tuple[str, ...]:
-    """Modules that a config names as not quantised, without the parts that stand for any layer."""
+    """Return the modules that a config lists as not quantised, without wildcards at either end."""
     names: list[str] = []
     for key in ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers"):
         names += facts.get(key) or ()
@@ -300,8 +326,11 @@ def _left_out(facts: dict[str, Any]) -> tuple[str, ...]:
 
 
 def check_fp8_activations(config: PreTrainedConfig, section: TargetSection) -> None:
-    """Raises ValueError where `target.fp8_activations` is asked of a target without weights in fp8, or whose activations
-    servers quantise in another way."""
+    """Raise ValueError if `target.fp8_activations` is set for a target that does not support it.
+
+    The target needs weights in fp8 with a scale per block, and a config that lets inference servers
+    quantise activations dynamically with scales in fp32.
+    """
     layout, facts = layout_of(config)
     if not section.fp8_activations:
         return
@@ -310,10 +339,10 @@ def check_fp8_activations(config: PreTrainedConfig, section: TargetSection) -> N
     path = f"target.path={section.path}"
     if layout != "fp8":
         found = f"in {LAYOUTS[layout]}" if layout else f"not in {LAYOUTS['fp8']}"
-        problem = f"the weights of {path} are {found}, so nothing is multiplied in fp8"
+        problem = f"the weights of {path} are {found}, so no product is computed in fp8"
     elif scheme != "dynamic" or scales is not None:
         found = f"scale_fmt={scales}" if scales is not None else f"activation_scheme={scheme}"
-        problem = f"servers of {path} quantise activations by {found}, and here each group has a scale in fp32"
+        problem = f"servers of {path} quantise activations by {found}, not with fp32 scales per group"
     else:
         return
     raise ValueError(f"target.fp8_activations=true: {problem}; set it to false, or name an fp8 checkpoint")
@@ -322,9 +351,10 @@ def check_fp8_activations(config: PreTrainedConfig, section: TargetSection) -> N
 def open_checkpoint(
     config: PreTrainedConfig, path: str, revision: str | None, keep: str = "fp8", fp8_activations: bool = False
 ) -> Checkpoint:
-    """The checkpoint of a config, which forgets that it is quantised. keep, fp8_activations: as in `target`.
+    """Open the checkpoint of a config, and remove the quantisation settings from the config.
 
-    Raises ValueError for quantisations of no layout of ours.
+    keep, fp8_activations: `target.keep_quantised` and `target.fp8_activations`.
+    Raises ValueError if the checkpoint is quantised in no layout of `LAYOUTS`.
     """
     layout, facts = layout_of(config)
     if not facts:

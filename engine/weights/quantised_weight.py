@@ -1,7 +1,8 @@
-"""A weight that stays quantised in memory, wherever a model keeps it: products dequantise it, nothing else has to know.
+"""A tensor subclass for weights that stay quantised in memory and are dequantised in products.
 
-What only moves values (parts, stacks, transposes, devices) gives a quantised weight again, of smaller blocks where ends do not
-fall on theirs. All else is given the dequantised weight for as long as it takes.
+Operations that only move values (slices, stacks, transposes, copies to a device) return a quantised
+weight. Its blocks are smaller if a slice does not end at a block's end. All other operations get a
+temporary dequantised weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +19,22 @@ from torch.utils._pytree import tree_map_only
 from engine.kernels import choose_fp8_activations, choose_fp8_linear, reference
 
 aten = torch.ops.aten
-_KEEPERS: dict[Any, Callable[..., "QuantisedWeight | None"]] = {}  # by operation; they give None where it has to be dequantised
+# Handlers by operation. A handler returns None if the weight has to be dequantised.
+_KEEPERS: dict[Any, Callable[..., "QuantisedWeight | None"]] = {}
 
 
 class QuantisedWeight(Tensor):
-    """Of its `dtype`, each value a code's meaning times the scale of its block.
+    """A quantised tensor: each value is that of a code times the scale of its block, in `dtype`.
 
-    codes: fp8, or uint8 of which each holds two codes of 4 bits along a dimension, the first in its lower half; `packing` has 2
-    there, else 1. meanings: of the 16 codes; None = fp8 values mean themselves. block: values that share a scale along each
-    dimension, the last block cut short. scale: one for each block. row_group: where rows are quantised as well before they are
-    multiplied by it, their inputs that share a scale, counted from the first that this part of the weight reads.
+    codes: fp8, or uint8 with two 4-bit codes per byte along one dimension, the first in the lower
+    half.
+    scale: one scale per block.
+    block: number of values along each dimension that share a scale. The last block may be shorter.
+    meanings: values of the 16 codes of 4 bits; None if codes are fp8 numbers.
+    packing: number of codes per byte along each dimension: 2 for the packed dimension, otherwise 1.
+    row_group: None, or the number of inputs that share a scale if rows are also quantised before
+    they are multiplied by this weight. Groups are counted from the first input of this part of the
+    weight.
     """
 
     codes: Tensor
@@ -50,7 +57,8 @@ class QuantisedWeight(Tensor):
     ) -> "QuantisedWeight":
         packing = tuple(packing or [1] * codes.ndim)
         shape = [size * values for size, values in zip(codes.shape, packing, strict=True)]
-        with torch.inference_mode(False):  # within it a view of a tensor from outside must be one from outside
+        # In inference mode, a view of a normal tensor must be a normal tensor too.
+        with torch.inference_mode(False):
             weight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
         weight.codes = codes
         weight.scale = scale
@@ -62,17 +70,17 @@ class QuantisedWeight(Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]  # torch's stubs declare it writable, which it is not
-        """What it takes in memory."""
+        """Bytes of codes and scales in memory."""
         return self.codes.nbytes + self.scale.nbytes
 
     def dequantised(self) -> Tensor:
-        """What it means."""
+        """Return the values as a plain tensor of `dtype`."""
         codes = self.codes
         if self.meanings is not None:
             dim = self.packing.index(2)
             pairs = torch.stack((codes & 15, codes >> 4), dim + 1).flatten(dim, dim + 1)
             codes = _meanings(self.meanings, codes.device)[pairs.int()]
-        elif codes.device.type == "cpu":  # where PyTorch would take six times as long to convert fp8
+        elif codes.device.type == "cpu":  # PyTorch's conversion of fp8 takes six times as long
             codes = (
                 _meanings(codes.dtype, codes.device).index_select(0, codes.view(torch.uint8).int().flatten()).view(codes.shape)
             )
@@ -83,7 +91,7 @@ class QuantisedWeight(Tensor):
         return QuantisedWeight(codes, scale, **(same | changes))
 
     def _scale_of(self, block: Sequence[int]) -> Tensor:
-        """The scale of smaller blocks, which divide its own."""
+        """Return the scales of smaller blocks, whose sizes divide those of this weight's blocks."""
         scale = self.scale
         for dim, (own, smaller) in enumerate(zip(self.block, block, strict=True)):
             if own != smaller:
@@ -108,13 +116,13 @@ class QuantisedWeight(Tensor):
 
 
 def plain_tensor(weight: Tensor) -> Tensor:
-    """Return the values of a weight that may be quantised: it is dequantised if it is, and returned as it is if not."""
+    """Dequantise a weight, or return it unchanged if it is not quantised."""
     return weight.dequantised() if isinstance(weight, QuantisedWeight) else weight
 
 
 @cache
 def _meanings(codes: torch.dtype | tuple[float, ...], device: torch.device) -> Tensor:
-    """What each code means, fp32."""
+    """Return the fp32 value of each code."""
     if isinstance(codes, torch.dtype):
         return torch.arange(256, dtype=torch.uint8, device=device).view(codes).float()
     return torch.tensor(codes, device=device)
@@ -140,7 +148,7 @@ def _to_copy(weight: QuantisedWeight, dtype: torch.dtype | None = None, device: 
 
 @_keeps(aten.new_empty.default)
 def _new_empty(weight: QuantisedWeight, shape: Sequence[int], **options: Any) -> QuantisedWeight | None:
-    """Room for more of them, one behind the other."""
+    """Return an uninitialised weight with another size of dimension 0."""
     if list(shape[1:]) != list(weight.shape[1:]) or weight.block[0] * weight.packing[0] != 1 or any(options.values()):
         return None
     return weight._like(*(part.new_empty(shape[0], *part.shape[1:]) for part in (weight.codes, weight.scale)))
@@ -194,7 +202,7 @@ def _slice(
         return None
     group = weight.row_group
     if group is not None and dim == weight.ndim - 1 and (start % group or (end % group and end != weight.shape[dim])):
-        problem = f"a rank's part, inputs {start} to {end} of {weight.shape[dim]}, does not end with a group of {group}"
+        problem = f"a rank's part, inputs {start} to {end} of {weight.shape[dim]}, is not aligned to groups of {group}"
         raise ValueError(f"target.fp8_activations=true: {problem}; set it to false, or parallel.tp_size lower")
     block[dim] = gcd(block[dim], start)
     first = start // block[dim]
@@ -224,7 +232,7 @@ def _stack(weights: Sequence[Tensor], dim: int = 0) -> QuantisedWeight | None:
 
 
 def _product(weight: QuantisedWeight) -> Callable[..., Tensor] | None:
-    """The product on the chip with a weight in fp8, where there is one."""
+    """Return the device's kernel for products with an fp8 weight, or None if there is none."""
     if weight.codes.dtype != torch.float8_e4m3fn:
         return None
     if weight.row_group is None:
@@ -234,7 +242,7 @@ def _product(weight: QuantisedWeight) -> Callable[..., Tensor] | None:
 
 
 def _as_multiplied(rows_MK: Tensor, weight: Tensor) -> Tensor:
-    """Rows as a weight that is dequantised first is to be multiplied by."""
+    """Return the rows to multiply by a dequantised weight, rounded to fp8 if `row_group` is set."""
     group = weight.row_group if isinstance(weight, QuantisedWeight) else None
     return rows_MK if group is None else reference.rounded_rows(rows_MK, group)
 
@@ -249,7 +257,11 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _grouped_mm(rows_MK: Tensor, weight_XKN: QuantisedWeight, *, offs: Tensor, **others: None) -> Tensor:
-    """As Transformers calls it: rows sorted by expert, and where each one's end."""
+    """Compute `torch._grouped_mm` with the arguments that Transformers passes.
+
+    rows_MK: sorted by expert.
+    offs: end of each expert's rows.
+    """
     assert not any(others.values()), "Transformers asks for no bias and no other dtype"
     weight_XNK = _transpose(weight_XKN, 1, 2)
     if product := _product(weight_XNK):

@@ -1,12 +1,13 @@
-"""Checkpoints in fp8 with a scale per tensor or row, and in NVFP4, as ModelOpt and compressed-tensors write them.
+"""Checkpoints of ModelOpt and compressed-tensors in NVFP4 or fp8 with a scale per tensor or row.
 
-Which of the two a weight is in follows from the tensors that lie next to it, so a checkpoint may mix them with each other and
-with weights that are not quantised.
+The format of a weight follows from the names of its scales, so a checkpoint may mix both formats
+and weights that are not quantised.
 
     fp8      weight = code * scale
-    NVFP4    weight = meaning(code) * block scale * global scale, in blocks of 16 inputs
+    NVFP4    weight = value(code) * block scale * global scale, in blocks of 16 inputs
 
-Sources: ModelOpt's unified Hugging Face checkpoint; compressed-tensors' `float-quantized` and `nvfp4-pack-quantized`.
+Sources: ModelOpt's unified Hugging Face checkpoint; compressed-tensors' `float-quantized` and
+`nvfp4-pack-quantized`.
 """
 
 from collections.abc import Iterator
@@ -22,9 +23,9 @@ FP4 = (*E2M1, *(-value for value in E2M1))
 PER_BYTE = 2  # values of 4 bits
 NVFP4_BLOCK = 16  # inputs that share a scale
 
-SCALES = ("_scale", "_scale_inv")  # behind the name of a weight; both multiply the codes
-GLOBAL_SCALE = "_scale_2"  # of ModelOpt: weights are multiplied by it
-GLOBAL_DIVISOR = "_global_scale"  # of compressed-tensors: scales are divided by it
+SCALES = ("_scale", "_scale_inv")  # appended to the name of a weight; both multiply the codes
+GLOBAL_SCALE = "_scale_2"  # ModelOpt: weights are multiplied by it
+GLOBAL_DIVISOR = "_global_scale"  # compressed-tensors: scales are divided by it
 PACKED = "_packed"  # compressed-tensors' name for 4-bit codes
 OF_INPUTS = ("input_scale", "input_global_scale", "input_scale_ub", "activation_scale")
 OF_CACHE = (".k_scale", ".v_scale", ".q_scale")
@@ -32,16 +33,23 @@ NOT_WEIGHTS = (*OF_INPUTS, *OF_CACHE)
 
 
 class ScaledCheckpoint(Checkpoint):
-    """A checkpoint whose weights in fp8 or NVFP4 have their scales next to them.
+    """A checkpoint with weights in fp8 or NVFP4.
 
-    NAME in fp8 has `NAME_scale` (or `NAME_scale_inv`) with one value, a value per output row, or a value per expert.
-    NAME in NVFP4 (or `NAME_packed`), uint8 [out, in / 2], the first of two values in the lower half of a byte, has
-    `NAME_scale` in fp8 [out, in / 16], and one fp32 value: `NAME_scale_2`, or its inverse as `NAME_global_scale`.
-    Scales of activations and of the cache are passed over: hidden states are computed from unquantised activations.
+    A weight NAME in fp8 has a scale `NAME_scale` or `NAME_scale_inv`, with one value in total, per
+    output row or per expert.
+    A weight in NVFP4 is stored as NAME or `NAME_packed`, uint8 [out, in / 2], with the first of two
+    values in the lower half of a byte. It has block scales `NAME_scale` in fp8, [out, in / 16], and
+    one global scale in fp32: `NAME_scale_2`, or its inverse `NAME_global_scale`.
+    Scales of activations and of the cache are ignored, because hidden states are computed from
+    unquantised activations.
     """
 
     def __init__(self, path: str, revision: str | None) -> None:
-        """Raises ValueError, naming the tensor, if codes lie there without a scale that can be read."""
+        """Open the checkpoint and find the scales of each weight.
+
+        Raises ValueError, naming the tensor, if the codes and scales of a weight do not fit
+        together.
+        """
         super().__init__(path, revision)
         self._scales: dict[str, str] = {}
         self._globals: dict[str, str] = {}
@@ -120,7 +128,7 @@ class ScaledCheckpoint(Checkpoint):
 
 
 def _shapes_of_scale(weight: list[int]) -> list[list[int]]:
-    """Shapes that a scale of an fp8 weight may have: one value, one per output row, one per expert."""
+    """Return the allowed shapes of an fp8 weight's scale: one value, or one per row or expert."""
     one = [[], [1], [1] * len(weight)]
     if len(weight) == 3:
         return [*one, weight[:1], [weight[0], 1, 1]]
@@ -128,7 +136,10 @@ def _shapes_of_scale(weight: list[int]) -> list[list[int]]:
 
 
 def _fp8(codes: Tensor, scale: Tensor) -> QuantisedWeight:
-    """A weight [out, in], or of experts [experts, ..., ...], with a scale for all of it or for each part of dimension 0."""
+    """Return a quantised weight with one scale in total, or one per index of dimension 0.
+
+    codes: [out, in], or [experts, ..., ...].
+    """
     if scale.numel() == 1 and codes.ndim == 2:
         return QuantisedWeight(codes, scale.view(1, 1), codes.shape)
     if scale.numel() == 1:

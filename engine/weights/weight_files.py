@@ -1,4 +1,4 @@
-"""The files that hold a target's weights: found, and checked to be whole, before any weight is read."""
+"""Find the files of a target's weights, and check that they are complete before reading them."""
 
 import json
 import zipfile
@@ -14,7 +14,7 @@ SINGLE = "model.safetensors"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED = "pytorch_model.bin"
 LFS_POINTER = b"version https://git-lfs"
-LENGTH_BYTES = 8  # of the number at the start of a safetensors file: how long its header is
+LENGTH_BYTES = 8  # a safetensors file starts with the length of its header, in this many bytes
 METADATA = "__metadata__"
 SHOWN = 20
 FETCH_AGAIN = "fetch this file again, for example with `hf download`, and compare its size with the published one"
@@ -22,9 +22,12 @@ FETCH_AGAIN = "fetch this file again, for example with `hf download`, and compar
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Files of one checkpoint, by name. is_safetensors: otherwise PyTorch's pickled files (`.bin`).
+    """Files of one checkpoint.
 
-    index: the file that holds each tensor, as an index says it; None for a checkpoint of one file.
+    paths: files by name.
+    is_safetensors: whether the files are safetensors; otherwise they are PyTorch's pickled files
+    (`.bin`).
+    index: name of the file that holds each tensor; None for a checkpoint in one file.
     """
 
     paths: Mapping[str, Path]
@@ -32,9 +35,9 @@ class WeightFiles:
     index: Mapping[str, str] | None = None
 
     def check(self) -> None:
-        """Raise ValueError, naming the file and what to do, if a file is cut off or a git-lfs pointer.
+        """Raise ValueError if a file is cut off or a git-lfs pointer.
 
-        Reads the headers alone.
+        Reads only the headers. The message names the file and a fix.
         """
         for path in self.paths.values():
             if self.is_safetensors:
@@ -44,15 +47,16 @@ class WeightFiles:
 
 
 def find_published(path: str, name: str, revision: str | None) -> Path | None:
-    """A file of a folder or hub repository, or None if it has no such file."""
+    """Return a file of a folder or hub repository, or None if there is no such file."""
     found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 
 
 def find_weight_files(path: str, revision: str | None = None) -> WeightFiles:
-    """The files of a checkpoint, in the order in which Transformers prefers them.
+    """Find the files of a checkpoint, with the same preferences as Transformers.
 
-    Raises ValueError if there are none, the index cannot be read, or files that it names are missing.
+    Raises ValueError if there are none, if the index cannot be read, or if files in the index are
+    missing.
     """
     for single, index, is_safetensors in ((SINGLE, INDEX, True), (PICKLED, PICKLED_INDEX, False)):
         found = find_published(path, single, revision)
@@ -71,7 +75,7 @@ def _named_by_index(path: str, index_path: Path, revision: str | None, is_safete
     names = sorted(set(index.values()))
 
     def find(name: str) -> Path | None:
-        # Files of one revision lie in one folder, so for those that are there the hub need not be asked.
+        # Files of one revision are in one folder, so the hub is only needed for absent files.
         neighbour = index_path.parent / name
         return neighbour if neighbour.is_file() else find_published(path, name, revision)
 
@@ -86,7 +90,10 @@ def _named_by_index(path: str, index_path: Path, revision: str | None, is_safete
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor. Raises ValueError if the index is not whole or names a file outside of its folder."""
+    """Return the file name of each tensor.
+
+    Raises ValueError if the index is incomplete, or contains a file outside of its folder.
+    """
     content = path.read_bytes()
     _refuse_pointer(path, content)
     try:
@@ -136,13 +143,13 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{problem} ({type(error).__name__}: {error}); {FETCH_AGAIN}") from error
     expected = LENGTH_BYTES + length + end
     if num_bytes != expected:
-        problem = f"{path} is not whole: its header says {expected:,} bytes, the file has {num_bytes:,}"
+        problem = f"{path} is not whole: expected {expected:,} bytes, found {num_bytes:,}"
         raise ValueError(f"{problem}; {FETCH_AGAIN}")
     return header
 
 
 def check_pickled(path: Path) -> None:
-    """Raise ValueError if a file of PyTorch's is a git-lfs pointer, or a zip archive that is cut off."""
+    """Raise ValueError if a PyTorch file is empty, a git-lfs pointer or an incomplete archive."""
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
     _refuse_pointer(path, start)

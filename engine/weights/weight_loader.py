@@ -1,7 +1,8 @@
-"""A checkpoint, or a rank's part of it, read straight to the device, slice by slice, into a model on the meta device.
+"""Load a checkpoint, or a rank's part of it, directly to the device of a model.
 
-Names, fused and per-expert layouts are mapped by Transformers' own conversion rules. Of an expert's tensors only those of own
-experts are read, of a weight that is cut only own rows or columns.
+The model is on the meta device until its weights are loaded, parameter by parameter. Transformers'
+conversion rules map names and fused or per-expert layouts. Of a weight that is cut, only this
+rank's rows, columns or experts are read.
 """
 
 import re
@@ -30,21 +31,22 @@ from engine.weights.weight_reader import Checkpoint, MisfitError
 
 OF_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 OF_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-# Tensors that published checkpoints hold and no model reads here: rotary tables, scales of a quantised cache
-# and of its inputs, and modules that predict several tokens at once.
+# Tensors of published checkpoints that no model here needs: rotary tables, scales of a quantised
+# cache and of inputs, and multi-token-prediction modules.
 NEVER_READ = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.[kv]_scale$|\.input_scale$|(^|\.)mtp(_\w+)?\.")
 NUM_MTP_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
-THREADS = 2  # each holds a tensor beside those that are in their place
+THREADS = 2  # each holds one tensor in addition to those already loaded
 
-Bar = Callable[[int, str], AbstractContextManager]  # over so many units: an object with `move_to(done, text)`
+# Maps a total and its unit to a progress bar with `move_to(done, text)`.
+Bar = Callable[[int, str], AbstractContextManager]
 
 
 @dataclass(frozen=True)
 class _Parameter:
-    """How a parameter, or several that one rule makes of the same tensors, come out of a checkpoint."""
+    """Checkpoint tensors and conversion rule of one or several parameters."""
 
     names: tuple[str, ...]
-    sources: tuple[tuple[str, str | None], ...]  # checkpoint name, and the pattern of the rule that it fits
+    sources: tuple[tuple[str, str | None], ...]  # name in the checkpoint, matching pattern
     rule: WeightConverter | None
 
 
@@ -57,12 +59,16 @@ def load_cut(
     wrapper: PreTrainedModel | None = None,
     dropped: Collection[str] = (),
 ) -> None:
-    """Give a model on the meta device its weights, those with a cut in part, in the precision they have there, or quantised.
+    """Load the weights of a model on the meta device, in its parameters' precision or quantised.
 
-    wrapper: a model on the meta device that holds more than this one; what a checkpoint has for the rest is passed over.
-    dropped: names of weights that were taken out of the model, likewise passed over.
-    Beside what stays, the host holds two tensors of the checkpoint at most. Raises MisfitError that lists all tensors that are
-    missing, misshaped, not known or stored as codes without a known scale, before any is read.
+    The host holds at most two checkpoint tensors in addition to the loaded weights.
+    cuts: parts of weights that this rank loads, by name; others are loaded whole.
+    bar: progress bar over bytes.
+    wrapper: a larger model on the meta device that contains this one. Checkpoint tensors for the
+    rest of it are ignored.
+    dropped: names of weights that were removed from the model. They are ignored as well.
+    Raises MisfitError before any tensor is read. It lists all tensors that are missing, unknown, of
+    a wrong shape, or stored as codes without a known scale.
     """
     keep_in_float32(model)
     whole = model.state_dict()
@@ -82,7 +88,7 @@ def load_cut(
     start = time.perf_counter()
     with bar(sum(sizes), "bytes") if bar else nullcontext() as progress, ThreadPoolExecutor(THREADS) as pool:
         for size, num_bytes in zip(sizes, pool.map(load, plan), strict=True):
-            done, held = done + size, held + num_bytes  # fewer are held than the model has where they stay quantised
+            done, held = done + size, held + num_bytes  # less than `size` for quantised weights
             if progress:
                 rate = held / (time.perf_counter() - start) / 1e9
                 progress.move_to(done, f"bytes of weights, {rate:.2f} GB/s")
@@ -96,7 +102,7 @@ def check_fit(
     wrapper: PreTrainedModel | None = None,
     dropped: Collection[str] = (),
 ) -> None:
-    """Raise what `load_cut` would raise for a checkpoint that does not fit, and read nothing but names and shapes."""
+    """Raise MisfitError if `load_cut` would raise it. Reads only names, shapes and dtypes."""
     _fitting_plan(model, model.state_dict(), checkpoint, wrapper, dropped)
 
 
@@ -114,9 +120,10 @@ def _fitting_plan(
 
 
 def keep_in_float32(model: PreTrainedModel) -> None:
-    """Give weights and buffers of a model on the meta device float32 where its family asks for that.
+    """Set weights and buffers of a model on the meta device to float32 if its family requires that.
 
-    `from_pretrained` does the same; rounded to bfloat16, the bias of a router would choose other experts.
+    `from_pretrained` does the same. For example, a router whose bias is rounded to bfloat16 would
+    choose other experts.
     """
     wanted = model._get_dtype_plan(model.dtype)
     if not wanted:
@@ -137,18 +144,18 @@ def _put(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = tensor
     else:
         module._buffers[leaf] = tensor
-    tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # the mark that Transformers looks for
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # read by Transformers
 
 
 def own_bytes(tensor: Tensor, cut: ShardSpec | None) -> int:
-    """Of a rank's part."""
+    """Return the bytes of this rank's part of a tensor."""
     if cut is None or cut.zeros:
         return tensor.nbytes
     return tensor.nbytes * sum(stop - start for start, stop in cut.intervals) // tensor.shape[cut.dim]
 
 
 class _Names:
-    """What a model calls the tensors of a checkpoint, by Transformers' conversion rules."""
+    """Mapping from a checkpoint's names to a model's names, by Transformers' conversion rules."""
 
     def __init__(self, model: PreTrainedModel, whole: dict[str, Tensor]) -> None:
         rules = get_model_conversion_mapping(model)
@@ -158,9 +165,12 @@ class _Names:
         self._whole = whole
 
     def of(self, key: str) -> tuple[str, str | None]:
-        """The name, whether there is such a weight or not, and the pattern of the rule that the key fits."""
+        """Return the model's name for a key, and the pattern of the rule that matches it.
+
+        The model need not have a weight of this name.
+        """
         name, pattern = rename_source_key(key, self._renamings, self.converters, self._model.base_model_prefix, self._whole)
-        if name not in self._whole and key in self._whole:  # a rule for another layout fits it by chance
+        if name not in self._whole and key in self._whole:  # matched by another layout's rule
             return key, None
         return name, pattern
 
@@ -172,7 +182,7 @@ def _plan(
     wrapper: PreTrainedModel | None,
     dropped: Collection[str],
 ) -> tuple[list[_Parameter], list[str]]:
-    """What to read for each parameter, and what does not fit."""
+    """Return what to read for each parameter, and a message per tensor that does not fit."""
     names = _Names(model, whole)
     by_pattern = {pattern: rule for rule in names.converters for pattern in rule.source_patterns}
     elsewhere = _Elsewhere(model, wrapper, dropped)
@@ -206,13 +216,16 @@ def _plan(
 
 
 class _Elsewhere:
-    """Tensors of a checkpoint that a model does not need: of its wrapper, of towers and layers that it does not build."""
+    """Checkpoint tensors that a model does not need.
+
+    They belong to its wrapper, or to towers and layers that the model does not build.
+    """
 
     def __init__(self, model: PreTrainedModel, wrapper: PreTrainedModel | None, dropped: Collection[str]) -> None:
         self._patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
         self._patterns.append(NEVER_READ)
         config = text_config(model.config)
-        # numbered behind the decoder's own layers; Transformers does not build them
+        # They are numbered after the decoder's layers, and Transformers does not build them.
         num_mtp_layers = max(getattr(config, name, None) or 0 for name in NUM_MTP_LAYERS)
         own = num_layers(config)
         self._mtp_layers = range(own, own + num_mtp_layers)
@@ -221,7 +234,11 @@ class _Elsewhere:
         self._names = None if wrapper is None else _Names(wrapper, self._of_wrapper)
 
     def has(self, key: str, name: str) -> bool:
-        """key: in the checkpoint. name: what the model's conversion rules make of it."""
+        """Return whether a tensor is not needed.
+
+        key: name in the checkpoint.
+        name: name that the model's conversion rules give it.
+        """
         if name in self._dropped or any(pattern.search(key) for pattern in self._patterns):
             return True
         if self._names is not None and self._names.of(key)[0] in self._of_wrapper:
@@ -231,7 +248,7 @@ class _Elsewhere:
 
 
 def _tied_to(model: PreTrainedModel, there: Collection[str]) -> set[str]:
-    """Names of weights that are the same tensor as one that is there."""
+    """Return the names of weights that are tied to a weight in the checkpoint."""
     pairs = getattr(model, "all_tied_weights_keys", None) or {}
     tied: set[str] = set()
     for target, source in pairs.items():
@@ -281,7 +298,11 @@ def _converted(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
 ) -> dict[str, Tensor]:
-    """What a rule makes of some of its tensors, one at a time where they are an expert's. name: its first parameter."""
+    """Apply a conversion rule to some of its tensors, and return the parameters by name.
+
+    sources: keys and patterns of the tensors; all, or those of a single expert.
+    name: the first parameter of the rule.
+    """
     rule = deepcopy(rule)
     for key, pattern in sources:
         assert pattern is not None, f"{key} is converted, so it fits a pattern"
@@ -292,7 +313,10 @@ def _converted(
 
 
 def _held(tensor: Tensor, name: str, checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device) -> Tensor:
-    """A weight as it stays: in its parameter's precision, or quantised where a product is all that is made of it."""
+    """Return a weight as the model stores it: in its parameter's precision, or quantised.
+
+    A weight may stay quantised only if the model uses it only as a factor of products.
+    """
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     if isinstance(tensor, QuantisedWeight):
@@ -300,14 +324,15 @@ def _held(tensor: Tensor, name: str, checkpoint: Checkpoint, model: PreTrainedMo
         stays_quantised = is_factor and checkpoint.keeps(tensor)
         tensor = tensor.to(device)
         tensor = tensor if stays_quantised else plain_tensor(tensor)
-    # to the device first: it converts faster than the host, which then needs no room for the result
+    # Copy to the device first: it converts faster, and the host needs no memory for the result.
     return tensor.to(device).to(getattr(owner, leaf).dtype)
 
 
 def _complete(model: PreTrainedModel, device: torch.device, missing: set[str]) -> None:
     """Fill in what no checkpoint holds: buffers that follow from the config, and tied weights.
 
-    missing: names that the checkpoint lacks. Weights that are tied by the config but differ in the checkpoint stay apart.
+    missing: names that are not in the checkpoint. Weights that the config ties, but that the
+    checkpoint stores separately, stay untied.
     """
     for module in model.modules():
         for name, buffer in module._buffers.items():

@@ -1,4 +1,4 @@
-"""The tensors of a published checkpoint, whole or in parts, whichever kind of file they lie in."""
+"""Reading of a checkpoint's tensors, whole or in parts, from safetensors or `.bin` files."""
 
 import pickle
 import zipfile
@@ -18,11 +18,11 @@ FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
 
 
 class MisfitError(ValueError):
-    """A checkpoint whose tensors are not those of the model that its config describes."""
+    """Raised if a checkpoint's tensors are not those of the model that its config describes."""
 
     def __init__(self, path: str, problems: Sequence[str]) -> None:
         shown = list(problems)
-        if len(problems) > SHOWN:  # both ends, since what is missing comes before what is not known
+        if len(problems) > SHOWN:  # show both ends: missing tensors come first, unknown ones last
             half = SHOWN // 2
             shown = [*problems[:half], f"... {len(problems) - SHOWN} more ...", *problems[-half:]]
         heading = f"target.path={path}: the checkpoint does not fit the target's config"
@@ -31,10 +31,10 @@ class MisfitError(ValueError):
 
 
 class PickledFile:
-    """A file of PyTorch's (`.bin`), read as `safe_open` reads a safetensors file; archives are mapped."""
+    """A PyTorch file (`.bin`) with the interface of `safe_open`; zip archives are memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if it cannot be read, or holds anything but tensors."""
+        """Open a file. Raises ValueError if it cannot be read or does not hold a dict."""
         try:
             is_archive = zipfile.is_zipfile(path)
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
@@ -56,7 +56,7 @@ class PickledFile:
 
 
 class PickledSlice:
-    """A tensor of a `PickledFile`, of which parts can be asked for."""
+    """A tensor of a `PickledFile` with the interface of a slice from `safe_open`."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
@@ -76,15 +76,20 @@ class PickledSlice:
 
 
 class Checkpoint:
-    """The tensors of a folder or hub repository, by name; nothing is read until it is asked for.
+    """The tensors of a folder or hub repository by name, read on request.
 
-    keep: which linear maps and experts are held as quantised as they are read, as `target.keep_quantised`.
+    keep: which linear maps and experts stay quantised in memory; see `target.keep_quantised`.
     """
 
     keep = "none"
 
     def __init__(self, path: str, revision: str | None = None) -> None:
-        """Raises ValueError if it holds no weights, or a file is missing, cut off or a git-lfs pointer."""
+        """Open the files of a checkpoint.
+
+        Raises ValueError if there are no weights, or if a file is missing, cut off or a git-lfs
+        pointer.
+        Raises MisfitError if tensors in the index are not in their files.
+        """
         self.path = path
         files = find_weight_files(path, revision)
         files.check()
@@ -109,16 +114,16 @@ class Checkpoint:
         return self._open[self._by_name[name]].get_slice(name).get_dtype()
 
     def keeps(self, weight: QuantisedWeight) -> bool:
-        """Whether a weight that was read quantised may stay so."""
+        """Return whether a weight that was read quantised may stay quantised."""
         is_fp8 = weight.codes.dtype == torch.float8_e4m3fn
         return self.keep == "all" or (self.keep == "fp8" and is_fp8)
 
     def is_understood(self, name: str) -> bool:
-        """Whether what is stored under a name is the weight itself, and not codes that need a scale."""
+        """Return whether the stored tensor is the weight itself, or codes with a known scale."""
         return name not in self._by_name or self.stored_dtype(name) in FLOATS
 
     def read(self, name: str, cut: ShardSpec | None = None) -> Tensor:
-        """A tensor, or a rank's part of it."""
+        """Read a tensor, or this rank's part of it."""
         file = self._open[self._by_name[name]]
         if cut is None or cut.zeros:
             return file.get_tensor(name)
@@ -138,5 +143,5 @@ def _open_file(path: Path, is_safetensors: bool) -> Any:
 
 
 def own_part(weight: Tensor, cut: ShardSpec | None) -> Tensor:
-    """A rank's part of a weight; of files that are mapped, no more is read than it takes."""
+    """Return this rank's part of a weight. From memory-mapped files, only this part is read."""
     return weight if cut is None or cut.zeros else cut.of(weight)

@@ -362,5 +362,5 @@ def test_a_weight_beside_a_scale_that_is_not_in_fp8_is_refused_by_name(tmp_path)
     name = next(name for name in weights if weights[name].dtype == torch.float8_e4m3fn)
     weights[name] = weights[name].view(torch.int8)  # as experts in fp4 are
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"{name} has a scale and is I8.*name a bfloat16 checkpoint"):
+    with pytest.raises(ValueError, match=f"{name} has a scale and is stored as I8.*name a bfloat16 checkpoint"):
         FrozenTarget.load(TargetSection(path=str(tmp_path)), CPU, AUX)

@@ -158,5 +158,5 @@ def test_a_part_that_ends_within_a_group_of_quantised_activations_is_refused():
     codes = torch.zeros(4, 24).to(torch.float8_e4m3fn)
     weight = QuantisedWeight(codes, torch.ones(1, 3), (8, 8), row_group=8)
     assert weight[:, 8:24].shape == (4, 16) and weight[1:3, :].shape == (2, 24)
-    with pytest.raises(ValueError, match="inputs 0 to 12 of 24, does not end with a group of 8; set it to false, or .*tp_size"):
+    with pytest.raises(ValueError, match="inputs 0 to 12 of 24, is not aligned to groups of 8; set it to false, or .*tp_size"):
         weight[:, :12]
