@@ -31,7 +31,7 @@ def check_inputs(section: RegenerateSection) -> None:
             raise ConfigError(f"no such file; expected one below {Path.cwd()} or an absolute path", key=key, value=name)
         with path.open("rb") as lines:
             if not any(line.strip() for line in lines):
-                raise ConfigError("the file is empty; expected JSONL with one conversation a line", key=key, value=name)
+                raise ConfigError("the file is empty; expected JSONL with one conversation per line", key=key, value=name)
     if len({Path(name).resolve() for name in section.inputs}) < len(section.inputs):
         raise ConfigError("names a file twice", key=key, value=section.inputs)
 

@@ -222,7 +222,7 @@ def _prompt_text(sample: Any, tokenizer: PreTrainedTokenizerBase, template_kwarg
         return template.text(accepted_roles(before, template), add_generation_prompt=True)
     replies = Markers.of(tokenizer, template_kwargs).find(text)
     if not replies:
-        raise BadSample("no assistant turn", "the text holds nothing that opens a reply")
+        raise BadSample("no assistant turn", "the text contains no reply header")
     return text[: replies[0][0]]
 
 
