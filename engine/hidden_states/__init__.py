@@ -1,1 +1,1 @@
-"""The target's hidden states: computed by the running target, or captured to disk and read again."""
+"""Hidden states of the target: computed by the running target, or read from a store on disk."""

@@ -1,4 +1,7 @@
-"""The capture job, in order: data, plan, target, shards, manifest. What it leaves is what offline training reads."""
+"""The capture job, which writes the store that offline training reads.
+
+Its stages, in order: data, plan, target, shards, manifest.
+"""
 
 import shutil
 import time
@@ -46,13 +49,18 @@ from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 from engine.weights.quantised_checkpoint import check_fp8_activations
 
-SHARDS_PER_RANK = 4  # at least, so that all have work to the end
+SHARDS_PER_RANK = 4  # at least, so that all ranks have work to the end
 DOCUMENTS_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """num_documents, num_tokens, num_slots, num_bytes: of the whole store. new_bytes, seconds: of this run, all ranks."""
+    """Totals of a finished capture.
+
+    num_documents, num_tokens, num_slots, num_bytes: totals of the whole store.
+    new_bytes, seconds: bytes written by all ranks in this run, and its duration.
+    num_left_out: documents left out because their states are not finite.
+    """
 
     folder: Path
     num_documents: int
@@ -67,7 +75,7 @@ class CaptureReport:
         per_token = self.num_bytes / max(1, self.num_tokens) / 1024
         lines = [
             f"{self.folder}: {self.num_documents:,} documents, {self.num_tokens:,} tokens, {self.num_slots:,} slots, "
-            f"{self.num_bytes / 2**20:,.1f} MiB, {per_token:.2f} KiB a token",
+            f"{self.num_bytes / 2**20:,.1f} MiB, {per_token:.2f} KiB per token",
             f"written now: {self.new_bytes / 2**20:,.1f} MiB in {self.seconds:.0f} s",
             f"Next: deepspeed launcher/train.py --ds_config ds_configs/zero2.json target.store={self.folder}",
         ]
@@ -78,7 +86,7 @@ class CaptureReport:
 
 
 class Capture:
-    """One rank's share of a store."""
+    """The capture job of one rank, which writes its share of the store."""
 
     def __init__(self, config: Config, world: World) -> None:
         assert config.target.store is not None, "a capture needs target.store"
@@ -88,7 +96,11 @@ class Capture:
         self.telemetry = Telemetry(speaks=world.is_main)
 
     def run(self) -> CaptureReport:
-        """The whole job; raises ValueError before the target is loaded where it can be, StoreError or OSError on a bad disk."""
+        """Run the whole job; a collective of all ranks.
+
+        Raises ValueError, if possible before the target is loaded, and StoreError or OSError if the
+        disk is full or fails.
+        """
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
         source = OnlineSource(self.config, tokenizer, self.world, self.telemetry)
@@ -100,7 +112,7 @@ class Capture:
             manifest = self.plan(contents, documents)
             missing = self.missing(manifest)
             self.check_disk(manifest, missing)
-        self.world.barrier()  # every rank has the same plan, made from the same folder
+        self.world.barrier()  # until every rank has made the same plan from the same folder
         if self.world.is_main:
             self.begin(manifest, tokenizer, target_config)
         self.world.barrier()
@@ -142,7 +154,10 @@ class Capture:
         )
 
     def plan(self, contents: Contents, documents: Documents) -> Manifest:
-        """That of the capture which this one continues, or a new one. Raises StoreError where it is another capture's."""
+        """Return the manifest of the capture that this run continues, or a new one.
+
+        Raises StoreError if the folder holds a capture of other contents.
+        """
         checksum = f"{documents.checksum:08x}"
         if not (self.folder / MANIFEST).exists():
             lengths = documents.lengths.tolist()
@@ -154,19 +169,19 @@ class Capture:
         manifest = Manifest.read(self.folder)
         differences = contents.differences(manifest.contents)
         if manifest.corpus_checksum != checksum:
-            differences.append(f"conversations: {manifest.num_documents:,} documents, now {len(documents):,}, or other words")
+            differences.append(f"conversations: {manifest.num_documents:,} documents, now {len(documents):,}, or other content")
         if differences:
             problem = f"{self.folder} holds another capture: " + "; ".join(differences)
             raise StoreError(f"{problem}. Restore these to continue it, or name another folder in target.store")
         if manifest.contents.target_identity is None:
             self.telemetry.note(
-                "  this capture was begun before the target's identity was recorded: whether the target's weights are "
-                "still the same is not known"
+                "  this capture was begun before the target's identity was recorded, so it is not known whether the "
+                "target's weights are still the same"
             )
         return manifest
 
     def missing(self, manifest: Manifest) -> list[Shard]:
-        """Shards that are still to be written; one that is there but not whole is among them."""
+        """Return the shards that are still to be written, including those that are incomplete."""
         missing = []
         for shard in manifest.shards:
             try:
@@ -175,11 +190,11 @@ class Capture:
                 missing.append(shard)
         there = len(manifest.shards) - len(missing)
         if there:
-            self.telemetry.note(f"  {there} of {len(manifest.shards)} shards are there already")
+            self.telemetry.note(f"  {there} of {len(manifest.shards)} shards are already complete")
         return missing
 
     def check_disk(self, manifest: Manifest, missing: Sequence[Shard]) -> None:
-        """Raises StoreError if what is missing does not fit the free disk."""
+        """Raise StoreError if the missing shards need more disk space than is free."""
         needed = sum(Layout.of(manifest.contents, shard).num_bytes for shard in missing)
         existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in self.folder.glob(f"*{PARTIAL}"))
@@ -187,11 +202,11 @@ class Capture:
         if needed > free:
             problem = f"{self.folder} needs {needed / 2**30:,.2f} GiB, its disk has {free / 2**30:,.2f} GiB free"
             raise StoreError(
-                f"{problem}; free some, name another disk, or set store.dtype=float8_e4m3, which takes half of bfloat16"
+                f"{problem}; free some space, name another disk, or set store.dtype=float8_e4m3, which takes half of bfloat16"
             )
 
     def begin(self, manifest: Manifest, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> None:
-        """The folder, the plan, and the target's config and tokenizer, which offline training reads."""
+        """Write the plan, and the target's config and tokenizer, to the folder of the store."""
         with writing(self.folder):
             (self.folder / TARGET_FOLDER).mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"*{PARTIAL}"):
@@ -202,7 +217,10 @@ class Capture:
             self.write_manifest(manifest)
 
     def keep_head(self, target: FrozenTarget) -> None:
-        """Its head and embedding, written by rank 0; a collective where ranks share the head, which is whole only in here."""
+        """Write the target's head and embedding from rank 0; a collective if ranks share the head.
+
+        A shared head is gathered only within this call.
+        """
         path = self.folder / TARGET_FOLDER / HEAD
         head = target.whole_head()
         embed_weight_VD = None if target.is_tied else target.embedding.whole()
@@ -213,7 +231,11 @@ class Capture:
         write_text(self.folder / MANIFEST, manifest.to_json())
 
     def capture(self, target: FrozenTarget, documents: Documents, contents: Contents, shards: Sequence[Shard]) -> int:
-        """Write this rank's shards; returns the bytes."""
+        """Write this rank's shards; returns the number of bytes written.
+
+        Raises NonFiniteError if too many documents are left out, and StoreError if the disk is full
+        or if target.non_finite=stop and a document's states are not finite.
+        """
         threads = self.config.store.threads
         stops = self.config.target.non_finite == "stop"
         writer = StoreWriter(threads, depth=2 * threads, stops=stops)
@@ -251,7 +273,7 @@ class Capture:
         return writer.num_bytes
 
     def pieces(self, target: FrozenTarget, documents: Documents, file: ShardFile) -> Iterator[Piece]:
-        """A shard's documents, some at a time through the target, on their way to the host."""
+        """Run the target on a shard's documents and yield pieces on their way to the host."""
         first_document = first_token = first_slot = 0
         for batch in packed_in_order([documents[index] for index in file.shard.documents], self.config.data.max_tokens):
             slots_N = slots_of(allowed_rows(batch, self.config.ttt))
@@ -263,7 +285,7 @@ class Capture:
             first_slot = first_slot + len(slots_N)
 
     def complete(self, manifest: Manifest) -> Manifest:
-        """The manifest with every shard's checksum and what was left out of it, written by rank 0."""
+        """Write, on rank 0, and return the manifest with checksums and left-out documents."""
         shards = []
         for shard in manifest.shards:
             mapped = MappedShard(self.folder, manifest.contents, shard)
@@ -275,7 +297,7 @@ class Capture:
 
 
 class Namer:
-    """Names the documents that a capture leaves out, on this rank."""
+    """Warnings that name the documents that a capture leaves out on this rank."""
 
     def __init__(self, documents: Documents, aux_layers: tuple[int, ...], warn: Callable[[str], None]) -> None:
         self._documents = documents
@@ -289,7 +311,10 @@ class Namer:
         return fault_of(self._documents.name_of(entry.document), place)
 
     def name_new(self, left_out: Sequence[LeftOut]) -> None:
-        """Print what was added since the last call; beyond `MAX_NAMED` documents the manifest alone names them."""
+        """Warn about each document added to `left_out` since the last call.
+
+        Beyond `MAX_NAMED` documents, only the manifest names them.
+        """
         new = left_out[self._num_named : MAX_NAMED]
         for entry in new:
             self._warn(f"  left out {self.describe(entry)}")
@@ -297,14 +322,14 @@ class Namer:
 
 
 def abandon(writer: StoreWriter, files: Sequence[ShardFile]) -> None:
-    """Stop writing, and leave nothing behind of the shards that are not whole."""
+    """Stop writing, and delete the files of incomplete shards."""
     writer.stop()
     for file in files:
         file.abandon()
 
 
 def count_slots(documents: Documents, ttt: TttSection) -> list[int]:
-    """Slots of each document."""
+    """Return the number of slots of each document."""
     counts: list[int] = []
     for start in range(0, len(documents), DOCUMENTS_AT_A_TIME):
         batch = collate([documents[index] for index in range(start, min(start + DOCUMENTS_AT_A_TIME, len(documents)))])
@@ -314,7 +339,7 @@ def count_slots(documents: Documents, ttt: TttSection) -> list[int]:
 
 
 def packed_in_order(documents: Sequence[Document], max_tokens: int) -> Iterator[PackedBatch]:
-    """Documents that follow one another, as many at a time as fit."""
+    """Yield batches of consecutive documents, each of as many as fit `max_tokens`."""
     together: list[Document] = []
     for document in documents:
         if together and sum(map(len, together)) + len(document) > max_tokens:

@@ -1,7 +1,8 @@
-"""Documents whose hidden states are NaN or infinite: found and left out on the device, without a wait of the host.
+"""Detection and exclusion of documents with NaN or infinite hidden states, without host syncs.
 
-A target that overflows, or that has a bad row in its embedding, gives such states for some documents. One of them would make
-the loss and every weight of the draft NaN. They are set to zero before they enter any product, since 0 * NaN is NaN.
+A target that overflows, or that has a bad row in its embedding, gives such states for some
+documents. One of them would make the loss and every weight of the draft NaN. The states are set to
+zero before they enter any product, since 0 * NaN is NaN.
 """
 
 from collections.abc import Sequence
@@ -14,19 +15,19 @@ from engine.batch import MicroBatch, PackedBatch, StateFaults, TargetOutput, doc
 
 NUM_AUX = 3
 INFINITY = float("inf")
-MAX_NAMED = 20  # documents that a rank names in words
-MIN_SEEN = 32  # documents, before the share below is looked at
-MAX_SHARE = 0.5  # if more than this share of the documents is left out, the target must be broken
+MAX_NAMED = 20  # documents that a rank names in its log
+MIN_SEEN = 32  # documents before MAX_SHARE applies
+MAX_SHARE = 0.5  # share of left-out documents above which the target must be broken
 
 
 class NonFiniteError(ValueError):
-    """Training that cannot go on because of NaN or infinity; the message names the step or the document."""
+    """Error for NaN or infinity that stops training; the message names the step or the document."""
 
 
 def check_share(num_left_out: int, num_documents: int, when: str = "") -> None:
-    """Raise NonFiniteError if so many of the documents so far were left out that the target must be broken.
+    """Raise NonFiniteError if the share of left-out documents shows that the target is broken.
 
-    when: put in front of the message.
+    when: prefix of the message.
     """
     if num_documents >= MIN_SEEN and num_left_out > MAX_SHARE * num_documents:
         raise NonFiniteError(
@@ -36,20 +37,24 @@ def check_share(num_left_out: int, num_documents: int, when: str = "") -> None:
 
 
 def place_names(aux_layers: Sequence[int]) -> list[str]:
-    """Names of the columns of `StateFaults.by_place`, in the order in which a target computes them."""
+    """Return names for the columns of `StateFaults.by_place`, in the order of computation."""
     layers = [f"the output of layer {layer}" for layer in aux_layers]
     return ["the token embeddings", *layers, "the last hidden states"]
 
 
 def fault_of(name: str, place: str) -> str:
-    """Return what is said of a document or prompt whose states are not finite. place: one of `place_names`."""
+    """Return the message for a document or prompt whose states are not finite.
+
+    place: one of `place_names`.
+    """
     return f"{name}: NaN or infinity, first in {place} of the target"
 
 
 def find_faults(batch: PackedBatch, target: TargetOutput, embed_TD: Tensor | None) -> StateFaults:
-    """Find the documents with states that are not finite; everything on the device of `target`, nothing is read from it.
+    """Find the documents with states that are not finite.
 
-    embed_TD: [T, D] embeddings of the tokens; None if nobody reads them.
+    All tensors stay on the device of `target`; nothing is read to the host.
+    embed_TD: [T, D] embeddings of the tokens; None if they are not used.
     """
     num_documents = batch.cu_seqlens.shape[0] - 1
     document_T = documents_of(batch.cu_seqlens, batch.num_tokens)
@@ -68,12 +73,12 @@ def find_faults(batch: PackedBatch, target: TargetOutput, embed_TD: Tensor | Non
 
 
 def has_fault(states: Tensor) -> Tensor:
-    """Return for each row of the last dimension whether a value of it is not finite; makes no copy of the states."""
+    """Return whether each row along the last dimension holds NaN or infinity; copies no states."""
     return ~torch.linalg.vector_norm(states, ord=INFINITY, dim=-1).isfinite()
 
 
 def cleaned(target: TargetOutput, faults: StateFaults) -> TargetOutput:
-    """Zero everything that a target gives for documents with faults; `aux_TA` is changed in place."""
+    """Set all outputs of a target to zero for documents with faults; changes `aux_TA` in place."""
     left_out_N = faults.left_out_T[target.slots_N]
     return replace(
         target,
@@ -85,9 +90,10 @@ def cleaned(target: TargetOutput, faults: StateFaults) -> TargetOutput:
 
 
 def without_faulty_documents(micro: MicroBatch) -> MicroBatch:
-    """Leave out the documents whose states are not finite; the rest of the micro-batch is as without them.
+    """Return a micro-batch in which documents with states that are not finite have no effect.
 
-    Their rows carry no loss, count in no metric and in no normaliser, and all that is computed from them is zero.
+    Their rows carry no loss and count in no metric and no normaliser, and everything that is
+    computed from them is zero. The results for other documents are as if these were absent.
     """
     faults = find_faults(micro.batch, micro.target, micro.embed_TD)
     return replace(

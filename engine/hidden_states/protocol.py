@@ -1,4 +1,7 @@
-"""What a source of hidden states provides: all that the trainer knows of a target, running, stored or remote."""
+"""Protocols of hidden-state sources and targets, and the registry of sources.
+
+The trainer uses a target through these protocols only, whether it is running, stored or remote.
+"""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -18,9 +21,10 @@ from engine.target.head import TargetHead
 
 
 class Target(Protocol):
-    """A target as training sees it, whether it runs now or ran long ago.
+    """The target as training uses it, either running now or captured earlier.
 
-    aux_layers: 0-based layers whose outputs it gives, in ascending order. dtype: of its states and its embedding.
+    aux_layers: 0-based layers of the auxiliary hidden states, in ascending order.
+    dtype: precision of its states and its embedding.
     embedding: its token embedding, on the device of the run.
     """
 
@@ -29,10 +33,12 @@ class Target(Protocol):
     embedding: TargetEmbedding | SharedEmbedding
 
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
-        """Return the target's states for the documents of a batch, each of which sees itself alone.
+        """Return the target's states for the documents of a batch.
 
-        batch: on the device or on the host. slots_N: int64 [N], on the host, ascending: positions whose distribution the
-        draft learns. In a job of several ranks a collective, if the ranks share the target.
+        Each document attends only to itself. The call is a collective if ranks share the target.
+        batch: on the device or on the host.
+        slots_N: int64 [N], on the host, positions at which the draft learns the target
+        distribution, ascending.
         """
         ...
 
@@ -42,12 +48,15 @@ class Target(Protocol):
 
 
 class HiddenStateSource(Protocol):
-    """Where a run's documents and hidden states come from.
+    """The source of a run's documents and hidden states.
 
-    can_decode: whether the loaded target is a `FrozenTarget`, which can be asked for replies; acceptance is measured only
-    then. counted: names the tokens that `count_tokens` counts, for the log. aux_layers: layers that were captured, or those
-    the recipe asks for; None = the default of the target's depth. target_identity: as `engine.target.identity` computes it;
-    None if unknown. trained_with: fingerprints that a draft's config.json records.
+    can_decode: whether the loaded target is a `FrozenTarget`, which can generate replies.
+    Acceptance is measured only in this case.
+    counted: phrase for the log that names the tokens that `count_tokens` counts.
+    aux_layers: layers that were captured, or those that the recipe asks for; None = the default for
+    the target's depth.
+    target_identity: as computed by `engine.target.identity`; None if unknown.
+    trained_with: fingerprints that a draft's config.json records.
     """
 
     can_decode: bool
@@ -65,7 +74,7 @@ class HiddenStateSource(Protocol):
         ...
 
     def load_target(self, aux_layers: tuple[int, ...]) -> Target:
-        """Load what the training loop runs; a collective of all ranks. aux_layers: those that the draft reads."""
+        """Load the target; a collective of all ranks. aux_layers: layers that the draft reads."""
         ...
 
 
@@ -74,12 +83,15 @@ _SOURCES: dict[str, OpenSource] = {}
 
 
 def register_source(name: str, open_it: OpenSource) -> None:
-    """Make a source known as `target.source=name`. open_it: called on every rank, before the data is read."""
+    """Register a source as `target.source=name`.
+
+    open_it: opens the source; called on every rank, before the data is read.
+    """
     _SOURCES[name] = open_it
 
 
 def find_source(name: str) -> OpenSource:
-    """Return a registered source. Raises ValueError, naming the nearest one, if there is none of that name."""
+    """Return the registered source `name`. Raises ValueError with a suggestion if there is none."""
     if name not in _SOURCES:
         hint = did_you_mean(name, _SOURCES)
         raise ValueError(f"target.source = {name}: expected {' | '.join(sorted(_SOURCES))}{hint}")

@@ -27,10 +27,10 @@ STORED = "stored"
 
 
 class OnlineSource:
-    """Conversations, and the frozen target that runs over them in this job."""
+    """Source that runs the frozen target on conversations within this job."""
 
     can_decode = True
-    counted = "the assistant's"
+    counted = "the assistant tokens"
     aux_layers: tuple[int, ...] | None
     target_identity: str | None
 
@@ -47,7 +47,10 @@ class OnlineSource:
         self.trained_with = trained_with(tokenizer, config.data) | {"target_identity": identity}
 
     def _identify(self) -> str:
-        """Check that the target can be read, before anything else takes time; a collective of all ranks."""
+        """Check that the target can be read, and return its identity; a collective of all ranks.
+
+        This comes first, before anything else takes time.
+        """
         section = self._config.target
         check_quantisation(self.target_config, section.path, is_shared=self.mesh.size > 1)
         with self._telemetry.stage("Checking the target's files"):
@@ -58,7 +61,7 @@ class OnlineSource:
         return read_documents(self._config.data, self._tokenizer, self._world, self._telemetry)[0]
 
     def count_tokens(self, documents: Documents, vocab_size: int) -> torch.Tensor:
-        """Count how often each token occurs among the assistant's, int64 [V]."""
+        """Return how often each token occurs among the assistant tokens, int64 [V]."""
         return torch.from_numpy(documents.count_assistant_tokens(vocab_size))
 
     def load_target(self, aux_layers: tuple[int, ...]) -> FrozenTarget:
@@ -85,18 +88,22 @@ class OnlineSource:
 
 
 class StoredSource:
-    """A store of captured hidden states."""
+    """Source that reads captured hidden states from a store."""
 
     can_decode = False
     aux_layers: tuple[int, ...] | None
     target_identity: str | None
 
     def __init__(self, config: Config, world: World, telemetry: Telemetry) -> None:
-        """Raises StoreError if the store cannot be read or was captured with other options, ConfigError if none is named."""
+        """Open the store of a recipe.
+
+        Raises StoreError if the store cannot be read or was captured with other options, and
+        ConfigError if the recipe names no store.
+        """
         self._world = world
         self._telemetry = telemetry
         self._by_argmax = config.draft.vocab_from == "argmax"
-        self.counted = "the target's most likely" if self._by_argmax else OnlineSource.counted
+        self.counted = "the target's most likely tokens" if self._by_argmax else OnlineSource.counted
         if config.target.store is None:
             raise ConfigError(
                 "names no store; expected the folder that capture_hidden_states.py wrote", key="target.store", value=None
@@ -123,7 +130,10 @@ class StoredSource:
         return self._store.documents
 
     def count_tokens(self, documents: Documents, vocab_size: int) -> torch.Tensor:
-        """Count how often each token is the target's most likely one, or occurs among the assistant's, int64 [V]."""
+        """Return how often each token counts for the draft vocabulary, int64 [V].
+
+        Counted are the target's most likely tokens, or the assistant tokens.
+        """
         count = self._store.documents.count_argmax if self._by_argmax else documents.count_assistant_tokens
         return torch.from_numpy(count(vocab_size))
 
@@ -134,7 +144,10 @@ class StoredSource:
 
 
 def open_source(config: Config, tokenizer: PreTrainedTokenizerBase, world: World, telemetry: Telemetry) -> HiddenStateSource:
-    """Open the source of a recipe: `target.source`, or the store where `target.store` names one, or the running target."""
+    """Open the source of a recipe.
+
+    This is `target.source` if set, else the store of `target.store`, else the running target.
+    """
     default = ONLINE if config.target.store is None else STORED
     open_it = find_source(config.target.source or default)
     return open_it(config, tokenizer, world, telemetry)

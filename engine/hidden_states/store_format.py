@@ -1,8 +1,10 @@
-"""What lies in a store: shards of whole documents in safetensors, and a manifest that says of what.
+"""The format of a store: shards of whole documents in safetensors, and a manifest of its contents.
 
-A shard holds, end to end and without padding, its documents' tokens with their auxiliary hidden states, and their slots, the
-positions whose target distribution is learned, with the last hidden state, argmax and log-sum-exp there. Every size follows
-from the documents' lengths and masks: a store's bytes, and any place in a shard, are known before the first is written.
+A shard holds the tokens of its documents with their auxiliary hidden states, end to end and without
+padding. It also holds the slots of its documents, which are the positions at which the target
+distribution is learned, with the last hidden state, argmax and log-sum-exp at each slot. Every size
+follows from the lengths and masks of the documents. The size of a store, and the place of
+everything in a shard, are therefore known before the first byte is written.
 
 Shapes: T tokens, N slots, n documents of a shard; A = 3 D auxiliary features.
 """
@@ -27,8 +29,9 @@ VERSION = 1
 SUFFIX = ".safetensors"
 NO_CHECKSUM = "0" * 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3": torch.float8_e4m3fn}
-BY_SLOT = {"slots", "argmax", "lse", "last_hidden", "last_hidden_scale"}  # tensors with a row a slot; others have one a token
-OF_SHARD = ("checksums", "token_bounds", "slot_bounds")  # but for these, which say where the documents' rows are
+# Tensors with one row per slot. The others, except those of OF_SHARD, have one row per token.
+BY_SLOT = {"slots", "argmax", "lse", "last_hidden", "last_hidden_scale"}
+OF_SHARD = ("checksums", "token_bounds", "slot_bounds")  # entries per document
 SAFETENSORS = {
     torch.int64: "I64",
     torch.int32: "I32",
@@ -40,17 +43,22 @@ SAFETENSORS = {
 
 
 class StoreError(ValueError):
-    """A store that cannot be written, continued or read; the message names the file and the mend."""
+    """A store that cannot be written, continued or read; the message names the file and the fix."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a store is of. Captures may be continued, and stores merged, only where all of it agrees.
+    """Description of what was captured in a store.
 
-    target, revision: as the recipe named it. config_hash, tokenizer_hash, template_hash: of what decides the hidden states.
-    aux_layers, mask_alignment, temperature: as in a recipe. dtype: of the hidden states in the shards. fp8_activations: as in a
-    recipe; manifests of before there was such an option lack it.
-    target_identity: hashes of the target's published config and of its weights; None in manifests of before it was recorded.
+    A capture can be continued, and stores can be merged, only if `differences` finds none.
+
+    target, revision: the target as named in the recipe.
+    config_hash, tokenizer_hash, template_hash: hashes of what determines the hidden states.
+    aux_layers, mask_alignment, temperature: as in the recipe.
+    dtype: format of the hidden states in the shards.
+    fp8_activations: as in the recipe. Manifests written before this option existed lack it.
+    target_identity: hashes of the target's published config and of its weights. None in manifests
+    written before it was recorded.
     """
 
     target: str
@@ -68,9 +76,9 @@ class Contents:
     target_identity: str | None = None
 
     def differences(self, other: "Contents") -> list[str]:
-        """Return the fields in which other contents differ, each as `name: theirs, now ours`.
+        """Return the fields in which `other` differs, each as `name: theirs, now ours`.
 
-        Where the target lies is no difference, and neither is an identity that one of the two does not know.
+        The path of the target is not compared. The identity is compared only if both know it.
         """
         skipped = {"target"}
         if None in (self.target_identity, other.target_identity):
@@ -79,17 +87,17 @@ class Contents:
         differing = [name for name in compared if getattr(other, name) != getattr(self, name)]
         found = [f"{name}: {getattr(other, name)!r}, now {getattr(self, name)!r}" for name in differing]
         if "target_identity" in differing:
-            found.append("so the target's weights or its config.json are not those of the shards that are there")
+            found.append("so the target's weights or its config.json are not those of the existing shards")
         return found
 
     @property
     def bytes_per_token(self) -> int:
-        """Of a token that is no slot: id, mask, auxiliary states."""
+        """Bytes per token, without those of its slot: id, mask, auxiliary states."""
         return 4 + 1 + 3 * self._bytes_per_state
 
     @property
     def bytes_per_slot(self) -> int:
-        """Beside those: place, argmax, log-sum-exp, last hidden state."""
+        """Additional bytes per slot: position, argmax, log-sum-exp, last hidden state."""
         return 4 + 4 + 4 + self._bytes_per_state
 
     @property
@@ -100,10 +108,12 @@ class Contents:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the store. first_document: of its documents, which follow one another in the corpus.
+    """A file of the store, which holds consecutive documents of the corpus.
 
-    checksum: of its documents' checksums, 16 hexadecimal digits; None until it is written.
-    left_out: places within the shard, from 0, of documents left out because the target's states were not finite.
+    first_document: index in the corpus of its first document.
+    checksum: hash of its documents' checksums, 16 hexadecimal digits; None until it is written.
+    left_out: indices within the shard, from 0, of documents that were left out because the target's
+    states were not finite.
     """
 
     name: str
@@ -121,7 +131,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """corpus_checksum: of all token ids and masks, in order."""
+    """The manifest of a store.
+
+    corpus_checksum: checksum of all token ids and masks, in order.
+    """
 
     contents: Contents
     corpus_checksum: str
@@ -137,7 +150,7 @@ class Manifest:
 
     @property
     def num_left_out(self) -> int:
-        """Documents that nothing is learned from."""
+        """Number of documents that were left out and from which nothing is learned."""
         return sum(len(shard.left_out) for shard in self.shards)
 
     @property
@@ -152,19 +165,19 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Raises StoreError where the manifest is missing, cut off or not one of ours."""
+        """Read the manifest of a store. Raises StoreError if it is missing, cut off or invalid."""
         path = folder / MANIFEST
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values["version"] != VERSION:
-                raise StoreError(f"{path} is of version {values['version']}, this DraftSpeed reads {VERSION}; capture again")
+                raise StoreError(f"{path} is of version {values['version']}, expected {VERSION}; capture again")
             contents = values["contents"] | {"aux_layers": tuple(values["contents"]["aux_layers"])}
             shards = tuple(_shard(shard) for shard in values["shards"])
             _check_shards(shards, path)
             return cls(Contents(**contents), values["corpus_checksum"], shards)
         except FileNotFoundError as error:
             raise StoreError(
-                f"{folder} is no store: it has no {MANIFEST}; write one with launcher/capture_hidden_states.py"
+                f"{folder} is not a store: it has no {MANIFEST}; write one with launcher/capture_hidden_states.py"
             ) from error
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             problem = f"{path} is not a manifest of a store, or was altered ({type(error).__name__}: {error})"
@@ -172,12 +185,12 @@ class Manifest:
 
 
 def _shard(values: dict[str, Any]) -> Shard:
-    """Return a shard as a manifest has it; those of earlier captures name no documents that were left out."""
+    """Return a shard from its entry in a manifest; entries of earlier versions lack `left_out`."""
     return Shard(**values | {"left_out": tuple(values.get("left_out", ()))})
 
 
 def _check_shards(shards: Sequence[Shard], path: Path) -> None:
-    """Raise StoreError for a shard that is no file of the store's own folder, a shard named twice, or a bad count.
+    """Raise StoreError for a shard outside the store's folder, a shard named twice, or a bad count.
 
     A count is a whole number of at least 0.
     """
@@ -197,7 +210,7 @@ def _check_shards(shards: Sequence[Shard], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a file. offset: of its first byte from the file's start."""
+    """Location of a tensor in a file. offset: of its first byte from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -214,7 +227,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """A shard's file, byte by byte: a safetensors header, whose `checksum` is filled in last, and its tensors."""
+    """Byte layout of a shard's file: a safetensors header and the tensors.
+
+    The `checksum` in the header is filled in last.
+    """
 
     places: dict[str, Place]
     header_bytes: int
@@ -236,7 +252,7 @@ class Layout:
 
 
 def _shapes(contents: Contents, shard: Shard) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Tensors in the order of the file; those of wide elements first, so that all are aligned."""
+    """Return types and shapes in file order; wide elements come first, so that all are aligned."""
     num_documents = shard.num_documents
     num_tokens = shard.num_tokens
     num_slots = shard.num_slots
@@ -273,7 +289,11 @@ def _header(shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], checksum: st
 
 
 def plan_shards(num_tokens: Sequence[int], num_slots: Sequence[int], contents: Contents, shard_bytes: int) -> tuple[Shard, ...]:
-    """Shards of whole documents that follow one another, each of `shard_bytes` at most, or of one document."""
+    """Divide consecutive documents into shards.
+
+    num_tokens, num_slots: counts of each document.
+    shard_bytes: largest size of a shard, unless it holds a single document.
+    """
 
     def cut() -> Iterator[tuple[int, int, int, int]]:
         first = tokens = slots = 0
@@ -292,7 +312,10 @@ def plan_shards(num_tokens: Sequence[int], num_slots: Sequence[int], contents: C
 
 
 def document_checksum(parts: Sequence[np.ndarray]) -> int:
-    """Of a document's rows of every tensor, in the order of the file; as a signed number of 64 bits."""
+    """Return the checksum of a document as a signed 64-bit integer.
+
+    parts: the document's rows of every tensor, in file order.
+    """
     digest = xxhash.xxh3_64()
     for part in parts:
         digest.update(np.ascontiguousarray(part).view(np.uint8).data)
@@ -300,9 +323,11 @@ def document_checksum(parts: Sequence[np.ndarray]) -> int:
 
 
 def to_stored(states: torch.Tensor, dtype: str, num_scales: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Hidden states [rows, features] as a shard holds them, and fp32 [rows, num_scales], one for each equal part of a row.
+    """Convert hidden states [rows, features] to the format `dtype` of a shard.
 
-    In fp8 a part's largest magnitude becomes 448, the largest that the format has.
+    Returns the stored states, and for fp8 the scales, fp32 [rows, num_scales], one for each of
+    `num_scales` equal parts of a row. For other formats the scales are None.
+    In fp8 the largest magnitude of a part becomes 448, the largest number of the format.
     """
     if dtype != "float8_e4m3":
         return states.to(DTYPES[dtype]), None
@@ -312,7 +337,7 @@ def to_stored(states: torch.Tensor, dtype: str, num_scales: int) -> tuple[torch.
 
 
 def from_stored(stored: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """What `to_stored` was given, as far as the shard holds it; fp8 becomes bf16."""
+    """Restore hidden states from the output of `to_stored`; fp8 states become bf16."""
     if scale is None:
         return stored
     return (stored.float().unflatten(1, (scale.shape[1], -1)) * scale[..., None]).flatten(1).bfloat16()

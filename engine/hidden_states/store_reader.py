@@ -1,4 +1,4 @@
-"""A store as training reads it: its documents, and the hidden states of any of them, straight from the mapped files."""
+"""Reading of a store: documents and their hidden states, straight from memory-mapped files."""
 
 import mmap
 import operator
@@ -24,7 +24,7 @@ from engine.hidden_states.store_format import (
 )
 from engine.hidden_states.store_writer import shard_checksum
 
-MEND = "copy it again, or delete it and run the capture again, which writes it anew"
+MEND = "copy it again, or delete it and run the capture again"
 
 
 STATES = ("aux", "aux_scale", "last_hidden", "last_hidden_scale", "lse")  # tensors that hold what the target computed
@@ -32,10 +32,14 @@ NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32
 
 
 class MappedShard:
-    """A shard's tensors, mapped: what is not asked for is not read."""
+    """A memory-mapped shard, of which only the requested rows are read."""
 
     def __init__(self, folder: Path, contents: Contents, shard: Shard) -> None:
-        """Raises StoreError, naming the file, if it is missing, cut off, or not the shard that the manifest means."""
+        """Map a shard's file and check its header.
+
+        Raises StoreError, naming the file, if it is missing, cut off, or not the shard that the
+        manifest describes.
+        """
         self.path = folder / shard.name
         self.shard = shard
         self.layout = Layout.of(contents, shard)
@@ -55,14 +59,17 @@ class MappedShard:
         at = self.layout.header(NO_CHECKSUM).index(b'"checksum":"') + len('"checksum":"')
         checksum = header[at : at + 16].decode("ascii", "replace")
         if header != self.layout.header(checksum):
-            raise StoreError(f"{self.path}: its header is not that of this store's shard; {MEND}")
+            raise StoreError(f"{self.path}: its header is not that of a shard of this store; {MEND}")
         own = (self.rows(name, 0, None) for name in OF_SHARD)
         if self.shard.checksum not in (None, checksum) or checksum != shard_checksum(*own):
-            raise StoreError(f"{self.path}: its checksum is not the manifest's, so it was altered or belongs elsewhere; {MEND}")
+            raise StoreError(f"{self.path}: its checksum is not the manifest's: it was altered or is of another store; {MEND}")
         return checksum
 
     def rows(self, name: str, first: int, end: int | None) -> np.ndarray:
-        """Rows of a tensor; formats that numpy does not know, as bytes."""
+        """Return rows of a tensor, as bytes in formats that numpy does not know.
+
+        end: None = all rows from `first` on.
+        """
         place = self.layout.places[name]
         end = place.shape[0] if end is None else end
         data = self._bytes[place.offset + first * place.row_bytes : place.offset + end * place.row_bytes]
@@ -79,9 +86,9 @@ class MappedShard:
 
     @cached_property
     def left_out(self) -> tuple[int, ...]:
-        """Documents that the capture left out, since the target's states were not finite.
+        """Indices of documents that the capture left out because states were not finite.
 
-        Their states are zeros and their assistant mask is empty, though they have slots.
+        Their states are zeros and their assistant mask is empty, but they have slots.
         """
         assistants = np.concatenate(([0], np.cumsum(self.rows("assistant_mask", 0, None))))
         num_assistants = assistants[self.token_bounds[1:]] - assistants[self.token_bounds[:-1]]
@@ -102,16 +109,16 @@ class MappedShard:
         return Document(ids, mask, turn_ends=())
 
     def slots(self, index: int) -> np.ndarray:
-        """Positions in the document whose target distribution is stored, int32."""
+        """Return the positions in the document whose target distribution is stored, int32."""
         return self.rows("slots", *self.span("slots", index)) - np.int32(self.token_bounds[index])
 
     def span(self, name: str, index: int) -> tuple[int, int]:
-        """Rows of a tensor that are a document's."""
+        """Return the first row and the end of a document's rows of a tensor."""
         bounds = self.slot_bounds if name in BY_SLOT else self.token_bounds
         return int(bounds[index]), int(bounds[index + 1])
 
     def will_need(self, index: int) -> None:
-        """Have the kernel read a document's hidden states before they are asked for."""
+        """Ask the operating system to read a document's hidden states in advance."""
         for name in ("aux", "last_hidden"):
             (first, end), place = self.span(name, index), self.layout.places[name]
             start = (place.offset + first * place.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -120,7 +127,7 @@ class MappedShard:
                 self._mmap.madvise(mmap.MADV_WILLNEED, start, length)
 
     def verify(self, index: int) -> None:
-        """Raises StoreError if a document's bytes are not those that were written."""
+        """Raise StoreError if a document's bytes are not those that were written."""
         parts = [
             self.slots(index) if name == "slots" else self.rows(name, *self.span(name, index))
             for name in self.layout.places
@@ -132,17 +139,17 @@ class MappedShard:
 
 
 def _is_finite(rows: np.ndarray, dtype: torch.dtype) -> bool:
-    """Return whether all values are finite. rows: bytes in formats that numpy does not know."""
+    """Return whether all values are finite. rows: values, or bytes in formats unknown to numpy."""
     if dtype == torch.bfloat16:
         exponent = np.uint16(0x7F80)
         return not ((np.ascontiguousarray(rows).view(np.uint16) & exponent) == exponent).any()
-    if dtype == torch.float8_e4m3fn:  # has NaN, and no infinity
+    if dtype == torch.float8_e4m3fn:  # the format has NaN but no infinity
         return not ((rows & 0x7F) == 0x7F).any()
     return bool(np.isfinite(rows).all())
 
 
 def _learned_argmax(shard: MappedShard) -> np.ndarray:
-    """The target's most likely tokens at the slots of the documents that are not left out."""
+    """Return the target's most likely tokens at all slots of documents that are not left out."""
     argmax_N = shard.rows("argmax", 0, None)
     if not shard.left_out:
         return argmax_N
@@ -154,7 +161,7 @@ def _learned_argmax(shard: MappedShard) -> np.ndarray:
 
 @dataclass(frozen=True)
 class StoredDocuments(Documents):
-    """The documents of a store's shards, in order; their tokens stay on the disk."""
+    """The documents of a store's shards, in order; their tokens stay on disk."""
 
     shards: tuple[MappedShard, ...]
 
@@ -174,13 +181,16 @@ class StoredDocuments(Documents):
         return f"document {shard.shard.first_document + own} of {shard.path}"
 
     def count_argmax(self, vocab_size: int) -> np.ndarray:
-        """How often each token is the target's most likely one, over all slots: int64 [V]."""
+        """Return how often each token is the target's most likely one at a slot, int64 [V].
+
+        Documents that are left out do not count.
+        """
         counts = (np.bincount(_learned_argmax(shard), minlength=vocab_size) for shard in self.shards)
         total = reduce(operator.add, counts)
         return total.astype(np.int64)
 
     def find(self, index: int) -> tuple[MappedShard, int]:
-        """The shard that holds a document, and its place in there."""
+        """Return the shard that holds a document, and the document's index in that shard."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -189,7 +199,10 @@ class StoredDocuments(Documents):
 
 @dataclass(frozen=True)
 class OpenStore:
-    """problems: what was wrong with the shards that were left out."""
+    """A store that was opened for training.
+
+    problems: what is wrong with each shard that was left out.
+    """
 
     folder: Path
     contents: Contents
@@ -198,28 +211,33 @@ class OpenStore:
 
     @property
     def trained_with(self) -> dict[str, str]:
-        """As `fingerprint.trained_with`."""
+        """Hashes of tokenizer and chat template, as in `fingerprint.trained_with`."""
         return {"tokenizer_hash": self.contents.tokenizer_hash, "template_hash": self.contents.template_hash}
 
     def check(self, **wanted: object) -> None:
-        """Raises StoreError unless the capture had these options: a dotted key's last name, and its value, None = any."""
+        """Raise StoreError unless the store was captured with these options.
+
+        wanted: expected values by the last part of an option's dotted key; None = any value.
+        """
         for name, value in wanted.items():
             stored = getattr(self.contents, name)
             if value is not None and value != stored:
                 problem = f"{self.folder} was captured with {name} = {stored}, this run asks for {value}"
-                raise StoreError(f"{problem}; set it to {stored}, or capture anew")
+                raise StoreError(f"{problem}; set it to {stored}, or capture again")
 
 
 def open_store(folder: Path, skip_bad: bool) -> OpenStore:
-    """A store to train from. skip_bad: leave out shards that are missing, cut off or altered, else the first raises StoreError.
+    """Open a store for training.
 
-    Raises StoreError too if the capture has not come to its end, or if nothing is left.
+    skip_bad: leave out shards that are missing, cut off or altered.
+    Raises StoreError if no shard can be read. Without `skip_bad`, also raises StoreError if the
+    capture is not complete or a shard is bad.
     """
     manifest = Manifest.read(folder)
     if not manifest.is_complete and not skip_bad:
         there = sum((folder / shard.name).is_file() for shard in manifest.shards)
-        problem = f"{folder / MANIFEST}: the capture is not complete, {there} of {len(manifest.shards)} shards are there"
-        raise StoreError(f"{problem}; run it again to continue it, or set store.skip_bad=true to train on what is there")
+        problem = f"{folder / MANIFEST}: the capture is not complete, {there} of {len(manifest.shards)} shards exist"
+        raise StoreError(f"{problem}; run it again to continue it, or set store.skip_bad=true to train on these")
     mapped = []
     problems = []
     for shard in manifest.shards:

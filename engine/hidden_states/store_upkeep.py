@@ -1,4 +1,4 @@
-"""Stores checked byte by byte, and several captures made into one."""
+"""Verification of stores byte by byte, and merging of several stores."""
 
 import os
 import shutil
@@ -12,15 +12,17 @@ from engine.hidden_states.store_format import MANIFEST, SUFFIX, TARGET_FOLDER, M
 from engine.hidden_states.store_reader import MappedShard
 from engine.host.files import PARTIAL, sync, write_text, writing
 
-MAX_NAMED = 10  # documents of a shard
+MAX_NAMED = 10  # documents that are named per shard
 OnProgress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class StoreCheck:
-    """What a store holds, and what is wrong with it: one line a shard, `problems`, none of them if all is well.
+    """The result of checking a store.
 
-    missing: shards that the capture has still to write. seen: shards of which every byte was read and found right.
+    problems: one line per bad shard; empty if all is well.
+    missing: number of shards that the capture has not written yet.
+    seen: number of shards of which every byte was read and found correct.
     """
 
     manifest: Manifest
@@ -30,7 +32,11 @@ class StoreCheck:
 
 
 def check_store(folder: Path, on_progress: OnProgress = lambda num_bytes: None) -> StoreCheck:
-    """Read every byte of a store. on_progress: is called with the bytes read so far. Raises StoreError without a manifest."""
+    """Read and verify every byte of a store.
+
+    on_progress: called with the number of bytes read so far.
+    Raises StoreError if the manifest cannot be read.
+    """
     manifest = Manifest.read(folder)
     problems = []
     missing = 0
@@ -66,7 +72,12 @@ def _check_finite(mapped: MappedShard) -> None:
 
 @dataclass(frozen=True)
 class Merge:
-    """doubled_shards: left out, since an earlier store has the same. doubled_documents: that several shards hold."""
+    """The result of merging stores.
+
+    doubled_shards: number of shards left out because an earlier store has the same shard.
+    doubled_documents: number of further copies of documents that the merged store holds more than
+    once.
+    """
 
     manifest: Manifest
     doubled_shards: int
@@ -74,22 +85,25 @@ class Merge:
 
 
 def merge_stores(folders: Sequence[Path], into: Path) -> Merge:
-    """One store of the shards of several, which stay as they are: hard links, or copies where they lie on another disk.
+    """Merge the shards of several stores into a new store; the given stores do not change.
 
-    Raises StoreError, before it writes anything, if `into` exists, a capture is not complete or they are of different contents.
+    Shards are hard-linked, or copied if they are on another disk.
+    Raises StoreError, before anything is written, if `into` exists, if a capture is not complete,
+    or if the contents of the stores differ.
     """
     if into.exists():
         raise StoreError(f"{into} exists; name a folder that does not")
     manifests = [Manifest.read(folder) for folder in folders]
     identities = [manifest.contents.target_identity for manifest in manifests]
-    # compared with a store that knows its target's identity, so that two that know others never meet
+    # Each store is compared with the first that knows its target's identity. Stores that know
+    # different identities are therefore never merged.
     first_known = next((place for place, identity in enumerate(identities) if identity is not None), 0)
     expected = manifests[first_known].contents
     for folder, manifest in zip(folders, manifests, strict=True):
         differences = manifest.contents.differences(expected)
         if differences:
-            problem = f"{folder} is not of what {folders[first_known]} is: {'; '.join(differences)}"
-            raise StoreError(f"{problem}; stores so different stay apart")
+            problem = f"{folder} differs from {folders[first_known]} in {'; '.join(differences)}"
+            raise StoreError(f"{problem}; only stores of the same contents can be merged")
         if not manifest.is_complete:
             raise StoreError(f"{folder}: the capture is not complete; run it again to continue it, then merge")
     chosen: list[tuple[MappedShard, Shard]] = []

@@ -1,7 +1,10 @@
-"""Shards are written while the target runs on: pieces wait in a bounded queue, threads check-sum and write them in place.
+"""Writing of shards while the target runs.
 
-A shard grows in `NAME.partial`, whose size is reserved at once, so a full disk shows before a forward is spent on it. It takes
-its name when it is whole and on the disk: whatever has the name is complete, whenever the process was killed.
+Pieces wait in a bounded queue, and threads compute their checksums and write them in place.
+
+A shard is written to `NAME.partial`. Its full size is reserved first, so that a full disk is
+noticed before a forward is spent on the shard. The file is renamed once it is complete and on the
+disk, so a file with the final name is always complete, even if the process is killed.
 """
 
 import errno
@@ -26,7 +29,7 @@ class ShardFile:
     """A shard that is being written."""
 
     def __init__(self, folder: Path, contents: Contents, shard: Shard) -> None:
-        """Raises OSError if its bytes cannot be reserved."""
+        """Create the partial file. Raises OSError if its bytes cannot be reserved."""
         self.contents = contents
         self.shard = shard
         self.layout = Layout.of(contents, shard)
@@ -39,7 +42,8 @@ class ShardFile:
         try:
             os.posix_fallocate(self._file, 0, self.layout.num_bytes)
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve room
+            # These two mean that the file system cannot reserve space.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 self.abandon()
                 raise
             os.ftruncate(self._file, self.layout.num_bytes)
@@ -55,7 +59,7 @@ class ShardFile:
         return self._file
 
     def write(self, name: str, first_row: int, rows: np.ndarray) -> None:
-        """Rows of a tensor to their place."""
+        """Write rows of a tensor to their place in the file."""
         place = self.layout.places[name]
         data = np.ascontiguousarray(rows).view(np.uint8).data.cast("B")
         offset = place.offset + first_row * place.row_bytes
@@ -65,7 +69,11 @@ class ShardFile:
             offset += written
 
     def note(self, first_document: int, checksums: list[int], token_ends: list[int], slot_ends: list[int]) -> bool:
-        """What only the documents' bytes say of them; whether the shard now has them all."""
+        """Record consecutive documents as written; returns whether the shard is now complete.
+
+        first_document: index within the shard. checksums, token_ends, slot_ends: of each document,
+        the ends within the shard.
+        """
         documents = slice(first_document, first_document + len(checksums))
         with self._lock:
             self._checksums[documents] = checksums
@@ -75,7 +83,7 @@ class ShardFile:
             return self._missing == 0
 
     def finish(self) -> None:
-        """Give the shard its name, once it is on the disk."""
+        """Complete the file, and rename it to its final name once it is on the disk."""
         for name, values in (self._bounds | {"checksums": self._checksums}).items():
             self.write(name, 0, values)
         checksum = shard_checksum(self._checksums, *self._bounds.values())
@@ -86,7 +94,7 @@ class ShardFile:
         sync(self._path.parent)
 
     def abandon(self) -> None:
-        """Leave nothing behind of a shard that has not got its name."""
+        """Close the file, and delete it unless it has its final name."""
         self._close()
         self._partial.unlink(missing_ok=True)
 
@@ -97,7 +105,11 @@ class ShardFile:
 
 
 def shard_checksum(checksums: np.ndarray, token_bounds: np.ndarray, slot_bounds: np.ndarray) -> str:
-    """Of the checksums of a shard's documents, int64 [n], and of where they lie, int64 [n + 1] each."""
+    """Return the checksum of a shard, 16 hexadecimal digits.
+
+    checksums: int64 [n], of its documents.
+    token_bounds, slot_bounds: int64 [n + 1], where the documents' rows start and end.
+    """
     return xxhash.xxh3_64(np.concatenate((checksums, token_bounds, slot_bounds)).tobytes()).hexdigest()
 
 
@@ -105,8 +117,10 @@ def shard_checksum(checksums: np.ndarray, token_bounds: np.ndarray, slot_bounds:
 class Piece:
     """Some documents of a shard that went through the target together.
 
-    first_document, first_token, first_slot: within the shard. batch, slots_N: on the host. tensors: rows of the shard's
-    tensors; faults: bool [num_documents, 5], `StateFaults.by_place`; both on the host once `ready` has happened.
+    first_document, first_token, first_slot: indices within the shard.
+    batch, slots_N: the documents and their slots, on the host.
+    tensors: rows of the shard's tensors. They are on the host once `ready` has happened.
+    faults: bool [num_documents, 5], `StateFaults.by_place`; on the host at the same time.
     """
 
     file: ShardFile
@@ -122,7 +136,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredTensors:
-    """A target's output as a shard holds it, on its way to the host. Fields as in `Piece`."""
+    """A target's output in the format of a shard, on its way to the host. Fields as in `Piece`."""
 
     tensors: dict[str, torch.Tensor]
     faults: torch.Tensor
@@ -130,11 +144,12 @@ class StoredTensors:
 
     @classmethod
     def of(cls, batch: PackedBatch, output: TargetOutput, dtype: str) -> "StoredTensors":
-        """Return a target's output as a shard holds it; documents whose states are not finite become zeros.
+        """Convert a target's output to the format of a shard, with zeros where it is not finite.
 
-        batch: on the device of `output`, whose `aux_TA` may change.
+        All states of a document are set to zero if one of them is not finite.
+        batch: on the device of `output`. `output.aux_TA` may be changed in place.
         """
-        if dtype != "float8_e4m3":  # what overflows in the store's precision is found too
+        if dtype != "float8_e4m3":  # finds overflow in the store's precision too
             precision = DTYPES[dtype]
             output = replace(output, aux_TA=output.aux_TA.to(precision), last_hidden_ND=output.last_hidden_ND.to(precision))
         faults = find_faults(batch, output, embed_TD=None)
@@ -155,14 +170,17 @@ class StoredTensors:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A document whose states are not finite. document: its place in the corpus. place: as in `finite.place_names`."""
+    """A document whose states are not finite.
+
+    document: its index in the corpus. place: index in `finite.place_names`.
+    """
 
     document: int
     place: int
 
 
 class NonFiniteDocument(Exception):
-    """Raised by a writer that stops at documents whose states are not finite."""
+    """Error of a writer that stops at a document whose states are not finite."""
 
     def __init__(self, left_out: LeftOut) -> None:
         super().__init__(left_out)
@@ -171,11 +189,13 @@ class NonFiniteDocument(Exception):
 
 @dataclass
 class StoreWriter:
-    """Writes pieces in threads, at most `depth` of them waiting: who puts another one waits too.
+    """Writer of pieces in threads; `put` blocks while `depth` pieces wait.
 
-    stops: whether a document whose states are not finite is an error, raised before anything of it is written. left_out:
-    documents that are written as zeros; a thread adds them before their shard has its name.
-    An error of a thread is raised by the next `put`, or by `close`.
+    stops: whether a document whose states are not finite is an error, which is raised before
+    anything of the document is written.
+    left_out: documents that are written as zeros. A thread adds them before their shard gets its
+    final name.
+    An error in a thread is raised by the next `put`, or by `close`.
     """
 
     num_threads: int
@@ -196,11 +216,11 @@ class StoreWriter:
         self._threads.submit(self._write, piece)
 
     def stop(self) -> None:
-        """Wait for the threads, and write nothing more."""
+        """Wait for the threads to write all pieces, and accept no more."""
         self._threads.shutdown(wait=True)
 
     def close(self) -> None:
-        """Wait until all is written."""
+        """Wait until everything is written. Raises the first error of a thread."""
         self.stop()
         self._check()
 
@@ -234,7 +254,7 @@ def _left_out(piece: Piece) -> list[LeftOut]:
 
 
 def _write_piece(piece: Piece) -> int:
-    """Write a piece that is on the host; returns the bytes."""
+    """Write a piece that is on the host; returns the number of bytes written."""
     is_left_out_T = torch.repeat_interleave(piece.faults.any(1), torch.tensor(piece.batch.host_lengths))
     rows = {name: as_bytes(tensor) for name, tensor in piece.tensors.items()}
     slots_N = piece.slots_N.numpy().astype(np.int32)
@@ -260,7 +280,7 @@ def _write_piece(piece: Piece) -> int:
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """Rows of a tensor on the host as numpy has them; formats that it does not know, as bytes."""
+    """Return a host tensor as a numpy array, as bytes in formats that numpy does not know."""
     if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn):
         tensor = tensor.contiguous().view(torch.uint8)
     return tensor.numpy()

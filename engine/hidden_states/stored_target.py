@@ -1,4 +1,4 @@
-"""The frozen target, met only through what a capture left of it on disk."""
+"""A target that is not loaded: its hidden states, embedding and head are read from a store."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,21 +24,26 @@ READERS = 4
 
 
 def save_head(path: Path, head: TargetHead, embed_weight_VD: Tensor | None) -> None:
-    """What a draft needs of a target beside its hidden states: the head and the embedding; None = they are one tensor."""
+    """Save the head and embedding of a target, which a draft needs in addition to hidden states.
+
+    embed_weight_VD: None = head and embedding are one tensor.
+    """
     tensors = {"embed": head.weight_VD} if embed_weight_VD is None else {"embed": embed_weight_VD, "head": head.weight_VD}
     if head.bias_V is not None:
         tensors["bias"] = head.bias_V
     facts = {"scale": head.scale, "soft_cap": head.soft_cap, "temperature": head.temperature}
-    metadata = {"head": json.dumps(facts)}  # one entry: safetensors writes several in no order
+    # A single entry, since safetensors writes several entries in no fixed order.
+    metadata = {"head": json.dumps(facts)}
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_tensors(path, on_host, metadata)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A document of a batch in the store.
+    """A document of a batch, and its location in the store.
 
-    own: its place in the shard. tokens, slots: its rows in the batch. rows: its wanted slots among those stored.
+    own: its index in the shard. tokens, slots: its rows in the batch.
+    rows: indices of the wanted slots among its stored slots.
     """
 
     shard: MappedShard
@@ -49,13 +54,14 @@ class _Part:
 
 
 class StoredTarget:
-    """A target that was captured: reads a store's hidden states. Of its weights only the embedding is loaded.
+    """A captured target, which reads hidden states from a store.
 
-    documents: those of the store. aux_layers: as captured.
+    Of its weights, only the embedding is loaded.
+    documents: documents of the store. aux_layers: layers that were captured.
     """
 
     def __init__(self, store: OpenStore, device: torch.device) -> None:
-        """Raises StoreError if the store lacks the target's embedding and head."""
+        """Load the embedding. Raises StoreError if the store lacks the embedding and head."""
         self.documents = store.documents
         self.aux_layers = store.contents.aux_layers
         self._dtype = DTYPES[store.contents.dtype]
@@ -71,7 +77,7 @@ class StoredTarget:
         self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
 
     def head_rows(self, target_ids_U: Tensor) -> TargetHead:
-        """The head restricted to `target_ids_U`, on the device; the rest of it stays on the disk."""
+        """Return the head restricted to `target_ids_U`, on the device; the rest stays on disk."""
         ids_U = target_ids_U.cpu()
         with safe_open(self._head_path, "pt") as file:
             facts = json.loads(file.metadata()["head"])
@@ -81,7 +87,11 @@ class StoredTarget:
         return TargetHead(weight_UD, bias_V=bias_U, **facts)
 
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
-        """What the target made of the documents of `batch`. slots_N: on the host, int64 [N], ascending."""
+        """Return the captured output of the target for the documents of `batch`.
+
+        slots_N: int64 [N], on the host, ascending.
+        Raises StoreError if a document was altered or captured without one of these slots.
+        """
         on_host = self.read(batch, slots_N)
         moved = {name: to_device(tensor, self._device) for name, tensor in on_host.items()}
         aux = moved["aux"].view(self._dtype)
@@ -95,9 +105,10 @@ class StoredTarget:
         )
 
     def read(self, batch: PackedBatch, slots_N: Tensor) -> dict[str, Tensor]:
-        """Read a batch's states to the host as they are stored, into pinned memory if they go on to a GPU.
+        """Read a batch's states to the host in the format of the store.
 
-        Formats that numpy does not know come as bytes; scales are there only if the store has them.
+        They are in pinned memory if the device is a GPU. Formats that numpy does not know are
+        returned as bytes. Scales are included only if the store has them.
         """
         parts = self._parts(batch, slots_N.numpy())
         for part in parts:
@@ -108,7 +119,7 @@ class StoredTarget:
         return by_token | by_slot
 
     def _parts(self, batch: PackedBatch, slots_N: np.ndarray) -> list[_Part]:
-        """Find each document of a batch in the store."""
+        """Find each document of a batch in the store. Raises StoreError if a slot is missing."""
         parts: list[_Part] = []
         start = 0
         for document, length in zip(batch.document_ids, batch.host_lengths, strict=True):
@@ -124,18 +135,21 @@ class StoredTarget:
         return parts
 
     def _empty(self, shard: MappedShard, names: Sequence[str], num_rows: int) -> dict[str, Tensor]:
-        """Allocate the tensors of these names that the store has, for `num_rows` rows on the host."""
+        """Allocate host tensors of `num_rows` rows for those of `names` that the store has."""
         tensors: dict[str, Tensor] = {}
         for name in names:
             if name in shard.layout.places:
                 like = torch.from_numpy(shard.rows(name, 0, 0).copy())
                 shape = (num_rows, *like.shape[1:])
-                # pinned from the start, so that the disk's bytes are copied once and the GPU fetches them by itself
+                # Pinned from the start: bytes from disk are copied once, and the GPU fetches them.
                 tensors[name] = torch.empty(shape, dtype=like.dtype, pin_memory=self._pins)
         return tensors
 
     def _read(self, part: _Part, by_token: Mapping[str, Tensor], by_slot: Mapping[str, Tensor]) -> None:
-        """Copy a document's states to its rows of the batch's tensors; its first reader verifies its checksum."""
+        """Copy a document's states to its rows of the batch's tensors.
+
+        The checksum of a document is verified when it is read for the first time.
+        """
         shard = part.shard
         own = part.own
         if (shard.path, own) not in self._verified:

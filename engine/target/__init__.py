@@ -1,1 +1,1 @@
-"""The frozen target: what it makes of packed documents. It is never trained and never partitioned by ZeRO."""
+"""The frozen target, run on packed documents. It is never trained nor partitioned by ZeRO."""

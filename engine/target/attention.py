@@ -1,10 +1,13 @@
-"""Attention of packed documents inside any Transformers model: each document sees itself alone.
+"""Attention over packed documents in any Transformers model; each document attends only to itself.
 
-Transformers asks a registered mask function for the mask of each kind of layer, then hands it to a registered attention
-function. Ours (`masks.py`) keeps to documents, so windows and chunks are the family's own, counted from the document's start.
+Transformers asks a registered mask function for the mask of each kind of layer and passes that mask
+to a registered attention function. The mask functions of this engine (`masks.py`) keep every query
+inside its document. Windows and chunks are still those of the model family, counted from the start
+of the document.
 
-Llama 4 scales the queries of layers without rotary embeddings by their place in the row. In a packed row its modules are kept
-from that, and the attention function does it, by the place in the document.
+Llama 4 scales the queries of layers without rotary embeddings by their position in the row. For a
+packed row this scaling is disabled in the modules, and the attention function scales by the
+position in the document instead.
 """
 
 from collections.abc import Iterator
@@ -25,7 +28,7 @@ from engine.target.packed_row import PackedRow, row_of_forward
 NAME = "document_by_document"
 ONE = "one_document"
 
-# Arguments that say what the mask says already, or that matter to other implementations only.
+# Arguments that repeat information of the mask, or that only other attention implementations use.
 _IGNORED = {
     "dropout",
     "is_causal",
@@ -41,10 +44,12 @@ _tuned: ContextVar[frozenset[nn.Module]] = ContextVar("modules whose queries are
 
 @contextmanager
 def packed_attention(decoder: PreTrainedModel, row: PackedRow, packs: bool = True) -> Iterator[None]:
-    """Within it, forwards of `decoder` on the documents of `row` attend document by document.
+    """Context manager in which forwards of `decoder` on `row` attend document by document.
 
-    packs: whether modules take all documents at once, or are run on one after the other by whoever wrapped them.
-    The attention implementation of before is restored on the way out, so ordinary forwards with a cache stay possible.
+    packs: True if modules take all documents at once; False if their wrappers run them on one
+    document after another.
+    The previous attention implementation is restored on exit, so ordinary forwards with a cache
+    stay possible.
     """
     configs = _attending_configs(decoder)
     before = [config._attn_implementation_internal for config in configs]
@@ -62,7 +67,7 @@ def packed_attention(decoder: PreTrainedModel, row: PackedRow, packs: bool = Tru
 
 @contextmanager
 def one_document(row: PackedRow) -> Iterator[None]:
-    """Within it, forwards are of a single document, under the family's own attention."""
+    """Context manager in which forwards run one document with the family's own attention."""
     token = row_of_forward.set(row)
     try:
         yield
@@ -74,9 +79,10 @@ _known_configs: WeakKeyDictionary[PreTrainedModel, tuple[PreTrainedConfig, ...]]
 
 
 def _attending_configs(decoder: PreTrainedModel) -> tuple[PreTrainedConfig, ...]:
-    """Return the configs that `decoder.set_attn_implementation` sets.
+    """Return the configs that `decoder.set_attn_implementation` changes.
 
-    It looks through all modules, which takes as long as many launches, so it is asked once.
+    That method visits all modules, which takes as long as many kernel launches, so the result is
+    cached per decoder.
     """
     if decoder not in _known_configs:
         candidates = [config for module in decoder.modules() for config in _configs_of(module)]
@@ -92,7 +98,7 @@ def _attending_configs(decoder: PreTrainedModel) -> tuple[PreTrainedConfig, ...]
 
 
 def _configs_of(module: nn.Module) -> Iterator[PreTrainedConfig]:
-    """A module's config, if it has one, and the configs in it."""
+    """Yield the config of a module, if it has one, and all of its sub-configs."""
     config = getattr(module, "config", None)
     waiting = [config] if isinstance(config, PreTrainedConfig) else []
     while waiting:
@@ -104,7 +110,7 @@ def _configs_of(module: nn.Module) -> Iterator[PreTrainedConfig]:
 
 @contextmanager
 def _tuned_here(decoder: PreTrainedModel) -> Iterator[None]:
-    """Within it, modules that would scale queries by their place in the row leave that to `attend_documents`."""
+    """Context manager in which `attend_documents` scales Llama 4's queries, not the modules."""
     if not getattr(decoder.config, "attn_temperature_tuning", False):
         yield
         return
@@ -122,7 +128,10 @@ def _tuned_here(decoder: PreTrainedModel) -> Iterator[None]:
 
 
 def _tuned_queries(module: Any, query_1HTE: Tensor, masks: DocumentMasks) -> Tensor:
-    """Scaled as Llama 4 does, by 1 + attn_scale * log(1 + floor((position + 1) / floor_scale))."""
+    """Return queries scaled as in Llama 4, by their position in the document.
+
+    The factor is 1 + attn_scale * log(1 + floor((position + 1) / floor_scale)).
+    """
     steps_T = ((masks.position_T + 1).float() / module.floor_scale).floor()
     return (query_1HTE * (steps_T.log1p() * module.attn_scale + 1)[:, None]).to(query_1HTE.dtype)
 
@@ -130,11 +139,16 @@ def _tuned_queries(module: Any, query_1HTE: Tensor, masks: DocumentMasks) -> Ten
 def attend_one(
     module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **others
 ) -> tuple[Tensor, None]:
-    """`attend_documents` for one document of L tokens, under what its family makes of `WholeMasks`.
+    """Compute the attention of one document of L tokens; Transformers calls it for `ONE`.
 
-    attention_mask: added to the scores, or bool, [1, 1 | H, L, K]; K may count more keys than tokens, compressed ones behind.
-    What comes beside it: position_bias, added too; the keys that an indexer lets each query read, by number (indices
-    [1, L, *]) or in blocks (block_indices [1, G, L, *], -1 = none).
+    query, key, value, scaling, softcap and s_aux are as in `attend_documents`.
+    attention_mask: the mask that the family derives from `WholeMasks`, [1, 1 or H, L, K]. It is
+    bool, or it is added to the scores. K exceeds L if compressed keys follow those of the tokens.
+    Further arguments, all optional:
+    position_bias: added to the scores as well.
+    indices: [1, L, *], the keys that an indexer lets each query read.
+    block_indices: [1, G, L, *], the blocks of keys that an indexer lets each query read; -1 = none.
+    Raises ValueError if a family passes an argument that would change the result.
     """
     mask_HLK = attention_mask[0, ..., -key.shape[2] :]
     mask_HLK = added(mask_HLK, query.dtype) if mask_HLK.dtype == torch.bool else mask_HLK
@@ -155,7 +169,7 @@ def attend_one(
 
 
 def _in_blocks(chosen_GLN: Tensor, size: int, num_keys: int) -> Tensor:
-    """bool [G, L, K], whether a key lies in one of the blocks of `size` keys that are named; -1 names none."""
+    """Return whether each key is in a chosen block of `size` keys, bool [G, L, K]; -1 = none."""
     count = -(-num_keys // size)
     named_GLB = chosen_GLN.new_zeros((*chosen_GLN.shape[:2], count + 1), dtype=torch.bool)
     named_GLB.scatter_(-1, chosen_GLN.masked_fill(chosen_GLN < 0, count), True)
@@ -165,10 +179,12 @@ def _in_blocks(chosen_GLN: Tensor, size: int, num_keys: int) -> Tensor:
 def attend_documents(
     module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **others
 ) -> tuple[Tensor, None]:
-    """The attention function Transformers calls: query [1, H, T, E], key and value [1, G, T, E] -> [1, T, H, E].
+    """Compute the attention of the documents of a packed row; Transformers calls it for `NAME`.
 
-    scaling: factor of the scores; None = E**-0.5. softcap: cap of the scores. s_aux: [H] sink logits.
-    Raises ValueError where a family hands over a mask of its own or an argument that would change the result.
+    Shapes: query [1, H, T, E], key and value [1, G, T, E] -> [1, T, H, E].
+    scaling: factor of the scores; None = E**-0.5. softcap: soft cap of the scores.
+    s_aux: [H] sink logits.
+    Raises ValueError if a family passes its own mask or an argument that would change the result.
     """
     _check_known(module, others)
     if not isinstance(attention_mask, DocumentMasks):
@@ -186,11 +202,14 @@ def _check_known(module, others: dict) -> None:
 
 
 def _unknown(module, what) -> ValueError:
-    return ValueError(f"{type(module).__name__} attends with {what}, which packed documents cannot; see registry.runs_packed")
+    return ValueError(
+        f"{type(module).__name__} calls attention with {what}, which is not supported "
+        "for packed documents; see `runs_packed` in engine/models/target_families.py"
+    )
 
 
 def _attend(query_HTE: Tensor, key_GTE: Tensor, value_GTF: Tensor, masks: DocumentMasks, scores: Scores) -> Tensor:
-    """[T, H, F]."""
+    """Return the attention of all documents of a row, [T, H, F]."""
     segments = masks.segments
     if segments is not None:
         attention = choose_packed_attention(query_HTE.device, query_HTE.dtype)

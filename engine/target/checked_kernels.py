@@ -1,4 +1,4 @@
-"""The self-check of those kernels that a frozen target runs."""
+"""The self-check of the kernels that a frozen target runs."""
 
 from transformers import PreTrainedConfig
 
@@ -13,9 +13,9 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 
 def check_target_kernels(config: PreTrainedConfig, section: TargetSection, self_check: SelfCheck) -> None:
-    """Self-check the kernels that a target will run, and replace those that fail by plain PyTorch.
+    """Self-check the kernels that a target runs, and replace those that fail with plain PyTorch.
 
-    A collective of all ranks, to be called before the target is loaded.
+    This is a collective of all ranks. Call it before the target is loaded.
     """
     device = self_check.device
     dtype = dtype_of(section, device)
@@ -33,7 +33,7 @@ def check_target_kernels(config: PreTrainedConfig, section: TargetSection, self_
 
 
 def _head_dim(config: PreTrainedConfig) -> int:
-    """Return the width of a head, or a common one where a family names none."""
+    """Return the head dimension, or a common value if the config does not define one."""
     named = getattr(config, "head_dim", None)
     num_heads = getattr(config, "num_attention_heads", None)
     if isinstance(named, int):

@@ -1,4 +1,4 @@
-"""The config of a target, with what its folder says of its quantisation in a file of its own."""
+"""The config of a target, including quantisation settings that are stored in a separate file."""
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -10,10 +10,12 @@ MODELOPT_CONFIG = "hf_quant_config.json"
 
 
 def load_target_config(section: TargetSection) -> PreTrainedConfig:
-    """Read the config of a target.
+    """Load the config of a target.
 
-    NVIDIA's ModelOpt describes its quantisation in `hf_quant_config.json`; where `config.json` does not repeat that, it is
-    added as `quantization_config`. Raises ValueError or OSError if a file cannot be read.
+    NVIDIA's ModelOpt describes the quantisation in `hf_quant_config.json`. If `config.json` does
+    not repeat this description, it is added as `quantization_config`.
+
+    Raises ValueError or OSError if a file cannot be read.
     """
     config = AutoConfig.from_pretrained(section.path, **section.hub_arguments)
     if getattr(config, "quantization_config", None):
@@ -24,7 +26,7 @@ def load_target_config(section: TargetSection) -> PreTrainedConfig:
     content = parse_json(read_text(path), path)
     facts = content.get("quantization") if isinstance(content, dict) else None
     if not isinstance(facts, dict):
-        raise ValueError(f"{path}: expected what ModelOpt writes, an object with a key 'quantization'; fetch it again")
+        raise ValueError(f"{path}: expected an object with the key 'quantization', as ModelOpt writes it; fetch it again")
     if facts.get("quant_algo") is not None:
         config.quantization_config = {"quant_method": "modelopt", **facts}
     return config

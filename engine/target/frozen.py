@@ -1,4 +1,4 @@
-"""The frozen target, run online: packed documents in, what the draft learns from out."""
+"""The frozen target, run on packed documents to compute the states that the draft learns from."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -52,29 +52,37 @@ from engine.weights.weight_loader import Bar
 
 
 class ForwardCapture:
-    """What the last forward of a captured model left behind."""
+    """Outputs captured from the last forward of a model."""
 
     def __init__(self, aux_layers: tuple[int, ...], num_streams: int = 1) -> None:
         self._aux_layers = aux_layers
         self._by_layer: dict[int, Tensor] = {}
         self._num_streams = num_streams
         self._last_hidden: Tensor | None = None
-        self._embedded: tuple[Tensor, int] | None = None  # the rows, and their version counter when they were captured
+        # The rows, and their version counter at the time of the capture.
+        self._embedded: tuple[Tensor, int] | None = None
 
     def aux(self) -> Tensor:
-        """[batch, tokens, 3D], outputs of the auxiliary layers in ascending order, each the mean of its residual streams."""
+        """Return the outputs of the auxiliary layers in ascending order, [batch, tokens, 3D].
+
+        Each output is the mean over the layer's residual streams.
+        Raises ValueError if one of the layers did not run.
+        """
         skipped = [layer for layer in self._aux_layers if layer not in self._by_layer]
         if skipped:
             raise ValueError(f"target.aux_layers: layers {skipped} did not run on text alone; choose others")
         return torch.cat([self._by_layer[layer] for layer in sorted(self._aux_layers)], dim=-1)
 
     def last_hidden(self) -> Tensor:
-        """[batch, tokens, D], the state after the final norm: what the LM head reads."""
+        """Return the state after the final norm, the input of the LM head, [batch, tokens, D]."""
         assert self._last_hidden is not None, "no forward was captured"
         return self._last_hidden
 
     def embedded(self) -> Tensor | None:
-        """[batch, tokens, D], rows that the token embedding gave; None if they were not captured, or were written to since."""
+        """Return the output of the token embedding, [batch, tokens, D].
+
+        Returns None if it was not captured, or if it was modified in place after the capture.
+        """
         if self._embedded is None:
             return None
         rows, version = self._embedded
@@ -83,7 +91,7 @@ class ForwardCapture:
     def _hook(self, layer: int):
         def keep(module, args, output) -> None:
             state = output if isinstance(output, Tensor) else output[0]
-            if self._num_streams > 1:  # [batch, tokens, streams, D], or the streams behind one another in the last
+            if self._num_streams > 1:  # [batch, tokens, streams, D] or [batch, tokens, streams * D]
                 state = state.flatten(2).unflatten(2, (self._num_streams, -1)).mean(2)
             self._by_layer[layer] = state
 
@@ -98,9 +106,9 @@ class ForwardCapture:
 
 @contextmanager
 def capture(model: PreTrainedModel, aux_layers: tuple[int, ...], embeds: bool = False) -> Iterator[ForwardCapture]:
-    """Within it, every forward of the causal LM `model` leaves its aux layers' outputs and its last hidden state.
+    """Context manager that captures auxiliary and last hidden states of each forward of `model`.
 
-    embeds: whether it leaves what its token embedding gave as well.
+    model: a causal LM. embeds: whether to capture the output of its token embedding as well.
     """
     decoder = decoder_of(model)
     layers = layers_of(decoder)
@@ -119,10 +127,14 @@ def capture(model: PreTrainedModel, aux_layers: tuple[int, ...], embeds: bool = 
 class FrozenTarget:
     """A Hugging Face causal LM that is never trained.
 
-    model: the causal LM, for plain decoding with a cache; its attention is its family's own outside of `__call__`.
-    config: the config of its language model. aux_layers: three 0-based layer ids. head, embedding: of its vocabulary; is_tied:
-    whether they are one tensor. dtype, device: of its states.
-    packs: whether documents share a forward; families in which one document would disturb another run them one by one.
+    model: the causal LM. Outside of `__call__` it uses its family's own attention, so that it can
+    decode with a cache.
+    config: the config of its language model.
+    aux_layers: three 0-based layer ids.
+    head, embedding: its LM head and token embedding. is_tied: whether they are one tensor.
+    dtype, device: precision and device of its states.
+    packs: whether documents share a forward. In some families one document would affect another;
+    these run one document at a time.
     """
 
     def __init__(
@@ -133,9 +145,12 @@ class FrozenTarget:
         mesh: TargetMesh = ALONE,
         plan: TargetPlan | None = None,
     ) -> None:
-        """mesh: with whom the target is shared. plan: how its weights are cut already; None = they are whole, and cut here.
+        """Prepare a loaded model.
 
-        Raises ValueError if the family's head or layers cannot be read, or the layers named are not there.
+        mesh: the ranks that share the target.
+        plan: how the weights have been sharded; None = they are whole, and are sharded here.
+        Raises ValueError if the family's head or layers cannot be read, or if `aux_layers` names a
+        layer that does not exist.
         """
         self.model = model.eval().requires_grad_(False)
         self.config = text_config(model.config)
@@ -145,7 +160,7 @@ class FrozenTarget:
         self.decoder = decoder_of(model)
         drop_other_towers(model, self.decoder)
         if getattr(self.config, "attn_logit_softcapping", None) is not None:
-            # Transformers' sdpa leaves out the cap of the scores.
+            # Transformers' sdpa attention ignores the soft cap of the scores.
             model.set_attn_implementation("eager")
         self.packs = self.decoder._supports_attention_backend and runs_packed(self.config)
         if self.packs:
@@ -157,7 +172,8 @@ class FrozenTarget:
         head = head_of(model)
         self.is_tied = head.weight_VD.data_ptr() == table.weight.data_ptr()
         if mesh.size > 1:
-            self.decoder.set_attn_implementation(NAME if self.packs else ONE)  # also for configs that modules copy
+            # Set before modules get copies of their configs below, so that the copies have it too.
+            self.decoder.set_attn_implementation(NAME if self.packs else ONE)
             if plan is None:
                 self.plan = cut_decoder(self.decoder, mesh)
                 cut_head(model, mesh.tp, self.is_tied)
@@ -183,12 +199,16 @@ class FrozenTarget:
         unproven: bool = False,
         bar: Bar | None = None,
     ) -> "FrozenTarget":
-        """The target of a recipe, on `device`, in `section.dtype`. aux_layers: None = the section's, or the default rule.
+        """Load the target of a recipe on `device` in `section.dtype`.
 
-        Weights go straight to the device, a tensor at a time. mesh: with whom the target is shared; each rank then reads its
-        part alone. unproven: whether it may be of a family that was not shown to give the same results then. bar: shows the
-        reading. Raises ValueError, before a weight is read, if the checkpoint does not fit the config, a file is not whole,
-        or it is quantised in a way that cannot be read.
+        Weights are read straight to the device, one tensor at a time.
+
+        aux_layers: None = those of the section, or else the default rule.
+        mesh: the ranks that share the target; each rank reads only its part of the weights.
+        unproven: whether to accept a family not shown to give the same results when it is shared.
+        bar: shows the progress of reading.
+        Raises ValueError, before any weight is read, if the checkpoint does not fit the config, a
+        file is incomplete, or the quantisation is not supported.
         """
         config = load_target_config(section)
         if config.is_encoder_decoder:
@@ -204,22 +224,25 @@ class FrozenTarget:
 
     @property
     def attention(self) -> str:
-        """How its documents attend, a phrase."""
+        """Phrase for the log that describes how documents attend."""
         if not self.packs:
             return "a document at a time, under its family's own masks"
         return choose_packed_attention(self.device, self.dtype).reason
 
     def whole_head(self) -> TargetHead:
-        """The head with all its rows; a collective where ranks share it."""
+        """Return the head with all of its rows; a collective if ranks share it."""
         return self.head.whole()
 
     def head_rows(self, target_ids_U: Tensor) -> TargetHead:
-        """The head restricted to `target_ids_U`, int64 [U]; a collective where ranks share it."""
+        """Return the head of `target_ids_U` only, int64 [U]; a collective if ranks share it."""
         return self.head.rows(target_ids_U)
 
     @torch.no_grad()
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
-        """Run the documents of `batch`, each seeing itself alone. slots_N: int64 [N], ascending positions to learn."""
+        """Run the target on the documents of `batch`, each of which attends only to itself.
+
+        slots_N: int64 [N], positions at which the draft learns the target distribution, ascending.
+        """
         batch = batch.to(self.device)
         if self.mesh.size > 1:
             return self._shared(batch, to_device(slots_N, self.device))
@@ -238,7 +261,10 @@ class FrozenTarget:
         return TargetOutput(aux_TA, slots_N, last_hidden_ND, argmax_N, lse_N)
 
     def _one_by_one(self, batch: PackedBatch, slots_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Run each document by itself; returns auxiliary states [T, 3D] and states of slots [N, D]."""
+        """Run each document in a separate forward.
+
+        Returns auxiliary states [T, 3D] and last hidden states of the slots [N, D].
+        """
         aux: list[Tensor] = []
         last_hidden: list[Tensor] = []
         host_slots_N = slots_N.cpu()
@@ -253,7 +279,10 @@ class FrozenTarget:
         return torch.cat(aux), torch.cat(last_hidden)
 
     def _shared(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
-        """The same with the mesh's other ranks, which bring batches of their own, or `rest`; a collective of all of them."""
+        """Run the target on `batch` together with the other ranks of the mesh.
+
+        This is a collective of the mesh: every other rank calls it with its own batch, or `rest`.
+        """
         seen = self._run_shared(batch.input_ids_T, gather_objects(batch.host_lengths, self.mesh.whole))
         last_hidden_ND = seen.last_hidden()[0, slots_N]
         embedded = seen.embedded()
@@ -262,14 +291,17 @@ class FrozenTarget:
 
     @torch.no_grad()
     def rest(self) -> None:
-        """Take part in the forwards of the mesh's other ranks until all of them rest."""
+        """Take part in the forwards of the mesh's other ranks until every rank calls `rest`."""
         one_T = torch.zeros(1, dtype=torch.long, device=self.device)
         while self.mesh.size > 1 and any(everyone := gather_objects((), self.mesh.whole)):
             seen = self._run_shared(one_T, everyone)
             self.head.argmax_and_lse(seen.last_hidden()[0, :0])
 
     def _run_shared(self, input_ids_T: Tensor, everyone: list[tuple[int, ...]]) -> ForwardCapture:
-        """everyone: lengths of the documents of each rank of the mesh, none where it rests."""
+        """Run one forward of the shared target and return what was captured on this rank.
+
+        everyone: document lengths of each rank of the mesh; empty for a rank that rests.
+        """
         tp = self.mesh.tp
         first = self.mesh.whole.rank // tp.size * tp.size
         tokens = Tokens(tuple(documents or (1,) for documents in everyone[first : first + tp.size]), tp.rank)
@@ -280,14 +312,21 @@ class FrozenTarget:
 
     @contextmanager
     def _forward_of(self, tokens: Tokens) -> Iterator[dict[str, Tensor]]:
-        """Within it, the mesh's ranks run a forward of these tokens; gives the arguments that it takes beside own token ids."""
+        """Context manager in which the ranks of the mesh run a forward of `tokens`.
+
+        Yields the decoder's arguments other than this rank's token ids.
+        """
         row = PackedRow(tokens.documents, self.device)
         with tokens_of_forward(tokens), packed_attention(self.decoder, row, self.packs):
             yield {"position_ids": row.position_1T}
 
     @torch.no_grad()
     def _check_head(self, head: TargetHead) -> None:
-        """Compare our head, or our part, with the model's logits on two tokens: remote families may do more than we know."""
+        """Compare `head`, or this rank's part of it, with the model's logits on two tokens.
+
+        Models with remote code may transform their logits in ways that `TargetHead` does not know.
+        Raises ValueError if the logits differ or the auxiliary states have an unexpected shape.
+        """
         ids_1T = torch.arange(2, device=self.device)[None]
         tp = self.mesh.tp
         shared: AbstractContextManager[dict[str, Tensor]] = nullcontext({})
@@ -302,7 +341,7 @@ class FrozenTarget:
         if aux.shape != (1, 2, 3 * width):
             raise ValueError(f"target family {family!r} gives auxiliary states {list(aux.shape)}; expected [1, 2, {3 * width}]")
         count = final_logits(self.config).num_tokens
-        if count is not None:  # rows behind it are no tokens
+        if count is not None:  # rows from here on are not tokens
             first, _ = part_of_rows(self.model.get_output_embeddings().out_features, tp)
             ours, expected = (logits[..., : max(0, count - first)] for logits in (ours, expected))
         tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2

@@ -1,12 +1,12 @@
-"""RMSNorm, SwiGLU and rotary embedding of a frozen target, one launch each, by liger-kernel.
+"""Fused RMSNorm, SwiGLU and rotary embedding of a frozen target by liger-kernel, one launch each.
 
-A family's modules are not edited: `fuse_elementwise` replaces the `forward` of single modules of
-a loaded decoder from outside. A module is replaced only if
+The code of a model family is not edited: `fuse_elementwise` replaces the `forward` of individual
+modules of a loaded decoder from outside. A module is replaced only if
 
-- its `forward` is still that of its class, so nothing that ranks exchange is passed over;
+- its `forward` is still that of its class, so that no communication between ranks is bypassed;
 - the fused operation agrees with it on small random inputs in the precision of the run, within the
-  bound of `engine/kernels/self_check.py`. This tells the forms of RMSNorm apart as well, and refuses
-  interleaved rotary embeddings, clamped activations and whatever else a family does differently.
+  bound of `engine/kernels/self_check.py`. This check also tells the forms of RMSNorm apart. It
+  rejects interleaved rotary embeddings, clamped activations and any other difference of a family.
 
 Calls that the check did not cover (another precision, no rows) run the family's own code.
 
@@ -30,24 +30,24 @@ from engine.kernels.self_check import SelfCheck, check_kernel
 from engine.parallel.norms import epsilon_of, required_epsilon
 
 NORM, MLP, ROTARY = KINDS = ("RMSNorm", "SwiGLU", "rotary")
-ROTATE = "apply_rotary_pos_emb"  # the name that attention modules of Transformers call
+ROTATE = "apply_rotary_pos_emb"  # the function that attention modules of Transformers call
 NUM_ROWS = 37
-# liger-kernel norms narrow rows by another kernel where there are this many of them.
+# For rows up to NARROW wide, liger-kernel uses another kernel from MANY_ROWS rows on.
 NARROW = 256
 MANY_ROWS = 8 * 4096
-SCALES = (3.0, 30.0)  # of an MLP's inputs; the larger one meets the limits of clamped activations
+SCALES = (3.0, 30.0)  # of an MLP's inputs; the larger one reaches the limits of clamped activations
 SETTINGS = (bool, int, float, str, tuple, list, type(None))
 NOT_SETTINGS = {"training", "layer_idx", "layer_id"}
-Sizes = frozenset[tuple[int, int]]  # widths of heads, and of the tables that rotate them
+Sizes = frozenset[tuple[int, int]]  # (head dimension, width of the tables that rotate it)
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class NormForm:
-    """One way to write RMSNorm: x / rms(x) * (offset + weight).
+    """One form of RMSNorm: x / rms(x) * (offset + weight).
 
     casting: "llama" rounds x / rms(x) to the precision of x before the product with the weight,
-    "gemma" rounds the product alone.
+    "gemma" rounds only the product.
     """
 
     offset: float
@@ -59,11 +59,12 @@ NORM_FORMS = (NormForm(0.0, "llama"), NormForm(0.0, "gemma"), NormForm(1.0, "gem
 
 @dataclass(frozen=True)
 class FusedOperations:
-    """The operations that take the place of a family's own.
+    """Fused operations that replace those of a model family.
 
-    rms_norm: of x [..., D], weight [D], epsilon and form. swiglu: silu(gate) * up. rotate: of
-    queries [B, H, T, E], keys [B, G, T, E], cosines and sines, each [B or 1, T, up to E]; its
-    arguments stay as they are.
+    rms_norm: takes x [..., D], weight [D], epsilon and form.
+    swiglu: takes gate and up, and returns silu(gate) * up.
+    rotate: takes queries [B, H, T, E], keys [B, G, T, E], cosines and sines, each [B or 1, T, up
+    to E], and leaves them unchanged.
     """
 
     rms_norm: Callable[[Tensor, Tensor, float, NormForm], Tensor]
@@ -72,7 +73,7 @@ class FusedOperations:
 
 
 def liger_operations() -> FusedOperations:
-    """Return the operations of liger-kernel. Raises ImportError where it is not installed."""
+    """Return the operations of liger-kernel. Raises ImportError if it is not installed."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.rope import LigerRopeFunction
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
@@ -81,7 +82,7 @@ def liger_operations() -> FusedOperations:
         return LigerRMSNormFunction.apply(x, weight_D, eps, form.offset, form.casting, False)
 
     def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        # Further entries, which some versions return, are not ours.
+        # Some versions of liger-kernel return further entries, which are not needed.
         rotated = LigerRopeFunction.apply(_to_overwrite(query), _to_overwrite(key), cos, sin)
         return rotated[0], rotated[1]
 
@@ -89,42 +90,42 @@ def liger_operations() -> FusedOperations:
 
 
 def _to_overwrite(x_BHTE: Tensor) -> Tensor:
-    """Return a copy where liger-kernel would rotate in place; it copies other layouts itself."""
+    """Return a copy if liger-kernel would rotate in place; it copies other layouts itself."""
     is_in_place = x_BHTE.transpose(1, 2).is_contiguous()
     return x_BHTE.clone() if is_in_place else x_BHTE
 
 
 @dataclass
 class Fused:
-    """What was replaced: counts of modules by kind, and those refused, with the first reason."""
+    """Counts of replaced and refused modules by kind, and the first reason for refusal of each."""
 
     replaced: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def add(self, kind: str, problem: str) -> None:
-        """Count one module. problem: why it was left alone; empty where it was replaced."""
+        """Count one module. problem: why it was refused; empty if it was replaced."""
         counts = self.refused if problem else self.replaced
         counts[kind] = counts.get(kind, 0) + 1
         if problem:
             self.reasons.setdefault(kind, problem)
 
     def summary(self) -> str:
-        """Return a line for the run's log."""
+        """Return a summary in one line for the run's log."""
         parts = [f"{kind} ({self.replaced[kind]})" for kind in KINDS if kind in self.replaced]
         text = ", ".join(parts) or "nothing replaced"
         for kind in KINDS:
             if kind in self.refused:
                 count = self.refused[kind]
-                text += f"; the family's own {kind} ({count}) stays: {self.reasons[kind]}"
+                text += f"; the family's own {kind} ({count}) is kept: {self.reasons[kind]}"
         return text
 
 
 def use_liger(decoder: PreTrainedModel, dtype: torch.dtype, kernels: str, check: SelfCheck) -> str:
-    """Replace what liger-kernel computes as the family does; returns a line for the run's log.
+    """Replace the modules of a target with which liger-kernel agrees; returns a line for the log.
 
-    A collective of all ranks on CUDA devices, to be called once after the target is loaded.
-    kernels: the run's option; "reference" leaves everything as it is. dtype: of the target.
+    This is a collective of all ranks on CUDA devices. Call it once after the target is loaded.
+    dtype: precision of the target. kernels: the run's option; "reference" replaces nothing.
     """
     if kernels == "reference":
         return "nothing replaced, since kernels=reference"
@@ -137,7 +138,7 @@ def use_liger(decoder: PreTrainedModel, dtype: torch.dtype, kernels: str, check:
     except ModuleNotFoundError:
         problem = "liger-kernel is not installed (pip install -e '.[gpu]')"
     except Exception as error:
-        # Whatever the import of another version raises: the run can do without.
+        # Other versions may raise anything on import. The run works without liger-kernel too.
         problem = f"liger-kernel cannot be imported ({type(error).__name__}: {error})"
     (is_missing,) = check.any_rank([operations is None])
     if is_missing or operations is None:
@@ -152,10 +153,10 @@ def fuse_elementwise(
     operations: FusedOperations,
     any_rank: Callable[[list[bool]], list[bool]] = list,
 ) -> Fused:
-    """Replace those modules of `decoder` that `operations` agree with.
+    """Replace those modules of `decoder` with which `operations` agree.
 
-    any_rank: from what is refused on this rank, one flag per module, to what is refused on any, so
-    that ranks that share a target compute alike; a collective.
+    any_rank: a collective that combines one flag per module, whether this rank refuses it, into
+    whether any rank refuses it. With it, ranks that share a target compute in the same way.
     """
     checks = _Checks(operations, dtype, device)
     rotary = _Rotary(decoder, checks)
@@ -184,7 +185,7 @@ def fuse_elementwise(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A module that may be replaced. problem: why it may not; empty where it may."""
+    """A module to be replaced. problem: why it cannot be; empty if it can."""
 
     kind: str
     problem: str
@@ -192,7 +193,7 @@ class _Candidate:
 
 
 class _Checks:
-    """Comparisons of fused operations with modules, one per distinct setup of a module."""
+    """Comparisons of fused operations with modules, one per distinct configuration of a module."""
 
     def __init__(self, operations: FusedOperations, dtype: torch.dtype, device: torch.device) -> None:
         self.operations = operations
@@ -201,32 +202,32 @@ class _Checks:
         self._known: dict[object, object] = {}
 
     def problem(self, name: str, *cases: Case) -> str:
-        """Return what is wrong with an operation; empty where it agrees in all cases."""
+        """Return what is wrong with an operation; empty if it agrees in all cases."""
         return check_kernel(name, cases, self.device, self.dtype).message
 
     def once(self, key: object, compute: Callable[[], object]):
-        """Return what `compute` gives, or gave for an equal key before."""
+        """Return the result of `compute`, which is called once per key."""
         if key not in self._known:
             self._known[key] = compute()
         return self._known[key]
 
 
 def _settings(module: nn.Module) -> tuple[object, ...]:
-    """Return the class of a module and its plain attributes, which modules set up alike share."""
+    """Return a module's class and plain attributes, which equally configured modules share."""
     found = vars(module).items()
     plain = [(name, repr(value)) for name, value in found if isinstance(value, SETTINGS)]
     return type(module), *sorted(pair for pair in plain if pair[0] not in NOT_SETTINGS)
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
-    return len(inspect.signature(type(module).forward).parameters) == 2  # self is one of them
+    return len(inspect.signature(type(module).forward).parameters) == 2  # including self
 
 
 def _is_norm(module: nn.Module, dtype: torch.dtype) -> bool:
     weight = getattr(module, "weight", None)
     if not type(module).__name__.endswith(NORM) or not isinstance(weight, Tensor):
         return False
-    # A wider weight widens the result, which liger-kernel gives in the precision of the input.
+    # A weight of higher precision raises that of the result; liger-kernel keeps the input's.
     fits = weight.ndim == 1 and weight.dtype == dtype
     return fits and isinstance(epsilon_of(module), float) and _takes_one_argument(module)
 
@@ -238,9 +239,9 @@ def _check_norm(module: nn.Module, checks: _Checks) -> _Candidate:
 
 
 def _norm_form(module: Any, checks: _Checks) -> tuple[NormForm, str]:
-    """Return the form nearest to a norm, and what is wrong with it.
+    """Return the form of RMSNorm nearest to a module, and what is wrong with it; empty if nothing.
 
-    Several can be within the bound: in 16 bits they differ by a rounding.
+    Several forms can be within the bound: in 16 bits they differ by a rounding.
     """
     (width,) = module.weight.shape
     eps = required_epsilon(module)
@@ -285,7 +286,7 @@ def _replace_norm(module: Any, form: NormForm, checks: _Checks) -> None:
 
 
 class _Part(nn.Module):
-    """A stand-in for a linear map: gives one half of its input's features, or all of them."""
+    """A stand-in for a linear map that returns one half of its input's features, or all of them."""
 
     def __init__(self, place: int | None = None) -> None:
         super().__init__()
@@ -312,7 +313,7 @@ def _check_mlp(module: nn.Module, checks: _Checks) -> _Candidate:
 
 
 def _mlp_problem(module: nn.Module, width: int, checks: _Checks) -> str:
-    """Compare what an MLP does between its linear maps, which need not be run for that."""
+    """Compare SwiGLU with what an MLP computes between its linear maps; returns what is wrong."""
     between = type(module).__new__(type(module))
     vars(between).update(vars(module))
     stand_ins = {"gate_proj": _Part(0), "up_proj": _Part(1), "down_proj": _Part()}
@@ -349,8 +350,9 @@ def _replace_mlp(module: Any, checks: _Checks) -> None:
 class _Rotary:
     """The rotary embedding of a decoder's attention, which is a function of the modeling module.
 
-    The function is not replaced for the process, since other models may call it: attention modules
-    get their `forward` with another one under its name.
+    The function itself is not replaced, since other models in the process may call it. Instead,
+    each attention module gets a copy of its `forward` in which the name of the function refers to
+    the fused operation.
     """
 
     def __init__(self, decoder: PreTrainedModel, checks: _Checks) -> None:
@@ -370,9 +372,9 @@ class _Rotary:
         return _Candidate(ROTARY, problem, partial(self._replace, module, own, sizes))
 
     def _sizes(self, own: Rotate, head_dim: object) -> tuple[Sizes, str]:
-        """Return for which widths of heads and tables the operations agree, and what is wrong.
+        """Return the sizes for which the operations agree, and what is wrong if there are none.
 
-        Some functions rotate the first features of wider heads, others are given those alone.
+        Some functions rotate the first features of wider heads, others receive only those features.
         """
         widths = self._checks.once("tables", self._table_widths)
         if not widths:
@@ -397,7 +399,7 @@ class _Rotary:
         key_BTGE = draw(*shape, num_groups, head_dim, seed=2)
 
         def run(rotate: Rotate, query, key, cos, sin) -> tuple[Tensor, ...]:
-            # A family may read what it has rotated again, so the arguments are compared as well.
+            # A family may read the arguments after rotating them, so they are compared as well.
             query = query.clone().transpose(1, 2)
             key = key.clone().transpose(1, 2)
             return *rotate(query, key, cos, sin), query, key
@@ -407,7 +409,7 @@ class _Rotary:
         return Case(ROTARY, leaves, fused, partial(run, own), differentiates=False)
 
     def _table_widths(self) -> set[int]:
-        """Return the widths of the decoder's tables; none unless all repeat their first half."""
+        """Return the widths of the decoder's tables; empty unless all repeat their first half."""
         widths = set()
         for cos, sin in self._tables():
             for table in (cos, sin):
@@ -418,7 +420,7 @@ class _Rotary:
         return widths
 
     def _tables(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the cosines and sines of some positions; one entry that fits nothing if they are unknown."""
+        """Yield the cosines and sines of some positions; an unusable pair if they are not known."""
         device = self._checks.device
         x = torch.zeros(1, 1, 1, dtype=self._checks.dtype, device=device)
         position_1T = torch.arange(NUM_ROWS, device=device)[None]
@@ -432,7 +434,7 @@ class _Rotary:
                 try:
                     cos, sin = module(x, position_1T, *arguments)
                 except Exception:
-                    # A rotary embedding that is called otherwise, or is none for this kind of layer.
+                    # It takes other arguments, or does not know this kind of layer.
                     cos = unknown
                     sin = unknown
                 yield cos, sin
@@ -452,7 +454,7 @@ class _Rotary:
         module.forward = MethodType(rebuilt, module)
 
     def _globals(self, names: dict[str, Any], own: Rotate, sizes: Sizes) -> dict[str, Any]:
-        """Return the global names of a modeling module, with a fused function in one place. names: as they are."""
+        """Return the globals of a modeling module, `names`, with its rotary function replaced."""
         fused_rotate = self._checks.operations.rotate
         dtype = self._checks.dtype
 
@@ -466,7 +468,7 @@ class _Rotary:
 
 
 def _is_rotatable(arguments: tuple[Any, ...], sizes: Sizes, dtype: torch.dtype) -> bool:
-    """Return whether queries, keys and tables are of kinds that were checked."""
+    """Return whether queries, keys and tables have precisions and sizes that were checked."""
     if not all(isinstance(x, Tensor) and x.dtype == dtype for x in arguments):
         return False
     query, key, cos, sin = arguments

@@ -1,4 +1,4 @@
-"""The target's LM head: exact logits for a few rows, and its argmax and log-sum-exp without ever holding [N, V]."""
+"""The target's LM head: logits of few rows, and argmax and log-sum-exp without [N, V] logits."""
 
 from dataclasses import dataclass, replace
 
@@ -11,16 +11,19 @@ from engine.kernels.interface import LogitTransform
 from engine.kernels.matmul import linear
 
 _SLOTS_PER_CHUNK = 1024
-# Logits of a block stay in a CPU's last cache. On a GPU they are 128 MiB in bf16 and are read once.
+# Logits of a block fit the last-level cache of a CPU. On a GPU they are 128 MiB in bf16 and are
+# read once.
 _VOCAB_PER_BLOCK = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass(frozen=True)
 class TargetHead:
-    """Logits `z = cap(scale * (hidden @ weight.T + bias)) / temperature`, `cap(x) = soft_cap * tanh(x / soft_cap)`.
+    """LM head with logits `z = cap(scale * (hidden @ weight.T + bias)) / temperature`.
 
-    weight_VD: [V, D] in the target's precision; the product is formed in it, as the served target does, the rest in fp32.
-    bias_V: [V] or None. soft_cap: None = no cap.
+    `cap(x) = soft_cap * tanh(x / soft_cap)`. The product is computed in the precision of the
+    weights, as in the served target, and the rest in fp32.
+
+    weight_VD: [V, D] in the target's precision. bias_V: [V] or None. soft_cap: None = no cap.
     """
 
     weight_VD: Tensor
@@ -31,36 +34,43 @@ class TargetHead:
 
     @property
     def transform(self) -> LogitTransform:
-        """The steps behind the product."""
+        """The transform from the product of hidden states and weights to logits."""
         return LogitTransform(self.scale, self.soft_cap, self.temperature)
 
     def product(self, hidden_ND: Tensor) -> Tensor:
-        """hidden_ND: [..., D] -> [..., V] in the precision of the head, not yet transformed."""
+        """Return `hidden @ weight.T + bias`, [..., D] -> [..., V], in the precision of the head."""
         hidden_ND = hidden_ND.to(self.weight_VD.dtype)
         if self.bias_V is None:
             return linear(hidden_ND, self.weight_VD)
         return F.linear(hidden_ND, self.weight_VD, self.bias_V)
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """hidden_ND: [..., D] -> fp32 [..., V]."""
+        """Return the logits of hidden states, [..., D] -> fp32 [..., V]."""
         return self.transform(self.product(hidden_ND).float())
 
     def rows(self, target_ids_U: Tensor) -> "TargetHead":
-        """The head restricted to `target_ids_U`, int64 [U], in that order; its rows are copied."""
+        """Return a head with copies of the rows `target_ids_U`, int64 [U], in that order."""
         bias_U = None if self.bias_V is None else self.bias_V[target_ids_U]
         return replace(self, weight_VD=self.weight_VD[target_ids_U], bias_V=bias_U)
 
     def whole(self) -> "TargetHead":
-        """Itself; of a head that ranks share, all rows."""
+        """Return the head with all of its rows, which is this head; `SharedHead` gathers them."""
         return self
 
     def argmax_and_lse(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden_ND: [N, D] -> int32 [N] first most likely token, fp32 [N] log-sum-exp over the whole vocabulary."""
+        """Return the most likely token and log-sum-exp over the vocabulary for each hidden state.
+
+        Shapes: hidden_ND is [N, D]; returns int32 [N] and fp32 [N]. Of equal logits the first wins.
+        """
         _, argmax_N, lse_N = self.best_argmax_and_lse(hidden_ND)
         return argmax_N.to(torch.int32), lse_N
 
     def best_argmax_and_lse(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same behind the largest logit, fp32 [N]; the token as int64."""
+        """Return the largest logit, its token and the log-sum-exp for each hidden state.
+
+        Shapes: hidden_ND is [N, D]; returns fp32, int64 and fp32, each [N]. Of equal logits the
+        first wins.
+        """
         num_slots = hidden_ND.shape[0]
         device = hidden_ND.device
         best_N, lse_N = (torch.empty(num_slots, dtype=torch.float32, device=device) for _ in range(2))
@@ -84,14 +94,17 @@ class TargetHead:
         return best_N, argmax_N, lse_N
 
     def stats(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Largest logit, its first token and log-sum-exp of each row, from logits held at once."""
+        """Return the largest logit, its first token and the log-sum-exp of each row, [N] each.
+
+        The logits of all rows are held at once.
+        """
         fused = choose_head_stats(hidden_ND.device)
         if fused is not None:
             best_N, argmax_N, lse_N = fused(self.product(hidden_ND), self.transform)
             return best_N, argmax_N, lse_N
         logits_NV = self.logits(hidden_ND)
         best_N, argmax_N = logits_NV.max(dim=-1)
-        # In the place of the logits, so that there are never two of this size.
+        # Computed in place, so that only one tensor of the size of the logits exists.
         above_N = logits_NV.sub_(best_N[:, None]).exp_().sum(dim=-1)
         return best_N, argmax_N, above_N.log_() + best_N
 

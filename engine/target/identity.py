@@ -1,9 +1,11 @@
-"""The identity of a target: a short text that changes when its weights or its config do, cheap at a terabyte.
+"""The identity of a target: a short text that changes when its weights or its config change.
 
-Of every file of weights the header (names, types and shapes of all tensors), the size and evenly spaced samples are hashed:
-256 samples of 16 KiB, 4 MiB per file, or the whole file where it is not larger. Tensors of at least a 256th of their file are
-always sampled, and a training step, which changes values all over a file, is always seen. An edit that lies wholly between
-two samples and keeps every name, type and shape is missed. The same weights in other files count as another target.
+It is cheap to compute even for a terabyte of weights. For every weight file, the header (names,
+types and shapes of all tensors), the size and evenly spaced samples are hashed: 256 samples of
+16 KiB, so 4 MiB per file, or the whole file if it is not larger. Tensors of at least 1/256 of their
+file are always sampled. A training step is always detected, since it changes values all over a
+file. An edit that lies entirely between two samples and keeps every name, type and shape is missed.
+The same weights stored in other files count as another target.
 """
 
 import json
@@ -25,15 +27,15 @@ from engine.weights.weight_files import LENGTH_BYTES, find_published, find_weigh
 SAMPLE_BYTES = 1 << 14
 SAMPLES_PER_FILE = 256
 THREADS = 8  # files that are read at the same time
-# Keys of a config.json that say who wrote it, and not what the model computes.
+# Keys of a config.json that describe who wrote it, not what the model computes.
 NO_PART_OF_IDENTITY = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
 def target_identity(section: TargetSection) -> str:
     """Return the hash of a target's config and that of its weights, joined by a hyphen.
 
-    Files of a hub repository are taken from the local cache, and fetched where they are not there. Raises ValueError, naming
-    the file, for one that is missing, cut off or a git-lfs pointer.
+    Files of a hub repository are taken from the local cache, or downloaded if they are not there.
+    Raises ValueError, naming the file, if a file is missing, cut off or a git-lfs pointer.
     """
     files = find_weight_files(section.path, section.revision)
     files.check()
@@ -44,14 +46,16 @@ def target_identity(section: TargetSection) -> str:
 
 
 def shared_identity(section: TargetSection, world: World) -> str:
-    """Return `target_identity` on every rank; a collective, in which the first rank of each node reads the files.
+    """Return `target_identity` on every rank; the first rank of each node reads the files.
 
-    Raises ValueError on every rank if a node's files are not whole or do not fit the config beside them, or if nodes hold
-    different targets under the same path.
+    This is a collective of all ranks. Raises ValueError on every rank if a node's files are
+    incomplete or do not fit the config next to them, or if nodes hold different targets under the
+    same path.
     """
     own: tuple[str | None, str | None] = (None, None)
-    # Every rank waits here while one downloads, on the hub's file locks, which have no time limit; a collective has one.
-    # What it raises is raised below, on every rank, by the first rank of the node.
+    # While one rank downloads, the others wait here on the hub's file locks, which have no timeout,
+    # unlike a collective. Errors are suppressed here: the first rank of the node meets them again
+    # below, and they are raised on every rank.
     with suppress(ValueError, OSError):
         find_weight_files(section.path, section.revision)
     if world.local_rank == 0:
@@ -71,25 +75,28 @@ def shared_identity(section: TargetSection, world: World) -> str:
         if identity != found[first]:
             what = what_changed(found[first], identity)
             problem = f"target.path={section.path}: {what} on the node of rank {rank}"
-            raise ValueError(f"{problem} than on that of rank {first}; copy the same target to every node")
+            raise ValueError(f"{problem} compared with that of rank {first}; copy the same target to every node")
     return found[first]
 
 
 def what_changed(before: str | None, now: str | None) -> str | None:
-    """Return what differs between two identities, as a phrase; None if they agree or one of them is not known."""
+    """Return a phrase that says what differs between two identities.
+
+    Returns None if they agree or if one of them is unknown.
+    """
     if before is None or now is None or before == now:
         return None
     config_before, _, weights_before = before.partition("-")
     config_now, _, weights_now = now.partition("-")
     if weights_before == weights_now:
-        return "the target's config.json is another one"
+        return "the target's config.json differs"
     if config_before == config_now:
-        return "the target's weights are other ones"
-    return "the target's weights and config.json are other ones"
+        return "the target's weights differ"
+    return "the target's weights and config.json differ"
 
 
 def sampled_ranges(start: int, end: int) -> list[tuple[int, int]]:
-    """Return the parts of a file that are read, as first byte and end, of all that lies between `start` and `end`."""
+    """Return the ranges (first, end) that are hashed of a file's bytes from `start` to `end`."""
     if end - start <= SAMPLES_PER_FILE * SAMPLE_BYTES:
         return [(start, end)]
     last = end - SAMPLE_BYTES
@@ -98,7 +105,7 @@ def sampled_ranges(start: int, end: int) -> list[tuple[int, int]]:
 
 
 def _digest(path: Path, is_safetensors: bool) -> str:
-    """Hash of a file's size, its header and its samples."""
+    """Return the hash of a file's size, its header and its samples."""
     num_bytes = path.stat().st_size
     digest = xxhash.xxh3_128(str(num_bytes).encode())
     descriptor = os.open(path, os.O_RDONLY)
@@ -110,7 +117,8 @@ def _digest(path: Path, is_safetensors: bool) -> str:
             digest.update(os.pread(descriptor, data_start, 0))
         ranges = sampled_ranges(data_start, num_bytes)
         if len(ranges) > 1:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # else the kernel reads ahead of each sample
+            # Otherwise the kernel reads ahead after each sample.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         for first, end in ranges:
             digest.update(os.pread(descriptor, end - first, first))
     finally:
@@ -128,7 +136,7 @@ def _hash_of_config(section: TargetSection) -> str:
 
 
 def _parsed(path: Path) -> object:
-    """The values of a published config without those that say who wrote it."""
+    """Return the values of a published config without those that describe who wrote it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

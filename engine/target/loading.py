@@ -1,4 +1,4 @@
-"""Reading a target: its weights straight to the device, or, to see whether they fit, their names and shapes alone."""
+"""Reading a target: weights straight to the device, or only names and shapes to check their fit."""
 
 from typing import Any
 
@@ -30,10 +30,11 @@ from engine.weights.weight_reader import Checkpoint, MisfitError
 def read_target(
     config: PreTrainedConfig, section: TargetSection, device: torch.device, mesh: TargetMesh, bar: Bar | None
 ) -> tuple[PreTrainedModel, TargetPlan]:
-    """Build a target on the meta device and read its weights, or a rank's part of them, straight to `device`.
+    """Build a target on the meta device and read its weights straight to `device`.
 
-    Quantisations that only Transformers knows are read by Transformers. Raises MisfitError, before a weight is read, if the
-    checkpoint does not fit the config.
+    If ranks share the target, only this rank's part of the weights is read. Quantisations that only
+    Transformers supports are read by Transformers.
+    Raises MisfitError, before any weight is read, if the checkpoint does not fit the config.
     """
     if is_left_to_transformers(config):
         return _read_by_transformers(config, section, device), TargetPlan()
@@ -54,7 +55,10 @@ def read_target(
 
 
 def refuse_misfits(section: TargetSection) -> None:
-    """Raise MisfitError, listing all misfits, if a checkpoint does not fit the config beside it; reads no weight."""
+    """Raise MisfitError, listing all misfits, if a checkpoint does not fit its config.
+
+    No weight is read.
+    """
     config = load_target_config(section)
     if is_left_to_transformers(config):
         return
@@ -64,14 +68,17 @@ def refuse_misfits(section: TargetSection) -> None:
 
 
 def _open(config: PreTrainedConfig, section: TargetSection) -> Checkpoint:
-    """Open the checkpoint that a config describes; the config itself loses its quantisation settings."""
+    """Open the checkpoint that a config describes; removes quantisation settings from `config`."""
     return open_checkpoint(config, section.path, section.revision, section.keep_quantised, section.fp8_activations)
 
 
 def _text_without_weights(
     config: PreTrainedConfig, section: TargetSection, device: torch.device
 ) -> tuple[PreTrainedModel, set[str]]:
-    """Build the text model on the meta device; returns it and the names of the weights of other towers that were dropped."""
+    """Build the text model on the meta device.
+
+    Returns the model and the names of the weights of other towers, which were dropped.
+    """
     model = without_weights(config, section, device)
     built = set(model.state_dict())
     drop_other_towers(model, decoder_of(model))
@@ -79,19 +86,19 @@ def _text_without_weights(
 
 
 def _read_generation_config(model: PreTrainedModel, section: TargetSection) -> None:
-    """Give a model the generation config of its folder, which may name more end tokens than its config does."""
+    """Load the generation config of a model, which may name more end tokens than its config."""
     if find_published(section.path, GENERATION_CONFIG_NAME, section.revision) is not None:
         found = GenerationConfig.from_pretrained(section.path, revision=section.revision or "main")
         model.generation_config = found
 
 
 def _read_by_transformers(config: PreTrainedConfig, section: TargetSection, device: torch.device) -> PreTrainedModel:
-    """A whole model on `device`, read by Transformers: for quantisations that only it knows.
+    """Read a whole model to `device` by Transformers, for quantisations that only it supports.
 
-    Raises MisfitError, listing them, for weights that the checkpoint lacks, does not know or has in another shape.
+    Raises MisfitError, listing all weights that are missing, unknown or of another shape.
     """
     find_weight_files(section.path, section.revision).check()
-    # A model and what was found of it; Transformers declares the model alone.
+    # A model and its loading info; the annotation of Transformers names only the model.
     loaded: Any = auto_class(config).from_pretrained(
         section.path,
         config=config,

@@ -1,11 +1,14 @@
-"""Which keys a query of a packed document may read, in numbers where Transformers' mask is one that we know, else in squares.
+"""Masks of packed documents: which keys each query may read.
 
-Transformers says it in a function of two places in the row, joined by `and_masks` from few kinds of closure. A kind is told by
-its code object, which no other function has, and its numbers are read from the closure. Samples of the function's values would
-say nothing of what lies between them; this needs no square and cannot take one mask for another. The tensors in the closures
-(positions, document ids) are the row's own, or are compared with them; a test that runs once per process confirms that each
-kind of mask means what `Reach` says.
-Whatever else there is, such as an overlay of a family's own, is evaluated on each document's square.
+A mask of Transformers that this module recognises becomes a few numbers (`Reach`). Any other mask,
+such as an overlay defined by a model family, is evaluated on one square per document.
+
+Transformers expresses a mask as a function of two positions in the row, which `and_masks` composes
+from a few kinds of closure. A kind is recognised by its code object, which no other function has,
+and its numbers are read from the closure. This needs no square and cannot confuse two masks, while
+samples of the function's values would not show what lies between them. Tensors in the closures
+(positions, document ids) are those of the row, or are compared with them. A check that runs once
+per process confirms that each kind of mask means what `Reach` says.
 """
 
 import inspect
@@ -28,17 +31,18 @@ MaskFunction = Callable[[Any, Any, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Reach:
-    """A query reads itself and what precedes it in its document; None = no further bound.
+    """Bounds of a causal mask inside a document: a query reads itself and tokens before it.
 
-    window: tokens that it reads at most, itself among them. chunk: size of the chunks, counted from the document's start, to
-    which it keeps.
+    window: largest number of tokens that a query reads, including itself; None = no limit.
+    chunk: size of the chunks, counted from the start of the document, within which a query reads;
+    None = no chunks.
     """
 
     window: int | None = None
     chunk: int | None = None
 
     def square(self, length: int, device: torch.device) -> Tensor:
-        """bool [L, L], true where a query (row) of a document may read a key (column)."""
+        """Return a document's mask, bool [L, L], true if a query (row) may read a key (column)."""
         position_L = torch.arange(length, device=device)
         query_L1 = position_L[:, None]
         key_1L = position_L[None, :]
@@ -52,7 +56,11 @@ class Reach:
 
 @dataclass(frozen=True)
 class DocumentMasks(ByDocument):
-    """lengths: of the documents. reach: of every query; None = the squares say it, bool [L, L] for each document."""
+    """The mask of one kind of layer for each document of a packed row.
+
+    lengths: tokens of each document. reach: bounds of every query; None = `squares` hold the masks.
+    squares: the mask of each document, bool [L, L]; empty if `reach` is given.
+    """
 
     lengths: tuple[int, ...]
     device: torch.device
@@ -60,7 +68,11 @@ class DocumentMasks(ByDocument):
     squares: tuple[Tensor, ...] = ()
 
     def __getitem__(self, slices: tuple[slice, ...]) -> "DocumentMasks":
-        """Itself: a family that cuts its mask to the logits wanted, as Gemma 4 does, cuts nothing of a forward for all."""
+        """Return the same masks.
+
+        Some families, such as Gemma 4, slice their mask to the logits that are wanted. In a forward
+        for all logits, the slice is the whole mask.
+        """
         assert all(one in (slice(None), slice(0, None)) for one in slices), f"{slices} take a part of the packed documents"
         return self
 
@@ -71,12 +83,15 @@ class DocumentMasks(ByDocument):
 
     @cached_property
     def position_T(self) -> Tensor:
-        """int64, place of a token in its document."""
+        """Position of each token in its document, int64 [T]."""
         return to_device(torch.cat([torch.arange(length) for length in self.lengths]), self.device)
 
     @cached_property
     def segments(self) -> Segments | None:
-        """What `reach` says to attention: chunks see each other as little as documents do. None = the squares say it."""
+        """Segments for packed attention; None if `squares` hold the masks.
+
+        A chunk is a segment like a document, since chunks do not attend to each other either.
+        """
         if self.reach is None:
             return None
         lengths = self.lengths
@@ -88,9 +103,10 @@ class DocumentMasks(ByDocument):
 
 @dataclass(frozen=True)
 class WholeMasks(ByDocument):
-    """The same masks as tensors [1, 1, L, L], for modules that are run on one document and make more of them (indexers).
+    """Document masks that become tensors [1, 1, L, L], for modules that run one document at a time.
 
-    They are added to the scores, as those of eager attention, which is the one kind that every family takes.
+    Such modules (indexers) derive further masks from the tensor. The tensors are added to the
+    scores, as in eager attention, which is the only form that every family accepts.
     """
 
     masks: DocumentMasks
@@ -105,7 +121,7 @@ class WholeMasks(ByDocument):
 
 
 def added(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as what is added to scores: 0 where they are allowed, else the lowest number."""
+    """Return a bool mask in additive form: 0 where true, the lowest finite number elsewhere."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
@@ -117,10 +133,10 @@ def document_masks(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> DocumentMasks:
-    """Return a layer's mask rule, for each document of the packed row.
+    """Return a layer's mask for each document of the packed row; Transformers calls it.
 
-    q_length: tokens of that row, or, where ranks run the target together, this rank's part of it.
-    attention_mask: says which tokens are padding; None = none are.
+    q_length: tokens of that row, or of this rank's part of it if ranks run the target together.
+    attention_mask: marks padding; None = there is no padding.
     """
     row = row_of_forward.get()
     assert row.num_tokens >= q_length, f"documents hold {row.num_tokens} tokens, the row {q_length}"
@@ -132,7 +148,10 @@ def document_masks(
 
 
 def whole_masks(*, dtype: torch.dtype = torch.float32, **arguments) -> WholeMasks:
-    """`document_masks`, as tensors once a document is taken out."""
+    """Return a layer's masks in a form that becomes a tensor when one document is selected.
+
+    arguments: as in `document_masks`.
+    """
     return WholeMasks(document_masks(**arguments), dtype)
 
 
@@ -147,8 +166,9 @@ def _squares(mask_function: MaskFunction, lengths: tuple[int, ...], device: torc
 def reach_of(mask_function: MaskFunction, row: PackedRow, is_unpadded: bool = False) -> Reach | None:
     """Return what a mask function allows inside the documents of a row; None if that is not certain.
 
-    is_unpadded: whether it was made for a row without padding. The host waits for the device only
-    where the function holds tensors about the packing that are not the row's own.
+    is_unpadded: whether the function was made for a row without padding.
+    The host waits for the device only if the function holds tensors about the packing that do not
+    share the memory of the row's tensors.
     """
     found = _Found(row, is_unpadded)
     conditions = _conditions(mask_function)
@@ -162,9 +182,9 @@ def reach_of(mask_function: MaskFunction, row: PackedRow, is_unpadded: bool = Fa
 
 @dataclass
 class _Found:
-    """What the conditions of a mask function come to.
+    """The combined conditions of a mask function.
 
-    facts: what has to hold and only the device knows, one bool each.
+    facts: conditions that only the device can decide and that have to be true, one bool each.
     """
 
     row: PackedRow
@@ -175,7 +195,10 @@ class _Found:
     facts: list[Tensor] = field(default_factory=list)
 
     def add(self, kind: str | None, held: Mapping[str, Any], in_document: bool) -> bool:
-        """Take a condition in; False if it is none that we know. in_document: whether it counts from a document's start."""
+        """Add a condition; returns False if it is not supported.
+
+        in_document: whether the condition counts positions from the start of the document.
+        """
         if kind == "causal":
             self.is_causal = True
         elif kind == "window" and _is_size(held["sliding_window"]):
@@ -194,7 +217,7 @@ class _Found:
         return True
 
     def _holds(self, row_BT: Tensor, expected_1T: Tensor) -> bool:
-        """Note that the mask counts on this of the row's packing; False if it is of another row."""
+        """Require a mask's tensor to equal that of the row; returns False if the lengths differ."""
         if is_view_of(row_BT, expected_1T):
             return True
         if row_BT.shape[-1] != expected_1T.shape[-1]:
@@ -209,7 +232,10 @@ def _is_size(number: Any) -> bool:
 
 @cache
 def _kinds() -> dict[Any, str]:
-    """Kinds of condition by the code of the functions that state them; those that make them are called for their code alone."""
+    """Return the kind of condition by the code object of the function that expresses it.
+
+    The factories are called only to obtain the code of the functions that they make.
+    """
     causal = masking_utils.causal_mask_function
     unread = torch.zeros(1, dtype=torch.int64)
     functions = {
@@ -225,7 +251,11 @@ def _kinds() -> dict[Any, str]:
 
 
 def _conditions(mask_function: MaskFunction, in_document: bool = False) -> Iterator[tuple[str | None, Mapping[str, Any], bool]]:
-    """Conditions that all have to hold: kind (None = unknown), what its function closes over, whether `remap` precedes it."""
+    """Yield the conditions of a mask function, all of which have to hold.
+
+    Each is a kind (None = unknown), the variables that its function closes over, and whether
+    `remap` precedes it.
+    """
     kind = _kinds().get(getattr(mask_function, "__code__", None))
     held = inspect.getclosurevars(mask_function).nonlocals if kind else {}
     if kind == "and":
@@ -239,10 +269,10 @@ def _conditions(mask_function: MaskFunction, in_document: bool = False) -> Itera
 
 @cache
 def _kinds_are_as_known() -> bool:
-    """Whether the installed Transformers means by its masks what `Reach` says."""
+    """Return whether the masks of the installed Transformers mean what `Reach` says."""
     cpu = torch.device("cpu")
     unpadded = torch.zeros(1, dtype=torch.int64)
-    pairs: tuple[tuple[Reach, Callable[..., Any]], ...] = (  # Transformers declares them for numbers
+    pairs: tuple[tuple[Reach, Callable[..., Any]], ...] = (  # Transformers annotates them for int
         (Reach(), masking_utils.causal_mask_function),
         (Reach(window=3), masking_utils.sliding_window_causal_mask_function(3)),
         (Reach(chunk=3), masking_utils.chunked_causal_mask_function(3, unpadded)),

@@ -1,8 +1,8 @@
-"""The packing of a row that goes through a target, known on the host and kept on the device.
+"""The packing of a row that a target runs on, known on the host and cached on the device.
 
-Transformers reads from the device whether a row holds several documents, and so waits for it. We
-know the packing beforehand: `row_of_forward` holds it, and our `find_packed_sequence_indices`
-answers from it if the positions are the row's own tensor.
+Transformers reads from the device whether a row holds several documents, so the host waits for the
+device. The engine knows the packing in advance and keeps it in `row_of_forward`. The replacement of
+`find_packed_sequence_indices` in this module uses it if the positions are the row's own tensor.
 """
 
 from contextvars import ContextVar
@@ -18,7 +18,7 @@ from engine.batch import to_device
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Documents laid end to end. lengths: tokens of each document."""
+    """A row of documents laid end to end. lengths: tokens of each document."""
 
     lengths: tuple[int, ...]
     device: torch.device
@@ -29,7 +29,7 @@ class PackedRow:
 
     @cached_property
     def position_1T(self) -> Tensor:
-        """Place of each token in its document, int64 [1, T]."""
+        """Position of each token in its document, int64 [1, T]."""
         positions = [torch.arange(length) for length in self.lengths]
         return to_device(torch.cat(positions)[None], self.device)
 
@@ -44,7 +44,7 @@ row_of_forward: ContextVar[PackedRow] = ContextVar("the packed row that a target
 
 
 def is_view_of(x: Tensor, row_1T: Tensor) -> bool:
-    """Whether `x` [..., T] reads the memory of `row_1T`, so that their values need no comparison."""
+    """Return whether `x` [..., T] views the memory of `row_1T`, so that their values are equal."""
     has_its_values = x.dtype == row_1T.dtype and x.data_ptr() == row_1T.data_ptr()
     has_its_length = x.shape[-1] == row_1T.shape[-1]
     return has_its_values and has_its_length and x.stride(-1) == row_1T.stride(-1)
@@ -54,7 +54,10 @@ _find_packed = masking_utils.find_packed_sequence_indices
 
 
 def find_packed_sequence_indices(position_ids: Tensor) -> Tensor | None:
-    """Return what Transformers' function of this name does, without a wait for rows of ours."""
+    """Return the document number of each token as Transformers does; None for a single document.
+
+    It does not wait for the device if `position_ids` are those of the row of the current forward.
+    """
     row = row_of_forward.get(None)
     if row is None or position_ids.shape != (1, row.num_tokens):
         return _find_packed(position_ids)

@@ -1,7 +1,7 @@
-"""Rotary embeddings that depend on how long a document is: of a packed row, each document gets those of its own length.
+"""Rotary embeddings that depend on the length of a document, for each document of a packed row.
 
-Long-RoPE (arXiv:2402.13753) has one set of factors for forwards as long as those of pretraining, and another for longer ones;
-Transformers chooses by the largest position of a forward.
+Long-RoPE (arXiv:2402.13753) has one set of factors for forwards up to the length of pretraining,
+and another for longer ones. Transformers chooses between them by the largest position of a forward.
 """
 
 import torch
@@ -14,7 +14,7 @@ from engine.target.packed_row import row_of_forward
 
 
 def rotate_by_length(decoder: PreTrainedModel) -> None:
-    """Make long-RoPE choose by document in forwards of packed ones; other forwards stay as they are."""
+    """Make long-RoPE choose its factors per document in forwards of packed documents only."""
     ropes = [rope for rope in rope_kinds(decoder.config) if rope.get("rope_type") == "longrope"]
     limits = {rope["original_max_position_embeddings"] for rope in ropes}
     for name, module in decoder.named_modules() if limits else ():
@@ -23,7 +23,10 @@ def rotate_by_length(decoder: PreTrainedModel) -> None:
 
 
 def _by_length(module: nn.Module, limits: set[int]) -> None:
-    """limits: lengths above which a document has other frequencies."""
+    """Replace the forward of a rotary embedding by one that chooses frequencies per document.
+
+    limits: lengths above which a document has other frequencies.
+    """
     inner = module.forward
 
     def forward(x: Tensor, position_ids: Tensor, *others, **options) -> tuple[Tensor, Tensor]:
@@ -35,7 +38,7 @@ def _by_length(module: nn.Module, limits: set[int]) -> None:
             return inner(x, position_ids, *others, **options)
         on_host = [(passed_L == kind).repeat_interleave(lengths) for kind in kinds]
         is_own_KT = [to_device(is_own_T, x.device) for is_own_T in on_host]
-        # the others' positions must not make the documents of a kind look longer
+        # Other documents' positions are zeroed, so that a kind's documents do not look longer.
         tables = [inner(x, position_ids * is_own_T, *others, **options) for is_own_T in is_own_KT]
         cos_1TE, sin_1TE = tables[0]
         for is_own_T, (own_cos, own_sin) in zip(is_own_KT[1:], tables[1:], strict=True):

@@ -1,4 +1,4 @@
-"""An LM head whose vocabulary ranks share: argmax and log-sum-exp of all ranks' slots, without gathering a logit."""
+"""A vocabulary-sharded LM head: argmax and log-sum-exp of every rank's slots from local logits."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,11 @@ from engine.target.head import TargetHead
 
 @dataclass(frozen=True)
 class SharedHead:
-    """own: a head of own rows. Every method is a collective of the group."""
+    """The target's LM head, sharded by vocabulary rows across the ranks of a group.
+
+    own: a head with this rank's rows. own_rows: which rows these are.
+    Every method is a collective of the group.
+    """
 
     own: TargetHead
     own_rows: VocabShard
@@ -23,7 +27,7 @@ class SharedHead:
         return self.own_rows.group
 
     def rows(self, target_ids_U: Tensor) -> TargetHead:
-        """The head restricted to `target_ids_U`, int64 [U], on every rank."""
+        """Return the head restricted to `target_ids_U`, int64 [U], on every rank."""
         place_U, own_U = self.own_rows.find(target_ids_U)
 
         def picked(values: Tensor) -> Tensor:
@@ -34,11 +38,14 @@ class SharedHead:
         return replace(self.own, weight_VD=picked(self.own.weight_VD), bias_V=bias_U)
 
     def whole(self) -> TargetHead:
-        """All rows, on every rank."""
+        """Return the head with all rows, on every rank."""
         return self.rows(torch.arange(self.own_rows.total, device=self.own.weight_VD.device))
 
     def argmax_and_lse(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """As `TargetHead.argmax_and_lse`, for own slots; ranks may bring none."""
+        """Return the most likely token and log-sum-exp over the vocabulary for this rank's slots.
+
+        Shapes: hidden_ND is [N, D]; returns int32 [N] and fp32 [N]. N may differ by rank, or be 0.
+        """
         counts_R = gather_objects(len(hidden_ND), self.group)
         if not any(counts_R):
             return hidden_ND.new_empty(0, dtype=torch.int32), hidden_ND.new_empty(0, dtype=torch.float32)
@@ -46,7 +53,7 @@ class SharedHead:
         best_M, argmax_M, lse_M = self.own.best_argmax_and_lse(all_MD)
         highest_M = max_over(best_M, self.group)
         mine_M = torch.where(best_M == highest_M, argmax_M + self.own_rows.first, self.own_rows.total)
-        first_M = -max_over(-mine_M, self.group)  # of tokens that tie, the one with the lowest id
+        first_M = -max_over(-mine_M, self.group)  # of equal logits, the token with the lowest id
         largest_M = max_over(lse_M, self.group)
         lse_M = largest_M + sum_over((lse_M - largest_M).exp(), self.group).log()
         start = sum(counts_R[: self.group.rank])

@@ -1,4 +1,4 @@
-"""Where the parts of a Transformers causal LM lie, and such a model without weights."""
+"""Access to the parts of a Transformers causal LM, and construction of one without weights."""
 
 import torch
 from torch import nn
@@ -17,34 +17,37 @@ from engine.parallel.mesh import ALONE, Group
 from engine.parallel.rules import ShardSpec, part_of_rows
 from engine.target.head import TargetHead
 
-NEVER = -3e4  # the logit of a row that is no token, before any scale: no softmax sees it, no precision overflows
+# The logit, before any scale, of a row that is not a token. It has no weight in a softmax and does
+# not overflow in any precision.
+NEVER = -3e4
 
 AutoClass = type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]
 
 
 def auto_class(config: PreTrainedConfig) -> AutoClass:
-    """What builds the model of a config: its text alone where Transformers has a class for that, else its wrapper."""
+    """Return the class that builds a config's text model, or the wrapper's if there is none."""
     is_wrapper = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if is_wrapper else AutoModelForCausalLM
 
 
 def dtype_of(section: TargetSection, device: torch.device) -> torch.dtype:
-    """The precision that a target runs in on a device."""
+    """Return the precision in which a target runs on a device."""
     chosen = "float32" if device.type == "cpu" else "bfloat16"
     return getattr(torch, chosen if section.dtype == "auto" else section.dtype)
 
 
 def without_weights(config: PreTrainedConfig, section: TargetSection, device: torch.device) -> PreTrainedModel:
-    """The model that `device` is to run, on the meta device."""
+    """Build the model that is to run on `device`, with its weights on the meta device."""
     auto = auto_class(config)
     with torch.device("meta"):
         return auto.from_config(config, dtype=dtype_of(section, device), **_code_options(config, section, auto))
 
 
 def _code_options(config: PreTrainedConfig, section: TargetSection, auto: AutoClass) -> dict[str, object]:
-    """Return whether code that the checkpoint ships may run, and the revision of it that `auto` takes.
+    """Return the options of `auto` for code shipped with the checkpoint: permission and revision.
 
-    Classes of Transformers take no revision, and `target.revision` means nothing for code of another repository.
+    Classes of Transformers take no code revision, and `target.revision` does not apply to code of
+    another repository.
     """
     options: dict[str, object] = {"trust_remote_code": section.trust_remote_code}
     reference = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
@@ -55,7 +58,7 @@ def _code_options(config: PreTrainedConfig, section: TargetSection, auto: AutoCl
 
 
 def wrapper_without_weights(config: PreTrainedConfig, section: TargetSection) -> PreTrainedModel | None:
-    """Of a multimodal config, the model with all its towers, on the meta device; None where there are none."""
+    """Build a multimodal model with all its towers on the meta device; None for other configs."""
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return None
     with torch.device("meta"):
@@ -64,7 +67,10 @@ def wrapper_without_weights(config: PreTrainedConfig, section: TargetSection) ->
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The stack from token ids to the state after the final norm; Llama 4's text class hides it from `get_decoder`."""
+    """Return the module that maps token ids to the state after the final norm.
+
+    `get_decoder` of Llama 4's text class does not find it.
+    """
     decoder = model.get_decoder()
     if decoder is not model:
         return decoder
@@ -76,16 +82,19 @@ def layers_of(decoder: PreTrainedModel) -> nn.ModuleList:
     for child in decoder.children():
         if isinstance(child, nn.ModuleList) and len(child) == count:
             return child
-    raise ValueError(f"target family {decoder.config.model_type!r} keeps no list of {count} decoder layers; use another target")
+    raise ValueError(f"target family {decoder.config.model_type!r} has no list of {count} decoder layers; use another target")
 
 
 def head_of(model: PreTrainedModel, tp: Group = ALONE.tp) -> TargetHead:
-    """tp: by whom its rows are shared."""
+    """Return the LM head of a model. tp: the ranks that share its rows.
+
+    Raises ValueError if the head is not one linear map.
+    """
     final = final_logits(model.config)
     linear = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear):
         family = model.config.model_type
-        raise ValueError(f"target family {family!r} has a {type(linear).__name__} for a head; expected one linear map")
+        raise ValueError(f"target family {family!r} has a {type(linear).__name__} as its head; expected one linear map")
     bias_V = None if linear.bias is None else linear.bias.detach()
     if final.num_tokens is not None and final.num_tokens < linear.out_features:
         first, stop = part_of_rows(linear.out_features, tp)
@@ -95,12 +104,12 @@ def head_of(model: PreTrainedModel, tp: Group = ALONE.tp) -> TargetHead:
 
 
 def name_of(part: nn.Module, model: nn.Module) -> str:
-    """What a model calls a module of its own."""
+    """Return the name of a module within a model."""
     return next(name for name, module in model.named_modules() if module is part)
 
 
 def vocabulary_cuts(model: PreTrainedModel, tp: Group) -> dict[str, ShardSpec]:
-    """What a rank holds of the head, by the names of its parameters."""
+    """Return the part of the head that a rank holds, by parameter name; empty if it is whole."""
     linear = model.get_output_embeddings()
     if tp.size == 1 or not isinstance(linear, nn.Linear):
         return {}
@@ -109,7 +118,7 @@ def vocabulary_cuts(model: PreTrainedModel, tp: Group) -> dict[str, ShardSpec]:
 
 
 def cut_head(model: PreTrainedModel, tp: Group, is_tied: bool) -> None:
-    """Keep a rank's part of a whole head, which may be the embedding, cut already."""
+    """Keep only a rank's part of the head; a tied head takes the already sharded embedding."""
     linear = model.get_output_embeddings()
     for name, cut in vocabulary_cuts(model, tp).items():
         leaf = name.rpartition(".")[2]
@@ -118,7 +127,7 @@ def cut_head(model: PreTrainedModel, tp: Group, is_tied: bool) -> None:
 
 
 def drop_other_towers(model: PreTrainedModel, decoder: nn.Module) -> None:
-    """Free the vision and audio towers of a multimodal wrapper: its text runs without them."""
+    """Free the vision and audio towers of a multimodal wrapper, which text does not need."""
     needed = {decoder, model.get_output_embeddings()}
     for owner in (model, model.base_model):
         for name, child in list(owner.named_children()):

@@ -143,7 +143,7 @@ def test_another_capture_is_not_continued(tmp_path, tiny_target, tiny_corpus):
     before = files(tmp_path / "store")
     with pytest.raises(StoreError, match="mask_alignment: 'inference', now 'specforge'.*Restore these"):
         run_capture(capture_config(tmp_path / "store", tiny_target, tiny_corpus.train, "ttt.mask_alignment=specforge"))
-    with pytest.raises(StoreError, match="conversations: 40 documents, now 4, or other words"):
+    with pytest.raises(StoreError, match="conversations: 40 documents, now 4, or other content"):
         run_capture(capture_config(tmp_path / "store", tiny_target, tiny_corpus.held_out))
     assert files(tmp_path / "store") == before
 

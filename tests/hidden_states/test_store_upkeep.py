@@ -77,7 +77,7 @@ def test_stores_of_other_weights_are_not_merged_even_behind_one_that_names_none(
     old = renamed(parts[0], tmp_path / "old", None)
     other = renamed(parts[1], tmp_path / "other", "of-others")
     for folders in ([parts[0], other], [old, parts[0], other]):
-        with pytest.raises(StoreError, match=f"{other} is not of what {parts[0]} is: target_identity: .*'of-others'"):
+        with pytest.raises(StoreError, match=f"{other} differs from {parts[0]} in target_identity: .*'of-others'"):
             merge_stores(folders, tmp_path / "both")
     assert merge_stores([old, parts[1]], tmp_path / "both").manifest.contents.target_identity is None
 

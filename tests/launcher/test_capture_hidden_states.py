@@ -41,7 +41,7 @@ def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus)
     run([sys.executable, *online])
     printed = run([*DEEPSPEED, *capture(tmp_path / "store", target, tiny_corpus.train)])
     assert (
-        "40 documents, 600 tokens" in printed and "KiB a token" in printed and f"target.store={tmp_path / 'store'}" in printed
+        "40 documents, 600 tokens" in printed and "KiB per token" in printed and f"target.store={tmp_path / 'store'}" in printed
     )
     (target / "model.safetensors").unlink()  # nobody needs it any more
     offline = [f"target.store={tmp_path / 'store'}", f"output_dir={tmp_path / 'offline'}", "data.max_tokens=40"]

@@ -325,7 +325,7 @@ def test_a_checkpoint_of_another_target_is_refused_and_an_old_one_says_what_is_n
     unknown = replace(checkpoints, target_identity=None)
     assert unknown.check_target().startswith("the store does not say")
     changed = replace(checkpoints, target_identity="config-others")
-    with pytest.raises(ValueError, match="step_3 was trained for another target: the target's weights are other ones"):
+    with pytest.raises(ValueError, match="step_3 was trained for another target: the target's weights differ"):
         changed.check_target()
 
 

@@ -47,21 +47,21 @@ def test_a_value_in_any_shard_changes_the_weights_part(published, copied):
         weights = load_file(shard)
         next(iter(weights.values())).view(-1)[0] += 1
         save_file(weights, shard, {"format": "pt"})
-        assert what_changed(identity_of(published), identity_of(copied)) == "the target's weights are other ones"
+        assert what_changed(identity_of(published), identity_of(copied)) == "the target's weights differ"
         seen.add(identity_of(copied))
     assert len(seen) == len(shards) + 1
 
 
 def test_a_config_of_another_meaning_changes_its_own_part(published, copied):
     change_config(copied, rope_theta=5e5)
-    assert what_changed(identity_of(published), identity_of(copied)) == "the target's config.json is another one"
+    assert what_changed(identity_of(published), identity_of(copied)) == "the target's config.json differs"
     (copied / "hf_quant_config.json").write_text("{}")
     assert identity_of(copied) != identity_of(published)
 
 
 def test_what_is_not_known_is_no_change():
     assert what_changed(None, "a-b") is None and what_changed("a-b", None) is None
-    assert what_changed("a-b", "c-d") == "the target's weights and config.json are other ones"
+    assert what_changed("a-b", "c-d") == "the target's weights and config.json differ"
 
 
 @pytest.mark.parametrize("num_bytes", [1, 5_000_000, 7_000_001, 5 << 30])
@@ -118,7 +118,7 @@ def test_nodes_with_other_weights_are_refused_on_every_rank(published, copied, t
     change_config(copied, rope_theta=5e5)
     expected = {
         (str(published), str(published)): identity_of(published),
-        (str(published), str(copied)): "config.json is another one on the node of rank 1 than on that of rank 0",
+        (str(published), str(copied)): "config.json differs on the node of rank 1 compared with that of rank 0",
         (str(published), str(tmp_path)): "refused: rank 1: target.path=",
     }
     for results in run_ranks(identities_on_two_nodes, 2, list(expected)):
