@@ -1,4 +1,7 @@
-"""The hot operations, of draft training and of frozen targets; which implementation of each runs is decided here alone."""
+"""Selection of the kernels that drafts and frozen targets run.
+
+This package decides in one place which implementation of each performance-critical operation runs.
+"""
 
 import importlib
 import importlib.util
@@ -38,22 +41,23 @@ __all__ = [
     "stop_using",
 ]
 
-# Kernels of frozen targets that failed their self-check in this process, by the name of their file.
+# Kernels of frozen targets that failed their self-check in this process, named by file stem.
 _failed: set[str] = set()
 
 
 def plain_attention(query_QHE: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-    """`reference.ancestor_attention`, in blocks on a CPU."""
+    """Compute ancestor attention in plain PyTorch, in blocks if it runs on a CPU."""
     on_cpu = query_QHE.device.type == "cpu"
     return (blocked_attention if on_cpu else reference).ancestor_attention(query_QHE, *arguments)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The implementations that a draft runs, each with the meaning of its namesake in reference.py.
+    """The kernels that a draft runs, each with the semantics of its namesake in reference.py.
 
-    walk: how `vocab_loss` walks its chunks. recompute: what is computed again in the backward pass instead of being kept,
-    "none", "mlp" or "step". reason: what was chosen and why, one sentence.
+    walk: how `vocab_loss` processes its chunks.
+    recompute: what the backward pass computes again instead of keeping it: "none", "mlp" or "step".
+    reason: which kernels were chosen and why, in one sentence.
     """
 
     attention: Callable[..., tuple[Tensor, Tensor]] = plain_attention
@@ -68,13 +72,15 @@ PLAIN = Kernels()
 
 
 def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int, own: Kernels = PLAIN) -> Kernels:
-    """The implementations for a draft of this precision and head size. own: what is settled already, `walk` and `recompute`.
+    """Return the kernels for a draft of this precision and head dim.
 
-    wanted: "auto", "triton", "flash" or "reference". Raises ValueError where that cannot run, naming what can.
+    wanted: "auto", "triton", "flash" or "reference".
+    own: kernels whose `walk` and `recompute` settings are kept.
+    Raises ValueError if `wanted` cannot run here; the message names a choice that can.
     """
     if wanted == "reference":
         plain = replace(own, attention=reference.ancestor_attention, vocab_loss=reference.vocab_loss)
-        return replace(plain, reason="the readable specification, as asked")
+        return replace(plain, reason="the PyTorch reference, as asked")
     if device.type == "cpu":
         if wanted != "auto":
             raise ValueError(f"kernels={wanted} needs a GPU, and this run is on a CPU; use kernels=auto or kernels=reference")
@@ -84,7 +90,7 @@ def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_d
             raise ValueError(f"kernels={wanted} needs Triton, which is not installed; pip install triton, or use kernels=auto")
         return replace(own, attention=reference.ancestor_attention, reason="plain PyTorch, since Triton is not installed")
     if wanted == "flash":
-        from engine.kernels import prefix_flash  # it needs Triton
+        from engine.kernels import prefix_flash  # requires Triton
 
         refused = prefix_flash.refusal(dtype, head_dim, device)
         if refused:
@@ -100,20 +106,29 @@ def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_d
 
 
 def _triton_file(name: str, device: torch.device) -> ModuleType | None:
-    """Return the file of a target's kernel; None where Triton does not run or the kernel failed its self-check."""
+    """Return the module of a target's Triton kernel.
+
+    Returns None if Triton cannot run on the device or the kernel failed its self-check.
+    """
     if not _runs_triton(device) or name in _failed:
         return None
     return importlib.import_module(f"engine.kernels.{name}")
 
 
 def choose_fp8_linear(device: torch.device) -> Callable[..., Tensor] | None:
-    """`reference.fp8_linear` on the chip, where Triton runs; elsewhere None, and weights have to be dequantised first."""
+    """Return the Triton kernel of `reference.fp8_linear`.
+
+    Returns None if it cannot run; the caller then has to dequantise weights in memory.
+    """
     file = _triton_file("fp8_linear", device)
     return None if file is None else file.fp8_linear
 
 
 def choose_fp8_activations(device: torch.device) -> Callable[..., Tensor] | None:
-    """`reference.fp8_activations` on the chip, where Triton runs; elsewhere None, and both operands have to be dequantised."""
+    """Return the Triton kernel of `reference.fp8_activations`.
+
+    Returns None if it cannot run; the caller then has to dequantise both operands.
+    """
     file = _triton_file("fp8_activations", device)
     return None if file is None else file.fp8_activations
 
@@ -128,32 +143,35 @@ class TokenPermute:
 
 
 def choose_token_permute(device: torch.device) -> TokenPermute:
-    """Return what sorts rows by expert and sums them up again on a device: one launch each where Triton runs."""
+    """Return the functions that sort rows by expert and sum them by token.
+
+    Where Triton runs, each is one kernel launch; elsewhere they are the PyTorch reference.
+    """
     file = _triton_file("token_permute", device)
     return TokenPermute() if file is None else TokenPermute(file.permute_rows, file.quantise_rows, file.unpermute_rows)
 
 
 def choose_head_stats(device: torch.device) -> Callable[..., tuple[Tensor, ...]] | None:
-    """Return `reference.head_stats` in one pass, None where Triton does not run."""
+    """Return the one-pass Triton kernel of `reference.head_stats`, or None if it cannot run."""
     file = _triton_file("head_stats", device)
     return None if file is None else file.head_stats
 
 
 def choose_packed_attention(device: torch.device, dtype: torch.dtype) -> PackedAttention:
-    """Attention of packed documents in a frozen target of this precision."""
+    """Return the attention over packed documents for a frozen target of this precision."""
     refused = flash.refusal(dtype, device)
     if refused is None and "packed_attention" in _failed:
         refused = "flash attention failed its self-check"
     if refused:
-        return PackedAttention(None, f"in blocks, a document at a time, since {refused}")
+        return PackedAttention(None, f"in blocks, one document at a time, since {refused}")
     library = flash.available_flash()
-    assert library is not None  # else it was refused
+    assert library is not None  # `refusal` checked that a library exists
     return PackedAttention(library, f"{library.name}, all documents in one call")
 
 
 @dataclass(frozen=True)
 class TargetKernels:
-    """The kernels that a frozen target runs; None where plain PyTorch takes their place."""
+    """The kernels that a frozen target runs. None means plain PyTorch."""
 
     packed_attention: PackedAttention | None = None
     fp8_linear: Callable[..., Tensor] | None = None
@@ -170,10 +188,11 @@ def choose_target_kernels(
     fp8_activations: bool = False,
     experts: bool = False,
 ) -> TargetKernels:
-    """Return the kernels of a target of this precision.
+    """Return the kernels for a frozen target of this precision.
 
-    fp8: whether weights stay in fp8. fp8_activations: whether their inputs are quantised as well.
-    experts: whether it has any.
+    fp8: whether weights stay in fp8.
+    fp8_activations: whether the inputs of fp8 weights are quantised as well.
+    experts: whether the target has mixture-of-experts layers.
     """
     attention = choose_packed_attention(device, dtype)
     permute = choose_token_permute(device) if experts else TokenPermute()
@@ -187,7 +206,10 @@ def choose_target_kernels(
 
 
 def stop_using(names: Iterable[str]) -> None:
-    """Let plain PyTorch take the place of these kernels of frozen targets, in this process."""
+    """Use plain PyTorch instead of these frozen-target kernels for the rest of this process.
+
+    names: file stems of the kernels.
+    """
     _failed.update(names)
 
 
@@ -196,22 +218,25 @@ def _runs_triton(device: torch.device) -> bool:
 
 
 def _is_too_old(device: torch.device) -> bool:
-    """Tiles of our Triton kernels need the shared memory of an A100 or later."""
+    """Return whether the device lacks the shared memory that our tiles need (A100 or later)."""
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def _refusal(head_dim: int, device: torch.device) -> str | None:
-    """Why Triton's attention cannot run there, None where it can."""
+    """Return why Triton's attention cannot run on the device, or None if it can."""
     if _is_too_old(device):
-        return "Triton's attention needs a CUDA device of compute capability 8.0, the A100's, or later"
+        return "Triton's attention needs a CUDA device of compute capability 8.0 (A100) or later"
     if head_dim > MAX_HEAD_DIM:
-        return f"Triton's attention holds head dims of at most {MAX_HEAD_DIM}, not {head_dim}"
+        return f"Triton's attention supports head dims up to {MAX_HEAD_DIM}, not {head_dim}"
     return None
 
 
 def fused(own: Kernels) -> Kernels:
-    """Triton's attention and loss, and liger-kernel's norms where it is installed."""
-    from engine.kernels import ancestor_attention, row_loss  # they need Triton
+    """Return Triton's attention and loss, with liger-kernel's norms if it is installed.
+
+    own: kernels whose other settings are kept.
+    """
+    from engine.kernels import ancestor_attention, row_loss  # require Triton
 
     walk = replace(own.walk, row_loss=row_loss.row_loss, in_place=True)
     chosen = replace(own, attention=ancestor_attention.ancestor_attention, walk=walk, reason="Triton attention and loss")
@@ -222,15 +247,15 @@ def fused(own: Kernels) -> Kernels:
 
 @dataclass(frozen=True)
 class FlashWhereDense:
-    """Flash attention for the prefix where the rows of each document stand at successive positions.
+    """Attention that uses flash attention for the prefix if each document's rows have no gaps.
 
-    otherwise: the attention of rows with gaps.
+    otherwise: the attention to use for rows with gaps.
     """
 
     otherwise: Callable[..., tuple[Tensor, Tensor]]
 
     def __call__(self, *arguments) -> tuple[Tensor, Tensor]:
-        from engine.kernels import prefix_flash  # it needs Triton
+        from engine.kernels import prefix_flash  # requires Triton
 
         rows = arguments[-1]
         attention = prefix_flash.ancestor_attention if rows.is_dense else self.otherwise
@@ -238,6 +263,6 @@ class FlashWhereDense:
 
 
 def flash_where_dense(otherwise: Kernels) -> Kernels:
-    """Return `otherwise` with flash attention for the prefix wherever that is possible."""
+    """Return the kernels `otherwise`, with flash attention for the prefix of rows without gaps."""
     reason = f"flash attention for the prefix, as asked; else {otherwise.reason}"
     return replace(otherwise, attention=FlashWhereDense(otherwise.attention), reason=reason)

@@ -1,19 +1,26 @@
-"""Ancestor attention as Triton kernels: blocks of scores that never leave the chip, formed again for the gradient.
+"""Triton kernels of ancestor attention.
 
-Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, R of the former to one of the latter, E head dim, A
-ancestors. Of one program: B rows, M members (a row with one of its R heads of a group: they share keys), K keys. R and E are
-padded to powers of two; a member that does not exist repeats one that does and is dropped where it would count.
+Blocks of scores never leave the chip; the backward pass recomputes them.
 
-For a row and head, over its prefix and its ancestors alike, with scores s_j = E**-0.5 q . k_j, weights w_j = exp(s_j - lse) and
-output o = sum_j w_j v_j; given the gradient do of o, and delta = do . o:
+Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, R = H / G query heads per
+key/value head, E head dim, A ancestors. Per program: B rows, M members, K keys. A member is a pair
+of a row and one of the R query heads of a group; the members of a row share their keys. R and E are
+padded to powers of two. A padding member repeats an existing one and is excluded from every result.
+
+For one row and head, j runs over the keys of the prefix and of the ancestors. With scores
+s_j = E**-0.5 q . k_j, weights w_j = exp(s_j - lse), output o = sum_j w_j v_j, the gradient do of o,
+and delta = do . o:
 
     dv_j = sum w_j do        ds_j = w_j (do . v_j - delta)        dq = E**-0.5 sum_j ds_j k_j        dk_j = E**-0.5 sum ds_j q
 
-A program of rows sums over keys, one of keys over the rows that see them. Nobody else sees a row's ancestors, so the program of
-that row writes their gradients where they belong; in a tree it writes them by row, and PyTorch adds up rows in a fixed order.
+A program of `_backward_rows` sums over keys; a program of `_backward_keys` sums over the rows that
+see its keys. In a chain no two rows share an ancestor, so the program of a row writes the gradients
+of the row's ancestors directly. In a tree it writes them per row, and PyTorch then adds the rows in
+a fixed order.
 
-Rows ascend by position. So the keys of a block of rows run from the first row's document start to the last row's position, and
-if these rows share a document, all of them see all keys up to the first row's position; there nothing is masked.
+Rows ascend by position. The keys of a block of rows therefore run from the document start of the
+first row to the position of the last row. If all rows of the block belong to one document, all of
+them see every key up to the position of the first row, and no mask is needed there.
 """
 
 from typing import Any, NamedTuple
@@ -29,12 +36,12 @@ from engine.kernels.interface import AttentionRows
 from engine.kernels.row_index import add_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Less than any score, yet finite: minus infinity less itself is no number, and a block may hold no key that a row sees.
+# Less than any score, yet finite: a block may hold no key that a row sees, and -inf - -inf is NaN.
 NO_SCORE = tl.constexpr(-1e38)
 
 
 class _View(NamedTuple):
-    """A tensor [rows, heads, E] whose last dimension is dense."""
+    """A tensor [rows, heads, E] that is contiguous in its last dimension."""
 
     pointer: Tensor
     row_stride: int
@@ -43,7 +50,10 @@ class _View(NamedTuple):
 
 @triton.jit
 def _members(first, end, R: tl.constexpr, R_PAD: tl.constexpr, M: tl.constexpr):
-    """Row and query head of each member of a block that begins at row `first`, and whether it exists."""
+    """Return the row and query head of each member of a block, and whether the member exists.
+
+    first: first row of the block. end: index after the last row that exists.
+    """
     member_M = tl.arange(0, M)
     row_M = first + member_M // R_PAD
     head_M = member_M % R_PAD
@@ -53,7 +63,10 @@ def _members(first, end, R: tl.constexpr, R_PAD: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _beside(first, end, num_rows, R_PAD: tl.constexpr, M: tl.constexpr):
-    """Where [G, Q, R_PAD] holds the members of a block, so that a thread reads neighbours, and whether their rows exist."""
+    """Return the offsets of a block's members in [G, Q, R_PAD], and whether their rows exist.
+
+    In this layout the members of a block are contiguous, so loads are coalesced.
+    """
     member_M = tl.arange(0, M)
     return (tl.program_id(1).to(tl.int64) * num_rows + first) * R_PAD + member_M, member_M < (end - first) * R_PAD
 
@@ -66,7 +79,7 @@ def _pointers(view, row_N, head, E_PAD: tl.constexpr):
 
 @triton.jit
 def _load(view, row_N, head, E: tl.constexpr, E_PAD: tl.constexpr):
-    """[N, E_PAD], zero from E on."""
+    """Load rows of one head, [N, E_PAD], with zeros from E on."""
     pointer_NE = _pointers(view, row_N, head, E_PAD)
     exists_1E = tl.arange(0, E_PAD)[None, :] < E
     return tl.load(pointer_NE) if E == E_PAD else tl.load(pointer_NE, mask=exists_1E, other=0.0)
@@ -80,7 +93,11 @@ def _store(view, row_N, head, x_NE, exists_N, E: tl.constexpr, E_PAD: tl.constex
 
 @triton.jit
 def _keys_of_rows(position, start, first, num_rows, B: tl.constexpr, K: tl.constexpr):
-    """Keys of a block of rows: from the first, blocks that all rows see whole up to the second, the rest up to the third."""
+    """Return the key range of a block of rows as (begin, masked, end).
+
+    All rows see every key in [begin, masked), which is a multiple of K keys. Keys in [masked, end)
+    need a mask.
+    """
     last = tl.minimum(first + B, num_rows) - 1
     begin = tl.load(start + first)
     is_one_document = begin == tl.load(start + last)
@@ -95,7 +112,8 @@ def _forward(
     M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     B: tl.constexpr = M // R_PAD
-    first, group = (tl.num_programs(0) - 1 - tl.program_id(0)) * B, tl.program_id(1)  # later rows see more: they go first
+    # Later rows see more keys, so their programs start first.
+    first, group = (tl.num_programs(0) - 1 - tl.program_id(0)) * B, tl.program_id(1)
     row_M, head_M, exists_M = _members(first, num_rows, R, R_PAD, M)
     scale2 = scale * LOG2_E
     query_ME = _load(query, row_M, head_M, E, E_PAD)
@@ -141,7 +159,11 @@ def _forward(
 
 @triton.jit
 def _weigh(query_NE, key_PE, grad_NE, value_PE, is_seen_NP, scale2, lse2, delta):
-    """Weights and the gradients of scores, [N, P]: of queries and keys, or of keys and queries, grads and values alike."""
+    """Compute attention weights and the gradients of the scores, both [N, P].
+
+    The roles can be swapped: N queries and P keys with (grad, value), or N keys and P queries with
+    (value, grad).
+    """
     score_NP = tl.dot(query_NE, tl.trans(key_PE), input_precision="ieee") * scale2
     if is_seen_NP is not None:
         score_NP = tl.where(is_seen_NP, score_NP, float("-inf"))
@@ -152,7 +174,7 @@ def _weigh(query_NE, key_PE, grad_NE, value_PE, is_seen_NP, scale2, lse2, delta)
 
 @triton.jit
 def _store_own(view, row_B, x_ME, num_exist, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr):
-    """What the heads of a group add up to, for the row's own ancestor."""
+    """Sum over the query heads of a group and store the result for each row's ancestor."""
     B: tl.constexpr = x_ME.shape[0] // R_PAD
     x_BE = tl.sum(tl.reshape(x_ME, (B, R_PAD, E_PAD)), 1)
     _store(view, row_B, tl.program_id(1), x_BE, tl.arange(0, B) < num_exist, E, E_PAD)
@@ -174,7 +196,7 @@ def _backward_rows(
     query_ME = _load(query, row_M, head_M, E, E_PAD)
     grad_ME = _load(grad, row_M, head_M, E, E_PAD)
     delta_M = tl.sum(grad_ME.to(tl.float32) * _load(output, row_M, head_M, E, E_PAD).to(tl.float32), 1)
-    # An infinite log-sum-exp leaves no weight to members that do not exist.
+    # An infinite log-sum-exp gives members that do not exist a weight of zero.
     lse2_M = tl.load(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, mask=exists_M, other=float("inf")) * LOG2_E
     member_M, is_kept_M = _beside(first, num_rows, num_rows, R_PAD, M)
     tl.store(lse2 + member_M, lse2_M, mask=is_kept_M)
@@ -258,7 +280,7 @@ def _view(x: Tensor) -> _View:
 
 
 class _Attention(NamedTuple):
-    """Arguments of an attention, and the launching of its kernels."""
+    """The arguments of one attention call, with methods that launch its kernels."""
 
     query_QHE: Tensor
     key_TGE: Tensor
@@ -267,7 +289,7 @@ class _Attention(NamedTuple):
     rows: AttentionRows
 
     def sizes(self, kernel: str) -> dict[str, int]:
-        """Compile-time constants of a kernel."""
+        """Return the compile-time constants of a kernel. kernel: "forward", "rows" or "keys"."""
         (_, num_heads, head_dim), num_groups = self.query_QHE.shape, self.key_TGE.shape[1]
         padded_heads = triton.next_power_of_2(num_heads // num_groups)
         padded = padded_head_dim(head_dim)
@@ -297,7 +319,11 @@ class _Attention(NamedTuple):
             _backward_keys[triton.cdiv(num_keys, sizes["K"]), self.key_TGE.shape[1]](*arguments, **sizes)
 
     def row_bounds(self, keys_per_block: int) -> Tensor:
-        """Of each block of keys: the first row to see one of them, the first to see all, and the end. int32 [3, N]."""
+        """Return the row range of each block of keys, int32 [3, N].
+
+        Per block: the first row that sees any of its keys, the first row that sees all of them, and
+        the end of the rows that see any.
+        """
         position_Q = self.rows.position_Q
         start_Q = self.rows.start_Q
         num_keys = len(self.key_TGE)
@@ -351,8 +377,9 @@ def ancestor_attention(
     extra_values: list[Tensor],
     rows: AttentionRows,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.ancestor_attention`, on a GPU, without a tensor of scores and without waiting for the device.
+    """Triton implementation of `reference.ancestor_attention`, without host synchronisation.
 
-    All tensors are of one dtype, bf16, fp16 or fp32, with E at most 256. The same inputs give the same bits.
+    No tensor of scores is stored. All tensors share a dtype: bf16, fp16 or fp32. E is at most 256.
+    Results are deterministic: the same inputs give the same bits.
     """
     return _AncestorAttention.apply(query_QHE, key_TGE, value_TGE, rows, *extra_keys, *extra_values)

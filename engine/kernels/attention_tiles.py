@@ -1,23 +1,23 @@
-"""Tiles of ancestor attention: how many members and keys a program takes at a time.
+"""Tile sizes of ancestor attention: how many members and keys a program processes at a time.
 
-Which tile is the fastest depends on the architecture: on its shared memory, on how its tensor cores
-read operands, and on how many programs share a multiprocessor. So each architecture has a few
+Which tile is fastest depends on the architecture: its shared memory, how its tensor cores read
+operands, and how many programs share a multiprocessor. Each architecture therefore has a few
 candidates per kernel and head dim, all of which compile within its shared memory. The first
-candidate is the default, and at the first start on a GPU `tile_timing.py` tries the others.
+candidate is the default. At the first start on a GPU, `tile_timing.py` times all candidates.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-KERNELS = ("forward", "rows", "keys")  # the last two are those of the backward pass
+KERNELS = ("forward", "rows", "keys")  # the last two belong to the backward pass
 MAX_HEAD_DIM = 256
-# Share of the default's time that another tile must save: less may be noise of the clock.
+# Share of the default's time that another tile must save; a smaller gain may be measurement noise.
 LEAST_GAIN = 0.03
 
 
 class Tile(NamedTuple):
-    """Members M and keys K of a program's blocks, powers of two; warps and stages of the compiler."""
+    """Tile of one program: members M and keys K (powers of two), and Triton's warps and stages."""
 
     members: int
     keys: int
@@ -26,39 +26,43 @@ class Tile(NamedTuple):
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Return the power of two, at least 16, that holds a head: what launches and `TileKey`s name it by."""
+    """Return the head dim as launches and `TileKey` use it: a power of two of at least 16."""
     return 1 << max(head_dim - 1, 15).bit_length()
 
 
 class TileKey(NamedTuple):
-    """Kernel, head dim and precision that a tile belongs to. kernel: one of `KERNELS`. head_dim: padded to a power of two."""
+    """The kernel, head dim and precision that a tile belongs to.
+
+    kernel: one of `KERNELS`. head_dim: padded to a power of two. element_size: bytes per element.
+    """
 
     kernel: str
     head_dim: int
     element_size: int
 
 
-# The largest whose sums stay in registers; ancestors cost `rows` the most. They fit every architecture.
+# The largest tiles with accumulators that stay in registers; the ancestors cost the kernel `rows`
+# the most registers. These tiles fit every architecture.
 DEFAULTS = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
     "rows": {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2)},
     "keys": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 256: Tile(32, 32, 8, 2)},
 }
 
-# With 99 KiB of shared memory: two small programs share a multiprocessor.
 TileTable = dict[str, dict[int, tuple[Tile, ...]]]  # by kernel and head dim
+# 99 KiB of shared memory: two small programs share a multiprocessor.
 _SMALL: TileTable = {
     "forward": {64: (Tile(64, 64, 4, 3),), 128: (Tile(64, 64, 4, 2), Tile(128, 32, 8, 3))},
     "rows": {64: (Tile(64, 64, 4, 3),), 128: (Tile(64, 32, 4, 2),)},
     "keys": {64: (Tile(64, 64, 4, 3),), 128: (Tile(32, 64, 4, 2),)},
 }
-# With 163 KiB and operands of tensor cores in registers.
+# 163 KiB of shared memory; tensor cores read their operands from registers.
 _AMPERE: TileTable = {
     "forward": {64: (Tile(128, 128, 8, 3),), 128: (Tile(64, 64, 4, 3), Tile(128, 32, 4, 4))},
     "rows": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3),)},
     "keys": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3),)},
 }
-# With 227 KiB and operands of tensor cores in shared memory.
+# 227 KiB of shared memory; tensor cores read their operands from there.
 _LARGE: TileTable = {
     "forward": {64: (Tile(128, 128, 8, 3),), 128: (Tile(128, 128, 8, 2), Tile(64, 64, 4, 3))},
     "rows": {64: (Tile(64, 64, 4, 4),), 128: (Tile(64, 64, 4, 3), Tile(128, 64, 8, 2))},
@@ -77,7 +81,10 @@ _chosen: dict[TileKey, Tile] = {}
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """Return the row of the table for a compute capability; unknown ones get the smallest tiles."""
+    """Return the key in `ALTERNATIVES` for a compute capability.
+
+    Unknown architectures get the smallest tiles.
+    """
     name = "sm_{}{}".format(*capability)
     if name in ALTERNATIVES:
         return name
@@ -85,7 +92,7 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def candidates(key: TileKey, capability: tuple[int, int]) -> tuple[Tile, ...]:
-    """Return the tiles to try, the default first. Raises ValueError for a head dim beyond 256."""
+    """Return the tiles to try, the default first. Raises ValueError for a head dim above 256."""
     default = _default(key)
     if key.element_size == 4:
         return (default,)
@@ -95,10 +102,11 @@ def candidates(key: TileKey, capability: tuple[int, int]) -> tuple[Tile, ...]:
 
 def _default(key: TileKey) -> Tile:
     if key.head_dim > MAX_HEAD_DIM:
-        problem = f"a head dim padded to {key.head_dim} is more than these kernels hold"
+        problem = f"a head dim padded to {key.head_dim} is more than these kernels support"
         raise ValueError(f"{problem}; use one of at most {MAX_HEAD_DIM}")
     if key.element_size == 4:
-        # No tensor core multiplies fp32: a thread's share of all operands must fit its 255 registers.
+        # Tensor cores do not multiply fp32, so each thread's share of the operands must fit into
+        # its 255 registers.
         return Tile(32, 32, 8, 1) if key.head_dim <= 64 else Tile(16, 16, 8, 1)
     return DEFAULTS[key.kernel][max(key.head_dim, 64)]
 
@@ -106,14 +114,14 @@ def _default(key: TileKey) -> Tile:
 def tile_of(kernel: str, head_dim: int, element_size: int) -> Tile:
     """Return the tile in use: the one chosen by timing, or the default.
 
-    head_dim: padded to a power of two. Raises ValueError for a head dim beyond 256.
+    head_dim: padded to a power of two. Raises ValueError for a head dim above 256.
     """
     key = TileKey(kernel, head_dim, element_size)
     return _chosen.get(key) or _default(key)
 
 
 def use_tiles(tiles: Mapping[TileKey, Tile]) -> None:
-    """Let kernels take these tiles from now on, in this process."""
+    """Use these tiles from now on in this process."""
     _chosen.update(tiles)
 
 
@@ -124,7 +132,7 @@ def tiles_in_use() -> dict[TileKey, Tile]:
 
 @contextmanager
 def trying(key: TileKey, tile: Tile) -> Iterator[None]:
-    """Use `tile` for one kernel inside the `with` block, then restore the tiles before it."""
+    """Use `tile` for one kernel inside the `with` block, then restore the previous tiles."""
     before = tiles_in_use()
     _chosen[key] = tile
     try:
@@ -135,9 +143,10 @@ def trying(key: TileKey, tile: Tile) -> Iterator[None]:
 
 
 def fastest(times_s: Sequence[float]) -> int:
-    """Return the index of the tile to use; times_s: of the candidates, infinite where one fails.
+    """Return the index of the tile to use.
 
-    The default, which comes first, stays unless another one saves `LEAST_GAIN` of its time.
+    times_s: time of each candidate, the default first; infinite for one that fails.
+    The default is kept unless another candidate saves at least `LEAST_GAIN` of its time.
     """
     best = min(range(len(times_s)), key=lambda index: times_s[index])
     saves_enough = times_s[best] <= (1 - LEAST_GAIN) * times_s[0]

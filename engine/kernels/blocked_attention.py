@@ -1,7 +1,8 @@
-"""Ancestor attention in blocks of plain matrix products, in fp32: the path on a CPU.
+"""Ancestor attention in blocks of plain matrix products, in fp32.
 
-A block is some rows of one document with the keys they may see. Its scores are used and dropped; the backward pass forms them
-again from the log-sum-exp. Heads that share keys are rows of one product, so keys are never repeated.
+This is the implementation for CPUs. A block consists of some rows of one document and the keys that
+they may see. Its scores are dropped after use; the backward pass recomputes them from the
+log-sum-exp. Query heads that share keys become rows of one product, so keys are never repeated.
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,10 @@ def ancestor_attention(
     extra_values: list[Tensor],
     rows: AttentionRows,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.ancestor_attention`; no matrix of scores is larger than `ROWS_PER_BLOCK` rows of all heads."""
+    """Blocked implementation of `reference.ancestor_attention`.
+
+    No matrix of scores is larger than `ROWS_PER_BLOCK` rows of all heads.
+    """
     blocks = list(_blocks(rows.position_Q, rows.cu_seqlens))
     return _BlockedAttention.apply(query_QHE, key_TGE, value_TGE, rows, blocks, *extra_keys, *extra_values)
 
@@ -37,7 +41,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(position_Q: Tensor, cu_seqlens: Tensor) -> Iterator[_Block]:
-    """Rows of one document, at most `ROWS_PER_BLOCK`, and its keys up to the last of them."""
+    """Yield blocks of up to `ROWS_PER_BLOCK` rows of a document, with the keys that they see."""
     bounds = torch.searchsorted(position_Q, cu_seqlens.long()).tolist()
     position = position_Q.tolist()
     for document, start in enumerate(cu_seqlens[:-1].tolist()):
@@ -88,9 +92,11 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 class _Inputs:
-    """Keys and values in fp32 by group, the rows' ancestors' too; queries of a block with a group's heads `R` side by side.
+    """Inputs of one attention call, grouped by key/value head.
 
-    extra_AGQE: keys of the rows' ancestors, then their values.
+    key_GTE, value_GTE: fp32 [G, T, E].
+    extra_AGQE: fp32 [2 A, G, Q, E], keys of each row's ancestors, then their values.
+    Queries are grouped per block, as [G, R, n, E] with the R query heads of a group.
     """
 
     def __init__(self, query_QHE, key_TGE, value_TGE, rows: AttentionRows, extras) -> None:
@@ -106,7 +112,7 @@ class _Inputs:
         self.extra_AGQE = (torch.stack(chosen) if chosen else key_TGE.new_empty(shape)).float().transpose(1, 2)
 
     def grouped(self, x_nHE: Tensor) -> Tensor:
-        """fp32 [G, R, n, E]."""
+        """Return [n, H, E] as contiguous fp32 [G, R, n, E]."""
         return x_nHE.unflatten(1, (self.num_groups, self.heads_per_group)).permute(1, 2, 0, 3).float().contiguous()
 
     def ungrouped(self, x_GRnE: Tensor) -> Tensor:
@@ -116,7 +122,7 @@ class _Inputs:
         return self.grouped(self.query_QHE[block.rows]) * self.scale
 
     def scores(self, block: _Block, query_GRnE: Tensor) -> Tensor:
-        """[G, R, n, k], minus infinity where a key comes after its row."""
+        """Compute scores [G, R, n, k], with minus infinity where a key comes after its row."""
         scores_GRnk = batched_product(query_GRnE.flatten(1, 2), self.key_GTE[:, block.keys].mT).unflatten(
             1, query_GRnE.shape[1:3]
         )
@@ -124,12 +130,12 @@ class _Inputs:
         return scores_GRnk.masked_fill_(key_k > self.rows.position_Q[block.rows, None], -torch.inf)
 
     def ancestors(self, block: _Block) -> tuple[Tensor, Tensor]:
-        """Keys and values, fp32 [A, G, 1, n, E] each."""
+        """Return keys and values of the block's ancestors, fp32 [A, G, 1, n, E] each."""
         keys_AG1nE, values_AG1nE = self.extra_AGQE[:, :, None, block.rows].chunk(2)
         return keys_AG1nE, values_AG1nE
 
     def ancestor_scores(self, block: _Block, query_GRnE: Tensor, key_AG1nE: Tensor) -> Tensor:
-        """[A, G, R, n], minus infinity where a row lacks the ancestor."""
+        """Compute ancestor scores [A, G, R, n], minus infinity where a row lacks the ancestor."""
         scores_AGRn = (query_GRnE * key_AG1nE).sum(-1)
         if not self.rows.is_tree:
             return scores_AGRn
@@ -138,7 +144,7 @@ class _Inputs:
 
 
 def _attend(inputs: _Inputs, block: _Block) -> tuple[Tensor, Tensor]:
-    """Output [G, R, n, E] and log-sum-exp [G, R, n] of a block."""
+    """Compute the output [G, R, n, E] and log-sum-exp [G, R, n] of a block."""
     query_GRnE = inputs.queries(block)
     scores_GRnk = inputs.scores(block, query_GRnE)
     most_GRn = scores_GRnk.amax(-1)
@@ -157,7 +163,7 @@ def _attend(inputs: _Inputs, block: _Block) -> tuple[Tensor, Tensor]:
 
 
 class _Gradients(NamedTuple):
-    """Of one block; extra_AGnE: those of its ancestors' keys, then of their values."""
+    """Gradients of one block. extra_AGnE: of its ancestors' keys, then of their values."""
 
     query_GRnE: Tensor
     key_GkE: Tensor

@@ -1,6 +1,7 @@
-"""The inputs on which kernels are compared with `reference.py`: small, of odd sizes, from seeds.
+"""Inputs on which kernels are compared with `reference.py`.
 
-Every case is drawn on the CPU, so all devices and ranks compare the same numbers.
+They are small, with odd sizes and fixed seeds. Every input is drawn on the CPU, so all devices and
+ranks compare the same numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,21 +35,21 @@ from engine.kernels.vocab_loss import row_loss
 
 Operation = Callable[..., tuple[Tensor, ...]]
 
-LENGTHS = (1, 33, 63)  # documents of an attention
+LENGTHS = (1, 33, 63)  # tokens of each document
 HEADS = 8
 GROUPS = 2
 NUM_ANCESTORS = 2
-NUM_SLOTS, SLOTS_PER_CHUNK, HIDDEN_SIZE, VOCAB_SIZE = 19, 8, 48, 4099  # a row loss reads 4096 at once
+NUM_SLOTS, SLOTS_PER_CHUNK, HIDDEN_SIZE, VOCAB_SIZE = 19, 8, 48, 4099  # above row_loss.MAX_BLOCK_U
 FP8_BLOCK = (128, 128)
 FP8_SIZES = (160, 1056)  # outputs and inputs, neither a multiple of the block
-FP8_EVEN_SIZES = (256, 1024)  # multiples of what cuBLAS's scaled products take
-FP8_MANY = 1025  # rows for which one weight is dequantised in memory
+FP8_EVEN_SIZES = (256, 1024)  # multiples of the sizes that cuBLAS's scaled products require
+FP8_MANY = 1025  # enough rows for a weight to be dequantised in memory
 FP8_COUNTS = (3, 0, 37, 1)  # rows of each expert
-PERMUTED = (7, 3, 2051)  # tokens, choices of each, and a width of more than one block
+PERMUTED = (7, 3, 2051)  # tokens, experts per token, and a width of more than one block
 EPS = 1e-5
-# The exponential of a GPU errs by 2**-22 in fp32, and differences of scores magnify it.
+# A GPU's exponential has an error of 2**-22 in fp32, and differences of scores magnify it.
 FLOOR = 1e-5
-# Tensor cores of compute capability 9.0 add up products of fp8 with about 13 bits.
+# Tensor cores of compute capability 9.0 accumulate fp8 products with about 13 bits.
 FP8_SUMS_FLOOR = 2**-9
 PLAIN_ATTENTION = (
     plain_attention,
@@ -59,12 +60,15 @@ PLAIN_ATTENTION = (
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel on one input.
+    """One comparison of one kernel on one input.
 
-    leaves: fp32, on the CPU. ours, plain: the kernel, and plain PyTorch, which also runs in
-    float64; both take the leaves, and return tensors. differentiates: whether the gradients of the
-    leaves are compared as well. roundings: how often a result is rounded to the precision of the
-    run, where plain PyTorch rounds it once. floor: the least error that is allowed, relative to the norm.
+    leaves: input tensors, fp32, on the CPU.
+    ours: the kernel; takes the leaves and returns tensors.
+    plain: the same operation in plain PyTorch, which also runs in float64.
+    differentiates: whether the gradients of the leaves are compared as well.
+    roundings: how often the kernel rounds a result to the precision of the run; plain PyTorch
+        rounds once.
+    floor: smallest error bound, relative to the norm.
     """
 
     name: str
@@ -77,13 +81,13 @@ class Case:
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Return normal numbers from a seed, on the CPU."""
+    """Return normally distributed numbers from a seed, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator) * scale
 
 
 def draft_cases(kernels: Kernels, head_dim: int, device: torch.device) -> Iterator[Case]:
-    """Cases of those kernels of a draft that are not plain PyTorch, the same for every device."""
+    """Yield cases for a draft's kernels that are not plain PyTorch, identical on every device."""
     attention = kernels.attention
     if isinstance(attention, FlashWhereDense):
         yield _attention_case("prefix_flash", attention, head_dim, True, device)
@@ -98,7 +102,7 @@ def draft_cases(kernels: Kernels, head_dim: int, device: torch.device) -> Iterat
 
 
 def target_cases(kernels: TargetKernels, head_dim: int, device: torch.device) -> Iterator[Case]:
-    """Cases of those kernels of a frozen target that are not plain PyTorch."""
+    """Yield cases for a frozen target's kernels that are not plain PyTorch."""
     if kernels.packed_attention is not None:
         for window in (None, 9):
             attention = kernels.packed_attention
@@ -119,7 +123,10 @@ def target_cases(kernels: TargetKernels, head_dim: int, device: torch.device) ->
 
 
 def _attention_case(name: str, attention: Operation, head_dim: int, is_dense: bool, device: torch.device) -> Case:
-    """Rows with chains of ancestors, all of a document's rows or two of three."""
+    """Return an attention case with chains of ancestors.
+
+    is_dense: use all rows of each document; otherwise two of three.
+    """
     total = sum(LENGTHS)
     position_Q = torch.arange(total)
     if not is_dense:
@@ -127,7 +134,7 @@ def _attention_case(name: str, attention: Operation, head_dim: int, is_dense: bo
     num_rows = len(position_Q)
     ancestors = []
     for index in range(NUM_ANCESTORS):
-        # The rows of the step before are more than those of this one.
+        # An earlier step has more rows than this one, so the indices into its rows are shifted.
         ancestors.append((torch.arange(num_rows) + index).to(device))
     cu_seqlens = torch.tensor((0, *LENGTHS)).cumsum(0).int().to(device)
     rows = AttentionRows(
@@ -155,13 +162,16 @@ def _attention_case(name: str, attention: Operation, head_dim: int, is_dense: bo
 
 
 def _loss_weights(device: torch.device) -> list[RowWeights]:
-    """Cross-entropy alone, and all three parts: the kernel is compiled for each."""
+    """Return weights of cross-entropy alone and of all three parts.
+
+    The kernel is compiled separately for each.
+    """
     alone_S = torch.tensor([1.0, 0.8], device=device)
     return [RowWeights(alone_S), RowWeights(alone_S, alone_S / 2, alone_S / 4)]
 
 
 def _loss_rows(device: torch.device) -> LossRows:
-    """Rows of two steps: of every slot, and of all but every third."""
+    """Return rows of two steps: one with a row for every slot, one that lacks every third."""
     slot_N = torch.arange(NUM_SLOTS)
     steps = [slot_N, slot_N[slot_N % 3 != 1]]
     bounds = []
@@ -174,12 +184,12 @@ def _loss_rows(device: torch.device) -> LossRows:
 
 
 def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> Case:
-    """A draft near enough to its target that some of its rows are right."""
+    """Return a loss case with a draft close enough to its target that some rows are correct."""
     rows = _loss_rows(device)
     target_ND = draw(NUM_SLOTS, HIDDEN_SIZE, seed=1)
     head_UD = draw(VOCAB_SIZE, HIDDEN_SIZE, seed=2, scale=3 * HIDDEN_SIZE**-0.5)
     logits_NU = target_ND @ head_UD.mT
-    lse_N = (logits_NU.logsumexp(-1) + 0.1).to(device)  # a tenth of the mass is outside
+    lse_N = (logits_NU.logsumexp(-1) + 0.1).to(device)  # about a tenth of the mass lies outside
     draft_id_N = logits_NU.argmax(-1).to(device)
     slot_R = rows.slot_R.cpu()
     noise_RD = draw(len(slot_R), HIDDEN_SIZE, seed=3, scale=0.3)
@@ -195,7 +205,8 @@ def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> C
 
         targets = SlotTargets(target_ND.to(hidden_RD.dtype), logits, lse_N, draft_id_N)
         loss = function(hidden_RD, weight_UD, rows, targets, weights, kernels.walk)
-        # A count is exact or off by one, so its own relative error says little; it is compared together with the sums.
+        # A count is either exact or off by one, so its relative error says little. It is compared
+        # together with the sums.
         return loss.total, torch.cat((*loss.sums[:3], loss.correct_S / len(slot_R)))
 
     ours = partial(run, kernels.vocab_loss)
@@ -227,7 +238,7 @@ def _elementwise_cases(own: Elementwise, head_dim: int, device: torch.device) ->
         cos_sin = angle_QE.cos()[:, None].to(device), angle_QE.sin()[:, None].to(device)
 
         def rotate(operations: Elementwise, query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-            # Some implementations rotate in place, which leaves are not open to.
+            # Some implementations rotate in place, which autograd does not allow on leaves.
             return operations.rotate_both(query.clone(), key.clone(), cos_sin)
 
         leaves = (draw(rows, HEADS, head_dim, seed=5), draw(rows, GROUPS, head_dim, seed=6))
@@ -250,7 +261,10 @@ def _packed_attention_case(attention: PackedAttention, head_dim: int, window: in
 
 
 def _token_permute_case(permute: TokenPermute, is_fp8: bool, device: torch.device) -> Case:
-    """Rows in the order of their experts, as they are or quantised on the way, and their weighted sums by token."""
+    """Return a case that sorts rows by expert and then sums them by token with weights.
+
+    is_fp8: quantise the rows before they are sorted.
+    """
     num_tokens, num_choices, width = PERMUTED
     order_M = torch.randperm(num_tokens * num_choices, generator=torch.Generator().manual_seed(1))
     row_M = (order_M // num_choices).to(device)
@@ -261,7 +275,7 @@ def _token_permute_case(permute: TokenPermute, is_fp8: bool, device: torch.devic
     def run(functions: TokenPermute, rows_TD: Tensor, weight_TK: Tensor) -> tuple[Tensor, ...]:
         scale_T = None
         if is_fp8:
-            # Codes are drawn from rounded numbers, which all precisions of the run hold.
+            # The leaves were rounded to e4m3 below, so every precision represents them exactly.
             codes_TD = torch.empty(rows_TD.shape, dtype=torch.float8_e4m3fn, device=rows_TD.device)
             scale_T = torch.empty(num_tokens, device=rows_TD.device)
             functions.quantise_rows(rows_TD, None, codes_TD, scale_T)
@@ -279,7 +293,7 @@ def _token_permute_case(permute: TokenPermute, is_fp8: bool, device: torch.devic
 
 
 def _head_case(ours: Operation, transform: LogitTransform) -> Case:
-    """Logits of which several tie for the largest: the first token is the right one."""
+    """Return a case in which several logits tie for the largest; the first one is correct."""
     logits_NV = draw(NUM_SLOTS, VOCAB_SIZE, seed=1)
     logits_NV[::2, [VOCAB_SIZE // 2, VOCAB_SIZE - 1]] = 5.0
 
@@ -293,9 +307,9 @@ def _head_case(ours: Operation, transform: LogitTransform) -> Case:
 
 
 def _fp8_cases(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
-    """One weight for few and for many rows, and those of experts of which one has no row.
+    """Yield cases with one weight for few and for many rows, and with experts, one without rows.
 
-    On a GPU also the sizes and numbers of rows for which library products take over.
+    On a GPU, also yield the sizes and row counts for which library products are used.
     """
     shapes = [(FP8_SIZES, (sum(FP8_COUNTS),)), (FP8_SIZES, (FP8_MANY,)), (FP8_SIZES, FP8_COUNTS)]
     if device.type == "cuda":

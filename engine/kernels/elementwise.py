@@ -1,6 +1,6 @@
-"""RMSNorm, SwiGLU and rotary embedding: plain, and liger-kernel's for a GPU.
+"""RMSNorm, SwiGLU and rotary embedding, in plain PyTorch and by liger-kernel for GPUs.
 
-Shapes: Q rows, H and G heads, E head dim.
+Shapes: Q rows, H query heads, G key heads, E head dim.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ CosSin = tuple[Tensor, Tensor]  # fp32 [Q, 1, E] each
 
 
 def rotate(x_QHE: Tensor, cos_sin: CosSin) -> Tensor:
-    """Rotary embedding of the pairs (e, e + E/2), in fp32."""
+    """Apply rotary embedding to the pairs (e, e + E/2), in fp32."""
     cos, sin = cos_sin
     wide_QHE = upcast(x_QHE)
     first, second = wide_QHE.chunk(2, -1)
@@ -23,23 +23,23 @@ def rotate(x_QHE: Tensor, cos_sin: CosSin) -> Tensor:
 
 
 def rotate_both(query_QHE: Tensor, key_QGE: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor]:
-    """`rotate` of queries and keys that stand at the same positions."""
+    """Apply `rotate` to queries and keys at the same positions."""
     return rotate(query_QHE, cos_sin), rotate(key_QGE, cos_sin)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension."""
+    """Compute the root-mean-square norm over the last dimension."""
     return torch.nn.functional.rms_norm(x, weight_D.shape, weight_D, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up."""
+    """Compute silu(gate) * up."""
     return torch.nn.functional.silu(gate) * up
 
 
 @dataclass(frozen=True)
 class Elementwise:
-    """One implementation of each, as the functions above have it."""
+    """One implementation of each function above, with the same signature."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu
@@ -47,7 +47,7 @@ class Elementwise:
 
 
 def liger_elementwise() -> Elementwise:
-    """Those of liger-kernel. Raises ImportError where it is not installed."""
+    """Return liger-kernel's functions. Raises ImportError if it is not installed."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.rope import LigerRopeFunction
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
@@ -56,11 +56,11 @@ def liger_elementwise() -> Elementwise:
         return LigerRMSNormFunction.apply(x, weight_D, eps, 0.0, "llama", False)
 
     def rope(query_QHE: Tensor, key_QGE: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor]:
-        # it rotates in place, in its own layout [1, heads, Q, E]
+        # liger-kernel rotates in place, in the layout [1, heads, Q, E].
         query_1HQE = query_QHE.transpose(0, 1)[None]
         key_1GQE = key_QGE.transpose(0, 1)[None]
         cos_1QE, sin_1QE = (table_Q1E.transpose(0, 1) for table_Q1E in cos_sin)
-        # further entries, which some versions return, are not ours
+        # Some versions return further entries, which are not needed.
         query_1HQE, key_1GQE = LigerRopeFunction.apply(query_1HQE, key_1GQE, cos_1QE, sin_1QE)[:2]
         return query_1HQE[0].transpose(0, 1), key_1GQE[0].transpose(0, 1)
 

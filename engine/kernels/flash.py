@@ -1,9 +1,14 @@
-"""Flash attention in segments of packed rows, by flash-attn or PyTorch: of the draft's prefix, and of the target's documents.
+"""Flash attention within segments of packed rows, by flash-attn or PyTorch.
 
-Checked in the sources of flash-attn 2.7.0 and 2.8.3 and of PyTorch's copy of it: a causal mask is aligned to the bottom right
-corner of a segment (flash-attn since 2.1), a window of `left` keys does not count the query's own, segments without queries get
-zero gradients, and the log-sum-exp is natural, of scores as they enter the softmax, [H, Q] (flash-attn since 2.7; PyTorch for
-CUDA).
+It computes the draft's attention to the prefix and the target's attention within documents.
+
+The following was checked in the sources of flash-attn 2.7.0 and 2.8.3 and of PyTorch's copy of it:
+
+- A causal mask is aligned to the bottom right corner of a segment (flash-attn since 2.1).
+- A window of `left` keys does not count the query's own key.
+- Segments without queries get zero gradients.
+- The log-sum-exp is the natural one, of the scores as they enter the softmax, with shape [H, Q]
+  (flash-attn since 2.7; PyTorch for CUDA).
 """
 
 from collections.abc import Callable
@@ -14,17 +19,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_HEAD_DIM, HEAD_DIM_GRANULE, LEAST_CAPABILITY = 256, 8, (8, 0)  # of flash attention 2
+MAX_HEAD_DIM, HEAD_DIM_GRANULE, LEAST_CAPABILITY = 256, 8, (8, 0)  # limits of flash attention 2
 
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of query, key and value
 
 
 class FlashInputs(NamedTuple):
-    """What flash attention reads, all of it dense in the last dimension; cu_queries, cu_keys: starts of segments and their end.
+    """Inputs of flash attention. All tensors are contiguous in their last dimension.
 
-    scaling: factor of the scores; None = E**-0.5. window: keys that a query sees at most, its own among them; softcap: of the
-    scores; both None where there is none. longest: of the segments, where the host knows.
+    cu_queries, cu_keys: int32, starts of the segments, with the total at the end.
+    scaling: factor of the scores; None = E**-0.5.
+    window: maximum number of keys that a query sees, including its own; None = all.
+    softcap: cap of the scores by tanh; None = no cap.
+    longest: tokens of the longest segment; None = not known on the host.
     """
 
     query_QHE: Tensor
@@ -43,9 +51,10 @@ class FlashInputs(NamedTuple):
 
     @property
     def segments(self) -> tuple[Tensor, Tensor, int, int]:
-        """Starts of queries and of keys, and most of each in a segment: bounds, where the device alone knows the lengths.
+        """Segment starts of queries and keys, and the maximum number of each in a segment.
 
-        Never one query at most: from that, flash attention concludes that every segment has one.
+        If only the device knows the lengths, the maxima are upper bounds. The maximum number of
+        queries is at least 2: given 1, flash attention assumes that every segment has one query.
         """
         most_queries, most_keys = (self.longest or len(x) for x in (self.query_QHE, self.key_TGE))
         return self.cu_queries, self.cu_keys, max(most_queries, 2), most_keys
@@ -60,9 +69,11 @@ class FlashInputs(NamedTuple):
 class FlashAttention:
     """An implementation of causal attention in segments, aligned to their bottom right corner.
 
-    forward: inputs -> output [Q, H, E] and its log-sum-exp, fp32 [H, Q], both dense. backward: inputs without window and cap,
-    gradient of the output, output, log-sum-exp -> gradients of queries, keys and values; the last two of the arguments may be
-    those of a softmax over further keys too. has_softcap: whether it can cap scores.
+    forward: inputs -> output [Q, H, E] and log-sum-exp, fp32 [H, Q], both contiguous.
+    backward: inputs (without window and cap), gradient of the output, output, log-sum-exp ->
+        gradients of queries, keys and values. The output and log-sum-exp may belong to a softmax
+        over additional keys.
+    has_softcap: whether the implementation can cap scores.
     """
 
     name: str
@@ -73,7 +84,10 @@ class FlashAttention:
 
 @cache
 def flash_attn() -> FlashAttention | None:
-    """That of the package flash-attn from 2.7 on; dq has the same bits each time under torch.use_deterministic_algorithms."""
+    """Return the attention of flash-attn, or None if version 2.7 or later is not installed.
+
+    dq is deterministic under `torch.use_deterministic_algorithms`.
+    """
     try:
         import flash_attn
         from flash_attn import flash_attn_interface as flash
@@ -105,7 +119,11 @@ def flash_attn() -> FlashAttention | None:
 
 @cache
 def torch_flash() -> FlashAttention | None:
-    """That of PyTorch for CUDA; for ROCm its log-sum-exp is padded. As to bits, the same holds as for flash-attn."""
+    """Return PyTorch's flash attention for CUDA, or None if it is not available.
+
+    The ROCm version is not used, because it pads the log-sum-exp. dq is deterministic under
+    `torch.use_deterministic_algorithms`.
+    """
     if torch.version.cuda is None or not torch.backends.cuda.is_flash_attention_available():
         return None
     return FlashAttention("PyTorch's flash attention", _torch_forward, _torch_backward, has_softcap=False)
@@ -119,25 +137,25 @@ def _torch_forward(inputs: FlashInputs) -> tuple[Tensor, Tensor]:
 
 
 def _torch_backward(inputs: FlashInputs, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor) -> Gradients:
-    unread = lse_HQ.new_empty(2, dtype=torch.uint64)  # the state of a dropout that there is not
+    unread = lse_HQ.new_empty(2, dtype=torch.uint64)  # dropout state; dropout is off
     return torch.ops.aten._flash_attention_backward(
         grad_QHE, *inputs[:3], output_QHE, lse_HQ, *inputs.segments, 0.0, True, unread, unread, scale=inputs.scale
     )
 
 
 def available_flash() -> FlashAttention | None:
-    """flash-attn's where it is installed, else PyTorch's own, else None."""
+    """Return flash-attn's attention if installed, else PyTorch's, else None."""
     return flash_attn() or torch_flash()
 
 
 def refusal(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why flash attention cannot run there, in one sentence; None where it can."""
+    """Return why flash attention cannot run on the device, in one sentence, or None if it can."""
     if device.type != "cuda" or torch.version.hip:
         return f"flash attention needs a CUDA device, not {'ROCm' if torch.version.hip else device.type}"
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
-        return f"flash attention needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))}, of the A100, or later"
+        return f"flash attention needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))} (A100) or later"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention computes in bf16 or fp16, not in {dtype}"
     if available_flash() is None:
-        return "neither flash-attn from 2.7 on nor a PyTorch for CUDA with flash attention is installed"
+        return "neither flash-attn 2.7 or later nor a PyTorch for CUDA with flash attention is installed"
     return None

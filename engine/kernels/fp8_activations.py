@@ -1,26 +1,31 @@
-"""Rows, quantised to fp8 as they come, times the transposes of experts' fp8 weights: both operands of the product in e4m3.
+"""Rows times the transposes of experts' fp8 weights, with both operands in e4m3.
 
-M rows sorted by expert, X experts, K inputs, N outputs; a weight has a scale for every block of b rows and c columns, a row has
-one for every g inputs. With e the expert of row m, and I the steps of inputs, within none of which a scale ends,
+Rows are quantised to fp8 on the fly. M rows sorted by expert, X experts, K inputs, N outputs. A
+weight has a scale for every block of b rows and c columns; a row has one for every g inputs. Let e
+be the expert of row m. The inputs are divided into steps I such that all inputs of a step share
+their scales. Then
 
     row_scale[m, k // g] = max(1e-10, largest magnitude of row m in that group) / 448
     row_codes[m, k]      = e4m3(rows[m, k] / row_scale[m, k // g])
     out[m, n]            = round(sum_I row_scale[m, I] scale[e, n // b, I] sum_{k in I} row_codes[m, k] codes[e, n, k])
 
-which is what servers of such checkpoints compute. But for a rounding no quotient is beyond 448, the largest number of e4m3. All
-are rounded to numbers that it has before they are converted, since Triton's interpreter converts others wrongly. Of a row with
-a NaN the scale is NaN.
+which is what servers of such checkpoints compute. Apart from rounding, no quotient exceeds 448, the
+largest number of e4m3. Quotients are rounded to numbers that e4m3 represents before they are
+converted, because Triton's interpreter converts other numbers wrongly. If a row contains a NaN, its
+scale is NaN.
 
-Tensor cores multiply fp8 by fp8 at twice the rate of bf16. Hopper's add such products with 13 bits of fraction, so a step's sum
-is taken from them, scaled, and added to the others in fp32. A step is of 128 inputs, or of the largest power of two in which no
-scale ends: 64 where ranks cut a weight's blocks in half. Where that is less than 32, and on GPUs before compute capability 8.9,
-which cannot multiply fp8, rows are dequantised again and multiplied as in fp8_linear.py.
+Tensor cores multiply fp8 by fp8 at twice the rate of bf16. On Hopper they accumulate such products
+with 13 bits of fraction, so the sum of each step is scaled and added to the others in fp32. A step
+has 128 inputs, or the largest power of two of inputs that share their scales: 64 where a weight's
+blocks are split in half between ranks. If that is less than 32, or if the GPU cannot multiply fp8
+(before compute capability 8.9), rows are dequantised again and multiplied as in fp8_linear.py.
 
-A program computes a tile of rows times outputs, with rows along the first dimension of the tensor cores' product: there a
-thread holds two of them, and reads two scales for a step, beside one of the weight's if the tile's outputs lie in one block.
+A program computes a tile of rows times outputs. Rows run along the first dimension of the tensor
+cores' product, where a thread holds two of them. Per step it reads two row scales, and one weight
+scale if all outputs of the tile lie in one block.
 
-For many rows of one weight in whole blocks, cuBLASLt has such a product for Hopper, which PyTorch publishes; it scales one
-tile's sums while another's are added up, which Triton does not.
+For many rows of one weight in whole blocks on Hopper, the product of cuBLASLt is used through
+PyTorch. It scales the sums of one tile while it accumulates another tile, which Triton does not.
 """
 
 from math import gcd
@@ -38,10 +43,10 @@ FLOOR = tl.constexpr(reference.FLOOR)
 LARGEST = tl.constexpr(reference.LARGEST)
 _EXPONENT = tl.constexpr(255 << 23)
 _SMALLEST_NORMAL = tl.constexpr(2.0**-6)
-_SHIFT = tl.constexpr(1.5 * 2.0**20)  # times a power of two, an fp32 whose last bit is an eighth of that power
-SMALLEST_STEP = 32  # inputs that tensor cores multiply at a time
-CUBLAS_GROUP, CUBLAS_INPUTS, CUBLAS_ROWS = 128, 512, 4  # cuBLASLt pads scales up to 4 blocks of inputs, and to 4 rows
-MANY_ROWS = 1024  # from here on cuBLASLt's tiles fill a GPU
+_SHIFT = tl.constexpr(1.5 * 2.0**20)  # times 2**e, an fp32 number with a last bit of 2**(e - 3)
+SMALLEST_STEP = 32  # inputs per tensor core instruction
+CUBLAS_GROUP, CUBLAS_INPUTS, CUBLAS_ROWS = 128, 512, 4  # scales are padded to 4 blocks of inputs and 4 rows
+MANY_ROWS = 1024  # from this number of rows, cuBLASLt's tiles fill a GPU
 
 
 @triton.jit
@@ -51,7 +56,10 @@ def larger(a, b):
 
 @triton.jit
 def rounded(values):
-    """To three bits of fraction, halves to even, or to multiples of 2**-9: numbers that e4m3 has."""
+    """Round fp32 values to numbers that e4m3 represents, halves to even.
+
+    Normal numbers keep three bits of fraction; subnormal ones become multiples of 2**-9.
+    """
     power = (values.to(tl.int32, bitcast=True) & _EXPONENT).to(tl.float32, bitcast=True)
     shifted = tl.maximum(power, _SMALLEST_NORMAL) * _SHIFT
     return (values + shifted) - shifted
@@ -91,7 +99,7 @@ def _product_kernel(
         return
     m_M = first_row + tl.arange(0, BLOCK_M)
     n_N = first_output + tl.arange(0, BLOCK_N)
-    # Past the ends the last row or output is read once more: a load without a mask costs no registers for it.
+    # Past the ends, the last row or output is read again: a mask would cost registers.
     near_M = tl.minimum(m_M, num_rows - 1)
     near_N = tl.minimum(n_N, N - 1)
     rows_M1 = rows_MK + near_M.to(tl.int64)[:, None] * K
@@ -114,7 +122,7 @@ def _product_kernel(
         else:
             rows_tile_MK = tl.load(from_MK, mask=k_K[None, :] < K, other=0.0)
             codes_KN = tl.load(from_KN, mask=k_K[:, None] < K, other=0.0)
-        # The next step's scales come while the tensor cores are at this one.
+        # Load the scales of the next step while the tensor cores compute this one.
         ahead = tl.minimum(start + BLOCK_K, K - 1)
         next_row_scale_M = tl.load(row_scale_JM + (ahead // GROUP).to(tl.int64) * num_rows + near_M)
         next_scale = tl.load(scale_of_block + ahead // BLOCK_COLUMNS * scale_stride_j)
@@ -130,9 +138,10 @@ def _product_kernel(
 
 
 def quantise_rows(rows_MK: Tensor, group: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """As `reference.quantised_rows`, with the transpose of the scales: e4m3 [M, K], fp32 [ceil(K / group), M].
+    """Quantise rows as `reference.quantised_rows` does, but return the scales transposed.
 
-    multiple: rows are made up to one of it; the further ones hold anything.
+    multiple: the number of rows M is padded to a multiple of it; the padding has arbitrary content.
+    Returns codes, e4m3 [M, K], and scales, fp32 [ceil(K / group), M].
     """
     (num_rows, num_inputs), num_groups = rows_MK.shape, triton.cdiv(rows_MK.shape[1], group)
     rows_MK = rows_MK if rows_MK.stride(1) == 1 else rows_MK.contiguous()
@@ -148,20 +157,23 @@ def quantise_rows(rows_MK: Tensor, group: int, multiple: int = 1) -> tuple[Tenso
 
 
 def _step(group: int, block_columns: int) -> int:
-    """Inputs in which no scale ends, a power of two."""
+    """Return the inputs per step: a power of two of at most 128 that share their scales."""
     together = gcd(group, block_columns)
     return min(128, together & -together)
 
 
 def _tile(rows_an_expert: int, block_rows: int, step: int) -> dict[str, int]:
-    """Sizes of a program's tile. A thread holds its sums twice: those of a step, and of all; tiles of more spill."""
+    """Return the tile sizes and launch options of a program.
+
+    A thread holds two accumulators, of the current step and of all steps; larger tiles would spill.
+    """
     block_m = 128 if rows_an_expert >= 128 else 64
     sizes = {"BLOCK_M": block_m, "BLOCK_N": 128 if block_rows % 128 == 0 else 64, "BLOCK_K": step}
     return sizes | {"num_warps": block_m // 16, "num_stages": 3}
 
 
 def _has_cublas_blocks(device: torch.device) -> bool:
-    """Whether cuBLASLt scales blocks there, and PyTorch lets it."""
+    """Return whether cuBLASLt supports block scales on the device and PyTorch exposes that."""
     if device.type != "cuda" or not hasattr(F, "scaled_mm") or torch.version.cuda is None:
         return False
     version = tuple(int(part) for part in torch.version.cuda.split("."))
@@ -177,7 +189,7 @@ def _suits_cublas(rows_MK: Tensor, codes_XNK: Tensor, scale_XGJ: Tensor, block: 
 
 
 def _cublas_product(codes_MK: Tensor, row_scale_JM: Tensor, codes_NK: Tensor, scale_GJ: Tensor, dtype: torch.dtype) -> Tensor:
-    """[M, N]; M is a multiple of 4."""
+    """Compute the block-scaled product by cuBLASLt, [M, N]. M must be a multiple of 4."""
     return F.scaled_mm(
         codes_MK,
         codes_NK.t(),
@@ -200,10 +212,13 @@ def fp8_activations(
     *,
     group: int,
 ) -> Tensor:
-    """As `reference.fp8_activations`, without a weight that is dequantised in memory and without waiting for the device."""
+    """Triton implementation of `reference.fp8_activations`, without host synchronisation.
+
+    Products in fp8 dequantise no weight in memory.
+    """
     assert codes_XNK.dtype == torch.float8_e4m3fn and scale_XGJ.dtype == torch.float32
     (num_rows, num_inputs), (num_experts, num_outputs, _) = rows_MK.shape, codes_XNK.shape
-    assert ends_X is not None or num_experts == 1, "which rows are whose?"
+    assert ends_X is not None or num_experts == 1, "more than one expert needs ends_X"
     step = _step(group, block[1])
     if step < SMALLEST_STEP or not reads_fp8(rows_MK.device):
         return fp8_linear(reference.rounded_rows(rows_MK, group), codes_XNK, scale_XGJ, block, ends_X)

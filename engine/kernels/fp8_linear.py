@@ -1,27 +1,32 @@
-"""Rows times the transposes of experts' fp8 weights, dequantised tile by tile on the chip; a linear map is one expert's.
+"""Rows times the transposes of experts' fp8 weights, dequantised tile by tile on the chip.
 
-M rows sorted by expert, X experts, K inputs, N outputs; a weight has a scale for every block of b rows and c columns, the last
-blocks of both cut short. With e the expert of row m, and `round` that to the precision of the rows,
+A plain linear map is the case of one expert. M rows sorted by expert, X experts, K inputs, N
+outputs. A weight has a scale for every block of b rows and c columns; the last blocks of both may
+be smaller. Let e be the expert of row m, and let `round` round to the precision of the rows:
 
     weight[e, n, k] = round(fp32(codes[e, n, k]) * scale[e, n // b, k // c])
     out[m, n]       = round(sum_k rows[m, k] weight[e, n, k])            the sum in fp32
 
-so it is the product with the weight that was dequantised beforehand, but for the order of the sum. A weight is read from memory
-in a byte a value, which pays where reading it is what takes the time: few rows an expert. Where there are many, tensor cores at
-the rows' precision are the limit, as they are of a dense weight.
+The result equals the product with a weight dequantised beforehand, apart from the order of the sum.
+A weight is read from memory at one byte per value. This pays when reading the weight takes most of
+the time, that is, with few rows per expert. With many rows, the tensor cores at the precision of
+the rows are the limit, as they are for a dense weight.
 
-A program computes a tile of the transpose, weight [N, K] times rows [K, M]: what is dequantised lies in registers, and from
-there Hopper's tensor cores take the left operand alone. A tile of rows is one expert's, so there are at most M // BLOCK_M + X;
-which expert's follows from the ends of the experts' rows, on the device, and programs behind the last tile do nothing.
+A program computes a tile of the transpose, weight [N, K] times rows [K, M], because the dequantised
+weight lies in registers and Hopper's tensor cores read only the left operand from there. A tile
+holds rows of one expert, so there are at most M // BLOCK_M + X tiles of rows. The device finds the
+expert of a tile from the ends of the experts' rows; programs after the last tile do nothing.
 
-The number of rows per weight decides between three methods. Few rows do not fill a GPU with tiles of outputs, so
-K is split: each part's sums go to memory in fp32, and one more launch adds them in a fixed order. Many
-rows would dequantise a weight once for every tile of rows; it is dequantised once into scratch memory,
-which the next product uses again, and multiplied by cuBLAS or by PyTorch's grouped products.
+The number of rows per weight decides between three methods. A medium number runs as above. With few
+rows, the tiles of outputs do not fill a GPU, so K is split: each part's sums go to memory in fp32,
+and one more launch adds them in a fixed order. With many rows, a weight would be dequantised once
+for every tile of rows. It is instead dequantised once into scratch memory, which the next product
+reuses, and multiplied by cuBLAS or by PyTorch's grouped products.
 
-e4m3, of bias 7, lies in the bits of an fp32, of bias 127, as its sign, four bits of exponent and, from bit 22 on, three of
-fraction; 2**120 makes up for the bias, and is exact for subnormal values too. GPUs before compute capability 8.9 read it so,
-and NaN, which published weights do not hold, as 480.
+Decoding places the bits of an e4m3 number (bias 7) into those of an fp32 number (bias 127): the
+sign, four bits of exponent and, from bit 22 down, three bits of fraction. A factor of 2**120
+corrects the bias and is exact for subnormal values too. GPUs before compute capability 8.9 decode
+this way. They decode NaN, which published weights do not contain, as 480.
 """
 
 import torch
@@ -31,10 +36,10 @@ from torch import Tensor
 
 # Estimates from a roofline count; none of them has been measured on a GPU.
 FEW_ROWS, LEAST_PART = 64, 512  # rows per weight up to which K is split, into parts of so many inputs
-PROGRAMS = 264  # that splitting aims at: two for each multiprocessor of an H100
+PROGRAMS = 264  # programs that splitting aims at: two per multiprocessor of an H100
 MANY_ROWS = 1024  # rows per weight from which dequantising it once pays
 MAX_SCRATCH_BYTES = 1 << 30  # larger weights are dequantised on the chip, however many rows there are
-ROWS_TOGETHER = 8  # tiles of rows that walk over the outputs side by side, so that both operands are found in L2
+ROWS_TOGETHER = 8  # tiles of rows that share outputs at a time, so that both operands stay in L2
 
 _SIGN_EXPONENT_FRACTION = tl.constexpr(-(1 << 31) + (((1 << 7) - 1) << 20))
 _OF_BIAS = tl.constexpr(2.0**120)
@@ -42,7 +47,7 @@ _OF_BIAS = tl.constexpr(2.0**120)
 
 @triton.jit
 def decode(codes):
-    """Codes of e4m3, as such or as bytes -> fp32."""
+    """Convert e4m3 codes, given as fp8 or as bytes, to fp32."""
     if codes.dtype == tl.float8e4nv:
         return codes.to(tl.float32)
     spread = (codes.to(tl.int8, bitcast=True).to(tl.int32) << 20) & _SIGN_EXPONENT_FRACTION
@@ -51,7 +56,10 @@ def decode(codes):
 
 @triton.jit
 def _rows_of(tile, ends_X, X: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Expert of a tile of rows, at least X if there is no such tile; its first row, and the end of the expert's."""
+    """Return the expert of a tile of rows, the tile's first row, and the end of the expert's rows.
+
+    The expert is at least X if the tile does not exist.
+    """
     x_B = tl.arange(0, BLOCK_X)
     end_B = tl.load(ends_X + x_B, mask=x_B < X, other=0)
     start_B = tl.load(ends_X + x_B - 1, mask=(x_B > 0) & (x_B < X), other=0)
@@ -68,7 +76,11 @@ def tile_of(
     ends_X, num_rows, row_tiles, X: tl.constexpr, N: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Expert of a program's tile, at least X if there is none; its first row, the end of the expert's, and its first output."""
+    """Locate the tile of a program.
+
+    Returns its expert, its first row, the end of the expert's rows, and its first output. The
+    expert is at least X if the program has no tile.
+    """
     program = tl.program_id(0)
     first_tile = program // (TOGETHER * tl.cdiv(N, BLOCK_N)) * TOGETHER
     beside = tl.minimum(row_tiles - first_tile, TOGETHER)
@@ -99,7 +111,7 @@ def _product_kernel(
     stop = K if PART >= K else tl.minimum(first_input + PART, K)
     m_M = first_row + tl.arange(0, BLOCK_M)
     n_N = first_output + tl.arange(0, BLOCK_N)
-    # Past the ends the last row, output or input is read once more: a load without a mask costs no registers for it.
+    # Past the ends, the last row, output or input is read again: a mask would cost registers.
     rows_1M = rows_MK + tl.minimum(m_M, num_rows - 1).to(tl.int64)[None, :] * rows_stride
     near_N1 = tl.minimum(n_N, N - 1).to(tl.int64)[:, None]
     codes_N1 = codes_XNK + expert * codes_stride_x + near_N1 * codes_stride_n
@@ -146,16 +158,17 @@ def _dequantise_kernel(
 
 
 class Scratch:
-    """Memory for one dequantised weight per device, stream and precision, which grows and stays.
+    """Scratch memory for one dequantised weight per device, stream and precision.
 
-    Products on one stream follow one another, so the next one may overwrite what the last one read.
+    It grows on demand and is never freed. Products on one stream run one after another, so a
+    product may overwrite the weight of the previous one.
     """
 
     def __init__(self) -> None:
         self._memory: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
 
     def take(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return memory of this shape, with anything in it."""
+        """Return uninitialised memory of this shape."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = device, stream, dtype
         size = shape.numel()
@@ -168,7 +181,10 @@ SCRATCH = Scratch()
 
 
 def dequantised(codes_XNK: Tensor, scale_XGJ: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """`reference.dequantised` of all experts' weights, in scratch memory: the next call overwrites it."""
+    """Dequantise all experts' weights into scratch memory, which the next call overwrites.
+
+    Returns [X, N, K] in `dtype`, as `reference.dequantised` computes it.
+    """
     weight_XNK = SCRATCH.take(codes_XNK.shape, dtype, codes_XNK.device)
     num_experts, num_outputs, num_inputs = codes_XNK.shape
     tiles = triton.cdiv(num_outputs, 32) * triton.cdiv(num_inputs, 128)
@@ -181,7 +197,7 @@ def dequantised(codes_XNK: Tensor, scale_XGJ: Tensor, block: tuple[int, int], dt
 
 
 def _suits_dense(rows_MK: Tensor, codes_XNK: Tensor, ends_X: Tensor | None) -> bool:
-    """Whether a weight is read often enough to be dequantised once, and a product exists for it."""
+    """Return whether to dequantise the weight in memory: many rows, and a product exists for it."""
     num_experts, num_outputs, num_inputs = codes_XNK.shape
     is_often = triton.cdiv(len(rows_MK), num_experts) >= MANY_ROWS
     if not is_often or codes_XNK.numel() * rows_MK.dtype.itemsize > MAX_SCRATCH_BYTES:
@@ -192,14 +208,17 @@ def _suits_dense(rows_MK: Tensor, codes_XNK: Tensor, ends_X: Tensor | None) -> b
 
 
 def _has_grouped_products(rows_MK: Tensor) -> bool:
-    """Whether PyTorch multiplies sorted rows by their experts' weights without waiting for the device."""
+    """Return whether PyTorch has grouped products for these rows, without host synchronisation."""
     if not hasattr(torch, "_grouped_mm") or rows_MK.dtype != torch.bfloat16:
         return False
     return rows_MK.device.type == "cuda" and torch.cuda.get_device_capability(rows_MK.device) >= (9, 0)
 
 
 def _part(num_rows: int, num_tiles: int, num_inputs: int, block_k: int) -> int:
-    """Inputs that a program sums over: all, or where tiles of few rows leave a GPU idle, a part."""
+    """Return the number of inputs that a program sums over.
+
+    It is a part of the inputs if few rows would leave a GPU partly idle, else all of them.
+    """
     if num_rows > FEW_ROWS:
         return num_inputs
     num_parts = min(PROGRAMS // max(num_tiles, 1), num_inputs // LEAST_PART)
@@ -209,12 +228,15 @@ def _part(num_rows: int, num_tiles: int, num_inputs: int, block_k: int) -> int:
 
 
 def reads_fp8(device: torch.device) -> bool:
-    """Whether a GPU has instructions for e4m3."""
+    """Return whether the device supports e4m3; a device other than CUDA counts as supporting it."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _tile(rows_an_expert: int, block_columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """Sizes of a program's tile, where possible of columns that share a scale."""
+    """Return the tile sizes and launch options of a program.
+
+    If possible, the inputs of a tile share a scale.
+    """
     is_wide = dtype.itemsize > 2
     block_m = min(64 if is_wide else 128, max(16, triton.next_power_of_2(rows_an_expert)))
     shared = block_columns & -block_columns  # the largest power of two that divides it
@@ -226,10 +248,13 @@ def _tile(rows_an_expert: int, block_columns: int, dtype: torch.dtype) -> dict[s
 def fp8_linear(
     rows_MK: Tensor, codes_XNK: Tensor, scale_XGJ: Tensor, block: tuple[int, int], ends_X: Tensor | None = None
 ) -> Tensor:
-    """`reference.fp8_linear` without waiting for the device; only many rows dequantise a weight in memory."""
+    """Triton implementation of `reference.fp8_linear`, without host synchronisation.
+
+    A weight is dequantised in memory only for many rows.
+    """
     assert codes_XNK.dtype == torch.float8_e4m3fn and scale_XGJ.dtype == torch.float32
     (num_rows, num_inputs), (num_experts, num_outputs, _) = rows_MK.shape, codes_XNK.shape
-    assert ends_X is not None or num_experts == 1, "which rows are whose?"
+    assert ends_X is not None or num_experts == 1, "more than one expert needs ends_X"
     rows_MK = rows_MK if rows_MK.stride(1) == 1 else rows_MK.contiguous()
     if _suits_dense(rows_MK, codes_XNK, ends_X):
         weight_XNK = dequantised(codes_XNK, scale_XGJ, block, rows_MK.dtype)

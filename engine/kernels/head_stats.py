@@ -1,15 +1,15 @@
-"""Statistics of a target's logits in one pass: the largest one, its token, and the log-sum-exp.
+"""Statistics of a target's logits in one pass: the largest logit, its token, and the log-sum-exp.
 
-N rows, V tokens, B tokens of a block. With x the product of a row and the head as it lies in
-memory, in the precision of the target, and c the soft-cap,
+N rows, V tokens, B tokens per block. Let x be the product of a row and the head as stored in
+memory, in the precision of the target, and c the soft-cap:
 
     y[v] = scale x[v]        z[v] = c tanh(y[v] / c) / temperature        (without a cap, z = y / temperature)
     best = max_v z[v]        argmax = the lowest v with z[v] = best        lse = log sum_v exp(z[v])
 
-A program reads its row once. The largest logit so far is the reference of the exponentials; when
-it grows, the sums shrink by exp(old - new). Sums, largest logits and their tokens stay apart by
-lane until the end, so a block takes one reduction. Of a row with a NaN, `best` and `lse` are NaN
-and the token is 0 or another one that exists.
+A program reads its row once. Exponentials are taken relative to the largest logit so far; when it
+grows, the sums are multiplied by exp(old - new). Sums, largest logits and their tokens are kept per
+lane until the end, so each block takes one reduction. If a row contains a NaN, `best` and `lse` are
+NaN and `argmax` is some valid token.
 """
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.kernels.interface import LogitTransform
 from engine.kernels.row_loss import LEAST, maximum_and_sum
 
-# As many tokens as 16 bytes per load and thread take in bf16, and few rows in flight per program.
+# Eight tokens per thread, so that a bf16 load takes 16 bytes. One program processes one row.
 MAX_BLOCK_V = 4096
 TOKENS_PER_WARP = 256
 
@@ -29,11 +29,14 @@ _NO_TOKEN = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _tanh(x):
-    """Relative error below 2**-20. Near 1 it is rounded as PyTorch's, so saturated logits tie."""
+    """Compute tanh with a relative error below 2**-20.
+
+    Near 1 it is rounded as PyTorch's tanh, so saturated logits tie.
+    """
     size = tl.abs(x)
     shrunk = tl.exp(-2.0 * size)
     far = 1.0 - 2.0 * shrunk / (1.0 + shrunk)
-    # Where the difference above cancels: the first terms of the series.
+    # Near 0 the difference above cancels, so use the first terms of the series.
     square = x * x
     near = size * (1.0 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
     magnitude = tl.where(size < 0.15, near, far)
@@ -60,7 +63,7 @@ def _stats_kernel(
             z_B = soft_cap * _tanh(z_B / soft_cap)
         z_B = tl.where(exists_B, tl.div_rn(z_B, temperature), float("-inf"))
         largest, sum_B = maximum_and_sum(largest, sum_B, z_B)
-        # A later token takes the place of an equal one nowhere; the first of a lane stays.
+        # Of equal logits in a lane, the first token is kept.
         token_B = tl.where((z_B > largest_B) | (token_B == _NO_TOKEN) & exists_B, v_B, token_B)
         largest_B = tl.maximum(largest_B, z_B)
     total = tl.sum(sum_B, 0)
@@ -72,7 +75,7 @@ def _stats_kernel(
 
 
 def head_stats(logits_NV: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.head_stats` in one launch that reads each logit once."""
+    """Triton implementation of `reference.head_stats`: one launch that reads each logit once."""
     logits_NV = logits_NV if logits_NV.stride(-1) == 1 else logits_NV.contiguous()
     num_rows, vocab_size = logits_NV.shape
     best_N = torch.empty(num_rows, dtype=torch.float32, device=logits_NV.device)

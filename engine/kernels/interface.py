@@ -1,7 +1,7 @@
-"""What the hot operations take and give, whichever implementation runs.
+"""Inputs and outputs of the kernels, shared by all implementations.
 
-Shapes: Q query rows, T packed tokens, A ancestors; S TTT steps, R rows with loss, N slots, C chunks of slots, D hidden, U draft
-vocabulary.
+Shapes: Q query rows, T packed tokens, A ancestors; S TTT steps, R rows with loss, N slots, C chunks
+of slots, D hidden size, U draft vocabulary.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,16 @@ import torch
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """Which keys each row of an attention sees: a causal prefix of its own document, and its own ancestors.
+    """The keys that each row sees: a causal prefix of its document, and its ancestors.
 
-    position_Q: int64 [Q], ascending, positions among the prefix's keys at which the rows stand; a row sees keys up to there.
-    cu_seqlens: int [num_documents + 1], starts of documents among those keys, and their number at the end.
+    position_Q: int64 [Q], ascending; position of each row among the keys of the prefix. A row sees
+        keys up to and including its position.
+    cu_seqlens: int [num_documents + 1], starts of the documents among those keys, then their total.
     ancestors: A tensors int64 [Q]; row `r` sees row `ancestors[a][r]` of the `a`-th extra keys.
-    is_tree: whether rows may have an ancestor in common, or lack one (a negative number); else those of an `a` are distinct.
-    is_dense: whether the rows of each document are known to stand at successive positions.
-    longest: tokens of the longest document, where the host knows; None = at most all keys.
+    is_tree: whether rows may share an ancestor or lack one (a negative index); otherwise the
+        indices of each `a` are distinct and not negative.
+    is_dense: whether the rows of each document are known to have successive positions.
+    longest: tokens of the longest document; None = not known on the host.
     """
 
     position_Q: torch.Tensor
@@ -32,18 +34,20 @@ class AttentionRows:
 
     @cached_property
     def start_Q(self) -> torch.Tensor:
-        """Where the row's document starts, int64 [Q]."""
+        """Start of each row's document, int64 [Q]."""
         starts = self.cu_seqlens.long()
         return starts[torch.searchsorted(starts, self.position_Q, right=True) - 1]
 
 
 @dataclass(frozen=True)
 class SlotTargets:
-    """What the rows of a slot learn, one entry a slot; rows of several TTT steps share it.
+    """The target distribution of each slot, shared by the rows of several TTT steps.
 
-    hidden_ND: [N, D], the target's last hidden state. logits: [n, D] of it -> fp32 [n, U], the target's logits of the draft
-    vocabulary. lse_N: fp32 [N], log-sum-exp of the target's logits over its full vocabulary. draft_id_N: int64 [N], draft id of
-    the target's most likely token, meaningful only where it has one.
+    hidden_ND: [N, D], the target's last hidden states.
+    logits: maps hidden states [n, D] to the target's logits over the draft vocabulary, fp32 [n, U].
+    lse_N: fp32 [N], log-sum-exp of the target's logits over its full vocabulary.
+    draft_id_N: int64 [N], draft id of the target's most likely token; meaningful only if that token
+        is in the draft vocabulary.
     """
 
     hidden_ND: torch.Tensor
@@ -56,8 +60,10 @@ class SlotTargets:
 class LossRows:
     """Rows with loss, ordered by TTT step, then by slot.
 
-    slot_R: int64 [R], index of the row's slot. bounds: S lists of C + 1 row numbers; those of step `i` whose slots lie in chunk
-    `c`, slots `c * slots_per_chunk` and on, are rows `bounds[i][c] .. bounds[i][c + 1]`.
+    slot_R: int64 [R], index of each row's slot.
+    bounds: S lists of C + 1 row numbers. The rows of step `i` with a slot in chunk `c` are
+        `bounds[i][c]` up to, not including, `bounds[i][c + 1]`.
+    slots_per_chunk: chunk `c` begins at slot `c * slots_per_chunk`.
     """
 
     slot_R: torch.Tensor
@@ -65,16 +71,18 @@ class LossRows:
     slots_per_chunk: int
 
 
-# Takes the target's probabilities p and the draft's log-probabilities log q of k rows, both fp32 [k, U]. Returns the loss of
-# each row, [k], and its derivative with respect to q, [k, U].
+# Takes the target's probabilities p and the draft's log-probabilities log q of k rows, both fp32
+# [k, U]. Returns the loss of each row, [k], and its derivative with respect to q, [k, U].
 RowScore = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class RowWeights:
-    """Weight of each part of a row's loss at its step, fp32 [S]: cross-entropy, -log(acceptance), 1 - acceptance and `score`.
+    """Weights of the parts of a row's loss, fp32 [S], one per TTT step. None = the part is absent.
 
-    None: that part is absent. score: a part that fused statistics do not express; evaluated in plain PyTorch.
+    cross_entropy_S: of the cross-entropy. log_acceptance_S: of -log(acceptance).
+    rejection_S: of 1 - acceptance. score_S: of `score`.
+    score: a part that the fused statistics do not express; it is evaluated in plain PyTorch.
     """
 
     cross_entropy_S: torch.Tensor
@@ -85,12 +93,12 @@ class RowWeights:
 
     @property
     def is_cross_entropy(self) -> bool:
-        """Whether no other fused part has a weight."""
+        """Whether cross-entropy is the only fused part."""
         return self.log_acceptance_S is None and self.rejection_S is None
 
     @property
     def fused_parts(self) -> tuple[torch.Tensor | None, ...]:
-        """Weights of the parts that fused statistics express."""
+        """Weights of the parts that the fused statistics express."""
         return self.cross_entropy_S, self.log_acceptance_S, self.rejection_S
 
     def largest(self) -> torch.Tensor:
@@ -115,9 +123,10 @@ class RowWeights:
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """The steps between a target's head and its distribution, in this order.
+    """Transform of a target's raw logits before the softmax.
 
-    scale: factor. soft_cap: cap of the magnitude by tanh; None = no cap. temperature: divisor.
+    The fields apply in this order. scale: factor. soft_cap: cap of the magnitude by tanh; None = no
+    cap. temperature: divisor.
     """
 
     scale: float = 1.0
@@ -135,13 +144,17 @@ class LogitTransform:
 
 @dataclass(frozen=True)
 class LossChunk:
-    """Rows that are scored together, r in all, and the n slots that they learn.
+    """A chunk of r rows that are scored together, and the n slots that they learn.
 
-    logits_rU: the draft's, in its precision. target_nU: the target's over the draft vocabulary, fp32 or 16-bit. slot_r: int64,
-    index into n; the rows come by step, then by slot, and those of negative slots, which come last, are silent. lse_n,
-    draft_id_n: as in `SlotTargets`. weight_3r: fp32, weights of cross-entropy, -log(acceptance) and 1 - acceptance, 0 where
-    absent. sizes: rows of each step. mixes: whether the last two weights may be other than 0. score, score_weight_r: a further
-    part of the loss, and its weights, fp32.
+    logits_rU: the draft's logits, in its precision.
+    target_nU: the target's logits over the draft vocabulary, fp32 or 16-bit.
+    slot_r: int64, index of each row's slot. Rows are ordered by step, then by slot. Padding rows
+        with a negative slot come last and contribute nothing.
+    lse_n, draft_id_n: as in `SlotTargets`.
+    weight_3r: fp32, weights of cross-entropy, -log(acceptance) and 1 - acceptance; 0 if absent.
+    sizes: number of rows of each step.
+    mixes: whether the last two weights may be nonzero.
+    score, score_weight_r: a further part of the loss, and its weights, fp32.
     """
 
     logits_rU: torch.Tensor
@@ -158,12 +171,17 @@ class LossChunk:
 
 @dataclass(frozen=True)
 class VocabLoss:
-    """The weighed loss of all rows, fp32 scalar, differentiable; and sums over the rows of each step, fp32 [S], which are not.
+    """The weighted loss of all rows, and statistics summed over the rows of each step, fp32 [S].
 
-    cross_entropy_S: -sum_v p[v] log q[v] in nats, p the target's softmax over the draft vocabulary, q the draft's.
-    log_acceptance_S: -log of the acceptance. acceptance_S: sum_v min(p_full[v], q[v]), p_full the target's probabilities under
-    its full vocabulary. correct_S: rows where no token is likelier under q than the target's most likely one.
-    score_S: of `RowWeights.score`, where there is one.
+    total: differentiable fp32 scalar. The sums are not differentiable.
+    cross_entropy_S: -sum_v p[v] log q[v] in nats, with p the target's and q the draft's softmax
+        over the draft vocabulary.
+    log_acceptance_S: -log of the acceptance.
+    acceptance_S: sum_v min(p_full[v], q[v]), with p_full the target's probabilities under its full
+        vocabulary.
+    correct_S: number of rows in which no token is more likely under q than the target's most likely
+        one.
+    score_S: sum of `RowWeights.score`, if there is one.
     """
 
     total: torch.Tensor
@@ -179,7 +197,10 @@ class VocabLoss:
         return fused if self.score_S is None else (*fused, self.score_S)
 
     def per_step(self, weights: RowWeights, num_rows_S: torch.Tensor) -> torch.Tensor:
-        """What each step's rows add to a total under these weights, fp32 [S]."""
+        """Return what the rows of each step contribute to the total under these weights, fp32 [S].
+
+        num_rows_S: number of rows with loss of each step.
+        """
         loss_S = weights.cross_entropy_S * self.cross_entropy_S
         if weights.log_acceptance_S is not None:
             loss_S = loss_S + weights.log_acceptance_S * self.log_acceptance_S

@@ -1,7 +1,7 @@
-"""Cache file of what was found about kernels on this machine: results of the self-check, and times of tiles.
+"""Cache file of self-check results and tile times of the kernels on this machine.
 
-One file per GPU type, driver, versions of what compiles and runs kernels, and source of our own
-kernels. A change of any of them begins a new file, so nothing in a file is ever out of date.
+There is one file per combination of GPU type, driver, package versions and source code of our
+kernels. A change of any of them starts a new file, so the entries of a file are never out of date.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Return what decides whether a kernel works: device, driver, versions and our own source."""
+    """Return what determines whether a kernel works: device, driver, versions and our source."""
     facts = {"device": "cpu", "driver": "none", "kernels": _source_digest()}
     if device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
@@ -53,24 +53,24 @@ def _version(package: str) -> str:
 
 
 class KernelCache:
-    """One file of results.
+    """One cache file.
 
-    Entries lie in sections, which are mappings from text to something that JSON holds. An
-    unreadable file counts as an empty one. Where nothing can be written, nothing is kept.
+    A file consists of sections, which map text to JSON values. An unreadable file counts as empty.
+    If the file cannot be written, nothing is stored.
     """
 
     def __init__(self, folder: Path | None, device: torch.device) -> None:
-        """folder: None keeps nothing on disk."""
+        """folder: where the cache file lies; None stores nothing on disk."""
         self._facts = environment(device)
         digest = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()[:16]
         self.path = None if folder is None else folder / f"kernels-{digest}.json"
 
     def read(self, section: str) -> dict[str, Any]:
-        """Return the entries of a section, none where there is no readable file."""
+        """Return the entries of a section; empty if there is no readable file."""
         return _section(self._content(), section)
 
     def add(self, section: str, entries: Mapping[str, Any]) -> None:
-        """Write entries next to those that are there; the file is replaced as a whole."""
+        """Add entries to a section. The file is replaced as a whole."""
         if self.path is None or not entries:
             return
         content = self._content()
@@ -79,7 +79,7 @@ class KernelCache:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, content, shared=True)
         except OSError:
-            # A folder that cannot be written to costs another check at the next start, and no run.
+            # Without a writable folder the checks run again at the next start; the run goes on.
             self.path = None
 
     def _content(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Matrix products that are fast on every processor.
 
-On a CPU, products in fp32 go through oneDNN, which uses AVX-512 on every make of processor; MKL does so on Intel's alone.
-Products in half precision are computed in fp32 where the processor has no instructions for them: PyTorch's own fallback
-is about 80 times slower there (AVX2, torch 2.13), and the result is the same sum, rounded once.
+On a CPU, fp32 products use oneDNN, which runs AVX-512 on processors of every vendor; MKL does so
+only on Intel's. Half-precision products are computed in fp32 if the processor has no instructions
+for them. PyTorch's own fallback is about 80 times slower there (AVX2, torch 2.13), and the result
+is the same sum, rounded once.
 """
 
 from functools import lru_cache
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LARGE_PRODUCT = 1 << 22  # multiplications above which oneDNN, called for each pair, beats one call of MKL for all
+LARGE_PRODUCT = 1 << 22  # multiplications per pair from which oneDNN per pair beats one MKL call
 
 
 def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
-    """`a @ b`, [M, N]; not differentiable."""
+    """Compute `a @ b`, [M, N]. Not differentiable."""
     if _is_emulated(a_MK):
         return product(a_MK.float(), b_KN.float()).to(a_MK.dtype)
     if _through_onednn(a_MK) and a_MK.numel() and b_KN.numel():
@@ -25,7 +26,7 @@ def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
 
 
 def batched_product(a_GMK: Tensor, b_GKN: Tensor) -> Tensor:
-    """`product` of each of a few pairs, [G, M, N]."""
+    """Compute `a[g] @ b[g]` for every g, [G, M, N]. Not differentiable."""
     if _is_emulated(a_GMK):
         return batched_product(a_GMK.float(), b_GKN.float()).to(a_GMK.dtype)
     if _through_onednn(a_GMK) and a_GMK[0].numel() * b_GKN.shape[2] >= LARGE_PRODUCT:
@@ -34,14 +35,14 @@ def batched_product(a_GMK: Tensor, b_GKN: Tensor) -> Tensor:
 
 
 def linear(x_QK: Tensor, weight_NK: Tensor) -> Tensor:
-    """`x @ weight.T`, [Q, N]; differentiable."""
+    """Compute `x @ weight.T`, [Q, N]. Differentiable."""
     if _through_onednn(x_QK) or _is_emulated(x_QK):
         return _Linear.apply(x_QK, weight_NK)
     return nn.functional.linear(x_QK, weight_NK)
 
 
 class Linear(nn.Linear):
-    """A map without bias of the last of two dimensions, through `linear`."""
+    """Linear layer without bias for two-dimensional inputs, computed by `linear`."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)

@@ -1,14 +1,18 @@
-"""Causal attention inside segments of a packed row, perhaps in a window: of a frozen target, forward only.
+"""Causal attention within segments of a packed row, optionally windowed.
 
-Shapes: T packed tokens, L of a segment, Q of its queries, K of its keys, H query heads, G key/value heads, E width of queries
-and keys, F of values.
+It has only a forward pass, for frozen targets.
 
-A sink of head h is a score z_h in its softmax that has no value. With o the output and lse the log-sum-exp without it,
+Shapes: T packed tokens, L tokens of a segment, Q queries, K keys, H query heads, G key/value heads,
+E head dim of queries and keys, F head dim of values.
+
+The attention sink of head h is an extra score z_h in the softmax that has no value. Let o be the
+output and lse the log-sum-exp without the sink. The output with the sink is
 
     o' = sum_j exp(s_j) v_j / (sum_j exp(s_j) + exp(z_h)) = o exp(lse) / (exp(lse) + exp(z_h)) = o sigmoid(lse - z_h)
 
-so flash attention, which knows no sinks, is scaled behind. It wants one width for all, a multiple of its granule: zeros behind
-queries and keys change no score, and those behind values are cut off its output.
+Flash attention does not support sinks, so its output is scaled afterwards. It also requires one
+head dim for queries, keys and values, a multiple of its granule. They are padded with zeros: zeros
+in queries and keys do not change the scores, and the padding of the values is cut from the output.
 """
 
 from dataclasses import dataclass
@@ -28,9 +32,10 @@ MAX_SCORES = 1 << 26
 
 @dataclass(frozen=True)
 class Segments:
-    """Stretches of a packed row; a token sees itself and what precedes it in its own, `window` tokens at most (None = all).
+    """Consecutive segments of a packed row. A token sees itself and earlier tokens of its segment.
 
-    lengths: of the segments, end to end.
+    lengths: tokens of each segment.
+    window: maximum number of tokens that a token sees, including itself; None = all.
     """
 
     lengths: tuple[int, ...]
@@ -39,13 +44,16 @@ class Segments:
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """Starts of segments and their end, int32."""
+        """Starts of the segments, with the total length at the end, int32."""
         return to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), self.device)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What becomes of q . k: times `scale`, capped at `softcap` by tanh, in a softmax with the head's sink; None = without."""
+    """How scores are formed from q . k, before and in the softmax.
+
+    scale: factor. softcap: cap by tanh; None = no cap. sinks_H: sink of each head; None = no sinks.
+    """
 
     scale: float
     softcap: float | None = None
@@ -54,13 +62,17 @@ class Scores:
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """flash: what attends to all segments in one call, where it can; None = blocks do. reason: what was chosen, a phrase."""
+    """Attention over packed segments, by flash attention or in blocks of plain PyTorch.
+
+    flash: attends to all segments in one call if it supports the inputs; None = always use blocks.
+    reason: what was chosen and why, as a phrase.
+    """
 
     flash: FlashAttention | None
     reason: str
 
     def __call__(self, query_HTE: Tensor, key_GTE: Tensor, value_GTF: Tensor, segments: Segments, scores: Scores) -> Tensor:
-        """[T, H, F]."""
+        """Compute the attention output, [T, H, F]."""
         flash = self.flash
         fits = max(query_HTE.shape[2], value_GTF.shape[2]) <= MAX_HEAD_DIM
         if flash is None or not fits or (scores.softcap is not None and not flash.has_softcap):
@@ -71,7 +83,10 @@ class PackedAttention:
 def in_one_call(
     flash: FlashAttention, query_key_value: tuple[Tensor, Tensor, Tensor], segments: Segments, scores: Scores
 ) -> Tensor:
-    """Attention by flash attention over all segments at once, [T, H, F]; query [H, T, E], key [G, T, E], value [G, T, F]."""
+    """Compute attention over all segments in one call of flash attention, [T, H, F].
+
+    query_key_value: query [H, T, E], key [G, T, E] and value [G, T, F].
+    """
     width = -max(x.shape[2] for x in query_key_value) // HEAD_DIM_GRANULE * -HEAD_DIM_GRANULE
     query_THE, key_TGE, value_TGE = (_readable(x.transpose(0, 1), width) for x in query_key_value)
     inputs = FlashInputs(
@@ -94,7 +109,10 @@ def in_one_call(
 
 
 def _readable(x: Tensor, width: int) -> Tensor:
-    """With zeros up to `width`, and as flash attention loads it: rows dense and beginning at multiples of its granule."""
+    """Pad the last dimension to `width` with zeros, in a layout that flash attention can load.
+
+    Rows must be contiguous and begin at multiples of the granule.
+    """
     if x.shape[-1] < width:
         return F.pad(x, (0, width - x.shape[-1]))
     aligned = all(step % HEAD_DIM_GRANULE == 0 for step in (*x.stride()[:-1], x.storage_offset()))
@@ -102,7 +120,10 @@ def _readable(x: Tensor, width: int) -> Tensor:
 
 
 def in_blocks(query_HTE: Tensor, key_GTE: Tensor, value_GTF: Tensor, segments: Segments, scores: Scores) -> Tensor:
-    """Attention segment by segment, in a window block by block, [T, H, F]; no [L, L] square is formed."""
+    """Compute attention segment by segment, [T, H, F], without a full [L, L] matrix of scores.
+
+    Segments with a window, soft cap or sinks are computed in blocks of rows.
+    """
     queries, keys, values = (x.split(segments.lengths, dim=1) for x in (query_HTE, key_GTE, value_GTF))
     attended = []
     for query_HLE, key_GLE, value_GLF in zip(queries, keys, values, strict=True):
@@ -127,12 +148,15 @@ def _in_blocks(query_HLE: Tensor, key_GLE: Tensor, value_GLF: Tensor, window: in
 
 
 def under_mask(query_HQE: Tensor, key_GKE: Tensor, value_GKF: Tensor, mask_QK: Tensor | None, scores: Scores) -> Tensor:
-    """[H, Q, F]. mask_QK: whether a query may read a key, or what is added to its score, for all heads or for each
-    [H, Q, K]; None = as many of both, plainly causal."""
+    """Compute attention under an explicit mask, [H, Q, F].
+
+    mask_QK: bool, whether a query may read a key, or a number added to each score; [Q, K] for all
+    heads or [H, Q, K]. None = causal, with as many queries as keys.
+    """
     (heads, queries, width), (groups, keys, value_width) = query_HQE.shape, value_GKF.shape
     key_HKE, value_HKF = (x.repeat_interleave(heads // groups, dim=0) for x in (key_GKE, value_GKF))
     if scores.softcap is None and scores.sinks_H is None:
-        # PyTorch keeps no square of scores where all are as wide.
+        # PyTorch can avoid storing all scores if queries, keys and values have the same head dim.
         padded = F.pad(value_HKF, (0, max(0, width - value_width)))
         attended = F.scaled_dot_product_attention(
             query_HQE[None], key_HKE[None], padded[None], attn_mask=mask_QK, is_causal=mask_QK is None, scale=scores.scale

@@ -1,25 +1,33 @@
-"""Ancestor attention whose causal prefix runs in flash attention; a small Triton kernel merges in the rows' ancestors.
+"""Ancestor attention that uses flash attention for the causal prefix.
 
-Shapes: Q query rows, T packed tokens, D documents, H query heads, G key/value heads, R of the former to one of the latter, E
-head dim, A ancestors. Of one program: B rows, M members (a row with one of its R heads of a group: they share ancestors). R and
-E are padded to powers of two; a member that does not exist repeats one that does and is dropped where it would count.
+A Triton kernel merges in the ancestors.
 
-Flash attention gives a row and head its output o_p and log-sum-exp lse_p over the prefix. With s_a = E**-0.5 q . k_a:
+Shapes: Q query rows, T packed tokens, D documents, H query heads, G key/value heads, R = H / G
+query heads per key/value head, E head dim, A ancestors. Per program: B rows, M members. A member is
+a pair of a row and one of the R query heads of a group; the members of a row share their ancestors.
+R and E are padded to powers of two. A padding member repeats an existing one and is excluded from
+every result.
+
+For each row and head, flash attention returns the output o_p and log-sum-exp lse_p over the prefix.
+With s_a = E**-0.5 q . k_a:
 
     lse = log(exp(lse_p) + sum_a exp(s_a))        o = exp(lse_p - lse) o_p + sum_a exp(s_a - lse) v_a
 
-For any key j of this one softmax, of the prefix or an ancestor, with w_j = exp(s_j - lse), the gradient do of o, and
-delta = do . o:
+For any key j of this joint softmax, of the prefix or of an ancestor, with w_j = exp(s_j - lse), the
+gradient do of o, and delta = do . o:
 
     dv_j = sum w_j do        ds_j = w_j (do . v_j - delta)        dq = E**-0.5 sum_j ds_j k_j        dk_j = E**-0.5 sum ds_j q
 
-Flash attention's backward pass keeps no weights: it forms w_j and delta from the log-sum-exp and the output that it is handed.
-Handed the merged ones, it gives what the prefix adds to dq, and all of the prefix's dk and dv. A second small kernel adds what
-the ancestors add to dq, and forms their own dk and dv, of which a row's share is nobody else's.
+Flash attention's backward pass stores no weights: it computes w_j and delta from the log-sum-exp
+and the output passed to it. Given the merged ones, it returns the prefix's contribution to dq and
+the complete dk and dv of the prefix. A second Triton kernel adds the ancestors' contribution to dq
+and computes their dk and dv. In a chain each ancestor belongs to one row, so no two rows write to
+the same gradient.
 
-The rows of a document [s, e) stand at successive positions a .. b - 1. Its queries are those rows and its keys are [s, b), so a
-causal mask aligned to the bottom right lets the row at position a + i see [s, a + i]. The keys [b, e), seen by none, are a
-segment without queries; else nobody would write their gradients. Segments number 2 D, whatever the rows are, and are found on
+The rows of a document [s, e) have successive positions a .. b - 1. The queries of its segment are
+those rows and the keys are [s, b), so a causal mask aligned to the bottom right lets the row at
+position a + i see [s, a + i]. No row sees the keys [b, e); they form a segment without queries, so
+that their gradients are written as zeros. There are always 2 D segments, and they are computed on
 the device.
 """
 
@@ -36,8 +44,8 @@ from engine.kernels.flash import HEAD_DIM_GRANULE, MAX_HEAD_DIM, FlashAttention,
 from engine.kernels.interface import AttentionRows
 from engine.kernels.row_index import add_rows
 
-# Eight numbers a thread: 16 bytes a load, and for ptxas at most 128 registers (sm_90, six ancestors), so that two programs
-# share a multiprocessor and one computes while the other waits.
+# Eight numbers per thread: a load takes 16 bytes, and ptxas needs at most 128 registers (sm_90, six
+# ancestors). Two programs then share a multiprocessor, and one computes while the other waits.
 TILE = 2048
 NUMBERS_PER_WARP = 256
 MAX_WARPS = 16
@@ -47,7 +55,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _members(num_rows, R: tl.constexpr, R_PAD: tl.constexpr, M: tl.constexpr):
-    """Row and query head of each member of this program, and whether it exists."""
+    """Return the row and query head of each member of this program, and whether it exists."""
     member_M = tl.arange(0, M)
     row_M = tl.program_id(0) * (M // R_PAD) + member_M // R_PAD
     head_M = member_M % R_PAD
@@ -58,7 +66,7 @@ def _members(num_rows, R: tl.constexpr, R_PAD: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _load(x, index_N, E: tl.constexpr, E_PAD: tl.constexpr):
-    """Rows of [any, E] in fp32, zero from E on."""
+    """Load rows of a tensor [any, E] in fp32, with zeros from E on."""
     e_1E = tl.arange(0, E_PAD)[None, :]
     return tl.load(x + index_N[:, None] * E + e_1E, mask=e_1E < E, other=0.0).to(tl.float32)
 
@@ -71,7 +79,10 @@ def _store(x, index_N, x_NE, exists_N, E: tl.constexpr, E_PAD: tl.constexpr):
 
 @triton.jit
 def _ancestor(query_ME, key, value, ancestor_M, scale2, IS_TREE: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr):
-    """Key and value of the members' ancestors, and their scores to base 2, minus infinity where a row lacks the ancestor."""
+    """Load the key and value of each member's ancestor and compute its score to base 2.
+
+    The score is minus infinity if a row lacks the ancestor.
+    """
     index_M = tl.maximum(ancestor_M, 0) * tl.num_programs(1) + tl.program_id(1)
     key_ME = _load(key, index_M, E, E_PAD)
     value_ME = _load(value, index_M, E, E_PAD)
@@ -107,7 +118,7 @@ def _merge_kernel(
 
 @triton.jit
 def _store_own(x, row_B, x_ME, exists_B, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr):
-    """What the heads of a group add up to, for the row's own ancestor."""
+    """Sum over the query heads of a group and store the result for each row's ancestor."""
     x_BE = tl.sum(tl.reshape(x_ME, (x_ME.shape[0] // R_PAD, R_PAD, E_PAD)), 1)
     _store(x, row_B * tl.num_programs(1) + tl.program_id(1), x_BE, exists_B, E, E_PAD)
 
@@ -118,7 +129,10 @@ def _merge_backward_kernel(
     A: tl.constexpr, IS_TREE: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
     M: tl.constexpr,
 ):  # fmt: skip
-    """key_grads, value_grads: by ancestor, [any, G, E], or in a tree by row, [Q, G, E]."""
+    """Add the ancestors to the query gradient, and compute the gradients of their keys and values.
+
+    key_grads, value_grads: indexed by ancestor, [any, G, E], or in a tree by row, [Q, G, E].
+    """
     B: tl.constexpr = M // R_PAD
     row_M, head_M, exists_M = _members(num_rows, R, R_PAD, M)
     row_B = tl.program_id(0) * B + tl.arange(0, B)
@@ -128,7 +142,7 @@ def _merge_backward_kernel(
     query_ME = _load(query, index_M, E, E_PAD)
     grad_ME = _load(grad, index_M, E, E_PAD)
     delta_M = tl.sum(grad_ME * _load(output, index_M, E, E_PAD), 1)
-    # An infinite log-sum-exp leaves no weight to members that do not exist.
+    # An infinite log-sum-exp gives members that do not exist a weight of zero.
     lse2_M = tl.load(lse + head_M * num_rows + row_M, mask=exists_M, other=float("inf")) * LOG2_E
     sum_ME = tl.zeros([M, E_PAD], tl.float32)
     for a in tl.static_range(A):
@@ -152,14 +166,17 @@ _NO_ROWS = FlashAttention("no rows", _nothing, lambda inputs, *_: tuple(map(torc
 
 
 def refusal(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
-    """Why this attention cannot run there, in one sentence; None where it can."""
+    """Return why this attention cannot run on the device, in one sentence, or None if it can."""
     if head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_GRANULE:
         return f"flash attention needs a head dim of at most {MAX_HEAD_DIM}, a multiple of {HEAD_DIM_GRANULE}, not {head_dim}"
     return flash.refusal(dtype, device)
 
 
 def _segments(rows: AttentionRows) -> tuple[Tensor, Tensor]:
-    """Starts of queries and of keys: of each document, what its rows see, then the rest of its keys. int32 [2 D + 1] each."""
+    """Return the segment starts of queries and of keys, int32 [2 D + 1] each.
+
+    Each document has two segments: its rows with the keys they see, then its remaining keys.
+    """
     start_D = rows.cu_seqlens.long()
     position_Q = rows.position_Q.contiguous()
     row_D = torch.searchsorted(position_Q, start_D)
@@ -171,7 +188,10 @@ def _segments(rows: AttentionRows) -> tuple[Tensor, Tensor]:
 
 
 class _Merge(NamedTuple):
-    """Arguments of a merge, and the launching of its kernels; extras: the ancestors' keys, then their values, dense."""
+    """The arguments of one merge, with methods that launch its kernels.
+
+    extras: keys of the ancestors, then their values, contiguous.
+    """
 
     inputs: FlashInputs
     rows: AttentionRows
@@ -193,14 +213,15 @@ class _Merge(NamedTuple):
             kernel[grid](*shared, *arguments, A=num_extra, IS_TREE=self.rows.is_tree, **sizes, num_warps=num_warps)
 
     def forward(self, prefix_output_QHE: Tensor, prefix_lse_HQ: Tensor) -> tuple[Tensor, Tensor]:
-        # Not in place: a number that two threads read may be written by one before the other has read it.
+        # Not in place: two threads may read the same number, and one could overwrite it before the
+        # other has read it.
         output_QHE = torch.empty_like(self.inputs.query_QHE)
         lse_HQ = torch.empty_like(prefix_lse_HQ)
         self.launch(_merge_kernel, prefix_output_QHE, prefix_lse_HQ, output_QHE, lse_HQ)
         return output_QHE, lse_HQ
 
     def backward(self, grad_QHE: Tensor, output_QHE: Tensor, lse_HQ: Tensor, prefix_query_grad_QHE: Tensor) -> list[Tensor]:
-        """Gradients of queries and of the extras."""
+        """Compute the gradients of the queries and of the extras."""
         query_QHE = self.inputs.query_QHE
         is_tree = self.rows.is_tree
         num_extra = len(self.rows.ancestors)
@@ -256,13 +277,14 @@ def ancestor_attention(
     extra_values: list[Tensor],
     rows: AttentionRows,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.ancestor_attention`, where in each document the rows stand at successive positions; never waits for a GPU.
+    """Implementation of `reference.ancestor_attention` by flash attention and a merge kernel.
 
-    Tensors are of one dtype, bf16 or fp16; `refusal` says what else flash attention asks for.
-    Raises ValueError where none is installed.
+    It does not synchronise with the host. The rows of each document must have successive positions.
+    All tensors share one dtype, bf16 or fp16; `refusal` states the other requirements.
+    Raises ValueError if no flash attention is installed.
     """
     prefix = flash.available_flash()
     if prefix is None:
-        raise ValueError("expected flash-attn from 2.7 on or PyTorch for CUDA with flash attention, found neither; install one")
+        raise ValueError("expected flash-attn 2.7+ or PyTorch for CUDA with flash attention, found neither; install one")
     prefix = prefix if len(query_QHE) else _NO_ROWS
     return _PrefixFlash.apply(prefix, rows, query_QHE, key_TGE, value_TGE, *extra_keys, *extra_values)

@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass instead of being kept."""
+"""Activation checkpointing: the backward pass recomputes activations instead of keeping them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,5 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`; what it computes on the way is not kept. It must be pure and draw no random numbers."""
+    """Return `function(*arguments)` without keeping intermediate activations.
+
+    The function must have no side effects and draw no random numbers.
+    """
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

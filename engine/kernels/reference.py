@@ -1,7 +1,7 @@
-"""Each hot operation in plain PyTorch: the executable specification.
+"""Reference implementation of each kernel in plain PyTorch. It is the executable specification.
 
-Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, R of the former to one of the latter, E head dim. Those
-of the loss are in interface.py.
+Shapes: Q query rows, T packed tokens, H query heads, G key/value heads, R = H / G query heads per
+key/value head, E head dim. The shapes of the loss are explained in interface.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +18,12 @@ from engine.kernels.interface import (
 )
 
 TINY = torch.finfo(torch.float32).tiny
-FLOOR, LARGEST = 1e-10, torch.finfo(torch.float8_e4m3fn).max  # of the magnitudes in a group of inputs; in e4m3
+# The least magnitude that determines the scale of a group, and the largest number of e4m3.
+FLOOR, LARGEST = 1e-10, torch.finfo(torch.float8_e4m3fn).max
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` in fp32, or unchanged where it is in float64 already."""
+    """Return `x` in fp32, or unchanged if it is in float64 already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -34,10 +35,14 @@ def ancestor_attention(
     extra_values: list[torch.Tensor],
     rows: AttentionRows,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every row to a causal prefix of its own document and to its own ancestors, in one softmax.
+    """Compute attention of every row to a causal prefix of its document and to its ancestors.
 
-    key_TGE, value_TGE: [T, G, E] with H a multiple of G. extra_keys, extra_values: A tensors [any, G, E]; `rows` says which of
-    them a row sees. Returns [Q, H, E] and its log-sum-exp, fp32 [Q, H], not differentiable; scale E**-0.5.
+    Prefix and ancestors share one softmax; scores are scaled by E**-0.5.
+
+    query_QHE: [Q, H, E]. key_TGE, value_TGE: [T, G, E], with H a multiple of G.
+    extra_keys, extra_values: A tensors [any, G, E]; `rows` states which of their rows each row
+        sees.
+    Returns the output [Q, H, E] and its log-sum-exp, fp32 [Q, H], which is not differentiable.
     Source: EAGLE-3 (arXiv:2503.01840), section 3, training-time test.
     """
     num_keys, num_groups, head_dim = key_TGE.shape
@@ -66,11 +71,13 @@ def vocab_loss(
     weights: RowWeights,
     walk: object = None,
 ) -> VocabLoss:
-    """Compare the draft's distribution of every row with the target's of its slot.
+    """Compute the loss between the draft's distribution of every row and the target's of its slot.
 
-    hidden_RD: [R, D], what the draft's head reads. weight_UD: [U, D], that head. Differentiable in both. walk: how others walk
-    over chunks; here there are none.
-    Source: EAGLE-3 (arXiv:2503.01840), section 3; LK losses: sum_v min(p, q) is the rate at which drafted tokens are accepted.
+    hidden_RD: [R, D], input of the draft's head. weight_UD: [U, D], the head. Differentiable in
+        both.
+    walk: ignored; other implementations use it to process chunks.
+    Source: EAGLE-3 (arXiv:2503.01840), section 3. LK losses: sum_v min(p, q) is the rate at which
+    drafted tokens are accepted.
     """
     step_R = torch.repeat_interleave(
         torch.arange(len(rows.bounds), device=hidden_RD.device),
@@ -102,9 +109,9 @@ def vocab_loss(
 
 
 def head_stats(logits_NV: torch.Tensor, transform: LogitTransform) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the largest logit of each row, its first token, and the log-sum-exp of the row.
+    """Return the largest logit of each row, the first token that has it, and the row's log-sum-exp.
 
-    logits_NV: products with the target's head, in any precision, not yet transformed.
+    logits_NV: raw outputs of the target's head, in any precision; `transform` is applied here.
     Returns fp32 [N], int64 [N] and fp32 [N].
     """
     logits_NV = transform(upcast(logits_NV))
@@ -113,7 +120,10 @@ def head_stats(logits_NV: torch.Tensor, transform: LogitTransform) -> tuple[torc
 
 
 def dequantised(codes: torch.Tensor, scale: torch.Tensor, block: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Every value times the scale of its block, formed in fp32. block: values that share a scale, along each dimension."""
+    """Multiply every value by the scale of its block in fp32, and return the result in `dtype`.
+
+    block: number of values that share a scale, along each dimension.
+    """
     for dim, size in enumerate(block):
         if size > 1 and scale.shape[dim] > 1:
             scale = scale.repeat_interleave(size, dim).narrow(dim, 0, codes.shape[dim])
@@ -127,10 +137,13 @@ def fp8_linear(
     block: tuple[int, int],
     ends_X: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Rows [M, K], sorted by expert, times the transposes of their experts' weights [X, N, K]: [M, N].
+    """Multiply rows by the transposes of their experts' fp8 weights, [M, N].
 
-    codes_XNK: fp8, with a scale for each block of `block` rows and columns, fp32 [X, ceil(N / rows), ceil(K / columns)].
-    ends_X: of each expert's rows, ascending; None = all are of the only one. Rows behind the last end give anything.
+    rows_MK: [M, K], sorted by expert. codes_XNK: fp8 weights, [X, N, K].
+    scale_XGJ: fp32 [X, ceil(N / rows), ceil(K / columns)], one scale for each block.
+    block: rows and columns of a block.
+    ends_X: ascending, end of each expert's rows; None = all rows belong to the only expert.
+        Results of rows after the last end are undefined.
     """
 
     def weight_NK(expert: int) -> torch.Tensor:
@@ -142,7 +155,12 @@ def fp8_linear(
 def grouped_linear(
     rows_MK: torch.Tensor, weight_NK: Callable[[int], torch.Tensor], num_outputs: int, ends_X: torch.Tensor | None
 ) -> torch.Tensor:
-    """The same of weights that a function gives by expert, one at a time, of those with rows."""
+    """Multiply rows by the transposes of their experts' weights, [M, num_outputs].
+
+    rows_MK: [M, K], sorted by expert.
+    weight_NK: returns the weight of one expert; called one at a time, only for experts with rows.
+    ends_X: as in `fp8_linear`. Rows after the last end give zeros.
+    """
     ends = [len(rows_MK)] if ends_X is None else ends_X.tolist()
     out_MN = rows_MK.new_zeros(len(rows_MK), num_outputs)
     for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -152,21 +170,27 @@ def grouped_linear(
 
 
 def quantised_rows(rows_MK: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows in e4m3 [M, K], with a scale for every `group` inputs from the first on, fp32 [M, ceil(K / group)].
+    """Quantise rows to e4m3 with one scale for every `group` inputs.
 
-    A group's largest magnitude, or FLOOR where that is larger, becomes the largest number of e4m3.
+    The largest magnitude of a group, or FLOOR if that is larger, maps to the largest number of
+    e4m3.
+    Returns codes, e4m3 [M, K], and scales, fp32 [M, ceil(K / group)].
     Source: DeepSeek-V3 (arXiv:2412.19437), section 3.3.2.
     """
     num_inputs = rows_MK.shape[1]
     rows_MJg = torch.nn.functional.pad(rows_MK.float(), (0, -num_inputs % group)).unflatten(1, (-1, group))
-    # A division by a number of the host would be a product with its rounded inverse on a GPU, which rounds otherwise.
+    # On a GPU, division by a Python number multiplies by its rounded inverse, which rounds
+    # differently. So the divisor is a tensor.
     largest = torch.full((), LARGEST, device=rows_MK.device)
     scale_MJ = rows_MJg.abs().amax(-1).clamp_min(FLOOR) / largest
     return (rows_MJg / scale_MJ[..., None]).to(torch.float8_e4m3fn).flatten(1)[:, :num_inputs], scale_MJ
 
 
 def rounded_rows(rows_MK: torch.Tensor, group: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """What the codes of `quantised_rows` mean; dtype: None = the rows' own."""
+    """Quantise rows with `quantised_rows` and dequantise them again.
+
+    dtype: of the result; None = dtype of the rows.
+    """
     return dequantised(*quantised_rows(rows_MK, group), (1, group), dtype or rows_MK.dtype)
 
 
@@ -179,7 +203,11 @@ def fp8_activations(
     *,
     group: int,
 ) -> torch.Tensor:
-    """As `fp8_linear`, of rows that are quantised too, and rounded to their precision at the end alone."""
+    """Multiply quantised rows by the transposes of their experts' fp8 weights, [M, N].
+
+    Arguments are those of `fp8_linear`, plus `group`: inputs of a row that share a scale. The
+    product is computed in fp32 and rounded once, to the dtype of the rows.
+    """
 
     def weight_NK(expert: int) -> torch.Tensor:
         return dequantised(codes_XNK[expert], scale_XGJ[expert], block, torch.float32)
@@ -191,10 +219,10 @@ def fp8_activations(
 def permute_rows(
     rows_TD: torch.Tensor, source_N: torch.Tensor, out_ND: torch.Tensor, scale_T: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Write row `source_N[n]` of rows_TD to row n of out_ND, and return that.
+    """Write row `source_N[n]` of rows_TD to row n of out_ND, and return out_ND.
 
-    scale_T: fp32, needed where rows_TD holds codes of e4m3; a row is then its codes times its scale.
-    out_ND may be a view with room between its rows.
+    scale_T: fp32, required if rows_TD holds e4m3 codes; a row's values are then its codes times its
+    scale. out_ND may be a view with gaps between its rows.
     """
     if scale_T is None:
         return torch.index_select(rows_TD, 0, source_N, out=out_ND)
@@ -205,9 +233,9 @@ def permute_rows(
 def quantise_rows(rows_TD: torch.Tensor, source_N: torch.Tensor | None, codes_ND: torch.Tensor, scale_N: torch.Tensor) -> None:
     """Write row `source_N[n]` in e4m3 to row n of codes_ND, and its one scale to scale_N.
 
-    source_N: None = every row in order. Scales are those of `quantised_rows` with one group for each
-    row. A value differs from what its code means by at most a sixteenth of its magnitude, or, where
-    that is less, by 2**-10 of its row's scale.
+    source_N: None = every row, in order. Scales are those of `quantised_rows` with one group per
+    row. The error of a dequantised value is at most a sixteenth of its magnitude, or 2**-10 of its
+    row's scale if that is larger.
     """
     chosen_ND = rows_TD if source_N is None else rows_TD.index_select(0, source_N)
     codes, scale_N1 = quantised_rows(chosen_ND, rows_TD.shape[1])
@@ -218,11 +246,14 @@ def quantise_rows(rows_TD: torch.Tensor, source_N: torch.Tensor | None, codes_ND
 def unpermute_rows(
     rows_MD: torch.Tensor, place_TJ: torch.Tensor, out_TD: torch.Tensor, weight_TJ: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Write to out_TD the sum of each token's rows, in fp32 and in the order of J, and return that.
+    """Write the weighted sum of each token's rows to out_TD, and return out_TD.
 
-    place_TJ: which rows of rows_MD are the token's, -1 for none. weight_TJ: what each is multiplied
-    by; None = 1. rows_MD may be codes of e4m3. Where a place is -1 neither rows nor weights matter,
-    even if they are NaN.
+    Sums are formed in fp32, in the order of J.
+
+    place_TJ: indices of a token's rows in rows_MD; -1 = no row. Rows and weights at a place of -1
+        are ignored, even if they are NaN.
+    weight_TJ: factor of each row; None = 1.
+    rows_MD may hold e4m3 codes.
     """
     total_TD = torch.zeros(out_TD.shape, dtype=torch.float32, device=out_TD.device)
     if len(rows_MD) == 0:

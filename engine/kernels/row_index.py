@@ -1,4 +1,4 @@
-"""Taking some rows of a tensor, and putting what belongs to them back."""
+"""Gather and scatter of rows of a tensor."""
 
 from typing import Any
 
@@ -6,18 +6,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Row counts are multiples of it. A CPU compiles a matrix product of a new size again; on a GPU, counts that differ at every
-# step fragment the memory that PyTorch's allocator keeps.
+# Row counts are rounded up to a multiple of this. On a CPU, every new size of a matrix product is
+# compiled again; on a GPU, counts that differ at every step fragment the memory of PyTorch's
+# allocator.
 ROW_GRANULE = {"cpu": 32, "cuda": 128}
 
 
 def take_rows(x: Tensor, index_Q: Tensor) -> Tensor:
-    """`x[index_Q]` along the first dimension; index_Q: int64 [Q] without repeats."""
+    """Return `x[index_Q]` along the first dimension. index_Q: int64 [Q] without repeats."""
     return _TakeRows.apply(x, index_Q)
 
 
 def add_rows(sum_M: Tensor, index_Q: Tensor, x_Q: Tensor, is_tree: bool) -> None:
-    """`sum_M[index_Q] += x_Q` over zeros, in a fixed order. Only in a tree may rows repeat, or be negative and go nowhere."""
+    """Compute `sum_M[index_Q] += x_Q` in place, in a fixed order. sum_M must be zero before.
+
+    is_tree: whether indices may repeat, or be negative; rows with a negative index are dropped.
+    """
     if is_tree:
         present_Q = (index_Q >= 0).view(-1, *[1] * (x_Q.dim() - 1))
         sum_M.index_put_((index_Q.clamp_min(0),), torch.where(present_Q, x_Q, 0).to(sum_M.dtype), accumulate=True)

@@ -1,13 +1,17 @@
-"""The vocabulary loss of one chunk in one launch: statistics of every row, and the gradient of its logits in their place.
+"""Triton kernel of the vocabulary loss of one chunk, in one launch.
 
-r rows of the chunk, n its slots, U draft vocabulary, B tokens of a block. Of one row, with z the draft's logits, t the target's
-logits of the row's slot and `lse` the log-sum-exp of those over the target's full vocabulary:
+It computes statistics of every row and overwrites the row's logits with their gradient.
+
+Shapes: r rows of the chunk, n slots, U draft vocabulary, B tokens per block. For one row, let z be
+the draft's logits, t the target's logits of the row's slot over the draft vocabulary, and `lse` the
+log-sum-exp of the target's logits over its full vocabulary:
 
     q = softmax(z)      p = softmax(t)      p_full[v] = exp(t[v] - lse)
     cross_entropy = -sum_v p[v] log q[v] = log sum_v exp(z[v] - max z) + sum_v p[v] (max z - z[v])
     acceptance    = sum_v min(p_full[v], q[v])
 
-The second form of the cross-entropy adds numbers of one sign only, so saturated logits cancel nothing. The row's loss is
+The second form of the cross-entropy adds numbers of one sign only, so saturated logits cause no
+cancellation. The loss of a row is
 
     w0 cross_entropy - w1 log max(acceptance, TINY) + w2 (1 - acceptance)
 
@@ -19,8 +23,9 @@ With dq[v]/dz[u] = q[v] ([u = v] - q[u]), and d min(p_full[v], q[v]) / dq[v] = [
     pull                = w1 / acceptance [acceptance > TINY] + w2
     d loss /dz          = w0 (q - p) - pull (below - q sum_v below[v])
 
-A program reads its row two or three times, and computes in fp32: once for the maxima and sums of both softmaxes, once for the
-statistics and the gradient of the cross-entropy, and once more for a gradient that needs `acceptance` and the sum of `below`.
+A program reads its row two or three times and computes in fp32. The first pass finds the maxima and
+sums of both softmaxes. The second computes the statistics and the gradient of the cross-entropy. A
+third pass is needed only for gradients that depend on `acceptance` and the sum of `below`.
 """
 
 import torch
@@ -31,13 +36,14 @@ from torch import Tensor
 from engine.kernels.interface import LossChunk
 from engine.kernels.reference import TINY
 
-# Many warps a row, so few rows in flight, lest a row leave L2 between two readings. Eight tokens a thread: 16 bytes of bf16 a
-# load, and for ptxas 64 registers (sm_90), so that two rows share a multiprocessor and one computes while the other waits.
+# Many warps per row keep few rows in flight, so that a row stays in L2 between two passes. Eight
+# tokens per thread: a bf16 load takes 16 bytes, and ptxas needs 64 registers (sm_90). Two rows then
+# share a multiprocessor, and one computes while the other waits.
 MAX_BLOCK_U = 4096
 TOKENS_PER_WARP = 256
 
 _TINY = tl.constexpr(TINY)
-# A maximum starts here and not at -inf, lest -inf - -inf come of a block of nothing but -inf
+# Maxima start here instead of at -inf, because a block of only -inf would give -inf - -inf = NaN.
 LEAST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -48,14 +54,17 @@ def _load(logits_U, v_B, U: tl.constexpr):
 
 @triton.jit
 def maximum_and_sum(max_so_far, sum_B, logits_B):
-    """One block further: the largest logit, and the sums of exp(logit - largest), which stay apart by lane until the end."""
+    """Update the running maximum and the sums of exp(logit - maximum) with one block of logits.
+
+    The sums are kept per lane and reduced at the end.
+    """
     maximum = tl.maximum(max_so_far, tl.max(logits_B, 0))
     return maximum, sum_B * tl.exp(max_so_far - maximum) + tl.exp(logits_B - maximum)
 
 
 @triton.jit
 def _normalise(z_U, t_U, U: tl.constexpr, BLOCK_U: tl.constexpr):
-    """Of the draft's and of the target's logits: the largest, and the sum of exp(logit - largest)."""
+    """Return max and sum of exp(logit - max), of the draft's and then of the target's logits."""
     max_z = tl.full([], LEAST, tl.float32)
     max_t = tl.full([], LEAST, tl.float32)
     sum_z_B = tl.zeros([BLOCK_U], tl.float32)
@@ -72,7 +81,10 @@ def _compare(
     z_U, t_U, max_z, q_scale, max_t, p_scale, p_full_scale, weight,
     U: tl.constexpr, BLOCK_U: tl.constexpr, WITH_GRADIENTS: tl.constexpr,
 ):  # fmt: skip
-    """sum_v p[v] (max z - z[v]), sum_v min(p_full[v], q[v]), sum_v below[v]; on the way weight * (q - p) in place of z."""
+    """Compute sum_v p[v] (max z - z[v]), sum_v min(p_full[v], q[v]) and sum_v below[v].
+
+    With gradients, also overwrite z with weight * (q - p).
+    """
     gap_B = tl.zeros([BLOCK_U], tl.float32)
     acceptance_B = tl.zeros([BLOCK_U], tl.float32)
     below_B = tl.zeros([BLOCK_U], tl.float32)
@@ -82,7 +94,7 @@ def _compare(
         q_B = tl.exp(z_B - max_z) * q_scale
         exp_t_B = tl.exp(_load(t_U, v_B, U) - max_t)
         p_full_B = exp_t_B * p_full_scale
-        gap_B += exp_t_B * tl.where(v_B < U, max_z - z_B, 0.0)  # lest past the end 0 meet inf
+        gap_B += exp_t_B * tl.where(v_B < U, max_z - z_B, 0.0)  # past the end, 0 * inf would be NaN
         acceptance_B += tl.minimum(q_B, p_full_B, propagate_nan=tl.PropagateNan.ALL)
         below_B += tl.where(q_B < p_full_B, q_B, 0.0)
         if WITH_GRADIENTS:
@@ -94,7 +106,7 @@ def _compare(
 def _store_gradient(
     z_U, t_U, max_z, q_scale, max_t, p_scale, p_full_scale, weight, pull, below_sum, U: tl.constexpr, BLOCK_U: tl.constexpr
 ):
-    """weight * (q - p) - pull * (below - q * below_sum) in place of z."""
+    """Overwrite z with weight * (q - p) - pull * (below - q * below_sum)."""
     for start in range(0, U, BLOCK_U):
         v_B = start + tl.arange(0, BLOCK_U)
         q_B = tl.exp(_load(z_U, v_B, U) - max_z) * q_scale
@@ -133,7 +145,8 @@ def _row_kernel(
         _silence(z_U, stats_4, num_rows, U, BLOCK_U, WITH_GRADIENTS)
         return
     t_U = target_nU + slot * target_stride
-    z_of_likeliest = tl.load(z_U + tl.load(draft_id_n + slot)).to(tl.float32)  # before anything is written in its place
+    # This has to be read before z is overwritten.
+    z_of_likeliest = tl.load(z_U + tl.load(draft_id_n + slot)).to(tl.float32)
 
     max_z, sum_z, max_t, sum_t = _normalise(z_U, t_U, U, BLOCK_U)
     q_scale = 1.0 / sum_z
@@ -155,18 +168,19 @@ def _row_kernel(
 
 
 def row_loss(chunk: LossChunk, with_gradients: bool) -> Tensor:
-    """As `vocab_loss.row_loss`, in one launch."""
+    """Triton implementation of `vocab_loss.row_loss`, in one launch."""
     logits_rU = chunk.logits_rU
     target_nU = chunk.target_nU
     weight_3r = chunk.weight_3r
-    assert logits_rU.stride(1) == 1 == target_nU.stride(1), "a row's logits must lie side by side"
+    assert logits_rU.stride(1) == 1 == target_nU.stride(1), "a row's logits must be contiguous"
     assert weight_3r.is_contiguous() and weight_3r.dtype == chunk.lse_n.dtype == torch.float32
     num_rows, vocab = logits_rU.shape
     stats_4r = torch.empty(4, num_rows, device=logits_rU.device)
     if num_rows == 0:
         return stats_4r
-    # Rows come step by step, each step's in the order of slots, so where none is missing those of a slot are n apart. Programs
-    # beside one another take them, lest each read the slot's target from memory; missing rows only loosen this.
+    # Rows are ordered by step, then by slot, so the rows of a slot are n apart if none is missing.
+    # Consecutive programs process the rows of a slot, so that the slot's target is read from memory
+    # once. With missing rows this holds only approximately, which affects speed alone.
     rows_apart = max(1, min(target_nU.shape[0], num_rows))
     rows_together = triton.cdiv(num_rows, rows_apart)
     block = min(MAX_BLOCK_U, triton.next_power_of_2(vocab))

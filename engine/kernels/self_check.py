@@ -1,15 +1,15 @@
 """Comparison of each chosen kernel with plain PyTorch at the first start on a GPU.
 
-Kernels are tested in Triton's interpreter, and compiled ahead of time; neither shows what a
-compiler makes of them on the machine at hand. So each one runs once, forward and backward, on a
-small input of odd sizes. With the same operation computed by plain PyTorch (`reference.py`), and
-norms over all numbers of a tensor,
+The tests run kernels in Triton's interpreter and compile them ahead of time; neither shows whether
+the compiled kernel is correct on a particular machine. Each kernel therefore runs once, forward and
+backward, on small inputs with odd sizes. `plain` is the same operation in plain PyTorch
+(`reference.py`), and norms run over all numbers of a tensor:
 
     error = |kernel - float64|        bound = 2 roundings |plain - float64| + floor |float64|
 
 where `roundings` counts how often a kernel rounds its results to the precision of the run; plain
-PyTorch does so once. A kernel with an error above the bound, or that raises, is replaced by plain
-PyTorch. Results are kept with `kernel_cache.py`.
+PyTorch does so once. A kernel that raises or has an error above the bound is replaced by plain
+PyTorch. Results are stored by `kernel_cache.py`.
 """
 
 import time
@@ -37,16 +37,18 @@ from engine.kernels.vocab_loss import row_loss
 SECTION = "self_check"
 OUT_OF_MEMORY = "out of memory"
 ELEMENTWISE = ("rms_norm", "swiglu", "rotate_both")
-TARGET_ONLY = Kernels()  # no kernel of a draft
+TARGET_ONLY = Kernels()  # plain PyTorch: no draft kernel is checked
 
 
 @dataclass(frozen=True)
 class KernelCheck:
     """The result of one kernel's check.
 
-    name: stem of the kernel's file, or the name of an elementwise operation. error, bound: of the
-    tensor that comes nearest to its bound, relative to its norm. seconds: time taken, compilation
-    included. message: what went wrong; empty where `ok`.
+    name: stem of the kernel's file, or the name of an elementwise operation.
+    ok: whether the kernel passed.
+    error, bound: of the tensor closest to its bound, relative to its norm.
+    seconds: duration, including compilation.
+    message: what went wrong; empty if `ok`.
     """
 
     name: str
@@ -67,13 +69,17 @@ def check_kernels(
     head_dim: int = 128,
     on_check: Callable[[KernelCheck], None] = lambda check: None,
 ) -> list[KernelCheck]:
-    """Compare every kernel in use with plain PyTorch; one result per kernel, in a fixed order.
+    """Compare every kernel in use with plain PyTorch, and return one result per kernel.
 
-    What plain PyTorch computes anyway is left out. dtype: precision of the run. cache_dir: folder
-    of earlier results; None = none are kept. target: kernels of a frozen target, checked as well.
-    head_dim: of the attentions. on_check is called with each result as it comes. The order of the
-    results depends on the arguments alone, so that ranks can compare theirs.
-    Raises RuntimeError where a kernel left the device in a state in which nothing else can run.
+    Operations that plain PyTorch computes anyway are not checked. The order of the results depends
+    only on the arguments, so that ranks can compare theirs.
+
+    dtype: precision of the run.
+    cache_dir: folder of earlier results; None = results are not stored.
+    target: kernels of a frozen target, checked as well.
+    head_dim: of the attention kernels.
+    on_check: called with each result when it is available.
+    Raises RuntimeError if a kernel left the device in a state in which nothing else can run.
     """
     cases: dict[str, list[Case]] = {}
     for case in draft_cases(kernels, head_dim, device):
@@ -101,17 +107,17 @@ def check_kernels(
 
 
 def _may_pass_later(check: KernelCheck) -> bool:
-    """Return whether a kernel failed for want of memory alone, which says nothing about it."""
+    """Return whether a kernel failed because memory ran out, so that it may pass later."""
     return OUT_OF_MEMORY in check.message
 
 
 def _entry(check: KernelCheck) -> dict[str, object]:
-    """Return what the cache holds of a result; JSON has no infinite numbers, so text does."""
+    """Return a result as a cache entry. Numbers are stored as text, since JSON has no infinity."""
     return asdict(check) | {"error": str(check.error), "bound": str(check.bound)}
 
 
 def _known_check(entry: object) -> KernelCheck | None:
-    """Return a result as the cache holds it, None where it holds none that can be read."""
+    """Return the result stored in a cache entry, or None if the entry cannot be read."""
     try:
         check = KernelCheck(**entry)  # type: ignore[arg-type]
         return replace(check, error=float(check.error), bound=float(check.bound))
@@ -129,7 +135,8 @@ def check_kernel(name: str, cases: Sequence[Case], device: torch.device, dtype: 
         try:
             worst_error, worst_bound, message = _compare(case, device, dtype)
         except Exception as problem:
-            # Whatever a compiler, a driver or a launch raises: the run can do without the kernel.
+            # Compilers, drivers and launches raise many types of errors. The run works without the
+            # kernel in any case.
             message = f"{type(problem).__name__}: {str(problem).strip() or 'no message'}"
             if isinstance(problem, torch.OutOfMemoryError):
                 message = f"{OUT_OF_MEMORY}: {message}"
@@ -146,7 +153,7 @@ def check_kernel(name: str, cases: Sequence[Case], device: torch.device, dtype: 
 
 
 def _compare(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[float, float, str]:
-    """Return error and bound of the tensor nearest to its bound, and what is wrong with it."""
+    """Return error and bound of the tensor closest to its bound, and a message if it failed."""
     rounded = [leaf.to(dtype) for leaf in case.leaves]
     ours = _results(case.ours, rounded, device, dtype, case.differentiates)
     plain = _results(case.plain, rounded, device, dtype, case.differentiates)
@@ -177,7 +184,10 @@ def _results(
     dtype: torch.dtype,
     differentiates: bool,
 ) -> list[Tensor]:
-    """Return the outputs, and the gradients for fixed directions, in float64."""
+    """Return the outputs and the gradients of the leaves in float64.
+
+    Gradients are those of the outputs' products with fixed random directions.
+    """
     moved = [leaf.to(device, dtype).requires_grad_(differentiates) for leaf in leaves]
     with torch.set_grad_enabled(differentiates):
         outputs = [output for output in operation(*moved)]
@@ -188,7 +198,7 @@ def _results(
         for output in reached:
             generator = torch.Generator().manual_seed(7)
             direction = torch.randn(output.shape, generator=generator)
-            # One direction for all precisions, which each of them can hold.
+            # All precisions use the same direction, rounded so that each represents it exactly.
             directions.append(direction.to(torch.bfloat16).to(device, output.dtype))
         gradients = torch.autograd.grad(reached, moved, directions)
         results += [gradient.double() for gradient in gradients]
@@ -198,7 +208,7 @@ def _results(
 
 
 def _check_device(name: str, device: torch.device) -> None:
-    """Raise RuntimeError where a failed kernel left a device that runs nothing any more."""
+    """Raise RuntimeError if a failed kernel left the device unusable."""
     if device.type != "cuda":
         return
     try:
@@ -211,10 +221,10 @@ def _check_device(name: str, device: torch.device) -> None:
 
 
 def without_failed(kernels: Kernels, failed: Collection[str]) -> Kernels:
-    """Return `kernels` with plain PyTorch in the place of those named.
+    """Return `kernels` with the failed ones replaced by plain PyTorch.
 
-    Attention falls back to blocks, and the loss to chunks, of plain PyTorch: as `reference.py`
-    computes them, in memory that does not grow with the square of the tokens.
+    Attention falls back to the blocked implementation and the loss to the chunked one. Both compute
+    what `reference.py` does, in memory that does not grow with the square of the tokens.
     """
     if not failed:
         return kernels
@@ -239,7 +249,7 @@ def without_failed(kernels: Kernels, failed: Collection[str]) -> Kernels:
 
 
 def warning(check: KernelCheck, device: torch.device, cache_dir: Path | None) -> str:
-    """Return what a person is told of a kernel that failed on this rank or another one."""
+    """Return the warning for a kernel that failed on this or another rank."""
     found = check.message or "it failed on another rank"
     path = KernelCache(cache_dir, device).path
     kept = "" if path is None else f" and {path}; delete that file to try the kernel again"
@@ -251,7 +261,7 @@ def warning(check: KernelCheck, device: torch.device, cache_dir: Path | None) ->
 
 
 class Ranks(Protocol):
-    """The processes of a run, as `engine.parallel.mesh.World` has them."""
+    """Interface to the processes of a run; `engine.parallel.mesh.World` implements it."""
 
     @property
     def device(self) -> torch.device: ...
@@ -263,12 +273,13 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Where kernels are checked, and how ranks agree on the result.
+    """The self-check of a run: where kernels are checked and how ranks agree on the result.
 
-    cache_dir: folder of earlier results; None = none are kept. any_rank: from what is wrong on
-    this rank, one flag per kernel, to what is wrong on any; a collective. warn: shows a line.
-    even_on_cpu: whether kernels are checked without a GPU, where Triton interprets them.
-    total: sums of this rank's numbers and those of the others; a collective.
+    cache_dir: folder of earlier results; None = results are not stored.
+    any_rank: maps this rank's failure flags, one per kernel, to failures on any rank; a collective.
+    warn: prints one line.
+    even_on_cpu: whether to check kernels without a GPU, in Triton's interpreter.
+    total: sums each number over all ranks; a collective.
     """
 
     device: torch.device
@@ -297,7 +308,7 @@ class SelfCheck:
         target: TargetKernels | None = None,
         head_dim: int = 128,
     ) -> set[str]:
-        """Return the names of the kernels that failed on any rank, after a warning for each.
+        """Return the names of the kernels that failed on any rank, and print a warning for each.
 
         A collective. Nothing is checked on a CPU, which runs plain PyTorch.
         """
@@ -325,7 +336,7 @@ class SelfCheck:
         head_dim: int,
         timer: tile_timing.Timer = tile_timing.cuda_seconds,
     ) -> None:
-        """Let ancestor attention take the tiles that are the fastest over all ranks; a collective."""
+        """Use the tiles of ancestor attention that are fastest over all ranks; a collective."""
         attention = kernels.attention
         if isinstance(attention, FlashWhereDense):
             attention = attention.otherwise

@@ -1,4 +1,4 @@
-"""The fastest tiles of ancestor attention on the GPU at hand, timed once and then kept."""
+"""Selection of the fastest tiles of ancestor attention on the current GPU. Times are cached."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from engine.kernels.interface import AttentionRows
 from engine.kernels.kernel_cache import KernelCache
 
 SECTION = "attention_tiles"
-# A step of a draft, large enough to fill a GPU: documents, heads, ancestors of a row.
+# A draft step large enough to fill a GPU: tokens of each document, heads, ancestors per row.
 LENGTHS = (1536, 512, 2048)
 HEADS = 32
 GROUPS = 8
@@ -26,7 +26,7 @@ Timer = Callable[[Callable[[], Any]], float]
 
 
 def cuda_seconds(work: Callable[[], Any]) -> float:
-    """Return the median time of some calls on the current GPU, without the first ones."""
+    """Return the median time of several calls on the current GPU after warm-up, in seconds."""
     for _ in range(WARM_UP_CALLS):
         work()
     times_ms = []
@@ -49,8 +49,9 @@ def tile_times(
 ) -> dict[TileKey, list[float]]:
     """Return the time of every candidate of each kernel, in seconds, from the cache or by timing.
 
-    Kernels with one candidate are left out. A candidate that raises takes infinitely long. Times,
-    not choices, are what is kept, so that ranks can add theirs up and choose alike.
+    Kernels with one candidate are left out. A candidate that raises gets an infinite time. The
+    cache stores times instead of choices, so that ranks can add their times and make the same
+    choice.
     """
     capability = torch.cuda.get_device_capability(device)
     known = cache.read(SECTION)
@@ -82,7 +83,10 @@ def choose_tiles(times_s: Mapping[TileKey, Sequence[float]], capability: tuple[i
 
 
 def _known_times(entry: object, count: int) -> list[float] | None:
-    """Return times as the cache holds them, as text since JSON has no infinite number."""
+    """Return the times stored in a cache entry, or None if the entry does not hold `count` times.
+
+    Times are stored as text, since JSON has no infinity.
+    """
     if not isinstance(entry, list) or len(entry) != count:
         return None
     try:
@@ -92,20 +96,26 @@ def _known_times(entry: object, count: int) -> list[float] | None:
 
 
 def _time(work: Callable[[], Any], key: TileKey, tile: Tile, timer: Timer) -> float | None:
-    """Return the time of a candidate; infinity if it fails, None if the GPU had no memory left to try it."""
+    """Return the time of a candidate in seconds.
+
+    Returns infinity if it fails, and None if the GPU had too little free memory to try it.
+    """
     with attention_tiles.trying(key, tile):
         try:
             return timer(work)
         except torch.OutOfMemoryError:
             return None
         except Exception:
-            # Whatever a compiler or a launch raises: this tile is not for this GPU.
+            # Compilers and launches raise many types of errors. The tile does not work on this GPU.
             return float("inf")
 
 
 def _work(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Callable[[], Any]:
-    """Return a call that runs a kernel, among others that take the same time for every tile."""
-    from engine.kernels.ancestor_attention import ancestor_attention  # it needs Triton
+    """Return a function that runs the kernel to be timed.
+
+    It may run other kernels as well, which take the same time for every tile.
+    """
+    from engine.kernels.ancestor_attention import ancestor_attention  # requires Triton
 
     generator = torch.Generator(device).manual_seed(0)
     num_rows = sum(LENGTHS)

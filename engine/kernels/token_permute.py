@@ -1,17 +1,19 @@
-"""Rows of tokens put in the order of their experts, and summed up again by token, in one launch each.
+"""Triton kernels that sort rows of tokens by expert and sum them by token, in one launch each.
 
-T tokens, N rows that are copied, M rows that are summed, J rows at most of a token, D hidden size:
+T tokens, N rows that are copied, M rows that are summed, at most J rows per token, D hidden size:
 
-    permute:    out[n]   = rows[source[n]]                        times its scale where rows are codes of e4m3
+    permute:    out[n]   = rows[source[n]]                        times its scale if rows hold codes
     quantise:   scale[n] = max(1e-10, largest magnitude of rows[source[n]]) / 448
                 codes[n] = e4m3(rows[source[n]] / scale[n])
     un-permute: out[t]   = sum_j weight[t, j] rows[place[t, j]]   over the places of at least 0, in fp32
 
-The sum of a token runs over j in ascending order within one program, so there are no atomic additions and the result does not
-depend on which program runs first. A place of -1 is not read, so a NaN elsewhere does not spread.
+The sum of a token runs over j in ascending order within one program, so there are no atomic
+additions and the result does not depend on the order of the programs. A place of -1 is not read, so
+a NaN in another row does not spread.
 
-Codes are read and written as the bits of e4m3 (see fp8_linear.py for the decoding; the encoding is its inverse), so every GPU
-that Triton supports can run these kernels, whether it has instructions for fp8 or not.
+Codes are read and written as the bits of e4m3 (see fp8_linear.py for the decoding; the encoding is
+its inverse). The kernels therefore run on every GPU that Triton supports, with or without fp8
+instructions.
 """
 
 import torch
@@ -23,14 +25,14 @@ from engine.kernels.fp8_activations import FLOOR, LARGEST, larger, rounded
 from engine.kernels.fp8_linear import decode
 
 MAX_BLOCK_D = 2048
-VALUES_PER_WARP = 512  # sixteen for each thread
+VALUES_PER_WARP = 512  # sixteen per thread
 
-_INVERSE_BIAS = tl.constexpr(2.0**-120)  # between the exponents of fp32 and of e4m3
+_INVERSE_BIAS = tl.constexpr(2.0**-120)  # difference between the exponent biases of e4m3 and fp32
 
 
 @triton.jit
 def _encode(values):
-    """fp32 of magnitude at most 448 -> uint8 codes of e4m3, rounded to nearest, halves to even."""
+    """Convert fp32 values of magnitude at most 448 to e4m3 codes, uint8; halves round to even."""
     bits = (rounded(values) * _INVERSE_BIAS).to(tl.int32, bitcast=True)
     magnitude = (bits >> 20) & 127
     sign = tl.where(values < 0, 128, 0)
@@ -90,7 +92,7 @@ def _unpermute_kernel(
 
 
 def _block(width: int, most: int) -> dict[str, int]:
-    """The values of a row that a program holds, and its warps."""
+    """Return the number of values of a row per program, at most `most`, and the number of warps."""
     block = min(most, triton.next_power_of_2(width))
     num_warps = min(8, max(1, block // VALUES_PER_WARP))
     return {"BLOCK_D": block, "num_warps": num_warps}
@@ -102,8 +104,8 @@ def _bits(rows: Tensor) -> Tensor:
 
 def permute_rows(rows_TD: Tensor, source_N: Tensor, out_ND: Tensor, scale_T: Tensor | None = None) -> Tensor:
     """Triton implementation of `reference.permute_rows`."""
-    assert rows_TD.stride(1) == out_ND.stride(1) == 1, "the values of a row must lie side by side"
-    assert source_N.is_contiguous(), "the source of each row must lie next to the following one"
+    assert rows_TD.stride(1) == out_ND.stride(1) == 1, "the values of a row must be contiguous"
+    assert source_N.is_contiguous(), "source_N must be contiguous"
     assert (scale_T is not None) == (rows_TD.dtype == torch.float8_e4m3fn), "codes need scales"
     count, width = out_ND.shape
     if out_ND.numel() == 0:
@@ -118,12 +120,12 @@ def permute_rows(rows_TD: Tensor, source_N: Tensor, out_ND: Tensor, scale_T: Ten
 
 def quantise_rows(rows_TD: Tensor, source_N: Tensor | None, codes_ND: Tensor, scale_N: Tensor) -> None:
     """Triton implementation of `reference.quantise_rows`."""
-    assert rows_TD.stride(1) == codes_ND.stride(1) == 1, "the values of a row must lie side by side"
-    assert source_N is None or source_N.is_contiguous(), "the source of each row must lie next to the following one"
+    assert rows_TD.stride(1) == codes_ND.stride(1) == 1, "the values of a row must be contiguous"
+    assert source_N is None or source_N.is_contiguous(), "source_N must be contiguous"
     count, width = codes_ND.shape
     if codes_ND.numel() == 0:
         return
-    block = _block(width, triton.next_power_of_2(width))  # the largest magnitude is that of the whole row
+    block = _block(width, triton.next_power_of_2(width))  # whole rows, for the scale
     _quantise_kernel[(count,)](
         rows_TD, source_N, _bits(codes_ND), scale_N,
         rows_TD.stride(0), codes_ND.stride(0), scale_N.stride(0), D=width, **block,
@@ -132,7 +134,7 @@ def quantise_rows(rows_TD: Tensor, source_N: Tensor | None, codes_ND: Tensor, sc
 
 def unpermute_rows(rows_MD: Tensor, place_TJ: Tensor, out_TD: Tensor, weight_TJ: Tensor | None = None) -> Tensor:
     """Triton implementation of `reference.unpermute_rows`."""
-    assert rows_MD.stride(1) == out_TD.stride(1) == 1, "the values of a row must lie side by side"
+    assert rows_MD.stride(1) == out_TD.stride(1) == 1, "the values of a row must be contiguous"
     count, width = out_TD.shape
     if out_TD.numel() == 0:
         return out_TD

@@ -1,8 +1,9 @@
-"""The vocabulary loss, deferred: slots in chunks, gradients formed as the loss is, nothing of size [rows, U] left behind.
+"""Chunked vocabulary loss, with gradients formed in the forward pass.
 
-All rows of a slot learn the same distribution, so a chunk takes one product with the target's head for its slots and one with
-the draft's for their rows. Loss and gradient need the same softmax, so both are taken from it at once; the backward pass only
-scales.
+No [rows, U] tensor outlives a chunk. All rows of a slot learn the same distribution, so a chunk
+takes one product with the target's head for its slots and one with the draft's head for their rows.
+Loss and gradient need the same softmax and are computed from it together. The backward pass only
+scales the gradients.
 """
 
 import itertools
@@ -21,10 +22,11 @@ from engine.kernels.row_index import ROW_GRANULE
 
 
 def row_loss(chunk: LossChunk, with_gradients: bool) -> Tensor:
-    """Return statistics of a chunk's rows, fp32 [4, r]: cross-entropy, -log(acceptance), acceptance, correct; 0 of silent rows.
+    """Return statistics of a chunk's rows: cross-entropy, -log(acceptance), acceptance and correct.
 
-    A chunk with a score adds a fifth line of statistics, the score. With gradients, those of the weighted loss with respect to
-    the logits take the place of the logits.
+    Returns fp32 [4, r], or [5, r] if the chunk has a score, which is then the last line. Statistics
+    of padding rows are 0.
+    with_gradients: overwrite the chunk's logits with the gradients of the weighted loss.
     """
     target_nU = chunk.target_nU.float()
     mass_n = (target_nU.logsumexp(-1) - chunk.lse_n).exp()
@@ -57,7 +59,7 @@ def row_loss(chunk: LossChunk, with_gradients: bool) -> Tensor:
 
 
 def _own_score(logits_kU: Tensor, p_kU: Tensor, score: RowScore) -> tuple[Tensor, Tensor]:
-    """Return a loss's own score of rows of one step, [k], and its gradient with respect to their logits, [k, U]."""
+    """Compute a custom score of rows of one step, [k], and its gradient by logits, [k, U]."""
     log_q_kU = logits_kU.log_softmax(-1, dtype=torch.float32)
     score_k, slope_kU = score(p_kU, log_q_kU)
     q_kU = log_q_kU.exp()
@@ -68,7 +70,10 @@ def _own_score(logits_kU: Tensor, p_kU: Tensor, score: RowScore) -> tuple[Tensor
 def _fused_score(
     logits_kU: Tensor, p_kU: Tensor, p_full_kU: Tensor, draft_id_k: Tensor, weight_3k1: Tensor, mixes: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return statistics [4, k] of rows of one step, given their targets row by row, and the gradient of their logits."""
+    """Compute the statistics of rows of one step, [4, k], and the gradient of their logits, [k, U].
+
+    p_kU, p_full_kU, draft_id_k: the target of each row.
+    """
     log_q_kU = logits_kU.log_softmax(-1, dtype=torch.float32)
     correct_k = log_q_kU.gather(1, draft_id_k[:, None])[:, 0] >= log_q_kU.amax(-1)
     cross_entropy_k = -torch.linalg.vecdot(p_kU, log_q_kU)
@@ -86,10 +91,11 @@ def _fused_score(
 
 @dataclass(frozen=True)
 class Walk:
-    """How the chunks are walked.
+    """Options of how `vocab_loss` processes chunks.
 
-    row_loss: scores a chunk's rows. gradient_dtype: precision in which the head's gradient adds up over the chunks. in_place:
-    whether `row_loss` needs no memory of its own.
+    row_loss: scores the rows of a chunk.
+    gradient_dtype: precision in which the head's gradient is accumulated over the chunks.
+    in_place: whether `row_loss` allocates no additional memory.
     """
 
     row_loss: Callable[[LossChunk, bool], Tensor] = row_loss
@@ -97,20 +103,28 @@ class Walk:
     in_place: bool = False
 
     def bytes_per_slot(self, steps: int, vocab_size: int, dtype: torch.dtype) -> int:
-        """Memory of a slot in a chunk: its logits, and those of its row of each TTT step, in `dtype`, with their gradients."""
+        """Return the memory of one slot of a chunk, in bytes.
+
+        It consists of the slot's target logits, and the draft's logits and gradients of its row of
+        each TTT step.
+        """
         if self.in_place:
             return vocab_size * ((steps + 1) * dtype.itemsize + 4)
         return vocab_size * (2 * steps + 2) * 4
 
     def for_score(self, score: RowScore | None) -> "Walk":
-        """Return the walk that a loss needs: one with a score of its own is evaluated in plain PyTorch."""
+        """Return the options for a loss. A loss with a score is evaluated in plain PyTorch."""
         return self if score is None else replace(self, row_loss=row_loss, in_place=False)
 
 
 def vocab_loss(
     hidden_RD: Tensor, weight_UD: Tensor, rows: LossRows, targets: SlotTargets, weights: RowWeights, walk: Walk = Walk()
 ) -> VocabLoss:
-    """As `reference.vocab_loss`. Beyond both gradients, the head's twice, and 16 bytes a row, its memory is a chunk's."""
+    """Chunked implementation of `reference.vocab_loss`.
+
+    Memory: the gradients of both inputs, a second copy of the head's gradient, 16 bytes per row,
+    and one chunk.
+    """
     inputs = _Inputs(hidden_RD, weight_UD, rows, targets, weights)
     return VocabLoss(*_DeferredLoss.apply(hidden_RD, weight_UD, inputs, walk, torch.is_grad_enabled()))
 
@@ -130,7 +144,8 @@ class _DeferredLoss(torch.autograd.Function):
         weights = inputs.weights
         bounds = inputs.rows.bounds
         largest = weights.largest().clamp_min(TINY)
-        # weights of at most 1, or 1024, keep fp16 gradients in range until the loss scale arrives in backward
+        # Scaling the weights to at most 1 (1024 for fp16) keeps fp16 gradients in range until the
+        # backward pass provides the loss scale.
         largest = largest / (1024 if hidden_RD.dtype == torch.float16 else 1)
         stats_xR, *gradients = _walk(inputs, weights.scaled(1 / largest), walk, with_gradients)
         ctx.gradients = gradients
@@ -151,7 +166,10 @@ class _DeferredLoss(torch.autograd.Function):
 
 
 def _walk(inputs: _Inputs, weights: RowWeights, walk: Walk, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the statistics of all rows, [4, R] or [5, R] with a score, and both gradients if they are asked for."""
+    """Compute the statistics of all rows, [4, R] or [5, R] with a score, and both gradients.
+
+    Gradients are empty without `with_gradients`.
+    """
     hidden_RD = inputs.hidden_RD
     weight_UD = inputs.weight_UD
     walk = walk.for_score(weights.score)
@@ -173,7 +191,7 @@ def _walk(inputs: _Inputs, weights: RowWeights, walk: Walk, with_gradients: bool
 
 
 def _chunks(inputs: _Inputs, weights: RowWeights) -> Iterator[tuple[list[slice], Tensor, LossChunk]]:
-    """Iterate over the chunks with rows: where each step's rows lie, their hidden states, and what they are scored by."""
+    """Yield the slices of rows of each step, their hidden states and the chunk, if it has rows."""
     rows = inputs.rows
     targets = inputs.targets
     absent_S = torch.zeros_like(weights.cross_entropy_S)

@@ -1,1 +1,1 @@
-"""Draft methods, one folder each; the draft vocabulary; facts about target families."""
+"""Draft methods, one folder each, distillation losses, the draft vocabulary and target families."""

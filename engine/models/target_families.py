@@ -1,4 +1,4 @@
-"""Facts about target families that their configs do not state in one uniform way."""
+"""Facts about target families that their configs do not state uniformly."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, masking_utils
 
 CHUNKS_START_WITH_DOCUMENTS = hasattr(masking_utils, "remap_positions_for_packed_sequence")
 
-# What a family multiplies (+1) or divides (-1) its logits, or the state its head reads, by.
+# Config field by which a family multiplies (+1) or divides (-1) its logits or its head's input.
 _SCALE_FIELDS = {
     "cohere": ("logit_scale", 1),
     "cohere2": ("logit_scale", 1),
@@ -28,16 +28,17 @@ _SCALE_FIELDS = {
     "muse_spark_text": ("output_multiplier", 1),
 }
 _SOFT_CAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Kinds of layer whose tokens meet in attention only, under a mask that Transformers lets others build.
+# Layer types in which tokens interact only in attention, with a mask that the caller can supply.
 _ISOLATED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-# Families that attend under masks of their own making.
+# Families that build their own attention masks.
 _ONE_BY_ONE = {"doge"}
-# Families whose cache claims to roll back: one compresses keys of several tokens into one, replies of the other were found to
-# change.
+# Families with a cache that claims to support rollback but does not: DeepSeek-V4 compresses keys of
+# several tokens into one, and replies of Doge were found to change.
 _NO_ROLLBACK = {"deepseek_v4", "doge"}
-# What a config calls the number of its residual streams (hyper-connections), and a family its layers, where that is not plain.
+# Config fields with the number of residual streams (hyper-connections), and fields with the number
+# of layers in families that do not use num_hidden_layers for it.
 _STREAM_FIELDS = ("hc_mult", "hc_count")
-_LAYER_FIELDS = {"longcat_flash": "num_layers"}  # each has two attentions, which num_hidden_layers counts
+_LAYER_FIELDS = {"longcat_flash": "num_layers"}  # num_hidden_layers counts two per layer
 # Families that SGLang runs on its DeepSeek-V2 code.
 _SERVED_AS_DEEPSEEK = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "kimi_k2", "kimi_k25"}
 _REFUSED = {
@@ -53,9 +54,11 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class FinalLogits:
-    """What a target does to its logits after the head: `z * scale`, then `soft_cap * tanh(z / soft_cap)`; None = no cap.
+    """Transform that a target applies to its logits after the head.
 
-    num_tokens: how many of the head's rows are tokens, the rest being padding that never comes; None = all of them.
+    It is `z * scale`, then `soft_cap * tanh(z / soft_cap)`; soft_cap: None = no cap.
+    num_tokens: number of rows of the head that are tokens; the others are padding and never occur.
+        None = all rows.
     """
 
     scale: float
@@ -64,18 +67,21 @@ class FinalLogits:
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the language model inside a multimodal wrapper, else `config` itself."""
+    """Return the language model's config inside a multimodal config, or `config` itself."""
     return config.get_text_config(decoder=True)
 
 
 def rope_kinds(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """What a config says of its rotary embeddings: of all, or of each kind of layer that has its own."""
+    """Return the RoPE parameters of a config, then those of each layer type that has its own."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(value for value in rope.values() if isinstance(value, dict))]
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Raise ValueError, naming the family and why, if no draft can be taught by a target of this config."""
+    """Raise ValueError if no draft can be trained for a target with this config.
+
+    The message names the family and the reason.
+    """
     config = text_config(config)
     family = config.model_type
     why = _REFUSED.get(family)
@@ -86,31 +92,31 @@ def check_family(config: PreTrainedConfig) -> None:
 
 
 def cache_rolls_back(config: PreTrainedConfig) -> bool:
-    """Whether the family's cache, where it says that it can forget its last tokens, can."""
+    """Return whether the family's cache can drop its last tokens if it claims to support that."""
     return text_config(config).model_type not in _NO_ROLLBACK
 
 
 def num_layers(config: PreTrainedConfig) -> int:
-    """Decoder layers, as servers number them."""
+    """Return the number of decoder layers, as servers count them."""
     config = text_config(config)
     return getattr(config, _LAYER_FIELDS.get(config.model_type, "num_hidden_layers"))
 
 
 def num_streams(config: PreTrainedConfig) -> int:
-    """Residual streams between layers. A draft reads their mean.
+    """Return the number of residual streams between layers. A draft reads their mean.
 
-    Source: servers average them where they capture such a layer's output: SGLang's `hc_contract`, vLLM's Ascend port and
-    RTP-LLM for DeepSeek-V4.
+    Source: servers average the streams when they capture the output of such a layer: SGLang's
+    `hc_contract`, vLLM's Ascend port and RTP-LLM for DeepSeek-V4.
     """
     config = text_config(config)
     return next((getattr(config, field) for field in _STREAM_FIELDS if hasattr(config, field)), 1)
 
 
 def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
-    """0-based ids of the layers whose outputs feed the draft: 1, L//2-1, L-4.
+    """Return the default 0-based ids of the layers that the draft reads: 1, L//2-1, L-4.
 
-    Raises ValueError for fewer than 7 layers, where they collapse.
-    Source: EAGLE-3 (arXiv:2503.01840), as its serving engines fix it.
+    Raises ValueError for fewer than 7 layers, where these ids are not distinct and ascending.
+    Source: EAGLE-3 (arXiv:2503.01840), with the ids that its serving engines use.
     """
     if num_layers < 7:
         raise ValueError(
@@ -121,7 +127,10 @@ def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
 
 
 def check_aux_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, int, int]:
-    """`layers` as a tuple, if they are three distinct ascending ids and none is the last layer; else ValueError."""
+    """Return `layers` as a tuple after checking them.
+
+    Raises ValueError unless they are three distinct ascending ids below the last layer.
+    """
     layers = tuple(layers)
     ascending = all(a < b for a, b in zip(layers, layers[1:], strict=False))
     if len(layers) != 3 or not ascending or layers[0] < 0 or layers[-1] >= num_layers - 1:
@@ -133,9 +142,10 @@ def check_aux_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, int
 
 
 def check_served_aux_layers(model_type: str, layers: tuple[int, ...]) -> None:
-    """Raise ValueError if a server would capture other layers of this family than the ones named.
+    """Raise ValueError if a server would capture other layers of this family than `layers`.
 
-    SGLang reads the ids as layer outputs, but its DeepSeek code only where the first id is 1, else as layer inputs.
+    SGLang interprets the ids as layer outputs. Its DeepSeek code does so only if the first id is 1;
+    otherwise it interprets them as layer inputs.
     """
     if model_type in _SERVED_AS_DEEPSEEK and layers[0] != 1:
         raise ValueError(
@@ -145,9 +155,9 @@ def check_served_aux_layers(model_type: str, layers: tuple[int, ...]) -> None:
 
 
 def final_logits(config: PreTrainedConfig) -> FinalLogits:
-    """What the target of this config, or of its text config, applies after its LM head.
+    """Return the transform that the target of this config applies after its LM head.
 
-    Raises ValueError for families that are refused, those with more than that among them.
+    Raises ValueError for families that are refused, which include those with other transforms.
     """
     check_family(config)
     config = text_config(config)
@@ -163,11 +173,15 @@ def final_logits(config: PreTrainedConfig) -> FinalLogits:
 
 
 def runs_packed(config: PreTrainedConfig) -> bool:
-    """Whether documents laid end to end can share one forward of this target, given attention kept inside each document.
+    """Return whether packed documents can share one forward pass of this target.
 
-    Not so for layers that carry state from token to token, for RoPE that depends on the forwards of before, for scores scaled
-    by a token's place in the forward (but Llama 4's, see target/attention.py), and, before Transformers 5.23, for attention in
-    chunks of it.
+    Attention is assumed to stay within each document. They cannot share it if any of these applies:
+
+    - Layers carry state from token to token.
+    - RoPE depends on previous forward passes.
+    - Scores are scaled by a token's position in the forward pass (except Llama 4's, see
+      target/attention.py).
+    - Attention runs in chunks of the forward pass, before Transformers 5.23.
     """
     config = text_config(config)
     kinds = set(getattr(config, "layer_types", None) or ())

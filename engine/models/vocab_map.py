@@ -1,4 +1,4 @@
-"""The draft vocabulary: which target tokens the draft can propose, and the two tables that map between the vocabularies."""
+"""The draft vocabulary: the target tokens that the draft can propose, and the mapping tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class VocabMap:
-    """A draft vocabulary of `U` target tokens out of `V`.
+    """A draft vocabulary of `U` of the target's `V` tokens.
 
     target_ids_U: int64 [U], ascending target ids; draft id `k` is target id `target_ids_U[k]`.
     in_draft_V: bool [V], whether a target token is in the draft vocabulary.
@@ -23,9 +23,11 @@ class VocabMap:
 
     @classmethod
     def most_frequent(cls, counts_V: torch.Tensor, size: int, always: Sequence[int] = ()) -> "VocabMap":
-        """Target tokens `always` and the most frequent others, `size` in all; ties go to the lower id. counts_V: int64 [V].
+        """Return a vocabulary of the tokens `always` and the most frequent others.
 
-        Raises ValueError if `size` exceeds the target vocabulary, or is less than `always` needs.
+        counts_V: int64 [V], occurrences of each token. size: total number of tokens. Ties go to the lower id.
+        Raises ValueError if `size` exceeds the target vocabulary or is less than the number of
+        tokens in `always`.
         """
         always = sorted({token for token in always if token < counts_V.numel()})
         if size < len(always):
@@ -41,16 +43,19 @@ class VocabMap:
 
     @classmethod
     def from_tables(cls, d2t: torch.Tensor, t2d: torch.Tensor) -> "VocabMap":
-        """From a checkpoint's offsets `d2t` int64 [U] and flags `t2d` bool [V]."""
+        """Return a checkpoint's vocabulary from its offsets, int64 [U], and flags, bool [V]."""
         return cls(d2t + torch.arange(d2t.numel(), device=d2t.device), t2d)
 
     @property
     def d2t(self) -> torch.Tensor:
-        """Offsets int64 [U]: target id = draft id + d2t[draft id]."""
+        """Offsets of the target ids, int64 [U]: target id = draft id + d2t[draft id]."""
         return self.target_ids_U - torch.arange(self.target_ids_U.numel(), device=self.target_ids_U.device)
 
     def draft_ids(self, target_ids_N: torch.Tensor) -> torch.Tensor:
-        """Target ids [N] -> int64 [N] draft ids; meaningless, but valid, for tokens outside the draft vocabulary."""
+        """Convert target ids [N] to draft ids, int64 [N].
+
+        Tokens outside the draft vocabulary get a valid but meaningless id.
+        """
         return torch.searchsorted(self.target_ids_U, target_ids_N.long()).clamp_max(self.size - 1)
 
     @property
@@ -58,7 +63,7 @@ class VocabMap:
         return self.target_ids_U.numel()
 
     def coverage(self, counts_V: torch.Tensor) -> float:
-        """Share of counted tokens that the draft vocabulary holds."""
+        """Return the share of counted tokens that are in the draft vocabulary."""
         return (counts_V[self.in_draft_V].sum() / counts_V.sum().clamp_min(1)).item()
 
     def to(self, device: torch.device) -> "VocabMap":

@@ -1,1 +1,1 @@
-"""EAGLE-3: the draft, its training-time test, its costs and the folder that servers load."""
+"""EAGLE-3: the draft model, training-time test, cost model and export for servers."""

@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft: parameter names and shapes are those of SGLang's `LlamaForCausalLMEagle3`."""
+"""The EAGLE-3 draft model. Parameter names and shapes match SGLang's `LlamaForCausalLMEagle3`."""
 
 import copy
 from collections.abc import Sequence
@@ -20,20 +20,21 @@ from engine.models.vocab_map import VocabMap
 
 
 class ExtendableKeys(Protocol):
-    """Keys and values of one layer, to which a step adds its own."""
+    """Keys and values of one layer that each step extends."""
 
     def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> "LayerKeys":
-        """Return the keys and values with those of this step."""
+        """Return the keys and values together with those of this step."""
         ...
 
 
 @dataclass(frozen=True)
 class LayerKeys:
-    """Keys and values of one layer that rows attend to: a packed prefix and, per row, its own ancestors.
+    """Keys and values of one layer: a packed prefix and the ancestors of each row.
 
-    position_Q: int64 [Q], the position of the prefix a row stands at. cu_seqlens: int [num_documents + 1].
-    ancestors: for each of the extra keys, the row of it that is a row's own, int64 [Q].
-    is_dense, longest: as `AttentionRows` has them.
+    position_Q: int64 [Q], position of each row in the prefix.
+    cu_seqlens: int [num_documents + 1], starts of the documents, then the total.
+    ancestors: for each tensor of extra keys, the index of each row's ancestor in it, int64 [Q].
+    is_dense, longest: as in `AttentionRows`.
     """
 
     position_Q: torch.Tensor
@@ -47,12 +48,18 @@ class LayerKeys:
     longest: int | None = None
 
     def kept(self, index_Q: torch.Tensor, is_dense: bool) -> "LayerKeys":
-        """For these rows alone; index_Q: int64, ascending. Keys stay where they are."""
+        """Return the keys for a subset of the rows. The key tensors stay unchanged.
+
+        index_Q: int64, ascending. is_dense: of the remaining rows.
+        """
         ancestors = tuple(ancestor_Q[index_Q] for ancestor_Q in self.ancestors)
         return replace(self, position_Q=self.position_Q[index_Q], ancestors=ancestors, is_dense=is_dense)
 
     def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> "LayerKeys":
-        """With this step's keys: the prefix at step 0, an ancestor of each row later."""
+        """Return the keys and values together with those of this step.
+
+        They form the prefix at step 0, and an ancestor of each row at later steps.
+        """
         if self.key_TGE is None:
             return replace(self, key_TGE=key_QGE, value_TGE=value_QGE)
         own_Q = torch.arange(key_QGE.shape[0], device=key_QGE.device)
@@ -61,7 +68,10 @@ class LayerKeys:
 
 
 class RotaryTable:
-    """Rotary embeddings in fp32. Not a module: a cast of the draft to bf16 must not touch its frequencies."""
+    """Rotary embeddings in fp32.
+
+    This is not a module, so that casting the draft to bf16 does not change the frequencies.
+    """
 
     def __init__(self, config: DraftConfig) -> None:
         llama = LlamaConfig(
@@ -76,7 +86,7 @@ class RotaryTable:
         self.attention_scaling = rotary.attention_scaling
 
     def cos_sin(self, position_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 [Q, 1, E] each, for positions int64 [Q]."""
+        """Return cosine and sine, fp32 [Q, 1, E] each, for positions int64 [Q]."""
         self.inv_freq = self.inv_freq.to(position_Q.device)
         angle_QE = torch.outer(position_Q.float(), self.inv_freq).repeat(1, 2)[:, None]
         return angle_QE.cos() * self.attention_scaling, angle_QE.sin() * self.attention_scaling
@@ -103,7 +113,10 @@ class Eagle3Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def forward(self, x_QD, cos_sin: CosSin, keys: LayerKeys, rows_R=None) -> tuple[torch.Tensor, LayerKeys]:
-        """rows_R: int64, the rows that ask, of those that give keys; None = all."""
+        """Compute the attention output, and the keys extended by those of the rows.
+
+        rows_R: int64, indices of the rows that have a query; None = all. Every row provides a key.
+        """
         key_QGE, value_QGE = (proj(x_QD).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         if rows_R is None:
             query_QHE = self.q_proj(x_QD).unflatten(-1, (-1, self.head_dim))
@@ -139,7 +152,7 @@ class Eagle3Mlp(nn.Module):
 
 
 class Eagle3Layer(nn.Module):
-    """One decoder layer. The first reads the token embedding beside the state; later ones the state alone."""
+    """One decoder layer. The first one reads the token embedding as well as the state."""
 
     def __init__(self, config: DraftConfig, reads_embedding: bool, kernels: Kernels) -> None:
         super().__init__()
@@ -166,10 +179,11 @@ class Eagle3Layer(nn.Module):
 
 
 class Eagle3Draft(nn.Module):
-    """The trained model. The token embedding is the target's and stays outside: callers hand in looked-up rows.
+    """The trained draft model. It uses the target's token embedding; callers pass rows of it.
 
-    Attributes named as in the checkpoint: `fc`, `fc_norm` (EAGLE-3.1), `midlayer` or `layers`, `norm`, `lm_head`.
-    `embed_projection` exists where the draft is narrower or wider than its target; export folds it into `embed_tokens`.
+    Attributes are named as in the checkpoint: `fc`, `fc_norm` (EAGLE-3.1), `midlayer` or `layers`,
+    `norm`, `lm_head`. `embed_projection` exists if the draft's width differs from the target's;
+    export folds it into `embed_tokens`.
     """
 
     def __init__(self, config: DraftConfig, kernels: Kernels = PLAIN) -> None:
@@ -192,28 +206,31 @@ class Eagle3Draft(nn.Module):
 
     @property
     def decoder_layers(self) -> list[Eagle3Layer]:
-        """The decoder layers, the first one first."""
+        """The decoder layers, in order."""
         modules = [self.midlayer] if self.config.num_hidden_layers == 1 else self.layers
         return [layer for layer in modules if isinstance(layer, Eagle3Layer)]
 
     def fuse(self, aux_TA: torch.Tensor) -> torch.Tensor:
-        """Auxiliary hidden states [T, 3D of the target] -> first state [T, D]."""
+        """Compute the first state [T, D] from auxiliary hidden states [T, 3 * target D]."""
         if self.fc_norm is not None:
             chunks = zip(self.fc_norm, aux_TA.chunk(3, -1), strict=True)
             aux_TA = torch.cat([norm(chunk) for norm, chunk in chunks], -1)
         return self.fc(aux_TA)
 
     def embed(self, target_embed_TD: torch.Tensor) -> torch.Tensor:
-        """Rows of the target's embedding, projected to the draft's width where it differs."""
+        """Project rows of the target's embedding to the draft's width if the widths differ."""
         return target_embed_TD if self.embed_projection is None else self.embed_projection(target_embed_TD)
 
     def step(
         self, embed_QD, state_QD, position_Q: torch.Tensor, keys: Sequence[ExtendableKeys], rows_R=None
     ) -> tuple[torch.Tensor, list[LayerKeys]]:
-        """One TTT or drafting step: token embeddings and states of rows [Q, D] -> pre-norm outputs [Q, D], keys with theirs.
+        """Run one TTT or drafting step: return the pre-norm outputs [Q, D] and the extended keys.
 
-        position_Q: int64 [Q] rotary positions; keys: one `LayerKeys` a layer. rows_R: int64 [R], ascending; then all rows give
-        keys, but only these have an output, [R, D], and stand in the last layer's keys.
+        embed_QD, state_QD: [Q, D], token embeddings and states of the rows.
+        position_Q: int64 [Q], rotary positions.
+        keys: one `LayerKeys` per layer.
+        rows_R: int64 [R], ascending. If given, all rows still provide keys, but only these rows
+            have an output, [R, D], and appear as rows in the last layer's keys.
         """
         cos_sin = self.rotary.cos_sin(position_Q)
         seen = []
@@ -228,15 +245,15 @@ class Eagle3Draft(nn.Module):
         return self.norm(output_QD) if self.config.norm_output else output_QD
 
     def logits(self, output_QD: torch.Tensor) -> torch.Tensor:
-        """Logits [Q, U] over the draft vocabulary from pre-norm outputs."""
+        """Compute logits [Q, U] over the draft vocabulary from pre-norm outputs [Q, D]."""
         return self.lm_head(self.norm(output_QD))
 
 
 @dataclass(frozen=True)
 class ServedDraft:
-    """A draft ready to propose tokens: weights, vocabulary map and the embedding table in its own width.
+    """A draft ready to propose tokens: model, vocabulary map and embedding table.
 
-    embed_weight_VD: [V, D]; the target's own table where the widths agree.
+    embed_weight_VD: [V, D], in the draft's width; the target's table if the widths agree.
     """
 
     model: Eagle3Draft
@@ -244,14 +261,14 @@ class ServedDraft:
     embed_weight_VD: torch.Tensor
 
     def to(self, dtype: torch.dtype) -> "ServedDraft":
-        """A copy that computes in `dtype`."""
+        """Return a copy that computes in `dtype`."""
         return ServedDraft(copy.deepcopy(self.model).to(dtype), self.vocab_map, self.embed_weight_VD.to(dtype))
 
     def embed(self, token_ids_Q: torch.Tensor) -> torch.Tensor:
-        """Target token ids int64 [Q] -> [Q, D]."""
+        """Look up embeddings [Q, D] of target token ids, int64 [Q]."""
         return nn.functional.embedding(token_ids_Q, self.embed_weight_VD)
 
     @torch.no_grad()
     def propose_id(self, output_QD: torch.Tensor) -> torch.Tensor:
-        """Most likely target token id, int64 [Q], from pre-norm outputs."""
+        """Return the most likely target token ids, int64 [Q], given pre-norm outputs [Q, D]."""
         return self.vocab_map.target_ids_U[self.model.logits(output_QD).argmax(-1)]

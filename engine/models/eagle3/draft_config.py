@@ -1,4 +1,7 @@
-"""The draft's shape: derived from its target's config, and read from and written to the config.json that servers load."""
+"""Config of a draft, derived from the target's config or read from a config.json.
+
+It can be written as the config.json that servers load.
+"""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +23,9 @@ from engine.models.target_families import (
 
 TokenId = int | tuple[int, ...] | None
 
-# Kinds of RoPE a draft can have, and the parameters that all servers read alike. Transformers and some servers also read
-# YaRN's mscale, mscale_all_dim and attention_factor, others ignore them; without them everybody takes 0.1 ln(factor) + 1.
+# RoPE types that a draft can have, with the parameters that all servers interpret in the same way.
+# YaRN's mscale, mscale_all_dim and attention_factor are left out: Transformers and some servers
+# read them, others ignore them. Without them all use 0.1 ln(factor) + 1.
 _ROPE_KEYS = {
     "default": (),
     "linear": ("factor",),
@@ -30,12 +34,15 @@ _ROPE_KEYS = {
 }
 _OPTIONAL_ROPE_KEYS = ("beta_fast", "beta_slow", "truncate")
 _UNSCALED_ROPE = ("mrope", "proportional")
-_ROPE_LAYERS = ("full_attention", "main")  # where kinds of layer have their own: a draft's is that of these (DeepSeek-V4: main)
+# If layer types have their own RoPE, the draft uses that of one of these (DeepSeek-V4: main).
+_ROPE_LAYERS = ("full_attention", "main")
 _DTYPES = ("bfloat16", "float16", "float32")
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-# Names that published EAGLE-3 drafts with Llama's layers have: SGLang's, vLLM's, and those of two training codes.
+# Architecture names of published EAGLE-3 drafts with Llama layers: SGLang's, vLLM's, and those of
+# two training frameworks.
 _EAGLE3_ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaEagle3DraftModel", "Eagle3DraftModel")
-# P-EAGLE (parallel drafting) and block drafters, of which some are published under EAGLE-3's architecture.
+# Keys of P-EAGLE (parallel drafting), block drafters and Medusa. Some of these drafts are published
+# under EAGLE-3's architecture name.
 _KEYS_OF_OTHER_METHODS = (
     "parallel_drafting",
     "pard_token",
@@ -52,12 +59,16 @@ _MUST_BE_FALSE = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Every shape of a draft, and what its server must know of the target.
+    """Shapes of a draft, and the facts about the target that a server needs.
 
-    vocab_size V, hidden size and max_position_embeddings of the target are `vocab_size`, `target_hidden_size` and
-    `max_position_embeddings`; draft_vocab_size is U. rope_parameters: rope_type, rope_theta and the keys of its scaling.
-    aux_layers: 0-based ids of the target's layers the draft reads; None = the file it came from does not say.
-    fc_norm, norm_output: EAGLE-3.1. trained_with: hashes of the tokenizer and the template, for whoever serves it.
+    vocab_size: V, the target's vocabulary size. target_hidden_size: the target's hidden size.
+    max_position_embeddings: the target's. draft_vocab_size: U.
+    rope_parameters: rope_type, rope_theta and the keys of its scaling.
+    aux_layers: 0-based ids of the target layers that the draft reads; None = not stated in the
+        file.
+    fc_norm, norm_output: options of EAGLE-3.1.
+    trained_with: hashes of the tokenizer and the template, so that they can be compared when
+        serving.
     Raises ValueError for shapes that no draft can have.
     """
 
@@ -89,7 +100,7 @@ class DraftConfig:
                 f"draft.vocab_size={self.draft_vocab_size} exceeds the target's vocabulary; use at most {self.vocab_size}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd, RoPE turns pairs; give draft.config with an even head_dim")
+            raise ValueError(f"head_dim={self.head_dim} is odd, but RoPE rotates pairs; give an even head_dim in draft.config")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"draft.num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -104,7 +115,7 @@ class DraftConfig:
 
     @property
     def shape(self) -> DraftShape:
-        """The sizes that its FLOPs depend on."""
+        """Sizes on which the FLOPs depend."""
         return DraftShape(
             self.hidden_size,
             self.intermediate_size,
@@ -118,7 +129,10 @@ class DraftConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The exported config.json, keys sorted; RoPE and dtype are spelt for old and for new readers."""
+        """Return the exported config.json, with sorted keys.
+
+        RoPE and dtype are written under both their old and their new names.
+        """
         shape = asdict(self)
         layers = list(shape.pop("aux_layers"))
         trained_with = shape.pop("trained_with")
@@ -148,10 +162,12 @@ class DraftConfig:
 
     @classmethod
     def from_dict(cls, exported: dict[str, Any], source: str | Path = "draft config") -> "DraftConfig":
-        """The inverse of `to_dict`; reads published EAGLE-3 configs too, filling in what older ones leave out.
+        """Return the config from a config.json, the inverse of `to_dict`.
 
-        source: the file it was read from, for messages.
-        Raises ValueError naming the key that is missing or that a draft cannot represent.
+        Published EAGLE-3 configs can be read too; keys that older ones lack get default values.
+
+        source: the file that the config was read from, for error messages.
+        Raises ValueError naming a key that is missing or has a value that a draft cannot represent.
         """
         _check_is_eagle3(exported, source)
         hidden_size = exported["hidden_size"]
@@ -186,18 +202,26 @@ class DraftConfig:
 def derive_draft_config(
     target_config: PreTrainedConfig, draft: DraftSection, aux_layers: tuple[int, ...] | None = None
 ) -> DraftConfig:
-    """The draft of a target: `draft.config` checked against it, or shapes that follow its (text) config.
+    """Return the draft config for a target.
+
+    If `draft.config` is set, that file is read and checked against the target. Otherwise the shapes
+    follow the target's (text) config:
 
     - D, vocabulary, token ids, norm epsilon and max positions are the target's.
-    - H, G and E are the target's, and H * E need not be D. Latent attention (MLA) has no such heads: then E = 128, H = D / 128
-      rounded up to a power of two and G = 8 at most, which every power-of-two tensor parallelism divides.
-    - F is the target's dense width (Llama 4's `intermediate_size_mlp`, else `intermediate_size`) if that is at least 2 D; a
-      mixture of experts may name an expert's width there, and then F = 3.5 D, rounded up to a multiple of 256.
-    - RoPE: theta and linear, Llama-3 or YaRN scaling as the target's; of layer types, the full attention's. Partial and
-      multimodal RoPE become the plain one over the whole head (positions of text are equal on all axes); a target without
-      RoPE gets theta 10000. LongRoPE and dynamic RoPE are refused by name: their angles change with the text's length.
-    - `draft` overrides each shape. aux_layers: None = 1, L//2-1, L-4.
+    - H, G and E are the target's; H * E need not equal D. Latent attention (MLA) has no such heads.
+      For it, E = 128, H = D / 128 rounded up to a power of two, and G = min(8, H), so that G and H
+      are powers of two and divide over power-of-two tensor parallelism.
+    - F is the target's dense width (Llama 4's `intermediate_size_mlp`, else `intermediate_size`) if
+      that is at least 2 D. A mixture of experts may state an expert's width there; then F = 3.5 D,
+      rounded up to a multiple of 256.
+    - RoPE: theta, and linear, Llama-3 or YaRN scaling, are the target's. If layer types differ,
+      those of full attention are used. Partial and multimodal RoPE become plain RoPE over the whole
+      head (positions of text are equal on all axes). A target without RoPE gets theta 10000.
+      LongRoPE and dynamic RoPE are refused, because their angles change with the length of the
+      text.
+    - Options in `draft` override each shape.
 
+    aux_layers: ids of the target layers that the draft reads; None = 1, L//2-1, L-4.
     Raises ValueError naming the option or the part of the target's config that does not fit.
     """
     target = text_config(target_config)
@@ -246,7 +270,7 @@ def _read_draft_config(target: PreTrainedConfig, path: Path, aux_layers: tuple[i
         layers = aux_layers or default_aux_layers(num_layers(target))
         exported["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
     config = DraftConfig.from_dict(exported, path)
-    assert config.aux_layers is not None  # the file names them, or they were put in above
+    assert config.aux_layers is not None  # given in the file or inserted above
     check_aux_layers(config.aux_layers, num_layers(target))
     check_served_aux_layers(target.model_type, config.aux_layers)
     facts = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
@@ -316,7 +340,10 @@ def _exported_rope(exported: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_architecture(exported: dict[str, Any], source: str | Path) -> None:
-    """Raise ValueError unless the config is of an EAGLE-3 draft with Llama's layers, naming what was found."""
+    """Raise ValueError unless the config belongs to an EAGLE-3 draft with Llama layers.
+
+    The message names what was found.
+    """
     expected = f"expected architectures [{ARCHITECTURE!r}]"
     of_others = []
     for key in _KEYS_OF_OTHER_METHODS:
@@ -336,7 +363,7 @@ def _check_architecture(exported: dict[str, Any], source: str | Path) -> None:
     if not names and not has_eagle3_keys:
         raise ValueError(f"{source} is not an EAGLE-3 draft's: it has no architectures; {expected}")
     for name in names:
-        is_plain_llama = name == "LlamaForCausalLM" and has_eagle3_keys  # as EAGLE-3's own code writes it
+        is_plain_llama = name == "LlamaForCausalLM" and has_eagle3_keys  # by EAGLE-3's own code
         if name not in _EAGLE3_ARCHITECTURES and not is_plain_llama:
             raise ValueError(f"{source} is not of an EAGLE-3 draft with Llama's layers: found {found}; {expected}")
 
@@ -360,11 +387,11 @@ def _check_is_eagle3(exported: dict[str, Any], source: str | Path) -> None:
 
 
 def _first(config: PreTrainedConfig, names: tuple[str, ...], otherwise: Any) -> Any:
-    """The first of these attributes that a foreign config has and sets."""
+    """Return the first of these attributes that a target config has and that is not None."""
     try:
         values = [getattr(config, name) for name in names if hasattr(config, name)]
-    except RuntimeError as error:  # Transformers' of a value that differs from layer to layer
-        problem = f"target family {config.model_type!r} has another {names[-1]} in some layers than in others"
+    except RuntimeError as error:  # Transformers raises it for values that differ between layers
+        problem = f"target family {config.model_type!r} has different values of {names[-1]} in different layers"
         raise ValueError(f"{problem}; give draft.config") from error
     return next((value for value in values if value is not None), otherwise)
 

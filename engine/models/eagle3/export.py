@@ -1,7 +1,8 @@
-"""The folder a server loads: `model.safetensors` and `config.json` of SGLang's `LlamaForCausalLMEagle3`, and the way back.
+"""Export of a draft to the folder that a server loads, and loading of such a folder.
 
-A server ignores misnamed tensors in silence and keeps random weights, so names, shapes and the vocabulary tables are checked
-here, before anything is written.
+The folder holds `model.safetensors` and `config.json` of SGLang's `LlamaForCausalLMEagle3`. A
+server silently ignores misnamed tensors and keeps random weights. Names, shapes and the vocabulary
+tables are therefore checked here, before anything is written.
 """
 
 import json
@@ -35,11 +36,16 @@ def export_draft(
     vocab_map: VocabMap,
     embed_weight_VD: torch.Tensor | None,
 ) -> None:
-    """Write the draft as a server loads it, in place of the draft that `folder` held; equal drafts give equal bytes.
+    """Write the draft in the format that a server loads, replacing any earlier export in `folder`.
 
-    The new folder appears whole; if anything fails, the old one stays. weights: the draft's own names and tensors.
-    embed_weight_VD: the target's embedding; shipped, projected to the draft's width, only where the two widths differ.
-    Raises ValueError if a tensor is missing, unknown, misshapen or not finite, or `folder` holds something else.
+    The new folder replaces the old one as a whole; if anything fails, the old one stays. Equal
+    drafts give equal bytes.
+
+    weights: names and tensors of the draft.
+    embed_weight_VD: the target's embedding. It is exported, projected to the draft's width, only if
+        the two widths differ.
+    Raises ValueError if a tensor is missing, unknown, misshapen or not finite, or if `folder` holds
+    anything but an exported draft.
     """
     check_replaceable(folder)
     dtype = getattr(torch, config.dtype)
@@ -58,7 +64,7 @@ def export_draft(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises ValueError if `folder`, which export replaces as a whole, holds anything but an exported draft."""
+    """Raise ValueError if `folder`, which export would replace, holds anything but an export."""
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG}):
         raise ValueError(f"{folder} exists and is no exported draft; it would be replaced, so name another folder")
 
@@ -88,9 +94,11 @@ def load_draft(
     device: torch.device | str = "cpu",
     kernels: Kernels = PLAIN,
 ) -> ServedDraft:
-    """Load an exported folder as a server does. embed_weight_VD: the target's embedding, used where the draft ships none.
+    """Load an exported folder as a server does.
 
-    dtype: None keeps the checkpoint's. Raises ValueError if a file or tensor is missing, unknown or misshapen.
+    embed_weight_VD: the target's embedding, used if the folder contains none.
+    dtype: None = the checkpoint's dtype.
+    Raises ValueError if a file or tensor is missing, unknown or misshapen.
     """
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
@@ -119,19 +127,27 @@ def load_draft(
 
 
 def save_vocab_map(vocab_map: VocabMap, path: Path, facts: Mapping[str, Any] | None = None) -> None:
-    """facts: plain values that say what it was counted from; by `tokenizer_hash` others see whether it is for them."""
+    """Write a draft vocabulary to a file.
+
+    facts: JSON values that describe the data it was counted on. With `tokenizer_hash`, other runs
+        can check whether the vocabulary fits their tokenizer.
+    """
     tables = {"d2t": vocab_map.d2t.contiguous(), "t2d": vocab_map.in_draft_V.contiguous()}
     write_tensors(path, tables, {"facts": json.dumps(dict(facts or {}))})
 
 
 def load_vocab_facts(path: Path) -> dict[str, Any]:
-    """What `save_vocab_map` was told."""
+    """Return the facts that `save_vocab_map` stored."""
     with safe_open(path, "pt") as file:
         return json.loads((file.metadata() or {}).get("facts", "{}"))
 
 
 def load_vocab_map(path: Path, tokenizer_hash: str | None = None) -> VocabMap:
-    """tokenizer_hash: of the tokenizer that it is wanted for. Raises ValueError if it was made for another one."""
+    """Load a draft vocabulary.
+
+    tokenizer_hash: hash of the tokenizer that it must fit; None = not checked.
+    Raises ValueError if the file is not a draft vocabulary or belongs to another tokenizer.
+    """
     try:
         facts = load_vocab_facts(path)
         with safe_open(path, "pt") as file:
@@ -141,7 +157,7 @@ def load_vocab_map(path: Path, tokenizer_hash: str | None = None) -> VocabMap:
     if tokenizer_hash is not None and facts.get("tokenizer_hash") != tokenizer_hash:
         made_for = facts.get("tokenizer_hash", "none that it names")
         problem = f"{path} was counted with another tokenizer ({made_for}, this one is {tokenizer_hash})"
-        raise ValueError(f"{problem}: its ids mean other tokens; leave draft.vocab_map out to count anew")
+        raise ValueError(f"{problem}: its ids mean other tokens; leave draft.vocab_map out to count again")
     return vocab_map
 
 

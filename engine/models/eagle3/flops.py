@@ -1,14 +1,18 @@
-"""What a training step of the draft cannot do without, in FLOPs and memory traffic, and how fast hardware could do it at best.
+"""Lower bounds of a draft training step: FLOPs, memory traffic and time on given hardware.
 
-A FLOP is one multiplication or one addition: a product [M, K] x [K, N] takes 2 M K N. Element-wise work counts nothing. A part
-reads each input and weight once a pass and writes each output and gradient once, over all TTT steps together; logits, the MLP's
-inner states and attention's scores need not exist in memory at all. What a step need not do twice, or at all:
+A FLOP is one multiplication or one addition: a product [M, K] x [K, N] takes 2 M K N. Element-wise
+work is not counted. A part reads each input and weight once per pass and writes each output and
+gradient once, over all TTT steps together. Logits, the MLP's inner states and attention scores need
+not exist in memory at all. The following work is not counted, since a step can avoid it:
 
-- `fc` and the token embedding's half of q, k and v multiply what is frozen, so they have no input gradient. A norm in front of
-  them needs none for its own weight `w`: with `W` the map's weight, that gradient is `(W * dW).sum(0) / w`.
-- Rows `(t, i)` with equal `t + i` read the same token. The embedding's half of their q, k and v is formed once, and so is the
-  gradient of its weight, from the sum of the rows' gradients. Where `(t, i)` runs, so does `(t + i, 0)`, whose chain learns the
-  same slots. So step 0 holds every token that asks, and since all tokens give keys there, every one that is asked.
+- `fc` and the token embedding's half of q, k and v multiply frozen inputs, so they have no input
+  gradient. A norm before them does not need it for its own weight `w` either: with `W` the weight
+  of the linear map, the gradient of `w` is `(W * dW).sum(0) / w`.
+- Rows `(t, i)` with equal `t + i` read the same token. The embedding's half of their q, k and v is
+  computed once, and so is the gradient of its weight, from the sum of the rows' gradients. If
+  `(t, i)` runs, so does `(t + i, 0)`, since its chain learns the same slots. Step 0 therefore
+  contains every token that provides a query. All tokens provide keys at step 0, so it also contains
+  every token that provides a key.
 """
 
 from dataclasses import dataclass
@@ -20,7 +24,7 @@ from engine.batch import PackedBatch
 
 @dataclass(frozen=True)
 class DraftShape:
-    """Sizes of a draft, in order D, F, H, G, E and U, and D and V of the target it reads."""
+    """Sizes of a draft (in order D, F, H, G, E and U) and of the target that it reads (D and V)."""
 
     hidden_size: int
     intermediate_size: int
@@ -36,11 +40,15 @@ class DraftShape:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """How much of everything one step of a micro-batch runs.
+    """Number of rows, slots and attended keys in one training step of a micro-batch.
 
-    num_tokens: T. rows_S, pairs_S: rows of each TTT step, and the keys that they attend to, summed over the rows.
-    prefix_pairs: those of step 0 if every token asked, as it does in all layers but the last. num_loss_rows: R.
-    num_slots: slots the target's head reads. num_learned: those of them that a row learns.
+    num_tokens: T.
+    rows_S: rows of each TTT step.
+    pairs_S: pairs of a row and a key that it attends to, of each TTT step.
+    prefix_pairs: pairs of step 0 if every token is a query, as in all layers but the last.
+    num_loss_rows: R.
+    num_slots: slots that the target's head reads.
+    num_learned: slots that at least one row learns.
     """
 
     num_tokens: int
@@ -53,7 +61,10 @@ class StepCounts:
 
     @classmethod
     def needed(cls, batch: PackedBatch, carries_loss_ST: torch.Tensor, num_slots: int) -> "StepCounts":
-        """Those of the rows that a loss depends on; carries_loss_ST: bool [S, T], rows with loss."""
+        """Return the counts of the rows that a loss depends on.
+
+        carries_loss_ST: bool [S, T], rows with loss. num_slots: slots that the target's head reads.
+        """
         alive_ST = carries_loss_ST.flip(0).cummax(0).values.flip(0)
         seen_T = batch.position_T + 1
         steps = range(carries_loss_ST.shape[0])
@@ -64,13 +75,18 @@ class StepCounts:
             prefix_pairs=int(seen_T.sum()),
             num_loss_rows=int(carries_loss_ST.sum()),
             num_slots=num_slots,
-            num_learned=int(carries_loss_ST[0].sum()),  # a slot that any row learns, its own row of step 0 learns
+            # If any row learns slot u, so does row (u - 1, 0). Step 0 therefore has one row per slot.
+            num_learned=int(carries_loss_ST[0].sum()),
         )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """elements: numbers read from memory or written to it; weights, states and gradients all have one precision."""
+    """FLOPs and memory traffic of a piece of work.
+
+    elements: numbers read from memory or written to it; weights, states and gradients share a
+        dtype.
+    """
 
     flops: int = 0
     elements: int = 0
@@ -87,7 +103,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class StepPart:
-    """A part of the step, by pass."""
+    """Cost of one part of a training step, for the forward and the backward pass."""
 
     forward: Cost
     backward: Cost = Cost()
@@ -101,18 +117,24 @@ class StepPart:
 
 
 def map_part(num_rows: int, num_in: int, num_weights: int, num_out: int, input_gradient: bool = True) -> StepPart:
-    """A trained linear map of rows, or a chain of them (`num_weights` in all) whose inner states stay on the chip."""
+    """Return the cost of a trained linear map of rows, or of a chain of linear maps.
+
+    num_weights: total number of weights. Inner states of a chain stay on the chip.
+    input_gradient: whether the backward pass computes a gradient of the input.
+    """
     flops = 2 * num_rows * num_weights
     read = num_rows * num_in
     written = num_rows * num_out
-    once = Cost(flops, read + num_weights + written)  # forward, and likewise the gradient of the weight
+    once = Cost(flops, read + num_weights + written)  # cost of forward, and of the weight gradient
     return StepPart(once, once + Cost(flops, num_weights + read) if input_gradient else once)
 
 
 def attention_part(num_rows: int, num_keys: int, num_pairs: int, heads: tuple[int, int, int]) -> StepPart:
-    """Two products for each pair of row and key forward, scores and outputs; four backward. heads: (H, G, E).
+    """Return the cost of attention. heads: (H, G, E).
 
-    A kernel that keeps no scores forms them again in its backward pass: a fifth product, which a floor does not count.
+    For each pair of row and key, the forward pass takes two products, for scores and outputs; the
+    backward pass takes four. A kernel that stores no scores recomputes them in its backward pass; a
+    lower bound does not count this fifth product.
     """
     num_heads, num_groups, head_dim = heads
     flops = 4 * num_pairs * num_heads * head_dim
@@ -122,19 +144,22 @@ def attention_part(num_rows: int, num_keys: int, num_pairs: int, heads: tuple[in
 
 
 def head_part(num_rows: int, size: int, vocab_size: int) -> StepPart:
-    """The draft's head and the loss, taken together: backward writes the gradients of what forward read."""
+    """Return the cost of the draft's head and the loss together.
+
+    The backward pass writes the gradients of the tensors that the forward pass reads.
+    """
     flops = 2 * num_rows * size * vocab_size
     once = (num_rows + vocab_size) * size
     return StepPart(Cost(flops, once), Cost(2 * flops, once))
 
 
 def frozen_head_part(num_slots: int, size: int, vocab_size: int) -> StepPart:
-    """A head of the target: forward alone."""
+    """Return the cost of a head of the target, which has a forward pass only."""
     return StepPart(Cost(2 * num_slots * size * vocab_size, (num_slots + vocab_size) * size))
 
 
 def step_parts(shape: DraftShape, counts: StepCounts) -> dict[str, StepPart]:
-    """Every part of one training step of the draft, with the target's head and without its body."""
+    """Return the parts of one draft training step, with the target's head but not its layers."""
     size = shape.hidden_size
     target_size = shape.target_hidden_size
     aux_size = shape.num_aux * target_size
@@ -151,7 +176,10 @@ def step_parts(shape: DraftShape, counts: StepCounts) -> dict[str, StepPart]:
 
 
 def _layer_parts(shape: DraftShape, counts: StepCounts, layer: int) -> dict[str, StepPart]:
-    """Layers below the last run step 0 for every token: the next one needs a key of each."""
+    """Return the parts of one decoder layer.
+
+    Layers below the last run step 0 for every token, because the next layer needs a key of each.
+    """
     size = shape.hidden_size
     is_last = layer == shape.num_layers - 1
     query_size = shape.num_heads * shape.head_dim
@@ -163,7 +191,7 @@ def _layer_parts(shape: DraftShape, counts: StepCounts, layer: int) -> dict[str,
     num_keys = counts.num_tokens + later
     qkv = map_part(num_rows, size, size * query_size, query_size)
     qkv += map_part(num_keys, size, size * key_value_size, key_value_size)
-    if layer == 0:  # the embedding's half is added to the state's: it writes nothing of its own
+    if layer == 0:  # the embedding's half is accumulated into the state's, so it writes no output
         qkv += map_part(asking, size, size * query_size, 0, input_gradient=False)
         qkv += map_part(counts.num_tokens, size, size * key_value_size, 0, input_gradient=False)
     return {
@@ -176,7 +204,11 @@ def _layer_parts(shape: DraftShape, counts: StepCounts, layer: int) -> dict[str,
 
 @dataclass(frozen=True)
 class HardwarePeak:
-    """The most that a device can do: FLOP/s of dense matrix products by the dtype of their operands, and memory bytes/s."""
+    """Peak rates of a device.
+
+    flops_per_s: FLOP/s of dense matrix products, by dtype of the operands.
+    bytes_per_s: memory bandwidth in bytes/s.
+    """
 
     name: str
     flops_per_s: dict[torch.dtype, float]
@@ -188,8 +220,9 @@ def _peak(name: str, half: float, full: float, terabytes_per_s: float) -> Hardwa
     return HardwarePeak(name, rates, terabytes_per_s * 1e12)
 
 
-# NVIDIA's datasheets "H100 Tensor Core GPU" and "H200 Tensor Core GPU" (SXM columns), "A100 Tensor Core GPU", "DGX B200" (an
-# eighth of it). Figures with sparsity are halved; float32 is without TF32, as PyTorch has it.
+# Source: NVIDIA's datasheets "H100 Tensor Core GPU" and "H200 Tensor Core GPU" (SXM columns), "A100
+# Tensor Core GPU", and "DGX B200" (an eighth of it). Figures with sparsity are halved; float32 is
+# without TF32, which is PyTorch's default.
 PEAKS = {
     peak.name: peak
     for peak in (
@@ -203,7 +236,7 @@ PEAKS = {
 
 
 def peak_of(device: torch.device) -> HardwarePeak:
-    """Of a known GPU, by its name. Raises ValueError for any other device."""
+    """Return the peak rates of a known GPU by its name. Raises ValueError for any other device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if name not in PEAKS:
         raise ValueError(f"no datasheet for {name!r}; known are {sorted(PEAKS)}; measure its rates, or add them here")
@@ -211,5 +244,8 @@ def peak_of(device: torch.device) -> HardwarePeak:
 
 
 def floor_s(parts: dict[str, StepPart], peak: HardwarePeak, dtype: torch.dtype) -> float:
-    """The least time the parts can take one after the other, each pass of each bound by its FLOPs or by its bytes."""
+    """Return the least time of all parts in sequence, in seconds.
+
+    Each pass of each part is bound by its FLOPs or by its bytes.
+    """
     return sum(part.forward.floor_s(peak, dtype) + part.backward.floor_s(peak, dtype) for part in parts.values())

@@ -1,4 +1,4 @@
-"""What losses are divided by, so that a gradient does not depend on how the global batch was cut."""
+"""Divisors of the losses, which make the gradient independent of how the global batch is split."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +12,11 @@ from engine.parallel.mesh import World
 
 
 class Normaliser:
-    """`positions`: positions of the micro-batch, LK means over its own rows. `slots`: slots and rows of the global batch.
+    """Computes the divisors of the losses according to `loss.normaliser`.
 
-    Documents that are left out of a micro-batch count in neither.
+    `positions` divides by the positions of the micro-batch, and by its rows for LK losses. `slots`
+    divides by the slots and rows of the global batch. Documents that are left out of a micro-batch
+    do not count in either case.
     """
 
     def __init__(self, test: TrainingTimeTest, forward: Callable[[MicroBatch, LossNorms], DraftOutput], world: World) -> None:
@@ -24,7 +26,7 @@ class Normaliser:
         self._world = world
 
     def __call__(self, micros: list[MicroBatch]) -> list[LossNorms]:
-        """Norms of the micro-batches of one optimizer step; under `slots` a collective."""
+        """Return the norms of the micro-batches of an optimizer step; a collective with `slots`."""
         rows_per_micro = [self._loss_rows(micro) for micro in micros]
         if self._test.loss.normaliser == "positions":
             pairs = zip(micros, rows_per_micro, strict=True)
@@ -42,7 +44,11 @@ class Normaliser:
 
     @torch.no_grad()
     def _acceptance(self, micros: list[MicroBatch], norms: LossNorms) -> torch.Tensor:
-        """Mean acceptance rate of each step over the global batch, fp32 [S]: a forward ahead of the one that trains."""
-        ahead = replace(norms, acceptance_S=torch.zeros_like(norms.loss_rows_S))  # acceptance does not depend on how losses mix
+        """Compute the mean acceptance rate of each step over the global batch, fp32 [S].
+
+        This takes an extra forward pass without gradients before the training pass.
+        """
+        # The acceptance rates do not depend on the weights of the loss, so any value serves here.
+        ahead = replace(norms, acceptance_S=torch.zeros_like(norms.loss_rows_S))
         sums_S = torch.stack([self._forward(micro, ahead).accepted_S for micro in micros]).sum(0)
         return self._world.sum(sums_S) / norms.loss_rows_S.clamp_min(1)

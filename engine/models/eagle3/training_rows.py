@@ -1,7 +1,7 @@
-"""Which rows of the training-time test exist, which carry loss, and which have to run.
+"""Rows of the training-time test: which exist, which carry loss, and which have to run.
 
-Row `(t, i)` is position `t` at step `i` and learns slot `u = t + 1 + i`; a slot is a position whose target distribution is
-learned.
+Row `(t, i)` is position `t` at step `i` and learns slot `u = t + 1 + i`. A slot is a position with
+a target distribution that is learned.
 """
 
 import itertools
@@ -17,10 +17,11 @@ from engine.models.vocab_map import VocabMap
 
 
 def allowed_rows(batch: PackedBatch, ttt: TttSection) -> torch.Tensor:
-    """Rows whose slot lies in their document and that the mask allows, bool [S, T].
+    """Return which rows have a slot in their document and are allowed by the mask, bool [S, T].
 
-    `inference`: the assistant wrote all of `t+1 .. u+1`, as when drafting starts from a token the target has just produced.
-    `specforge`: the assistant wrote `u-1`.
+    The mask alignment `inference` requires all of `t+1 .. u+1` to be assistant tokens, as when
+    drafting starts from a token that the target has just produced. `specforge` requires this of
+    `u-1` only.
     """
     mask_T = batch.assistant_mask_T
     num_tokens = batch.num_tokens
@@ -40,15 +41,19 @@ def allowed_rows(batch: PackedBatch, ttt: TttSection) -> torch.Tensor:
 
 
 def slots_of(allowed_ST: torch.Tensor) -> torch.Tensor:
-    """Positions learned by at least one allowed row, int64 [N] ascending.
+    """Return the positions that at least one allowed row learns, int64 [N], ascending.
 
-    Both alignments allow `(u - 1, 0)` wherever they allow any row of slot `u`, so step 0 names them all.
+    Both alignments allow row `(u - 1, 0)` if they allow any row of slot `u`, so step 0 has all
+    slots.
     """
     return allowed_ST[0].nonzero().flatten() + 1
 
 
 def row_slots(slots_N: torch.Tensor, allowed_ST: torch.Tensor) -> torch.Tensor:
-    """Index into `slots_N` of each row's slot, int64 [S, T]; meaningful only where the row is allowed."""
+    """Return the index into `slots_N` of each row's slot, int64 [S, T].
+
+    The index is meaningful only for allowed rows.
+    """
     steps, num_tokens = allowed_ST.shape
     index_T = torch.zeros(num_tokens + steps + 1, dtype=torch.long, device=slots_N.device)
     index_T[slots_N] = torch.arange(slots_N.numel(), device=slots_N.device)
@@ -56,7 +61,10 @@ def row_slots(slots_N: torch.Tensor, allowed_ST: torch.Tensor) -> torch.Tensor:
 
 
 def loss_rows(allowed_ST: torch.Tensor, target: TargetOutput, vocab_map: VocabMap) -> torch.Tensor:
-    """Rows that carry loss, bool [S, T]: allowed, and the target's argmax is in the draft vocabulary."""
+    """Return which rows carry loss, bool [S, T].
+
+    These are the allowed rows for which the target's argmax is in the draft vocabulary.
+    """
     if not target.slots_N.numel():
         return allowed_ST
     hit_N = vocab_map.in_draft_V[target.argmax_N.long()]
@@ -65,16 +73,20 @@ def loss_rows(allowed_ST: torch.Tensor, target: TargetOutput, vocab_map: VocabMa
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which rows run, and which of those carry loss.
+    """The rows that run, and those of them that carry loss.
 
-    Nobody reads row `(t, i)`, `i >= 1`, but later rows of its own chain: a row runs if it or a later one of its chain carries
-    loss, or is one of a few more that make the number a multiple of `ROW_GRANULE`. Every position still gives its key and value
-    at step 0. Without compaction all rows run. Where the rows of each document stand at successive positions, those few more
-    are chosen so that they still do.
+    Row `(t, i)` with `i >= 1` is read only by later rows of its chain, that is, of position `t`. So
+    a row runs only if it or a later row of its chain carries loss. A few more rows run as padding,
+    to make the number a multiple of `ROW_GRANULE`. Every position still provides its key and value
+    at step 0. Without compaction all rows run. If the rows of each document have successive
+    positions, the padding rows are chosen so that this stays true.
 
-    kept: for each step, index of its rows, int64 ascending, into those of the step before, at step 0 into the positions;
-    None = all of them. is_dense: for each step, whether the rows of each document are known to stand at successive positions.
-    loss_rows: for each step, index of those with loss into its rows.
+    kept: for each step, indices of its rows into the rows of the previous step (at step 0, into the
+        positions), int64, ascending; None = all of them.
+    is_dense: for each step, whether the rows of each document are known to have successive
+        positions.
+    loss_rows: for each step, indices of the rows with loss into its rows.
+    loss: the rows with loss, as the vocabulary loss takes them.
     """
 
     kept: list[torch.Tensor | None]
@@ -84,9 +96,11 @@ class RowPlan:
 
 
 def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chunk: int, compaction: bool) -> RowPlan:
-    """The rows that a micro-batch needs; carries_loss_ST as `loss_rows`, slot_ST as `row_slots` gives it.
+    """Return the rows that a micro-batch needs. Reads from the device once.
 
-    Reads from the device once.
+    carries_loss_ST: bool [S, T], from `loss_rows`. slot_ST: int64 [S, T], from `row_slots`.
+    slots_per_chunk: slots per chunk of the vocabulary loss.
+    compaction: whether to run only the rows that a loss depends on.
     """
     steps, num_tokens = carries_loss_ST.shape
     alive_ST = carries_loss_ST.flip(0).cummax(0).values.flip(0) if compaction else torch.ones_like(carries_loss_ST)
@@ -101,7 +115,7 @@ def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chun
     granule = ROW_GRANULE[slot_ST.device.type]
     runs_T = torch.ones_like(alive_ST[0])
     num_running = num_tokens
-    rank_T = torch.arange(num_tokens, device=slot_ST.device)  # of a position among those whose rows run
+    rank_T = torch.arange(num_tokens, device=slot_ST.device)  # of each position among running rows
     loss_rows: list[torch.Tensor] = []
     slots: list[torch.Tensor] = []
     kept: list[torch.Tensor | None] = []
@@ -132,7 +146,10 @@ def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chun
 
 
 def _gaps(alive_ST: torch.Tensor, document_T: torch.Tensor) -> torch.Tensor:
-    """Return the runs of successive rows beyond one per document, int64 [S, 1]."""
+    """Return the number of gaps between the rows of each step, int64 [S, 1].
+
+    A document with n runs of successive rows has n - 1 gaps.
+    """
     num_steps, num_tokens = alive_ST.shape
     begins_T = torch.nn.functional.pad(document_T.diff() > 0, (1, 0), value=True)
     run_starts_ST = alive_ST & (begins_T | ~torch.nn.functional.pad(alive_ST, (1, -1)))
@@ -142,10 +159,11 @@ def _gaps(alive_ST: torch.Tensor, document_T: torch.Tensor) -> torch.Tensor:
 
 
 def _neighbours(alive_T: torch.Tensor, spare_T: torch.Tensor, document_T: torch.Tensor, num_spare: int) -> torch.Tensor:
-    """Return `num_spare` of the spare positions, bool [T], that lengthen each document's one run of alive positions.
+    """Choose `num_spare` of the spare positions that extend each document's run of alive positions.
 
-    In every document first those behind the run in ascending order, then those before it in descending order, so that
-    alive and chosen positions are one run per document wherever the choice ends. The documents are filled in their order.
+    Returns bool [T]. Each document has one run of alive positions. Documents are filled in order.
+    In each, the positions after the run are taken first, in ascending order, then those before it,
+    in descending order. So alive and chosen positions always form one run per document.
     """
     num_tokens = alive_T.shape[0]
     position_T = torch.arange(num_tokens, device=alive_T.device)
@@ -159,5 +177,8 @@ def _neighbours(alive_T: torch.Tensor, spare_T: torch.Tensor, document_T: torch.
 
 
 def _positions(mask_T: torch.Tensor, count: int) -> torch.Tensor:
-    """Where the mask is on, int64 [count]; the count is known, so nothing is read from the device."""
+    """Return the positions at which the mask is True, int64 [count].
+
+    The count is known, so nothing is read from the device.
+    """
     return torch.nonzero_static(mask_T, size=count).flatten()

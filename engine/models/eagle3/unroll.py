@@ -1,7 +1,8 @@
 """Training-time test: the draft unrolled on its own outputs, and the loss of every row.
 
-Row `(t, i)` is position `t` at step `i`. It reads the token `x[t+1+i]` and the output of row `(t, i-1)`, stands at rotary
-position `t + i`, attends to keys `(s, 0)`, `s <= t`, of its document and to `(t, 1..i)`, and learns slot `u = t + 1 + i`.
+Row `(t, i)` is position `t` at step `i`. It reads the token `x[t+1+i]` and the output of row
+`(t, i-1)`, and has rotary position `t + i`. It attends to keys `(s, 0)`, `s <= t`, of its document
+and to `(t, 1..i)`, and it learns slot `u = t + 1 + i`.
 Source: EAGLE-3 (arXiv:2503.01840), section 3.
 """
 
@@ -27,7 +28,7 @@ from engine.models.vocab_map import VocabMap
 
 @dataclass(frozen=True)
 class Teacher:
-    """What the draft is compared with.
+    """The target's head and the draft vocabulary, with which the draft's logits are compared.
 
     logits: the target's head restricted to the draft vocabulary, last hidden states [Q, D] -> fp32 [Q, U].
     """
@@ -37,7 +38,10 @@ class Teacher:
 
 
 def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | None = None) -> list[torch.Tensor]:
-    """Compute the pre-norm outputs of every step: [Q, D], of the rows that `plan` lets run, or [T, D] without a plan."""
+    """Compute the pre-norm outputs of every step.
+
+    Outputs are [Q, D] for the rows that run according to `plan`, or [T, D] without a plan.
+    """
     batch = micro.batch
     kept: list[torch.Tensor | None] = [None] * steps
     is_dense = [True] * steps
@@ -62,7 +66,7 @@ def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | No
     longest = max(batch.host_lengths, default=None)
     every_T = LayerKeys(row_T, batch.cu_seqlens, is_dense=True, longest=longest)
     own_Q = replace(every_T, position_Q=row_Q, is_dense=is_dense[0])
-    # layers below the last run step 0 densely: the next one needs all their outputs
+    # Layers below the last run step 0 for every token: the next layer needs all their outputs.
     keys = [every_T] * (len(draft.decoder_layers) - 1) + [own_Q]
     output_QD, keys = run(first, draft.fuse(micro.target.aux_TA), keys)
     keys = [replace(layer_keys, position_Q=row_Q, is_dense=is_dense[0]) for layer_keys in keys]
@@ -83,9 +87,9 @@ def _at_once(function: Callable, *arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class TrainingTimeTest:
-    """The loss of a draft on a micro-batch: which rows count, what they learn, how they are weighed.
+    """The loss of a draft on a micro-batch: which rows count, what they learn and their weights.
 
-    slots_per_chunk: of the loss; None = as many as fit `loss.chunk_mb`.
+    slots_per_chunk: slots per chunk of the vocabulary loss; None = as many as fit `loss.chunk_mb`.
     """
 
     ttt: TttSection
@@ -95,7 +99,7 @@ class TrainingTimeTest:
 
     @property
     def num_steps(self) -> int:
-        """TTT steps."""
+        """Number of TTT steps."""
         return self.ttt.steps
 
     @property
@@ -105,7 +109,7 @@ class TrainingTimeTest:
 
     @cached_property
     def distillation(self) -> DistillationLoss:
-        """The loss that `loss.kind` names."""
+        """The loss that `loss.kind` selects."""
         return make_loss(self.loss)
 
     @property
@@ -121,7 +125,7 @@ class TrainingTimeTest:
         return torch.tensor(self.step_weights, device=self.teacher.vocab_map.in_draft_V.device)
 
     def __call__(self, draft: Eagle3Draft, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
-        """Loss and counts of each TTT step."""
+        """Compute the loss and the counts of each TTT step."""
         target = micro.target
         allowed_ST = micro.allowed_ST
         vocab_map = self.teacher.vocab_map
@@ -153,7 +157,7 @@ class TrainingTimeTest:
         )
 
     def slots_within_budget(self, walk: Walk, dtype: torch.dtype) -> int:
-        """Slots whose rows' logits of all steps fit `loss.chunk_mb`."""
+        """Return the number of slots for which the logits of all steps fit into `loss.chunk_mb`."""
         chunk_mb = self.loss.chunk_mb or CHUNK_MB[self.teacher.vocab_map.in_draft_V.device.type]
         walk = walk.for_score(self.distillation.score)
         return max(1, chunk_mb * 2**20 // walk.bytes_per_slot(self.ttt.steps, self.teacher.vocab_map.size, dtype))

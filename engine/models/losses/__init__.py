@@ -1,1 +1,1 @@
-"""Distillation losses: how the draft's distribution of a row is compared with the target's. One file per loss."""
+"""Distillation losses between the draft's and the target's distribution. One file per loss."""

@@ -1,4 +1,7 @@
-"""Jensen-Shannon divergence between the draft's and the target's distribution over the draft vocabulary."""
+"""Jensen-Shannon divergence between the draft's and the target's distribution.
+
+Both distributions are over the draft vocabulary.
+"""
 
 import torch
 from torch import Tensor
@@ -11,8 +14,9 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def jensen_shannon(p_kU: Tensor, log_q_kU: Tensor) -> tuple[Tensor, Tensor]:
-    """`(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2` of each row, in nats, [k], and its derivative by `q`, [k, U].
+    """Compute `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2` for each row, in nats.
 
+    Returns the divergence, [k], and its derivative with respect to `q`, [k, U].
     Source: Lin, "Divergence measures based on the Shannon entropy" (1991).
     """
     q_kU = log_q_kU.exp()

@@ -1,4 +1,4 @@
-"""Cross-entropy against the target's distribution, which differs from the KL divergence by a constant."""
+"""Cross-entropy with the target's distribution. It differs from the KL divergence by a constant."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from engine.models.losses.distillation_loss import DistillationLoss
 
 
 class KLLoss(DistillationLoss):
-    """`-sum_v p[v] log q[v]`, in nats, divided by the number of slots.
+    """Cross-entropy `-sum_v p[v] log q[v]`, in nats, divided by the number of slots.
 
     Source: EAGLE-3 (arXiv:2503.01840), section 3.
     """

@@ -1,4 +1,7 @@
-"""LK losses, which train the acceptance rate `a = sum_v min(p_full[v], q[v])` of speculative decoding directly."""
+"""LK losses, which optimise the acceptance rate of speculative decoding directly.
+
+The acceptance rate of a row is `a = sum_v min(p_full[v], q[v])`.
+"""
 
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ from engine.models.losses.distillation_loss import DistillationLoss
 
 
 class LKAlphaLoss(DistillationLoss):
-    """`-log a`, averaged over the rows with loss."""
+    """Negative logarithm of the acceptance rate, `-log a`, averaged over the rows with loss."""
 
     def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
         per_row_S = 1 / norms.loss_rows_S.clamp_min(1)
@@ -17,7 +20,10 @@ class LKAlphaLoss(DistillationLoss):
 
 
 class LKLambdaLoss(DistillationLoss):
-    """`w * kl + (1 - w) * (1 - a)` with `w = lk_kl_scale * exp(-lk_kl_decay * mean a)`, which is not differentiated."""
+    """Weighted sum of cross-entropy and rejection rate, `w * kl + (1 - w) * (1 - a)`.
+
+    The weight `w = lk_kl_scale * exp(-lk_kl_decay * mean a)` of each step is not differentiated.
+    """
 
     needs_acceptance = True
 

@@ -1,4 +1,4 @@
-"""The losses that `loss.kind` can name."""
+"""Registry of the losses that `loss.kind` selects."""
 
 from collections.abc import Callable
 
@@ -21,12 +21,18 @@ _LOSSES: dict[str, MakeLoss] = {
 
 
 def register_loss(kind: str, make_loss: MakeLoss) -> None:
-    """Make a loss known as `loss.kind=kind`. make_loss: usually the class, a `DistillationLoss`."""
+    """Register a loss as `loss.kind=kind`.
+
+    make_loss: returns a `DistillationLoss` for a loss section; usually the class itself.
+    """
     _LOSSES[kind] = make_loss
 
 
 def make_loss(section: LossSection) -> DistillationLoss:
-    """Return the loss of a recipe. Raises ValueError, naming the nearest one, if there is none of that name."""
+    """Return the loss of a recipe.
+
+    Raises ValueError if no loss has this name; the message suggests the closest one.
+    """
     if section.kind not in _LOSSES:
         hint = did_you_mean(section.kind, _LOSSES)
         raise ValueError(f"loss.kind = {section.kind}: expected {' | '.join(_LOSSES)}{hint}")

@@ -1,4 +1,7 @@
-"""Total variation distance between the draft's and the target's distribution over the draft vocabulary."""
+"""Total variation distance between the draft's and the target's distribution.
+
+Both distributions are over the draft vocabulary.
+"""
 
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ from engine.models.losses.distillation_loss import DistillationLoss
 
 
 def total_variation(p_kU: Tensor, log_q_kU: Tensor) -> tuple[Tensor, Tensor]:
-    """`sum_v |p[v] - q[v]| / 2` of each row, [k], and its derivative with respect to `q`, [k, U]."""
+    """Compute `sum_v |p[v] - q[v]| / 2` of each row, [k], and its derivative by `q`, [k, U]."""
     difference_kU = log_q_kU.exp() - p_kU
     return difference_kU.abs().sum(-1) / 2, difference_kU.sign() / 2
 
