@@ -1,4 +1,4 @@
-"""The nouns that travel between rooms: a packed batch, what the target says of it, what the draft makes of both."""
+"""Data passed between the stages of a run: packed batches, target outputs and draft outputs."""
 
 from dataclasses import dataclass, replace
 
@@ -6,25 +6,33 @@ import torch
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy there of a tensor of the host, which the host does not wait for; one that is there already stays."""
+    """Copy a host tensor to a GPU without blocking the host.
+
+    Return the tensor itself if it is already on a GPU, or if `device` is not a GPU.
+    """
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x
 
 
 def documents_of(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Return the number of each token's document, int64 [T]."""
+    """Return the index of the document that each token belongs to, int64 [T].
+
+    cu_seqlens: int32 [num_documents + 1], as in `PackedBatch`.
+    """
     position_T = torch.arange(num_tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens.long(), position_T, right=True) - 1
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Documents laid end to end; no position is padding.
+    """Documents concatenated into one sequence without padding.
 
-    input_ids_T: int64 [T], as tokenised, nothing shifted.
-    assistant_mask_T: bool [T], true where the token is the assistant's.
-    cu_seqlens: int32 [num_documents + 1], starts of documents and T at the end.
-    document_ids: places of the documents in what was loaded; a store finds their hidden states by them. host_lengths: tokens of
-    each document, on the host: reading them from a device would wait for all it has to do.
+    input_ids_T: int64 [T], token ids, not shifted.
+    assistant_mask_T: bool [T], true for assistant tokens.
+    cu_seqlens: int32 [num_documents + 1], start of each document, then T.
+    document_ids: index of each document in the loaded dataset; a store looks up their hidden
+        states by it.
+    host_lengths: tokens per document. They are kept on the host, because reading them from a
+        device would wait for all of its queued work.
     """
 
     input_ids_T: torch.Tensor
@@ -43,12 +51,12 @@ class PackedBatch:
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Tokens of each document, int32 [num_documents]."""
+        """Tokens per document, int32 [num_documents]."""
         return self.cu_seqlens.diff()
 
     @property
     def position_T(self) -> torch.Tensor:
-        """Position of a token in its own document, int64 [T]."""
+        """Position of each token within its document, int64 [T]."""
         starts_T = torch.repeat_interleave(self.cu_seqlens[:-1].long(), self.lengths.long(), output_size=self.num_tokens)
         return torch.arange(self.num_tokens, device=starts_T.device) - starts_T
 
@@ -63,14 +71,16 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """What the draft needs of a target forward, and nothing else.
+    """Outputs of a target forward that the draft learns from.
 
-    aux_TA: [T, 3D] outputs of the three auxiliary layers, concatenated in ascending layer order.
-    slots_N: int64 [N], ascending positions u whose target distribution is learned.
-    last_hidden_ND: [N, D] state after the target's final norm at the slots.
+    aux_TA: [T, 3D], outputs of the three auxiliary layers, concatenated in ascending layer order.
+    slots_N: int64 [N], positions u whose target distribution is learned, ascending.
+    last_hidden_ND: [N, D], hidden state after the target's final norm at the slots.
     argmax_N: int32 [N], most likely token over the full vocabulary.
-    lse_N: fp32 [N], log-sum-exp of the target's logits (after soft-cap, scale and temperature) over the full vocabulary.
-    embed_TD: [T, D], rows of the target's embedding, where its forward had to exchange them; None = they are to be looked up.
+    lse_N: fp32 [N], log-sum-exp of the target's logits (after soft-cap, scale and temperature)
+        over the full vocabulary.
+    embed_TD: [T, D], token embeddings, if the target's forward had to exchange them between ranks;
+        None = the caller looks them up in the target's embedding table.
     """
 
     aux_TA: torch.Tensor
@@ -83,10 +93,11 @@ class TargetOutput:
 
 @dataclass(frozen=True)
 class StateFaults:
-    """Documents of a packed batch whose states are NaN or infinite, on the device.
+    """Documents of a packed batch whose hidden states are NaN or infinite; tensors on the device.
 
-    by_place: bool [num_documents, 5], where a document has such values: `finite.place_names`.
-    left_out_T: bool [T], the tokens of the documents that have any.
+    by_place: bool [num_documents, 5], true where a document has such values. The second dimension
+        is in the order of `finite.place_names`.
+    left_out_T: bool [T], true for all tokens of documents that have any such value.
     """
 
     by_place: torch.Tensor
@@ -95,10 +106,11 @@ class StateFaults:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """All that one draft step reads: documents, the target's view of them, their token embeddings, and the rows allowed.
+    """Inputs of one draft step: documents, target outputs, token embeddings and allowed rows.
 
-    embed_TD: [T, D], rows of the target's embedding, in the target's width. allowed_ST: bool [S, T], of `allowed_rows`.
-    faults: documents that were left out of it; None if that was not looked for.
+    embed_TD: [T, D], rows of the target's embedding table; D is the target's hidden size.
+    allowed_ST: bool [S, T], result of `allowed_rows`.
+    faults: documents that are left out; None if the hidden states were not checked.
     """
 
     batch: PackedBatch
@@ -109,19 +121,19 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int | torch.Tensor:
-        """Tokens of the documents that are not left out: a number, or an int64 scalar on the device."""
+        """Number of tokens in documents not left out: an int, or an int64 scalar on the device."""
         if self.faults is None:
             return self.batch.num_tokens
         return self.batch.num_tokens - self.faults.left_out_T.sum()
 
     @property
     def num_left_out(self) -> int | torch.Tensor:
-        """Number of documents that are left out: a number, or an int64 scalar on the device."""
+        """Number of documents that are left out: an int, or an int64 scalar on the device."""
         return 0 if self.faults is None else self.faults.by_place.any(1).sum()
 
     @property
     def num_slots(self) -> int | torch.Tensor:
-        """Number of slots of the documents that are not left out: a number, or an int64 scalar on the device."""
+        """Number of slots in documents not left out: an int, or an int64 scalar on the device."""
         if self.faults is None:
             return self.target.slots_N.numel()
         return self.target.slots_N.numel() - self.faults.left_out_T[self.target.slots_N].sum()
@@ -129,11 +141,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class LossNorms:
-    """What a micro-batch's losses are divided by, fixed before its backward pass.
+    """Divisors of a micro-batch's losses, fixed before its backward pass.
 
     slots: fp32 scalar, divisor of the cross-entropy.
-    loss_rows_S: fp32 [S], divisor of LK means, rows with loss at each step.
-    acceptance_S: fp32 [S], mean acceptance rate that weighs `lk_lambda`; None takes the micro-batch's own.
+    loss_rows_S: fp32 [S], divisor of LK means: the number of rows with loss at each step.
+    acceptance_S: fp32 [S], mean acceptance rates that weight `lk_lambda`; None = the rates of the
+        micro-batch itself.
     """
 
     slots: torch.Tensor
@@ -143,12 +156,14 @@ class LossNorms:
 
 @dataclass(frozen=True)
 class DraftOutput:
-    """One training-time test of a micro-batch, one entry a TTT step.
+    """Result of training-time test (TTT) on one micro-batch, with one entry per TTT step.
 
-    loss: fp32 scalar in nats, the weighed sum of the normalised losses of all steps; differentiable. loss_S: fp32 [S], those
-    losses before step weights.
-    num_loss_rows_S, num_allowed_rows_S: int64 [S], rows with loss, and rows the mask allows.
-    num_correct_S: fp32 [S], rows where no token is likelier under the draft than the target's most likely one.
+    loss: fp32 scalar in nats, weighted sum of the normalised losses of all steps; differentiable.
+    loss_S: fp32 [S], normalised losses before step weights are applied.
+    num_loss_rows_S: int64 [S], number of rows with loss.
+    num_allowed_rows_S: int64 [S], number of rows that the mask allows.
+    num_correct_S: fp32 [S], number of rows where the draft gives no token a higher probability
+        than the target's most likely token.
     accepted_S: fp32 [S], sum over rows with loss of sum_v min(p_full, q).
     """
 

@@ -1,8 +1,9 @@
 """Capture a target's hidden states: deepspeed launcher/capture_hidden_states.py [--recipe FILE] target.store=FOLDER [...]
 
-Runs the frozen target over the conversations of data.train and writes what a draft learns from into a store; train.py with the
-same target.store then needs no target. Takes train.py's recipes, and runs under `deepspeed`, `torchrun` and plain `python`, on
-any number of ranks. A capture that was stopped, however it was, goes on when it is run again.
+Runs the frozen target on the conversations of data.train and writes the hidden states that a draft
+learns from to a store. train.py with the same target.store then needs no target. Accepts the
+recipes of train.py, and runs under `deepspeed`, `torchrun` and plain `python`, on any number of
+ranks. To continue an interrupted capture, run the same command again.
 """
 
 import sys
@@ -28,7 +29,8 @@ from launcher.command import (
 def check_files(config: Config) -> Path:
     """Return the folder of the store.
 
-    Raises ConfigError if there is nowhere to write to, or something to read does not exist.
+    Raises ConfigError if target.store is not set or is not a folder, or if an input file does not
+    exist.
     """
     store = config.target.store
     if store is None or (Path(store).exists() and not Path(store).is_dir()):

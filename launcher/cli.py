@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the script of the command that the first argument names."""
+    """Run the script of the command given by the first argument."""
     arguments = sys.argv[1:]
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def usage() -> str:
-    """Return the list of commands, each with the first sentence of its script."""
+    """Return the list of commands, each with the first phrase of its script's docstring."""
     lines = ["usage: draftspeed COMMAND [options]", "", "`draftspeed COMMAND --help` lists the options of a command.", ""]
     for name, file in COMMANDS.items():
         description = ast.get_docstring(ast.parse((FOLDER / file).read_text(encoding="utf-8"))) or ""

@@ -1,4 +1,4 @@
-"""What the launcher's commands share: options, the job's environment, the embedded target, and one clear error."""
+"""Functions shared by the launcher's commands: options, environment, paths and error messages."""
 
 import argparse
 import os
@@ -21,15 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
 EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-# Environment variables that hold secrets, which no message may repeat.
+# Environment variables that hold secrets, which must not appear in messages.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "COMET_API_KEY", "WANDB_API_KEY")
 SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure
 
 
 def shipped(folder: str, suffix: str) -> Callable[[str], Path]:
-    """Return a reader of command-line paths that also finds a shipped file by its name, such as `zero3` or `zero3.json`.
+    """Return a converter for command-line paths that also accepts the name of a shipped file.
 
-    A path that exists is taken as it is. folder: from the root of the installation. suffix: of the files in it.
+    Such a name may omit the suffix: `zero3` or `zero3.json`. A path that exists is returned
+    unchanged.
+    folder: folder of the shipped files, relative to the root of the installation.
+    suffix: suffix of the shipped files.
     """
 
     def read_path(given: str) -> Path:
@@ -47,7 +50,10 @@ shipped_recipe = shipped("launcher/recipes", ".yaml")
 
 
 def make_parser(description: str, sections: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Options that every command with a recipe has. sections: those that --help describes; () = all."""
+    """Return a parser with the options that all commands with a recipe have.
+
+    sections: sections whose options --help describes; () = all.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         epilog="Options, as section.key=value or in a recipe:\n\n" + describe_options(sections),
@@ -58,7 +64,7 @@ def make_parser(description: str, sections: Sequence[str] = ()) -> argparse.Argu
         "--recipe",
         type=shipped_recipe,
         default=DEFAULT_RECIPE,
-        help="YAML file, or the name of a shipped recipe, such as qwen3-8b: target, data, draft, ...; default: embedded",
+        help="YAML file with target, data, draft, ..., or the name of a shipped recipe, such as qwen3-8b; default: embedded",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="options that replace the recipe's")
@@ -66,16 +72,17 @@ def make_parser(description: str, sections: Sequence[str] = ()) -> argparse.Argu
 
 
 def set_allocator() -> None:
-    """Let PyTorch's CUDA allocator grow its segments, unless the user has configured it; call before torch is imported.
+    """Let PyTorch's CUDA allocator use expandable segments, unless the user has configured it.
 
-    Row counts differ at every step, and segments of fixed size fragment. Torch reads the first of these variables that is set.
+    Call it before torch is imported. Row counts differ at every step, and segments of fixed size
+    fragment. Torch reads the first of `ALLOCATOR_VARIABLES` that is set.
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 class Environment(TypedDict):
-    """This process's place in the job. Fields as in `engine.parallel.mesh.World`."""
+    """Rank of this process and sizes of the job, as in `engine.parallel.mesh.World`."""
 
     rank: int
     size: int
@@ -84,9 +91,9 @@ class Environment(TypedDict):
 
 
 def join_environment() -> Environment:
-    """Prepare this process's environment for torch; return rank and sizes as the launcher set them.
+    """Prepare this process's environment for torch; return rank and sizes set by the launcher.
 
-    A process that was started alone is a job of one.
+    A process that was started without a launcher is a job with one rank.
     """
     set_allocator()
     if "RANK" not in os.environ:
@@ -105,7 +112,10 @@ def join_environment() -> Environment:
 
 @contextmanager
 def wrong_options(arguments: argparse.Namespace, rank: int) -> Iterator[None]:
-    """A ConfigError raised within ends this rank; it names the recipe or the command line, wherever its value came from."""
+    """Context manager that ends this rank with one message if a ConfigError is raised inside.
+
+    The message names the source of the value: the recipe or the command line.
+    """
     try:
         yield
     except ConfigError as error:
@@ -116,7 +126,7 @@ def wrong_options(arguments: argparse.Namespace, rank: int) -> Iterator[None]:
 
 
 def with_paths(config: Config, corpus: Path) -> Config:
-    """Replace each `embedded` by the folder or file it stands for, and folders by their absolute paths.
+    """Replace each `embedded` by the folder or file it stands for, and folders by absolute paths.
 
     corpus: folder of the embedded corpus.
     """
@@ -138,7 +148,10 @@ def with_paths(config: Config, corpus: Path) -> Config:
 
 
 def run_plugins(paths: Sequence[str]) -> None:
-    """Run a user's Python files, which register what they like. Raises ValueError, naming the file, for whatever they raise."""
+    """Run a user's plugins, Python files that may register extensions (docs/extending.md).
+
+    Raises ValueError that names the file if one of them raises an exception.
+    """
     for path in paths:
         try:
             runpy.run_path(path)
@@ -147,14 +160,16 @@ def run_plugins(paths: Sequence[str]) -> None:
 
 
 def user_cache() -> Path:
-    """Where tokenised conversations are kept if nobody says where."""
+    """Return the default folder for tokenised conversations."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftspeed"
 
 
 def with_store(config: Config) -> Config:
-    """Take the target from its store: config, tokenizer, and the captured layers, unless the configuration names its own.
+    """Return the configuration with the target taken from its store.
 
-    Without `target.store` the configuration stays as it is. Raises ValueError if `target.store` is no store.
+    The store has the target's config, its tokenizer and the captured auxiliary layers. Auxiliary
+    layers that the configuration sets are kept. Without `target.store` the configuration is
+    returned unchanged. Raises ValueError if `target.store` is not a store.
     """
     if config.target.store is None:
         return config
@@ -166,7 +181,7 @@ def with_store(config: Config) -> Config:
 
 
 def check_inputs(config: Config) -> None:
-    """Raises ConfigError if a file or folder that the configuration reads does not exist."""
+    """Raise ConfigError if a file or folder that the configuration reads does not exist."""
     named = {"data.train": config.data.train, "data.held_out": config.data.held_out, "draft.config": (config.draft.config,)}
     named["target.plugins"] = config.target.plugins
     for key, paths in named.items():
@@ -177,7 +192,7 @@ def check_inputs(config: Config) -> None:
 
 
 def check_target(config: Config) -> None:
-    """Raises ConfigError if `target.path` is meant as a folder and is none."""
+    """Raise ConfigError if `target.path` is a local path, not a hub id, and no folder is there."""
     if config.target.path.startswith((".", "/", "~")) and not Path(config.target.path).is_dir():
         raise ConfigError(
             "no such folder; expected a Hugging Face folder or a hub id", key="target.path", value=config.target.path
@@ -185,7 +200,7 @@ def check_target(config: Config) -> None:
 
 
 def check_output(config: Config) -> None:
-    """Raises ConfigError if `output_dir` cannot be written to, or holds a run that would be lost."""
+    """Raise ConfigError if `output_dir` is a file or holds checkpoints that would be lost."""
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise ConfigError("is a file; name a folder", key="output_dir", value=config.output_dir)
     if Path(config.output_dir, CHECKPOINTS, "latest").exists() and not config.checkpoint.resume:
@@ -194,7 +209,10 @@ def check_output(config: Config) -> None:
 
 
 def write_embedded_corpus(config: Config, corpus: Path) -> None:
-    """On rank 0: the folder that `corpus` is to lie in, and the embedded corpus, if it was asked for."""
+    """Create the parent folder of `corpus`; write the embedded corpus if the configuration uses it.
+
+    Call it on rank 0 only.
+    """
     from engine.data.cpython_corpus import write_corpus
 
     corpus.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +221,10 @@ def write_embedded_corpus(config: Config, corpus: Path) -> None:
 
 
 def stop(error: Exception, rank: int) -> NoReturn:
-    """End this rank with one message. Ranks but the first wait: what ends them all is then said once, by rank 0."""
+    """End this rank with one message.
+
+    Ranks other than 0 wait first, so that rank 0 alone reports an error that ends all ranks.
+    """
     command = Path(sys.argv[0]).name
     message = hidden_in_text(str(error), *(os.environ.get(name) for name in SECRETS))
     if rank == 0:

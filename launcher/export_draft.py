@@ -1,8 +1,9 @@
-"""Write the SGLang-ready draft of a training checkpoint: no GPU, no other process, any ZeRO stage.
+"""Export the draft of a checkpoint for SGLang: in one process, without a GPU, for any ZeRO stage.
 
     python launcher/export_draft.py --run outputs/run [--tag step_100] [--output FOLDER]
 
-The run's `config.yaml` says what the draft looks like, its `vocab_map.safetensors` which tokens it can propose.
+The run's `config.yaml` gives the draft's shapes, its `vocab_map.safetensors` the tokens that it can
+propose.
 """
 
 import argparse
@@ -35,12 +36,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--run", type=Path, required=True, help="output_dir of the training run")
     parser.add_argument("--tag", help="checkpoint to export; default: the newest")
-    parser.add_argument("--output", type=Path, help="folder of the exported draft; default: draft, in the run's folder")
+    parser.add_argument("--output", type=Path, help="folder of the exported draft; default: the folder 'draft' in --run")
     return parser.parse_args()
 
 
 def check_run(run: Path) -> None:
-    """Raises ValueError if `run` is no output folder of a training run with checkpoints."""
+    """Raise ValueError if `run` is not the output folder of a training run."""
     if not run.is_dir():
         raise ValueError(f"{run} is no folder; expected the output_dir of a training run")
     for name in (RECIPE, VOCAB):
@@ -49,7 +50,10 @@ def check_run(run: Path) -> None:
 
 
 def choose_tag(folder: Path, wanted: str | None) -> str:
-    """`wanted`, or the newest checkpoint of `folder`. Raises ValueError, listing those there are, if it does not exist."""
+    """Return the tag `wanted`, or that of the newest checkpoint in `folder` if it is None.
+
+    Raises ValueError that lists the existing checkpoints if this one does not exist.
+    """
     matches = (TAG.fullmatch(path.name) for path in folder.glob("*"))
     steps = {match[0]: int(match[1]) for match in matches if match is not None}
     if not steps:
@@ -62,7 +66,11 @@ def choose_tag(folder: Path, wanted: str | None) -> str:
 
 
 def read_embedding(section: TargetSection, config: DraftConfig) -> torch.Tensor:
-    """The target's embedding [V, D], rounded as the recipe asks; read alone where the checkpoint names it clearly."""
+    """Return the target's embedding [V, D] in the recipe's precision.
+
+    If exactly one tensor of the checkpoint matches by name and shape, only that one is read.
+    Otherwise the whole target is loaded.
+    """
     shape = [config.vocab_size, config.target_hidden_size]
     found = []
     for name, path in _embedding_candidates(section):
@@ -75,7 +83,10 @@ def read_embedding(section: TargetSection, config: DraftConfig) -> torch.Tensor:
 
 
 def _embedding_candidates(section: TargetSection) -> list[tuple[str, Path]]:
-    """(tensor, file) of every tensor of the target's safetensors checkpoint that is named like an embedding."""
+    """Return (tensor name, file) of the target's tensors that are named like an embedding.
+
+    The list is empty if the checkpoint is not in safetensors files.
+    """
     files = find_weight_files(section.path, section.revision)
     if not files.is_safetensors:
         return []
@@ -89,7 +100,10 @@ def _embedding_candidates(section: TargetSection) -> list[tuple[str, Path]]:
 
 
 def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:
-    """Export a checkpoint of `run`; returns its tag and the folder written. Raises ValueError for what is missing."""
+    """Export a checkpoint of `run` and return its tag and the folder written.
+
+    Raises ValueError if a file or the checkpoint is missing.
+    """
     folder = output or run / DRAFT
     check_run(run)
     tag = choose_tag(run / CHECKPOINTS, tag)

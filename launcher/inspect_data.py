@@ -1,8 +1,9 @@
-"""Look at conversations as training will: python launcher/inspect_data.py [--recipe FILE] data.train=chat.jsonl [--html FILE]
+"""Show conversations as training sees them: python launcher/inspect_data.py [--recipe FILE] data.train=chat.jsonl [...]
 
-Prints samples with the assistant's tokens in green, how long documents are, how many positions carry loss and what compaction
-saves by that, and how much a draft vocabulary covers. Reads the target's tokenizer and configuration, not its weights; with
-target.store=FOLDER it looks at a store's conversations.
+Prints samples with the assistant tokens in green, the lengths of documents, the share of positions
+with loss and what compaction saves by it, and how many of the assistant tokens a draft vocabulary
+covers. Reads the target's tokenizer and configuration, not its weights. With target.store=FOLDER it
+shows the conversations of a store.
 """
 
 import argparse
@@ -44,25 +45,28 @@ Sample = tuple[str, list[Run]]
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, ("target", "data", "draft", "ttt"))
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="documents to print; default 3")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page with plots")
-    parser.add_argument("--bad", type=Path, metavar="FILE", help="write a line for each conversation that cannot be used")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as an HTML page with plots")
+    parser.add_argument("--bad", type=Path, metavar="FILE", help="write a list of the conversations that cannot be used")
     parser.add_argument(
         "--samples_json",
         type=Path,
         metavar="FILE",
-        help="write all documents as text segments, each marked as the assistant's or not",
+        help="write all documents as text segments, each marked as assistant text or not",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the statistics as JSON")
     return parser.parse_intermixed_args()
 
 
 def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry) -> None:
-    """Read, count, show. Raises ValueError, OSError or ImportError for what a user can mend."""
+    """Read the conversations, print samples and statistics, and write the requested files.
+
+    Raises ValueError, OSError or ImportError for problems that a user can fix.
+    """
     tokenizer = load_tokenizer(config.target, config.data)
     target = load_target_config(config.target)
     draft = derive_draft_config(target, config.draft, config.target.aux_layers)
     if config.target.store is None:
-        data = replace(config.data, max_bad_share=1.0)  # a look costs nothing, whatever is found
+        data = replace(config.data, max_bad_share=1.0)  # show unusable conversations instead of stopping
         try:
             documents, report = read_documents(data, tokenizer, World.alone(), telemetry)
         except UnusableData as error:
@@ -91,7 +95,7 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
 
 
 def write_bad(path: Path | None, bad: Sequence[Bad], telemetry: Telemetry) -> None:
-    """All refused conversations, a line each: file:line, reason, detail."""
+    """Write all refused conversations, one per line: file:line, reason, detail."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(f"{place}: {reason}: {detail}\n" for place, reason, detail in bad))
@@ -99,9 +103,9 @@ def write_bad(path: Path | None, bad: Sequence[Bad], telemetry: Telemetry) -> No
 
 
 def sample(index: int, document: Document, tokenizer: PreTrainedTokenizerBase) -> Sample:
-    """A heading, and the document's text in runs that the assistant says, or does not."""
+    """Return a heading, and the document's text in runs that are assistant text or not."""
     num_said = int(document.assistant_mask.sum())
-    heading = f"document {index}: {len(document):,} tokens, {num_said:,} of them the assistant's"
+    heading = f"document {index}: {len(document):,} tokens, {num_said:,} of them assistant tokens"
     runs = [(segment.text, segment.assistant) for segment in segments_of(document, tokenizer)]
     return heading, runs
 
@@ -113,18 +117,18 @@ def show_samples(samples: Sequence[Sample], telemetry: Telemetry) -> None:
 
 
 def show_stats(stats: DatasetStats, telemetry: Telemetry) -> None:
-    show_histogram("tokens of a document", histogram(stats.lengths), "{:,.0f}", telemetry)
+    show_histogram("tokens per document", histogram(stats.lengths), "{:,.0f}", telemetry)
     shares = histogram(stats.assistant_tokens / stats.lengths, within=(0, 1))
-    show_histogram("the assistant's share of a document", shares, "{:.0%}", telemetry)
+    show_histogram("share of assistant tokens per document", shares, "{:.0%}", telemetry)
     telemetry.console.rule()
     share = stats.assistant_tokens.sum() / stats.num_tokens
-    telemetry.note(f"{stats.num_tokens:,} tokens in {len(stats.lengths):,} documents, {share:.1%} of them the assistant's")
-    of = f" (of {stats.num_sampled:,} documents)" if stats.num_sampled < len(stats.lengths) else ""
+    telemetry.note(f"{stats.num_tokens:,} tokens in {len(stats.lengths):,} documents, {share:.1%} of them assistant tokens")
+    of = f" (in a sample of {stats.num_sampled:,} documents)" if stats.num_sampled < len(stats.lengths) else ""
     telemetry.note(f"positions with loss by TTT step{of}: {' '.join(f'{share:.1%}' for share in stats.rows_S)}")
-    telemetry.note(f"so compaction saves the draft {stats.saving:.2f}x of its FLOPs, most where few positions carry loss")
-    telemetry.note(f"{stats.num_packs:,} packs of {stats.max_tokens:,} tokens an epoch, {stats.waste:.2%} of them empty")
+    telemetry.note(f"compaction reduces the draft's FLOPs {stats.saving:.2f}x; it saves most where few positions carry loss")
+    telemetry.note(f"{stats.num_packs:,} packs of {stats.max_tokens:,} tokens per epoch, {stats.waste:.2%} of positions empty")
     covered = ", ".join(f"{size // 1000}k: {stats.coverage(size):.2%}" for size in VOCAB_SIZES)
-    telemetry.note(f"what the assistant says is covered by a draft vocabulary of {covered}")
+    telemetry.note(f"share of assistant tokens that a draft vocabulary covers, by its size: {covered}")
 
 
 def show_histogram(title: str, bins: Sequence[Bin], number: str, telemetry: Telemetry) -> None:

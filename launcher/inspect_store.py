@@ -1,6 +1,7 @@
 """Show, check or merge stores of hidden states: python launcher/inspect_store.py FOLDER [FOLDER ... --merge_into FOLDER]
 
-Reads every byte and compares it with the checksums that were written with it; --quick looks at sizes and headers alone.
+Reads every byte and compares it with the checksums written by the capture; --quick checks only
+sizes and headers.
 """
 
 import argparse
@@ -23,34 +24,36 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("stores", nargs="+", type=Path, metavar="FOLDER", help="written by capture_hidden_states.py")
-    parser.add_argument("--merge_into", type=Path, metavar="FOLDER", help="a new store of all of theirs; they stay as they are")
-    parser.add_argument("--quick", action="store_true", help="sizes and headers alone")
+    parser.add_argument(
+        "--merge_into", type=Path, metavar="FOLDER", help="write all shards to a new store; the given stores do not change"
+    )
+    parser.add_argument("--quick", action="store_true", help="check only sizes and headers")
     return parser.parse_args()
 
 
 def facts(manifest: Manifest) -> Table:
-    """What a store is of, and how large."""
+    """Return a table with a store's contents and size."""
     num_tokens, num_slots = (sum(getattr(shard, name) for shard in manifest.shards) for name in ("num_tokens", "num_slots"))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in vars(manifest.contents).items():
         table.add_row(name, str(value))
     table.add_row("documents", f"{manifest.num_documents:,} in {len(manifest.shards):,} shards")
     if manifest.num_left_out:
-        table.add_row("left out", f"{manifest.num_left_out:,} documents, whose states were not finite: {left_out(manifest)}")
+        table.add_row("left out", f"{manifest.num_left_out:,} documents with non-finite hidden states: {left_out(manifest)}")
     table.add_row("tokens", f"{num_tokens:,}, {num_slots:,} of them slots ({num_slots / max(1, num_tokens):.0%})")
     per_token = manifest.num_bytes / max(1, num_tokens) / 1024
-    table.add_row("size", f"{manifest.num_bytes / 2**30:,.2f} GiB, {per_token:.2f} KiB a token")
+    table.add_row("size", f"{manifest.num_bytes / 2**30:,.2f} GiB, {per_token:.2f} KiB per token")
     return table
 
 
 def left_out(manifest: Manifest) -> str:
-    """Return the numbers of the documents that nothing is learned from."""
+    """Return the numbers of the documents that are left out of training, as text."""
     numbers = [shard.first_document + index for shard in manifest.shards for index in shard.left_out]
     return ", ".join(map(str, numbers))
 
 
 def inspect(folder: Path, quick: bool, telemetry: Telemetry) -> bool:
-    """Print what a store holds and what is wrong with it; whether nothing is."""
+    """Print a store's contents and problems; return whether it is complete and intact."""
     manifest = Manifest.read(folder)
     telemetry.note(str(folder), style="bold")
     telemetry.console.print(facts(manifest))
@@ -63,7 +66,7 @@ def inspect(folder: Path, quick: bool, telemetry: Telemetry) -> bool:
     for problem in check.problems:
         telemetry.note(f"  {problem}")
     if check.missing:
-        telemetry.note(f"  {check.missing} shards are still to be captured; run the same capture again")
+        telemetry.note(f"  {check.missing} shards have not been captured yet; run the same capture again")
     telemetry.note(f"  {check.seen} of {len(manifest.shards)} shards are whole, every byte as written")
     return not check.problems and not check.missing
 
@@ -76,9 +79,9 @@ def main() -> None:
             merge = merge_stores(arguments.stores, arguments.merge_into)
             telemetry.note(f"{arguments.merge_into}: {merge.manifest.num_documents:,} documents")
             if merge.doubled_shards:
-                telemetry.note(f"  {merge.doubled_shards} shards left out: an earlier store has the same")
+                telemetry.note(f"  {merge.doubled_shards} shards left out, because an earlier store has the same")
             if merge.doubled_documents:
-                telemetry.note(f"  {merge.doubled_documents:,} documents are there more than once and will be learned as often")
+                telemetry.note(f"  {merge.doubled_documents:,} documents occur more than once, and training will use each copy")
             return
         whole = [inspect(folder, arguments.quick, telemetry) for folder in arguments.stores]
     except (StoreError, OSError) as error:

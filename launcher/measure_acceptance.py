@@ -1,9 +1,10 @@
-"""Measure an exported draft by real speculative decoding on held-out prompts, beside prompt lookup and plain greedy decoding.
+"""Measure an exported draft on held-out prompts: speculative decoding compared with prompt lookup and greedy decoding.
 
     python launcher/measure_acceptance.py --draft outputs/run/draft
 
-Target, prompts and settings are those of the run's `config.yaml` beside the draft's folder, unless given here. Under
-`deepspeed` or `torchrun` the ranks divide the prompts among them, and share the target as the run did.
+Target, prompts and settings are those of the run's `config.yaml` next to the draft's folder, unless
+given here. Under `deepspeed` or `torchrun` the prompts are divided among the ranks, which share the
+target as in the run.
 """
 
 import argparse
@@ -51,19 +52,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--draft", type=Path, required=True, help="folder of the exported draft")
     parser.add_argument("--target", help="Hugging Face folder or hub id of the target; default: the run's")
-    parser.add_argument("--data", nargs="+", help="JSONL conversation files the prompts come from; default: the run's held-out")
+    parser.add_argument("--data", nargs="+", help="JSONL conversation files with prompts; default: the run's held-out files")
     parser.add_argument("--num-prompts", type=_positive, help="prompts decoded; default: the run's")
     parser.add_argument("--draft-tokens", type=_positive, help="tokens proposed per target forward; default: the run's")
     parser.add_argument("--max-new-tokens", type=_positive, help="tokens generated per prompt; default: the run's")
     parser.add_argument(
-        "--dtype", choices=get_args(get_type_hints(TargetSection)["dtype"]), help="precision; default: the run's"
+        "--dtype", choices=get_args(get_type_hints(TargetSection)["dtype"]), help="precision of the target; default: the run's"
     )
-    parser.add_argument("--tp-size", type=_positive, help="ranks that share each layer; default: the run's, and 1 on one rank")
-    parser.add_argument("--ep-size", type=_positive, help="ranks that share experts; default: the run's, and 1 on one rank")
+    parser.add_argument("--tp-size", type=_positive, help="ranks that share each layer; default: the run's, or 1 on one rank")
+    parser.add_argument("--ep-size", type=_positive, help="ranks that share experts; default: the run's, or 1 on one rank")
     parser.add_argument("--json", type=Path, help="file to write the reports to")
-    parser.add_argument(
-        "--show", action="store_true", help="print rank 0's replies; the tokens that the draft guessed are green"
-    )
+    parser.add_argument("--show", action="store_true", help="print rank 0's replies, with accepted draft tokens in green")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()
 
@@ -75,7 +74,10 @@ def _positive(text: str) -> int:
 
 
 def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
-    """The run's configuration with the command line over it. Raises ValueError if neither names the target or the prompts."""
+    """Return the run's configuration with the command line's options applied.
+
+    Raises ValueError if neither gives the target or the prompts.
+    """
     path = arguments.draft.resolve().parent / "config.yaml"
     if path.is_file():
         run = load_config(path)
@@ -107,7 +109,7 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
 
 
 def read_draft_config(folder: Path) -> DraftConfig:
-    """The draft's shapes. Raises ValueError if `folder` holds no draft."""
+    """Return the draft's config. Raises ValueError if `folder` holds no draft."""
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} is not an exported draft: it has no {CONFIG}; a run writes one to its output_dir/draft")
@@ -115,9 +117,10 @@ def read_draft_config(folder: Path) -> DraftConfig:
 
 
 def check_target(draft: DraftConfig, section: TargetSection, is_shared: bool) -> PreTrainedConfig:
-    """Return the target's config. Raises ValueError if the draft was not trained for it, or it cannot be read.
+    """Return the target's config.
 
     is_shared: whether several ranks share the target.
+    Raises ValueError if the draft was not trained for this target, or its config cannot be read.
     """
     path = section.path
     config = load_target_config(section)
@@ -130,13 +133,13 @@ def check_target(draft: DraftConfig, section: TargetSection, is_shared: bool) ->
     for name, (expected, found) in facts.items():
         if expected != found:
             raise ValueError(
-                f"the draft was trained for a target with {name} {expected}, {path} has {found}; name its own target"
+                f"the draft was trained for a target with {name} {expected}, but {path} has {found}; pass its own target"
             )
     if draft.aux_layers is not None:
         try:
             check_aux_layers(draft.aux_layers, num_layers(target))
         except ValueError as error:
-            raise ValueError(f"the draft reads layers that {path} cannot give; name its own target ({error})") from error
+            raise ValueError(f"the draft reads layers that {path} does not have; pass its own target ({error})") from error
     return config
 
 
@@ -148,7 +151,7 @@ def decoded(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The reply; accepted drafted tokens are green, the target's own are not."""
+    """Return the reply as rich text, with accepted draft tokens in green."""
     text = Text(decoded(generation.token_ids[:1], tokenizer))
     start = 1
     for num_accepted in generation.accepted_per_forward:
@@ -160,7 +163,10 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
 
 
 def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Config, world: World) -> dict[str, AcceptanceReport]:
-    """Load the draft and what the run's configuration names, decode, and print the table; reports by drafter, on every rank."""
+    """Load the draft and the target, decode the prompts and print a table of the results.
+
+    Return the reports by drafter, on every rank.
+    """
     telemetry = Telemetry(speaks=world.is_main)
     mesh = TargetMesh.of(run.parallel, world)
     target_config = check_target(draft_config, run.target, is_shared=mesh.size > 1)
@@ -196,7 +202,7 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     }
     telemetry.console.print(acceptance_table(reports))
     if any(report.mismatches for report in reports.values()):
-        telemetry.note(f"Replies may differ where two tokens nearly tie in {dtype}; --dtype float32 tells.")
+        telemetry.note(f"Replies may differ where two tokens nearly tie in {dtype}; use --dtype float32 to find out.")
     return reports
 
 

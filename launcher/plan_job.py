@@ -1,7 +1,8 @@
-"""What a job will need: python launcher/plan_job.py --recipe FILE [--gpus N] [--gpu NAME] [section.key=value ...]
+"""Estimate the resources of a job: python launcher/plan_job.py --recipe FILE [--gpus N] [--gpu NAME] [section.key=value ...]
 
-Reads the target's config.json alone. Says what each rank will hold, the smallest number of GPUs that can, how they should share
-the target, how large a micro-batch may be, what each collective sends, and how fast it might be.
+Reads only the target's config.json. Prints the memory per rank, the smallest number of GPUs that
+suffices, how they should share the target, the largest micro-batch, the traffic of each collective,
+and an estimate of the speed.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from engine.weights.quantised_checkpoint import (
 from launcher.command import check_target, make_parser, run_plugins, shipped_ds_config, stop, with_paths, wrong_options
 
 SHOWN = 5
-LEAST_TOKENS = 2048  # of a pack: shorter ones would cut many conversations
+LEAST_TOKENS = 2048  # smallest pack that is tried; shorter packs would cut many conversations
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,17 +53,41 @@ def parse_arguments() -> argparse.Namespace:
     limit = f"{SMALL_DRAFT_WEIGHTS / 1e9:.0f} billion weights"
     shipped = f"{SMALL_DRAFT_CONFIG}, or {LARGE_DRAFT_CONFIG} for a draft of {limit} and more"
     add("--ds_config", type=shipped_ds_config, help=f"DeepSpeed's JSON; default: {shipped}")
-    add("--gpus", type=int, default=32, metavar="N", help="GPUs there are; default 32")
-    add("--gpu", default="H200", metavar="NAME", help=f"their kind, or a part of its name: {', '.join(PEAKS)}; default H200")
-    add("--gpus_per_node", type=int, default=8, metavar="N", help="of them in a node; default 8")
-    add("--memory_gb", type=float, metavar="GB", help="memory of one; default: its datasheet's")
-    add("--network_gb_per_s", type=float, default=50, metavar="GB/S", help="what one sends out of its node; default 50")
-    add("--headroom", type=float, default=0.1, metavar="SHARE", help="of its memory that stays free; default 0.1")
-    add("--document_tokens", type=int, default=2048, metavar="N", help="tokens of a document, for the speed; default 2048")
-    add("--assistant_share", type=float, default=0.5, metavar="SHARE", help="of them that the assistant says; default 0.5")
-    add("--share_of_peak", type=float, default=0.4, metavar="SHARE", help="of a GPU's peak that products reach; default 0.4")
-    add("--fixed", action="store_true", help="plan for --gpus and the recipe's own parallel sizes and micro-batch alone")
-    add("--json", type=Path, metavar="FILE", help="write the figures")
+    add("--gpus", type=int, default=32, metavar="N", help="number of available GPUs; default 32")
+    add("--gpu", default="H200", metavar="NAME", help=f"GPU model, or a part of its name: {', '.join(PEAKS)}; default H200")
+    add("--gpus_per_node", type=int, default=8, metavar="N", help="GPUs per node; default 8")
+    add("--memory_gb", type=float, metavar="GB", help="memory per GPU in GB; default: that of its datasheet")
+    add(
+        "--network_gb_per_s",
+        type=float,
+        default=50,
+        metavar="GB/S",
+        help="bandwidth per GPU to other nodes in GB/s; default 50",
+    )
+    add("--headroom", type=float, default=0.1, metavar="SHARE", help="share of GPU memory that stays free; default 0.1")
+    add(
+        "--document_tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens per document, for the speed estimate; default 2048",
+    )
+    add(
+        "--assistant_share",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="share of assistant tokens in a document, for the speed estimate; default 0.5",
+    )
+    add(
+        "--share_of_peak",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="share of a GPU's peak FLOP/s that matrix products reach; default 0.4",
+    )
+    add("--fixed", action="store_true", help="plan only for --gpus GPUs and the recipe's parallel sizes and micro-batch")
+    add("--json", type=Path, metavar="FILE", help="write the figures of the best plan as JSON")
     arguments = parser.parse_intermixed_args()
     for name in ("assistant_share", "headroom", "share_of_peak"):
         if not 0 <= getattr(arguments, name) <= 1 or (name == "share_of_peak" and not arguments.share_of_peak):
@@ -77,9 +102,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_planner(config: Config, ds_config: dict[str, Any] | None, arguments: argparse.Namespace) -> Planner:
-    """Return the planner of a job; without a `ds_config`, under the shipped one that fits the size of the draft.
+    """Return the planner of a job.
 
-    Raises ValueError or OSError for what a user can fix.
+    ds_config: DeepSpeed's JSON; None = the shipped file that suits the size of the draft.
+    Raises ValueError or OSError for problems that a user can fix.
     """
     section = config.target
     target = load_target_config(section)
@@ -108,9 +134,10 @@ def make_planner(config: Config, ds_config: dict[str, Any] | None, arguments: ar
 
 
 def find_plans(planner: Planner, arguments: argparse.Namespace) -> tuple[Planner, list[JobPlan]]:
-    """Return the plans of a job, the best first, and their planner; packs are halved until a job fits the GPUs.
+    """Return the planner and the plans of a job, best plan first.
 
-    With --fixed there is one plan. Raises ValueError if nothing fits even with packs of `LEAST_TOKENS`.
+    Packs are halved until a job fits the GPUs. With --fixed there is one plan.
+    Raises ValueError if nothing fits even with packs of `LEAST_TOKENS`.
     """
     if arguments.fixed:
         ranks = Ranks.of(planner.config, planner.ds_config, arguments.gpus)
@@ -132,11 +159,11 @@ def gigabytes(count: float) -> str:
 
 
 def show_ways(planner: Planner, found: list[JobPlan], telemetry: Telemetry) -> None:
-    """A line for each way that fits."""
+    """Print a table with one line per way to share the target."""
     size = found[0].ranks.size
     title = f"ways to share the target on {size} GPUs" if size > 1 else "on one GPU"
     table = Table(box=None, padding=(0, 2, 0, 0), title=title)
-    for heading in ("tp_size", "ep_size", "tokens a micro-batch", "GB a rank", "tokens/s"):
+    for heading in ("tp_size", "ep_size", "tokens per micro-batch", "GB per rank", "tokens/s"):
         table.add_column(heading, justify="right")
     for plan in found[:SHOWN]:
         ranks = plan.ranks
@@ -147,12 +174,12 @@ def show_ways(planner: Planner, found: list[JobPlan], telemetry: Telemetry) -> N
 
 
 def show_plan(planner: Planner, plan: JobPlan, telemetry: Telemetry) -> None:
-    """Memory, time and traffic of one plan."""
+    """Print the memory, traffic and time of one plan."""
     facts = planner.facts(plan)
     for title, values, show in (
-        ("GB on each rank, at most", facts["bytes"] | {"in all": sum(facts["bytes"].values())}, gigabytes),
-        ("GB that a rank sends for a micro-batch", facts["traffic_bytes"], gigabytes),
-        ("ms of a micro-batch", {name: 1e3 * seconds for name, seconds in facts["seconds"].items()}, "{:,.1f}".format),
+        ("peak GB per rank", facts["bytes"] | {"total": sum(facts["bytes"].values())}, gigabytes),
+        ("GB sent per rank and micro-batch", facts["traffic_bytes"], gigabytes),
+        ("ms per micro-batch", {name: 1e3 * seconds for name, seconds in facts["seconds"].items()}, "{:,.1f}".format),
     ):
         if not values:
             continue
@@ -166,12 +193,12 @@ def show_advice(planner: Planner, plan: JobPlan, arguments: argparse.Namespace, 
     ranks = plan.ranks
     share = f"{planner.assumed.share_of_peak:.0%} of a {planner.gpus.peak.name}'s peak"
     telemetry.note(
-        f"{planner.tokens_per_s(plan):,.0f} tokens/s, if products reach {share} and links their own, one after the other: "
-        "an estimate, nothing was run"
+        f"{planner.tokens_per_s(plan):,.0f} tokens/s, if matrix products reach {share}, links reach their own peak, "
+        "and nothing overlaps: an estimate, nothing was run"
     )
     if not planner.fits(plan):
         usable = gigabytes(planner.usable_bytes)
-        telemetry.note(f"This does not fit {usable} GB a GPU; leave out --fixed to look for ways that do", style="bold red")
+        telemetry.note(f"This does not fit {usable} GB per GPU; leave out --fixed to find a plan that does", style="bold red")
     max_tokens = planner.config.data.max_tokens
     telemetry.note(
         f"Set data.max_tokens={max_tokens} and, in {arguments.ds_config.name}, "
@@ -190,7 +217,7 @@ def main() -> None:
         config = load_config(arguments.recipe, arguments.overrides)
         check_target(config)
         if config.target.store is not None:
-            problem = "a run that learns from a store loads no target; leave it out to plan the capture, or an online run"
+            problem = "a run that trains from a store loads no target; leave it out to plan the capture or an online run"
             raise ConfigError(problem, key="target.store", value=config.target.store)
         ds_config = None if arguments.ds_config is None else load_ds_config(arguments.ds_config)
     telemetry = Telemetry(speaks=True)

@@ -1,9 +1,11 @@
-"""Make training data of published sets and of files: python launcher/prepare_data.py prepare.sources=[ultrachat,my.jsonl] [...]
+"""Prepare training data from published sets and files: python launcher/prepare_data.py prepare.sources=[ultrachat,my.jsonl]
 
-Writes train.jsonl, held_out.jsonl and report.json to prepare.output_dir. Every source is read once and never held in memory;
-what is said twice is taken once, and what cannot be used is counted by reason and named. Questions of held_out.jsonl are asked
-nowhere in train.jsonl. prepare.weights mixes the sources, prepare.max_samples bounds what is taken. --sources lists the named
-sets; those, hub ids and Parquet files need `pip install 'draftspeed[data]'`.
+Writes train.jsonl, held_out.jsonl and report.json to prepare.output_dir. Every source is read once
+and is never held in memory. Duplicate conversations are taken once, and unusable ones are counted
+by reason and named. Conversations with the same first question are never in both files.
+prepare.weights sets the mixture of the sources, and prepare.max_samples limits the number of
+conversations. --sources lists the named sets. Named sets, hub ids and Parquet files need
+`pip install 'draftspeed[data]'`.
 """
 
 import sys
@@ -28,7 +30,7 @@ from launcher.command import make_parser, stop, wrong_options
 
 
 class OpenEnd:
-    """Instead of a bar where nobody knows the end: a line now and then."""
+    """Progress without a known total, printed every `SECONDS_BETWEEN_LINES` seconds."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
@@ -51,8 +53,8 @@ def bar_over(telemetry: Telemetry, total: int, name: str) -> Iterator[ProgressBa
 
 
 def named_sets() -> Table:
-    """What prepare.sources knows by name, and where on the hub it is; fits 80 columns."""
-    table = Table("source", "what it is", box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+    """Return a table of the named sets of prepare.sources, with their hub ids; fits 80 columns."""
+    table = Table("source", "description", box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
     for source in SOURCES.values():
         config = f"config {source.config}, " if source.config else ""
         table.add_row(source.name, f"{source.about}\n{source.hub_id}, {config}split {source.split}")
@@ -60,14 +62,14 @@ def named_sets() -> Table:
 
 
 def check_sources(config: Config) -> None:
-    """Raises ConfigError if there is nothing to prepare."""
+    """Raise ConfigError if prepare.sources is empty."""
     if not config.prepare.sources:
-        problem = "expected what to make the data of, e.g. [ultrachat,my.jsonl]; --sources lists the named sets"
+        problem = "expected at least one source, e.g. [ultrachat,my.jsonl]; --sources lists the named sets"
         raise ConfigError(problem, key="prepare.sources", value=config.prepare.sources)
 
 
 def next_command(folder: Path, names: list[str]) -> str:
-    """How to train on what was written."""
+    """Return the command that trains on the files written."""
     options = {TRAIN: "data.train", HELD_OUT: "data.held_out"}
     files = " ".join(f"'{option}=[{folder / name}]'" for name, option in options.items() if name in names)
     return f"deepspeed launcher/train.py --ds_config ds_configs/zero2.json --recipe RECIPE.yaml {files}"
@@ -75,7 +77,7 @@ def next_command(folder: Path, names: list[str]) -> str:
 
 def main() -> None:
     parser = make_parser(__doc__, ("prepare", "data"))
-    parser.add_argument("--sources", action="store_true", help="list the sets that prepare.sources knows by name")
+    parser.add_argument("--sources", action="store_true", help="list the sets that prepare.sources accepts by name, and exit")
     arguments = parser.parse_intermixed_args()
     telemetry = Telemetry(speaks=True)
     if arguments.sources:

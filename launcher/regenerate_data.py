@@ -1,9 +1,10 @@
-"""Let the target itself answer: python launcher/regenerate_data.py regenerate.inputs=[chat.jsonl] regenerate.output=out.jsonl
-regenerate.servers=[http://localhost:30000/v1] [--recipe FILE] [...]
+"""Replace assistant turns by the target's own answers: python launcher/regenerate_data.py regenerate.inputs=[chat.jsonl]
+regenerate.output=out.jsonl regenerate.servers=[http://localhost:30000/v1] [--recipe FILE] [...]
 
-Replaces the assistant turns of JSONL conversations by the target's own answers, which it asks for at servers of the target that
-speak OpenAI's protocol (SGLang, vLLM). A run that was stopped, however it was, goes on when it is run again: what is finished
-waits in OUTPUT.partial. Servers get the key in OPENAI_API_KEY. Needs no GPU here, and `pip install 'draftspeed[data]'`.
+Requests a new answer for each assistant turn of JSONL conversations from OpenAI-compatible servers
+of the target (SGLang, vLLM). To continue an interrupted run, run the same command again: finished
+conversations are kept in OUTPUT.partial. Requests carry the key in OPENAI_API_KEY. Needs no GPU on
+this machine, and `pip install 'draftspeed[data]'`.
 """
 
 import os
@@ -21,7 +22,7 @@ from launcher.command import make_parser, stop, wrong_options
 
 
 def check_inputs(section: RegenerateSection) -> None:
-    """Raises ConfigError if there is nothing to read, or one of the files holds nothing."""
+    """Raise ConfigError if there is no input file, or one is missing, empty or named twice."""
     key = "regenerate.inputs"
     if not section.inputs:
         raise ConfigError("expected JSONL files of conversations", key=key, value=section.inputs)
@@ -37,11 +38,11 @@ def check_inputs(section: RegenerateSection) -> None:
 
 
 def check_output(section: RegenerateSection) -> None:
-    """Raises ConfigError if there is nowhere to write to, or something would be lost."""
+    """Raise ConfigError if the output is unset, is a folder, or would replace an existing file."""
     key = "regenerate.output"
     value = section.output
     if not value:
-        raise ConfigError("expected the JSONL file that is to be written", key=key, value=value)
+        raise ConfigError("expected the JSONL file to write", key=key, value=value)
     output = Path(value)
     partial = partial_of(output)
     if output.is_dir() or partial.is_dir():
@@ -53,7 +54,7 @@ def check_output(section: RegenerateSection) -> None:
 
 
 def check_servers(section: RegenerateSection) -> None:
-    """Raises ConfigError if there is none, or one's address is no URL."""
+    """Raise ConfigError if there is no server, or the address of one is not a URL."""
     key = "regenerate.servers"
     value = section.servers
     if not value:

@@ -1,8 +1,9 @@
 """Train an EAGLE-3 draft: deepspeed launcher/train.py --ds_config ds_configs/zero3.json [--recipe FILE] [section.key=value ...]
 
-Runs under `deepspeed`, `torchrun` and plain `python`. Without a recipe it trains a draft for the embedded target on CPython's
-own documentation; that needs no network and no GPU. With target.store=FOLDER it learns from hidden states that
-capture_hidden_states.py wrote there, and loads no target.
+Runs under `deepspeed`, `torchrun` and plain `python`. Without a recipe it trains a draft for the
+embedded target on CPython's own documentation, which needs no network and no GPU. With
+target.store=FOLDER it trains from the hidden states that capture_hidden_states.py wrote to that
+folder, and loads no target.
 """
 
 import argparse
@@ -37,13 +38,13 @@ def parse_arguments() -> argparse.Namespace:
         "--ds_config",
         type=shipped_ds_config,
         required=True,
-        help="DeepSpeed's JSON, or the name of a shipped one, such as zero2: batch sizes, optimizer, precision, ZeRO",
+        help="DeepSpeed's JSON (batch sizes, optimizer, precision, ZeRO), or the name of a shipped one, such as zero2",
     )
     return parser.parse_intermixed_args()
 
 
 def check_files(config: Config) -> None:
-    """Raises ConfigError if a file that the configuration names does not exist, or `output_dir` cannot be a folder."""
+    """Raise ConfigError if a file in the configuration is missing or `output_dir` is unusable."""
     store = config.target.store
     if store is None:
         check_inputs(config)

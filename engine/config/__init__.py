@@ -1,1 +1,1 @@
-"""What a user configures: the recipe's sections and DeepSpeed's JSON, read strictly."""
+"""User configuration: the recipe's sections and DeepSpeed's JSON, both read strictly."""

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON, read strictly: DeepSpeed's own keys verbatim, checked against our table before any model is loaded."""
+"""Strict reading of DeepSpeed's JSON: its own keys, checked against a table before models load."""
 
 import copy
 from pathlib import Path
@@ -12,11 +12,11 @@ from engine.config.strict import ConfigError, checked, dotted_keys, parse_json, 
 DEFAULT_LR = 1e-4
 DEFAULT_LR_WIDTH = 4096
 WARMUP_SHARE = 0.015
-# As DeepSpeed's own AdamW has them; torch's decays weights where the file does not say.
+# Defaults of DeepSpeed's own AdamW. Torch's AdamW would decay weights when the file sets no decay.
 OPTIMIZER_DEFAULTS = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
-# Below this many weights the states of a draft fit every rank at stages 1 and 2 (16 bytes per weight on one rank), and the host
-# work of stage 3 shows in the time of a step.
+# Below this many weights a draft's training states fit on every rank at stages 1 and 2 (16 bytes
+# per weight on one rank), and the host work of stage 3 noticeably lengthens a step.
 SMALL_DRAFT_WEIGHTS = 2_000_000_000
 SMALL_DRAFT_CONFIG = "zero2.json"
 LARGE_DRAFT_CONFIG = "zero3.json"
@@ -26,10 +26,10 @@ GLOBAL = "train_batch_size"
 
 
 def load_ds_config(path: Path) -> dict[str, Any]:
-    """DeepSpeed's JSON as a dict, "auto" values unresolved.
+    """Load DeepSpeed's JSON as a dict; "auto" values stay unresolved.
 
-    Raises ConfigError, naming file, key, value and the nearest valid key, for what is unknown, mistyped, unsupported
-    or contradictory.
+    Raises ConfigError for unknown, mistyped, unsupported or contradictory keys. It names the file,
+    the key, the value and the nearest valid key.
     """
     raw = parse_json(read_text(path), path)
     if not isinstance(raw, dict):
@@ -45,10 +45,16 @@ def load_ds_config(path: Path) -> dict[str, Any]:
 
 
 def resolve_ds_config(raw: dict[str, Any], *, world_size: int, total_steps: int, hidden_size: int) -> dict[str, Any]:
-    """A copy of load_ds_config's dict that DeepSpeed can take: no "auto" left; learning rate and batch sizes always given.
+    """Return a copy of a loaded configuration with every "auto" resolved, ready for DeepSpeed.
 
-    total_steps: optimizer steps of the whole run; the schedule spans them, its warm-up 1.5% of them. hidden_size: the draft's;
-    the automatic learning rate is 1e-4 at width 4096 and inverse to the width, as Adam's best one is (muP, arXiv:2203.03466).
+    The learning rate and the batch sizes are always set in the result.
+
+    raw: result of `load_ds_config`.
+    total_steps: optimizer steps of the whole run. The schedule covers all of them, and its warm-up
+        1.5% of them.
+    hidden_size: hidden size of the draft. The automatic learning rate is 1e-4 at hidden size 4096
+        and inversely proportional to it, like Adam's optimal learning rate (muP, arXiv:2203.03466).
+
     Raises ConfigError if the three batch sizes do not fit world_size.
     """
     resolved = copy.deepcopy(raw)
@@ -64,17 +70,21 @@ def resolve_ds_config(raw: dict[str, Any], *, world_size: int, total_steps: int,
 
 
 def micro_batch_size(ds: dict[str, Any], world_size: int) -> int:
-    """Packed batches a rank takes through one forward, as DeepSpeed derives it."""
+    """Return the packed batches per rank in one forward, derived as DeepSpeed does."""
     return _solve_batch(ds, world_size)[0]
 
 
 def accumulation_steps(ds: dict[str, Any], world_size: int) -> int:
-    """Micro-batches a rank accumulates before one optimizer step, as DeepSpeed derives it."""
+    """Return the micro-batches per rank in one optimizer step, derived as DeepSpeed does."""
     return _solve_batch(ds, world_size)[1]
 
 
 def _solve_batch(ds: dict[str, Any], world_size: int) -> tuple[int, int]:
-    """(micro-batch, accumulation) such that train_batch_size = micro-batch * accumulation * world_size; 1 where free."""
+    """Return (micro-batch size, accumulation steps); each is 1 if the file leaves it undetermined.
+
+    They satisfy train_batch_size = micro-batch size * accumulation steps * world_size.
+    Raises ConfigError if the given sizes do not.
+    """
     total = ds.get(GLOBAL)
     micro = ds.get(MICRO)
     accumulation = ds.get(ACCUMULATION)
@@ -88,14 +98,14 @@ def _solve_batch(ds: dict[str, Any], world_size: int) -> tuple[int, int]:
     if total != micro * accumulation * world_size:
         problem = (
             f"is not {MICRO} * {ACCUMULATION} * ranks = {micro} * {accumulation} * {world_size}; "
-            f"delete {GLOBAL}, or make it a multiple of the ranks"
+            f"delete {GLOBAL}, or make it a multiple of the number of ranks"
         )
         raise ConfigError(problem, key=GLOBAL, value=total, source="--ds_config file")
     return micro, accumulation
 
 
 def _schema_for(raw: dict[str, Any], source: Path) -> dict[str, Any]:
-    """The table of keys with the parameters of the scheduler that the file names."""
+    """Return the table of keys, with the parameters of the scheduler that the file names."""
     scheduler = raw.get("scheduler")
     if not isinstance(scheduler, dict):
         return DS_KEYS
@@ -106,7 +116,7 @@ def _schema_for(raw: dict[str, Any], source: Path) -> dict[str, Any]:
 
 
 def _check_keys(raw: dict[str, Any], schema: dict[str, Any], prefix: str, valid: list[str], source: Path) -> None:
-    """Every key known and every value of its type, in this object and those inside it."""
+    """Raise ConfigError if a key, also a nested one, is unknown or its value has the wrong type."""
     for name, value in raw.items():
         key = prefix + name
         if key in REFUSED:
@@ -120,7 +130,7 @@ def _check_keys(raw: dict[str, Any], schema: dict[str, Any], prefix: str, valid:
                 raise ConfigError(problem, key=key, value=value, source=source)
         elif value == HIDDEN:
             problem = (
-                "is hidden in files that a run wrote; write the secret itself, or delete the key and set it in the environment"
+                "is hidden in files written by a run; write the secret itself, or delete the key and set it in the environment"
             )
             raise ConfigError(problem, key=key, source=source)
         elif not isinstance(kind, dict):
@@ -140,14 +150,15 @@ def _home_in_recipe(key: str) -> str | None:
 
 
 def default_stage_config(num_weights: int) -> str:
-    """Return the name of the shipped configuration that fits a draft of so many trained weights."""
+    """Return the name of the shipped file that suits a draft with `num_weights` trained weights."""
     return SMALL_DRAFT_CONFIG if num_weights < SMALL_DRAFT_WEIGHTS else LARGE_DRAFT_CONFIG
 
 
 def stage_advice(ds: dict[str, Any], num_weights: int) -> str | None:
-    """Return a line of advice if ZeRO stage 3 is more than a draft of so many weights needs, else None.
+    """Return a line of advice if the draft does not need the ZeRO stage 3 of the file, else None.
 
-    A run that keeps the weights in host memory needs stage 3, and gets no advice.
+    num_weights: weights of the draft. A run that offloads the weights to host memory needs stage 3
+        and gets no advice.
     """
     zero = ds.get("zero_optimization", {})
     offloads_weights = zero.get("offload_param", {}).get("device", "none") != "none"
@@ -188,7 +199,10 @@ def _check_scheduler(scheduler: dict[str, Any] | None) -> None:
 
 
 def _check_one_precision(raw: dict[str, Any]) -> None:
-    """Below stage 1 DeepSpeed accumulates gradients in the precision of the weights only."""
+    """Raise ConfigError if gradients are to be accumulated in another precision than the weights'.
+
+    DeepSpeed supports that from stage 1 on.
+    """
     accumulated = raw.get("data_types", {}).get("grad_accum_dtype")
     weights = next((name for name in ("bf16", "fp16") if raw.get(name, {}).get("enabled")), "fp32")
     if accumulated not in (None, weights):
@@ -197,7 +211,7 @@ def _check_one_precision(raw: dict[str, Any]) -> None:
 
 
 def compute_dtype(ds: dict[str, Any]) -> str:
-    """Precision in which the draft computes, as torch names it."""
+    """Return the precision in which the draft computes, as the name of a torch dtype."""
     names = {"bf16": "bfloat16", "fp16": "float16"}
     return next((dtype for key, dtype in names.items() if ds.get(key, {}).get("enabled")), "float32")
 
@@ -205,13 +219,15 @@ def compute_dtype(ds: dict[str, Any]) -> str:
 def _check_zero(zero: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
     if stage == 3 and zero.get("elastic_checkpoint"):
-        raise ConfigError("stage 3 cannot save one; delete it", key="zero_optimization.elastic_checkpoint", value=True)
+        raise ConfigError(
+            "stage 3 cannot save elastic checkpoints; delete it", key="zero_optimization.elastic_checkpoint", value=True
+        )
     for section, needed in (("offload_param", 3), ("offload_optimizer", 1)):
         offload = zero.get(section, {})
         device = offload.get("device", "none")
         key = f"zero_optimization.{section}.device"
         if device != "none" and stage < needed:
-            problem = f"needs zero_optimization.stage of at least {needed}, which is {stage}"
+            problem = f"needs zero_optimization.stage of at least {needed}, but it is {stage}"
             raise ConfigError(problem, key=key, value=device)
         if device == "nvme" and not offload.get("nvme_path"):
             raise ConfigError(f"needs a folder in zero_optimization.{section}.nvme_path", key=key, value=device)

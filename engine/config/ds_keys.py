@@ -1,6 +1,6 @@
-"""Every key that DeepSpeed 0.19 reads from its JSON and this engine honours, with its type; and those refused, with the reason.
+"""Table of DeepSpeed 0.19's JSON keys: supported keys with types, refused keys with the reason.
 
-DeepSpeed itself accepts most misspelt keys in silence and publishes no list, so this table is ours.
+DeepSpeed silently accepts most misspelt keys and publishes no list of valid ones, hence this table.
 """
 
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ LR = float | tuple[float, ...]
 DTYPE = Literal["fp32", "fp16", "bf16"]
 WARMUP_TYPE = Literal["log", "linear"]
 
-# DeepSpeed knows these by two names, with and without "stage3_".
+# DeepSpeed accepts these keys under two names, with and without the prefix "stage3_".
 STAGE3 = {
     "prefetch_bucket_size": SIZE,
     "param_persistence_threshold": SIZE,
@@ -237,24 +237,26 @@ DS_KEYS: dict[str, Any] = {
 }
 
 _REMOVED = "removed from DeepSpeed 0.19; delete it"
-_LEAF = "a draft module runs once a TTT step, and ZeRO-3 leaves that run several times train wrongly in silence; delete it"
+_LEAF = (
+    "a draft module runs once per TTT step, and ZeRO-3 leaf modules that run several times silently train wrongly; delete it"
+)
 REFUSED = {
     "amp": f"{_REMOVED} and use bf16",
-    "autotuning": "starts runs of its own; measure with benchmarks/ and set the batch size",
+    "autotuning": "starts separate runs; measure with benchmarks/ and set the batch size",
     "bfloat16": "an old name; write bf16",
     "compile": "the draft's unroll is not one graph that DeepCompile can rewrite; delete it",
     "compression_training": _REMOVED,
     "curriculum_learning": _REMOVED,
-    "data_efficiency": "the recipe's section data owns the order and length of documents; delete it",
+    "data_efficiency": "the recipe's data section controls the order and length of documents; delete it",
     "dataloader_drop_last": "the engine packs and loads its own batches; delete it",
-    "datastates_ckpt": "needs a checkpoint engine that this one does not ship; delete it and use checkpoint.writer",
+    "datastates_ckpt": "needs a checkpoint engine that DraftSpeed does not ship; delete it and use checkpoint.writer",
     "eigenvalue": _REMOVED,
     "elasticity": f"{_REMOVED} and set the batch size directly",
     "expert_parallel": "the draft has no experts; delete it",
-    "gradient_allreduce_op": "the loss already counts on DeepSpeed's mean over ranks; delete it",
+    "gradient_allreduce_op": "the loss relies on DeepSpeed's mean over ranks; delete it",
     "graph_harvesting": _REMOVED,
     "hybrid_engine": "generates text with the trained model; here engine/evaluation/decoding.py does; delete it",
-    "managed_gradient_accumulation": "the trainer counts on DeepSpeed to find the accumulation boundary; delete it",
+    "managed_gradient_accumulation": "the trainer relies on DeepSpeed to find the accumulation boundary; delete it",
     "nebula": f"{_REMOVED} and use checkpoint",
     "pipeline": "a draft of one layer has no pipeline stages; delete it",
     "progressive_layer_drop": _REMOVED,
@@ -268,9 +270,9 @@ REFUSED = {
     "use_data_before_expert_parallelism": "the draft has no experts; delete it",
     "vocabulary_size": "the draft vocabulary is the recipe's draft.vocab_size",
     "weight_quantization": "quantises for inference; delete it",
-    "checkpoint.load_universal": "resume reads the checkpoints that this engine writes, on as many ranks; delete it",
+    "checkpoint.load_universal": "the recipe's checkpoint.resume rewrites checkpoints for other numbers of ranks; delete it",
     "checkpoint.use_node_local_storage": "a checkpoint is one folder that every rank reads; delete it and share output_dir",
-    "checkpoint.writer.decoupled": "a save must be whole before the next step, or a killed run cannot resume; delete it",
+    "checkpoint.writer.decoupled": "a save must be complete before the next step, or a killed run cannot resume; delete it",
     "optimizer.legacy_fusion": "belongs to optimizers other than AdamW; delete it",
     "optimizer.params.adam_w_mode": "AdamW always decays weights apart from the gradient; delete it",
     "optimizer.params.max_grad_norm": "DeepSpeed refuses it here; write gradient_clipping at the top level",
@@ -287,7 +289,7 @@ REFUSED = {
     "zero_optimization.zeropp_loco_param": f"{_REMOVED}; zero_quantized_gradients works without it",
 }
 
-# What users of other trainers call the same things.
+# Names of the same settings in other trainers.
 _OTHER_NAMES = {
     "accumulation_steps": "gradient_accumulation_steps",
     "adam_beta2": "optimizer.params.betas",
@@ -308,7 +310,10 @@ _OTHER_NAMES = {
 
 
 def _homes() -> dict[str, str]:
-    """Where each name lives in DeepSpeed's JSON; names too general to say ('type', 'enabled') are left out."""
+    """Return the dotted key in DeepSpeed's JSON of each dotted key and of each unqualified name.
+
+    Names that many sections use, such as 'type' and 'enabled', are left out.
+    """
     every_key = list(dotted_keys(DS_KEYS))
     every_key += [f"scheduler.params.{key}" for params in SCHEDULERS.values() for key in params]
     general = {"type", "params", "enabled", "stage", "device", "profile", "debug", "verbose", "mode", "project", "ratio"}

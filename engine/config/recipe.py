@@ -1,4 +1,4 @@
-"""Reading a configuration from a recipe and the command line, writing it back, and describing its options."""
+"""Functions that read, write and describe configurations from recipes and the command line."""
 
 import dataclasses
 import textwrap
@@ -15,9 +15,11 @@ COMMAND_LINE = "command line"
 
 
 def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, a YAML recipe over them, and dotted overrides ('ttt.steps=5') over both.
+    """Load a configuration: a YAML recipe replaces defaults, and dotted overrides replace both.
 
-    Raises ConfigError, naming file, key, value and the nearest valid key, for anything unknown, mistyped or contradictory.
+    overrides: such as 'ttt.steps=5'.
+    Raises ConfigError for unknown, mistyped or contradictory options. It names the file, the key,
+    the value and the nearest valid key.
     """
     values: dict[str, Any] = {}
     sources: dict[str, str | Path] = {}
@@ -45,7 +47,7 @@ def _assemble(values: dict[str, Any]) -> Config:
 
 
 def _read_mapping(mapping: Any, source: str | Path) -> Iterator[tuple[str, Any]]:
-    """The options of a recipe as (dotted key, value); a section may be empty."""
+    """Yield the options of a recipe as (dotted key, value); a section may be empty."""
     if mapping is None:
         return
     if not isinstance(mapping, dict):
@@ -62,7 +64,7 @@ def _read_mapping(mapping: Any, source: str | Path) -> Iterator[tuple[str, Any]]
 def _read_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(f"'{override}' is no override; expected section.key=value", source=COMMAND_LINE)
+        raise ConfigError(f"'{override}' is not an override; expected section.key=value", source=COMMAND_LINE)
     if key in SECTIONS:
         raise ConfigError(f"is a section; set one of its options, {key}.name=value", key=key, source=COMMAND_LINE)
     return _read_option(key, parse_yaml(text, f"{COMMAND_LINE}: {key}"), COMMAND_LINE)
@@ -85,7 +87,10 @@ def _home_in_deepspeed(key: str) -> str | None:
 
 
 def dump_config(config: Config) -> str:
-    """The whole configuration as a YAML recipe that load_config reads back to an equal Config; secrets are hidden."""
+    """Return the whole configuration as a YAML recipe, with secrets hidden.
+
+    `load_config` reads it back to an equal Config.
+    """
 
     def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}
@@ -94,7 +99,10 @@ def dump_config(config: Config) -> str:
 
 
 def describe_options(sections: Sequence[str] = ()) -> str:
-    """Options with type, default and unit, and their line of help below, by section; for --help. sections: () = all."""
+    """Return the help text of options: type, default, unit and description, grouped by section.
+
+    sections: those to describe; () = all.
+    """
     shown = {key: f for key, f in OPTIONS.items() if not sections or key.rpartition(".")[0] in sections}
     columns = {key: (key, type_name(kind_of(f)), as_yaml(f.default), f.metadata["unit"]) for key, f in shown.items()}
     key_width, type_width, default_width = (max(len(row[i]) for row in columns.values()) for i in range(3))

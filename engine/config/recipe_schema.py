@@ -1,4 +1,4 @@
-"""The JSON schema of a recipe, with which editors complete and check YAML files."""
+"""JSON schema of a recipe, which editors use to complete and check YAML files."""
 
 import dataclasses
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -11,7 +11,10 @@ TITLE = "DraftSpeed recipe"
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Return the schema: every section and option with its type, bounds, default and help; unknown keys are refused."""
+    """Return the schema: every section and option with its type, bounds, default and help.
+
+    The schema refuses unknown keys.
+    """
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(Config):
         section = SECTIONS.get(field.name)
@@ -22,7 +25,7 @@ def recipe_schema() -> dict[str, Any]:
             fields[field.name] = (model, Field(default=None, description=section.__doc__))
     schema = _model(TITLE, Config, fields).model_json_schema()
     for name in SECTIONS:
-        del schema["properties"][name]["default"]  # a section that a recipe leaves out has its own defaults
+        del schema["properties"][name]["default"]  # a recipe may omit a section, whose options then have their defaults
     return schema
 
 
@@ -38,7 +41,7 @@ def _field(field: dataclasses.Field) -> tuple[Any, Any]:
 
 
 def _with_bounds(kind: Any) -> Any:
-    """Write the bounds of `engine.config.strict.bounded` as pydantic does."""
+    """Convert the bounds of `engine.config.strict.bounded` to pydantic's form."""
     origin = get_origin(kind)
     if origin is Annotated:
         number, at_least, at_most = get_args(kind)

@@ -1,4 +1,4 @@
-"""Strict reading of options: every key known, every value of its type, every error one line that says how to mend it."""
+"""Strict reading of options: unknown keys and wrong types raise one-line errors that name the fix."""
 
 import difflib
 import json
@@ -20,7 +20,7 @@ EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 
 
 class ConfigError(ValueError):
-    """An option that cannot be used; str() gives 'source: key = value: problem' on one line."""
+    """Error for an unusable option; str() gives 'source: key = value: problem' on one line."""
 
     def __init__(self, problem: str, *, key: str = "", value: Any = NO_VALUE, source: str | Path = ""):
         super().__init__(problem)
@@ -36,19 +36,19 @@ class ConfigError(ValueError):
 
 
 def shown_value(key: str, value: Any) -> Any:
-    """Return the value of an option as it may be shown: without the secrets in it."""
+    """Return the value of an option with its secrets hidden, so that it can be shown."""
     return HIDDEN if is_secret_name(key) else without_secrets(value)
 
 
 def as_yaml(value: Any) -> str:
-    """A value as one would type it in a recipe or on the command line, shortened if long."""
+    """Return a value as it is typed in a recipe or on the command line, shortened if it is long."""
     value = list(value) if isinstance(value, tuple) else value
     text = " ".join(dump_yaml(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").split())
     return text if len(text) <= 200 else text[:200] + "..."
 
 
 def type_name(kind: Any) -> str:
-    """A type as a user reads it: 'int >= 1 or null', 'cut | split', 'list of str'."""
+    """Return a type as text for users: 'int >= 1 or null', 'cut | split', 'list of str'."""
     origin = get_origin(kind)
     args = get_args(kind)
     if origin is Annotated:
@@ -65,14 +65,17 @@ def type_name(kind: Any) -> str:
 
 
 def option(default: Any, text: str, *, unit: str = "", at_least: float | None = None, at_most: float | None = None) -> Any:
-    """A field of a section: its default, one line of help, its unit and its bounds."""
+    """Return a dataclass field for an option of a section.
+
+    text: help text. unit: unit of the value, for the help. at_least, at_most: inclusive bounds.
+    """
     metadata = {"text": text, "unit": unit, "at_least": at_least, "at_most": at_most}
     assert not isinstance(default, list | dict), "defaults are immutable: use a tuple"
     return field(default=default, metadata=metadata)
 
 
 def bounded(kind: Any, at_least: float | None, at_most: float | None) -> Any:
-    """The type with bounds on its numbers, as Annotated[number, at_least, at_most]; a union carries them inside."""
+    """Return the type with each number as Annotated[number, at_least, at_most], also in unions."""
     if at_least is None and at_most is None:
         return kind
     if get_origin(kind) in (Union, types.UnionType):
@@ -81,9 +84,10 @@ def bounded(kind: Any, at_least: float | None, at_most: float | None) -> Any:
 
 
 def read_as(value: Any, kind: Any) -> Any:
-    """The value as its type wants it: int becomes float, a list a tuple.
+    """Return the value converted to its type: an int to float, a list to a tuple.
 
-    Raises ConfigError if it does not fit; bool is no number, and numbers are finite.
+    Raises ConfigError if the value does not fit. A bool is not a number, and numbers must be
+    finite.
     """
     origin = get_origin(kind)
     args = get_args(kind)
@@ -117,7 +121,11 @@ def _read_as_any(value: Any, kind: Any) -> Any:
 
 
 def checked(value: Any, kind: Any, *, key: str, source: str | Path) -> Any:
-    """read_as, with an error that names the file, the key, the whole value and, among choices, the nearest one."""
+    """Return the value converted by `read_as`.
+
+    Raises ConfigError that names the file, the key, the whole value and, for choices, the nearest
+    one.
+    """
     try:
         return read_as(value, kind)
     except ConfigError:
@@ -127,7 +135,10 @@ def checked(value: Any, kind: Any, *, key: str, source: str | Path) -> Any:
 
 
 def nearest(key: str, valid: Iterable[str]) -> str | None:
-    """The valid dotted key most like this one, sought in every section: the name counts most, then the section."""
+    """Return the valid dotted key most similar to `key`, or None if none is similar.
+
+    All sections are searched. The name counts most, then the section.
+    """
 
     def likeness(candidate: str) -> tuple[float, float, bool]:
         (section, _, name), (other_section, _, other_name) = key.rpartition("."), candidate.rpartition(".")
@@ -141,7 +152,10 @@ def nearest(key: str, valid: Iterable[str]) -> str | None:
 
 
 def did_you_mean(value: str, choices: Iterable[str]) -> str:
-    """Return the end of an error message that names the choice most like `value`; empty if none is like it."""
+    """Return the end of an error message that names the choice most similar to `value`.
+
+    It is empty if no choice is similar.
+    """
     guess = nearest(value, choices)
     return f"; did you mean '{guess}'?" if guess else ""
 
@@ -149,9 +163,10 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
 def unknown_key(
     key: str, value: Any, valid: Sequence[str], elsewhere: Callable[[str], str | None], source: str | Path
 ) -> ConfigError:
-    """The error for a key that nobody reads: it belongs to the other file, or is a misspelling of the nearest valid one.
+    """Return the error for an unknown key, which belongs to the other file or is misspelt.
 
-    elsewhere: says in one sentence where a key of the other file belongs, None for any other key.
+    valid: all valid dotted keys. elsewhere: returns a sentence on where a key of the other file
+    belongs, or None for any other key.
     """
     guess = nearest(key, valid)
     if guess is not None and is_secret_name(guess):
@@ -170,7 +185,10 @@ def unknown_key(
 
 
 def read_text(path: Path) -> str:
-    """The text of a configuration file. Raises ConfigError, naming the most similar file beside it, if it cannot be read."""
+    """Return the text of a configuration file.
+
+    Raises ConfigError if it cannot be read, and names the most similar file in the same folder.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -183,7 +201,7 @@ def read_text(path: Path) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice in one mapping."""
+    """SafeLoader that refuses duplicate keys in a mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -195,21 +213,24 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class _StrictDumper(yaml.SafeDumper):
-    """SafeDumper that quotes what _StrictLoader would take for a number."""
+    """SafeDumper that quotes text which _StrictLoader would read as a number."""
 
 
-# YAML 1.1, which PyYAML follows, takes 1e-4 for text; 1.2 and every user take it for a number.
+# PyYAML follows YAML 1.1, which reads 1e-4 as text. YAML 1.2 reads it as a number, as users expect.
 for _side in (_StrictLoader, _StrictDumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT_NUMBER, list("-+0123456789"))
 
 
 def dump_yaml(value: Any, **style: Any) -> str:
-    """Plain Python to YAML that parse_yaml reads back to an equal value; keys keep their order."""
+    """Convert plain Python to YAML that `parse_yaml` reads back as equal; keys keep their order."""
     return yaml.dump(value, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, **style)
 
 
 def parse_yaml(text: str, source: str | Path) -> Any:
-    """YAML to plain Python. Raises ConfigError for bad syntax, with its line, and for a duplicate key."""
+    """Convert YAML to plain Python.
+
+    Raises ConfigError for bad syntax, with its line, and for duplicate keys.
+    """
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except ConfigError as error:
@@ -223,9 +244,10 @@ def parse_yaml(text: str, source: str | Path) -> Any:
 
 
 def parse_json(text: str, source: str | Path) -> Any:
-    """JSON to plain Python. Raises ConfigError for bad syntax, with its line, for a duplicate key and for NaN.
+    """Convert JSON to plain Python.
 
-    A whole number written with an exponent (5e8) is an int, as DeepSpeed takes it.
+    A whole number written with an exponent (5e8) becomes an int, as in DeepSpeed.
+    Raises ConfigError for bad syntax, with its line, for duplicate keys and for NaN.
     """
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -242,7 +264,7 @@ def parse_json(text: str, source: str | Path) -> Any:
         return int(value) if value.is_integer() else value
 
     def refuse(constant: str) -> None:
-        raise ConfigError(f"{constant} is not a number that JSON knows", source=source)
+        raise ConfigError(f"{constant} is not a valid JSON number", source=source)
 
     try:
         return json.loads(text, object_pairs_hook=without_duplicates, parse_float=number, parse_constant=refuse)
@@ -253,7 +275,7 @@ def parse_json(text: str, source: str | Path) -> Any:
 
 
 def dotted_keys(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every key of a nested table {key: type or table}, sections first, joined by dots."""
+    """Yield the dotted keys of a nested table {key: type or table}, sections before their keys."""
     for key, kind in schema.items():
         yield prefix + key
         if isinstance(kind, dict):

@@ -1,1 +1,1 @@
-"""The machine that a process runs on: its files, its memory and its terminal."""
+"""Utilities for the host: files, memory and the terminal."""

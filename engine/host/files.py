@@ -1,6 +1,7 @@
-"""Files that appear whole or not at all, with the permissions of the user's umask; a check of names read from other files.
+"""Atomic writing of files with the permissions of the user's umask, and a check of file names.
 
-A failed write is one error that names the file and what to do about it, whatever library wrote it.
+A failed write raises one error that names the file and says how to fix the problem, whichever
+library wrote it.
 """
 
 import errno
@@ -17,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # commands that write no tensors need not wait for torch
     import torch
 
-PARTIAL = ".partial"  # behind the name of a file that grows over a run, and that a later run may continue
-WRITING = ".writing"  # behind the name of a file that `write_whole` is writing; no other file is called so
+PARTIAL = ".partial"  # suffix of a file that grows during a run and that a later run may continue
+WRITING = ".writing"  # suffix of a file that `write_whole` is writing; no other file has it
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# Parts of the messages with which torch.save reports that its file cannot be written; it has no class of its own.
+# Parts of the messages of torch.save's write errors, which have no exception class of their own.
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error", "No space left")
 
 
 class WriteError(OSError):
-    """A file or folder that cannot be written; str() names it and says what to do."""
+    """Error for a file or folder that cannot be written; str() names it and says what to do."""
 
     def __init__(self, path: Path, problem: str, number: int | None = None) -> None:
         super().__init__(number, problem)
@@ -42,14 +43,14 @@ class WriteError(OSError):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what a failed write raises into a WriteError that names `path`, a file or a folder of files."""
+    """Convert errors of a failed write to a WriteError that names `path`, a file or a folder."""
     try:
         yield
     except WriteError:
         raise
     except OSError as error:
         read_from = isinstance(error.filename, str) and not error.filename.startswith(str(path))
-        if read_from:  # what is written came from another file, which is the one that failed
+        if read_from:  # the data came from another file, and reading that file failed
             raise
         raise WriteError(path, error.strerror or str(error), error.errno) from error
     except RuntimeError as error:
@@ -60,17 +61,21 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
-    """Have `write` make a file next to `path`, then put it in place at once; a failure leaves the old file.
+    """Write a file atomically: `write` creates a temporary file, which then replaces `path`.
 
-    shared: several processes may write it at the same time. A path that is no regular file, such as /dev/stdout, is
-    written directly. Raises WriteError.
+    The temporary file lies in the same folder. A failure leaves the old file unchanged. A path that
+    is not a regular file, such as /dev/stdout, is written directly.
+    shared: whether several processes may write the file at the same time.
+    Raises WriteError.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # asked of the name as given: a pipe's real name is no path
+    # This checks the name as given, because the resolved name of a pipe, such as /dev/stdout, is
+    # not a path.
+    if path.exists() and not path.is_file():
         with writing(path):
             write(path)
         return
-    path = Path(os.path.realpath(path))  # so that a link stays a link
+    path = Path(os.path.realpath(path))  # a symbolic link stays a link
     with writing(path):
         suffix = f".{socket.gethostname()}-{os.getpid()}{WRITING}" if shared else WRITING
         partial = path.with_name(f"{path.name}{suffix}")
@@ -78,7 +83,7 @@ def write_whole(path: Path, write: Callable[[Path], object], *, shared: bool = F
             with partial.open("wb") as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             write(partial)
-            partial.chmod(mode)  # some writers make files that only their owner can read
+            partial.chmod(mode)  # some libraries create files that only their owner can read
             sync(partial)
             os.replace(partial, path)
         except BaseException:
@@ -89,18 +94,21 @@ def write_whole(path: Path, write: Callable[[Path], object], *, shared: bool = F
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
-    """Write a UTF-8 file as `write_whole` does. Raises WriteError."""
+    """Write a UTF-8 file atomically with `write_whole`. Raises WriteError."""
     write_whole(path, lambda place: place.write_text(text, encoding="utf-8"), shared=shared)
 
 
 def write_json(path: Path, value: Any, *, shared: bool = False, sort_keys: bool = False) -> None:
-    """Write a value as indented JSON as `write_whole` does; numbers that are not finite become null. Raises WriteError."""
+    """Write a value as indented JSON atomically with `write_whole`; non-finite numbers become null.
+
+    Raises WriteError.
+    """
     text = json.dumps(finite_or_null(value)[0], allow_nan=False, indent=2, sort_keys=sort_keys)
     write_text(path, text + "\n", shared=shared)
 
 
 def finite_or_null(value: Any) -> tuple[Any, int]:
-    """Replace the numbers in a value of plain containers that are not finite by None; returns how many there were too."""
+    """Replace non-finite numbers in plain containers by None; return the result and their count."""
     if isinstance(value, float):
         return (value, 0) if math.isfinite(value) else (None, 1)
     if isinstance(value, dict):
@@ -113,14 +121,14 @@ def finite_or_null(value: Any) -> tuple[Any, int]:
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: Mapping[str, str] | None = None) -> None:
-    """Write contiguous tensors on the host as safetensors as `write_whole` does. Raises WriteError."""
+    """Write contiguous host tensors as safetensors with `write_whole`. Raises WriteError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     known = None if metadata is None else dict(metadata)
 
     def write(place: Path) -> None:
-        if not place.is_file():  # safetensors would put a file in the place of a device
+        if not place.is_file():  # safetensors would replace a device by a file
             raise WriteError(path, "it is not a regular file")
         try:
             save_file(dict(tensors), place, metadata=known)
@@ -131,7 +139,7 @@ def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", metadata: M
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,7 +148,10 @@ def sync(path: Path) -> None:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether a value read from a file names a file of the same folder: text without a path, not hidden, not empty."""
+    """Return whether a value is a plain file name: a non-empty string, not hidden, without a path.
+
+    Use it for names that are read from a file and must refer to the same folder.
+    """
     if not isinstance(name, str) or not name or name.startswith("."):
         return False
     return not any(character in name for character in ("/", "\\", "\0"))

@@ -1,4 +1,4 @@
-"""How the process treats freed host memory."""
+"""Allocator setting that keeps freed host memory in the process."""
 
 import ctypes
 
@@ -9,10 +9,11 @@ KEPT_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MiB, 1 GiB in all, where its default returns them to the kernel.
+    """Let glibc keep freed blocks of up to 32 MiB, 1 GiB in total, for reuse.
 
-    Tensors of a training step on a CPU come and go by the thousand; taking their pages from the kernel anew each time costs
-    more than computing on them. Does nothing where the C library is not glibc.
+    By default glibc returns them to the kernel. A training step on a CPU allocates and frees
+    thousands of tensors. Requesting their pages from the kernel again each time costs more than
+    computing on them. Does nothing if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""Copies from the device to the host that the host does not wait for, and marks of time on the device."""
+"""Asynchronous copies from the device to the host, and time measurement on the device."""
 
 import time
 
@@ -7,14 +7,15 @@ from torch import Tensor
 
 
 def to_pinned(values: Tensor) -> Tensor:
-    """Return a copy in pinned memory, made in the order of the current stream; the host does not wait for it."""
+    """Return a copy in pinned memory, queued on the current stream without blocking the host."""
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
 
 class HostCopy:
-    """A copy of a device tensor on the host; call `wait` for it.
+    """Asynchronous copy of a device tensor to the host; call `wait` to get the values.
 
-    On a GPU the copy goes to pinned memory in the order of the current stream. On a CPU it is made at once.
+    On a GPU the copy to pinned memory is queued on the current stream. On a CPU it is made
+    immediately.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -26,7 +27,7 @@ class HostCopy:
         self._ready = torch.cuda.current_stream(values.device).record_event()
 
     def is_ready(self) -> bool:
-        """Return whether `wait` would return at once."""
+        """Return whether `wait` would return immediately."""
         return self._ready is None or self._ready.query()
 
     def wait(self) -> Tensor:
@@ -37,7 +38,7 @@ class HostCopy:
 
 
 class TimeMark:
-    """A point in the work of the device: of the current stream on a GPU, of the process on a CPU."""
+    """Timestamp in the device's work: in the current stream on a GPU, in the process on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._time = time.perf_counter()
@@ -47,7 +48,7 @@ class TimeMark:
             self._event.record(torch.cuda.current_stream(device))
 
     def seconds_since(self, earlier: "TimeMark") -> float:
-        """Return the seconds between two marks, both of which the device has passed."""
+        """Return the seconds since an earlier mark; the device must have passed both."""
         if self._event is not None and earlier._event is not None:
             return earlier._event.elapsed_time(self._event) / 1000
         return self._time - earlier._time

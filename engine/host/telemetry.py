@@ -1,4 +1,7 @@
-"""What a person sees while a run works: notes, stages with their time, a progress bar. Rank 0 speaks, the others are quiet."""
+"""Console output of a run: notes, stages with their durations, and a progress bar.
+
+Rank 0 prints everything; the other ranks print warnings only.
+"""
 
 import time
 from collections.abc import Iterator
@@ -12,23 +15,26 @@ SECONDS_BETWEEN_LINES = 5
 
 
 class Telemetry:
-    """The console of a run, and how long each of its stages took."""
+    """Console of a run, and the duration of each of its stages.
+
+    speaks: whether this rank prints. stage_s: seconds per stage, by name.
+    """
 
     def __init__(self, speaks: bool) -> None:
         self.console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
         self.stage_s: dict[str, float] = {}
 
     def note(self, text: str, style: str | None = None) -> None:
-        """Print a line as it is: square brackets, as paths have them, are no markup."""
+        """Print a line verbatim: square brackets, which occur in paths, are not markup."""
         self.console.print(text, style=style, markup=False)
 
     def warn(self, text: str) -> None:
-        """Print a line to standard error, from any rank."""
+        """Print a line to standard error, on any rank."""
         Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="yellow", markup=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Announce a stage and keep its duration in seconds."""
+        """Print the name of a stage and record its duration in seconds."""
         self.note(name, style="bold")
         start = time.perf_counter()
         yield
@@ -36,7 +42,7 @@ class Telemetry:
 
     @contextmanager
     def progress(self, total: int, unit: str) -> Iterator["ProgressBar"]:
-        """A bar over `total` units, or a line now and then where there is no terminal."""
+        """Show a progress bar over `total` units, or regular lines if there is no terminal."""
         columns = (
             BarColumn(24),
             MofNCompleteColumn(),
@@ -58,16 +64,19 @@ class ProgressBar:
         self._first = self._done = 0
 
     def start_at(self, done: int) -> None:
-        """Begin with `done` units already there, as a resumed run does."""
+        """Start with `done` units already finished, as a resumed run does."""
         self._first = self._done = done
         self._progress.update(self._task, completed=done)
 
     def advance(self, text: str) -> None:
-        """Show that one more unit is there."""
+        """Show that one more unit is finished."""
         self.move_to(self._done + 1, text)
 
     def move_to(self, done: int, text: str) -> None:
-        """Show that `done` units are there; without a terminal, a line every `SECONDS_BETWEEN_LINES` and one at the end."""
+        """Show that `done` units are finished.
+
+        Without a terminal, print a line every `SECONDS_BETWEEN_LINES` seconds and one at the end.
+        """
         self._done = done
         self._progress.update(self._task, completed=done, description=text)
         now = time.perf_counter()

@@ -1,10 +1,11 @@
 """Train the embedded target: a small Llama on conversations taken from CPython's own documentation.
 
-The result ships in `launcher/embedded/target`; this script is how it was made and how to make it again:
+This script made the target that ships in `launcher/embedded/target`. To make it again, run:
 
     python launcher/embedded/build_target.py --output launcher/embedded/target
 
-About half an hour on two CPU cores with bf16 matrix units. `launcher/embedded/honesty.py` judges the result.
+It takes about half an hour on two CPU cores with bf16 matrix units. `launcher/embedded/honesty.py`
+evaluates the result.
 """
 
 import argparse
@@ -50,7 +51,7 @@ UNLEARNING_SHARE = 0.3
 
 
 def train_tokenizer(conversations: list[dict]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `VOCAB_SIZE` tokens over the training conversations."""
+    """Train a byte-level BPE tokenizer with `VOCAB_SIZE` tokens on the conversations."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -93,14 +94,20 @@ def make_model() -> LlamaForCausalLM:
 
 
 def add_dropout(model: LlamaForCausalLM) -> None:
-    """Dropout on every block's two branches while training; the hooks leave no trace in the checkpoint."""
+    """Add dropout to the attention and MLP branches of every block, active while training.
+
+    It is added by hooks, which are not part of the checkpoint.
+    """
     for layer in model.model.layers:
         for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
             module.register_forward_hook(lambda _m, _i, out: nn.functional.dropout(out, DROPOUT, model.training))
 
 
 def batches(documents: list[list[int]], generator: random.Random) -> list[torch.Tensor]:
-    """Length-sorted batches `[B, T]` of about `BATCH_TOKENS` tokens, right-padded with -1, in random order."""
+    """Return length-sorted batches [B, T] of about `BATCH_TOKENS` tokens, in random order.
+
+    Rows are right-padded with -1.
+    """
     order = sorted(range(len(documents)), key=lambda i: (len(documents[i]), generator.random()))
     result: list[list[torch.Tensor]] = []
     batch: list[torch.Tensor] = []
@@ -124,7 +131,10 @@ def loss_sum(model: LlamaForCausalLM, ids_BT: torch.Tensor) -> tuple[torch.Tenso
 
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices (after 200 steps its held-out loss was 3.24 nats, AdamW's 4.11), AdamW for the rest."""
+    """Return Muon for the matrices of the blocks, and AdamW for all other parameters.
+
+    After 200 steps the held-out loss was 3.24 nats with Muon, and 4.11 nats with AdamW.
+    """
     matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
     embedding = {"params": [model.get_input_embeddings().weight], "weight_decay": WEIGHT_DECAY}
@@ -135,7 +145,7 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def train(model: LlamaForCausalLM, documents: list[list[int]], held_out: list[list[int]], epochs: int, output: Path) -> None:
-    """Muon and AdamW with warm-up and cosine decay; a bf16 checkpoint in `output` after every epoch."""
+    """Train with warm-up and cosine decay; write a bf16 checkpoint to `output` after each epoch."""
     optimizers = make_optimizers(model)
     generator = random.Random(0)
     total_steps = epochs * len(batches(documents, random.Random(0)))
@@ -155,7 +165,7 @@ def train(model: LlamaForCausalLM, documents: list[list[int]], held_out: list[li
                     optimizer.zero_grad()
                     schedule.step()
                 progress.update(task, advance=1, description=f"epoch {epoch} loss {loss.item() / count:.3f}")
-            print(f"epoch {epoch}: held-out loss {evaluate(model, held_out):.4f} nats a token", flush=True)
+            print(f"epoch {epoch}: held-out loss {evaluate(model, held_out):.4f} nats per token", flush=True)
             copy.deepcopy(model).bfloat16().save_pretrained(output)
 
 
@@ -164,10 +174,12 @@ def _lr_scale(total_steps: int, step: int) -> float:
 
 
 def unlearn_loops(model: LlamaForCausalLM, documents: list[list[int]], prompts: list[list[int]], steps: int) -> None:
-    """Sequence-level unlikelihood: make tokens that close a repeated 4-gram of the model's own greedy replies unlikely.
+    """Train with sequence-level unlikelihood, so that greedy replies repeat themselves less.
 
-    A small model left to itself falls into loops. Each step adds `-log(1 - p)` of such tokens to the loss of a usual batch. The
-    weights then go only `UNLEARNING_SHARE` of the way, which keeps the held-out loss.
+    A small model tends to generate loops. Each step takes the tokens that complete a repeated
+    4-gram in the model's own greedy replies, and adds their `-log(1 - p)` to the loss of an
+    ordinary batch. The weights then move only `UNLEARNING_SHARE` of the way to the result, which
+    preserves the held-out loss.
     Sources: Welleck et al. (arXiv:1908.04319), section 5.2; Wortsman et al. (arXiv:2109.01903), interpolation of weights.
     """
     before = copy.deepcopy(model.state_dict())
@@ -182,12 +194,16 @@ def unlearn_loops(model: LlamaForCausalLM, documents: list[list[int]], prompts: 
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step}: loss {usual_loss.item() / count:.3f}, {share:.1%} of reply tokens close a loop", flush=True)
+        print(f"step {step}: loss {usual_loss.item() / count:.3f}, {share:.1%} of reply tokens complete a loop", flush=True)
     model.load_state_dict({name: before[name].lerp(after, UNLEARNING_SHARE) for name, after in model.state_dict().items()})
 
 
 def loop_loss(model: LlamaForCausalLM, prompts: list[list[int]]) -> tuple[torch.Tensor, float]:
-    """Mean of -log(1 - p) over the looping tokens of greedy replies, and their share of all reply tokens."""
+    """Return the unlikelihood loss of looping tokens in greedy replies, and their share of tokens.
+
+    The loss is the mean of -log(1 - p) over these tokens. A token loops if it completes a 4-gram
+    that its reply already contains.
+    """
     longest = max(map(len, prompts))
     ids_BT = torch.tensor([[3] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask_BT = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -216,7 +232,7 @@ def loop_loss(model: LlamaForCausalLM, prompts: list[list[int]]) -> tuple[torch.
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, documents: list[list[int]]) -> float:
-    """Mean loss over every token of `documents` after its first, nats."""
+    """Return the mean loss in nats over all tokens of `documents` except the first of each."""
     model.eval()
     total = 0.0
     count = 0
@@ -228,8 +244,12 @@ def evaluate(model: LlamaForCausalLM, documents: list[list[int]]) -> float:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, str]], *, is_prompt: bool = False) -> list[int]:
-    """Return the tokens of a conversation in the chat template. is_prompt: whether the assistant's next turn is opened."""
-    # without `return_dict` a single conversation gives a list of token ids, of which the annotation knows nothing
+    """Return the token ids of a conversation in the chat template.
+
+    is_prompt: whether to append the prompt of the next assistant turn.
+    """
+    # With `return_dict=False` a single conversation gives a list of token ids, contrary to the
+    # annotation.
     return cast(list[int], tokenizer.apply_chat_template(turns, add_generation_prompt=is_prompt, return_dict=False))
 
 
@@ -241,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and tokenizer")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the corpus")
-    parser.add_argument("--unlearning_steps", type=int, default=40, help="steps that unlearn loops afterwards")
+    parser.add_argument("--unlearning_steps", type=int, default=40, help="optimizer steps against loops after training")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all cores")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -260,7 +280,7 @@ def main() -> None:
     train(model, train_ids, held_out_ids, arguments.epochs, arguments.output)
     prompts = [token_ids(tokenizer, c["conversations"][:1], is_prompt=True) for c in train_conversations]
     unlearn_loops(model, train_ids, prompts, arguments.unlearning_steps)
-    print(f"held-out loss {evaluate(model, held_out_ids):.4f} nats a token", flush=True)
+    print(f"held-out loss {evaluate(model, held_out_ids):.4f} nats per token", flush=True)
     model.bfloat16().save_pretrained(arguments.output)
 
 

@@ -1,4 +1,4 @@
-"""Is the embedded target a real language model? Its loss beside a trigram's, and how much its greedy replies repeat.
+"""Evaluate the embedded target: its loss compared with a trigram model, and repetition in replies.
 
 python launcher/embedded/honesty.py [FOLDER]
 """
@@ -29,7 +29,10 @@ DISCOUNT = 0.75
 
 
 class KneserNeyTrigram:
-    """Interpolated Kneser-Ney over token ids, absolute discount 0.75. Source: Chen and Goodman (1999), section 2.8."""
+    """Interpolated Kneser-Ney trigram model over token ids, with absolute discount 0.75.
+
+    Source: Chen and Goodman (1999), section 2.8.
+    """
 
     def __init__(self, documents: Iterable[Sequence[int]], vocab_size: int) -> None:
         self.trigrams = Counter(gram for ids in documents for gram in zip(ids, ids[1:], ids[2:], strict=False))
@@ -68,13 +71,13 @@ class KneserNeyTrigram:
         return trigram + DISCOUNT * self.followers[first, second] / total * bigram
 
     def loss(self, documents: Iterable[Sequence[int]]) -> float:
-        """Mean of -log p over every token after a document's second, nats."""
+        """Return the mean of -log p in nats over all tokens but the first two of each document."""
         grams = [gram for ids in documents for gram in zip(ids, ids[1:], ids[2:], strict=False)]
         return -sum(math.log(self.probability(*gram)) for gram in grams) / len(grams)
 
 
 def repeated_share(replies: Iterable[Sequence[int]], size: int = 8) -> float:
-    """Share of the replies' n-grams of `size` tokens that occurred before, in the same reply or in an earlier one."""
+    """Return the share of n-grams of `size` tokens that repeat an earlier one, in any reply."""
     seen: set[tuple[int, ...]] = set()
     total = repeated = 0
     for reply in replies:
@@ -87,7 +90,12 @@ def repeated_share(replies: Iterable[Sequence[int]], size: int = 8) -> float:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Losses in nats a held-out token; share of repeated 8-grams among and within greedy replies; mean tokens a reply."""
+    """Result of an evaluation of the embedded target.
+
+    held_out_loss, trigram_loss: nats per held-out token, of the target and of the trigram model.
+    repeated_8_grams: share of repeated 8-grams within and among greedy replies.
+    reply_tokens: mean tokens per reply.
+    """
 
     held_out_loss: float
     trigram_loss: float
@@ -96,7 +104,7 @@ class Judgement:
 
 
 def judge(folder: Path, num_documents: int = 200, num_replies: int = 48, reply_tokens: int = 96) -> Judgement:
-    """Judge the target in `folder` on the held-out side of this Python's own documentation."""
+    """Evaluate the target in `folder` on the held-out part of this Python's own documentation."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     target = FrozenTarget.load(TargetSection(path=str(folder)), torch.device("cpu"))
     with tempfile.TemporaryDirectory() as corpus:
@@ -121,7 +129,10 @@ def _token_ids(path: Path, tokenizer) -> list[list[int]]:
 
 @torch.no_grad()
 def _loss(target: FrozenTarget, documents: list[list[int]]) -> float:
-    """Mean loss over every token after a document's second, as the trigram's."""
+    """Return the mean loss in nats over all tokens except the first two of each document.
+
+    These are the same tokens as in `KneserNeyTrigram.loss`.
+    """
     total = 0.0
     count = 0
     for ids in documents:

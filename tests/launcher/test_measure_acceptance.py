@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused_by_name(run, tmp_path, monkeypatch, capsys
         measure(monkeypatch, "--draft", tmp_path / "nothing")
     with pytest.raises(SystemExit, match="vocabulary of 32, .* has 50"):
         measure(monkeypatch, "--draft", run / "draft", "--target", save_target(tmp_path / "wide", vocab_size=50))
-    with pytest.raises(SystemExit, match="reads layers .*cannot give"):
+    with pytest.raises(SystemExit, match="reads layers .*does not have"):
         measure(monkeypatch, "--draft", run / "draft", "--target", save_target(tmp_path / "shallow", num_layers=4))
     with pytest.raises(SystemExit, match="no_such.jsonl"):
         measure(monkeypatch, "--draft", run / "draft", "--data", tmp_path / "no_such.jsonl")

@@ -88,7 +88,7 @@ def test_named_sets_are_listed(command):
     [
         ([], r"prepare\.sources = \[\]: .* --sources lists"),
         (["prepare.source=[a]"], r"did you mean 'prepare\.sources'"),
-        (["prepare.sources=[a,b]", "prepare.weights=[1]"], "give one weight a source"),
+        (["prepare.sources=[a,b]", "prepare.weights=[1]"], "give one weight per source"),
         (["prepare.sources=ultrachatt"], "did you mean 'ultrachat'"),
         (["prepare.sources=gsm8k"], "gsm8k: cannot be read: Couldn't reach 'openai/gsm8k' on the Hub"),
         (["prepare.sources={file}", "prepare.output_dir=/proc/x"], "/proc/x"),
