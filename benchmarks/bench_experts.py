@@ -1,12 +1,16 @@
-"""A layer of experts that ranks share: reads by the host, bytes moved in memory and bytes sent, counted rather than timed.
+"""Count host reads, memory traffic and bytes sent of a layer of experts sharded over ranks.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 -m benchmarks.bench_experts --json experts.json
 
-Run from the repository's root, on CPUs. `reads`: values that the host waits for, and operations whose results have a size that
-depends on values; on a GPU each waits for everything before it. `moved`: bytes that operations read and write, products and
-collectives aside, divided by those of the hidden states that enter the layer; of a gather only the rows that it picks count,
-and each function of `TokenPermute` counts as the one launch that it is on a GPU. `sent`: bytes of rows, choices and weights to
-all ranks, this one included, likewise divided.
+Run from the repository's root, on CPUs. Nothing is timed.
+
+- `reads`: values that the host waits for, and operations whose result size depends on values. On a
+  GPU, each of them waits for all preceding work.
+- `moved`: bytes that operations read and write, without products and collectives, divided by the
+  bytes of the hidden states that enter the layer. A gather counts only the rows that it picks. Each
+  function of `TokenPermute` counts as a single launch, as on a GPU.
+- `sent`: bytes of rows, choices and weights sent to all ranks, including this one, divided by the
+  same number.
 """
 
 import argparse
@@ -42,7 +46,7 @@ NOTHING_MOVED = ("empty", "new_empty", "empty_like", "empty_strided")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Tokens of each rank, and the sizes of a layer."""
+    """Sizes of a layer of experts, with the number of tokens per rank."""
 
     num_tokens: int = 1024
     hidden_size: int = 256
@@ -52,7 +56,7 @@ class LayerShape:
 
 
 class Moved(TorchDispatchMode):
-    """While active, counts reads by the host, bytes moved and bytes sent."""
+    """Context manager that counts reads by the host, bytes moved and bytes sent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +148,7 @@ class Moved(TorchDispatchMode):
 
 
 def make_experts(shape: LayerShape, num_held: int) -> nn.Module:
-    """Experts of Qwen3-MoE with random weights, of which a rank holds `num_held`."""
+    """Return Qwen3-MoE experts with random weights; a rank holds `num_held` of them."""
     config = Qwen3MoeConfig(
         hidden_size=shape.hidden_size,
         moe_intermediate_size=shape.expert_size,
@@ -159,7 +163,7 @@ def make_experts(shape: LayerShape, num_held: int) -> nn.Module:
 
 
 def measure(world: World, shape: LayerShape) -> list[dict[str, Any]]:
-    """A row for every way to share the experts; a collective of all ranks."""
+    """Return one row of figures per way to distribute the experts; a collective of all ranks."""
     torch.manual_seed(world.rank)
     hidden_TD = torch.randn(shape.num_tokens, shape.hidden_size)
     weight_TK, index_TK = torch.rand(shape.num_tokens, shape.num_experts).softmax(-1).topk(shape.num_chosen, dim=-1)
@@ -183,7 +187,7 @@ def measure(world: World, shape: LayerShape) -> list[dict[str, Any]]:
 
 
 def _ways(mesh: TargetMesh) -> dict[str, tuple | None]:
-    """Arguments of `dispatch` behind the group; None = every rank holds all experts."""
+    """Return the further arguments of `dispatch` per way; None if every rank holds all experts."""
     ways: dict[str, tuple | None] = {"not shared": None, f"shared by {mesh.ep.size}": ()}
     if hasattr(kernels, "TokenPermute"):
         ways |= {"in two parts": (2,), "fp8 there": (1, "dispatch"), "fp8 both ways": (1, "both")}
@@ -196,7 +200,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures, machine, versions and commit to")
     options = parser.parse_args()
     if world.size == 1:
-        parser.error(f"it takes several ranks: {START.format(2)}")
+        parser.error(f"this benchmark needs several ranks; start it with: {START.format(2)}")
     connect(world, TIMEOUT_S, cpu_threads=1)
     rows = measure(world, LayerShape())
     if world.is_main:

@@ -1,12 +1,13 @@
-"""Online training steps with the target's forward and the draft's step one after the other, and with the target ahead.
+"""Time online training steps in serial execution, and with the target running ahead of the draft.
 
     python -m benchmarks.bench_overlap --shapes 'llama3.1-8b-*' --json overlap.json
 
-Run from the repository's root. A call takes four micro-batches through target forward, training-time test and backward pass;
-the optimizer is no part of it. A shape's name says the target, tokens of a micro-batch, in documents of 2048 tokens (64 for
-`cpu-tiny`), and the share of them that carry loss. Weights are random and made on the device. `serial` is the reference:
-`run ahead` computes the same losses from the same batches in the same order. The floor is that of both halves together, since
-they share one device.
+Run from the repository's root. One call runs the target's forward, the training-time test and the
+backward pass of four micro-batches, without the optimizer. A shape's name gives the target, the
+tokens per micro-batch, in documents of 2048 tokens (64 for `cpu-tiny`), and the share of tokens
+that carry loss. Weights are random and created on the device. `serial` is the reference, and
+`run ahead` computes the same losses from the same batches in the same order. The floor covers both
+halves together, because they share one device.
 """
 
 from collections.abc import Callable
@@ -35,14 +36,17 @@ from engine.target.frozen import FrozenTarget
 from tests.recipes_configs import target_config
 
 NUM_MICRO_BATCHES = 4
-LOOK_AHEAD = {"serial": 0, "run ahead": 1}  # batches that the target may be ahead
+LOOK_AHEAD = {"serial": 0, "run ahead": 1}  # number of batches that the target may run ahead
 SHARES = (1.0, 0.5, 0.3)
 TTT = TttSection()
 
 
 @dataclass(frozen=True)
 class OverlapShape:
-    """A target, the draft that the recipe derives for it, and the documents of a micro-batch."""
+    """A target, the draft that a recipe derives for it, and the documents of a micro-batch.
+
+    assistant: share of assistant tokens.
+    """
 
     config: PreTrainedConfig
     num_tokens: int
@@ -56,7 +60,7 @@ class OverlapShape:
         return derive_draft_config(self.config, section, None)
 
     def batch(self, seed: int) -> PackedBatch:
-        """Return documents of random tokens, on the host."""
+        """Return a packed batch of random tokens, on the host."""
         generator = torch.Generator().manual_seed(seed)
         input_ids_T = torch.randint(self.config.vocab_size, (self.num_tokens,), generator=generator)
         documents = DocumentSizes(self.document_tokens, self.assistant).batch(self.num_tokens)
@@ -75,7 +79,7 @@ def _shapes() -> dict[str, OverlapShape]:
 
 @dataclass(frozen=True)
 class OverlapTensors:
-    """A target and a draft on one device, and the batches that both work on."""
+    """A target and a draft on one device, and the batches that both process."""
 
     place: Place
     target: FrozenTarget
@@ -115,7 +119,7 @@ def _steps(look_ahead: int, tensors: OverlapTensors) -> list[Tensor]:
 
 
 def _target_half(tensors: OverlapTensors, batch: PackedBatch) -> tuple[MicroBatch, LossNorms]:
-    """Return what the draft reads of a batch, and what its losses are divided by."""
+    """Return the draft's inputs for a batch, and the divisors of its losses."""
     device = tensors.place.device
     allowed_ST = allowed_rows(batch, TTT)
     output = tensors.target(batch, slots_of(allowed_ST))
@@ -127,7 +131,7 @@ def _target_half(tensors: OverlapTensors, batch: PackedBatch) -> tuple[MicroBatc
 
 
 def parts(shape: OverlapShape) -> dict[str, StepPart]:
-    """Return the work of both halves over all micro-batches."""
+    """Return the work of the target and the draft over all micro-batches."""
     batch = shape.batch(0)
     allowed_ST = allowed_rows(batch, TTT)
     slots_N = slots_of(allowed_ST)

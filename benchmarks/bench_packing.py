@@ -1,11 +1,14 @@
-"""How full packs are, and how long ranks wait for each other, at the document lengths of three kinds of data.
+"""Measure how full packs are, and how long ranks wait for each other, for three kinds of data.
 
     python -m benchmarks.bench_packing [--documents 40000] [--json FILE]
 
-Run from the repository's root. Lengths and shares are drawn from distributions that look like each of them, see
-tests/data/test_packing.py. `wait`: assistant tokens of the rank that a step waits for, as a multiple of the mean over ranks, a
-pack a rank; compaction makes a pack's cost follow from them. `as drawn`: full packs, in the order of the draw. `alike`: as
-training takes them.
+Run from the repository's root. Document lengths and shares of assistant tokens are drawn from
+distributions that resemble each kind of data; see tests/data/test_packing.py.
+
+- `wait`: assistant tokens of the slowest rank of a step, as a multiple of the mean over ranks, with
+  one pack per rank. With compaction, the cost of a pack depends on its assistant tokens.
+- `as drawn`: packs in the order in which they were drawn. `alike`: in the order in which training
+  reads them.
 """
 
 import argparse

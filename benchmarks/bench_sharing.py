@@ -1,14 +1,19 @@
-"""A target shared by ranks: what its collectives send and how long they take, beside theory and beside one rank.
+"""Measure traffic and time of a sharded target's collectives, next to theory and to a single rank.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 -m benchmarks.bench_sharing --json sharing.json
 
-Run from the repository's root, over gloo on CPUs and NCCL on GPUs. Shapes are those of bench_target.py: every rank brings the
-micro-batch of one, with tokens of its own, and the target is shared in every way in which one copy takes all ranks.
+Run from the repository's root, over gloo on CPUs and NCCL on GPUs. The shapes are those of
+bench_target.py. Every rank has one micro-batch of a shape, with different tokens, and the target is
+sharded in every way in which one copy spans all ranks.
 
-Forwards, in ms: the slowest rank's; what a rank spends in collectives, its wait for others included; `alone`, those of one rank
-without the others, with the tokens of all. `rows`: what a rank sends to experts of others, on average and at most, and what it
-would send if its router were even. Collectives: what a rank sends to others in a forward, of an all-reduce what it does in a
-ring, beside `TargetCost.traffic`, which leaves out what does not grow with the hidden size; and bytes over the time spent.
+The first table shows forwards, in ms: the slowest rank; the time that a rank spends in collectives,
+including its wait for other ranks; and `alone`, a single rank with the tokens of all ranks. `rows`
+is the number of rows that a rank sends to experts of other ranks: mean, maximum, and the number for
+a balanced router.
+
+The second table shows collectives: the bytes that a rank sends to other ranks per forward, as in a
+ring for an all-reduce; the bytes of `TargetCost.traffic`, which omits traffic that does not grow
+with the hidden size; and the bytes divided by the time spent.
 """
 
 import argparse
@@ -69,7 +74,8 @@ def _objects(_: list, own: object, group: Any) -> int:
     return _others(group) * len(pickle.dumps(own))
 
 
-KINDS: dict[str, tuple[str, Callable[..., int]]] = {  # function of torch.distributed -> its kind, bytes sent by its arguments
+# Function of torch.distributed -> its kind of collective, and a function for the bytes it sends.
+KINDS: dict[str, tuple[str, Callable[..., int]]] = {
     "all_gather_into_tensor": ("all-gather", _gathered),
     "reduce_scatter_tensor": ("reduce-scatter", _scattered),
     "all_to_all_single": ("all-to-all", _exchanged),
@@ -80,7 +86,7 @@ KINDS: dict[str, tuple[str, Callable[..., int]]] = {  # function of torch.distri
 
 @dataclass(frozen=True)
 class Sent:
-    """Collectives of one kind, as a rank sees those of one forward."""
+    """Collectives of one kind in one forward of a rank: calls, bytes sent and seconds."""
 
     calls: int
     num_bytes: int
@@ -89,7 +95,12 @@ class Sent:
 
 @dataclass(frozen=True)
 class Timed:
-    """Forwards of a rank: medians of seconds, and what the last one sent, by kind; rows to experts of other ranks."""
+    """Timed forwards of a rank.
+
+    seconds: median time.
+    sent: collectives of the last forward by kind, with the median of their times.
+    num_rows: rows sent to experts of other ranks.
+    """
 
     seconds: float
     sent: dict[str, Sent]
@@ -97,13 +108,15 @@ class Timed:
 
 
 class Watch(ExitStack):
-    """While active, notes what a rank asks of torch.distributed, by kind, and the rows that it sends to experts."""
+    """Context manager that records a rank's collectives, and the rows that it sends to experts."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
-        self._calls: dict[str, list[tuple[int, list]]] = {}  # bytes, and the moments before and after the call, and the wait
-        self._rows: list[tuple[Tensor, int]] = []  # by rank they go to, and which of these is their own
+        # Per call: bytes, and the moments before and after the call and before and after its wait.
+        self._calls: dict[str, list[tuple[int, list]]] = {}
+        # Per exchange: rows by receiving rank, and this rank's index.
+        self._rows: list[tuple[Tensor, int]] = []
 
     def __enter__(self) -> "Watch":
         for name, (kind, num_bytes) in KINDS.items():
@@ -120,7 +133,10 @@ class Watch(ExitStack):
         return _Watched(result, moments, self._device) if options.get("async_op") else result
 
     def _note_rows(self, inner: Callable, counts_RP2: Tensor, group: Group) -> Tensor:
-        """counts_RP2: rows and choices that each part of a rank's tokens sends to each rank."""
+        """Record the rows of an exchange of counts, and run it.
+
+        counts_RP2: rows and choices that each part of this rank's tokens sends to each rank.
+        """
         self._rows.append((counts_RP2[..., 0].sum(1), group.rank))
         return inner(counts_RP2, group)
 
@@ -133,13 +149,13 @@ class Watch(ExitStack):
 
     @property
     def num_rows(self) -> int:
-        """To experts of other ranks, in all layers."""
+        """Number of rows sent to experts of other ranks, in all layers."""
         return sum(int(counts_R.sum() - counts_R[own]) for counts_R, own in self._rows)
 
 
 @dataclass(frozen=True)
 class _Watched:
-    """A collective under way: what is waited for it is noted too."""
+    """Asynchronous collective that also records the time spent in its `wait`."""
 
     work: distributed.Work
     moments: list
@@ -152,7 +168,7 @@ class _Watched:
 
 
 def _seconds_within(moments: Sequence[Any]) -> float:
-    """moments: before and after each of several spans."""
+    """Return the sum of several time spans. moments: start and end of each span, in order."""
     return sum(_seconds(before, after) for before, after in zip(moments[::2], moments[1::2], strict=True))
 
 
@@ -169,14 +185,14 @@ def _seconds(before: Any, after: Any) -> float:
 
 
 def meshes(num_ranks: int, has_experts: bool) -> list[tuple[int, int]]:
-    """tp_size and ep_size of every mesh that takes all ranks for one copy of the target."""
+    """Return (tp_size, ep_size) of every mesh in which one copy of the target spans all ranks."""
     sizes = divisors(num_ranks)
     pairs = [(tp, ep) for tp in sizes for ep in sizes if max(tp, ep) == num_ranks]
     return [(tp, ep) for tp, ep in pairs if ep == 1 or has_experts]
 
 
 def measure(world: World, shapes: dict[str, TargetShape], repeat: int) -> list[dict[str, Any]]:
-    """A row for every shape and mesh, as JSON holds it; a collective of all ranks."""
+    """Return one row of figures per shape and mesh, for JSON; a collective of all ranks."""
     rows = []
     for name, shape in shapes.items():
         own = replace(shape, seed=world.rank)
@@ -226,7 +242,8 @@ def _row(by_rank: Sequence[Timed], shape: TargetShape, mesh: TargetMesh, device:
     theory = Counter()
     for name, num_bytes in cost.traffic(shape.forward).items():
         theory[name.partition(" ")[0]] += num_bytes
-    even_rows = theory["all-to-all"] / 2 / (shape.config.hidden_size * cost.itemsize)  # they come back
+    # The traffic is halved because rows are sent there and back.
+    even_rows = theory["all-to-all"] / 2 / (shape.config.hidden_size * cost.itemsize)
     collectives = []
     for kind, own in by_rank[0].sent.items():
         num_bytes = statistics.mean(of.sent[kind].num_bytes for of in by_rank)
@@ -271,7 +288,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures, machine, versions and commit to")
     options = parser.parse_args()
     if world.size == 1:
-        parser.error(f"it takes several ranks: {START.format(2)}")
+        parser.error(f"this benchmark needs several ranks; start it with: {START.format(2)}")
     connect(world, TIMEOUT_S, cpu_threads=0)
     rows = measure(world, {name: BENCHMARK.shapes[name] for name in options.shapes}, options.repeat)
     if world.is_main:

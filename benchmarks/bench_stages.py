@@ -1,10 +1,11 @@
-"""Time an optimizer step of a tiny draft at ZeRO stages 0 to 3, next to an earlier commit's in one run.
+"""Time an optimizer step of a tiny draft at ZeRO stages 0 to 3, next to that of an earlier commit.
 
     python -m benchmarks.bench_stages --before FOLDER [--rounds 3] [--json FILE]
 
-Run from the repository's root. FOLDER: a checkout of the earlier commit. The draft is that of the tests (width 32), so that
-a step is what the host spends on it: seven TTT steps, two ranks over gloo, fp32. Each checkout runs in processes of its own,
-in turn, and the stages take turns step by step.
+Run from the repository's root. FOLDER is a checkout of the earlier commit. The draft is the one of
+the tests (width 32), so the time of a step is the host's overhead. It runs seven TTT steps on two
+ranks over gloo in fp32. The checkouts run alternately, in separate processes, and the stages
+alternate after every step.
 """
 
 import argparse
@@ -27,7 +28,7 @@ LAUNCH = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={NUM
 
 
 def time_stages() -> dict[str, float]:
-    """Median ms of a step by stage, on this rank of a checkout's own engine."""
+    """Return the median ms of a step by stage, measured on this rank with the checkout's engine."""
     from engine.models.eagle3.normaliser import Normaliser
     from engine.parallel.mesh import World
     from engine.parallel.zero import ZeroDraft, connect, disconnect
@@ -53,7 +54,7 @@ def time_stages() -> dict[str, float]:
 
 
 def run_checkout(folder: Path) -> dict[str, float]:
-    """Median ms of a step by stage, of the engine in a checkout."""
+    """Run a checkout's engine in new processes and return the median ms of a step by stage."""
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, *LAUNCH, str(Path(__file__).resolve()), "--worker"]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -70,8 +71,8 @@ def commit_of(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="checkout of the earlier commit")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of both; default 3")
-    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of both checkouts; default: 3")
+    parser.add_argument("--json", type=Path, help="file to write the figures, machine, versions and commit to")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -1,12 +1,16 @@
-"""A store's writing and reading beside the disk's own rates, by precision, at the width of an 8B target.
+"""Measure how fast a store is written and read, next to the raw rates of the disk, by precision.
 
     python -m benchmarks.bench_store --folder /where/the/disk/is [--tokens 16384] [--json FILE]
 
-Run from the repository's root. Random hidden states are written through the queue and threads of a capture, fsync included,
-and read back in shuffled packs of 8192 tokens, checksums included, as training reads them to the host. `cold`: the files' pages
-are dropped from the page cache first. The disk's own rates are those of one thread that writes (then syncs) and reads as many
-bytes in order. `loop s, N ahead`: seconds of a loop that reads each pack, N packs ahead, and sleeps as long as a pack takes to
-read, in place of a GPU's step.
+Run from the repository's root. Random hidden states with the width of an 8B target are written
+through the queue and threads of a capture, including fsync. They are read back in shuffled packs of
+8192 tokens, including checksums, as training reads them to the host.
+
+- `cold`: the files' pages are dropped from the page cache first.
+- `disk`: raw rates of one thread that writes (then syncs) and reads the same number of bytes in
+  order.
+- `loop s, N ahead`: seconds of a loop that reads each pack up to N packs ahead, and sleeps as long
+  as reading a pack takes, in place of a GPU's step.
 """
 
 import argparse
@@ -47,7 +51,7 @@ ROUNDS = 3
 
 
 def make_documents(num_tokens: int) -> list[Document]:
-    """Of 512 tokens each, the second half the assistant's."""
+    """Return documents of 512 tokens each; the second half of each are assistant tokens."""
     ids_T = np.random.default_rng(0).integers(0, 1000, num_tokens).astype(np.int32)
     mask_T = np.arange(DOCUMENT_TOKENS) >= DOCUMENT_TOKENS // 2
     return [Document(ids_T[at : at + DOCUMENT_TOKENS], mask_T, ()) for at in range(0, num_tokens, DOCUMENT_TOKENS)]
@@ -60,7 +64,7 @@ def make_contents(dtype: str) -> Contents:
 
 
 def make_pack(pack: list[Document], dtype: str) -> dict[str, torch.Tensor]:
-    """What a target's device hands over of a pack."""
+    """Return the tensors that a capture writes for one pack."""
     slots_N = slots_of(allowed_rows(collate(pack), TttSection()))
     states_TD = torch.randn(PACK_TOKENS, HIDDEN).bfloat16()
     few_N = torch.zeros(len(slots_N))
@@ -69,7 +73,7 @@ def make_pack(pack: list[Document], dtype: str) -> dict[str, torch.Tensor]:
 
 
 def write_store(folder: Path, documents: list[Document], contents: Contents, tensors: dict[str, torch.Tensor]) -> Manifest:
-    """Written as a capture does, but for the target: its output is there already."""
+    """Write a store as a capture does, with the given tensors in place of the target's output."""
     ttt = TttSection()
     pack = documents[: PACK_TOKENS // DOCUMENT_TOKENS]
     slots_N = slots_of(allowed_rows(collate(pack), ttt))
@@ -90,7 +94,7 @@ def write_store(folder: Path, documents: list[Document], contents: Contents, ten
 
 
 def finish(folder: Path, manifest: Manifest) -> None:
-    """What makes the shards a store that opens."""
+    """Write the files that, together with the shards, make a complete store."""
     text = manifest.to_json()
     (folder / TARGET_FOLDER).mkdir()
     head = {"embed": torch.zeros(1000, HIDDEN).bfloat16()}
@@ -107,7 +111,10 @@ def read_store(folder: Path) -> None:
 
 
 def train_from_store(folder: Path, ahead: int, step_s: float) -> float:
-    """Seconds of a loop that reads each pack and then waits for a step, as the host does for a GPU; `ahead` as run_ahead."""
+    """Return the seconds of a loop that reads each pack and then sleeps for the time of a step.
+
+    ahead: packs to read ahead, as in `run_ahead`. step_s: seconds of a step.
+    """
     opened = open_store(folder, skip_bad=True)
     target = StoredTarget(opened, torch.device("cpu"))
     sizes = {"packs_per_batch": 1, "rank": 0, "world_size": 1, "accumulation_steps": 1, "balance_steps": 8}
@@ -146,14 +153,14 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def rate(work: Callable[[], object], num_bytes: int) -> float:
-    """MB/s."""
+    """Return the rate of `work` in MB/s, if it processes `num_bytes` bytes."""
     start = time.perf_counter()
     work()
     return num_bytes / (time.perf_counter() - start) / 1e6
 
 
 def measure(parent: Path, dtype: str, num_tokens: int) -> dict[str, float]:
-    """MB/s of one round, and the store's size."""
+    """Run one round and return its rates in MB/s, loop times in s, and KiB per token."""
     documents = make_documents(num_tokens)
     contents = make_contents(dtype)
     with tempfile.TemporaryDirectory(dir=parent) as name:
@@ -175,7 +182,7 @@ def measure(parent: Path, dtype: str, num_tokens: int) -> dict[str, float]:
                 if where == "cold":
                     drop_from_cache(Path(name))
                 rates[f"{what} read, {where}"] = rate(work, num_bytes)
-        # A step as long as reading its pack, which is where reading ahead gains most.
+        # Reading ahead gains most if a step takes as long as reading its pack.
         step_s = num_bytes / 1e6 / rates["store read, cold"] / (num_tokens / PACK_TOKENS)
         for ahead in (0, AHEAD_OF_STORE):
             drop_from_cache(Path(name))
@@ -185,14 +192,16 @@ def measure(parent: Path, dtype: str, num_tokens: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk that is meant")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of the store, a multiple of 8192")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="folder on the disk to measure")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of the store; a multiple of 8192")
     parser.add_argument("--json", type=Path, help="file to write the rates, machine, versions and commit to")
     options = parser.parse_args()
     keep_freed_memory()
     largest = make_contents("bfloat16").bytes_per_token * 2 * options.tokens
     if options.tokens % PACK_TOKENS or shutil.disk_usage(options.folder).free < largest:
-        parser.error(f"--tokens {options.tokens}: expected a multiple of {PACK_TOKENS} that fits {options.folder} twice")
+        parser.error(
+            f"--tokens {options.tokens}: expected a multiple of {PACK_TOKENS} for which {options.folder} has space twice"
+        )
     rows = []
     for dtype in PRECISIONS:
         rounds = [measure(options.folder, dtype, options.tokens) for _ in range(ROUNDS)]

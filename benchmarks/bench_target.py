@@ -1,17 +1,23 @@
-"""A target's forward of packed documents: as it is, with weights in fp8, and Transformers' own of one document after the other.
+"""Time a target's forward over packed documents: in its precision, in fp8, and with Transformers.
 
     python -m benchmarks.bench_target --shapes 'llama3.1-8b-*' --json target.json
 
-Run from the repository's root. A shape's name says whose config, from tests/recipes_configs.py or a small one for a CPU, and
-how many tokens the micro-batch has: documents of 2048, on a CPU of 512, of which the assistant says the second half. Weights
-are random and made on the device. `packed` and the two in fp8 are what training calls: `packed fp8` keeps the decoder's linear
-maps and experts in fp8 with a scale for each block of 128 x 128, as published checkpoints have it, and `packed fp8 x fp8`
-quantises what they are multiplied with as well (`target.fp8_activations`). `packed liger` is `packed` with norms, SwiGLU and
-rotary embeddings of liger-kernel, as training has them where it is installed. `transformers`: the model's forward with its sdpa
-attention and logits of the slots alone; it keeps no auxiliary states. FLOPs are those of engine/planning.
+Run from the repository's root. A shape's name gives the model, whose config is in
+tests/recipes_configs.py or a small one for a CPU, and the tokens per micro-batch. Documents have
+2048 tokens, or 512 on a CPU, and their second half are assistant tokens. Weights are random and
+created on the device. FLOPs are those of engine/planning.
 
-Asked of an H200, at llama3.1-8b-32k: `packed` does half of the FLOP/s that a large product does (`of product`), and
-`packed fp8 x fp8` is at least 1.3 times as fast.
+- `packed`: the forward that training runs.
+- `packed liger`: with norms, SwiGLU and rotary embeddings of liger-kernel, as in training where it
+  is installed.
+- `packed fp8`: with the decoder's linear maps and experts in fp8, one scale per block of 128 x 128,
+  as in published checkpoints.
+- `packed fp8 x fp8`: with their inputs quantised as well (`target.fp8_activations`).
+- `transformers`: the model's forward with sdpa attention, one document at a time, with logits of
+  the slots only and without auxiliary states.
+
+Goals on an H200 at llama3.1-8b-32k: `packed` reaches half of the FLOP/s of a large product
+(`of product`), and `packed fp8 x fp8` is at least 1.3 times as fast.
 """
 
 import copy
@@ -55,7 +61,7 @@ SMALL_MOE = SMALL | dict(moe_intermediate_size=448, num_experts=16, num_experts_
 
 @dataclass(frozen=True, eq=False)
 class TargetShape:
-    """A target, and the documents of a micro-batch for it, of random tokens."""
+    """A target, and a micro-batch of documents with random tokens."""
 
     config: PreTrainedConfig
     num_tokens: int
@@ -64,7 +70,7 @@ class TargetShape:
 
     @cached_property
     def batch(self) -> PackedBatch:
-        """On the host."""
+        """Packed documents of the micro-batch, on the host."""
         generator = torch.Generator().manual_seed(self.seed)
         ids_T = torch.randint(self.config.vocab_size, (self.num_tokens,), generator=generator)
         return replace(DocumentSizes(self.document_tokens, SAID).batch(self.num_tokens), input_ids_T=ids_T)
@@ -78,7 +84,7 @@ class TargetShape:
         return Forward(self.num_tokens, len(self.slots_N), int((self.batch.position_T + 1).sum()))
 
     def cost(self, mesh: TargetMesh = ALONE, device: str = "cpu") -> TargetCost:
-        """Of the target in the precision that it has on a type of device."""
+        """Return the cost of the target in the precision that it has on a type of device."""
         return TargetCost(without_weights(self.config, TargetSection(), torch.device(device)), mesh)
 
 
@@ -86,13 +92,14 @@ def _shapes() -> dict[str, TargetShape]:
     published = {name: target_config(name) for name in ("llama3.1-8b", "qwen3-30b-a3b")}
     small = {"cpu": AutoConfig.for_model("llama", **SMALL), "cpu-moe": AutoConfig.for_model("qwen3_moe", **SMALL_MOE)}
     large = {f"{name}-{n}k": TargetShape(config, 1024 * n, 2048) for name, config in published.items() for n in (8, 32)}
-    tiny = {"cpu-tiny": TargetShape(AutoConfig.for_model("llama", **TINY), 128, 64)}  # for tests of what uses this
+    # Used by tests.
+    tiny = {"cpu-tiny": TargetShape(AutoConfig.for_model("llama", **TINY), 128, 64)}
     return large | tiny | {f"{name}-2k": TargetShape(config, 2048, 512) for name, config in small.items()}
 
 
 @dataclass(frozen=True)
 class TargetTensors:
-    """A causal LM with the micro-batch that it is to run, all on one device."""
+    """A causal LM and a micro-batch for it, on one device."""
 
     model: PreTrainedModel
     batch: PackedBatch
@@ -100,7 +107,7 @@ class TargetTensors:
 
 
 def random_model(config: PreTrainedConfig, place: Place) -> PreTrainedModel:
-    """The same weights at every call, made where they are used."""
+    """Return a model with random weights, created on its device; the same weights in every call."""
     torch.manual_seed(0)
     with place.device:
         return auto_class(config).from_config(config, dtype=place.dtype).eval().requires_grad_(False)
@@ -128,7 +135,10 @@ def _packed_fp8_by_fp8(tensors: TargetTensors) -> Callable[[], object]:
 
 
 def _packed_liger(tensors: TargetTensors) -> Callable[[], object]:
-    """Run a copy of the model that shares its weights, for others run the model as it is."""
+    """Return a call of a copy of the model with liger-kernel's operations.
+
+    The copy shares the model's weights, because other providers run the model unchanged.
+    """
     operations = liger_operations()
     model = copy.deepcopy(tensors.model, {id(weight): weight for weight in tensors.model.parameters()})
     target = FrozenTarget(model, None)
@@ -137,9 +147,10 @@ def _packed_liger(tensors: TargetTensors) -> Callable[[], object]:
 
 
 def in_fp8(model: PreTrainedModel, fp8_activations: bool = False) -> PreTrainedModel:
-    """The model with its decoder's linear maps and experts in fp8; all other weights are those of the given one.
+    """Return a copy of the model with its decoder's linear maps and experts in fp8.
 
-    fp8_activations: whether what they are multiplied with is to be quantised as well.
+    All other weights are shared with the given model.
+    fp8_activations: whether the inputs of these maps are quantised as well.
     """
     weights = {id(weight): weight for weight in model.parameters()}
     for module in decoder_of(model).modules():
@@ -150,7 +161,10 @@ def in_fp8(model: PreTrainedModel, fp8_activations: bool = False) -> PreTrainedM
 
 
 def quantised(weight: Tensor, row_group: int | None = None) -> QuantisedWeight:
-    """[N, K], or [X, N, K] of experts, each block scaled so that its largest value is the largest of fp8."""
+    """Quantise a weight [N, K], or [X, N, K] of experts, to fp8.
+
+    Each block is scaled so that its largest magnitude becomes the largest fp8 value.
+    """
     largest = F.max_pool2d(weight.abs().float().view(-1, *weight.shape[-2:]), BLOCK, ceil_mode=True)
     scale = (largest / torch.finfo(torch.float8_e4m3fn).max).view(*weight.shape[:-2], *largest.shape[-2:])
     by_value = scale.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)[..., : weight.shape[-2], : weight.shape[-1]]
@@ -174,7 +188,7 @@ def _transformers(tensors: TargetTensors) -> Callable[[], object]:
 
 @cache
 def parts(shape: TargetShape) -> dict[str, StepPart]:
-    """With weights of half an element: a byte, at half precision."""
+    """Return the cost of a forward, with fp8 weights counted as half an element of 16 bits."""
     cost = shape.cost()
     forward = shape.forward
     width = shape.config.hidden_size

@@ -1,10 +1,11 @@
-"""How fast conversations become tokens, by number of processes, and how fast a later run finds them.
+"""Measure how fast conversations are tokenised, by number of processes, and loaded from the cache.
 
     python -m benchmarks.bench_tokenise [--megabytes 40] [--json FILE]
 
-Run from the repository's root. Conversations of the embedded corpus are shuffled together to a file of that size; the tokenizer
-is the embedded target's. `plain` renders in one process into memory. The floor is the tokenizer's own rate: the rendered texts
-through `encode_batch_fast`, a text at a time as rendering has them, in one process.
+Run from the repository's root. Conversations are drawn at random from the embedded corpus until the
+file has the given size. The tokenizer is the embedded target's. `plain` renders in one process into
+memory. `found` loads the tokens that an earlier run has cached. `floor` is the rate of the
+tokenizer alone: the rendered texts pass through `encode_batch_fast`, one at a time, in one process.
 """
 
 import argparse

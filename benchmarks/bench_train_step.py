@@ -1,13 +1,17 @@
-"""One training step of a draft: the target's head over its slots, the training-time test, and the backward pass.
+"""Time one training step of a draft: the target's head, the training-time test and the backward.
 
     python -m benchmarks.bench_train_step --shapes 'llama3.1-8b-8k-*' --json step.json
 
-Run from the repository's root. A shape's name says the target, tokens of the micro-batch and the share of them, the last ones
-of each document, that the assistant wrote. The micro-batch is one document, or with `packed` documents of 2048 tokens. The
-draft is the one that launcher/train.py derives: recipes from launcher/recipes, targets' configs from tests/recipes_configs.py.
-Weights and hidden states are random, and the target's most likely token is always in the draft vocabulary. The target's body
-and the optimizer are no part of it. A provider is a set of options as in a recipe; all are held to the same floor, that of the
-rows that a loss depends on, and MFU counts no FLOPs but those.
+Run from the repository's root. A shape's name gives the target, the tokens per micro-batch, and the
+share of assistant tokens, which are the last ones of each document. The micro-batch is one
+document, or with `packed` several documents of 2048 tokens. The draft is the one that
+launcher/train.py derives, with recipes from launcher/recipes and target configs from
+tests/recipes_configs.py. Weights and hidden states are random, and the target's most likely token
+is always in the draft vocabulary.
+The target's decoder and the optimizer do not run.
+
+A provider is a set of recipe options. All providers are compared with the same floor, which counts
+only the rows that a loss depends on. MFU counts the same FLOPs.
 """
 
 from collections.abc import Callable
@@ -35,7 +39,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "launcher" / "recipes"
 MODELS = ("llama3.1-8b", "llama3.3-70b", "qwen3-30b-a3b", "kimi-k2")
 SHARES = (1.0, 0.5, 0.3, 0.1)
 PACKED_TOKENS = 2048
-OPTIONS = {  # provider -> what it changes, by the dotted key of a recipe
+OPTIONS = {  # provider -> the recipe options that it changes, by dotted key
     "compacted": {},
     "uncompacted": {"ttt.compaction": "false"},
     "recompute mlp": {"ttt.recompute": "mlp"},
@@ -46,7 +50,11 @@ ON_A_GPU = {"flash": {"kernels": "flash"}}
 
 @dataclass(frozen=True)
 class StepShape:
-    """model: a recipe, or a name of `ON_A_CPU`. assistant: share of each document's tokens, its last ones, that carry loss."""
+    """A draft and a micro-batch for it.
+
+    model: name of a recipe, or a key of `ON_A_CPU`.
+    assistant: share of each document's tokens that carry loss; they are its last tokens.
+    """
 
     model: str
     num_tokens: int
@@ -78,7 +86,7 @@ SMALL = {
     "max_position_embeddings": 4096,
 }
 TINY = SMALL | {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 512, "draft_vocab_size": 256}
-ON_A_CPU = {"cpu": SMALL, "cpu-tiny": TINY}  # cpu-tiny: for tests of what uses this benchmark
+ON_A_CPU = {"cpu": SMALL, "cpu-tiny": TINY}  # cpu-tiny is used by tests
 TINY_TOKENS = 128
 
 
@@ -98,7 +106,7 @@ def _shapes() -> dict[str, StepShape]:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """What a draft is made of, a target's head and hidden states, and a micro-batch."""
+    """A draft's configuration, a target's head and hidden states, and a micro-batch."""
 
     place: Place
     config: DraftConfig
@@ -111,7 +119,7 @@ class StepTensors:
 
 
 def prepare(shape: StepShape, place: Place) -> StepTensors:
-    """Everything is made where it is used: large weights never pass through the CPU."""
+    """Create all tensors on the device, so that large weights are never copied from the CPU."""
     torch.manual_seed(0)
     config = shape.draft
     batch = shape.batch.to(place.device)
@@ -147,7 +155,8 @@ def setup(options: dict[str, str], tensors: StepTensors) -> Callable[[], object]
     draft = _random_draft(tensors.config, kernels, place)
     teacher = Teacher(head.rows(tensors.vocab_map.target_ids_U).logits, tensors.vocab_map)
     test = TrainingTimeTest(config.ttt, config.loss, teacher)
-    allowed_ST = allowed_rows(batch, config.ttt)  # by a run on the host, while it reads
+    # A run computes these rows on the host while it reads data.
+    allowed_ST = allowed_rows(batch, config.ttt)
     slots_N = slots_of(allowed_ST)
     num_allowed_S = allowed_ST.sum(1)
     norms = LossNorms(num_allowed_S[0].float().clamp_min(1), num_allowed_S.float())

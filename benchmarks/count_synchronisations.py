@@ -1,8 +1,8 @@
-"""Count what makes the host wait for the device, and launches, by job; without a GPU.
+"""Count host synchronisations and kernel launches by job, without a GPU.
 
 The jobs are those of `tests/device_jobs.py` on `tests/fake_device.py`: a tiny target's forward, a
-training run from data to report with two steps, and a capture. Counts do not depend on widths;
-launches grow with layers and TTT steps.
+training run from data to report with two steps, and a capture. The counts do not depend on widths;
+launches grow with the number of layers and TTT steps.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
+os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this when a kernel is defined.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -32,19 +32,19 @@ FAMILIES = ("llama", "qwen3_moe", "gemma3_text", "llama4_text")
 
 
 def listed(waits: Iterable[Wait]) -> list[dict[str, Any]]:
-    """Waits by stage, kind and place, with how often each happened."""
+    """Return the waits by stage, kind and place, with the count of each."""
     counts = collections.Counter(waits)
     rows = [asdict(wait) | {"count": count} for wait, count in counts.items()]
     return sorted(rows, key=lambda row: (row["stage"], row["place"], row["kind"]))
 
 
 def summary(step: Step) -> dict[str, Any]:
-    """A step's figures, and what it waited for."""
+    """Return the number of waits and launches of a step, and the list of its waits."""
     return {"waits": len(step.waits), "launches": step.launches, "list": listed(step.waits)}
 
 
 def count() -> dict[str, Any]:
-    """Run all jobs; returns what each waited for and launched."""
+    """Run all jobs and return the waits and launches of each."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name, FakeDevice() as fake:
@@ -65,9 +65,9 @@ def count() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the counts as JSON, or put them into a file next to those that it holds."""
+    """Print the counts as JSON, or add them to a file that may already contain others."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="file to put the counts into")
+    parser.add_argument("--json", type=Path, help="file to add the counts to")
     parser.add_argument("--label", default="now", help="key of the counts in that file")
     options = parser.parse_args()
     command = shlex.join(["python", *sys.argv])

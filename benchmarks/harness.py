@@ -1,16 +1,20 @@
-"""Time the providers of a benchmark side by side, measure their memory, and compare both with engine/models/eagle3/flops.py.
+"""Measure time and memory of a benchmark's providers, and compare them with the computed floor.
 
-A benchmark is data: shapes, providers, and one `setup` that turns a provider and a shape's tensors into a call that does the
-work and leaves nothing behind. All providers of a shape are set up and warmed up, then timed in turn, A B A B ..., so that
-whatever else the machine does meets all of them alike.
+A benchmark is data: shapes, providers, and one `setup` that turns a provider and a shape's tensors
+into a call. The call does the work and keeps no state. All providers of a shape are set up and
+warmed up, then timed alternately, A B A B ..., so that other load on the machine affects all of
+them alike.
 
-- Time: between CUDA events, with the L2 cache overwritten first; the wall clock on a CPU.
-- Peak memory: of one more call, above what was there before it. On a GPU, what PyTorch allocates. On a CPU, resident memory of
-  this process: freed pages go back to the kernel (`malloc_trim`), whose high-water mark is then reset (`/proc/self/clear_refs`)
-  and read after the call. Unknown where the kernel has no such mark.
-- Floor: FLOPs and bytes of the work over the datasheet's rates. Where there is none, over the best rates of large products and
-  copies, tried before the run and after each shape: a machine that has other work would seem slower than it is.
-- MFU: share of the FLOP/s that the floor is by. `of product`: share of those that the best large product reached here.
+- Time: measured between CUDA events, with the L2 cache overwritten first; wall-clock time on a CPU.
+- Peak memory: increase during one additional call. On a GPU, this is the memory that PyTorch
+  allocates. On a CPU, it is the resident memory of this process: freed pages are returned to the
+  kernel (`malloc_trim`), then the kernel's high-water mark is reset (`/proc/self/clear_refs`) and
+  read after the call. It is unknown if the kernel has no such mark.
+- Floor: time for the work's FLOPs and bytes (engine/models/eagle3/flops.py) at the rates of the
+  datasheet. Without a datasheet, at the best rates of large products and copies. These are measured
+  before the run and after each shape, because other load can slow the machine down temporarily.
+- MFU: share of the peak FLOP/s that the floor uses. `of product`: share of the FLOP/s that the best
+  large product reached on this machine.
 """
 
 import argparse
@@ -53,7 +57,7 @@ PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Place:
-    """Where and in what precision the work is done."""
+    """Device and precision of the work."""
 
     device: torch.device
     dtype: torch.dtype
@@ -61,7 +65,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do the work. load: what `setup` is given; it may import what is not installed everywhere."""
+    """One way to do the work.
+
+    load: returns the first argument of `setup`; it may import optional packages.
+    devices: types of device on which the provider runs.
+    """
 
     load: Callable[[], Any]
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -69,11 +77,16 @@ class Provider:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is measured.
+    """Definition of a benchmark.
 
-    module: as after `python -m`. shapes, by name; default_shapes: patterns of those that a device type runs unasked.
-    prepare: (shape, place) -> tensors that the providers share. setup: (what a provider loads, those) -> a call of the work.
-    parts: shape -> what no provider can do without. figures: (shape, seconds) -> further columns.
+    module: name of the module after `python -m`.
+    shapes: shapes by name.
+    default_shapes: patterns of the shapes that run by default, by device type.
+    providers: providers by name.
+    prepare: (shape, place) -> tensors that the providers share.
+    setup: (what a provider loads, these tensors) -> a call that does the work.
+    parts: shape -> the work that no provider can avoid, by name.
+    figures: (shape, seconds) -> further columns.
     """
 
     module: str
@@ -88,9 +101,11 @@ class Benchmark:
 
 @dataclass
 class Row:
-    """A provider at a shape: seconds of every timed call and bytes of one, or why there are none.
+    """Results of a provider at a shape.
 
-    kernels: with `--profile`, where the time of one more call went.
+    seconds: time of every timed call. peak_bytes: peak memory of one call; None if unknown.
+    error: reason why there are no results.
+    kernels: the most expensive kernels of one additional call, with `--profile`.
     """
 
     shape: str
@@ -101,7 +116,10 @@ class Row:
     kernels: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self, benchmark: Benchmark, place: Place, peak: HardwarePeak, tried: HardwarePeak) -> dict[str, Any]:
-        """The row as JSON holds it. tried: rates that were measured here."""
+        """Return the row as written to JSON.
+
+        peak: rates that the floor uses. tried: rates that were measured on this machine.
+        """
         names = {"shape": self.shape, "provider": self.provider}
         if self.error is not None:
             return names | {"error": self.error}
@@ -123,13 +141,13 @@ class Row:
 
 
 def choose_tiles(kernels: Kernels, place: Place, head_dim: int) -> None:
-    """Let the kernels take the tiles that a run would take on this GPU, by timing; nothing on a CPU."""
+    """Choose the kernels' tile sizes by timing, as a run does on a GPU; nothing on a CPU."""
     if place.device.type == "cuda":
         SelfCheck.of(World.alone(place.device), None, print).choose_tiles(kernels, place.dtype, head_dim)
 
 
 def main(benchmark: Benchmark) -> None:
-    """The command line of a benchmark."""
+    """Run the command line of a benchmark."""
     options = _parse(benchmark)
     place = Place(torch.device(options.device), DTYPES[options.dtype])
     if options.device == "cpu":
@@ -137,7 +155,8 @@ def main(benchmark: Benchmark) -> None:
         _refuse_more_memory_than_there_is()
     chosen = options.shapes, options.providers
     for figures in measured(benchmark, *chosen, place, options.repeat, options.profile):
-        if options.json is not None:  # after every shape: a run that is cut short loses nothing
+        # The file is written after every shape, so an interrupted run keeps its results.
+        if options.json is not None:
             record = _describe(benchmark, options, place) | figures
             options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     console = Console(width=max(Console().width, TABLE_WIDTH))
@@ -153,9 +172,9 @@ def measured(
     repeat: int,
     profile: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """After every shape, rows of all so far and the rates that they are held against, as JSON holds them.
+    """Yield after every shape the rows so far and the rates of their floor, as written to JSON.
 
-    profile: how many of the most expensive kernels of each provider are recorded.
+    profile: number of the most expensive kernels to record per provider.
     """
     progress = Console(stderr=True)
     rows = []
@@ -179,7 +198,7 @@ def _measure(
     repeat: int,
     profile: int,
 ) -> list[Row]:
-    """Every provider at one shape. What fails is left out from there on."""
+    """Measure every provider at one shape. A provider that fails is not run again."""
     rows = {name: Row(shape_name, name) for name in providers}
     calls = {}
     with _caught(*rows.values()):
@@ -192,7 +211,7 @@ def _measure(
                 for _ in range(WARM_UP_CALLS):
                     calls[name]()
                 row.peak_bytes = _peak_bytes(calls[name], place)
-            gc.collect()  # what a failed one has left
+            gc.collect()  # A provider that failed may have left garbage.
     for _ in range(repeat):
         for name, row in rows.items():
             if row.error is None:
@@ -206,8 +225,9 @@ def _measure(
 
 
 def _kernels(call: Callable[[], object], place: Place, count: int) -> list[dict[str, Any]]:
-    """Return the most expensive kernels of one call: name, total milliseconds, share of all kernels' time, and calls.
+    """Return the most expensive kernels of one call.
 
+    Each has its name, total milliseconds, share of all kernels' time, and number of calls.
     On a CPU these are PyTorch's operators, by the time spent in themselves.
     """
     on_gpu = place.device.type == "cuda"
@@ -247,7 +267,11 @@ def _reason(error: Exception) -> str:
 
 
 def _seconds(call: Callable[[], object], cache: torch.Tensor | None) -> float:
-    """cache: on a GPU, a block larger than L2; overwriting it also keeps the GPU busy while the first kernels are launched."""
+    """Return the seconds of one call.
+
+    cache: on a GPU, a tensor larger than the L2 cache; None on a CPU. Overwriting it also keeps the
+    GPU busy while the first kernels are launched.
+    """
     if cache is None:
         start_s = time.perf_counter()
         call()
@@ -290,14 +314,17 @@ def _kernel_bytes(name: str, path: str = "/proc/self/status") -> int:
 
 
 def _refuse_more_memory_than_there_is() -> None:
-    """Let an allocation beyond what the machine has free fail, where the kernel would end the process later."""
+    """Limit this process to the available memory, so that a larger allocation raises an error.
+
+    Without the limit, the kernel would kill the process later.
+    """
     with contextlib.suppress(OSError, TypeError, ValueError):
         limit = _kernel_bytes("VmData") + _kernel_bytes("MemAvailable", "/proc/meminfo")
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def _peak(place: Place, tried: HardwarePeak) -> HardwarePeak:
-    """Of the datasheet, where there is one."""
+    """Return the rates of the datasheet, or those measured here if there is no datasheet."""
     try:
         return peak_of(place.device)
     except ValueError:
@@ -305,7 +332,7 @@ def _peak(place: Place, tried: HardwarePeak) -> HardwarePeak:
 
 
 def _tried(place: Place) -> HardwarePeak:
-    """The best of a few large products and copies."""
+    """Return the best rates of a few large products and copies."""
     size = PRODUCT_SIZE[place.device.type]
     a, b = (torch.randn(size, size, device=place.device, dtype=place.dtype) for _ in range(2))
     source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=place.device)
@@ -326,7 +353,7 @@ def _faster(one: HardwarePeak, other: HardwarePeak) -> HardwarePeak:
 
 
 def _describe(benchmark: Benchmark, options: argparse.Namespace, place: Place) -> dict[str, Any]:
-    """Machine, versions, commit and command, without any path of this machine."""
+    """Return the machine, versions, commit and command, without any local paths."""
     chosen = {"device": [options.device], "dtype": [options.dtype], "shapes": options.shapes, "providers": options.providers}
     words = [word for name, values in chosen.items() for word in (f"--{name}", *values)]
     if options.profile:
@@ -346,7 +373,8 @@ _COLUMNS = {
 }
 
 
-_NOT_COLUMNS = ("shape", "provider", "error", "flops", "peak_bytes", "kernels")  # shown elsewhere, or not at all
+# These are shown elsewhere or omitted.
+_NOT_COLUMNS = ("shape", "provider", "error", "flops", "peak_bytes", "kernels")
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
@@ -407,7 +435,10 @@ def _parse(benchmark: Benchmark) -> argparse.Namespace:
 
 
 def _chosen(option: str, patterns: list[str] | tuple[str, ...], valid: list[str], where: str = "") -> list[str]:
-    """The valid names that the patterns mean, in order. Raises ValueError for a pattern that means none."""
+    """Return the valid names that match the patterns, in order.
+
+    Raises ValueError for a pattern that matches no name.
+    """
     names = {pattern: fnmatch.filter(valid, pattern) for pattern in patterns}
     for pattern, matching in names.items():
         if not matching:

@@ -1,4 +1,4 @@
-"""What a benchmark prints and keeps: rows of figures, and the machine, versions, commit and command that they are of."""
+"""Output of benchmarks: rows of figures with their machine, versions, commit and command."""
 
 import contextlib
 import json
@@ -25,14 +25,17 @@ def show(rows: list[dict[str, float | str]], number: str = "{:,.3f}") -> None:
 
 
 def write_record(path: Path | None, command: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
-    """Keep the rows of a benchmark on a type of device; None = nowhere."""
+    """Write the rows of a benchmark to a JSON file, unless `path` is None.
+
+    device: type of device that the benchmark used.
+    """
     if path is not None:
         record = {"command": command} | machine_and_versions(torch.device(device)) | {"rows": rows}
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def machine_and_versions(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on beside its command: commit, machine and versions."""
+    """Return the commit, machine and package versions that a figure depends on."""
     git = ["git", "describe", "--always", "--exclude=*", "--dirty"]
     described = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,15 +1,17 @@
-"""Run everything that needs a GPU in one go, most important first, within a time limit.
+"""Run all checks and benchmarks that need a GPU within a time limit, the most important ones first.
 
     python benchmarks/run_gpu_suite.py --minutes 12 --json results/gpu
 
-Run from anywhere in a checkout, on a machine with one GPU, torch 2.11, Triton 3.6 and Transformers 5.17 or later. The parts
-are listed in benchmarks/gpu_suite/parts.py; each runs in a process of its own, so that a crash or a hang costs one part only.
-A part gets a share of the time that is left, and what it does not use passes on to the later ones. `suite.json` in the output
-folder is rewritten while the suite runs, so whatever stops it (Ctrl-C, a kill, a lost machine) leaves the results so far;
+Run from anywhere in a checkout, on a machine with one GPU, torch 2.11, Triton 3.6 and Transformers
+5.17 or later. The parts are listed in benchmarks/gpu_suite/parts.py. Each part runs in a separate
+process, so a crash or a hang affects only that part. Each part gets a share of the remaining time,
+and later parts share the time that it does not use. `suite.json` in the output folder is rewritten
+while the suite runs, so the results so far are kept if it is stopped (Ctrl-C, a kill, a lost
+machine).
 `suite.log` holds the output of every part.
 
-The exit status is 0 if every part that ran passed, 1 if one failed or ran out of time, and 130 or 143 after a signal. Parts
-whose packages are not installed are skipped and named at the start.
+The exit status is 0 if every part that ran passed, 1 if one failed or ran out of time, and 130 or
+143 after a signal. Parts with missing packages are skipped and named at the start.
 """
 
 import argparse
@@ -56,7 +58,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help="run every part at shapes that a CPU manages, to check the suite itself; its times mean nothing",
+        help="run every part at shapes small enough for a CPU, to check the suite itself; its times mean nothing",
     )
     options = parser.parse_args()
     if options.minutes < MINIMUM_MINUTES:
@@ -81,14 +83,14 @@ def gpu_is_visible() -> bool:
 
 
 def chosen_parts(names: list[str] | None) -> list[SuitePart]:
-    """Return the parts of these names in the suite's order; all parts for None."""
+    """Return the parts with these names in the suite's order, or all parts if `names` is None."""
     if names is None:
         return list(PARTS)
     return [part for part in PARTS if part.name in names]
 
 
 def announce(parts: list[SuitePart], suite: Suite) -> None:
-    """Print what will run, for how long at most, and which packages are missing."""
+    """Print the parts that will run, the time limit, and the missing packages."""
     print(f"{len(parts)} parts in at most {suite.seconds / 60:g} minutes; results in {suite.folder}", flush=True)
     for part in parts:
         missing = missing_packages(part, suite.device)

@@ -1,8 +1,9 @@
-"""Losses of the embedded job under every shipped ZeRO configuration, in fp32 and bf16: they must agree.
+"""Compare the losses of the embedded job under every shipped ZeRO configuration, in fp32 and bf16.
 
     python benchmarks/stages_side_by_side.py
 
-Each run is the real command on two ranks. Prints a table and writes `benchmarks/results/stages.json`.
+Each run starts launcher/train.py on two ranks. The losses must agree. The command prints a table
+and writes `benchmarks/results/stages.json`.
 """
 
 import json
@@ -24,7 +25,7 @@ LAUNCH = ["-m", "torch.distributed.run", f"--nproc_per_node={NUM_RANKS}", "--sta
 
 
 def train(config: str, precision: str, folder: Path) -> list[float]:
-    """Losses of one run. fp32 is for the target too, which otherwise keeps its own precision."""
+    """Run training and return the losses. With fp32, the target runs in fp32 too."""
     ds_config = json.loads((ROOT / "ds_configs" / f"{config}.json").read_text(encoding="utf-8"))
     ds_config["bf16"]["enabled"] = precision == "bf16"
     path = folder / f"{config}_{precision}.json"
@@ -39,7 +40,7 @@ def train(config: str, precision: str, folder: Path) -> list[float]:
 
 
 def difference(losses: list[float], expected: list[float]) -> float:
-    """Largest relative difference of two runs."""
+    """Return the largest relative difference between the losses of two runs."""
     return max(abs(loss - wanted) / wanted for loss, wanted in zip(losses, expected, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The main job, in order: target, data, draft, measurement, training, export, measurement, report."""
+"""The training job: target, data, draft, measurement, training, export, measurement, report."""
 
 import collections
 import copy
@@ -65,14 +65,17 @@ from engine.weights.quantised_checkpoint import check_fp8_activations
 
 TrainedDraft = ZeroDraft[Eagle3Draft, TrainingTimeTest]
 EXCERPT_TOKENS = 24
-RELOAD_TOLERANCE = 2**-5  # of the largest logit: a few bf16 roundings; a wrong tensor gives errors near 1
+# Relative to the largest logit: a few bf16 roundings. A wrong tensor causes errors near 1.
+RELOAD_TOLERANCE = 2**-5
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The training side of a run: its stream of batches, one document of it, and the draft vocabulary.
+    """Training data of a run.
 
-    vocab_facts: what that was counted with, and its coverage of it. name_of: names a document by its place.
+    loader: stream of batches. sample: a batch with one document. vocab_map: the draft vocabulary.
+    vocab_facts: tokenizer, counted data, coverage and target of the draft vocabulary.
+    name_of: returns the name of a document, given its index.
     """
 
     loader: PackedLoader
@@ -83,10 +86,13 @@ class Corpus:
 
 
 class Trainer:
-    """One run of the main job on one rank."""
+    """One run of the training job on one rank."""
 
     def __init__(self, config: Config, ds_config: dict[str, Any], world: World) -> None:
-        """ds_config: as read from its file; what it leaves to be computed is computed here."""
+        """Create a run.
+
+        ds_config: DeepSpeed configuration as read from its file, without computed values.
+        """
         self.config = config
         self.ds_config = ds_config
         self.world = world
@@ -98,11 +104,14 @@ class Trainer:
             disable_progress_bar()
 
     def run(self) -> RunReport:
-        """The whole job; the same report on every rank. Raises ValueError, before any expensive work where it can be."""
+        """Run the whole job and return its report, the same on every rank.
+
+        Raises ValueError for an invalid configuration, before any expensive work where possible.
+        """
         self.check_output()
         position = self.world.decide(self.find_position)
         torch.manual_seed(self.config.seed)
-        make_loss(self.config.loss)  # a kind that no plugin has registered ends the run here
+        make_loss(self.config.loss)  # Raises here if no plugin has registered the kind.
         section = self.config.target
         tokenizer = load_tokenizer(section, self.config.data)
         target_config = load_target_config(section)
@@ -149,7 +158,10 @@ class Trainer:
         return report
 
     def check_output(self) -> None:
-        """Say whether the nodes share the output folder. Raise ValueError if this run could not write there what it has to."""
+        """Check the output folder, and print whether the nodes share it.
+
+        Raises ValueError if this run could not write its output there.
+        """
         draft = self.output_dir / DRAFT
         self.world.decide(lambda: check_replaceable(draft))
         if self.world.writes_output and not self.world.is_main:
@@ -164,12 +176,15 @@ class Trainer:
         if section.resume or section.every_steps:
             raise ValueError(
                 f"{self.output_dir} is not one folder on all {self.world.num_nodes} nodes, and {asked} needs the parts of "
-                "every rank in one place. Name an output_dir that the nodes share, or train without checkpoints"
+                "every rank in one folder. Set output_dir to a folder that the nodes share, or train without checkpoints"
             )
-        self.telemetry.note("Output folder: not shared; rank 0's gets the run's record, and every node's the exported draft")
+        self.telemetry.note("Output folder: not shared; rank 0 writes the run's record, and every node the exported draft")
 
     def find_position(self) -> tuple[int, dict[str, Any]] | None:
-        """Return the step and data state to resume from, if any. Raise ValueError as `Checkpoints.find` and `check_end` do."""
+        """Return the step and data state to resume from, or None.
+
+        Raises ValueError as `Checkpoints.find` and `Checkpoints.check_end` do.
+        """
         position = self.checkpoints.find() if self.config.checkpoint.resume else None
         if position is not None:
             self.checkpoints.check_end(position[0], self.config.max_steps)
@@ -193,7 +208,7 @@ class Trainer:
         stream = self.world.decide(lambda: loader.stream)
         if stream != loader.stream:
             problem = f"rank {self.world.rank} reads other training data than rank 0"
-            raise ValueError(f"{problem}: {loader.stream}, there {stream}. Give every node the same files")
+            raise ValueError(f"{problem}: {loader.stream}, expected {stream}. Give every node the same files")
         coverage = vocab_map.coverage(counts_V)
         self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of {source.counted}")
         facts = {"tokenizer_hash": tokenizer_hash(tokenizer), "coverage": coverage, "counted": self.config.draft.vocab_from}
@@ -224,7 +239,7 @@ class Trainer:
         return prompts
 
     def resume(self, loader: PackedLoader, position: tuple[int, dict[str, Any]] | None) -> int:
-        """Move the loader to the position of a checkpoint; returns the optimizer steps already taken.
+        """Move the loader to a checkpoint's position and return the number of steps already taken.
 
         Raises ValueError if this run would end before that position.
         """
@@ -238,7 +253,7 @@ class Trainer:
             self.checkpoints.refuse_end(step, f"epochs={self.config.epochs}", "epochs")
         self.num_steps = end if self.config.max_steps is None else min(end, self.config.max_steps)
         if position is not None and step == self.num_steps:
-            longer = "raise max_steps or epochs to train on"
+            longer = "raise max_steps or epochs to train longer"
             self.telemetry.note(f"  the checkpoint of step {step} is the end of this run: no step is left to train; {longer}")
         return step
 
@@ -261,7 +276,10 @@ class Trainer:
         return kernels
 
     def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: Target, first_step: int) -> TrainedDraft:
-        """The draft under DeepSpeed, as a checkpoint left it after `first_step` or as it is; the run's record is written."""
+        """Wrap the draft with DeepSpeed, restore its checkpoint, and write the run's record.
+
+        first_step: step of the checkpoint to resume from; 0 keeps the draft as it is.
+        """
         resolved = resolve_ds_config(
             self.ds_config,
             world_size=self.world.size,
@@ -287,7 +305,10 @@ class Trainer:
         return zero
 
     def train(self, zero: TrainedDraft, corpus: Corpus, target: Target, first_step: int) -> dict[int, str]:
-        """Train to the last step. Returns the documents of all ranks that were left out, and why, by their place."""
+        """Train to the last step.
+
+        Returns why documents of any rank were left out, by the index of the document.
+        """
         normalise = Normaliser(zero.objective, zero.forward, self.world)
         stops = self.config.target.non_finite == "stop"
         watch_settings = WatchSettings(target.aux_layers, corpus.name_of, stops, self.world.rank)
@@ -318,11 +339,15 @@ class Trainer:
         return every > 0 and (step % every == 0 or step == self.num_steps)
 
     def prepare(self, target: Target, dtype: torch.dtype) -> Callable[[tuple], tuple]:
-        """The target's half of a step: the packed batches of one -> what the draft reads, in the draft's precision."""
+        """Return a function that runs the target's part of a step.
+
+        It maps the packed batches of a step to the draft's inputs. dtype: the draft's precision.
+        """
 
         def forward(batch: PackedBatch) -> MicroBatch:
             device = self.world.device
-            allowed_ST = allowed_rows(batch, self.config.ttt)  # on the host, which waits for nothing
+            # The rows are computed on the host, so no host sync is needed.
+            allowed_ST = allowed_rows(batch, self.config.ttt)
             slots_N = slots_of(allowed_ST)
             batch = batch.to(device)
             output = target(batch, slots_N)
@@ -336,9 +361,10 @@ class Trainer:
         return lambda item: ([forward(batch) for batch in item[0]], item[1])
 
     def export(self, zero: TrainedDraft, corpus: Corpus, target: Target) -> ServedDraft:
-        """Write the draft's folder, load it again on every rank and compare its logits with the trained draft's.
+        """Export the draft, reload it on every rank and compare its logits with the trained ones.
 
         Raises NonFiniteError, before an earlier draft is replaced, if a weight is not finite.
+        Raises RuntimeError if the logits differ by more than `RELOAD_TOLERANCE`.
         """
         check_finite_weights(zero, self.world, self.num_steps)
         folder = self.output_dir / DRAFT
@@ -354,7 +380,7 @@ class Trainer:
         exported = load_draft(folder, embed_weight_VD, zero.dtype, self.world.device, zero.draft.kernels)
         (micro,), _ = self.prepare(target, zero.dtype)(([corpus.sample], None))
         if micro.num_left_out:
-            # its states are zeros now, on which any two drafts agree
+            # The states of left-out documents are zeros, for which any two drafts agree.
             random_TA = torch.randn(micro.target.aux_TA.shape, generator=torch.Generator().manual_seed(0))
             micro = replace(micro, target=replace(micro.target, aux_TA=random_TA.to(micro.target.aux_TA)))
         difference = reload_difference(zero, exported, micro)
@@ -364,20 +390,23 @@ class Trainer:
         return exported
 
     def served(self, draft: Eagle3Draft, vocab_map: VocabMap, target: Target) -> ServedDraft:
-        """An untrained copy of the draft, in the target's precision, as a server would run it."""
+        """Return a copy of the draft in the target's precision, as a server would run it."""
         frozen = copy.deepcopy(draft).to(target.dtype).eval().requires_grad_(False)
         return ServedDraft(frozen, vocab_map, frozen.embed(target.embedding.whole()))
 
 
 def excerpt(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
-    """Return the first words of a document, quoted."""
+    """Return the beginning of a document's text, quoted."""
     text = tokenizer.decode(document.input_ids[:EXCERPT_TOKENS].tolist())
     return json.dumps(text, ensure_ascii=False) + ("..." if len(document) > EXCERPT_TOKENS else "")
 
 
 @torch.no_grad()
 def reload_difference(zero: TrainedDraft, exported: ServedDraft, micro: MicroBatch) -> float:
-    """Largest difference between logits of the trained and the reloaded draft over all rows, of their largest magnitude."""
+    """Return the largest difference between the logits of the trained and the reloaded draft.
+
+    It is taken over all rows and divided by the largest magnitude of the trained logits.
+    """
     trained_STU = zero.logits(micro)
     embedded = replace(micro, embed_TD=exported.embed(micro.batch.input_ids_T))
     outputs = unroll(exported.model, embedded, trained_STU.shape[0])

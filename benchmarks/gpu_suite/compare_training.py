@@ -1,7 +1,8 @@
-"""Train the embedded target's draft on the device and on the CPU, and compare the losses step by step.
+"""Train the embedded target's draft on the device and on the CPU, and compare the losses.
 
-Both runs use ZeRO-3 in bf16, the target in fp32, and the same seed; the one on the device lets the target run ahead. On a GPU
-the losses may differ by rounding; on a CPU the two differ in look-ahead alone and must agree exactly.
+Both runs use ZeRO-3 in bf16, the target in fp32, and the same seed. In the run on the device, the
+target runs ahead. On a GPU, the losses may differ by rounding. On a CPU, the runs differ only in
+look-ahead, so they must agree exactly.
 """
 
 import argparse
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# Largest relative difference of a step's loss. bf16 keeps 8 bits, so one rounding is 2**-9; the losses of a step average
-# over hundreds of rows, and the weights drift apart slowly over the few steps that are compared.
+# Largest relative difference of a step's loss. bf16 keeps 8 bits, so one rounding is 2**-9. The
+# loss of a step is a mean over hundreds of rows, and the weights diverge slowly over the few steps
+# that are compared.
 TOLERANCE = {"cuda": 2**-6, "cpu": 0.0}
 POLL_S = 0.5
 
@@ -51,7 +53,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def start(folder: Path, steps: int, run_ahead: int, on_gpu: bool) -> subprocess.Popen:
-    """Start train.py on its defaults, without the measurement of acceptance."""
+    """Start train.py with its default options, without the measurement of acceptance."""
     command = [sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json"]
     command += [f"output_dir={folder}", f"max_steps={steps}", f"overlap.run_ahead={run_ahead}"]
     command += ["log_every_steps=1", "evaluation.num_prompts=0", "target.dtype=float32"]
@@ -62,7 +64,10 @@ def start(folder: Path, steps: int, run_ahead: int, on_gpu: bool) -> subprocess.
 
 
 def wait(runs: dict[str, subprocess.Popen]) -> dict[str, float]:
-    """Wait for all runs, end the others as soon as one has failed, and return the seconds that each took."""
+    """Wait for all runs and return the seconds of each.
+
+    As soon as one run fails, the others are terminated.
+    """
     start_s = time.monotonic()
     seconds: dict[str, float] = {}
     while len(seconds) < len(runs):
@@ -84,7 +89,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def compare(device: list[dict[str, Any]], cpu: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
-    """Compare the losses of two runs, step by step. A loss that is not a number never agrees."""
+    """Compare the losses of two runs step by step. A loss of None (not finite) never agrees."""
     device_losses = {step["step"]: step["loss"] for step in device}
     cpu_losses = {step["step"]: step["loss"] for step in cpu}
     same_steps = device_losses.keys() == cpu_losses.keys() and len(cpu_losses) > 0

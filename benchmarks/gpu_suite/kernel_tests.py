@@ -1,6 +1,7 @@
 """Run test files in parallel processes, one per file, and count their outcomes as they end.
 
-Compiling Triton kernels takes most of the time of the GPU tests and runs on the CPU, so several files share the GPU.
+GPU tests spend most of their time compiling Triton kernels on the CPU, so several files can share
+the GPU.
 """
 
 import argparse
@@ -22,7 +23,10 @@ NO_TESTS = 5  # pytest's exit status if it selected nothing
 
 @dataclass
 class FileResult:
-    """Outcomes of one test file. status: pytest's exit status; None while it runs. problems: failed tests, with a line each."""
+    """Outcomes of one test file.
+
+    status: pytest's exit status; None while it runs. problems: one line per failed test.
+    """
 
     file: str
     status: int | None = None
@@ -50,7 +54,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def files_with_gpu_tests() -> list[str]:
-    """Return test files that mark tests with `gpu`, those of kernels first; benchmarks have a part of their own."""
+    """Return the test files that mark tests with `gpu`, those of kernels first.
+
+    Tests of benchmarks are left out, because the benchmarks are parts of the suite themselves.
+    """
     found = []
     for file in sorted((ROOT / "tests").rglob("test_*.py")):
         name = file.relative_to(ROOT).as_posix()
@@ -60,7 +67,10 @@ def files_with_gpu_tests() -> list[str]:
 
 
 def run_files(files: list[str], marker: str, processes: int, json_file: Path) -> list[FileResult]:
-    """Run pytest once per file, at most `processes` at a time, and write the results whenever a file ends."""
+    """Run pytest once per file, at most `processes` at a time.
+
+    The results are written whenever a file ends.
+    """
     results = [FileResult(file) for file in files]
     waiting = list(results)
     running: list[tuple[FileResult, subprocess.Popen, float]] = []
@@ -83,7 +93,7 @@ def run_files(files: list[str], marker: str, processes: int, json_file: Path) ->
 
 
 def _start(result: FileResult, marker: str, scratch: Path) -> subprocess.Popen:
-    """Start pytest for one file. Its import and compile work is done by one thread, since many run side by side."""
+    """Start pytest for one file, with one thread, because many files run at the same time."""
     report = f"--junitxml={_report_of(result, scratch)}"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, report, result.file]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -94,7 +104,7 @@ def _report_of(result: FileResult, scratch: Path) -> Path:
 
 
 def _read_report(result: FileResult, report: Path) -> None:
-    """Fill in counts and problems from pytest's JUnit file; a crashed process leaves none."""
+    """Fill in counts and problems from pytest's JUnit file; a crashed process writes none."""
     if not report.is_file():
         result.problems.append(f"{result.file}: ended with status {result.status} and left no report")
         return
@@ -113,7 +123,7 @@ def _read_report(result: FileResult, report: Path) -> None:
 
 
 def _write(results: list[FileResult], json_file: Path) -> None:
-    """Replace the results file, with lines for a person first."""
+    """Replace the results file; it starts with readable lines."""
     ended = [result for result in results if result.status is not None]
     passed = sum(result.passed for result in ended)
     failed = sum(result.failed for result in ended)

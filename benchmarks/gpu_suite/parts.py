@@ -1,8 +1,8 @@
-"""The parts of the GPU suite, as data: what each runs, what it needs, and its share of the time."""
+"""The parts of the GPU suite as data: command, required packages, and share of the time."""
 
 from dataclasses import dataclass
 
-JSON = "{json}"  # replaced by the file that a part writes its results to
+JSON = "{json}"  # replaced by the path of the part's results file
 DEVICE = "{device}"  # replaced by cuda or cpu
 
 
@@ -11,8 +11,8 @@ class SuitePart:
     """One part of the suite.
 
     command: words after `python`, run from the repository's root. tiny: the words for `--tiny`.
-    weight: its share of the time, relative to the other parts.
-    needs: packages that must be importable, here and in `needs_on_gpu` for a run on a GPU.
+    weight: share of the time, relative to the other parts.
+    needs: packages that must be importable. needs_on_gpu: further packages for a run on a GPU.
     """
 
     name: str
@@ -107,7 +107,7 @@ PARTS = (
     ),
     SuitePart(
         name="specforge",
-        title="the draft's step beside SpecForge's, on the same machine",
+        title="the draft's step compared with SpecForge's, on the same machine",
         command=(*_SPECFORGE, "--mask", "1.0", "0.5", "0.3", "--hits", "all", "--rounds", "3"),
         tiny=(*_SPECFORGE, "--shape", "cpu-tiny", "--mask", "0.5", "--hits", "all", "--rounds", "1"),
         weight=80,

@@ -1,4 +1,4 @@
-"""Run the parts of the suite one after the other within its time, and keep the results so far on disk."""
+"""Run the parts of the suite one after the other in a time limit, and keep the results on disk."""
 
 import importlib.util
 import json
@@ -25,7 +25,11 @@ LOG_TAIL_CHARACTERS = 3000
 
 @dataclass(frozen=True)
 class Suite:
-    """What a run of the suite was asked for. folder: for suite.json and suite.log; seconds: its time limit."""
+    """Settings of a run of the suite.
+
+    folder: folder for suite.json and suite.log. seconds: time limit.
+    tiny: whether to use shapes small enough for a CPU.
+    """
 
     folder: Path
     device: str
@@ -35,10 +39,11 @@ class Suite:
 
 @dataclass
 class PartResult:
-    """What became of a part.
+    """Result of a part.
 
     status: "not reached", "skipped", "running", "passed", "failed", "out of time" or "interrupted".
-    results: the part's own JSON, as far as it had come. log_tail: the end of its output, unless it passed.
+    results: the JSON that the part has written so far.
+    log_tail: the end of its output, unless it passed.
     """
 
     name: str
@@ -53,7 +58,7 @@ class PartResult:
 
 @dataclass
 class SuiteRecord:
-    """Everything that suite.json holds."""
+    """The content of suite.json."""
 
     about: dict[str, Any]
     seconds: float = 0.0
@@ -61,7 +66,7 @@ class SuiteRecord:
     parts: list[PartResult] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        """Replace suite.json as a whole, so that a reader never sees half of it."""
+        """Replace suite.json atomically, so that a reader never sees an incomplete file."""
         text = json.dumps(asdict(self), indent=1)
         scratch = folder / "suite.json.new"
         scratch.write_text(text + "\n", encoding="utf-8")
@@ -69,7 +74,7 @@ class SuiteRecord:
 
 
 class Interrupted(Exception):
-    """A signal asked the suite to stop."""
+    """Raised when a signal asks the suite to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -77,13 +82,13 @@ class Interrupted(Exception):
 
 
 def missing_packages(part: SuitePart, device: str) -> list[str]:
-    """Return the packages that a part needs on this device and that cannot be imported here."""
+    """Return the packages that a part needs on this device and that cannot be imported."""
     needs = part.needs + (part.needs_on_gpu if device == "cuda" else ())
     return [package for package in needs if importlib.util.find_spec(package) is None]
 
 
 def run_suite(parts: Sequence[SuitePart], suite: Suite) -> int:
-    """Run the parts, print what they found, and return the exit status of the command."""
+    """Run the parts, print their results, and return the exit status of the command."""
     suite.folder.mkdir(parents=True, exist_ok=True)
     (suite.folder / "suite.log").write_text("", encoding="utf-8")
     record = SuiteRecord(about=_about(suite), parts=[PartResult(part.name) for part in parts])
@@ -111,7 +116,10 @@ def run_suite(parts: Sequence[SuitePart], suite: Suite) -> int:
 
 
 def time_limit_s(part: SuitePart, remaining: Sequence[SuitePart], left_s: float) -> float:
-    """Return the seconds that a part may take: its share of the time left among the parts that remain, itself included."""
+    """Return the time limit of a part in seconds: its share of the remaining time.
+
+    remaining: the parts that have not run yet, including this one. left_s: remaining seconds.
+    """
     total = sum(later.weight for later in remaining)
     if total == 0:
         return 0.0
@@ -119,7 +127,7 @@ def time_limit_s(part: SuitePart, remaining: Sequence[SuitePart], left_s: float)
 
 
 def _run_part(part: SuitePart, result: PartResult, suite: Suite, limit_s: float, record: SuiteRecord, start_s: float) -> None:
-    """Run one part in a process group of its own and fill in its result."""
+    """Run one part in a new process group and fill in its result."""
     missing = missing_packages(part, suite.device)
     if missing:
         result.status = "skipped"
@@ -168,7 +176,7 @@ def _watch(
     suite: Suite,
     start_s: float,
 ) -> None:
-    """Wait for the process until its time is up, and save what it has written every few seconds."""
+    """Wait for the process until its time limit, and save its results every few seconds."""
     begin_s = time.monotonic()
     saved_s = begin_s - SAVE_EVERY_S
     while process.poll() is None:
@@ -193,7 +201,7 @@ def _watch(
 
 
 def _fail_for_problems(result: PartResult) -> None:
-    """Turn a part that ended normally into a failed one where its results name errors."""
+    """Mark a part that ended normally as failed if its results contain errors."""
     problems = problems_of(result.results)
     if result.status == "passed" and problems:
         result.status = "failed"
@@ -201,7 +209,7 @@ def _fail_for_problems(result: PartResult) -> None:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process and all that it started: SIGTERM first, SIGKILL after a few seconds."""
+    """End a process group: send SIGTERM first, and SIGKILL after a few seconds."""
     for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
         try:
             os.killpg(process.pid, number)
@@ -215,7 +223,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of a part: the checkout is importable and output is not held back."""
+    """Return the environment of a part: the checkout is importable and output is unbuffered."""
     paths = [str(ROOT)]
     if os.environ.get("PYTHONPATH"):
         paths.append(os.environ["PYTHONPATH"])
@@ -223,7 +231,7 @@ def _environment() -> dict[str, str]:
 
 
 def _read_json(file: Path) -> Any:
-    """Return what a part has written, or None while there is nothing whole to read."""
+    """Return the JSON that a part has written, or None if there is no complete file."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -243,7 +251,7 @@ def _about(suite: Suite) -> dict[str, Any]:
 
 
 def _raise_on_signals() -> dict[int, Any]:
-    """Let SIGINT and SIGTERM raise `Interrupted`; return the handlers that stood before."""
+    """Let SIGINT and SIGTERM raise `Interrupted`; return the previous handlers."""
 
     def stop(number: int, frame: object) -> None:
         raise Interrupted(number)

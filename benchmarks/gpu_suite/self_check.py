@@ -1,6 +1,7 @@
-"""Check every kernel of a draft and of a frozen target against plain PyTorch, as a run does at its first start on a GPU.
+"""Check every kernel of a draft and of a frozen target against plain PyTorch.
 
-Without a GPU, Triton's interpreter runs the kernels of the draft, in fp32.
+These are the checks of a run's first start on a GPU. Without a GPU, Triton's interpreter runs the
+kernels of the draft in fp32.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:  # what it imports is Triton's, which reads the environment when it is imported
+if TYPE_CHECKING:  # The module imports Triton, which reads the environment at import.
     from engine.kernels.self_check import KernelCheck
 
 HEAD_DIM = 128
@@ -24,7 +25,8 @@ HEAD_DIM = 128
 def main() -> int:
     options = parse_options()
     if options.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined, so before they are imported
+        # Triton reads this when kernels are defined, so it is set before they are imported.
+        os.environ["TRITON_INTERPRET"] = "1"
     results: list[dict[str, object]] = []
 
     def keep(where: str, check: "KernelCheck") -> None:
@@ -47,7 +49,10 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_checks(device_type: str, keep: Callable[[str, "KernelCheck"], None]) -> None:
-    """Check all kernels. keep: called with where a kernel is used and its check; nothing is read from or kept in a cache."""
+    """Check all kernels, without a cache of results.
+
+    keep: called after every check, with a description of where the kernel is used, and the check.
+    """
     from engine.kernels import PLAIN, choose_target_kernels, flash, flash_where_dense, fused
     from engine.kernels.self_check import check_kernels
 
@@ -67,7 +72,7 @@ def run_checks(device_type: str, keep: Callable[[str, "KernelCheck"], None]) -> 
 
 
 def lines_of(results: list[dict[str, object]]) -> list[str]:
-    """Return a line for a person about each check, failed ones first."""
+    """Return one readable line per check, failed ones first."""
     ordered = sorted(results, key=lambda result: bool(result["ok"]))
     return [
         f"{'ok' if result['ok'] else 'FAILED':<7} {result['name']} ({result['where']}): error {float(result['error']):.1e}, "
@@ -77,7 +82,7 @@ def lines_of(results: list[dict[str, object]]) -> list[str]:
 
 
 def write(results: list[dict[str, object]], file: Path) -> None:
-    """Replace the results file as a whole."""
+    """Replace the results file atomically."""
     record = {"lines": lines_of(results), "checks": results}
     scratch = file.with_suffix(".new")
     scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

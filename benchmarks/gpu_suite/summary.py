@@ -1,10 +1,13 @@
-"""A few lines for a person about what a part of the suite measured."""
+"""Readable summaries of what the parts of the suite measured."""
 
 from typing import Any
 
 
 def lines_of(part: str, results: Any) -> list[str]:
-    """Return lines that describe the results of a part, as read from its JSON; none if it has not written any."""
+    """Return lines that describe the results of a part; an empty list if there are no results.
+
+    results: the content of the part's JSON file, or None.
+    """
     if not results:
         return []
     if part == "specforge":
@@ -18,7 +21,10 @@ def lines_of(part: str, results: Any) -> list[str]:
 
 
 def problems_of(results: Any) -> list[str]:
-    """Return what failed inside a part that ended normally: benchmarks record an error per row and go on."""
+    """Return the errors in the results of a part that ended normally.
+
+    Benchmarks record the error of a row and continue.
+    """
     if not isinstance(results, dict):
         return []
     rows = results.get("rows", [])
@@ -26,7 +32,10 @@ def problems_of(results: Any) -> list[str]:
 
 
 def _benchmark_lines(row: dict[str, Any]) -> list[str]:
-    """Lines of one row of benchmarks/harness.py: time, ratio to the floor, memory, and the most expensive kernels."""
+    """Return the lines of one row of benchmarks/harness.py.
+
+    They contain the time, the ratio to the floor, the memory, and the most expensive kernels.
+    """
     name = f"{row['shape']}, {row['provider']}"
     if "error" in row:
         return [f"{name}: {row['error']}"]

@@ -1,10 +1,12 @@
-"""Ancestor attention, forward and backward, in every implementation, beside plain causal attention of as many FLOPs.
+"""Time ancestor attention, forward and backward, next to causal attention with the same FLOPs.
 
     python -m benchmarks.kernels.bench_ancestor_attention --shapes '32k-*' --providers triton sdpa
 
-Run from the repository's root. A shape's name says tokens, documents, ancestors a row and the share of rows that are kept, the
-last ones of each document; head counts are Llama-3.1-8B's. `sdpa` is PyTorch's own attention over one causal document with as
-many pairs of row and key. TFLOP/s count as flash-attention does: two products a pair forward and five backward.
+Run from the repository's root. A shape's name gives the tokens, the documents, the ancestors per
+row, and the share of rows that are kept, which are the last ones of each document. Head counts are
+those of Llama-3.1-8B, except in the shapes for a CPU. `sdpa` is PyTorch's attention over one causal
+document with the same number of pairs of row and key. TFLOP/s are counted as in flash-attention:
+two products per pair in the forward pass and five in the backward pass.
 """
 
 import importlib
@@ -25,7 +27,12 @@ from engine.models.eagle3.flops import StepPart, attention_part
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """heads: (H, G, E). kept: share of a document's positions, its last ones, that have a row."""
+    """Sizes of a micro-batch for ancestor attention.
+
+    num_ancestors: ancestors per row.
+    kept: share of a document's positions that have a row; they are its last positions.
+    heads: (H, G, E), numbers of query and key heads, and the head size.
+    """
 
     num_tokens: int
     num_documents: int
@@ -45,14 +52,17 @@ class AttentionShape:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a row and a key that it sees."""
+        """Number of pairs of a row and a key that it attends to."""
         rows = AttentionRows(self.position_Q, self.cu_seqlens)
         return (rows.position_Q - rows.start_Q + 1 + self.num_ancestors).sum().item()
 
 
 @dataclass(frozen=True)
 class AttentionTensors:
-    """place and shape, and what an implementation is called with; all but the rows are differentiated."""
+    """Arguments of an implementation, with their place and shape.
+
+    Gradients are computed for all tensors except the rows.
+    """
 
     place: Place
     shape: AttentionShape
@@ -123,7 +133,8 @@ def _ancestor_attention(module: str) -> Callable[[AttentionTensors], Callable[[]
 def _plain_causal() -> Callable[[AttentionTensors], Callable[[], object]]:
     def make(tensors: AttentionTensors) -> Callable[[], object]:
         (num_heads, num_groups, head_dim), place = tensors.shape.heads, tensors.place
-        num_tokens = round(math.sqrt(2 * tensors.shape.num_pairs))  # n (n + 1) / 2 pairs, within a token
+        # A causal document of n tokens has n (n + 1) / 2 pairs; this is n to within one token.
+        num_tokens = round(math.sqrt(2 * tensors.shape.num_pairs))
         heads = num_heads, num_groups, num_groups
         leaves = [torch.randn(1, n, num_tokens, head_dim, device=place.device, dtype=place.dtype) for n in heads]
         leaves = [leaf.requires_grad_() for leaf in leaves]

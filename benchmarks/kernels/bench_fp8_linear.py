@@ -1,10 +1,14 @@
-"""Rows times fp8 weights: dequantised on the chip, dequantised in memory first, the dense product alone, or both in fp8.
+"""Time the product of rows and fp8 weights in several ways, next to a dense product.
 
     python -m benchmarks.kernels.bench_fp8_linear --shapes 'deepseek-*' --providers dense fused
 
-Run from the repository's root. A shape's name says whose weight, how many experts have one, and how many rows they get in all;
-rows fall on experts evenly. The bars, beside `dense` in bf16: where few rows share a weight, `fused` is at least 1.3 times as
-fast; where many do, `fp8 rows` is, which quantises the rows as well.
+Run from the repository's root. A shape's name gives the model and weight, the number of experts,
+and the total number of rows, which are distributed evenly over the experts. `fused` dequantises the
+weight on the chip, `dequantised` dequantises it in memory first, `dense` is the product alone with
+a weight that is not quantised, and `fp8 rows` quantises the rows as well.
+
+Goals compared with `dense` in bf16: `fused` is at least 1.3 times as fast if few rows share a
+weight, and `fp8 rows` is at least 1.3 times as fast if many do.
 """
 
 from collections.abc import Callable
@@ -33,7 +37,7 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class LinearTensors:
-    """The arguments of `reference.fp8_linear`, and the weight that they mean, in the precision of the rows."""
+    """Arguments of `reference.fp8_linear`, and the weight dequantised to the rows' precision."""
 
     rows_MK: Tensor
     codes_XNK: Tensor
@@ -43,7 +47,11 @@ class LinearTensors:
 
 
 def _shapes() -> dict[str, LinearShape]:
-    """DeepSeek-V3: attention's last map, a sixteenth of the experts; Qwen3-30B-A3B: all experts; and small ones for a CPU."""
+    """Return shapes of DeepSeek-V3 and Qwen3-30B-A3B, and small ones for a CPU.
+
+    Those of DeepSeek-V3 are the output map of attention and a sixteenth of the experts; those of
+    Qwen3-30B-A3B are all experts.
+    """
     sizes = {
         "deepseek-o": (1, 7168, 16384),
         "deepseek-up": (16, 4096, 7168),
@@ -94,7 +102,7 @@ def _dequantised(tensors: LinearTensors) -> object:
 
 
 def parts(shape: LinearShape) -> dict[str, StepPart]:
-    """With weights of half an element: a byte, at half precision."""
+    """Return the cost of the product, with fp8 weights counted as half an element of 16 bits."""
     weights = shape.num_outputs * shape.num_inputs
     elements = shape.num_rows * (shape.num_inputs + shape.num_outputs) + shape.num_experts * weights // 2
     return {"product": StepPart(Cost(2 * shape.num_rows * weights, elements))}
@@ -105,13 +113,13 @@ def figures(shape: LinearShape, seconds: float) -> dict[str, float]:
 
 
 def _fused() -> Callable[[LinearTensors], object]:
-    from engine.kernels.fp8_linear import fp8_linear  # it needs Triton
+    from engine.kernels.fp8_linear import fp8_linear  # needs Triton
 
     return lambda tensors: fp8_linear(tensors.rows_MK, tensors.codes_XNK, tensors.scale_XGJ, BLOCK, tensors.ends_X)
 
 
 def _fp8_rows() -> Callable[[LinearTensors], object]:
-    from engine.kernels.fp8_activations import fp8_activations  # it needs Triton
+    from engine.kernels.fp8_activations import fp8_activations  # needs Triton
 
     def product(tensors: LinearTensors) -> Tensor:
         weight = tensors.codes_XNK, tensors.scale_XGJ, BLOCK

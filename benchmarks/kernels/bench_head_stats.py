@@ -1,10 +1,11 @@
-"""Argmax and log-sum-exp of a target's head: plain PyTorch, one pass, and the product alone.
+"""Time argmax and log-sum-exp of a target's head, next to the product alone.
 
     python -m benchmarks.kernels.bench_head_stats --shapes '8b-*' --providers reference fused
 
-Run from the repository's root. A shape's name says whose head, how many slots there are, and
-whether logits are capped. `head` is what a run does on this device; `product` forms the logits and
-reads them no more: what remains of a provider's time is its passes over them.
+Run from the repository's root. A shape's name gives the model, the number of slots, and whether
+logits are capped. `reference` is plain PyTorch, and `fused` reads the logits once. `head` is the
+implementation that a run uses on this device. `product` only computes the logits, so the difference
+to another provider is the time of that provider's passes over them.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,7 @@ Stats = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class HeadShape:
-    """soft_cap: None = logits are not capped."""
+    """Sizes of a head. soft_cap: bound of the logits; None if they are not capped."""
 
     num_slots: int
     hidden_size: int
@@ -34,14 +35,14 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class HeadTensors:
-    """Last hidden states and the head that reads them."""
+    """Last hidden states, and the head that reads them."""
 
     hidden_ND: Tensor
     head: TargetHead
 
 
 def _shapes() -> dict[str, HeadShape]:
-    """Heads of Llama-3.1-8B, Gemma 2 9B (capped) and Qwen3-30B-A3B, and one for a CPU."""
+    """Return shapes of Llama-3.1-8B, Gemma 2 9B (capped), Qwen3-30B-A3B, and two for a CPU."""
     sizes = {
         "8b": (4096, 128256, None),
         "gemma": (3584, 256000, 30.0),
@@ -73,7 +74,10 @@ def setup(provider: Callable[[HeadTensors], object], tensors: HeadTensors) -> Ca
 
 
 def _over_chunks(stats: Stats, tensors: HeadTensors) -> object:
-    """Logits of 1,024 slots and 65,536 tokens at a time, as engine/target/head.py takes them."""
+    """Compute `stats` of the logits in chunks of 1,024 slots x 65,536 tokens.
+
+    These are the chunks of engine/target/head.py.
+    """
     results = []
     for hidden_ND in tensors.hidden_ND.split(1024):
         for weight_VD in tensors.head.weight_VD.split(65536):
@@ -83,7 +87,7 @@ def _over_chunks(stats: Stats, tensors: HeadTensors) -> object:
 
 
 def _fused() -> Callable[[HeadTensors], object]:
-    from engine.kernels.head_stats import head_stats  # it needs Triton
+    from engine.kernels.head_stats import head_stats  # needs Triton
 
     return partial(_over_chunks, head_stats)
 

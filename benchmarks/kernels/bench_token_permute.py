@@ -1,9 +1,11 @@
-"""Rows put in the order of their experts and summed up again by token: in two launches, in plain PyTorch, as Transformers does.
+"""Time the permutation of token rows into expert order and their weighted sum back per token.
 
     python -m benchmarks.kernels.bench_token_permute --shapes 'qwen3-*' --providers transformers fused
 
-Run from the repository's root. A shape's name says whose hidden size and number of choices, and how
-many tokens. No product lies between the two steps, so what is timed is memory traffic alone.
+Run from the repository's root. A shape's name gives the model, with its hidden size and number of
+experts per token, and the number of tokens. `fused` uses two kernel launches, `plain` is plain
+PyTorch, and `transformers` does the same as Transformers. There is no product between the two
+steps, so only memory traffic is timed.
 """
 
 from collections.abc import Callable
@@ -27,7 +29,7 @@ class PermuteShape:
 
 @dataclass(frozen=True)
 class PermuteTensors:
-    """Rows of tokens, the order of their choices and its inverse, and the choices' weights."""
+    """Rows of tokens, the order of their expert choices, its inverse, and the choices' weights."""
 
     rows_TD: Tensor
     order_M: Tensor
@@ -36,7 +38,7 @@ class PermuteTensors:
 
 
 def _shapes() -> dict[str, PermuteShape]:
-    """Shapes of Qwen3-30B-A3B and DeepSeek-V3, and a small one for a CPU."""
+    """Return shapes of Qwen3-30B-A3B and DeepSeek-V3, and a small one for a CPU."""
     sizes = {"qwen3": (8, 2048), "deepseek": (8, 7168), "cpu": (4, 512)}
     tokens = {"qwen3": (8192, 32768), "deepseek": (4096, 16384), "cpu": (1024,)}
     return {
@@ -66,7 +68,7 @@ def _in_two_steps(permute: TokenPermute, tensors: PermuteTensors) -> Tensor:
 
 
 def _transformers(tensors: PermuteTensors) -> Tensor:
-    """What surrounds the products in `grouped_mm_experts_forward`."""
+    """Run the operations around the products of Transformers' `grouped_mm_experts_forward`."""
     rows_TD = tensors.rows_TD
     num_choices = tensors.place_TK.shape[1]
     sorted_MD = rows_TD[tensors.order_M // num_choices]
@@ -76,7 +78,7 @@ def _transformers(tensors: PermuteTensors) -> Tensor:
 
 
 def parts(shape: PermuteShape) -> dict[str, StepPart]:
-    """Every row is read and written once on the way there, and read once on the way back."""
+    """Return the cost: the permutation reads and writes every row once; the sum reads it once."""
     rows = shape.num_tokens * shape.num_choices
     values = shape.hidden_size * (3 * rows + shape.num_tokens)
     return {"rows": StepPart(Cost(2 * rows * shape.hidden_size, values))}
@@ -87,7 +89,7 @@ def figures(shape: PermuteShape, seconds: float) -> dict[str, float]:
 
 
 def _fused() -> Callable[[PermuteTensors], object]:
-    from engine.kernels import token_permute  # it needs Triton
+    from engine.kernels import token_permute  # needs Triton
 
     fused = TokenPermute(token_permute.permute_rows, token_permute.quantise_rows, token_permute.unpermute_rows)
     return partial(_in_two_steps, fused)

@@ -1,9 +1,11 @@
-"""The vocabulary loss and its gradients: deferred, as plain PyTorch, and its matrix products alone.
+"""Time the vocabulary loss and its gradients, next to the matrix products alone.
 
     python -m benchmarks.kernels.bench_vocab_loss --shapes '8b-4096x7-*'
 
-Run from the repository's root. A shape's name says whose draft, slots x TTT steps (a slot has a row at each), and the loss.
-`products` runs the matrix products alone: a measured floor, next to the computed one of engine/models/eagle3/flops.py.
+Run from the repository's root. A shape's name gives the model, slots x TTT steps, and the loss;
+every slot has one row per step. `reference` is plain PyTorch. `deferred` and `fused` compute the
+loss in chunks, `fused` with a Triton kernel. `products` runs only the matrix products: a measured
+floor next to the computed one of engine/models/eagle3/flops.py.
 """
 
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from engine.target.head import TargetHead
 
 @dataclass(frozen=True)
 class LossShape:
-    """kind: of `loss.kind`, "kl" or "lk_alpha"."""
+    """Sizes of a loss. kind: value of `loss.kind`, "kl" or "lk_alpha"."""
 
     num_slots: int
     steps: int
@@ -43,7 +45,7 @@ class LossShape:
 
 @dataclass(frozen=True)
 class LossTensors:
-    """hidden_RD and weight_UD are differentiated."""
+    """Arguments of the loss. Gradients are computed for hidden_RD and weight_UD."""
 
     hidden_RD: Tensor
     weight_UD: Tensor
@@ -54,7 +56,10 @@ class LossTensors:
 
 
 def _shapes() -> dict[str, LossShape]:
-    """Widths of Llama-3.1-8B, Llama-3.3-70B and Kimi-K2 (launcher/recipes), and one for a CPU."""
+    """Return shapes of Llama-3.1-8B, Llama-3.3-70B and Kimi-K2, and a small one for a CPU.
+
+    Their widths are those of launcher/recipes.
+    """
     sizes = {"8b": (4096, 32000), "70b": (8192, 32000), "kimi": (7168, 32000), "cpu": (512, 8000)}
     counts = {"8b": ((512, 7), (4096, 1), (4096, 7), (16384, 7)), "70b": ((4096, 7),), "kimi": ((4096, 7),), "cpu": ((256, 7),)}
     return {
@@ -66,7 +71,10 @@ def _shapes() -> dict[str, LossShape]:
 
 
 def prepare(shape: LossShape, place: Place) -> LossTensors:
-    """Logits of the draft and of the target are a few nats apart; rows are in chunks as large as in training."""
+    """Create the tensors of a shape.
+
+    Logits of the draft and the target differ by a few nats. Chunks are as large as in training.
+    """
     torch.manual_seed(0)
     num_slots = shape.num_slots
     steps = shape.steps
@@ -92,7 +100,8 @@ def prepare(shape: LossShape, place: Place) -> LossTensors:
         draw(vocab_size, size, scale=3 * size**-0.5).requires_grad_(),
         teacher,
         plan_rows(carries_loss_ST, slot_ST, cu_seqlens, test.slots_within_budget(Walk(), place.dtype), compaction=True).loss,
-        SlotTargets(hidden_ND, teacher.logits, lse_N + 0.1, draft_id_N.long()),  # a tenth of the mass lies outside
+        # The larger log-sum-exp puts a tenth of the probability outside the draft vocabulary.
+        SlotTargets(hidden_ND, teacher.logits, lse_N + 0.1, draft_id_N.long()),
         RowWeights(per_row_S) if is_kl else RowWeights(torch.zeros_like(per_row_S), log_acceptance_S=per_row_S),
     )
 
@@ -109,7 +118,10 @@ def _with_gradients(loss: Callable[..., VocabLoss], tensors: LossTensors) -> obj
 
 @torch.no_grad()
 def _products(tensors: LossTensors) -> object:
-    """Chunk by chunk as in engine/kernels/vocab_loss.py: the target's logits, the draft's, and both gradients."""
+    """Compute the target's logits, the draft's logits and both gradients, without the loss.
+
+    The chunks are those of engine/kernels/vocab_loss.py.
+    """
     bounds = tensors.rows.bounds
     per_chunk = tensors.rows.slots_per_chunk
     hidden_grads = []
@@ -133,7 +145,7 @@ def figures(shape: LossShape, seconds: float) -> dict[str, float]:
 
 
 def _fused() -> Callable[..., VocabLoss]:
-    from engine.kernels.row_loss import row_loss  # it needs Triton
+    from engine.kernels.row_loss import row_loss  # needs Triton
 
     return partial(vocab_loss, walk=Walk(row_loss))
 

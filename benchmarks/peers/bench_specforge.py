@@ -1,12 +1,15 @@
-"""The draft's training step beside SpecForge's: the same weights and batch, first checked equal, then timed in turn.
+"""Compare the draft's training step with SpecForge's, with the same weights and the same batch.
 
     python benchmarks/peers/bench_specforge.py [--shape cpu|llama-8b] [--backend sdpa] [--json FILE]
 
-Each side is a process of its own. Ours keeps freed host memory for the next step, as every run does
-(engine/host/freed_memory.py).
-SpecForge runs with its own torch.compile and, on a CPU, its plain loss, since its Triton loss needs a GPU; it lies in a folder
-of its own, installed there from PyPI at the first run without what it depends on, unless this environment has it, and imports
-the torch and Transformers of this environment. A step is target head, forward and backward.
+A step consists of the target head, the forward pass and the backward pass. The losses and gradients
+of both sides are first checked to be equal; then their steps are timed alternately. Each side runs
+in a separate process. DraftSpeed keeps freed host memory for the next step, as in every run
+(engine/host/freed_memory.py). SpecForge runs with its own torch.compile. On a CPU it uses its plain
+loss, because its Triton loss needs a GPU.
+
+If SpecForge cannot be imported, the first run installs it from PyPI into a separate folder, without
+its dependencies. It uses the torch and Transformers of this environment.
 """
 
 import argparse
@@ -34,7 +37,8 @@ from benchmarks.record import machine_and_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = "specforge==0.2.0"
-WARM_UP_ROUNDS = 3  # beyond the check: SpecForge compiles, and both sides' allocators settle
+# In addition to the check. SpecForge compiles, and both allocators reach a steady state.
+WARM_UP_ROUNDS = 3
 CPU_BAR = dict(hidden_size=512, intermediate_size=1792, num_heads=8, num_key_value_heads=2, head_dim=64)
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_heads=32, num_key_value_heads=8, head_dim=128)
 SHAPES = {
@@ -42,13 +46,13 @@ SHAPES = {
     "cpu-tiny": CPU_BAR | dict(draft_vocab_size=256, vocab_size=512, num_tokens=128),
     "llama-8b": LLAMA_8B | dict(draft_vocab_size=32000, vocab_size=128256, num_tokens=4096),
 }
-# of losses, and of gradients by tensor in the Frobenius norm
+# Relative tolerances of the losses, and of the gradients per tensor in the Frobenius norm.
 TOLERANCE = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 5e-2)}
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two processes."""
+    """One of the two processes that are compared."""
 
     name: str
     process: subprocess.Popen
@@ -58,7 +62,7 @@ class Side:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}; its errors are above")
+            raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}; see its error output above")
         return json.loads(answer)
 
 
@@ -86,12 +90,16 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--backend", default="sdpa", help="SpecForge's attention: sdpa, flex_attention or fa")
-    parser.add_argument("--mask", type=float, nargs="+", default=[1.0, 0.5, 0.1], help="shares of the assistant's positions")
+    parser.add_argument("--mask", type=float, nargs="+", default=[1.0, 0.5, 0.1], help="shares of assistant tokens")
     parser.add_argument("--hits", choices=("all", "random"), nargs="+", default=["all", "random"])
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side, in turn")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, help="file for the figures, one object a case; machine and versions lie beside it")
-    parser.add_argument("--peer-folder", type=Path, default=ROOT / "outputs/peers/specforge-0.2.0", help="where SpecForge lies")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="file for the figures, one object per case; machine and versions go to a second file",
+    )
+    parser.add_argument("--peer-folder", type=Path, default=ROOT / "outputs/peers/specforge-0.2.0", help="folder of SpecForge")
     return parser.parse_args()
 
 
@@ -101,7 +109,10 @@ def command_words(options: argparse.Namespace) -> list[str]:
 
 
 def install_peer(folder: Path) -> None:
-    """Install SpecForge, and Triton where this environment has none, into a folder of their own, unless it is importable."""
+    """Install SpecForge into `folder` unless it can be imported.
+
+    Triton is installed there too if this environment does not have it.
+    """
     if importlib.util.find_spec("specforge"):
         return
     packages = [PEER] if importlib.util.find_spec("triton") else [PEER, "triton"]
@@ -111,7 +122,10 @@ def install_peer(folder: Path) -> None:
 
 
 def compare(task: Task, options: argparse.Namespace) -> dict[str, float]:
-    """Both sides on one task: equal results, or an error, and then what each of them costs."""
+    """Run one task on both sides and return their time and memory.
+
+    Raises RuntimeError if the results differ.
+    """
     sides = [start("draftspeed", task, options), start("specforge", task, options)]
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +154,10 @@ def compare(task: Task, options: argparse.Namespace) -> dict[str, float]:
 
 
 def start(name: str, task: Task, options: argparse.Namespace) -> Side:
-    """A process that waits for orders, with the repository and SpecForge's folder to import from."""
+    """Start the process of one side, which can import the repository and waits for commands.
+
+    SpecForge's process can also import from SpecForge's folder.
+    """
     command = [sys.executable, "-m", f"benchmarks.peers.serve_{name}", "--task", task_json(task)]
     command += ["--backend", options.backend, "--threads", str(options.threads)]
     paths = [str(ROOT), str(options.peer_folder)] if name == "specforge" else [str(ROOT)]
@@ -150,7 +167,7 @@ def start(name: str, task: Task, options: argparse.Namespace) -> Side:
 
 
 def check_equal(ours: dict, theirs: dict, tolerances: tuple[float, float]) -> dict[str, float]:
-    """Largest relative differences. Raises RuntimeError where the two do not compute the same."""
+    """Return the largest relative differences. Raises RuntimeError above the tolerances."""
     if ours.keys() != theirs.keys():
         raise RuntimeError(f"only one side has gradients of {sorted(ours.keys() ^ theirs.keys())}")
     losses = ours.pop("losses")
@@ -164,7 +181,10 @@ def check_equal(ours: dict, theirs: dict, tolerances: tuple[float, float]) -> di
 
 
 def shares(task: Task) -> dict[str, float]:
-    """What part of the task carries loss."""
+    """Return the shares of a task: `mask` of its settings, hits, and tokens with loss.
+
+    A hit is a slot for which the target's most likely token is in the draft vocabulary.
+    """
     tensors = task.tensors()
     slots_N = tensors.mask_T.nonzero().flatten() + 1
     best_N = (tensors.last_hidden_TD[slots_N] @ tensors.head_VD.T).argmax(-1)

@@ -1,4 +1,4 @@
-"""DraftSpeed's side of a comparison: see task.py."""
+"""Process that runs DraftSpeed's side of a comparison; see task.py."""
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def main() -> None:
     batch = PackedBatch(tensors.input_ids_T, tensors.mask_T, cu_seqlens)
     norms = LossNorms(torch.tensor(float(task.num_tokens), device=task.device), torch.ones(STEPS, device=task.device))
 
-    allowed_ST = allowed_rows(batch, ttt)  # by a run on the host, while it reads
+    allowed_ST = allowed_rows(batch, ttt)  # A run computes this on the host while it reads data.
     slots_N = slots_of(allowed_ST)
 
     def forward() -> tuple[Tensor, Tensor]:

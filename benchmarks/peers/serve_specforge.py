@@ -1,4 +1,4 @@
-"""SpecForge's side of a comparison: see task.py. Runs where specforge 0.2.0 can be imported."""
+"""Process that runs SpecForge's side of a comparison; see task.py. Requires specforge 0.2.0."""
 
 import specforge.algorithms.eagle3.model as eagle3
 import torch
@@ -29,13 +29,13 @@ def make_model(task: Task, tensors: TaskTensors, backend: str) -> LlamaForCausal
 
 def main() -> None:
     task, options = read_task()
-    torch._dynamo.config.suppress_errors = True  # where nothing can be compiled, its code runs as it is
+    torch._dynamo.config.suppress_errors = True  # Code that cannot be compiled runs eagerly.
     if task.device == "cpu":
         eagle3.LogSoftmaxLoss = PlainLoss
     tensors = task.tensors()
     model = make_model(task, tensors, options.backend)
     trainer = eagle3.OnlineEagle3Model(model, length=STEPS, attention_backend=options.backend)
-    # its data pipeline hands over tokens and target logits shifted by one position
+    # SpecForge's data pipeline passes tokens and target logits shifted by one position.
     input_ids_1T = torch.nn.functional.pad(tensors.input_ids_T[1:], (0, 1))[None]
     everywhere_1T = torch.ones_like(input_ids_1T, dtype=torch.bool)
     mask_1T1 = tensors.mask_T[None, :, None].int()

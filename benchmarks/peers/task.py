@@ -1,7 +1,10 @@
-"""The task that two trainers are compared on: the same weights and the same batch, made from a seed in each of two processes.
+"""The task on which two trainers are compared.
 
-A process that serves a task obeys lines on its standard input and answers each with one line of JSON: `check FILE` takes the
-first step and writes its losses and gradients, `time` takes a step and says how long it took, `memory` how much it needed.
+Each process creates the same weights and the same batch from a seed.
+
+A process that serves a task reads commands from its standard input and answers each with one line
+of JSON. `check FILE` runs the first step and writes its losses and gradients, `time` runs a step
+and returns its seconds, and `memory` returns the peak memory in bytes.
 """
 
 import argparse
@@ -24,11 +27,13 @@ STEPS = 7
 
 @dataclass(frozen=True)
 class Task:
-    """One training step of a draft on one document, target head included.
+    """One training step of a draft on one document, including the target head.
 
-    hidden_size D .. num_tokens T: shapes, the draft as wide as its target. mask: share of positions, the last ones, that the
-    assistant wrote. hits: "all" = the target's most likely token is always in the draft vocabulary, "random" = it is there as
-    often as any token. dtype, device: as torch names them.
+    hidden_size to num_tokens: sizes; the draft is as wide as its target.
+    mask: share of assistant tokens, which are the last ones.
+    hits: "all" if the target's most likely token is always in the draft vocabulary, "random" if it
+    is there as often as any other token.
+    device, dtype: names in torch.
     """
 
     hidden_size: int
@@ -45,7 +50,7 @@ class Task:
     dtype: str
 
     def config(self) -> dict:
-        """Options of a draft's config.json."""
+        """Return the options of the draft's config.json."""
         return {
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -73,12 +78,12 @@ class Task:
         in_draft_V = torch.zeros(vocab, dtype=torch.bool)
         in_draft_V[torch.randperm(vocab, generator=generator)[: self.draft_vocab_size]] = True
         head_VD = draw(vocab, size, scale=4.5 * size**-0.5)
-        if self.hits == "all":  # logits near zero are never the largest
+        if self.hits == "all":  # Logits near zero are never the largest.
             head_VD[~in_draft_V] *= 0.05
         position_T = torch.arange(self.num_tokens)
         tensors = TaskTensors(
             input_ids_T=torch.randint(vocab, (self.num_tokens,), generator=generator),
-            # a document's last token is followed by nothing that could be learned
+            # No token follows a document's last token, so it cannot be trained on.
             mask_T=(position_T >= round(self.num_tokens * (1 - self.mask))) & (position_T < self.num_tokens - 1),
             aux_TA=draw(self.num_tokens, 3 * size),
             last_hidden_TD=draw(self.num_tokens, size),
@@ -107,7 +112,12 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskTensors:
-    """input_ids_T and mask_T as tokenised, nothing shifted. head_VD, embed_VD: the target's. weights: the draft's, by name."""
+    """Tensors of a task.
+
+    input_ids_T, mask_T: token ids and assistant mask, not shifted.
+    head_VD, embed_VD: weights of the target's head and embedding.
+    weights: the draft's weights by name.
+    """
 
     input_ids_T: Tensor
     mask_T: Tensor
@@ -120,7 +130,7 @@ class TaskTensors:
 
 
 def read_task() -> tuple[Task, argparse.Namespace]:
-    """The task that this process was started for, and how it is to run."""
+    """Return the task and the options of this process's command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--task", required=True, help="Task as JSON")
     parser.add_argument("--backend", default="sdpa")
@@ -135,7 +145,10 @@ def task_json(task: Task) -> str:
 
 
 def serve(task: Task, model: nn.Module, forward: Callable[[], tuple[Tensor, Tensor]]) -> None:
-    """Obey standard input. forward: gives the total loss, a differentiable scalar, and those of the steps, [S]."""
+    """Run the commands of the standard input until it ends.
+
+    forward: returns the total loss, a differentiable scalar, and the losses of the TTT steps, [S].
+    """
     on_gpu = task.device == "cuda"
 
     def step() -> Tensor:
@@ -165,14 +178,15 @@ def serve(task: Task, model: nn.Module, forward: Callable[[], tuple[Tensor, Tens
 
 
 def _start_counting(on_gpu: bool) -> int:
-    """Bytes that are taken before the first step."""
+    """Reset the peak memory counter and return the bytes in use before the first step."""
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # what making the task freed must not serve the steps unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    # Otherwise the steps could use pages freed while the task was created, without being counted.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 

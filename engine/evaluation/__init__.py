@@ -1,1 +1,1 @@
-"""Speculative decoding, the acceptance measured with it, and the report of a run."""
+"""Speculative decoding, the measurement of acceptance, and the report of a run."""

@@ -1,4 +1,4 @@
-"""How much a draft helps: acceptance length by real speculative decoding on held-out prompts."""
+"""Acceptance length of a draft, measured by real speculative decoding on held-out prompts."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,11 @@ from engine.evaluation.decoding import Generation
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to its first reply. source: file:line it came from. token_ids: ends with the generation prompt."""
+    """A conversation up to its first assistant turn.
+
+    source: the file and line it comes from, as `file:line`.
+    token_ids: the prompt's token ids; they end with the generation prompt.
+    """
 
     source: str
     token_ids: list[int]
@@ -28,12 +32,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class AcceptanceReport:
-    """What speculative decoding gave over a set of prompts.
+    """Results of speculative decoding over a set of prompts.
 
-    acceptance_length: tokens emitted per target forward; the prompt's forward and the token it gives do not count.
-    acceptance_per_depth: at each depth, share accepted of the drafted tokens whose predecessors were; None = never reached.
-    tokens_per_s, plain_tokens_per_s: generated tokens a second on one rank, after the target has read the prompt.
-    mismatches: prompts whose tokens differ from plain greedy decoding. None, as rates: nothing was timed, or to compare with.
+    acceptance_length: tokens emitted per target forward. The forward over the prompt and the token
+    that it yields do not count.
+    acceptance_per_depth: share of the drafted tokens at each depth that were accepted, among those
+    whose predecessors were all accepted; None for a depth that was never reached.
+    tokens_per_s, plain_tokens_per_s: generated tokens per second on one rank, with and without
+    drafting, after the target has read the prompt; None if nothing was timed.
+    mismatches: number of prompts whose tokens differ from plain greedy decoding; None if no prompt
+    was decoded plainly.
     """
 
     acceptance_length: float
@@ -45,17 +53,20 @@ class AcceptanceReport:
     mismatches: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the report as plain values, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class AcceptanceCounts:
-    """Sums over prompts; those of several ranks add up, as objects or as tensors.
+    """Sums over prompts. The counts of several ranks can be added as objects or as tensors.
 
-    reached_per_depth, accepted_per_depth: drafted tokens judged after accepted predecessors, and those accepted.
-    num_tokens: generated tokens but the first of each prompt, which the target gives when it has read the prompt.
-    num_compared, mismatches, plain_tokens, plain_seconds: of the prompts that were also decoded plainly.
+    reached_per_depth: judged tokens at each depth whose predecessors were all accepted.
+    accepted_per_depth: drafted tokens accepted at each depth.
+    num_tokens: generated tokens, without the first token of each prompt, which the target yields
+    when it reads the prompt.
+    num_compared, mismatches, plain_tokens, plain_seconds: count only the prompts that were also
+    decoded plainly.
     """
 
     reached_per_depth: tuple[int, ...]
@@ -75,7 +86,7 @@ class AcceptanceCounts:
 
     @classmethod
     def of(cls, generation: Generation, plain: Generation | None, draft_tokens: int) -> "AcceptanceCounts":
-        """The counts of one prompt, compared with its plain greedy decoding where that is given."""
+        """Return the counts of one prompt. plain: its plain greedy decoding, if available."""
         judged = list(zip(generation.proposed_per_forward, generation.accepted_per_forward, strict=True))
         return cls(
             tuple(sum(accepted >= depth < proposed for proposed, accepted in judged) for depth in range(draft_tokens)),
@@ -94,25 +105,28 @@ class AcceptanceCounts:
         return self.from_tensor(self.to_tensor() + other.to_tensor())
 
     def to_tensor(self) -> torch.Tensor:
-        """fp64 [2K + 8], exact for counts below 2**53: ready to be summed over ranks."""
+        """Return the counts as an fp64 tensor [2K + 8] that can be summed over ranks.
+
+        K is the number of drafted tokens. Counts below 2**53 are exact.
+        """
         reached, accepted, *rest = astuple(self)
         return torch.tensor([*reached, *accepted, *rest], dtype=torch.float64)
 
     @classmethod
     def from_tensor(cls, counts: torch.Tensor) -> "AcceptanceCounts":
-        """The inverse of `to_tensor`."""
+        """Return the counts that `to_tensor` turned into a tensor."""
         scalars = fields(cls)[2:]
         values = counts.tolist()
         per_depth = [int(value) for value in values[: -len(scalars)]]
         draft_tokens = len(per_depth) // 2
         rest: list[Any] = []
         for field, value in zip(scalars, values[-len(scalars) :], strict=True):
-            number: Any = field.type  # int, or float of seconds
+            number: Any = field.type  # int for counts, float for seconds
             rest.append(number(value))
         return cls(tuple(per_depth[:draft_tokens]), tuple(per_depth[draft_tokens:]), *rest)
 
     def report(self) -> AcceptanceReport:
-        """Ratios of the sums. Without any forward the acceptance length is 1: nothing was gained."""
+        """Return the ratios of the sums. Without any forward, the acceptance length is 1."""
         depths = zip(self.accepted_per_depth, self.reached_per_depth, strict=True)
         return AcceptanceReport(
             acceptance_length=self.num_tokens / self.num_forwards if self.num_forwards else 1.0,
@@ -133,9 +147,12 @@ def measure_acceptance(
     plain: Sequence[Generation] | None = None,
     on_reply: Callable[[Prompt, Generation], None] | None = None,
 ) -> AcceptanceCounts:
-    """Add up what drafting gave. generations: one a prompt, made when asked for. plain: the same prompts decoded greedily.
+    """Return the summed acceptance counts of all prompts.
 
-    on_reply is called after each prompt. Raises ValueError where `generations` or `plain` are of other prompts.
+    generations: one generation per prompt, in the order of `prompts`; each is produced on demand.
+    plain: plain greedy decodings of the same prompts, to compare with.
+    on_reply: called with each prompt and its generation.
+    Raises ValueError if there are not as many generations, or plain decodings, as prompts.
     """
     if plain is not None and len(plain) != len(prompts):
         raise ValueError(f"plain holds {len(plain)} generations for {len(prompts)} prompts; decode the same prompts plainly")
@@ -154,17 +171,21 @@ def held_out_prompts(
     count: int,
     template_kwargs: Mapping[str, Any] | None,
 ) -> list[Prompt]:
-    """`count` prompts spread evenly over JSONL conversations, or all where there are fewer; the same ones every time.
+    """Return `count` prompts spread evenly over JSONL conversations.
 
-    A prompt is what comes before the first assistant turn. Conversations that cannot be read, start with the assistant or are
-    refused by the chat template are passed over. Raises ValueError for a missing file, files without any prompt, or a tokenizer
-    without chat template.
+    Returns all prompts if there are fewer. The choice is deterministic. A prompt consists of the
+    turns before the first assistant turn.
+    Conversations are skipped if they cannot be read, start with the assistant, or are refused by
+    the chat template.
+    Raises ValueError for a missing file, files without any prompt, or a tokenizer without a chat
+    template.
     """
     check_template(tokenizer)
     openings = [opening for path in paths for opening in _openings(Path(path))]
     if not openings:
         raise ValueError(
-            f"{', '.join(map(str, paths))}: no conversation with a turn before the assistant's first; nothing to ask"
+            f"{', '.join(map(str, paths))}: no conversation has a user turn before its first assistant turn, "
+            "so there are no prompts"
         )
     count = min(count, len(openings))
     prompts = []
@@ -179,13 +200,13 @@ def held_out_prompts(
         except BadSample as error:
             problem = f"{source} {error}"
     if not prompts:
-        advice = "mend them or data.template_kwargs"
-        raise ValueError(f"none of {count} held-out prompts fits the chat template: {problem}; {advice}")
+        advice = "fix the conversations or data.template_kwargs"
+        raise ValueError(f"the chat template accepts none of {count} held-out prompts: {problem}; {advice}")
     return prompts
 
 
 def check_prompts(prompts: Sequence[Prompt], vocab_size: int) -> None:
-    """Raise ValueError, naming the prompt, if a token id is not one of the target's vocabulary."""
+    """Raise ValueError, naming the prompt, if a token id lies outside the target's vocabulary."""
     for prompt in prompts:
         largest = max(prompt.token_ids, default=-1)
         if largest >= vocab_size:
@@ -193,7 +214,10 @@ def check_prompts(prompts: Sequence[Prompt], vocab_size: int) -> None:
 
 
 def _openings(path: Path) -> Iterator[tuple[Path, int, int]]:
-    """(file, line, where it begins) of each conversation whose first reply answers somebody."""
+    """Yield (file, line number, byte offset) of each conversation that starts with a prompt.
+
+    Preformatted text is yielded without a check for a user turn.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected JSONL with one conversation per line")
     next_offset = 0
@@ -213,7 +237,7 @@ def _openings(path: Path) -> Iterator[tuple[Path, int, int]]:
 
 
 def _prompt_text(sample: Any, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None) -> str:
-    """What a server reads before the first reply. Raises BadSample."""
+    """Return the text that a server reads before the first reply. Raises BadSample."""
     text = written_text(sample)
     if text is None:
         messages, extra = read_messages(sample)
@@ -227,7 +251,7 @@ def _prompt_text(sample: Any, tokenizer: PreTrainedTokenizerBase, template_kwarg
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token id that ends a reply, as the generation config, the text config or the tokenizer names it."""
+    """Return all end token ids of the generation config, the text config and the tokenizer."""
     named = (
         model.generation_config.eos_token_id,
         model.config.get_text_config(decoder=True).eos_token_id,

@@ -1,9 +1,11 @@
-"""Greedy speculative decoding: a drafter proposes tokens, one target forward judges them all.
+"""Greedy speculative decoding: a drafter proposes tokens, and one target forward verifies them all.
 
-Committed tokens are `x[0..n]`. The target has not read `x[n]` yet: its cache and its auxiliary hidden states end at `n-1`. So
-the draft's newest step-0 row is `t = n-1`; it reads `x[n]` and proposes `x[n+1]`, and its chain `(t, 1..)` goes on from there.
-One forward over `x[n]` and the proposals keeps those that equal the target's own choices, and adds one more of these.
-The draft's step-0 keys come from true auxiliary states only; what was drafted and lost leaves no trace in either cache.
+The committed tokens are `x[0..n]`. The target has not read `x[n]` yet: its cache and its auxiliary
+hidden states end at `n-1`. The draft's newest step-0 row is therefore `t = n-1`. It reads `x[n]`
+and proposes `x[n+1]`; the chain `(t, 1..)` proposes the tokens after that. One target forward reads
+`x[n]` and the proposals. The proposals that equal the target's own choices are accepted, and the
+target's next choice is added to them. The draft's step-0 keys are computed from the target's
+auxiliary states only, so rejected tokens leave no trace in either cache.
 """
 
 import time
@@ -24,12 +26,14 @@ _ROWS_PER_STEP = 512
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt was continued with, and at what cost.
+    """The continuation of one prompt, and its cost.
 
-    token_ids: generated tokens; an end token is the last of them. num_target_forwards: forwards after the prompt's.
-    proposed_per_forward, accepted_per_forward: drafted tokens that were judged, and those that were right; tokens drafted
-    behind an end token are not judged. seconds: from the first token to the last, the drafter's reading of the prompt included;
-    0 where no cache kept what was read, so that time would say nothing.
+    token_ids: generated tokens. If there is an end token, it is the last one.
+    num_target_forwards: target forwards after the one over the prompt.
+    proposed_per_forward, accepted_per_forward: drafted tokens that were judged, and those that were
+    accepted. Tokens drafted after an end token are not judged.
+    seconds: time from the first generated token to the last, including the time in which the
+    drafter reads the prompt; 0 for generations without a cache, where time has no meaning.
     """
 
     token_ids: list[int]
@@ -40,46 +44,58 @@ class Generation:
 
 
 class Drafter(Protocol):
-    """Proposes what follows the committed tokens; it reads nothing else."""
+    """Proposer of the tokens that follow the committed ones; it reads only committed tokens."""
 
     def start(self, token_ids: list[int], aux_TA: torch.Tensor) -> None:
-        """Forget everything; read a prompt and the token after it. aux_TA: [T, 3D], states of all of these but the last."""
+        """Reset the drafter, then read a prompt and the token after it.
+
+        aux_TA: [T, 3D], auxiliary states of all these tokens except the last one.
+        """
         ...
 
     def extend(self, token_ids: list[int], aux_QA: torch.Tensor) -> None:
-        """Read `Q` newly committed tokens. aux_QA: [Q, 3D], states of the positions just before them."""
+        """Read `Q` newly committed tokens.
+
+        aux_QA: [Q, 3D], auxiliary states of the positions just before each of them.
+        """
         ...
 
     def propose(self, count: int) -> list[int]:
-        """At most `count` tokens, `count >= 1`, to follow the newest one."""
+        """Return at most `count` proposals that follow the newest token; `count` is at least 1."""
         ...
 
 
 class Reader(Protocol):
-    """A target that has read a prompt, as `speculate` asks it."""
+    """Interface through which `speculate` uses a target that has read a prompt."""
 
     def read(self, token_ids: list[int], num_choices: int) -> list[int]:
-        """Read tokens; the target's choice after each of the last `num_choices` of them, or of those before its reply's end."""
+        """Read tokens and return the target's choice after each of the last `num_choices` of them.
+
+        A reader of a finished reply returns fewer choices if the reply ends before the last token.
+        """
         ...
 
     def aux(self) -> torch.Tensor:
-        """[Q, 3D], states of what was read last."""
+        """Return the auxiliary states of the tokens that were read last, [Q, 3D]."""
         ...
 
     def forget(self, count: int) -> None:
-        """Forget the newest `count` tokens."""
+        """Remove the newest `count` tokens."""
         ...
 
 
 class PrefixKeys:
-    """One layer's step-0 keys and values over the committed positions, in buffers that double when full."""
+    """Step-0 keys and values of one layer over the committed positions.
+
+    The buffers double their size when they are full.
+    """
 
     def __init__(self) -> None:
         self.length = 0
         self._key_TGE = self._value_TGE = torch.empty(0)
 
     def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> LayerKeys:
-        """Append `Q` positions; each attends to itself and to all before it."""
+        """Append `Q` positions, each of which attends to itself and to all earlier ones."""
         first = self.length
         self.length = self.length + key_QGE.shape[0]
         self._key_TGE = _write(self._key_TGE, key_QGE, first)
@@ -87,13 +103,19 @@ class PrefixKeys:
         return self.seen_from(torch.arange(first, self.length, device=key_QGE.device))
 
     def seen_from(self, position_Q: torch.Tensor) -> LayerKeys:
-        """The prefix as rows at `position_Q` see it; ancestors that they add stay with them."""
+        """Return the prefix as seen by rows at `position_Q`.
+
+        Ancestor keys that are added to the returned object are not added to the prefix.
+        """
         cu_seqlens = torch.tensor([0, self.length], device=position_Q.device)
         return LayerKeys(position_Q, cu_seqlens, self._key_TGE[: self.length], self._value_TGE[: self.length])
 
 
 def _write(buffer_TGE: torch.Tensor, rows_QGE: torch.Tensor, first: int) -> torch.Tensor:
-    """`buffer_TGE` with `rows_QGE` from position `first` on: in place where they fit, else in a larger copy."""
+    """Write `rows_QGE` into `buffer_TGE` from position `first` on.
+
+    Returns the same buffer if the rows fit, otherwise a larger copy.
+    """
     end = first + rows_QGE.shape[0]
     if end > buffer_TGE.shape[0]:
         larger_TGE = rows_QGE.new_empty(2 * end, *rows_QGE.shape[1:])
@@ -105,7 +127,7 @@ def _write(buffer_TGE: torch.Tensor, rows_QGE: torch.Tensor, first: int) -> torc
 
 
 class ChainDrafter:
-    """An EAGLE-3 draft, each token drafted from the one before it."""
+    """Drafter that runs an EAGLE-3 draft and drafts each token from the previous one."""
 
     def __init__(self, draft: ServedDraft) -> None:
         self.draft = draft
@@ -141,9 +163,10 @@ class ChainDrafter:
 
 
 class PromptLookupDrafter:
-    """Proposes what followed the latest earlier occurrence of the newest `max_ngram` tokens, else of fewer.
+    """Drafter that proposes the tokens after the latest earlier occurrence of the newest tokens.
 
-    Source: prompt lookup decoding (Saxena, 2023): the baseline that needs no draft.
+    It looks for the newest `max_ngram` tokens first, then for fewer. This baseline needs no draft.
+    Source: prompt lookup decoding (Saxena, 2023).
     """
 
     def __init__(self, max_ngram: int = 3) -> None:
@@ -174,14 +197,14 @@ class PromptLookupDrafter:
 
 @dataclass
 class _CachedReader:
-    """The target, its cache, and what its last forward left behind."""
+    """A target, its cache, and the states captured in its last forward."""
 
     target: FrozenTarget
     seen: ForwardCapture
     cache: DynamicCache
 
     def read(self, token_ids: list[int], num_choices: int) -> list[int]:
-        """Read tokens; the target's choice after each of the last `num_choices` of them."""
+        """Read tokens and return the target's choice after each of the last `num_choices`."""
         device = self.target.device
         ids_1T = torch.tensor([token_ids], device=device)
         self.target.decoder(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
@@ -191,13 +214,16 @@ class _CachedReader:
         return self.seen.aux()[0]
 
     def prepare_to_forget(self) -> None:
-        """Make the cache keep what `forget` needs. Raises ValueError for families whose cache cannot be rolled back."""
+        """Make the cache keep what `forget` needs.
+
+        Raises ValueError if the target's cache cannot be rolled back.
+        """
         self.cache.activate_past_recording()
         if not rolls_back(self.target):
             kinds = sorted({type(layer).__name__ for layer in self.cache.layers if not layer.is_croppable}) or ["cache"]
             raise ValueError(
                 f"target family {self.target.config.model_type!r} cannot decode speculatively: its {', '.join(kinds)} cannot "
-                "forget rejected tokens; its acceptance is measured along replies (engine/evaluation/replay.py)"
+                "forget rejected tokens; measure acceptance by replaying its greedy replies (engine/evaluation/replay.py)"
             )
 
     def forget(self, count: int) -> None:
@@ -205,7 +231,7 @@ class _CachedReader:
 
 
 def rolls_back(target: FrozenTarget) -> bool:
-    """Whether the family's cache can forget rejected tokens, as `speculative_decode` needs."""
+    """Return whether the target's cache can drop rejected tokens, for `speculative_decode`."""
     cache = DynamicCache(config=target.model.config)
     cache.activate_past_recording()
     return cache.is_croppable and cache_rolls_back(target.config)
@@ -219,7 +245,7 @@ def _reading(target: FrozenTarget, aux_layers: tuple[int, ...]) -> Iterator[_Cac
 
 @torch.inference_mode()
 def greedy_decode(target: FrozenTarget, prompt_ids: list[int], max_new_tokens: int, eos_ids: Collection[int]) -> Generation:
-    """Plain greedy decoding, one token a forward, until an end token or `max_new_tokens` tokens."""
+    """Decode greedily, one token per forward, until an end token or `max_new_tokens` tokens."""
     check_request(prompt_ids, max_new_tokens)
     with _reading(target, aux_layers=()) as reader:
         token_ids = reader.read(prompt_ids, 1)
@@ -240,10 +266,11 @@ def speculative_decode(
     draft_tokens: int,
     eos_ids: Collection[int],
 ) -> Generation:
-    """Greedy decoding in which each target forward judges up to `draft_tokens` drafted tokens.
+    """Decode greedily; each target forward verifies up to `draft_tokens` drafted tokens.
 
-    Its tokens are those of `greedy_decode` wherever the target's argmax does not depend on how many tokens a forward reads;
-    in low precision a near-tie may. Raises ValueError for a request that cannot be met, or a target that cannot roll back.
+    The tokens equal those of `greedy_decode` as long as the target's argmax does not depend on the
+    number of tokens in a forward. In low precision it can, if two logits are nearly equal.
+    Raises ValueError for an invalid request, or a target whose cache cannot be rolled back.
     """
     check_request(prompt_ids, max_new_tokens)
     with _reading(target, target.aux_layers) as reader:
@@ -270,9 +297,14 @@ def speculate(
     draft_tokens: int,
     eos_ids: Collection[int],
 ) -> Generation:
-    """`speculative_decode` from `first_ids` on, the one token that follows the prompt. reader: has read the prompt."""
+    """Run the loop of `speculative_decode` after the target has read the prompt.
+
+    reader: a target that has read the prompt.
+    first_ids: the one token that the target chose after the prompt.
+    Raises ValueError if `draft_tokens` is less than 1.
+    """
     if draft_tokens < 1:
-        raise ValueError(f"draft_tokens={draft_tokens}: expected at least 1; greedy_decode needs none")
+        raise ValueError(f"draft_tokens={draft_tokens}: expected at least 1; use greedy_decode to decode without a draft")
     token_ids = [*first_ids]
     proposed = []
     accepted = []
@@ -293,9 +325,9 @@ def speculate(
 
 
 def check_request(prompt_ids: list[int], max_new_tokens: int) -> None:
-    """Raises ValueError for a prompt or a limit that leaves nothing to decode."""
+    """Raise ValueError if the prompt is empty or `max_new_tokens` is less than 1."""
     if not prompt_ids:
-        raise ValueError("the prompt holds no token; expected at least one to continue")
+        raise ValueError("the prompt has no tokens; expected at least one")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
 

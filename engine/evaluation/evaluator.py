@@ -1,4 +1,7 @@
-"""Acceptance length on a set of prompts, shared out over the ranks: what a run and `measure_acceptance.py` both measure."""
+"""Measurement of acceptance on a set of prompts that is distributed over the ranks.
+
+Both a training run and `measure_acceptance.py` use it.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -32,14 +35,14 @@ BATCH_SIZE = {"cpu": 1, "cuda": 32}  # prompts decoded together by default
 
 
 class AcceptanceEvaluator:
-    """Speculative decoding of this rank's share of `prompts`; every report is over all ranks.
+    """Evaluator that decodes this rank's share of `prompts`; every report covers all ranks.
 
-    One prompt at a time where the target is whole and `evaluation.prompts_per_batch` is 1: that is timed
-    and compared with plain greedy decoding. In larger batches the target decodes its greedy
-    replies once, and drafters are judged by them, without times; so does a target that ranks
-    share, or whose cache cannot roll back, whatever the batch size.
+    If the target is not sharded and `evaluation.prompts_per_batch` is 1, prompts are decoded
+    speculatively one at a time, timed, and compared with plain greedy decoding. With larger
+    batches, the target decodes its greedy replies once, and drafters are replayed on them without
+    timing. A sharded target, or one whose cache cannot be rolled back, always uses replay.
 
-    Prompts for which the target's states are not finite are named and left out of every report.
+    Prompts for which the target's states are not finite are named and excluded from every report.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class AcceptanceEvaluator:
         telemetry: Telemetry,
         max_tokens: int,
     ) -> None:
-        """max_tokens: of a forward without a cache."""
+        """Create an evaluator. max_tokens: limit of tokens in a forward without a cache."""
         self._section = section
         self._target = target
         self._world = world
@@ -65,14 +68,17 @@ class AcceptanceEvaluator:
         self._replays = not self._uses_cache or self._batch_size > 1
 
     def measure_draft(self, draft: ServedDraft, on_reply: OnReply | None = None) -> AcceptanceReport:
-        """on_reply is called with each of this rank's prompts and what was generated with the draft's help."""
+        """Measure acceptance with a draft.
+
+        on_reply: called with each of this rank's prompts and its generation.
+        """
         if self._replays:
             drafters = propose_along(draft, self._replies, self._section.draft_tokens, self._max_tokens)
             return self._measure(self._replayed(drafters), "with the draft", on_reply)
         return self._measure(self._decoded(lambda: ChainDrafter(draft)), "with the draft", on_reply)
 
     def measure_prompt_lookup(self) -> AcceptanceReport:
-        """The baseline that needs no draft."""
+        """Measure acceptance with prompt lookup, the baseline without a draft."""
         if self._replays:
             drafters = [PromptLookupDrafter() for _ in self._replies]
             return self._measure(self._replayed(drafters), "with prompt lookup", None)
@@ -118,9 +124,10 @@ class AcceptanceEvaluator:
         return self._without_faults(replies)
 
     def _without_faults(self, continued: list[Continued]) -> list[Continued]:
-        """Name the prompts whose states, or those of their replies, are not finite, and go on without them.
+        """Warn about the prompts whose hidden states are not finite, and exclude them.
 
-        continued: what each prompt was continued with. A collective where ranks share the target.
+        States of prompts and replies are checked. A collective if ranks share the target.
+        continued: the continuation of each prompt; returns those of the remaining prompts.
         """
         places = place_names(self._target.aux_layers)
         faults = []
@@ -136,7 +143,7 @@ class AcceptanceEvaluator:
         return list(compress(continued, is_good))
 
     def _first_fault(self, prompt_ids: list[int], reply_ids: list[int]) -> int | None:
-        """Return the first place where the states of a prompt and its reply are not finite; None if there is none."""
+        """Return the first place of non-finite states in a prompt or its reply, or None."""
         batch = packed([prompt_ids + reply_ids[:-1]])
         output = self._target(batch, torch.arange(len(prompt_ids) - 1, batch.num_tokens))
         faults = find_faults(batch.to(self._target.device), output, embed_TD=None)
@@ -144,7 +151,7 @@ class AcceptanceEvaluator:
         return by_place.index(True) if any(by_place) else None
 
     def _replayed(self, drafters: Sequence[Drafter]) -> Iterator[Generation]:
-        """Lead a drafter along each reply."""
+        """Replay one drafter on each reply."""
         for reply, drafter in zip(self._replies, drafters, strict=True):
             yield replay(
                 reply,
@@ -155,7 +162,7 @@ class AcceptanceEvaluator:
             )
 
     def _decoded(self, make_drafter: Callable[[], Drafter]) -> Iterator[Generation]:
-        """Decode one prompt after the other with a drafter of its own."""
+        """Decode the prompts one at a time, each with a new drafter."""
         for prompt in self._prompts:
             yield speculative_decode(
                 self._target,

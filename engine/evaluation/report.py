@@ -1,4 +1,4 @@
-"""What a run leaves behind for a person: the summary at its end, and the same as JSON."""
+"""The report of a run: the summary printed at its end, which is also written as JSON."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +16,12 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class RunReport:
-    """Acceptance on held-out prompts before and after training and with prompt lookup; seconds a stage; the draft's place.
+    """Results of a run: acceptance on held-out prompts, time per stage, and the output folder.
 
-    before, after, prompt_lookup: None where the target was not loaded, so that nothing could be decoded.
-    left_out: documents that nothing was learned from because their states are not finite, by name.
+    stage_s: seconds per stage. vocab_coverage: share of the counted tokens in the draft vocabulary.
+    before, after, prompt_lookup: acceptance of the untrained draft, the trained draft and prompt
+    lookup; None if the target was not loaded, because nothing could be decoded.
+    left_out: names of the documents that were excluded because their states are not finite.
     """
 
     output_dir: Path
@@ -44,11 +46,12 @@ class RunReport:
         console.print(f"Time: {times}")
         if self.left_out:
             console.print(
-                f"Left out, since the target's states are not finite: {len(self.left_out)} documents, named in {SUMMARY}"
+                f"Left out because the target's states are not finite: {len(self.left_out)} documents, listed in {SUMMARY}"
             )
         console.print(f"Draft, ready for SGLang: {self.output_dir / DRAFT}\n\nNext:")
         timed = self.after is None or self.after.num_prompts == 0 or self.after.tokens_per_s is not None
-        start = "python" if timed else "deepspeed"  # an untimed target may need all its ranks
+        # A target that was not timed may need all ranks.
+        start = "python" if timed else "deepspeed"
         console.print(f"  {start} launcher/measure_acceptance.py --draft {self.output_dir / DRAFT} --show")
         console.print(
             "  deepspeed launcher/train.py --ds_config ds_configs/zero2.json --recipe launcher/recipes/llama3.1-8b.yaml "
@@ -58,7 +61,10 @@ class RunReport:
 
 
 def acceptance_table(reports: dict[str, AcceptanceReport]) -> Table:
-    """What each way of drafting gave, beside plain greedy decoding; fits 80 columns with five drafted tokens."""
+    """Return a table of acceptance and speed per way of drafting, next to plain greedy decoding.
+
+    It fits 80 columns with five drafted tokens.
+    """
     some = next(iter(reports.values()))
     table = Table(
         title=f"Greedy decoding of {some.num_prompts} held-out prompts, {some.num_tokens} tokens",

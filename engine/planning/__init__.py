@@ -1,1 +1,1 @@
-"""What a job will need, before it is started: memory, FLOPs and traffic, from configurations alone."""
+"""Estimates of a job's memory, FLOPs and traffic before it starts, from configurations alone."""

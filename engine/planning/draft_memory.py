@@ -1,6 +1,6 @@
-"""Bytes of the draft on a rank: weights, gradients and optimizer as DeepSpeed's stages share them, and a micro-batch's states.
+"""Memory of the draft per rank: weights, gradients and optimizer states in ZeRO, and activations.
 
-Tensors that live at once are counted; what an allocator adds is not.
+Only tensors that are in memory at the same time are counted, without the allocator's overhead.
 """
 
 from dataclasses import dataclass
@@ -13,18 +13,20 @@ from engine.config.sections import CHUNK_MB, LossSection
 from engine.kernels.vocab_loss import Walk
 from engine.models.eagle3.flops import DraftShape, StepCounts
 
-BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's, where the file names none
-FULL = 4  # bytes of a number in fp32
-MOMENTS = 2  # of Adam
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default for reduce_bucket_size
+FULL = 4  # bytes of an fp32 number
+MOMENTS = 2  # moments per weight in Adam
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """How DeepSpeed holds a draft's weights.
+    """How DeepSpeed distributes the draft's training state over the ranks.
 
-    itemsize: bytes of a number that the draft computes with; gradient_itemsize: of one in which gradients add up.
-    bucket_bytes: of one buffer in which gradients are reduced.
-    num_buckets: such buffers. offloads_optimizer, offloads_weights: to the host.
+    stage: ZeRO stage. num_ranks: number of ranks.
+    itemsize: bytes of a number in the draft's compute precision.
+    gradient_itemsize: bytes of a number in the precision of gradient accumulation.
+    bucket_bytes: size of one buffer for gradient reduction. num_buckets: number of these buffers.
+    offloads_optimizer, offloads_weights: whether they are offloaded to the host or to disk.
     """
 
     stage: int
@@ -38,7 +40,7 @@ class Sharing:
 
     @classmethod
     def of(cls, ds_config: dict[str, Any], num_ranks: int) -> "Sharing":
-        """As a DeepSpeed configuration has it."""
+        """Return the distribution that a DeepSpeed configuration describes."""
         zero = ds_config.get("zero_optimization", {})
         itemsize = getattr(torch, compute_dtype(ds_config)).itemsize
         added_up = ds_config.get("data_types", {}).get("grad_accum_dtype")
@@ -54,37 +56,43 @@ class Sharing:
         )
 
     def weights(self, count: int) -> int:
-        """That stay."""
+        """Return the bytes of resident weights."""
         if self.offloads_weights:
             return 0
         return (self._part(count) if self.stage == 3 else count) * self.itemsize
 
     def optimizer(self, count: int) -> int:
-        """Adam's moments and the weights in fp32; stage 0 has these only where the draft computes in less."""
+        """Return the bytes of Adam's moments and of the fp32 master weights.
+
+        Stage 0 has master weights only if the draft computes in a lower precision.
+        """
         numbers = MOMENTS + (self.stage > 0 or self.itemsize < FULL)
         return 0 if self.offloads_optimizer else FULL * numbers * self._part(count)
 
     def buffers(self, count: int) -> int:
-        """Of gradients, that stay: stage 3 keeps its bucket, and its part of them."""
+        """Return the bytes of resident gradient buffers: in stage 3, the bucket and the shard."""
         if self.stage < 3:
             return 0
         return self.bucket_bytes + (0 if self.offloads_optimizer else self.gradient_itemsize * self._part(count))
 
     def gathered(self, count: int) -> int:
-        """Weights that are there for a pass alone."""
+        """Return the bytes of weights that are gathered for a forward or backward pass only."""
         whole = self.stage == 3 and (self.num_ranks > 1 or self.offloads_weights)
         return self.itemsize * count if whole else 0
 
     def gradients(self, count: int) -> int:
-        """That are there from backward to the optimizer's step."""
+        """Return the bytes of gradients that exist from the backward pass to the optimizer step."""
         return 0 if self.stage == 3 else self.gradient_itemsize * self._part(count)
 
     def buckets(self) -> int:
-        """That are there in backward alone."""
+        """Return the bytes of the gradient buckets that exist only in the backward pass."""
         return self.num_buckets * self.bucket_bytes if self.stage in (1, 2) else 0
 
     def step(self, count: int, fused: bool) -> int:
-        """In the optimizer's step: gradients in fp32, and what an optimizer without a kernel of its own forms on the way."""
+        """Return the bytes of temporary tensors in the optimizer step.
+
+        These are fp32 gradients, and intermediate results of an optimizer without a fused kernel.
+        """
         if self.offloads_optimizer:
             return 0
         part = FULL * self._part(count)
@@ -96,10 +104,12 @@ class Sharing:
 
 @dataclass(frozen=True)
 class DraftStates:
-    """What a micro-batch leaves in memory between forward and backward, and what backward needs on top.
+    """Activation memory of a micro-batch, in the forward pass and in the backward pass.
 
-    itemsize: bytes of a number. fused: whether liger-kernel's norms and SwiGLU run, which keep less than PyTorch's, and a loss
-    that works in place. recompute: `ttt.recompute`.
+    itemsize: bytes of a number.
+    fused: whether liger-kernel's norms and SwiGLU are used, which keep less than PyTorch's,
+    together with a loss that works in place.
+    recompute: the option `ttt.recompute`.
     """
 
     shape: DraftShape
@@ -110,21 +120,25 @@ class DraftStates:
     recompute: str = "none"
 
     def kept(self) -> int:
-        """From the last forward operation to the first backward one: states of all rows, and the gradients of the loss."""
+        """Return the bytes in memory between the forward and the backward pass.
+
+        These are the states of all rows and the gradients of the loss.
+        """
         size = self.shape.hidden_size
         rows = self.counts.num_loss_rows
         normed = rows * size * (self.itemsize if self.fused else 2 * FULL)
         head = size * self.shape.draft_vocab_size * getattr(torch, self.loss.gradient_dtype).itemsize
         states = sum(self._of_layer(layer) for layer in range(self.shape.num_layers))
-        fused_TD = self.counts.num_tokens * size * self.itemsize  # what `fc` gives
+        fused_TD = self.counts.num_tokens * size * self.itemsize  # output of `fc`
         return states + fused_TD + normed + rows * size * self.itemsize + head
 
     def on_top(self) -> int:
-        """The most that a chunk of the loss, or a part of the backward pass, forms beyond them."""
+        """Return the most bytes that a loss chunk or a part of the backward pass adds."""
         size = self.shape.hidden_size
         rows = self.counts.num_loss_rows
         most = max(self.counts.rows_S, default=0)
-        head = size * self.shape.draft_vocab_size * self.itemsize  # its gradient in the weights' precision
+        # The head's gradient in the weights' precision.
+        head = size * self.shape.draft_vocab_size * self.itemsize
         mlp = (2 if self.fused else 4) * most * self.shape.intermediate_size * self.itemsize
         norm = rows * size * (self.itemsize if self.fused else 3 * FULL)
         again = 0
@@ -148,7 +162,7 @@ class DraftStates:
         giving = counts.num_tokens + sum(counts.rows_S[1:])
         if self.recompute == "step":
             return asking * self.shape.hidden_size * self.itemsize + giving * self._key_value_row()
-        picked = asking < giving  # then queries read a copy of the chosen rows
+        picked = asking < giving  # Then queries are computed from a copy of the chosen rows.
         copied = counts.rows_S[0] * self._input_size(layer) * self.itemsize if picked else 0
         return giving * self._key_row(layer) + asking * self._query_row(self.recompute) + copied
 
@@ -159,14 +173,17 @@ class DraftStates:
         return 2 * self.shape.num_groups * self.shape.head_dim * self.itemsize
 
     def _key_row(self, layer: int) -> int:
-        """Of a row that gives a key: normed inputs, and what the norms keep; its key and value; its rotary angles."""
+        """Return the bytes per row with a key.
+
+        These are the normed inputs, what the norms keep, the key and value, and the rotary angles.
+        """
         size = self.shape.hidden_size
         inputs = self._input_size(layer)
         norms = inputs * self.itemsize if self.fused else size * FULL * (3 if layer == 0 else 2)
         return inputs * self.itemsize + norms + self._key_value_row() + 2 * self.shape.head_dim * FULL
 
     def _query_row(self, recompute: str) -> int:
-        """Of a row that asks: query, output and log-sum-exp, then the MLP's."""
+        """Return the bytes per row with a query: query, output, log-sum-exp and MLP states."""
         attended = 2 * self.shape.num_heads * self.shape.head_dim * self.itemsize + self.shape.num_heads * FULL
         return attended + (self.shape.hidden_size * self.itemsize if recompute == "mlp" else self._mlp_row())
 

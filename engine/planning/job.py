@@ -1,4 +1,4 @@
-"""A whole job on a number of GPUs: what every rank holds at most, how fast it could be, and the smallest number that fits."""
+"""Plans of a whole job: peak memory per rank, estimated speed, and the fewest GPUs that suffice."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,9 +21,10 @@ from engine.planning.target_cost import Forward, TargetCost
 from engine.target.embedding import gives_rows
 from engine.weights.quantised_checkpoint import StaysQuantised
 
-ENOUGH_TOKENS = 32_768  # of a micro-batch: with more, products gain nothing
+ENOUGH_TOKENS = 32_768  # tokens per micro-batch; more do not make the products faster
 
-# NVIDIA's datasheets (see engine/models/eagle3/flops.py): memory, and what NVLink carries each way, in units of 1e9 bytes.
+# From NVIDIA's datasheets (see engine/models/eagle3/flops.py), in units of 1e9 bytes: memory, and
+# NVLink bandwidth per second in each direction.
 _MEMORY_AND_LINK = {
     "NVIDIA A100-SXM4-40GB": (40, 300),
     "NVIDIA A100-SXM4-80GB": (80, 300),
@@ -35,7 +36,13 @@ _MEMORY_AND_LINK = {
 
 @dataclass(frozen=True)
 class Gpus:
-    """What a job may run on. memory_bytes: of one. link, network: bytes/s that one sends within a node, and out of it."""
+    """GPUs that a job may use.
+
+    peak: peak rates of one GPU. memory_bytes: memory of one GPU.
+    link_bytes_per_s: rate at which one GPU sends to GPUs of its node.
+    network_bytes_per_s: rate at which one GPU sends to GPUs of other nodes.
+    per_node: GPUs per node.
+    """
 
     peak: HardwarePeak
     memory_bytes: float
@@ -45,9 +52,11 @@ class Gpus:
 
     @classmethod
     def named(cls, name: str, memory_gb: float | None, network_gb_per_s: float, per_node: int) -> "Gpus":
-        """name: or a part of it that no other GPU has. memory_gb: instead of the datasheet's.
+        """Return the GPUs of a model with a known datasheet.
 
-        Raises ValueError for a GPU that is not known.
+        name: the model's name, or a part of it that no other model's name contains.
+        memory_gb: memory of one GPU, in units of 1e9 bytes; None uses the datasheet's.
+        Raises ValueError if the name is unknown or ambiguous.
         """
         known = [full for full in _MEMORY_AND_LINK if name.lower() in full.lower()]
         if len(known) != 1:
@@ -57,19 +66,26 @@ class Gpus:
         return cls(PEAKS[known[0]], memory * 1e9, link * 1e9, network_gb_per_s * 1e9, per_node)
 
     def rate(self, num_ranks: int) -> float:
-        """Bytes/s that a rank sends to the others of a group; where they span nodes, as if all did."""
+        """Return the bytes/s that a rank sends to the other ranks of its group.
+
+        If the group spans several nodes, all its traffic is counted at the network's rate.
+        """
         return self.link_bytes_per_s if num_ranks <= self.per_node else self.network_bytes_per_s
 
 
 @dataclass(frozen=True)
 class DocumentSizes:
-    """What micro-batches are supposed to hold: documents of so many tokens, of which the last part is the assistant's."""
+    """Assumed documents of a micro-batch.
+
+    num_tokens: tokens per document.
+    assistant_share: share of assistant tokens, which are the last ones of each document.
+    """
 
     num_tokens: int
     assistant_share: float
 
     def batch(self, num_tokens: int) -> PackedBatch:
-        """One micro-batch."""
+        """Return one micro-batch of `num_tokens` tokens in total."""
         lengths = [self.num_tokens] * (num_tokens // self.num_tokens)
         lengths += [rest] if (rest := num_tokens - sum(lengths)) else []
         mask_T = torch.cat([torch.arange(length) >= round(length * (1 - self.assistant_share)) for length in lengths])
@@ -79,7 +95,12 @@ class DocumentSizes:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What nobody knows before: documents by which speed is judged, share of the peak that products reach, memory left free."""
+    """Assumptions of an estimate.
+
+    documents: documents for the estimate of the speed.
+    share_of_peak: share of the peak FLOP/s that products reach.
+    headroom: share of the memory that stays free.
+    """
 
     documents: DocumentSizes
     share_of_peak: float
@@ -87,9 +108,10 @@ class Assumed:
 
 
 class JobPlan:
-    """A job of `num_ranks` ranks, each of which holds a part of the target and of the draft.
+    """A job on a given number of ranks, each of which holds a part of the target and of the draft.
 
-    target: as the mesh of `ranks` shares it. fused: whether the ranks have GPU kernels.
+    target: cost of the target, sharded by the mesh of `ranks`.
+    fused: whether the ranks have GPU kernels.
     """
 
     def __init__(
@@ -106,13 +128,13 @@ class JobPlan:
         self.num_tokens = ranks.micro_batch * config.data.max_tokens
 
     def counts(self, documents: DocumentSizes) -> StepCounts:
-        """Rows of a micro-batch, by TTT step."""
+        """Return the row counts of a micro-batch by TTT step."""
         batch = documents.batch(self.num_tokens)
         allowed_ST = allowed_rows(batch, self.config.ttt)
         return StepCounts.needed(batch, allowed_ST, len(slots_of(allowed_ST)))
 
     def bytes_by_part(self, counts: StepCounts) -> dict[str, int]:
-        """The most that lives at once on a rank, by what it is."""
+        """Return the peak memory of a rank in bytes, by category."""
         num_weights = self.num_draft_weights
         sharing = self.sharing
         ahead = self.config.run_ahead
@@ -135,11 +157,14 @@ class JobPlan:
             "hidden states": held,
             "activations": max(
                 drafting, stepping, held + passing
-            ),  # the next batch's states come while the last ones are there
+            ),  # The next batch's states arrive while the previous ones are still in memory.
         }
 
     def step_s(self, counts: StepCounts, gpus: Gpus, share_of_peak: float) -> dict[str, float]:
-        """Seconds of a micro-batch, by what takes them, if products run at a share of the peak and links at their own rate."""
+        """Return the estimated seconds of a micro-batch, by category.
+
+        Products run at `share_of_peak` of the peak FLOP/s, and links at their full rate.
+        """
         rate = gpus.peak.flops_per_s
         parts = step_parts(self.draft.shape, counts)
         draft = sum(part.flops for name, part in parts.items() if name != "target_head")
@@ -151,7 +176,7 @@ class JobPlan:
         }
 
     def traffic(self, counts: StepCounts) -> dict[str, int]:
-        """Bytes that a rank sends for a micro-batch, by collective."""
+        """Return the bytes that a rank sends per micro-batch, by collective."""
         sent = self.target.traffic(self._forward(counts))
         others = self.sharing.num_ranks - 1
         if self.target.plan.embedding is not None and not gives_rows(self.target.decoder.get_input_embeddings()):
@@ -169,19 +194,19 @@ class JobPlan:
 
     @property
     def is_sensible(self) -> bool:
-        """Whether every size asked for shares something."""
+        """Whether every requested parallel size above 1 shards something."""
         return self.ranks.ep_size == 1 or bool(self.target.plan.experts)
 
     @cached_property
     def num_draft_weights(self) -> int:
-        """Trained ones."""
+        """Number of trained weights of the draft."""
         return num_draft_weights(self.config, self.draft)
 
     def _forward(self, counts: StepCounts) -> Forward:
         return Forward(counts.num_tokens, counts.num_slots, counts.prefix_pairs)
 
     def _group(self, collective: str) -> int:
-        """Ranks of the group that a collective runs over."""
+        """Return the number of ranks in the group of a collective."""
         if "ZeRO" in collective:
             return self.ranks.size
         return self.ranks.ep_size if "EP" in collective else self.ranks.tp_size
@@ -197,7 +222,11 @@ def num_draft_weights(config: Config, draft: DraftConfig) -> int:
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many there are, how they share the target, and how many packs of `data.max_tokens` tokens a micro-batch has."""
+    """The ranks of a job.
+
+    size: number of ranks. tp_size, ep_size: how they shard the target.
+    micro_batch: packs of `data.max_tokens` tokens per micro-batch.
+    """
 
     size: int
     tp_size: int
@@ -206,11 +235,11 @@ class Ranks:
 
     @classmethod
     def of(cls, config: Config, ds_config: dict[str, Any], size: int) -> "Ranks":
-        """As the configurations say."""
+        """Return `size` ranks with the parallel sizes and the micro-batch of the configuration."""
         return cls(size, config.parallel.tp_size, config.parallel.ep_size, micro_batch_size(ds_config, size))
 
     def shared_otherwise(self) -> Iterator["Ranks"]:
-        """The same ranks, sharing the target in every way that their number allows."""
+        """Yield these ranks with every valid combination of `tp_size` and `ep_size`."""
         for tp_size in divisors(self.size):
             for ep_size in divisors(self.size):
                 if tp_size % ep_size == 0 or ep_size % tp_size == 0:
@@ -218,15 +247,17 @@ class Ranks:
 
     @property
     def mesh(self) -> TargetMesh:
-        """That of the first rank, without process groups."""
+        """Target mesh of the first rank, without process groups."""
         return TargetMesh(Group(self.tp_size, 0), Group(self.ep_size, 0))
 
 
 class Planner:
-    """Plans of one job for GPUs of a kind.
+    """Planner of one job on GPUs of one model.
 
-    model: the target on the meta device. quantised: which of its weights stay so. may_share: whether ranks may share it.
-    assumed: speed is judged by its documents, memory by micro-batches that the assistant says alone.
+    model: the target on the meta device. quantised: which of its weights stay quantised.
+    may_share: whether ranks may shard the target.
+    assumed: assumptions. Speed is estimated for its documents, and memory for the worst case, in
+    which every token is an assistant token.
     """
 
     def __init__(
@@ -273,9 +304,11 @@ class Planner:
         return planner
 
     def smallest(self, limit: int) -> list["JobPlan"]:
-        """Plans of the smallest number of GPUs that fits, the fastest first; none where even `limit` GPUs do not.
+        """Return the plans for the smallest number of GPUs that suffices, the fastest first.
 
-        Their micro-batches are as large as fits, up to `ENOUGH_TOKENS`, in powers of two of what the configuration has.
+        Returns an empty list if even `limit` GPUs do not suffice. Each plan has the largest
+        micro-batch that fits, up to `ENOUGH_TOKENS` tokens: the configuration's times a power of
+        two.
         """
         for size in _sizes(limit, self.gpus.per_node):
             if not self.divides(size):
@@ -286,14 +319,14 @@ class Planner:
         return []
 
     def _possible(self, size: int) -> list["JobPlan"]:
-        """Every way for so many ranks to share the target, whether it fits or not."""
+        """Return a plan, fitting or not, for every way to shard the target over `size` ranks."""
         ways = Ranks.of(self.config, self.ds_config, size).shared_otherwise()
         plans = [self.plan(ranks) for ranks in ways if self.may_share or ranks.mesh.size == 1]
         return [plan for plan in plans if not plan.target.misfits and plan.is_sensible]
 
     def with_largest_micro_batch(self, plan: "JobPlan") -> "JobPlan":
-        """The same with twice the packs a micro-batch, and twice again, as long as it fits."""
-        if GLOBAL in self.ds_config:  # then the ranks' micro-batches follow from it
+        """Return the plan with its micro-batch doubled as often as it fits."""
+        if GLOBAL in self.ds_config:  # The global batch size then determines the micro-batch.
             return plan
         more = self.plan(replace(plan.ranks, micro_batch=2 * plan.ranks.micro_batch))
         if more.num_tokens > ENOUGH_TOKENS or not self.fits(more):
@@ -301,29 +334,32 @@ class Planner:
         return self.with_largest_micro_batch(more)
 
     def why_nothing_fits(self, limit: int) -> str:
-        """After `smallest` found nothing: what would be needed, and what stands in the way."""
+        """Return why `smallest` found no plan, and how much memory would be needed."""
         sizes = [size for size in _sizes(limit, self.gpus.per_node) if self.divides(size)]
         if not sizes:
-            return f"cannot be trained on at most {limit} GPUs with {GLOBAL}={self.ds_config[GLOBAL]}: ranks must divide it"
+            return (
+                f"cannot be trained on at most {limit} GPUs with {GLOBAL}={self.ds_config[GLOBAL]}, "
+                "because the number of GPUs must divide it"
+            )
         best = min(self._possible(sizes[-1]), key=self.bytes_of)
         need = self.bytes_of(best) / 1e9
         usable = self.usable_bytes / 1e9
-        why = "" if self.may_share else "; its family was not shown to be the same when ranks share it"
+        why = "" if self.may_share else "; its family is not verified to give the same results when sharded"
         return (
-            f"needs {need:,.0f} GB a rank on {best.ranks.size} {self.gpus.peak.name}, and {usable:,.0f} GB may be used{why}; "
-            "give more with --gpus, lower data.max_tokens, or offload the optimizer (ds_configs/zero3_offload.json)"
+            f"needs {need:,.0f} GB per rank on {best.ranks.size} {self.gpus.peak.name}, but only {usable:,.0f} GB can be used"
+            f"{why}; allow more with --gpus, lower data.max_tokens, or offload the optimizer (ds_configs/zero3_offload.json)"
         )
 
     def target_line(self) -> str:
-        """What the target is."""
+        """Return a line with the target's path, number of weights and size."""
         cost = self.plan(Ranks(1, 1, 1, 1)).target
         total = _in_words(cost.num_weights)
         active = _in_words(cost.num_active_weights)
-        size = f"{total} weights, {active} of its layers' active for a token"
+        size = f"{total} weights, {active} active layer weights per token"
         return f"{self.config.target.path}: {size}, {cost.weight_bytes / 1e9:,.2f} GB"
 
     def facts(self, plan: "JobPlan") -> dict[str, Any]:
-        """A plan in plain values, for JSON."""
+        """Return a plan as plain values, for JSON."""
         counts = plan.counts(self.assumed.documents)
         return {
             "target": self.config.target.path,
@@ -340,7 +376,7 @@ class Planner:
         }
 
     def divides(self, size: int) -> bool:
-        """Whether so many ranks can have equal parts of the global batch, if the configuration fixes it."""
+        """Return whether `size` ranks can split the configured global batch, if any, evenly."""
         try:
             return accumulation_steps(self.ds_config, size) > 0
         except ConfigError:
@@ -351,18 +387,21 @@ class Planner:
 
     @property
     def usable_bytes(self) -> float:
-        """Of one GPU."""
+        """Bytes of one GPU's memory that the job may use."""
         return self.gpus.memory_bytes * (1 - self.assumed.headroom)
 
     def bytes_of(self, plan: "JobPlan") -> int:
         return sum(self.bytes_by_part(plan).values())
 
     def bytes_by_part(self, plan: "JobPlan") -> dict[str, int]:
-        """Of micro-batches that the assistant says alone."""
+        """Return the bytes per rank by category.
+
+        This is the worst case, in which every token is an assistant token.
+        """
         return plan.bytes_by_part(plan.counts(DocumentSizes(self.config.data.max_tokens, 1.0)))
 
     def tokens_per_s(self, plan: "JobPlan") -> float:
-        """Of all ranks."""
+        """Return the estimated tokens per second of all ranks together."""
         seconds = plan.step_s(plan.counts(self.assumed.documents), self.gpus, self.assumed.share_of_peak)
         return plan.ranks.size * plan.num_tokens / sum(seconds.values())
 
@@ -372,5 +411,5 @@ def _in_words(count: float) -> str:
 
 
 def _sizes(limit: int, per_node: int) -> list[int]:
-    """Numbers of GPUs that jobs have: parts of a node, then whole nodes."""
+    """Return the numbers of GPUs to try: divisors of a node's, then whole nodes."""
     return [size for size in divisors(per_node) if size < min(limit + 1, per_node)] + list(range(per_node, limit + 1, per_node))

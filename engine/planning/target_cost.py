@@ -1,6 +1,6 @@
-"""What a target costs a rank: bytes of its weights, FLOPs of a token, traffic and passing memory of a forward.
+"""Cost of a target per rank: weight memory, and FLOPs, traffic and temporary memory of a forward.
 
-All of it is read from the modules of a model on the meta device and from how `TargetPlan` shares them.
+All figures follow from a model's modules on the meta device and from how `TargetPlan` shards them.
 """
 
 from collections.abc import Iterator
@@ -29,12 +29,17 @@ CHOSEN = (
     "moe_k",
     "top_k_experts",
 )
-PASSING_TENSORS = 3  # [T, D] beside a block's own: the residual stream, its norm, and the block's result
+# Tensors [T, D] in addition to a block's own: the residual stream, its norm and the result.
+PASSING_TENSORS = 3
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward of the target on a rank: its own tokens, slots that the head reads, and pairs of query and key, summed."""
+    """Sizes of one target forward on a rank.
+
+    num_tokens: the rank's tokens. num_slots: slots that the head reads.
+    num_pairs: pairs of query and key, summed over all tokens.
+    """
 
     num_tokens: int
     num_slots: int
@@ -42,7 +47,10 @@ class Forward:
 
 
 class TargetCost:
-    """A target whose weights are on the meta device, shared by a mesh. quantised: which of them stay so in memory."""
+    """Cost of a target that is sharded by a mesh.
+
+    model: the target on the meta device. quantised: which of its weights stay quantised in memory.
+    """
 
     def __init__(self, model: PreTrainedModel, mesh: TargetMesh, quantised: StaysQuantised | None = None) -> None:
         self.model = model
@@ -55,12 +63,12 @@ class TargetCost:
 
     @property
     def misfits(self) -> list[str]:
-        """Why modules that could be shared are not, by so many ranks."""
+        """Reasons why shardable modules cannot be sharded by this number of ranks."""
         return sorted({reason for reason in self.plan.replicated.values() if "cannot be shared by" in reason})
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Of a rank's part; a head that is not tied to the embedding is shared by vocabulary."""
+        """Bytes of weights per rank. A head not tied to the embedding is sharded by vocabulary."""
         head = self.model.get_output_embeddings().weight
         embedding = self.model.get_input_embeddings().weight
         total = sum(self._held_bytes(name, weight) for name, weight in self.decoder.named_parameters())
@@ -76,9 +84,11 @@ class TargetCost:
         return round(whole / weight.itemsize * self.quantised.value_bytes)
 
     def flops(self, forward: Forward) -> int:
-        """Of a rank's own tokens: what a replicated target would take for them, since all ranks bring as many.
+        """Return the FLOPs of a forward per rank.
 
-        What linear attention does to its states is left out: it is little beside its maps, and no two kernels do the same.
+        All ranks have the same number of tokens, so this equals the FLOPs that a replicated target
+        needs for one rank's tokens. The state updates of linear attention are not counted: they are
+        small next to its linear maps, and they differ between kernels.
         """
         width = self.config.hidden_size
         vocab_size = self.model.get_output_embeddings().weight.shape[0]
@@ -86,18 +96,19 @@ class TargetCost:
         return 2 * forward.num_tokens * self.num_active_weights + of_heads + 2 * forward.num_slots * width * vocab_size
 
     def traffic(self, forward: Forward) -> dict[str, int]:
-        """Bytes that a rank sends, by collective."""
+        """Return the bytes that a rank sends per forward, by collective."""
         tokens_bytes = forward.num_tokens * self.config.hidden_size * self.itemsize
         sent = {}
         if self.mesh.tp.size > 1:
             of_tokens = self.tokens_sent(forward.num_tokens)
             sent["all-gather of tokens (TP)"] = of_tokens * len(self.plan.shared)
-            looked_up = self.plan.embedding is not None  # tokens' rows come back as layers' results do
+            # Embeddings of a sharded vocabulary are reduced like layer outputs.
+            looked_up = self.plan.embedding is not None
             sent["reduce-scatter of tokens (TP)"] = of_tokens * (len(self.plan.shared) + looked_up)
             sent["all-gather of slots (head)"] = self.tokens_sent(forward.num_slots)
         if self.plan.experts:
             rows = sum(self._ranks_of_a_token(count) for count in self.plan.experts.values())
-            in_fp8 = tokens_bytes // self.itemsize  # scales aside
+            in_fp8 = tokens_bytes // self.itemsize  # without scales
             there = tokens_bytes if self.mesh.fp8_exchange == "none" else in_fp8
             back = in_fp8 if self.mesh.fp8_exchange == "both" else tokens_bytes
             sent["all-to-all of tokens (EP)"] = round(rows * there)
@@ -105,11 +116,11 @@ class TargetCost:
         return sent
 
     def tokens_sent(self, num_tokens: int) -> int:
-        """Bytes that a rank sends where states of so many tokens of each go to the others it shares layers with."""
+        """Return the bytes that a rank sends to gather states of `num_tokens` tokens over TP."""
         return (self.mesh.tp.size - 1) * num_tokens * self.config.hidden_size * self.itemsize
 
     def passing_bytes(self, forward: Forward) -> int:
-        """The most that a forward has in memory beside weights and what it captures."""
+        """Return the peak temporary bytes of a forward, without weights and captured states."""
         width = self.config.hidden_size * self.itemsize
         own = forward.num_tokens
         most = 0
@@ -123,25 +134,25 @@ class TargetCost:
         return most + PASSING_TENSORS * own * width
 
     def output_bytes(self, forward: Forward) -> int:
-        """Of what a forward hands to the draft, the tokens' embeddings included."""
+        """Return the bytes of a forward's output for the draft, including token embeddings."""
         states = 4 * forward.num_tokens + forward.num_slots
         return states * self.config.hidden_size * self.itemsize
 
     @property
     def _chosen(self) -> int:
-        """Experts that a token goes to."""
+        """Number of experts per token."""
         return next((value for name in CHOSEN if isinstance(value := getattr(self.config, name, None), int)), 1)
 
     @property
     def num_weights(self) -> int:
-        """Of the whole target."""
+        """Number of weights of the whole target."""
         head = self.model.get_output_embeddings().weight
         embedding = self.model.get_input_embeddings().weight
         return sum(weight.numel() for weight in self.decoder.parameters()) + (0 if head is embedding else head.numel())
 
     @cached_property
     def num_active_weights(self) -> float:
-        """Weights of the layers that multiply a token."""
+        """Number of layer weights that multiply each token, on average."""
         total = 0.0
         for name, module in self.decoder.named_modules():
             if is_experts(module, names_of(self.config)):
@@ -149,21 +160,22 @@ class TargetCost:
                 total += sum(weight[0].numel() for weight in weights) * self._chosen
             elif isinstance(module, nn.Linear):
                 total += module.weight.numel() * self._share_of(name)
-            elif not isinstance(module, nn.Embedding):  # routers keep a matrix of their own
+            elif not isinstance(module, nn.Embedding):  # Routers hold a weight matrix directly.
                 total += sum(weight.numel() for weight in module.parameters(recurse=False) if weight.ndim == 2)
         return total
 
     def _share_of(self, name: str) -> float:
-        """Of the tokens, those that a linear map reads: fewer where it is one expert's."""
+        """Return the share of tokens that a linear map reads; below 1 for an expert's map."""
         owner, _, rest = name.partition(".experts.")
         if not rest:
             return 1.0
-        experts: Any = self.decoder.get_submodule(f"{owner}.experts")  # a list of them
+        experts: Any = self.decoder.get_submodule(f"{owner}.experts")  # a ModuleList
         return self._chosen / len(experts)
 
     def pair_flops(self, attention: nn.Module) -> int:
-        """Scores and outputs of a layer for a pair of query and key."""
-        reads = [getattr(attention, name, None) for name in Names().outputs]  # of every family, also where they stay whole
+        """Return the FLOPs of an attention layer's scores and outputs per pair of query and key."""
+        # The output projections of all families, including those that are not sharded.
+        reads = [getattr(attention, name, None) for name in Names().outputs]
         config = self.config
         output = next((read for read in reads if isinstance(read, nn.Linear)), None)
         heads = config.num_attention_heads
@@ -175,7 +187,7 @@ class TargetCost:
         return (block for _, block in parts_of_layers(self.decoder) if compares_pairs(block))
 
     def _own_features(self, name: str, block: nn.Module) -> int:
-        """What a token becomes within a block, on this rank."""
+        """Return the number of features per token within a block on this rank, without experts."""
         features = 0
         for inner, module in block.named_modules():
             if isinstance(module, nn.Linear) and ".experts." not in f".{inner}.":
@@ -185,7 +197,10 @@ class TargetCost:
         return features
 
     def _passing_experts(self, block: nn.Module, own: int) -> int:
-        """With tokens spread evenly: rows that come and go, and each chosen expert's copy of them."""
+        """Return the bytes of temporary tensors in a layer of experts, with tokens spread evenly.
+
+        These are the rows that are sent and received, and one copy of a row per chosen expert.
+        """
         width = self.config.hidden_size
         ranks = self.mesh.ep.size
         experts = next(module for module in block.modules() if is_experts(module, names_of(self.config)))
@@ -201,7 +216,7 @@ class TargetCost:
         return 0.0 if self.quantised is None else self.quantised.input_bytes
 
     def _quantised_bytes(self, name: str, block: nn.Module, tokens: int) -> int:
-        """Of what the widest map of a block reads, where that is quantised."""
+        """Return the bytes of the quantised input of a block's widest map, 0 if not quantised."""
         widest = 0
         for inner, module in block.named_modules():
             if isinstance(module, nn.Linear):
@@ -213,7 +228,10 @@ class TargetCost:
         return round(tokens * widest * self._input_bytes)
 
     def _ranks_of_a_token(self, num_experts: int) -> float:
-        """Other ranks that a token is sent to, if each expert is as likely."""
+        """Return the expected number of other ranks that a token is sent to.
+
+        All experts are assumed to be equally likely.
+        """
         ranks = self.mesh.ep.size
         held = num_experts // self.mesh.ep.size
         missed = comb(num_experts - held, self._chosen) / comb(num_experts, self._chosen)

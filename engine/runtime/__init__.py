@@ -1,1 +1,1 @@
-"""What runs around the training steps: overlap, checkpoints, metrics and the watch for faults."""
+"""Services around the training steps: overlap, checkpoints, metrics and the detection of faults."""

@@ -1,4 +1,7 @@
-"""Checkpoints to resume from: DeepSpeed's own, with the step, the data position and every rank's RNG beside the weights."""
+"""Checkpoints to resume from, written by DeepSpeed.
+
+Next to the weights they hold the step, the data position and the RNG state of every rank.
+"""
 
 import json
 import random
@@ -30,8 +33,9 @@ LATEST = "latest"
 class Checkpoints:
     """The checkpoints of one run, in `folder`, each under the tag `step_N`.
 
-    options: what a resumed run must share with the one that saved, by dotted name; plain values. target_identity: hashes of the
-    target's config and weights, None where a store does not know them.
+    keep: number of checkpoints to keep.
+    options: values that a resumed run must have in common with the run that saved, by dotted name.
+    target_identity: hashes of the target's config and weights; None if a store records none.
     """
 
     folder: Path
@@ -40,15 +44,18 @@ class Checkpoints:
     target_identity: str | None = None
 
     def save(self, draft: ZeroDraft, world: World, step: int, data_state: dict[str, Any]) -> None:
-        """Save after optimizer step `step`; a collective. Earlier checkpoints beyond `keep` are deleted afterwards.
+        """Save a checkpoint after optimizer step `step`; a collective.
 
-        data_state: plain values, the same on every rank. Raises WriteError; `latest` then names the checkpoint before. Raises
-        NonFiniteError, before anything is written or deleted, if a weight is not finite.
+        Afterwards all but the newest `keep` checkpoints are deleted.
+        data_state: plain values, the same on every rank.
+        Raises WriteError if it cannot be written; `latest` then names the previous checkpoint.
+        Raises NonFiniteError, before anything is written or deleted, if a weight is not finite.
         """
         check_finite_weights(draft, world, step)
         tag = f"step_{step}"
         if world.is_main:
-            shutil.rmtree(self.folder / tag, ignore_errors=True)  # what a run that was killed here may have left
+            # A run that was killed while saving may have left a part of this checkpoint.
+            shutil.rmtree(self.folder / tag, ignore_errors=True)
             facts = {"ranks": world.size, "step": step, "data": data_state, "options": dict(self.options)}
             facts["target_identity"] = self.target_identity
             with writing(self.folder / tag):
@@ -64,9 +71,10 @@ class Checkpoints:
         world.barrier()
 
     def newest(self) -> str | None:
-        """Tag of the newest complete checkpoint: the one that `latest` names, written after all else.
+        """Return the tag of the newest complete checkpoint, or None if there is none.
 
-        Raises ValueError if `latest` names none.
+        It is the one that `latest` names, because that file is written last.
+        Raises ValueError if `latest` cannot be read or does not name a checkpoint.
         """
         latest = self.folder / LATEST
         if not latest.exists():
@@ -88,15 +96,16 @@ class Checkpoints:
         return tag
 
     def _advice(self) -> str:
-        """What to do about a newest checkpoint that cannot be read."""
+        """Return advice for the case that the newest checkpoint cannot be read."""
         tags = [f"step_{step}" for step in self._steps()]
         others = f"write one of {', '.join(tags)} into {self.folder / LATEST}, or " if tags else ""
         return f"{others}start a new run in another output_dir"
 
     def find(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and data state of the newest checkpoint, or None if there is none; reads no weights.
+        """Return the step and data state of the newest checkpoint, or None if there is none.
 
-        Raises ValueError if it is not whole, or was written under other options.
+        No weights are read.
+        Raises ValueError if the checkpoint is incomplete, or was written with other options.
         """
         tag = self.newest()
         if tag is None:
@@ -104,7 +113,7 @@ class Checkpoints:
         facts = self._facts(tag)
         saved = facts["options"]
         current = json.loads(json.dumps(dict(self.options)))
-        # an option that the run did not have yet was at what it is by default
+        # An option that did not exist when the checkpoint was written behaved as its default.
         saved = {key: OPTIONS[key].default for key in current.keys() & OPTIONS.keys()} | saved
         changes = [f"{key} was {saved.get(key)}, now {value}" for key, value in current.items() if saved.get(key) != value]
         if changes:
@@ -113,9 +122,9 @@ class Checkpoints:
         return facts["step"], facts["data"]
 
     def check_target(self) -> str | None:
-        """Compare the target of the newest checkpoint with this run's; returns a note where that cannot be done.
+        """Compare the target of the newest checkpoint with this run's.
 
-        Raises ValueError if they are known to differ.
+        Returns a note if they cannot be compared, otherwise None. Raises ValueError if they differ.
         """
         tag = self._existing()
         saved = self._facts(tag).get("target_identity")
@@ -125,7 +134,7 @@ class Checkpoints:
             raise ValueError(f"{problem}. Restore the target, or start a new run in another output_dir")
         if saved is None or self.target_identity is None:
             where = "checkpoint" if saved is None else "store"
-            return f"the {where} does not say what its target's weights were, so whether they are still the same is not known"
+            return f"the {where} does not record its target's weights, so it is not known whether they have changed"
         return None
 
     def check_end(self, step: int, max_steps: int | None) -> None:
@@ -134,17 +143,18 @@ class Checkpoints:
             self.refuse_end(step, f"max_steps={max_steps}", "max_steps")
 
     def refuse_end(self, step: int, setting: str, option: str) -> NoReturn:
-        """Raise ValueError: with `setting` the run ends before the checkpoint of `step`."""
+        """Raise ValueError: with `setting`, the run ends before the checkpoint of `step`."""
         raise ValueError(
             f"{self.folder / f'step_{step}'} was saved after step {step}, and {setting} ends the run before it, so there is "
-            f"nothing to resume. Raise {option} (a run of exactly {step} steps exports this checkpoint again), or name another "
+            f"nothing to resume. Raise {option} (a run of exactly {step} steps exports this checkpoint again), or use another "
             "output_dir to train a shorter run"
         )
 
     def reshape(self, draft: Eagle3Draft, world: World) -> bool:
-        """Make the newest checkpoint fit this number of ranks, if another wrote it; whether that was so. A collective.
+        """Convert the newest checkpoint if another number of ranks wrote it; a collective.
 
-        The draft gets what the checkpoint holds of its frozen weights, which that form leaves out.
+        Frozen weights are copied from the checkpoint into the draft, because the converted form
+        does not contain them. Returns whether a conversion was necessary.
         """
         tag = world.decide(lambda: self._reshaped(world.size))
         if tag is None:
@@ -159,7 +169,10 @@ class Checkpoints:
         return True
 
     def _reshaped(self, num_ranks: int) -> str | None:
-        """Rewrite the newest checkpoint for `num_ranks` ranks and return its tag; None if it fits them as it is."""
+        """Convert the newest checkpoint for `num_ranks` ranks and return its tag.
+
+        Returns None if no conversion is necessary.
+        """
         tag = self._existing()
         if self._facts(tag)["ranks"] == num_ranks or not is_sharded(self.folder, tag):
             return None
@@ -167,9 +180,10 @@ class Checkpoints:
         return tag
 
     def load(self, draft: ZeroDraft, world: World) -> None:
-        """Restore the newest checkpoint, and this rank's RNG if as many ranks wrote it; a collective.
+        """Restore the newest checkpoint; a collective.
 
-        Raises ValueError if a part of it is missing.
+        This rank's RNG state is restored too if the same number of ranks wrote the checkpoint.
+        Raises ValueError if a part of the checkpoint is missing.
         """
         tag = world.decide(self._existing)
         state = draft.load(self.folder, tag)
@@ -182,7 +196,7 @@ class Checkpoints:
     def _facts(self, tag: str) -> dict[str, Any]:
         """Return the facts that `save` wrote next to a checkpoint's weights.
 
-        Raises ValueError if they are not there, or damaged.
+        Raises ValueError if the file is missing or damaged.
         """
         path = self.folder / tag / RUN
         try:
@@ -203,7 +217,10 @@ class Checkpoints:
         return facts
 
     def _name_newest(self, tag: str) -> None:
-        """Write `latest`, the file DeepSpeed's tools read too, in one stroke: a kill leaves the old name or the new one."""
+        """Write `latest` atomically: a killed run leaves either the old name or the new one.
+
+        DeepSpeed's tools read the file too.
+        """
         write_text(self.folder / LATEST, tag)
 
     def _steps(self) -> list[int]:
@@ -212,11 +229,11 @@ class Checkpoints:
 
 
 def check_finite_weights(draft: ZeroDraft, world: World, step: int) -> None:
-    """Raise NonFiniteError on every rank if a weight is not finite after optimizer step `step`; a collective."""
+    """Raise NonFiniteError on every rank if a weight is not finite after `step`; a collective."""
     if not draft.has_finite_weights(world):
         raise NonFiniteError(
-            f"weights of the draft are not finite after step {step}; neither a checkpoint nor a draft is made of them, and "
-            "earlier ones stay. Resume from the newest checkpoint (checkpoint.resume=true) with a lower learning rate "
+            f"weights of the draft are not finite after step {step}. No checkpoint or draft was written, and earlier ones are "
+            "kept. Resume from the newest checkpoint (checkpoint.resume=true) with a lower learning rate "
             "(optimizer.params.lr) or gradient_clipping"
         )
 

@@ -1,7 +1,8 @@
-"""Watch over a training run for numbers that are not finite, read from the device a step late.
+"""Detection of non-finite numbers in a training run, read from the device one step late.
 
-A document whose states are not finite is named once, and the run goes on without it or stops, as the recipe says. A loss of the
-draft itself that is not finite always stops the run: its weights would follow.
+A document whose hidden states are not finite is named once. The run then continues without it or
+stops, depending on the recipe. A non-finite loss of the draft always stops the run, because the
+weights would become non-finite too.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,14 +14,18 @@ from engine.batch import DraftOutput, MicroBatch
 from engine.hidden_states.finite import MAX_NAMED, NonFiniteError, check_share, fault_of, place_names
 from engine.host.pinned_copy import HostCopy
 
-MAX_SKIPPED = 50  # optimizer steps in a row that DeepSpeed may leave out; fp16 needs some to find its loss scale
+# Consecutive optimizer steps that DeepSpeed may skip. fp16 needs some to find its loss scale.
+MAX_SKIPPED = 50
 
 
 @dataclass(frozen=True)
 class WatchSettings:
-    """How to name what is found. stops: whether a document with such states ends the run.
+    """Settings of a `FaultWatch`.
 
-    aux_layers: of the target. name_of: names a document by its place among those that were loaded. rank: of this process.
+    aux_layers: the target's auxiliary layers.
+    name_of: returns the name of a document, given its index among the loaded documents.
+    stops: whether a document with non-finite states ends the run.
+    rank: rank of this process.
     """
 
     aux_layers: tuple[int, ...]
@@ -31,7 +36,10 @@ class WatchSettings:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A micro-batch whose flags are on their way: those of its documents, place by place, and one of its loss at the end."""
+    """A micro-batch whose flags are being copied to the host.
+
+    flags: one flag per document and place, then one flag for the loss.
+    """
 
     step: int
     document_ids: Sequence[int]
@@ -39,7 +47,10 @@ class _Seen:
 
 
 class FaultWatch:
-    """The watch of one rank. left_out: what was found, by the document's place among those that were loaded."""
+    """Detector of non-finite numbers on one rank.
+
+    left_out: what was found, by the document's index among the loaded documents.
+    """
 
     def __init__(self, settings: WatchSettings, warn: Callable[[str], None]) -> None:
         self._settings = settings
@@ -51,7 +62,10 @@ class FaultWatch:
         self.left_out: dict[int, str] = {}
 
     def add(self, step: int, output: DraftOutput, micro: MicroBatch) -> None:
-        """Watch a micro-batch of a step; its flags are read later, without a host sync now."""
+        """Start to copy the flags of one micro-batch to the host, without a host sync.
+
+        `read` evaluates them later.
+        """
         flags = [~output.loss_S.detach().isfinite().all().reshape(1)]
         document_ids: Sequence[int] = ()
         if micro.faults is not None:
@@ -60,23 +74,27 @@ class FaultWatch:
         self._queue.append(_Seen(step, document_ids, HostCopy(torch.cat(flags))))
 
     def read(self, until_step: int) -> None:
-        """Read the flags of all steps up to this one. Raises NonFiniteError where the run cannot go on."""
+        """Read the flags of all steps up to `until_step`.
+
+        Raises NonFiniteError if the run cannot continue.
+        """
         while self._queue and self._queue[0].step <= until_step:
             seen = self._queue.pop(0)
             *by_place, is_loss_bad = seen.flags.wait().tolist()
             self._name_documents(seen, by_place)
             if is_loss_bad:
                 raise NonFiniteError(
-                    f"step {seen.step}: the draft's loss is not finite, though all states of the target that it read are. "
-                    "Training has stopped; no checkpoint or draft was made of its weights. Resume from the newest checkpoint "
+                    f"step {seen.step}: the draft's loss is not finite, although the target's states are finite. Training "
+                    "has stopped, and the current weights were not saved. Resume from the newest checkpoint "
                     "(checkpoint.resume=true), or start again, with a lower learning rate (optimizer.params.lr), "
-                    "gradient_clipping, or bf16 in place of fp16"
+                    "gradient_clipping, or bf16 instead of fp16"
                 )
 
     def count_skipped(self, step: int, num_skipped: int) -> None:
-        """Name a step that DeepSpeed left out because its gradient was not finite. num_skipped: how many so far.
+        """Warn about a step that DeepSpeed skipped because its gradient was not finite.
 
-        Raises NonFiniteError after `MAX_SKIPPED` of them in a row.
+        num_skipped: number of skipped steps so far.
+        Raises NonFiniteError after `MAX_SKIPPED` consecutive skipped steps.
         """
         if num_skipped == self._num_skipped:
             self._num_skipped_in_a_row = 0
@@ -107,4 +125,4 @@ class FaultWatch:
         if len(self.left_out) <= MAX_NAMED:
             self._warn(f"  {rank}step {step}: left out {problem}")
         if len(self.left_out) == MAX_NAMED:
-            self._warn(f"  {rank}further documents that are left out are only counted, and named in summary.json")
+            self._warn(f"  {rank}further left-out documents are only counted here, and listed in summary.json")

@@ -1,6 +1,7 @@
-"""What a training step is judged by: loss, top-1 accuracy, acceptance rate, simulated acceptance length.
+"""Metrics of training steps: loss, top-1 accuracy, acceptance rate and simulated acceptance length.
 
-Rates are over the rows that the mask allows; one whose target lies outside the draft vocabulary counts as wrong and rejected.
+Rates are computed over the rows that the mask allows. A row whose target token lies outside the
+draft vocabulary counts as wrong and rejected.
 """
 
 import json
@@ -18,7 +19,7 @@ COUNTS = ("num_loss_rows_S", "num_allowed_rows_S", "num_correct_S", "accepted_S"
 
 
 class StepMetrics:
-    """Sums on the device over the micro-batches since the last log, read without a wait of the host."""
+    """Sums over the micro-batches since the last log, kept on the device."""
 
     def __init__(self, steps: int, step_weights: list[float], device: torch.device) -> None:
         self._steps = steps
@@ -27,22 +28,25 @@ class StepMetrics:
         self._sums = torch.zeros(rows * steps + len(SCALARS), dtype=torch.float64, device=device)
 
     def add(self, output: DraftOutput, num_tokens: int | torch.Tensor, num_left_out: int | torch.Tensor = 0) -> None:
-        """Count one micro-batch, without a host sync: the tokens learned from, and the documents left out of it."""
+        """Add one micro-batch, without a host sync.
+
+        num_tokens: tokens of the documents that are trained on. num_left_out: documents left out.
+        """
         rows = [output.loss_S.detach(), *(getattr(output, name) for name in COUNTS)]
         self._sums[: len(rows) * self._steps] += torch.cat([row.double() for row in rows])
         self._sums[-2] += num_tokens
         self._sums[-1] += num_left_out
 
     def start_read(self, world: World) -> PendingSum:
-        """Start to read the sums over all ranks, and begin new ones; one collective, which the host does not wait for."""
+        """Start to read the sums over all ranks and reset them; a collective without host sync."""
         pending = world.start_sum(self._sums)
         self._sums.zero_()
         return pending
 
     def values(self, sums: torch.Tensor, loss_divisor: int) -> dict[str, Any]:
-        """Return the metrics of sums that `start_read` gave.
+        """Return the metrics computed from the sums of `start_read`.
 
-        loss_divisor: what summed micro-batch losses are divided by to give one step's loss.
+        loss_divisor: divisor that turns the summed micro-batch losses into the mean loss per step.
         """
         per_step = sums[: -len(SCALARS)]
         scalars = sums[-len(SCALARS) :]
@@ -61,12 +65,12 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a logged step, appended and flushed as training goes."""
+    """The file `metrics.jsonl`: one JSON object per logged step, flushed after each line."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Keeps the lines of steps up to `first_step`: a resumed run goes on where its checkpoint stands.
+        """Open the file and keep its lines up to step `first_step`, where a resumed run continues.
 
-        A line that is not whole was cut by a kill or a full disk, so it is dropped. Raises WriteError.
+        An incomplete line, left by a killed run or a full disk, is dropped. Raises WriteError.
         """
         self.path = path
         lines = path.read_bytes().splitlines(keepends=True) if first_step and path.exists() else []
@@ -78,7 +82,7 @@ class MetricsFile:
         write_whole(path, lambda place: place.write_bytes(b"".join(kept)))
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Append a line. Numbers that are not finite become null, and `non_finite` then says how many they were."""
+        """Append a line. Non-finite numbers become null, and `non_finite` then counts them."""
         metrics, num_replaced = finite_or_null(metrics)
         if num_replaced:
             metrics["non_finite"] = num_replaced
@@ -87,7 +91,7 @@ class MetricsFile:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a line of metrics; None if the line is not whole."""
+    """Return the step of a line of metrics, or None if the line is incomplete."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError):

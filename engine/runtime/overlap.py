@@ -1,6 +1,7 @@
-"""The scheduler of target forwards and draft steps: the target may run ahead while the draft trains.
+"""Scheduler of target forwards and draft steps: the target may run ahead while the draft trains.
 
-Batches, their order and every result are the same as one after the other; only when the target runs changes.
+Batches, their order and all results are the same as in serial execution; only the timing of the
+target's forwards changes.
 """
 
 import queue
@@ -19,26 +20,28 @@ RUN_AHEAD = "overlap.run_ahead"
 
 
 def check_run_ahead(depth: int, target_ranks: int, device: torch.device) -> None:
-    """Raise ConfigError if the target would run ahead while ranks share it over NCCL.
+    """Raise ConfigError if the target would run ahead while ranks shard it over NCCL.
 
-    The worker thread would issue the target's collectives and the main thread those of ZeRO, on different communicators and
-    in an order that differs between ranks. NCCL does not allow that: the job would hang. gloo keeps them apart.
+    The worker thread would issue the target's collectives and the main thread those of ZeRO, on
+    different communicators and in an order that differs between ranks. NCCL does not allow that, so
+    the job would hang. gloo supports it.
 
     depth: batches to run ahead. target_ranks: ranks that share one copy of the target.
     """
     if depth and target_ranks > 1 and device.type == "cuda":
         problem = (
-            f"is not possible on GPUs while {target_ranks} ranks share the target: their collectives could block each other"
+            f"is not possible on GPUs while {target_ranks} ranks share the target, because their collectives could deadlock"
         )
         raise ConfigError(f"{problem}; set it to 0, or capture first and train from target.store", key=RUN_AHEAD, value=depth)
 
 
 def run_ahead(items: Iterable[Item], prepare: Callable[[Item], Work], depth: int, device: torch.device) -> Iterator[Work]:
-    """Yield `prepare(item)` for each item, in order, prepared at most `depth` items before they are asked for.
+    """Yield `prepare(item)` for each item, in order, prepared at most `depth` items in advance.
 
-    With a depth of 0 each is prepared when it is asked for. Otherwise `prepare` runs in a thread of its own and, on a GPU, on a
-    side stream. That stream starts after the work that the consumer's stream already has, such as the loading of weights,
-    and the consumer's stream waits for each result. An error in `prepare` is raised where its result would have been.
+    With a depth of 0, each item is prepared when it is requested. Otherwise `prepare` runs in a
+    separate thread and, on a GPU, on a side stream. That stream waits for the work already queued
+    on the consumer's stream, such as the loading of weights, and the consumer's stream waits for
+    each result. An error in `prepare` is raised in place of its result.
     """
     if depth == 0:
         yield from map(prepare, items)
@@ -77,10 +80,13 @@ _END = _Result()
 
 
 class _SideStream:
-    """The CUDA stream of the worker thread; on a CPU there is none."""
+    """CUDA stream of the worker thread; does nothing on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Called by the consumer: only its own thread knows the stream on which weights may still be loading."""
+        """Create the stream; must be called by the consumer's thread.
+
+        Only that thread knows its current stream, on which weights may still be loading.
+        """
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -88,12 +94,15 @@ class _SideStream:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def enter_thread(self) -> None:
-        """Make the device current in the calling thread: a new thread begins on GPU 0 and would open a context there."""
+        """Make the device current in the calling thread.
+
+        A new thread starts on GPU 0 and would create a CUDA context there.
+        """
         if self._stream is not None:
             torch.cuda.set_device(self._device)
 
     def run(self, prepare: Callable[[Item], Work], item: Item) -> "_Result":
-        """Prepare an item on the stream, and record when its result is there."""
+        """Prepare an item on the stream, and record an event for when its result is ready."""
         with torch.cuda.stream(self._stream):
             work = prepare(item)
         ready = None if self._stream is None else self._stream.record_event()
@@ -121,7 +130,7 @@ def _produce(
 
 
 def _hand_over(work: Any, ready: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
-    """Order `stream` after the result, and keep the result's memory from reuse until `stream` is done with it."""
+    """Make `stream` wait for the result, and keep the result's memory until `stream` is done."""
     stream.wait_event(ready)
     for tensor in _tensors(work):
         tensor.record_stream(stream)

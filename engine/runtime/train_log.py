@@ -1,4 +1,4 @@
-"""The log of a training run: metrics of its steps, read from the device a step late, so that logging costs no wait."""
+"""The log of a training run; metrics are read from the device one step late, without host sync."""
 
 import time
 from dataclasses import dataclass
@@ -14,15 +14,16 @@ from engine.runtime.fault_watch import FaultWatch
 from engine.runtime.metrics import MetricsFile, StepMetrics
 
 METRICS = "metrics.jsonl"
-SECONDS_AFTER_ERROR = 2.0  # that a failed run waits for metrics still on their way
+SECONDS_AFTER_ERROR = 2.0  # time that a failed run waits for metrics still being copied
 SECONDS_BETWEEN_LOOKS = 0.01
 
 
 @dataclass(frozen=True)
 class LogSettings:
-    """Where and how often a training log is written.
+    """Settings of a training log.
 
-    every_steps: optimizer steps between lines. first_step: steps that an earlier run took. num_steps: the last step.
+    output_dir: folder of `metrics.jsonl`. every_steps: optimizer steps between lines.
+    first_step: steps already taken by an earlier run. num_steps: number of the last step.
     """
 
     output_dir: Path
@@ -33,7 +34,10 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class _PendingLine:
-    """A line whose sums are still on their way to the host. loss_divisor: as in `StepMetrics.values`."""
+    """A line of the log whose sums are still being copied to the host.
+
+    loss_divisor: as in `StepMetrics.values`.
+    """
 
     step: int
     learning_rate: float
@@ -44,10 +48,11 @@ class _PendingLine:
 
 
 class TrainLog:
-    """Metrics of the logged steps, to `metrics.jsonl`, the monitors and one line for the progress bar.
+    """Writer of step metrics to `metrics.jsonl`, the monitors and a line for the progress bar.
 
-    A step's metrics are read when the next step has been issued, at a flush, or at the end of the `with` block. After an error
-    those that arrive within `SECONDS_AFTER_ERROR` are still written; other ranks may never send theirs.
+    A step's metrics are read after the next step has been issued, at a flush, or at the end of the
+    `with` block. After an error, metrics that arrive within `SECONDS_AFTER_ERROR` are still
+    written; other ranks may never send theirs.
     """
 
     def __init__(self, settings: LogSettings, zero: ZeroDraft, world: World, watch: FaultWatch) -> None:
@@ -74,14 +79,15 @@ class TrainLog:
             self._flush_what_arrives()
 
     def count(self, step: int, output: DraftOutput, micro: MicroBatch) -> None:
-        """Count one micro-batch of a step, without a host sync."""
+        """Add one micro-batch of a step, without a host sync."""
         self._metrics.add(output, micro.num_tokens, micro.num_left_out)
         self._watch.add(step, output, micro)
 
     def end_step(self, step: int) -> None:
-        """Write the metrics of earlier steps, and start to read those of this one if it is logged; then a collective.
+        """End a step: write pending metrics, and start to read those of this step if it is logged.
 
-        Raises NonFiniteError if the watch found in an earlier step what ends the run.
+        A collective if the step is logged. Raises NonFiniteError if an earlier step had a fault
+        that ends the run.
         """
         self._write_pending()
         self._watch.read(until_step=step - 1)
@@ -93,7 +99,7 @@ class TrainLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write all metrics of the steps that have ended, and end their watch; waits for the device.
+        """Write the metrics of all finished steps and check them for faults; waits for the device.
 
         Raises NonFiniteError as `end_step` does.
         """
@@ -135,7 +141,7 @@ class TrainLog:
             self._zero.write_monitors(scalars, pending.step)
 
     def _flush_what_arrives(self) -> None:
-        """Write the pending line if its sums arrive soon."""
+        """Write the pending line if its sums arrive within `SECONDS_AFTER_ERROR`."""
         deadline = time.monotonic() + SECONDS_AFTER_ERROR
         while self._pending is not None and time.monotonic() < deadline:
             if self._pending.sums.is_ready():

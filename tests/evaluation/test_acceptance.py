@@ -125,7 +125,7 @@ def test_conversations_without_a_question_are_passed_over(tokenizer, tmp_path):
     with open(path, "ab") as file:
         file.write(b"\n{ not JSON\n\xff\xfe\x00{}\n")
     assert [prompt.source for prompt in held_out_prompts([path], tokenizer, 9, None)] == [f"{path}:4"]
-    with pytest.raises(ValueError, match="nothing to ask"):
+    with pytest.raises(ValueError, match="there are no prompts"):
         held_out_prompts([write(tmp_path / "b.jsonl", unusable)], tokenizer, 9, None)
     with pytest.raises(ValueError, match="no such file"):
         held_out_prompts([tmp_path / "c.jsonl"], tokenizer, 9, None)
