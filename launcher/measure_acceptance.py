@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from rich.text import Text
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,6 +28,7 @@ from engine.evaluation.acceptance import AcceptanceReport, Prompt, check_prompts
 from engine.evaluation.decoding import Generation
 from engine.evaluation.evaluator import AcceptanceEvaluator
 from engine.evaluation.report import acceptance_table
+from engine.hidden_states.sources import OnlineSource
 from engine.hidden_states.store_format import Manifest
 from engine.host.files import write_json
 from engine.host.telemetry import Telemetry
@@ -35,14 +36,10 @@ from engine.kernels import choose_kernels
 from engine.kernels.self_check import SelfCheck
 from engine.models.eagle3.draft_config import DraftConfig
 from engine.models.eagle3.export import CONFIG, load_draft
-from engine.models.target_families import check_aux_layers, num_layers, text_config
-from engine.parallel.mesh import TargetMesh, World
-from engine.target.checked_kernels import check_target_kernels
+from engine.models.target_families import check_aux_layers, default_aux_layers, num_layers, text_config
+from engine.parallel.mesh import World
 from engine.target.configuration import load_target_config
-from engine.target.frozen import FrozenTarget
-from engine.target.fused_elementwise import use_liger
-from engine.target.identity import shared_identity, what_changed
-from engine.weights.quantised_checkpoint import check_quantisation
+from engine.target.identity import what_changed
 from launcher.command import join_environment, run_plugins, stop, user_cache
 
 
@@ -53,14 +50,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--draft", type=Path, required=True, help="folder of the exported draft")
     parser.add_argument("--target", help="Hugging Face folder or hub id of the target; default: the run's")
     parser.add_argument("--data", nargs="+", help="JSONL conversation files with prompts; default: the run's held-out files")
-    parser.add_argument("--num-prompts", type=_positive, help="prompts decoded; default: the run's")
-    parser.add_argument("--draft-tokens", type=_positive, help="tokens proposed per target forward; default: the run's")
-    parser.add_argument("--max-new-tokens", type=_positive, help="tokens generated per prompt; default: the run's")
+    parser.add_argument("--num_prompts", type=_positive, help="prompts decoded; default: the run's")
+    parser.add_argument("--draft_tokens", type=_positive, help="tokens proposed per target forward; default: the run's")
+    parser.add_argument("--max_new_tokens", type=_positive, help="tokens generated per prompt; default: the run's")
     parser.add_argument(
         "--dtype", choices=get_args(get_type_hints(TargetSection)["dtype"]), help="precision of the target; default: the run's"
     )
-    parser.add_argument("--tp-size", type=_positive, help="ranks that share each layer; default: the run's, or 1 on one rank")
-    parser.add_argument("--ep-size", type=_positive, help="ranks that share experts; default: the run's, or 1 on one rank")
+    parser.add_argument("--tp_size", type=_positive, help="ranks that share each layer; default: the run's, or 1 on one rank")
+    parser.add_argument("--ep_size", type=_positive, help="ranks that share experts; default: the run's, or 1 on one rank")
     parser.add_argument("--json", type=Path, help="file to write the reports to")
     parser.add_argument("--show", action="store_true", help="print rank 0's replies, with accepted draft tokens in green")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
@@ -105,7 +102,9 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
     )
     shared = run.parallel if num_ranks > 1 else replace(run.parallel, tp_size=1, ep_size=1)
     parallel = replace(shared, tp_size=arguments.tp_size or shared.tp_size, ep_size=arguments.ep_size or shared.ep_size)
-    return replace(run, target=target, data=data, evaluation=evaluation, parallel=parallel)
+    data = replace(data, cache_dir=data.cache_dir or str(user_cache()))
+    loss = replace(run.loss, temperature=1.0)  # replies are the target's own, whatever the draft learned from
+    return replace(run, target=target, data=data, evaluation=evaluation, parallel=parallel, loss=loss)
 
 
 def read_draft_config(folder: Path) -> DraftConfig:
@@ -116,16 +115,13 @@ def read_draft_config(folder: Path) -> DraftConfig:
     return DraftConfig.from_dict(parse_json(read_text(path), path), path)
 
 
-def check_target(draft: DraftConfig, section: TargetSection, is_shared: bool) -> PreTrainedConfig:
-    """Return the target's config.
+def check_target(draft: DraftConfig, section: TargetSection) -> tuple[int, ...]:
+    """Return the layers of the target that the draft reads.
 
-    is_shared: whether several ranks share the target.
     Raises ValueError if the draft was not trained for this target, or its config cannot be read.
     """
     path = section.path
-    config = load_target_config(section)
-    check_quantisation(config, path, is_shared)
-    target = text_config(config)
+    target = text_config(load_target_config(section))
     facts = {
         "a vocabulary of": (draft.vocab_size, target.vocab_size),
         "hidden size": (draft.target_hidden_size, target.hidden_size),
@@ -135,12 +131,13 @@ def check_target(draft: DraftConfig, section: TargetSection, is_shared: bool) ->
             raise ValueError(
                 f"the draft was trained for a target with {name} {expected}, but {path} has {found}; pass its own target"
             )
-    if draft.aux_layers is not None:
-        try:
-            check_aux_layers(draft.aux_layers, num_layers(target))
-        except ValueError as error:
-            raise ValueError(f"the draft reads layers that {path} does not have; pass its own target ({error})") from error
-    return config
+    if draft.aux_layers is None:
+        return section.aux_layers or default_aux_layers(num_layers(target))
+    try:
+        check_aux_layers(draft.aux_layers, num_layers(target))
+    except ValueError as error:
+        raise ValueError(f"the draft reads layers that {path} does not have; pass its own target ({error})") from error
+    return draft.aux_layers
 
 
 def decoded(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -168,24 +165,18 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     Return the reports by drafter, on every rank.
     """
     telemetry = Telemetry(speaks=world.is_main)
-    mesh = TargetMesh.of(run.parallel, world)
-    target_config = check_target(draft_config, run.target, is_shared=mesh.size > 1)
-    identity = shared_identity(run.target, world)
-    change = what_changed((draft_config.trained_with or {}).get("target_identity"), identity)
+    aux_layers = check_target(draft_config, run.target)
+    tokenizer = load_tokenizer(run.target, run.data)
+    source = OnlineSource(run, tokenizer, world, telemetry)
+    change = what_changed((draft_config.trained_with or {}).get("target_identity"), source.target_identity)
     if change is not None:
         telemetry.note(f"The draft was trained for another target: {change}.", style="bold")
-    tokenizer = load_tokenizer(run.target, run.data)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     check_prompts(prompts, draft_config.vocab_size)
-    self_check = SelfCheck.of(world, run.data.cache_dir or user_cache(), telemetry.warn)
-    check_target_kernels(target_config, run.target, self_check)
-    target = FrozenTarget.load(
-        run.target, world.device, draft_config.aux_layers, mesh=mesh, unproven=run.parallel.unproven, bar=telemetry.progress
-    )
+    target = source.load_target(aux_layers)
     dtype = target.dtype
-    replaced = use_liger(target.decoder, dtype, run.kernels, self_check)
-    telemetry.note(f"liger in the target: {replaced}")
     kernels = choose_kernels(run.kernels, world.device, dtype, draft_config.head_dim)
+    self_check = SelfCheck.of(world, run.data.cache_dir, telemetry.warn)
     kernels = self_check.sound(kernels, dtype, draft_config.head_dim)
     draft = load_draft(arguments.draft, target.embedding.whole(), dtype, world.device, kernels)
 

@@ -99,7 +99,7 @@ def read_options() -> argparse.Namespace:
         type=Path,
         help="file for the figures, one object per case; machine and versions go to a second file",
     )
-    parser.add_argument("--peer-folder", type=Path, default=ROOT / "outputs/peers/specforge-0.2.0", help="folder of SpecForge")
+    parser.add_argument("--peer_folder", type=Path, default=ROOT / "outputs/peers/specforge-0.2.0", help="folder of SpecForge")
     return parser.parse_args()
 
 

@@ -87,7 +87,7 @@ def on_two_ranks(run: Path, report: Path, *options: str) -> tuple[dict, str]:
 def test_two_ranks_measure_the_same_whether_they_share_the_target_or_not(run, tmp_path, monkeypatch, capsys):
     measure(monkeypatch, "--draft", run / "draft", "--json", tmp_path / "alone.json")
     alone = json.loads((tmp_path / "alone.json").read_text())
-    replicated, _ = on_two_ranks(run, tmp_path / "replicated.json", "--tp-size", "1")
+    replicated, _ = on_two_ranks(run, tmp_path / "replicated.json", "--tp_size", "1")
     shared, printed = on_two_ranks(run, tmp_path / "shared.json", "--show")
     rates = {"tokens_per_s": None, "plain_tokens_per_s": None}
     for name, report in alone.items():
@@ -97,7 +97,7 @@ def test_two_ranks_measure_the_same_whether_they_share_the_target_or_not(run, tm
 
 
 def test_the_command_line_replaces_the_settings_of_the_run(run, tmp_path, monkeypatch, capsys):
-    options = ["--num-prompts", 2, "--draft-tokens", 3, "--max-new-tokens", 5, "--dtype", "bfloat16", "--show"]
+    options = ["--num_prompts", 2, "--draft_tokens", 3, "--max_new_tokens", 5, "--dtype", "bfloat16", "--show"]
     measure(monkeypatch, "--draft", run / "draft", "--json", tmp_path / "report.json", *options)
     report = json.loads((tmp_path / "report.json").read_text())["draft"]
     assert report["num_prompts"] == 2 and report["num_tokens"] <= 8
@@ -111,7 +111,7 @@ def test_a_draft_far_from_its_run_is_measured_once_target_and_data_are_named(run
     copy.mkdir(parents=True)
     for file in (run / "draft").iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    named = ["--target", run / "target", "--data", run / "held_out.jsonl", "--dtype", "float32", "--max-new-tokens", 4]
+    named = ["--target", run / "target", "--data", run / "held_out.jsonl", "--dtype", "float32", "--max_new_tokens", 4]
     measure(monkeypatch, "--draft", copy, *named)
     assert "0 of 6" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="give --target"):
@@ -130,8 +130,8 @@ def test_what_does_not_fit_is_refused_by_name(run, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit, match="no_such.jsonl"):
         measure(monkeypatch, "--draft", run / "draft", "--data", tmp_path / "no_such.jsonl")
     with pytest.raises(SystemExit, match=r"parallel.tp_size=3 does not divide 1 ranks; use one of \[1\]"):
-        measure(monkeypatch, "--draft", run / "draft", "--tp-size", 3)
+        measure(monkeypatch, "--draft", run / "draft", "--tp_size", 3)
     for number in ("0", "-3", "2.5", "many"):
         with pytest.raises(SystemExit):
-            measure(monkeypatch, "--draft", run / "draft", f"--draft-tokens={number}")
-        assert f"--draft-tokens: '{number}': expected a whole number" in capsys.readouterr().err
+            measure(monkeypatch, "--draft", run / "draft", f"--draft_tokens={number}")
+        assert f"--draft_tokens: '{number}': expected a whole number" in capsys.readouterr().err
