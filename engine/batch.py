@@ -145,7 +145,7 @@ class LossNorms:
 
     slots: fp32 scalar, divisor of the cross-entropy.
     loss_rows_S: fp32 [S], divisor of LK means: the number of rows with loss at each step.
-    acceptance_S: fp32 [S], mean acceptance rates that weight `lk_lambda`; None = the rates of the
+    acceptance_S: fp32 [S], mean acceptance rates, for losses that depend on them; None = the rates of the
         micro-batch itself.
     """
 

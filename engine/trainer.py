@@ -135,7 +135,9 @@ class Trainer:
         draft = self.new_draft(draft_config, kernels, corpus.vocab_map, target)
         evaluator = None
         if source.can_decode:
-            assert isinstance(target, FrozenTarget), "a source that can decode loads a FrozenTarget"
+            if not isinstance(target, FrozenTarget):
+                problem = f"loaded a {type(target).__name__}, which cannot decode; set can_decode = False in the source"
+                raise ValueError(f"target.source = {self.config.target.source}: {problem}")
             max_tokens = self.config.data.max_tokens
             evaluator = AcceptanceEvaluator(
                 self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry, max_tokens

@@ -35,6 +35,9 @@ def check_files(config: Config) -> Path:
     store = config.target.store
     if store is None or (Path(store).exists() and not Path(store).is_dir()):
         raise ConfigError("expected the folder that the store is to be written to", key="target.store", value=store)
+    if config.target.source is not None:
+        problem = "a capture always runs the target itself; leave this option out"
+        raise ConfigError(problem, key="target.source", value=config.target.source)
     check_inputs(config)
     return Path(store)
 

@@ -40,7 +40,7 @@ def shipped(folder: str, suffix: str) -> Callable[[str], Path]:
         name = path.name if path.suffix == suffix else f"{path.name}{suffix}"
         own = ROOT / folder / name
         is_name = path.parent in (Path("."), Path(folder))
-        return own if not path.exists() and is_name and own.is_file() else path
+        return own if not path.is_file() and is_name and own.is_file() else path
 
     return read_path
 

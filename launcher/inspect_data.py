@@ -35,7 +35,16 @@ from engine.host.telemetry import Telemetry
 from engine.models.eagle3.draft_config import derive_draft_config
 from engine.parallel.mesh import World
 from engine.target.configuration import load_target_config
-from launcher.command import check_inputs, make_parser, stop, with_paths, with_store, write_embedded_corpus, wrong_options
+from launcher.command import (
+    check_inputs,
+    make_parser,
+    run_plugins,
+    stop,
+    with_paths,
+    with_store,
+    write_embedded_corpus,
+    wrong_options,
+)
 
 BAR_CHARACTERS = 40
 
@@ -104,8 +113,8 @@ def write_bad(path: Path | None, bad: Sequence[Bad], telemetry: Telemetry) -> No
 
 def sample(index: int, document: Document, tokenizer: PreTrainedTokenizerBase) -> Sample:
     """Return a heading, and the document's text in runs that are assistant text or not."""
-    num_said = int(document.assistant_mask.sum())
-    heading = f"document {index}: {len(document):,} tokens, {num_said:,} of them assistant tokens"
+    num_assistant_tokens = int(document.assistant_mask.sum())
+    heading = f"document {index}: {len(document):,} tokens, {num_assistant_tokens:,} of them assistant tokens"
     runs = [(segment.text, segment.assistant) for segment in segments_of(document, tokenizer)]
     return heading, runs
 
@@ -113,7 +122,7 @@ def sample(index: int, document: Document, tokenizer: PreTrainedTokenizerBase) -
 def show_samples(samples: Sequence[Sample], telemetry: Telemetry) -> None:
     for heading, runs in samples:
         telemetry.console.rule(heading)
-        telemetry.console.print(Text.assemble(*((text, "green" if is_said else "dim") for text, is_said in runs)))
+        telemetry.console.print(Text.assemble(*((text, "green" if is_assistant else "dim") for text, is_assistant in runs)))
 
 
 def show_stats(stats: DatasetStats, telemetry: Telemetry) -> None:
@@ -149,6 +158,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
         try:
+            run_plugins(config.target.plugins)
             resolved = with_paths(config, corpus)
             if config.target.store is None:
                 write_embedded_corpus(config, corpus)

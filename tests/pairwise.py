@@ -14,6 +14,7 @@ def pairwise(**axes: Iterable[Any]) -> pytest.MarkDecorator:
     """
     values = {name: list(axis) for name, axis in axes.items()}
     names = list(values)
+    assert len(names) >= 2 and all(values.values()), "expected at least two axes, none of them empty"
     places = itertools.product(*(range(len(axis)) for axis in values.values()))
     candidates = {case: _pairs(case) for case in places}
     missing = set().union(*candidates.values())

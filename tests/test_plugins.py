@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.config.recipe import load_config
+from engine.config.sections import ConfigError
+from launcher.capture_hidden_states import check_files
 from tests.plugins.reverse_kl_on_noisy_states import reverse_kl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +32,12 @@ def test_a_loss_and_a_source_of_a_plugin_train_a_draft(tmp_path):
 
     unknown = train(tmp_path / "other", f"target.plugins=[{PLUGIN}]", "target.source=nosy")
     assert unknown.returncode != 0 and "target.source = nosy" in unknown.stderr and "did you mean 'noisy'?" in unknown.stderr
+
+
+def test_a_capture_refuses_another_source_than_the_target(tmp_path):
+    config = load_config(None, [f"target.plugins=[{PLUGIN}]", "target.source=noisy", f"target.store={tmp_path / 'store'}"])
+    with pytest.raises(ConfigError, match="target.source = noisy"):
+        check_files(config)
 
 
 def test_the_guide_shows_the_plugin_that_is_tested():

@@ -1,6 +1,8 @@
 """JSON schema of a recipe, which editors use to complete and check YAML files."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -8,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from engine.config.sections import SECTIONS, Config, kind_of
 
 TITLE = "DraftSpeed recipe"
+FILE = Path(__file__).resolve().parents[2] / "launcher" / "recipes" / "recipe.schema.json"
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -22,7 +25,7 @@ def recipe_schema() -> dict[str, Any]:
             fields[field.name] = _field(field)
         else:
             model = _model(section.__name__, section, {own.name: _field(own) for own in dataclasses.fields(section)})
-            fields[field.name] = (model, Field(default=None, description=section.__doc__))
+            fields[field.name] = (model | None, Field(default=None, description=section.__doc__))
     schema = _model(TITLE, Config, fields).model_json_schema()
     for name in SECTIONS:
         del schema["properties"][name]["default"]  # a recipe may omit a section, whose options then have their defaults
@@ -46,6 +49,12 @@ def _with_bounds(kind: Any) -> Any:
     if origin is Annotated:
         number, at_least, at_most = get_args(kind)
         return Annotated[number, Field(ge=at_least, le=at_most)]
+    if kind == tuple[str, ...]:
+        return str | kind  # a recipe may name a single file without brackets
     if origin is not None and type(None) in get_args(kind):
         return Union[tuple(_with_bounds(member) for member in get_args(kind))]  # noqa: UP007 (built at run time)
     return kind
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(recipe_schema(), indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from engine.config.data_section import EMBEDDED, DataSection, PrepareSection, RegenerateSection
 from engine.config.strict import ConfigError, bounded, did_you_mean, option
 
+ONLINE = "online"  # target.source: the running target
+STORED = "stored"  # target.source: target.store
 LOSS_KINDS = ("kl", "lk_alpha", "lk_lambda", "total_variation", "jensen_shannon")
 CHECKPOINTS, DRAFT = "checkpoints", "draft"  # folders in a run's output_dir
 
@@ -311,6 +313,13 @@ class Config:
             hint = did_you_mean(kind, LOSS_KINDS) or "; a custom loss needs target.plugins"
             problem = f"expected {' | '.join(LOSS_KINDS)}{hint}"
             raise ConfigError(problem, key="loss.kind", value=kind)
+        source = self.target.source
+        if source == ONLINE and self.target.store is not None:
+            problem = "runs the target, but target.store is set; leave one of them out"
+            raise ConfigError(problem, key="target.source", value=source)
+        if source == STORED and self.target.store is None:
+            problem = "needs target.store, the folder that capture_hidden_states.py wrote"
+            raise ConfigError(problem, key="target.source", value=source)
         weights = self.loss.step_weights
         if weights is not None and len(weights) != self.ttt.steps:
             problem = f"has {len(weights)} weights for ttt.steps = {self.ttt.steps}; give one weight per step"
@@ -349,7 +358,7 @@ class Config:
         values = {f"{name}.{key}": x for name in ("draft", "ttt", "loss") for key, x in vars(getattr(self, name)).items()}
         for cost in ("ttt.compaction", "ttt.recompute", "loss.chunk_mb"):
             del values[cost]
-        of_target = ("aux_layers", "fp8_activations")
+        of_target = ("aux_layers", "fp8_activations", "source")
         return {f"target.{name}": getattr(self.target, name) for name in of_target} | values
 
 

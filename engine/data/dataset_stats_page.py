@@ -110,7 +110,7 @@ def _coverage(axes, stats: DatasetStats) -> None:
 
 
 def _coloured(runs: Sequence[Run]) -> str:
-    return "".join(f"<b>{html.escape(text)}</b>" if is_said else html.escape(text) for text, is_said in runs)
+    return "".join(f"<b>{html.escape(text)}</b>" if is_assistant else html.escape(text) for text, is_assistant in runs)
 
 
 def _shown(value: object) -> str:

@@ -55,6 +55,7 @@ WORTH_PROCESSES_BYTES = 16 << 20  # for less data, one process finishes before o
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_WITHOUT_SIGN = 300  # waiting ranks give up if no process builds the entry for so long
 REPORT = "report.json"
+NOT_RENDERING = {"corpus.py", "dataset_stats.py", "dataset_stats_page.py"}  # these do not change what is rendered
 IDS = "input_ids.int32"
 MASK = "assistant_mask.bool"
 ARRAYS = "arrays.npz"
@@ -184,7 +185,8 @@ def tokenise(
 def entry_name(scan: Scan, tokenizer: PreTrainedTokenizerBase, section: DataSection) -> str:
     """Return the name of a cache entry: a hash of everything that determines its documents."""
     options = ("template_kwargs", "train_on", "turns", "lost_thinking", "long_documents", "max_tokens")
-    code = [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    files = [path for path in sorted(Path(__file__).parent.glob("*.py")) if path.name not in NOT_RENDERING]
+    code = [xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in files]
     made_by = [*code, transformers.__version__, tokenizers.__version__, jinja2.__version__]
     template = [tokenizer.chat_template, tokenizer.special_tokens_map]
     if any("strftime_now" in source for source in template_sources(tokenizer)):

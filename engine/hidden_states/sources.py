@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.sections import Config, ConfigError
+from engine.config.sections import ONLINE, STORED, Config, ConfigError
 from engine.data.corpus import read_documents
 from engine.data.documents import Documents
 from engine.data.fingerprint import trained_with
@@ -21,9 +21,6 @@ from engine.target.frozen import FrozenTarget
 from engine.target.fused_elementwise import use_liger
 from engine.target.identity import shared_identity
 from engine.weights.quantised_checkpoint import check_quantisation
-
-ONLINE = "online"
-STORED = "stored"
 
 
 class OnlineSource:

@@ -20,6 +20,8 @@ from engine.kernels.matmul import product
 from engine.kernels.reference import TINY
 from engine.kernels.row_index import ROW_GRANULE
 
+SCORE_BYTES = 40  # per row of one TTT step and draft token: about ten fp32 tensors of a loss with a score
+
 
 def row_loss(chunk: LossChunk, with_gradients: bool) -> Tensor:
     """Return statistics of a chunk's rows: cross-entropy, -log(acceptance), acceptance and correct.
@@ -96,11 +98,13 @@ class Walk:
     row_loss: scores the rows of a chunk.
     gradient_dtype: precision in which the head's gradient is accumulated over the chunks.
     in_place: whether `row_loss` allocates no additional memory.
+    has_score: whether the loss has a score of its own.
     """
 
     row_loss: Callable[[LossChunk, bool], Tensor] = row_loss
     gradient_dtype: torch.dtype = torch.float32
     in_place: bool = False
+    has_score: bool = False
 
     def bytes_per_slot(self, steps: int, vocab_size: int, dtype: torch.dtype) -> int:
         """Return the memory of one slot of a chunk, in bytes.
@@ -110,11 +114,12 @@ class Walk:
         """
         if self.in_place:
             return vocab_size * ((steps + 1) * dtype.itemsize + 4)
-        return vocab_size * (2 * steps + 2) * 4
+        score_bytes = SCORE_BYTES if self.has_score else 0
+        return vocab_size * ((2 * steps + 2) * 4 + score_bytes)
 
     def for_score(self, score: RowScore | None) -> "Walk":
         """Return the options for a loss. A loss with a score is evaluated in plain PyTorch."""
-        return self if score is None else replace(self, row_loss=row_loss, in_place=False)
+        return self if score is None else replace(self, row_loss=row_loss, in_place=False, has_score=True)
 
 
 def vocab_loss(

@@ -12,6 +12,7 @@ from engine.config.ds_config import compute_dtype
 from engine.config.sections import CHUNK_MB, LossSection
 from engine.kernels.vocab_loss import Walk
 from engine.models.eagle3.flops import DraftShape, StepCounts
+from engine.models.losses.loss_registry import make_loss
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default for reduce_bucket_size
 FULL = 4  # bytes of an fp32 number
@@ -152,8 +153,9 @@ class DraftStates:
         device = "cuda" if self.fused else "cpu"
         limit = (self.loss.chunk_mb or CHUNK_MB[device]) << 20
         dtype = torch.bfloat16 if self.itemsize < FULL else torch.float32
-        a_slot = Walk(in_place=self.fused).bytes_per_slot(len(self.counts.rows_S), self.shape.draft_vocab_size, dtype)
-        return min(limit, self.counts.num_slots * a_slot)
+        walk = Walk(in_place=self.fused).for_score(make_loss(self.loss).score)
+        bytes_per_slot = walk.bytes_per_slot(len(self.counts.rows_S), self.shape.draft_vocab_size, dtype)
+        return min(limit, self.counts.num_slots * bytes_per_slot)
 
     def _of_layer(self, layer: int) -> int:
         counts = self.counts

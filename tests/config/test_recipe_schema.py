@@ -7,11 +7,11 @@ from engine.config.recipe_schema import recipe_schema
 from engine.config.sections import OPTIONS
 
 RECIPES = Path(__file__).resolve().parents[2] / "launcher" / "recipes"
-WRITE = "json.dumps(recipe_schema(), indent=2) + a line break"
+WRITE = "python -m engine.config.recipe_schema"
 
 
 def test_the_shipped_schema_is_the_current_one():
-    assert json.loads((RECIPES / "recipe.schema.json").read_text()) == recipe_schema(), f"write the file again: {WRITE}"
+    assert json.loads((RECIPES / "recipe.schema.json").read_text()) == recipe_schema(), f"write the file again with {WRITE}"
 
 
 def test_it_knows_every_option_with_its_bounds_and_refuses_others():
@@ -20,11 +20,14 @@ def test_it_knows_every_option_with_its_bounds_and_refuses_others():
         section, _, name = key.rpartition(".")
         properties = schema["properties"]
         if section:
-            model = schema["$defs"][properties[section]["$ref"].rpartition("/")[2]]
+            reference = properties[section]["anyOf"][0]["$ref"]
+            model = schema["$defs"][reference.rpartition("/")[2]]
             assert model["additionalProperties"] is False
             properties = model["properties"]
         assert properties[name]["description"]
     loss = schema["$defs"]["LossSection"]["properties"]
+    train = schema["$defs"]["DataSection"]["properties"]["train"]
+    assert [kind["type"] for kind in train["anyOf"]] == ["string", "array"]
     assert loss["step_decay"]["minimum"] == 0 and loss["normaliser"]["enum"] == ["slots", "positions"]
 
 

@@ -41,6 +41,7 @@ REFUSED_OVERRIDES = {
     "data.train=3": ["data.train = 3", "expected list of str"],
     "data.train=[a.jsonl, 3]": ["data.train = [a.jsonl, 3]", "expected list of str"],
     "data.template_kwargs=[1]": ["expected mapping or null"],
+    "target.source=stored": ["target.source = stored", "needs target.store"],
     "loss.kind=lk_lamda": ["loss.kind = lk_lamda", "kl | lk_alpha | lk_lambda", "'lk_lambda'"],
     "target.aux_layers=[1, x, 3]": ["target.aux_layers = [1, x, 3]", "expected list of int or null"],
     "target.aux_layers=[28, 15, 1]": ["target.aux_layers = [28, 15, 1]", "ascending"],

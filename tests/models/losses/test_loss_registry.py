@@ -5,6 +5,7 @@ import torch
 
 from engine.batch import LossNorms
 from engine.config.sections import LOSS_KINDS, LossSection
+from engine.models.losses import loss_registry
 from engine.models.losses.jensen_shannon import jensen_shannon
 from engine.models.losses.loss_registry import make_loss, register_loss
 from engine.models.losses.total_variation import TotalVariationLoss, total_variation
@@ -19,6 +20,11 @@ def test_every_kind_of_a_recipe_has_a_loss_whose_weights_are_finite(kind):
     assert all(part_S.shape == (3,) and part_S.isfinite().all() for part_S in given)
     assert (sum(given) > 0).all()
     assert (weights.score is None) == (weights.score_S is None)
+
+
+def test_recipes_and_the_registry_know_the_same_losses():
+    shipped = [kind for kind in loss_registry._LOSSES if not kind.endswith("_of_a_test")]
+    assert tuple(shipped) == LOSS_KINDS
 
 
 def test_a_registered_loss_is_found_and_a_misspelt_one_is_named():
