@@ -33,7 +33,7 @@ from engine.host.files import write_json, write_text
 from engine.host.telemetry import Telemetry
 from engine.kernels import Kernels, choose_kernels
 from engine.kernels.self_check import SelfCheck
-from engine.kernels.vocab_loss import Walk
+from engine.kernels.vocab_loss import LossPass
 from engine.models.eagle3.draft import Eagle3Draft, ServedDraft
 from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
 from engine.models.eagle3.export import (
@@ -268,8 +268,8 @@ class Trainer:
         return draft
 
     def choose_kernels(self, draft_config: DraftConfig) -> Kernels:
-        walk = Walk(gradient_dtype=getattr(torch, self.config.loss.gradient_dtype))
-        own = Kernels(walk=walk, recompute=self.config.ttt.recompute)
+        loss_pass = LossPass(gradient_dtype=getattr(torch, self.config.loss.gradient_dtype))
+        own = Kernels(loss_pass=loss_pass, recompute=self.config.ttt.recompute)
         dtype = getattr(torch, compute_dtype(self.ds_config))
         kernels = choose_kernels(self.config.kernels, self.world.device, dtype, draft_config.head_dim, own)
         self_check = SelfCheck.of(self.world, self.config.data.cache_dir, self.telemetry.warn)

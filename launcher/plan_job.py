@@ -111,7 +111,7 @@ def make_planner(config: Config, ds_config: dict[str, Any] | None, arguments: ar
     target = load_target_config(section)
     check_family(target)
     is_shared = config.parallel.tp_size > 1 or config.parallel.ep_size > 1
-    may_share = config.parallel.unproven
+    may_share = config.parallel.allow_unverified
     try:
         check_proven(text_config(target))
         may_share = True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels import PLAIN, Kernels, flash_where_dense, fused, reference
-from engine.kernels.vocab_loss import Walk
+from engine.kernels.vocab_loss import LossPass
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ComputePath:
 def triton_kernels(recompute: str = "none") -> Kernels:
     from engine.kernels import ancestor_attention, row_loss
 
-    return Kernels(ancestor_attention.ancestor_attention, walk=Walk(row_loss.row_loss), recompute=recompute)
+    return Kernels(ancestor_attention.ancestor_attention, loss_pass=LossPass(row_loss.row_loss), recompute=recompute)
 
 
 PATHS = {

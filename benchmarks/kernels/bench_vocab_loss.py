@@ -20,7 +20,7 @@ from engine.config.sections import LossSection, TttSection
 from engine.kernels import reference
 from engine.kernels.interface import LossRows, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.matmul import product
-from engine.kernels.vocab_loss import Walk, vocab_loss
+from engine.kernels.vocab_loss import LossPass, vocab_loss
 from engine.models.eagle3.flops import StepPart, frozen_head_part, head_part
 from engine.models.eagle3.training_rows import plan_rows
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
@@ -99,7 +99,9 @@ def prepare(shape: LossShape, place: Place) -> LossTensors:
         draw(shape.num_rows, size).requires_grad_(),
         draw(vocab_size, size, scale=3 * size**-0.5).requires_grad_(),
         teacher,
-        plan_rows(carries_loss_ST, slot_ST, cu_seqlens, test.slots_within_budget(Walk(), place.dtype), compaction=True).loss,
+        plan_rows(
+            carries_loss_ST, slot_ST, cu_seqlens, test.slots_within_budget(LossPass(), place.dtype), compaction=True
+        ).loss,
         # The larger log-sum-exp puts a tenth of the probability outside the draft vocabulary.
         SlotTargets(hidden_ND, teacher.logits, lse_N + 0.1, draft_id_N.long()),
         RowWeights(per_row_S) if is_kl else RowWeights(torch.zeros_like(per_row_S), log_acceptance_S=per_row_S),
@@ -147,7 +149,7 @@ def figures(shape: LossShape, seconds: float) -> dict[str, float]:
 def _fused() -> Callable[..., VocabLoss]:
     from engine.kernels.row_loss import row_loss  # needs Triton
 
-    return partial(vocab_loss, walk=Walk(row_loss))
+    return partial(vocab_loss, loss_pass=LossPass(row_loss))
 
 
 BENCHMARK = Benchmark(

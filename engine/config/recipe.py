@@ -13,6 +13,9 @@ from engine.config.strict import ConfigError, as_yaml, checked, dump_yaml, parse
 
 COMMAND_LINE = "command line"
 
+# Earlier names of options, which the config.yaml of an old run may hold.
+RENAMED = {"parallel.unproven": "parallel.allow_unverified"}
+
 
 def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Load a configuration: a YAML recipe replaces defaults, and dotted overrides replace both.
@@ -71,6 +74,7 @@ def _read_override(override: str) -> tuple[str, Any]:
 
 
 def _read_option(key: str, value: Any, source: str | Path) -> tuple[str, Any]:
+    key = RENAMED.get(key, key)
     if key not in OPTIONS:
         raise unknown_key(key, value, RECIPE_KEYS, _home_in_deepspeed, source)
     kind = kind_of(OPTIONS[key])

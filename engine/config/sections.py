@@ -228,7 +228,7 @@ class ParallelSection:
         "exchange rows with other ranks' experts as fp8 (e4m3) with one scale per row, which rounds each value by up to "
         "6.25%; dispatch = rows sent to experts; both = also the results sent back",
     )
-    unproven: bool = option(
+    allow_unverified: bool = option(
         False,
         "allow sharing a target of a family for which sharing was not shown to give the same results (docs/targets.md)",
     )

@@ -133,7 +133,7 @@ class AcceptanceEvaluator:
         faults = []
         for prompt, reply in zip(self._prompts, continued, strict=True):
             faults.append(self._first_fault(prompt.token_ids, reply.token_ids))
-        self._target.rest()
+        self._target.join_other_forwards()
         for prompt, place in zip(self._prompts, faults, strict=True):
             if place is not None:
                 problem = fault_of(f"held-out prompt {prompt.source}", places[place])

@@ -71,7 +71,7 @@ def greedy_replies(
                 aux[index] = aux_TA.to("cpu", copy=True)
                 unfinished.remove(index)
         on_forward(sum(map(len, reply_ids)))
-    target.rest()
+    target.join_other_forwards()
     return [TargetReply(prompt_ids, reply_ids[index], aux[index]) for index, prompt_ids in enumerate(prompts)]
 
 

@@ -253,7 +253,7 @@ class Capture:
                         namer.name_new(writer.left_out)
                         check_share(len(writer.left_out), num_documents)
                         progress.move_to(done, f"tokens, {writer.num_bytes / 2**20:,.0f} MiB written")
-            target.rest()
+            target.join_other_forwards()
             writer.close()
             namer.name_new(writer.left_out)
         except NonFiniteError:

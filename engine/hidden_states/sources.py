@@ -73,7 +73,7 @@ class OnlineSource:
             aux_layers,
             temperature,
             self.mesh,
-            self._config.parallel.unproven,
+            self._config.parallel.allow_unverified,
             self._telemetry.progress,
         )
         self._telemetry.note(f"  attention: {target.attention}")

@@ -17,7 +17,7 @@ from engine.kernels.attention_tiles import MAX_HEAD_DIM
 from engine.kernels.elementwise import Elementwise, liger_elementwise
 from engine.kernels.interface import AttentionRows, LossRows, RowScore, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.packed_attention import PackedAttention
-from engine.kernels.vocab_loss import Walk, vocab_loss
+from engine.kernels.vocab_loss import LossPass, vocab_loss
 
 __all__ = [
     "PLAIN",
@@ -55,7 +55,7 @@ def plain_attention(query_QHE: Tensor, *arguments: object) -> tuple[Tensor, Tens
 class Kernels:
     """The kernels that a draft runs, each with the semantics of its namesake in reference.py.
 
-    walk: how `vocab_loss` processes its chunks.
+    loss_pass: how `vocab_loss` processes its chunks.
     recompute: what the backward pass computes again instead of keeping it: "none", "mlp" or "step".
     reason: which kernels were chosen and why, in one sentence.
     """
@@ -63,7 +63,7 @@ class Kernels:
     attention: Callable[..., tuple[Tensor, Tensor]] = plain_attention
     vocab_loss: Callable[..., VocabLoss] = vocab_loss
     elementwise: Elementwise = field(default_factory=Elementwise)
-    walk: Walk = field(default_factory=Walk)
+    loss_pass: LossPass = field(default_factory=LossPass)
     recompute: str = "none"
     reason: str = "plain PyTorch"
 
@@ -75,7 +75,7 @@ def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_d
     """Return the kernels for a draft of this precision and head dim.
 
     wanted: "auto", "triton", "flash" or "reference".
-    own: kernels whose `walk` and `recompute` settings are kept.
+    own: kernels whose `loss_pass` and `recompute` settings are kept.
     Raises ValueError if `wanted` cannot run here; the message names a choice that can.
     """
     if wanted == "reference":
@@ -238,8 +238,10 @@ def fused(own: Kernels) -> Kernels:
     """
     from engine.kernels import ancestor_attention, row_loss  # require Triton
 
-    walk = replace(own.walk, row_loss=row_loss.row_loss, in_place=True)
-    chosen = replace(own, attention=ancestor_attention.ancestor_attention, walk=walk, reason="Triton attention and loss")
+    loss_pass = replace(own.loss_pass, row_loss=row_loss.row_loss, in_place=True)
+    chosen = replace(
+        own, attention=ancestor_attention.ancestor_attention, loss_pass=loss_pass, reason="Triton attention and loss"
+    )
     if importlib.util.find_spec("liger_kernel") is None:
         return replace(chosen, reason=f"{chosen.reason}, PyTorch norms (pip install liger-kernel for faster ones)")
     return replace(chosen, elementwise=liger_elementwise(), reason=f"{chosen.reason}, liger-kernel norms")

@@ -94,7 +94,7 @@ def draft_cases(kernels: Kernels, head_dim: int, device: torch.device) -> Iterat
         attention = attention.otherwise
     if attention not in PLAIN_ATTENTION:
         yield _attention_case("ancestor_attention", attention, head_dim, False, device)
-    has_loss_kernel = kernels.walk.row_loss is not row_loss
+    has_loss_kernel = kernels.loss_pass.row_loss is not row_loss
     if has_loss_kernel and kernels.vocab_loss is not reference.vocab_loss:
         for weights in _loss_weights(device):
             yield _loss_case(kernels, weights, device)
@@ -204,7 +204,7 @@ def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> C
             return reference.upcast(hidden_ND @ own_head_UD.mT)
 
         targets = SlotTargets(target_ND.to(hidden_RD.dtype), logits, lse_N, draft_id_N)
-        loss = function(hidden_RD, weight_UD, rows, targets, weights, kernels.walk)
+        loss = function(hidden_RD, weight_UD, rows, targets, weights, kernels.loss_pass)
         # A count is either exact or off by one, so its relative error says little. It is compared
         # together with the sums.
         return loss.total, torch.cat((*loss.sums[:3], loss.correct_S / len(slot_R)))

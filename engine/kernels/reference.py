@@ -69,13 +69,13 @@ def vocab_loss(
     rows: LossRows,
     targets: SlotTargets,
     weights: RowWeights,
-    walk: object = None,
+    loss_pass: object = None,
 ) -> VocabLoss:
     """Compute the loss between the draft's distribution of every row and the target's of its slot.
 
     hidden_RD: [R, D], input of the draft's head. weight_UD: [U, D], the head. Differentiable in
         both.
-    walk: ignored; other implementations use it to process chunks.
+    loss_pass: ignored; other implementations use it to process chunks.
     Source: EAGLE-3 (arXiv:2503.01840), section 3. LK losses: sum_v min(p, q) is the rate at which
     drafted tokens are accepted.
     """

@@ -237,15 +237,15 @@ def without_failed(kernels: Kernels, failed: Collection[str]) -> Kernels:
             attention = attention.otherwise
     elif "ancestor_attention" in failed:
         attention = plain_attention
-    walk = kernels.walk
+    loss_pass = kernels.loss_pass
     if "row_loss" in failed:
-        walk = replace(walk, row_loss=row_loss, in_place=False)
+        loss_pass = replace(loss_pass, row_loss=row_loss, in_place=False)
     plain = Elementwise()
     replaced = {name: getattr(plain, name) for name in ELEMENTWISE if name in failed}
     elementwise = replace(kernels.elementwise, **replaced)
     names = ", ".join(sorted(failed))
     reason = f"{kernels.reason}; plain PyTorch in place of {names}, which failed the self-check"
-    return replace(kernels, attention=attention, walk=walk, elementwise=elementwise, reason=reason)
+    return replace(kernels, attention=attention, loss_pass=loss_pass, elementwise=elementwise, reason=reason)
 
 
 def warning(check: KernelCheck, device: torch.device, cache_dir: Path | None) -> str:

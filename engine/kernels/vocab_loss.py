@@ -92,7 +92,7 @@ def _fused_score(
 
 
 @dataclass(frozen=True)
-class Walk:
+class LossPass:
     """Options of how `vocab_loss` processes chunks.
 
     row_loss: scores the rows of a chunk.
@@ -117,13 +117,18 @@ class Walk:
         score_bytes = SCORE_BYTES if self.has_score else 0
         return vocab_size * ((2 * steps + 2) * 4 + score_bytes)
 
-    def for_score(self, score: RowScore | None) -> "Walk":
+    def for_score(self, score: RowScore | None) -> "LossPass":
         """Return the options for a loss. A loss with a score is evaluated in plain PyTorch."""
         return self if score is None else replace(self, row_loss=row_loss, in_place=False, has_score=True)
 
 
 def vocab_loss(
-    hidden_RD: Tensor, weight_UD: Tensor, rows: LossRows, targets: SlotTargets, weights: RowWeights, walk: Walk = Walk()
+    hidden_RD: Tensor,
+    weight_UD: Tensor,
+    rows: LossRows,
+    targets: SlotTargets,
+    weights: RowWeights,
+    loss_pass: LossPass = LossPass(),
 ) -> VocabLoss:
     """Chunked implementation of `reference.vocab_loss`.
 
@@ -131,7 +136,7 @@ def vocab_loss(
     and one chunk.
     """
     inputs = _Inputs(hidden_RD, weight_UD, rows, targets, weights)
-    return VocabLoss(*_DeferredLoss.apply(hidden_RD, weight_UD, inputs, walk, torch.is_grad_enabled()))
+    return VocabLoss(*_DeferredLoss.apply(hidden_RD, weight_UD, inputs, loss_pass, torch.is_grad_enabled()))
 
 
 @dataclass(frozen=True)
@@ -145,14 +150,16 @@ class _Inputs:
 
 class _DeferredLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_RD, weight_UD, inputs: _Inputs, walk: Walk, with_gradients: bool) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden_RD, weight_UD, inputs: _Inputs, loss_pass: LossPass, with_gradients: bool
+    ) -> tuple[Tensor, ...]:
         weights = inputs.weights
         bounds = inputs.rows.bounds
         largest = weights.largest().clamp_min(TINY)
         # Scaling the weights to at most 1 (1024 for fp16) keeps fp16 gradients in range until the
         # backward pass provides the loss scale.
         largest = largest / (1024 if hidden_RD.dtype == torch.float16 else 1)
-        stats_xR, *gradients = _walk(inputs, weights.scaled(1 / largest), walk, with_gradients)
+        stats_xR, *gradients = _run_chunks(inputs, weights.scaled(1 / largest), loss_pass, with_gradients)
         ctx.gradients = gradients
         ctx.largest = largest
         sums_xS = torch.stack([stats_xR[:, step[0] : step[-1]].sum(1) for step in bounds], 1)
@@ -170,21 +177,23 @@ class _DeferredLoss(torch.autograd.Function):
         return hidden_grad_RD.mul_(scale), weight_grad_DU.mul_(scale).to(hidden_grad_RD.dtype).mT, None, None, None
 
 
-def _walk(inputs: _Inputs, weights: RowWeights, walk: Walk, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _run_chunks(
+    inputs: _Inputs, weights: RowWeights, loss_pass: LossPass, with_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the statistics of all rows, [4, R] or [5, R] with a score, and both gradients.
 
     Gradients are empty without `with_gradients`.
     """
     hidden_RD = inputs.hidden_RD
     weight_UD = inputs.weight_UD
-    walk = walk.for_score(weights.score)
+    loss_pass = loss_pass.for_score(weights.score)
     num_stats = 4 if weights.score is None else 5
     stats_xR = hidden_RD.new_empty(num_stats, hidden_RD.shape[0], dtype=torch.float32)
     hidden_grad_RD = torch.empty_like(hidden_RD) if with_gradients else hidden_RD.new_empty(0)
     shape = weight_UD.shape[::-1] if with_gradients else (0,)
-    weight_grad_DU = weight_UD.new_zeros(shape, dtype=walk.gradient_dtype)
+    weight_grad_DU = weight_UD.new_zeros(shape, dtype=loss_pass.gradient_dtype)
     for spans, hidden_rD, chunk in _chunks(inputs, weights):
-        stats_xr = walk.row_loss(chunk, with_gradients)
+        stats_xr = loss_pass.row_loss(chunk, with_gradients)
         for span, rows in zip(spans, _slices(chunk.sizes), strict=True):
             stats_xR[:, span] = stats_xr[:, rows]
         if with_gradients:

@@ -40,8 +40,8 @@ def check_proven(config: PreTrainedConfig) -> None:
     family = config.model_type
     proof = proof_of(config.model_type)
     if proof is None:
-        mend = "add it to tests/parallel/family_matrix.py, or set parallel.unproven=true"
-        raise ValueError(f"target family {family!r} was not shown to give the same results when ranks share it; {mend}")
+        fix = "add it to tests/parallel/family_matrix.py, or set parallel.allow_unverified=true"
+        raise ValueError(f"target family {family!r} was not shown to give the same results when ranks share it; {fix}")
     if proof["reason"] is not None:
         raise ValueError(f"target family {family!r} cannot be shared: {proof['reason']}; set parallel.tp_size=1 and ep_size=1")
 

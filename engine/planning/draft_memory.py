@@ -10,7 +10,7 @@ import torch
 
 from engine.config.ds_config import compute_dtype
 from engine.config.sections import CHUNK_MB, LossSection
-from engine.kernels.vocab_loss import Walk
+from engine.kernels.vocab_loss import LossPass
 from engine.models.eagle3.flops import DraftShape, StepCounts
 from engine.models.losses.loss_registry import make_loss
 
@@ -153,8 +153,8 @@ class DraftStates:
         device = "cuda" if self.fused else "cpu"
         limit = (self.loss.chunk_mb or CHUNK_MB[device]) << 20
         dtype = torch.bfloat16 if self.itemsize < FULL else torch.float32
-        walk = Walk(in_place=self.fused).for_score(make_loss(self.loss).score)
-        bytes_per_slot = walk.bytes_per_slot(len(self.counts.rows_S), self.shape.draft_vocab_size, dtype)
+        loss_pass = LossPass(in_place=self.fused).for_score(make_loss(self.loss).score)
+        bytes_per_slot = loss_pass.bytes_per_slot(len(self.counts.rows_S), self.shape.draft_vocab_size, dtype)
         return min(limit, self.counts.num_slots * bytes_per_slot)
 
     def _of_layer(self, layer: int) -> int:

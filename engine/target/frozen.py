@@ -196,7 +196,7 @@ class FrozenTarget:
         aux_layers: tuple[int, ...] | None = None,
         temperature: float = 1.0,
         mesh: TargetMesh = ALONE,
-        unproven: bool = False,
+        allow_unverified: bool = False,
         bar: Bar | None = None,
     ) -> "FrozenTarget":
         """Load the target of a recipe on `device` in `section.dtype`.
@@ -205,7 +205,7 @@ class FrozenTarget:
 
         aux_layers: None = those of the section, or else the default rule.
         mesh: the ranks that share the target; each rank reads only its part of the weights.
-        unproven: whether to accept a family not shown to give the same results when it is shared.
+        allow_unverified: whether to accept a family not shown to give the same results when it is shared.
         bar: shows the progress of reading.
         Raises ValueError, before any weight is read, if the checkpoint does not fit the config, a
         file is incomplete, or the quantisation is not supported.
@@ -216,7 +216,7 @@ class FrozenTarget:
         check_family(config)
         check_fp8_activations(config, section)
         check_quantisation(config, section.path, is_shared=mesh.size > 1)
-        if mesh.size > 1 and not unproven:
+        if mesh.size > 1 and not allow_unverified:
             check_proven(text_config(config))
         aux_layers = aux_layers or section.aux_layers
         model, plan = read_target(config, section, device, mesh, bar)
@@ -281,7 +281,7 @@ class FrozenTarget:
     def _shared(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:
         """Run the target on `batch` together with the other ranks of the mesh.
 
-        This is a collective of the mesh: every other rank calls it with its own batch, or `rest`.
+        This is a collective of the mesh: every other rank calls it with its own batch, or `join_other_forwards`.
         """
         seen = self._run_shared(batch.input_ids_T, gather_objects(batch.host_lengths, self.mesh.whole))
         last_hidden_ND = seen.last_hidden()[0, slots_N]
@@ -290,8 +290,8 @@ class FrozenTarget:
         return TargetOutput(seen.aux()[0], slots_N, last_hidden_ND, *self.head.argmax_and_lse(last_hidden_ND), embed_TD)
 
     @torch.no_grad()
-    def rest(self) -> None:
-        """Take part in the forwards of the mesh's other ranks until every rank calls `rest`."""
+    def join_other_forwards(self) -> None:
+        """Take part in the forwards of the mesh's other ranks until every rank calls this method."""
         one_T = torch.zeros(1, dtype=torch.long, device=self.device)
         while self.mesh.size > 1 and any(everyone := gather_objects((), self.mesh.whole)):
             seen = self._run_shared(one_T, everyone)
@@ -300,7 +300,7 @@ class FrozenTarget:
     def _run_shared(self, input_ids_T: Tensor, everyone: list[tuple[int, ...]]) -> ForwardCapture:
         """Run one forward of the shared target and return what was captured on this rank.
 
-        everyone: document lengths of each rank of the mesh; empty for a rank that rests.
+        everyone: document lengths of each rank of the mesh; empty for a rank that has no batch.
         """
         tp = self.mesh.tp
         first = self.mesh.whole.rank // tp.size * tp.size

@@ -77,10 +77,10 @@ class TargetHead:
         argmax_N = torch.empty(num_slots, dtype=torch.int64, device=device)
         for start in range(0, num_slots, _SLOTS_PER_CHUNK):
             chunk = slice(start, start + _SLOTS_PER_CHUNK)
-            best_N[chunk], argmax_N[chunk], lse_N[chunk] = self._walk_vocabulary(hidden_ND[chunk])
+            best_N[chunk], argmax_N[chunk], lse_N[chunk] = self._stats_by_vocabulary(hidden_ND[chunk])
         return best_N, argmax_N, lse_N
 
-    def _walk_vocabulary(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _stats_by_vocabulary(self, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         best_N = torch.full(hidden_ND.shape[:1], -torch.inf, device=hidden_ND.device)
         lse_N = best_N.clone()
         argmax_N = torch.zeros_like(best_N, dtype=torch.int64)

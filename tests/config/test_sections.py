@@ -205,3 +205,10 @@ def test_a_contradiction_is_refused_however_the_section_is_built():
         DraftSection(train_embedding_projection=True)
     assert DraftSection(train_embedding_projection=True, hidden_size=64).hidden_size == 64
     assert DataSection(train=("embedded",), held_out=("embedded",)).held_out == ("embedded",)
+
+
+def test_an_earlier_name_of_an_option_still_reads(tmp_path):
+    recipe = tmp_path / "config.yaml"
+    recipe.write_text("parallel: {unproven: true}\n")
+    assert load_config(recipe).parallel.allow_unverified
+    assert "allow_unverified: true" in dump_config(load_config(recipe))

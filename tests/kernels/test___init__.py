@@ -42,7 +42,7 @@ def test_a_gpu_runs_triton_where_it_is_installed(wanted, monkeypatch):
     attention = pytest.importorskip("engine.kernels.ancestor_attention", reason="Triton is not installed")
     row_loss = pytest.importorskip("engine.kernels.row_loss")
     chosen = choose_kernels(wanted, GPU, torch.bfloat16, 128, Kernels(recompute="mlp"))
-    assert chosen.attention is attention.ancestor_attention and chosen.walk.row_loss is row_loss.row_loss
+    assert chosen.attention is attention.ancestor_attention and chosen.loss_pass.row_loss is row_loss.row_loss
     assert chosen.recompute == "mlp" and "Triton" in chosen.reason
 
 

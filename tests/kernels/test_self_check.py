@@ -31,7 +31,7 @@ from engine.kernels import (
 from engine.kernels.elementwise import Elementwise, rms_norm
 from engine.kernels.packed_attention import PackedAttention
 from engine.kernels.self_check import SelfCheck, check_kernels, without_failed
-from engine.kernels.vocab_loss import Walk
+from engine.kernels.vocab_loss import LossPass
 from engine.kernels.vocab_loss import row_loss as plain_row_loss
 
 ancestor_attention = pytest.importorskip(
@@ -46,7 +46,7 @@ from tests.kernels.plain_flash import PLAIN  # noqa: E402
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
 DEVICE = GPU if torch.cuda.is_available() else CPU
-TRITON = Kernels(ancestor_attention, walk=Walk(row_loss_file.row_loss, in_place=True), reason="Triton")
+TRITON = Kernels(ancestor_attention, loss_pass=LossPass(row_loss_file.row_loss, in_place=True), reason="Triton")
 TARGET = TargetKernels(
     PackedAttention(PLAIN, "stand-in"),
     fp8_linear_file.fp8_linear,
@@ -164,18 +164,18 @@ def test_an_attention_that_is_wrong_is_replaced(kind):
     assert message in checks["ancestor_attention"].message
     sound = without_failed(kernels, {"ancestor_attention"})
     assert sound.attention is blocked_attention.ancestor_attention
-    assert sound.walk is kernels.walk and "ancestor_attention" in sound.reason
+    assert sound.loss_pass is kernels.loss_pass and "ancestor_attention" in sound.reason
 
 
 @pytest.mark.parametrize("kind", BROKEN_LOSS)
 def test_a_loss_that_is_wrong_is_replaced(kind):
     broken, message = BROKEN_LOSS[kind]
-    kernels = replace(TRITON, walk=Walk(broken, in_place=True))
-    checks = checks_of(Kernels(walk=kernels.walk))
+    kernels = replace(TRITON, loss_pass=LossPass(broken, in_place=True))
+    checks = checks_of(Kernels(loss_pass=kernels.loss_pass))
     assert not checks["row_loss"].ok
     assert message in checks["row_loss"].message
     sound = without_failed(kernels, {"row_loss"})
-    assert sound.walk == Walk(plain_row_loss) and sound.attention is kernels.attention
+    assert sound.loss_pass == LossPass(plain_row_loss) and sound.attention is kernels.attention
 
 
 def test_flash_attention_gives_way_to_the_other_attention():
@@ -191,7 +191,7 @@ def test_flash_attention_gives_way_to_the_other_attention():
 
 def test_a_broken_flash_attention_is_told_from_the_other_one(monkeypatch):
     monkeypatch.setattr(flash, "available_flash", lambda: replace(PLAIN, backward=raising))
-    checks = checks_of(flash_where_dense(replace(TRITON, walk=Walk())))
+    checks = checks_of(flash_where_dense(replace(TRITON, loss_pass=LossPass())))
     assert not checks["prefix_flash"].ok and checks["ancestor_attention"].ok
 
 

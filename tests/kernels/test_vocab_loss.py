@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.kernels import LossRows, RowWeights, SlotTargets, VocabLoss, reference
-from engine.kernels.vocab_loss import Walk, vocab_loss
+from engine.kernels.vocab_loss import LossPass, vocab_loss
 from engine.models.losses.jensen_shannon import jensen_shannon
 from engine.models.losses.total_variation import total_variation
 from tests.live_bytes import LiveBytes
@@ -46,7 +46,7 @@ SHARES = {"every row": 1.1, "some rows": 0.4, "few rows": 0.03, "no row": -1.0}
 def fused(*arguments: object) -> VocabLoss:
     """The deferred loss with the Triton kernel, in the interpreter where there is no GPU."""
     kernel = pytest.importorskip("engine.kernels.row_loss", reason="Triton is not installed")
-    return vocab_loss(*arguments, walk=Walk(kernel.row_loss))
+    return vocab_loss(*arguments, loss_pass=LossPass(kernel.row_loss))
 
 
 IMPLEMENTATIONS = {"reference": reference.vocab_loss, "deferred": vocab_loss, "fused": fused}
@@ -164,7 +164,7 @@ def test_the_head_s_gradient_adds_up_in_the_precision_asked_for(gradient_dtype):
     rows = make_rows(0.8, 3)
     targets = make_targets(dtype=torch.bfloat16)
     draft = make_draft(rows.slot_R.numel(), dtype=torch.bfloat16)
-    vocab_loss(*draft, rows, targets, WEIGHTS["kl"], walk=Walk(gradient_dtype=gradient_dtype)).total.backward()
+    vocab_loss(*draft, rows, targets, WEIGHTS["kl"], loss_pass=LossPass(gradient_dtype=gradient_dtype)).total.backward()
     wide = [tensor.detach().double().requires_grad_() for tensor in draft]
     written_out(*wide, rows, targets, WEIGHTS["kl"])[0].backward()
     error = (draft[1].grad - wide[1].grad).norm() / wide[1].grad.norm()

@@ -129,7 +129,7 @@ def resting(world, family: str) -> float:
     errors = [relative(found, expected)]
     if world.rank % 2:
         errors.append(relative(run_own(target, world.rank), expected[:2]))
-    target.rest()
+    target.join_other_forwards()
     return max(errors)
 
 

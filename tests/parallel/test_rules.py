@@ -42,7 +42,7 @@ def test_what_is_not_shared_is_refused_in_our_own_words_on_one_rank_too():
 
 def test_a_family_that_was_not_proven_is_refused_by_name():
     check_proven(LlamaConfig())
-    for family, words in (("my_model", "set parallel.unproven=true"), ("hrm_text", "cannot be shared")):
+    for family, words in (("my_model", "set parallel.allow_unverified=true"), ("hrm_text", "cannot be shared")):
         config = LlamaConfig()
         config.model_type = family
         with pytest.raises(ValueError, match=words):

@@ -18,7 +18,7 @@ from engine.config.sections import CHUNK_MB, LossSection, TttSection
 from engine.kernels import RowWeights, SlotTargets
 from engine.kernels.recompute import recomputed
 from engine.kernels.row_index import take_rows
-from engine.kernels.vocab_loss import Walk
+from engine.kernels.vocab_loss import LossPass
 from engine.models.eagle3.draft import Eagle3Draft, LayerKeys
 from engine.models.eagle3.training_rows import RowPlan, loss_rows, plan_rows, row_slots
 from engine.models.losses.distillation_loss import DistillationLoss
@@ -131,7 +131,7 @@ class TrainingTimeTest:
         vocab_map = self.teacher.vocab_map
         carries_loss_ST = loss_rows(allowed_ST, target, vocab_map)
         slot_ST = row_slots(target.slots_N, allowed_ST)
-        chunk = self.slots_per_chunk or self.slots_within_budget(draft.kernels.walk, draft.lm_head.weight.dtype)
+        chunk = self.slots_per_chunk or self.slots_within_budget(draft.kernels.loss_pass, draft.lm_head.weight.dtype)
         plan = plan_rows(carries_loss_ST, slot_ST, micro.batch.cu_seqlens, chunk, self.ttt.compaction)
         outputs = unroll(draft, micro, self.ttt.steps, plan)
         hidden_RD = draft.norm(torch.cat([take_rows(*rows) for rows in zip(outputs, plan.loss_rows, strict=True)]))
@@ -142,10 +142,10 @@ class TrainingTimeTest:
         if self.distillation.needs_acceptance and acceptance_S is None:
             with torch.no_grad():  # extra pass for the mean acceptance rate of the micro-batch
                 nothing = RowWeights(torch.zeros_like(norms.loss_rows_S))
-                ahead = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, nothing, kernels.walk)
+                ahead = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, nothing, kernels.loss_pass)
             acceptance_S = ahead.acceptance_S / norms.loss_rows_S.clamp_min(1)
         parts = self.distillation.weights(norms, acceptance_S)
-        result = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, parts.scaled(self._weight_S), kernels.walk)
+        result = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, parts.scaled(self._weight_S), kernels.loss_pass)
         num_loss_rows_S = carries_loss_ST.sum(1)
         return DraftOutput(
             loss=result.total,
@@ -156,8 +156,8 @@ class TrainingTimeTest:
             accepted_S=result.acceptance_S,
         )
 
-    def slots_within_budget(self, walk: Walk, dtype: torch.dtype) -> int:
+    def slots_within_budget(self, loss_pass: LossPass, dtype: torch.dtype) -> int:
         """Return the number of slots for which the logits of all steps fit into `loss.chunk_mb`."""
         chunk_mb = self.loss.chunk_mb or CHUNK_MB[self.teacher.vocab_map.in_draft_V.device.type]
-        walk = walk.for_score(self.distillation.score)
-        return max(1, chunk_mb * 2**20 // walk.bytes_per_slot(self.ttt.steps, self.teacher.vocab_map.size, dtype))
+        loss_pass = loss_pass.for_score(self.distillation.score)
+        return max(1, chunk_mb * 2**20 // loss_pass.bytes_per_slot(self.ttt.steps, self.teacher.vocab_map.size, dtype))
