@@ -70,6 +70,14 @@ RELOAD_TOLERANCE = 2**-5
 
 
 @dataclass(frozen=True)
+class RunSpan:
+    """Optimizer steps of a run. done: those that an earlier run has taken. last: number of the last step."""
+
+    done: int
+    last: int
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Training data of a run.
 
@@ -127,7 +135,7 @@ class Trainer:
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
             corpus = self.read_corpus(source, tokenizer, draft_config)
-            first_step = self.resume(corpus.loader, position)
+            span = self.resume(corpus.loader, position)
             prompts = self.read_prompts(tokenizer, draft_config.vocab_size) if source.can_decode else []
         with self.telemetry.stage("Loading the target"):
             assert draft_config.aux_layers is not None  # `derive_draft_config` fills them in
@@ -147,12 +155,12 @@ class Trainer:
             with self.telemetry.stage("Measuring acceptance before training"):
                 report = replace(report, before=evaluator.measure_draft(self.served(draft, corpus.vocab_map, target)))
 
-        zero = self.start_zero(draft, corpus, target, first_step)
+        zero = self.start_zero(draft, corpus, target, span)
         with self.telemetry.stage("Training"):
-            left_out = self.train(zero, corpus, target, first_step)
+            left_out = self.train(zero, corpus, target, span)
             report = replace(report, left_out=tuple(left_out.values()))
         with self.telemetry.stage("Exporting"):
-            exported = self.export(zero, corpus, target)
+            exported = self.export(zero, corpus, target, span)
         if evaluator is not None:
             with self.telemetry.stage("Measuring acceptance after training"):
                 after = evaluator.measure_draft(exported.to(target.dtype))
@@ -240,8 +248,8 @@ class Trainer:
         check_prompts(prompts, vocab_size)
         return prompts
 
-    def resume(self, loader: PackedLoader, position: tuple[int, dict[str, Any]] | None) -> int:
-        """Move the loader to a checkpoint's position and return the number of steps already taken.
+    def resume(self, loader: PackedLoader, position: tuple[int, dict[str, Any]] | None) -> RunSpan:
+        """Move the loader to a checkpoint's position and return the optimizer steps of this run.
 
         Raises ValueError if this run would end before that position.
         """
@@ -253,11 +261,11 @@ class Trainer:
         end = step + loader.num_steps
         if end < step:
             self.checkpoints.refuse_end(step, f"epochs={self.config.epochs}", "epochs")
-        self.num_steps = end if self.config.max_steps is None else min(end, self.config.max_steps)
-        if position is not None and step == self.num_steps:
+        last = end if self.config.max_steps is None else min(end, self.config.max_steps)
+        if position is not None and step == last:
             longer = "raise max_steps or epochs to train longer"
             self.telemetry.note(f"  the checkpoint of step {step} is the end of this run: no step is left to train; {longer}")
-        return step
+        return RunSpan(step, last)
 
     def new_draft(self, config: DraftConfig, kernels: Kernels, vocab_map: VocabMap, target: Target) -> Eagle3Draft:
         draft = Eagle3Draft(config, kernels).to(self.world.device)
@@ -277,36 +285,36 @@ class Trainer:
         self.telemetry.note(f"Kernels: {kernels.reason}")
         return kernels
 
-    def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: Target, first_step: int) -> TrainedDraft:
+    def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: Target, span: RunSpan) -> TrainedDraft:
         """Wrap the draft with DeepSpeed, restore its checkpoint, and write the run's record.
 
-        first_step: step of the checkpoint to resume from; 0 keeps the draft as it is.
+        span: the steps of this run; a checkpoint is loaded if some were taken before.
         """
         resolved = resolve_ds_config(
             self.ds_config,
             world_size=self.world.size,
-            total_steps=self.num_steps,
+            total_steps=span.last,
             hidden_size=draft.config.hidden_size,
         )
         teacher = Teacher(target.head_rows(corpus.vocab_map.target_ids_U).logits, corpus.vocab_map)
-        reshaped = first_step > 0 and self.checkpoints.reshape(draft, self.world)
+        reshaped = span.done > 0 and self.checkpoints.reshape(draft, self.world)
         num_weights = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
         zero = ZeroDraft(draft, TrainingTimeTest(self.config.ttt, self.config.loss, teacher), resolved, universal=reshaped)
-        self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {self.num_steps} steps")
+        self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {span.last} steps")
         advice = stage_advice(self.ds_config, num_weights)
         if advice is not None:
             self.telemetry.note(f"  {advice}")
-        if first_step:
+        if span.done:
             self.checkpoints.load(zero, self.world)
             how = ", written by another number of ranks" if reshaped else ""
-            self.telemetry.note(f"  resumed after step {first_step}{how}")
+            self.telemetry.note(f"  resumed after step {span.done}{how}")
         if self.world.is_main:
             write_text(self.output_dir / "config.yaml", dump_config(self.config))
             write_json(self.output_dir / "ds_config.json", without_secrets(resolved))
             save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB, corpus.vocab_facts)
         return zero
 
-    def train(self, zero: TrainedDraft, corpus: Corpus, target: Target, first_step: int) -> dict[int, str]:
+    def train(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> dict[int, str]:
         """Train to the last step.
 
         Returns why documents of any rank were left out, by the index of the document.
@@ -315,20 +323,20 @@ class Trainer:
         stops = self.config.target.non_finite == "stop"
         watch_settings = WatchSettings(target.aux_layers, corpus.name_of, stops, self.world.rank)
         watch = FaultWatch(watch_settings, self.telemetry.warn)
-        batches = itertools.islice(corpus.loader, self.num_steps - first_step)
+        batches = itertools.islice(corpus.loader, span.last - span.done)
         work = run_ahead(batches, self.prepare(target, zero.dtype), self.config.run_ahead, self.world.device)
-        settings = LogSettings(self.output_dir, self.config.log_every_steps, first_step, self.num_steps)
+        settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
         with (
-            self.telemetry.progress(self.num_steps, "steps") as progress,
+            self.telemetry.progress(span.last, "steps") as progress,
             TrainLog(settings, zero, self.world, watch) as log,
         ):
-            progress.start_at(first_step)
-            for step, (micros, data_state) in zip(range(first_step + 1, self.num_steps + 1), work, strict=False):
+            progress.start_at(span.done)
+            for step, (micros, data_state) in zip(range(span.done + 1, span.last + 1), work, strict=False):
                 for micro, norms in zip(micros, normalise(micros), strict=True):
                     log.count(step, zero.train(micro, norms), micro)
                 log.end_step(step)
                 progress.move_to(step, log.line)
-                if self.saves_after(step):
+                if self.saves_after(step, span.last):
                     log.flush()
                     self.checkpoints.save(zero, self.world, step, data_state)
         left_out: dict[int, str] = {}
@@ -336,9 +344,9 @@ class Trainer:
             left_out |= own
         return dict(sorted(left_out.items()))
 
-    def saves_after(self, step: int) -> bool:
+    def saves_after(self, step: int, last_step: int) -> bool:
         every = self.config.checkpoint.every_steps
-        return every > 0 and (step % every == 0 or step == self.num_steps)
+        return every > 0 and (step % every == 0 or step == last_step)
 
     def prepare(self, target: Target, dtype: torch.dtype) -> Callable[[tuple], tuple]:
         """Return a function that runs the target's part of a step.
@@ -362,13 +370,13 @@ class Trainer:
 
         return lambda item: ([forward(batch) for batch in item[0]], item[1])
 
-    def export(self, zero: TrainedDraft, corpus: Corpus, target: Target) -> ServedDraft:
+    def export(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> ServedDraft:
         """Export the draft, reload it on every rank and compare its logits with the trained ones.
 
         Raises NonFiniteError, before an earlier draft is replaced, if a weight is not finite.
         Raises RuntimeError if the logits differ by more than `RELOAD_TOLERANCE`.
         """
-        check_finite_weights(zero, self.world, self.num_steps)
+        check_finite_weights(zero, self.world, span.last)
         folder = self.output_dir / DRAFT
         weights = zero.gathered_weights()
         embed_weight_VD = target.embedding.whole()
