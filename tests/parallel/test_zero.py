@@ -42,7 +42,7 @@ def name(job: Job) -> str:
 def count_run(world: World, job: Job) -> list[Issued]:
     """What each optimizer step issues, the first two included, in which DeepSpeed still learns the order of modules."""
     zero = ZeroDraft(job.draft(), job.test(), job.ds_config())
-    normalise = Normaliser(zero.objective, zero.forward, world)
+    normalise = Normaliser(zero.objective, lambda micro, norms: zero.forward(micro, norms), world)  # the watched one
     steps = []
     for step in range(job.num_steps):
         micros = job.micros(step, world.rank)

@@ -188,7 +188,7 @@ def test_rope_that_depends_on_length_is_refused_by_name(target):
 
 
 def test_heads_that_differ_from_layer_to_layer_are_refused_by_name():
-    with pytest.raises(ValueError, match="gemma4_unified_text.*in some layers.*give draft.config"):
+    with pytest.raises(ValueError, match="gemma4_unified_text.*in different layers.*give draft.config"):
         derive_draft_config(tiny_config("gemma4_unified_text"), DraftSection(), (0, 1, 2))
 
 
