@@ -321,9 +321,9 @@ def test_a_checkpoint_of_another_target_is_refused_and_an_old_one_says_what_is_n
     for saved, note in (({}, "checkpoint"), ({"target_identity": "config-weights"}, None)):
         (tmp_path / "step_3" / "run.json").write_text(json.dumps(facts | saved))
         found = checkpoints.check_target()
-        assert found is None if note is None else found.startswith(f"the {note} does not say")
+        assert found is None if note is None else found.startswith(f"the {note} does not record")
     unknown = replace(checkpoints, target_identity=None)
-    assert unknown.check_target().startswith("the store does not say")
+    assert unknown.check_target().startswith("the store does not record")
     changed = replace(checkpoints, target_identity="config-others")
     with pytest.raises(ValueError, match="step_3 was trained for another target: the target's weights differ"):
         changed.check_target()
