@@ -55,7 +55,7 @@ def test_without_triton_a_gpu_falls_back_or_refuses(monkeypatch):
 
 def test_what_triton_cannot_hold_is_refused_or_left_to_plain_pytorch():
     pytest.importorskip("triton", reason="Triton is not installed")
-    for device_capability, head_dim, problem in (((7, 5), 128, "8.0"), ((9, 0), 512, "at most 256")):
+    for device_capability, head_dim, problem in (((7, 5), 128, "8.0"), ((9, 0), 512, "up to 256")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "get_device_capability", lambda device, found=device_capability: found)
             with pytest.raises(ValueError, match=f"kernels=triton cannot run.*{problem}.*kernels=auto"):
