@@ -153,6 +153,11 @@ class LossNorms:
     loss_rows_S: torch.Tensor
     acceptance_S: torch.Tensor | None = None
 
+    @property
+    def per_row_S(self) -> torch.Tensor:
+        """Weight of a row in a mean over the rows with loss of its step, fp32 [S]."""
+        return 1 / self.loss_rows_S.clamp_min(1)
+
 
 @dataclass(frozen=True)
 class DraftOutput:

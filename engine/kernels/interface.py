@@ -96,15 +96,15 @@ class RowWeights:
         """Whether cross-entropy is the only fused part."""
         return self.log_acceptance_S is None and self.rejection_S is None
 
-    @property
-    def fused_parts(self) -> tuple[torch.Tensor | None, ...]:
-        """Weights of the parts that the fused statistics express."""
-        return self.cross_entropy_S, self.log_acceptance_S, self.rejection_S
-
-    def largest(self) -> torch.Tensor:
-        """Return the largest weight of any part and step, a scalar."""
-        parts = [part_S.max() for part_S in (*self.fused_parts, self.score_S) if part_S is not None]
-        return torch.stack(parts).max()
+    def stacked(self) -> torch.Tensor:
+        """Return the weights of the fused parts, [3, S], or with those of the score, [4, S]; 0 if a part is absent."""
+        absent_S = torch.zeros_like(self.cross_entropy_S)
+        parts = [self.cross_entropy_S]
+        for part_S in (self.log_acceptance_S, self.rejection_S):
+            parts.append(absent_S if part_S is None else part_S)
+        if self.score_S is not None:
+            parts.append(self.score_S)
+        return torch.stack(parts)
 
     def scaled(self, factor_S: torch.Tensor) -> "RowWeights":
         """Return these weights times a factor per step."""
@@ -151,10 +151,11 @@ class LossChunk:
     slot_r: int64, index of each row's slot. Rows are ordered by step, then by slot. Padding rows
         with a negative slot come last and contribute nothing.
     lse_n, draft_id_n: as in `SlotTargets`.
-    weight_3r: fp32, weights of cross-entropy, -log(acceptance) and 1 - acceptance; 0 if absent.
+    weight_xr: fp32, weights of cross-entropy, -log(acceptance) and 1 - acceptance, 0 if absent, and
+        of the score in a fourth line if there is one.
     sizes: number of rows of each step.
-    mixes: whether the last two weights may be nonzero.
-    score, score_weight_r: a further part of the loss, and its weights, fp32.
+    mixes: whether the second and third weight may be nonzero.
+    score: a further part of the loss; None = absent.
     """
 
     logits_rU: torch.Tensor
@@ -162,11 +163,10 @@ class LossChunk:
     slot_r: torch.Tensor
     lse_n: torch.Tensor
     draft_id_n: torch.Tensor
-    weight_3r: torch.Tensor
+    weight_xr: torch.Tensor
     sizes: list[int]
     mixes: bool
     score: RowScore | None = None
-    score_weight_r: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def row_loss(chunk: LossChunk, with_gradients: bool) -> Tensor:
     """Triton implementation of `vocab_loss.row_loss`, in one launch."""
     logits_rU = chunk.logits_rU
     target_nU = chunk.target_nU
-    weight_3r = chunk.weight_3r
+    weight_3r = chunk.weight_xr
     assert logits_rU.stride(1) == 1 == target_nU.stride(1), "a row's logits must be contiguous"
     assert weight_3r.is_contiguous() and weight_3r.dtype == chunk.lse_n.dtype == torch.float32
     num_rows, vocab = logits_rU.shape

@@ -47,12 +47,14 @@ def row_loss(chunk: LossChunk, with_gradients: bool) -> Tensor:
             p_kU = p_nU[slot_k]
             p_full_kU = p_full_nU[slot_k]
             draft_id_k = draft_id_k[slot_k]
-        logits_kU = chunk.logits_rU[rows]
-        weight_3k1 = chunk.weight_3r[:, rows, None]
-        stats_xr[:4, rows], gradient_kU = _fused_score(logits_kU, p_kU, p_full_kU, draft_id_k, weight_3k1, chunk.mixes)
-        if chunk.score is not None and chunk.score_weight_r is not None:
-            stats_xr[4, rows], own_kU = _own_score(logits_kU, p_kU, chunk.score)
-            gradient_kU += own_kU * chunk.score_weight_r[rows, None]
+        log_q_kU = chunk.logits_rU[rows].log_softmax(-1, dtype=torch.float32)
+        weight_xk1 = chunk.weight_xr[:, rows, None]
+        own_kU = None
+        if chunk.score is not None:
+            stats_xr[4, rows], own_kU = _own_score(log_q_kU, p_kU, chunk.score)
+        stats_xr[:4, rows], gradient_kU = _fused_score(log_q_kU, p_kU, p_full_kU, draft_id_k, weight_xk1, chunk.mixes)
+        if own_kU is not None:
+            gradient_kU += own_kU * weight_xk1[3]
         if with_gradients:
             chunk.logits_rU[rows] = gradient_kU
     if with_gradients:
@@ -60,9 +62,8 @@ def row_loss(chunk: LossChunk, with_gradients: bool) -> Tensor:
     return stats_xr
 
 
-def _own_score(logits_kU: Tensor, p_kU: Tensor, score: RowScore) -> tuple[Tensor, Tensor]:
+def _own_score(log_q_kU: Tensor, p_kU: Tensor, score: RowScore) -> tuple[Tensor, Tensor]:
     """Compute a custom score of rows of one step, [k], and its gradient by logits, [k, U]."""
-    log_q_kU = logits_kU.log_softmax(-1, dtype=torch.float32)
     score_k, slope_kU = score(p_kU, log_q_kU)
     q_kU = log_q_kU.exp()
     towards_kU = q_kU * slope_kU
@@ -70,25 +71,25 @@ def _own_score(logits_kU: Tensor, p_kU: Tensor, score: RowScore) -> tuple[Tensor
 
 
 def _fused_score(
-    logits_kU: Tensor, p_kU: Tensor, p_full_kU: Tensor, draft_id_k: Tensor, weight_3k1: Tensor, mixes: bool
+    log_q_kU: Tensor, p_kU: Tensor, p_full_kU: Tensor, draft_id_k: Tensor, weight_xk1: Tensor, mixes: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute the statistics of rows of one step, [4, k], and the gradient of their logits, [k, U].
 
+    log_q_kU: the draft's log-probabilities; overwritten.
     p_kU, p_full_kU, draft_id_k: the target of each row.
     """
-    log_q_kU = logits_kU.log_softmax(-1, dtype=torch.float32)
     correct_k = log_q_kU.gather(1, draft_id_k[:, None])[:, 0] >= log_q_kU.amax(-1)
     cross_entropy_k = -torch.linalg.vecdot(p_kU, log_q_kU)
     q_kU = log_q_kU.exp_()
     acceptance_k = torch.minimum(q_kU, p_full_kU).sum(-1)
     stats_4k = torch.stack((cross_entropy_k, -acceptance_k.clamp_min(TINY).log(), acceptance_k, correct_k.float()))
     if not mixes:
-        return stats_4k, q_kU.sub_(p_kU).mul_(weight_3k1[0])
+        return stats_4k, q_kU.sub_(p_kU).mul_(weight_xk1[0])
     below_kU = q_kU * (q_kU < p_full_kU)
     towards_kU = below_kU - q_kU * below_kU.sum(-1, keepdim=True)
     acceptance_k1 = acceptance_k[:, None]
-    pull_k1 = torch.where(acceptance_k1 > TINY, weight_3k1[1] / acceptance_k1, 0) + weight_3k1[2]
-    return stats_4k, q_kU.sub_(p_kU).mul_(weight_3k1[0]).sub_(towards_kU.mul_(pull_k1))
+    pull_k1 = torch.where(acceptance_k1 > TINY, weight_xk1[1] / acceptance_k1, 0) + weight_xk1[2]
+    return stats_4k, q_kU.sub_(p_kU).mul_(weight_xk1[0]).sub_(towards_kU.mul_(pull_k1))
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class _DeferredLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights = inputs.weights
         bounds = inputs.rows.bounds
-        largest = weights.largest().clamp_min(TINY)
+        largest = weights.stacked().max().clamp_min(TINY)
         # Scaling the weights to at most 1 (1024 for fp16) keeps fp16 gradients in range until the
         # backward pass provides the loss scale.
         largest = largest / (1024 if hidden_RD.dtype == torch.float16 else 1)
@@ -208,8 +209,7 @@ def _chunks(inputs: _Inputs, weights: RowWeights) -> Iterator[tuple[list[slice],
     """Yield the slices of rows of each step, their hidden states and the chunk, if it has rows."""
     rows = inputs.rows
     targets = inputs.targets
-    absent_S = torch.zeros_like(weights.cross_entropy_S)
-    weight_3S = torch.stack([absent_S if part_S is None else part_S for part_S in weights.fused_parts])
+    weight_xS = weights.stacked()
     for chunk in range(len(rows.bounds[0]) - 1):
         spans = [slice(step[chunk], step[chunk + 1]) for step in rows.bounds]
         sizes = [span.stop - span.start for span in spans]
@@ -219,14 +219,10 @@ def _chunks(inputs: _Inputs, weights: RowWeights) -> Iterator[tuple[list[slice],
         silent = -sum(sizes) % ROW_GRANULE[targets.lse_N.device.type]
         slots = slice(first, first + rows.slots_per_chunk)
         slot_r = torch.cat([rows.slot_R[span] for span in spans]) - first
-        weight_3r = torch.cat(
-            [weight_31.expand(3, size) for weight_31, size in zip(weight_3S.split(1, 1), sizes, strict=True)], 1
+        weight_xr = torch.cat(
+            [weight_x1.expand(-1, size) for weight_x1, size in zip(weight_xS.split(1, 1), sizes, strict=True)], 1
         )
         pad = torch.nn.functional.pad
-        score_weight_r = None
-        if weights.score_S is not None:
-            parts = [weight_1.expand(size) for weight_1, size in zip(weights.score_S.split(1), sizes, strict=True)]
-            score_weight_r = pad(torch.cat(parts), (0, silent))
         hidden_rD = pad(torch.cat([inputs.hidden_RD[span] for span in spans]), (0, 0, 0, silent))
         yield (
             spans,
@@ -237,11 +233,10 @@ def _chunks(inputs: _Inputs, weights: RowWeights) -> Iterator[tuple[list[slice],
                 slot_r=pad(slot_r, (0, silent), value=-1),
                 lse_n=targets.lse_N[slots],
                 draft_id_n=targets.draft_id_N[slots],
-                weight_3r=pad(weight_3r, (0, silent)),
+                weight_xr=pad(weight_xr, (0, silent)),
                 sizes=sizes,
                 mixes=not weights.is_cross_entropy,
                 score=weights.score,
-                score_weight_r=score_weight_r,
             ),
         )
 

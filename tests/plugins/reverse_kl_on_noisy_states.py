@@ -5,11 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.batch import LossNorms, PackedBatch, TargetOutput
+from engine.batch import PackedBatch, TargetOutput
 from engine.hidden_states.protocol import Target, register_source
 from engine.hidden_states.sources import OnlineSource
-from engine.kernels import RowWeights
-from engine.models.losses.distillation_loss import DistillationLoss
+from engine.models.losses.distillation_loss import ScoredLoss
 from engine.models.losses.loss_registry import register_loss
 from engine.target.head import TargetHead
 
@@ -20,14 +19,10 @@ def reverse_kl(p_kU: Tensor, log_q_kU: Tensor) -> tuple[Tensor, Tensor]:
     return (log_q_kU.exp() * log_ratio_kU).sum(-1), log_ratio_kU + 1
 
 
-class ReverseKLLoss(DistillationLoss):
+class ReverseKLLoss(ScoredLoss):
     """The reverse KL divergence, averaged over the rows with loss."""
 
     score = staticmethod(reverse_kl)
-
-    def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
-        per_row_S = 1 / norms.loss_rows_S.clamp_min(1)
-        return RowWeights(torch.zeros_like(per_row_S), score_S=per_row_S, score=self.score)
 
 
 class NoisyTarget:

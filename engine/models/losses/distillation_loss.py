@@ -9,6 +9,7 @@ score, which the same pass evaluates in plain PyTorch, chunk by chunk.
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from engine.batch import LossNorms
@@ -38,3 +39,11 @@ class DistillationLoss(ABC):
         norms: divisors, fixed before the backward pass.
         acceptance_S: fp32 [S], mean acceptance rate of each step, if `needs_acceptance` is set.
         """
+
+
+class ScoredLoss(DistillationLoss):
+    """A loss that is its score alone, averaged over the rows with loss."""
+
+    def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
+        assert self.score is not None, f"{type(self).__name__} has no score"
+        return RowWeights(torch.zeros_like(norms.per_row_S), score_S=norms.per_row_S, score=self.score)

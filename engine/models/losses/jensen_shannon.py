@@ -6,9 +6,7 @@ Both distributions are over the draft vocabulary.
 import torch
 from torch import Tensor
 
-from engine.batch import LossNorms
-from engine.kernels import RowWeights
-from engine.models.losses.distillation_loss import DistillationLoss
+from engine.models.losses.distillation_loss import ScoredLoss
 
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -27,11 +25,7 @@ def jensen_shannon(p_kU: Tensor, log_q_kU: Tensor) -> tuple[Tensor, Tensor]:
     return (from_p_k + from_q_k) / 2, (log_q_kU - log_m_kU) / 2
 
 
-class JensenShannonLoss(DistillationLoss):
+class JensenShannonLoss(ScoredLoss):
     """Jensen-Shannon divergence, averaged over the rows with loss."""
 
     score = staticmethod(jensen_shannon)
-
-    def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
-        per_row_S = 1 / norms.loss_rows_S.clamp_min(1)
-        return RowWeights(torch.zeros_like(per_row_S), score_S=per_row_S, score=self.score)

@@ -15,8 +15,7 @@ class LKAlphaLoss(DistillationLoss):
     """Negative logarithm of the acceptance rate, `-log a`, averaged over the rows with loss."""
 
     def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
-        per_row_S = 1 / norms.loss_rows_S.clamp_min(1)
-        return RowWeights(torch.zeros_like(per_row_S), log_acceptance_S=per_row_S)
+        return RowWeights(torch.zeros_like(norms.per_row_S), log_acceptance_S=norms.per_row_S)
 
 
 class LKLambdaLoss(DistillationLoss):
@@ -29,6 +28,5 @@ class LKLambdaLoss(DistillationLoss):
 
     def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
         assert acceptance_S is not None
-        per_row_S = 1 / norms.loss_rows_S.clamp_min(1)
         kl_share_S = self.section.lk_kl_scale * torch.exp(-self.section.lk_kl_decay * acceptance_S)
-        return RowWeights(kl_share_S * (1 / norms.slots), rejection_S=(1 - kl_share_S) * per_row_S)
+        return RowWeights(kl_share_S * (1 / norms.slots), rejection_S=(1 - kl_share_S) * norms.per_row_S)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from engine.config.sections import LossSection
-from engine.config.strict import did_you_mean
+from engine.config.strict import registered
 from engine.models.losses.distillation_loss import DistillationLoss
 from engine.models.losses.jensen_shannon import JensenShannonLoss
 from engine.models.losses.kl import KLLoss
@@ -11,13 +11,14 @@ from engine.models.losses.lk import LKAlphaLoss, LKLambdaLoss
 from engine.models.losses.total_variation import TotalVariationLoss
 
 MakeLoss = Callable[[LossSection], DistillationLoss]
-_LOSSES: dict[str, MakeLoss] = {
+SHIPPED: dict[str, MakeLoss] = {
     "kl": KLLoss,
     "lk_alpha": LKAlphaLoss,
     "lk_lambda": LKLambdaLoss,
     "total_variation": TotalVariationLoss,
     "jensen_shannon": JensenShannonLoss,
 }
+_LOSSES = dict(SHIPPED)
 
 
 def register_loss(kind: str, make_loss: MakeLoss) -> None:
@@ -31,9 +32,6 @@ def register_loss(kind: str, make_loss: MakeLoss) -> None:
 def make_loss(section: LossSection) -> DistillationLoss:
     """Return the loss of a recipe.
 
-    Raises ValueError if no loss has this name; the message suggests the closest one.
+    Raises ConfigError if no loss has this name; the message suggests the closest one.
     """
-    if section.kind not in _LOSSES:
-        hint = did_you_mean(section.kind, _LOSSES)
-        raise ValueError(f"loss.kind = {section.kind}: expected {' | '.join(_LOSSES)}{hint}")
-    return _LOSSES[section.kind](section)
+    return registered(_LOSSES, section.kind, key="loss.kind")(section)

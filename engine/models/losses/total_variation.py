@@ -3,12 +3,9 @@
 Both distributions are over the draft vocabulary.
 """
 
-import torch
 from torch import Tensor
 
-from engine.batch import LossNorms
-from engine.kernels import RowWeights
-from engine.models.losses.distillation_loss import DistillationLoss
+from engine.models.losses.distillation_loss import ScoredLoss
 
 
 def total_variation(p_kU: Tensor, log_q_kU: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,11 +14,7 @@ def total_variation(p_kU: Tensor, log_q_kU: Tensor) -> tuple[Tensor, Tensor]:
     return difference_kU.abs().sum(-1) / 2, difference_kU.sign() / 2
 
 
-class TotalVariationLoss(DistillationLoss):
+class TotalVariationLoss(ScoredLoss):
     """Total variation distance, averaged over the rows with loss."""
 
     score = staticmethod(total_variation)
-
-    def weights(self, norms: LossNorms, acceptance_S: Tensor | None) -> RowWeights:
-        per_row_S = 1 / norms.loss_rows_S.clamp_min(1)
-        return RowWeights(torch.zeros_like(per_row_S), score_S=per_row_S, score=self.score)
