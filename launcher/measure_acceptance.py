@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.config.recipe import load_config
 from engine.config.sections import Config, EvaluationSection, TargetSection
 from engine.config.strict import parse_json, read_text
+from engine.data.segments import decoded
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import AcceptanceReport, Prompt, check_prompts, held_out_prompts
 from engine.evaluation.decoding import Generation
@@ -138,13 +139,6 @@ def check_target(draft: DraftConfig, section: TargetSection) -> tuple[int, ...]:
     except ValueError as error:
         raise ValueError(f"the draft reads layers that {path} does not have; pass its own target ({error})") from error
     return draft.aux_layers
-
-
-def decoded(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of one sequence of tokens."""
-    text = tokenizer.decode(token_ids)
-    assert isinstance(text, str)  # a batch of sequences would be a list
-    return text
 
 
 def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config.strict import ConfigError, nearest, option
+from engine.config.strict import ConfigError, did_you_mean, option
 
 EMBEDDED = "embedded"
 RESERVED = {
@@ -73,10 +73,8 @@ class DataSection:
         if not self.train:
             raise ConfigError("nothing to train on; name at least one file", key="data.train", value=self.train)
         if self.template is not None and self.template not in NAMED_TEMPLATES and not Path(self.template).is_file():
-            guess = nearest(self.template, NAMED_TEMPLATES)
-            problem = f"no such file, and not one of {', '.join(NAMED_TEMPLATES)}" + (
-                f"; did you mean '{guess}'?" if guess else ""
-            )
+            hint = did_you_mean(self.template, NAMED_TEMPLATES)
+            problem = f"no such file, and not one of {', '.join(NAMED_TEMPLATES)}{hint}"
             raise ConfigError(problem, key="data.template", value=self.template)
         for name in RESERVED & (self.template_kwargs or {}).keys():
             problem = "is set when a conversation is rendered and cannot be passed to the template; remove it"

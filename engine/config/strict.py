@@ -5,15 +5,16 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
 from engine.config.secret_values import HIDDEN, hidden_in_text, is_secret_name, without_secrets
 
+Entry = TypeVar("Entry")
 NO_VALUE = object()
 TYPE_NAMES = {types.NoneType: "null", dict: "mapping", Any: "anything"}
 EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
@@ -158,6 +159,13 @@ def did_you_mean(value: str, choices: Iterable[str]) -> str:
     """
     guess = nearest(value, choices)
     return f"; did you mean '{guess}'?" if guess else ""
+
+
+def registered(registry: Mapping[str, Entry], name: str, *, key: str) -> Entry:
+    """Return the entry `name` of a registry. Raises ConfigError for the option `key` if there is none."""
+    if name not in registry:
+        raise ConfigError(f"expected {' | '.join(registry)}{did_you_mean(name, registry)}", key=key, value=name)
+    return registry[name]
 
 
 def unknown_key(

@@ -20,6 +20,13 @@ class Segment(NamedTuple):
     assistant: bool
 
 
+def decoded(token_ids: list[int], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+    """Return the text of one sequence of tokens. options: of the tokenizer's `decode`."""
+    text = tokenizer.decode(token_ids, **options)
+    assert isinstance(text, str)  # a batch of sequences would be a list
+    return text
+
+
 def segments_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
     """Return the document's text, including special tokens, split wherever its mask changes."""
     mask = document.assistant_mask
@@ -28,8 +35,7 @@ def segments_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[
     segments = []
     for start, stop in zip(edges, edges[1:], strict=False):
         token_ids = document.input_ids[start:stop].tolist()
-        text = tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)  # a batch of sequences would be a list
+        text = decoded(token_ids, tokenizer, clean_up_tokenization_spaces=False)
         segments.append(Segment(text, bool(mask[start])))
     return segments
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.batch import PackedBatch, TargetOutput
 from engine.config.sections import Config
-from engine.config.strict import did_you_mean
+from engine.config.strict import registered
 from engine.data.documents import Documents
 from engine.host.telemetry import Telemetry
 from engine.parallel.mesh import World
@@ -91,8 +91,5 @@ def register_source(name: str, open_it: OpenSource) -> None:
 
 
 def find_source(name: str) -> OpenSource:
-    """Return the registered source `name`. Raises ValueError with a suggestion if there is none."""
-    if name not in _SOURCES:
-        hint = did_you_mean(name, _SOURCES)
-        raise ValueError(f"target.source = {name}: expected {' | '.join(sorted(_SOURCES))}{hint}")
-    return _SOURCES[name]
+    """Return the registered source `name`. Raises ConfigError with a suggestion if there is none."""
+    return registered(_SOURCES, name, key="target.source")

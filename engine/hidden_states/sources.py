@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.sections import ONLINE, STORED, Config, ConfigError
+from engine.config.sections import ONLINE, STORED, Config
 from engine.data.corpus import read_documents
 from engine.data.documents import Documents
 from engine.data.fingerprint import trained_with
@@ -94,17 +94,13 @@ class StoredSource:
     def __init__(self, config: Config, world: World, telemetry: Telemetry) -> None:
         """Open the store of a recipe.
 
-        Raises StoreError if the store cannot be read or was captured with other options, and
-        ConfigError if the recipe names no store.
+        Raises StoreError if the store cannot be read or was captured with other options.
         """
         self._world = world
         self._telemetry = telemetry
         self._by_argmax = config.draft.vocab_from == "argmax"
         self.counted = "the target's most likely tokens" if self._by_argmax else OnlineSource.counted
-        if config.target.store is None:
-            raise ConfigError(
-                "names no store; expected the folder that capture_hidden_states.py wrote", key="target.store", value=None
-            )
+        assert config.target.store is not None  # `Config` refuses this source without a store
         self._store = open_store(Path(config.target.store), config.store.skip_bad)
         self._store.check(
             aux_layers=config.target.aux_layers,

@@ -11,10 +11,10 @@ import torch
 from engine.kernels import flash, reference
 from tests.kernels.attention_cases import ANCESTORS, HEADS, AttentionCase, make_case, with_gradients, written_out
 from tests.kernels.compile_only import SHARED_BYTES, compiled_for
+from tests.pairwise import pairwise
 
 kernels = pytest.importorskip("engine.kernels.prefix_flash", reason="the merge is written in Triton, which is not installed")
 from tests.kernels.plain_flash import PLAIN  # noqa: E402
-from tests.pairwise import pairwise  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -93,13 +93,14 @@ class RotaryTable:
 
 
 class RmsNorm(nn.RMSNorm):
+    eps: float
+
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__(size, eps)
-        self._eps = eps
         self.kernels = kernels
 
     def forward(self, x_QD: torch.Tensor) -> torch.Tensor:
-        return self.kernels.elementwise.rms_norm(x_QD, self.weight, self._eps)
+        return self.kernels.elementwise.rms_norm(x_QD, self.weight, self.eps)
 
 
 class Eagle3Attention(nn.Module):
@@ -207,8 +208,9 @@ class Eagle3Draft(nn.Module):
     @property
     def decoder_layers(self) -> list[Eagle3Layer]:
         """The decoder layers, in order."""
-        modules = [self.midlayer] if self.config.num_hidden_layers == 1 else self.layers
-        return [layer for layer in modules if isinstance(layer, Eagle3Layer)]
+        if self.config.num_hidden_layers == 1:
+            return [self.midlayer]
+        return cast(list[Eagle3Layer], list(self.layers))
 
     def fuse(self, aux_TA: torch.Tensor) -> torch.Tensor:
         """Compute the first state [T, D] from auxiliary hidden states [T, 3 * target D]."""
