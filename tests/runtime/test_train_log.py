@@ -48,10 +48,9 @@ def zero() -> SimpleNamespace:
     """Stands in for a ZeroDraft with two TTT steps."""
     COLLECTIVES.clear()
     ARRIVES[0] = True
-    loss = SimpleNamespace(normaliser="slots")
-    test = SimpleNamespace(ttt=SimpleNamespace(steps=2), step_weights=[1.0, 0.5], loss=loss)
+    objective = SimpleNamespace(num_steps=2, step_weights=[1.0, 0.5], is_normalised_globally=False)
     facts = {"learning_rate": 0.5, "accumulation_steps": 1, "num_skipped_steps": 0}
-    return SimpleNamespace(test=test, write_monitors=lambda values, step: None, **facts)
+    return SimpleNamespace(objective=objective, write_monitors=lambda values, step: None, **facts)
 
 
 def open_log(folder: Path, zero: SimpleNamespace, every_steps: int = 1, num_steps: int = 5) -> TrainLog:

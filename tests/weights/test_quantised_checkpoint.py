@@ -238,12 +238,17 @@ def run_kept_and_dequantised(world, folder: Path, sizes: tuple[int, int]) -> tup
     return relative(found, expected), relative(found, alone), count
 
 
+SPLIT_SUM_TOLERANCE = 5e-5  # fp32 sums that ranks add in another order; a wrong shard differs by about 1
+
+
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["tp", "ep"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_that_share_quantised_weights_compute_what_they_mean(layout, sizes, tmp_path):
     publish(layout, tmp_path)
     for from_dense, from_alone, count in run_ranks(run_kept_and_dequantised, 2, tmp_path, sizes):
-        assert from_dense <= TOLERANCE and from_alone <= TOLERANCE and count > 0
+        assert from_dense <= TOLERANCE
+        assert from_alone <= SPLIT_SUM_TOLERANCE
+        assert count > 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
