@@ -24,11 +24,12 @@ from benchmarks.harness import Benchmark, Place, Provider, choose_tiles, main
 from engine.batch import LossNorms, MicroBatch, PackedBatch, to_device
 from engine.config.sections import DraftSection, LossSection, TttSection
 from engine.kernels import choose_kernels
+from engine.models.costs import StepPart
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3.flops import StepCounts, StepPart, step_parts
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.draft_config import Eagle3Config, derive_draft_config
+from engine.models.eagle3.flops import StepCounts, step_parts
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
+from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
 from engine.planning.job import DocumentSizes
 from engine.runtime.overlap import run_ahead
@@ -55,7 +56,7 @@ class OverlapShape:
     draft_vocab_size: int
 
     @property
-    def draft(self) -> DraftConfig:
+    def draft(self) -> Eagle3Config:
         section = DraftSection(vocab_size=self.draft_vocab_size)
         return derive_draft_config(self.config, section, None)
 

@@ -29,7 +29,7 @@ LAUNCH = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={NUM
 
 def time_stages() -> dict[str, float]:
     """Return the median ms of a step by stage, measured on this rank with the checkout's engine."""
-    from engine.models.eagle3.normaliser import Normaliser
+    from engine.models.normaliser import Normaliser
     from engine.parallel.mesh import World
     from engine.parallel.zero import ZeroDraft, connect, disconnect
     from tests.training import Job, zero_step

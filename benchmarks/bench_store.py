@@ -38,7 +38,7 @@ from engine.hidden_states.store_reader import open_store
 from engine.hidden_states.store_writer import Piece, ShardFile, StoredTensors, StoreWriter
 from engine.hidden_states.stored_target import HEAD, StoredTarget
 from engine.host.freed_memory import keep_freed_memory
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.training_rows import allowed_rows, slots_of
 from engine.runtime.overlap import run_ahead
 
 HIDDEN = 4096

@@ -33,8 +33,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.batch import PackedBatch
 from engine.config.sections import TargetSection, TttSection
-from engine.models.eagle3.flops import Cost, StepPart
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.costs import Cost, StepPart
+from engine.models.training_rows import allowed_rows, slots_of
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.planning.job import DocumentSizes
 from engine.planning.target_cost import Forward, TargetCost

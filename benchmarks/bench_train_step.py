@@ -26,11 +26,12 @@ from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
 from engine.config.recipe import load_config
 from engine.config.sections import TttSection
 from engine.kernels import Kernels, choose_kernels
+from engine.models.costs import StepPart
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3.flops import StepCounts, StepPart, step_parts
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.draft_config import Eagle3Config, derive_draft_config
+from engine.models.eagle3.flops import StepCounts, step_parts
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
+from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
 from engine.target.head import TargetHead
 from tests.recipes_configs import target_config
@@ -62,9 +63,9 @@ class StepShape:
     assistant: float
 
     @property
-    def draft(self) -> DraftConfig:
+    def draft(self) -> Eagle3Config:
         if self.model in ON_A_CPU:
-            return DraftConfig.from_dict(ON_A_CPU[self.model])
+            return Eagle3Config.from_dict(ON_A_CPU[self.model])
         recipe = load_config(RECIPES / f"{self.model}.yaml")
         return derive_draft_config(target_config(self.model), recipe.draft, recipe.target.aux_layers)
 
@@ -109,7 +110,7 @@ class StepTensors:
     """A draft's configuration, a target's head and hidden states, and a micro-batch."""
 
     place: Place
-    config: DraftConfig
+    config: Eagle3Config
     head: TargetHead
     vocab_map: VocabMap
     batch: PackedBatch
@@ -135,7 +136,7 @@ def prepare(shape: StepShape, place: Place) -> StepTensors:
     return StepTensors(place, config, TargetHead(head_VD), VocabMap(chosen_U, in_draft_V), batch, *states)
 
 
-def _random_draft(config: DraftConfig, kernels: Kernels, place: Place) -> Eagle3Draft:
+def _random_draft(config: Eagle3Config, kernels: Kernels, place: Place) -> Eagle3Draft:
     torch.manual_seed(1)
     with place.device:
         draft = Eagle3Draft(config, kernels).to(place.dtype)

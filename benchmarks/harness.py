@@ -10,7 +10,7 @@ them alike.
   allocates. On a CPU, it is the resident memory of this process: freed pages are returned to the
   kernel (`malloc_trim`), then the kernel's high-water mark is reset (`/proc/self/clear_refs`) and
   read after the call. It is unknown if the kernel has no such mark.
-- Floor: time for the work's FLOPs and bytes (engine/models/eagle3/flops.py) at the rates of the
+- Floor: time for the work's FLOPs and bytes (engine/models/costs.py) at the rates of the
   datasheet. Without a datasheet, at the best rates of large products and copies. These are measured
   before the run and after each shape, because other load can slow the machine down temporarily.
 - MFU: share of the peak FLOP/s that the floor uses. `of product`: share of the FLOP/s that the best
@@ -43,7 +43,7 @@ from engine.host.freed_memory import keep_freed_memory
 from engine.kernels import Kernels
 from engine.kernels.matmul import product
 from engine.kernels.self_check import SelfCheck
-from engine.models.eagle3.flops import HardwarePeak, StepPart, floor_s, peak_of
+from engine.models.costs import HardwarePeak, StepPart, floor_s, peak_of
 from engine.parallel.mesh import World
 
 ROOT = Path(__file__).resolve().parents[1]

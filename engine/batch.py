@@ -73,7 +73,7 @@ class PackedBatch:
 class TargetOutput:
     """Outputs of a target forward that the draft learns from.
 
-    aux_TA: [T, 3D], outputs of the three auxiliary layers, concatenated in ascending layer order.
+    aux_TA: [T, A * D], outputs of the A auxiliary layers, concatenated in ascending layer order.
     slots_N: int64 [N], positions u whose target distribution is learned, ascending.
     last_hidden_ND: [N, D], hidden state after the target's final norm at the slots.
     argmax_N: int32 [N], most likely token over the full vocabulary.
@@ -90,12 +90,17 @@ class TargetOutput:
     lse_N: torch.Tensor
     embed_TD: torch.Tensor | None = None
 
+    @property
+    def num_aux(self) -> int:
+        """Number A of auxiliary layers."""
+        return self.aux_TA.shape[1] // self.last_hidden_ND.shape[1]
+
 
 @dataclass(frozen=True)
 class StateFaults:
     """Documents of a packed batch whose hidden states are NaN or infinite; tensors on the device.
 
-    by_place: bool [num_documents, 5], true where a document has such values. The second dimension
+    by_place: bool [num_documents, A + 2], true where a document has such values. The second dimension
         is in the order of `finite.place_names`.
     left_out_T: bool [T], true for all tokens of documents that have any such value.
     """

@@ -34,23 +34,11 @@ from engine.host.telemetry import Telemetry
 from engine.kernels import Kernels, choose_kernels
 from engine.kernels.self_check import SelfCheck
 from engine.kernels.vocab_loss import LossPass
-from engine.models.eagle3.draft import Eagle3Draft, ServedDraft
-from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3.export import (
-    CONFIG,
-    VOCAB,
-    WEIGHTS,
-    check_replaceable,
-    export_draft,
-    load_draft,
-    load_vocab_map,
-    save_vocab_map,
-)
-from engine.models.eagle3.initial_weights import start_from_target
-from engine.models.eagle3.normaliser import Normaliser
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
-from engine.models.eagle3.unroll import Teacher, TrainingTimeTest, unroll
+from engine.models.draft_folder import CONFIG, VOCAB, WEIGHTS, check_replaceable, load_vocab_map, save_vocab_map
+from engine.models.draft_method import DraftConfig, DraftMethod, DraftModel, DraftObjective, ServedDraft
 from engine.models.losses.loss_registry import make_loss
+from engine.models.method_registry import make_method
+from engine.models.normaliser import Normaliser
 from engine.models.vocab_map import VocabMap
 from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main
@@ -63,7 +51,7 @@ from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.quantised_checkpoint import check_fp8_activations
 
-TrainedDraft = ZeroDraft[Eagle3Draft, TrainingTimeTest]
+TrainedDraft = ZeroDraft[DraftModel, DraftObjective]
 EXCERPT_TOKENS = 24
 # Relative to the largest logit: a few bf16 roundings. A wrong tensor causes errors near 1.
 RELOAD_TOLERANCE = 2**-5
@@ -104,6 +92,7 @@ class Trainer:
         self.config = config
         self.ds_config = ds_config
         self.world = world
+        self.method: DraftMethod = make_method(config)
         self.output_dir = Path(config.output_dir)
         kept = config.kept_on_resume | {"zero_optimization.stage": ds_config.get("zero_optimization", {}).get("stage", 0)}
         self.checkpoints = Checkpoints(self.output_dir / CHECKPOINTS, config.checkpoint.keep, kept)
@@ -130,17 +119,16 @@ class Trainer:
             unknown = self.world.decide(self.checkpoints.check_target)
             if unknown is not None:
                 self.telemetry.note(f"  {unknown}")
-        draft_config = derive_draft_config(target_config, self.config.draft, source.aux_layers)
-        draft_config = replace(draft_config, trained_with=source.trained_with)
+        draft_config = self.method.derive_config(target_config, source.aux_layers, source.trained_with)
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
             corpus = self.read_corpus(source, tokenizer, draft_config)
             span = self.resume(corpus.loader, position)
             prompts = self.read_prompts(tokenizer, draft_config.vocab_size) if source.can_decode else []
         with self.telemetry.stage("Loading the target"):
-            assert draft_config.aux_layers is not None  # `derive_draft_config` fills them in
+            assert draft_config.aux_layers is not None  # `derive_config` fills them in
             target = source.load_target(draft_config.aux_layers)
-        draft = self.new_draft(draft_config, kernels, corpus.vocab_map, target)
+        draft = self.method.new_draft(draft_config, kernels, target, corpus.vocab_map)
         evaluator = None
         if source.can_decode:
             if not isinstance(target, FrozenTarget):
@@ -267,14 +255,6 @@ class Trainer:
             self.telemetry.note(f"  the checkpoint of step {step} is the end of this run: no step is left to train; {longer}")
         return RunSpan(step, last)
 
-    def new_draft(self, config: DraftConfig, kernels: Kernels, vocab_map: VocabMap, target: Target) -> Eagle3Draft:
-        draft = Eagle3Draft(config, kernels).to(self.world.device)
-        head_UD = target.head_rows(vocab_map.target_ids_U).weight_VD if self.config.draft.init_head == "target" else None
-        start_from_target(draft, target.embedding.whole() if draft.embed_projection is not None else None, head_UD)
-        if draft.embed_projection is not None:
-            draft.embed_projection.requires_grad_(self.config.draft.train_embedding_projection)
-        return draft
-
     def choose_kernels(self, draft_config: DraftConfig) -> Kernels:
         loss_pass = LossPass(gradient_dtype=getattr(torch, self.config.loss.gradient_dtype))
         own = Kernels(loss_pass=loss_pass, recompute=self.config.ttt.recompute)
@@ -285,7 +265,7 @@ class Trainer:
         self.telemetry.note(f"Kernels: {kernels.reason}")
         return kernels
 
-    def start_zero(self, draft: Eagle3Draft, corpus: Corpus, target: Target, span: RunSpan) -> TrainedDraft:
+    def start_zero(self, draft: DraftModel, corpus: Corpus, target: Target, span: RunSpan) -> TrainedDraft:
         """Wrap the draft with DeepSpeed, restore its checkpoint, and write the run's record.
 
         span: the steps of this run; a checkpoint is loaded if some were taken before.
@@ -296,10 +276,10 @@ class Trainer:
             total_steps=span.last,
             hidden_size=draft.config.hidden_size,
         )
-        teacher = Teacher(target.head_rows(corpus.vocab_map.target_ids_U).logits, corpus.vocab_map)
+        objective = self.method.make_objective(target, corpus.vocab_map)
         reshaped = span.done > 0 and self.checkpoints.reshape(draft, self.world)
         num_weights = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
-        zero = ZeroDraft(draft, TrainingTimeTest(self.config.ttt, self.config.loss, teacher), resolved, universal=reshaped)
+        zero: TrainedDraft = ZeroDraft(draft, objective, resolved, universal=reshaped)
         self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {span.last} steps")
         advice = stage_advice(self.ds_config, num_weights)
         if advice is not None:
@@ -357,8 +337,8 @@ class Trainer:
         def forward(batch: PackedBatch) -> MicroBatch:
             device = self.world.device
             # The rows are computed on the host, so no host sync is needed.
-            allowed_ST = allowed_rows(batch, self.config.ttt)
-            slots_N = slots_of(allowed_ST)
+            allowed_ST = self.method.allowed_rows(batch)
+            slots_N = self.method.slots(allowed_ST)
             batch = batch.to(device)
             output = target(batch, slots_N)
             embed_TD = output.embed_TD
@@ -381,13 +361,13 @@ class Trainer:
         weights = zero.gathered_weights()
         embed_weight_VD = target.embedding.whole()
         if self.world.is_main:
-            export_draft(folder, weights, zero.draft.config, corpus.vocab_map, embed_weight_VD)
+            self.method.export(folder, weights, zero.draft.config, corpus.vocab_map, embed_weight_VD)
         else:
             collections.deque(weights, maxlen=0)
         self.world.barrier()
         if not self.world.shares_output:
             copy_from_main(folder, (WEIGHTS, CONFIG), self.world)
-        exported = load_draft(folder, embed_weight_VD, zero.dtype, self.world.device, zero.draft.kernels)
+        exported = self.method.load(folder, embed_weight_VD, zero.dtype, self.world.device, zero.draft.kernels)
         (micro,), _ = self.prepare(target, zero.dtype)(([corpus.sample], None))
         if micro.num_left_out:
             # The states of left-out documents are zeros, for which any two drafts agree.
@@ -399,10 +379,10 @@ class Trainer:
             raise RuntimeError(f"the exported draft does not reproduce the trained one: logits differ by {difference:.3g}")
         return exported
 
-    def served(self, draft: Eagle3Draft, vocab_map: VocabMap, target: Target) -> ServedDraft:
+    def served(self, draft: DraftModel, vocab_map: VocabMap, target: Target) -> ServedDraft:
         """Return a copy of the draft in the target's precision, as a server would run it."""
         frozen = copy.deepcopy(draft).to(target.dtype).eval().requires_grad_(False)
-        return ServedDraft(frozen, vocab_map, frozen.embed(target.embedding.whole()))
+        return self.method.serve(frozen, target, vocab_map)
 
 
 def excerpt(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
@@ -418,7 +398,5 @@ def reload_difference(zero: TrainedDraft, exported: ServedDraft, micro: MicroBat
     It is taken over all rows and divided by the largest magnitude of the trained logits.
     """
     trained_STU = zero.logits(micro)
-    embedded = replace(micro, embed_TD=exported.embed(micro.batch.input_ids_T))
-    outputs = unroll(exported.model, embedded, trained_STU.shape[0])
-    reloaded_STU = torch.stack([exported.model.logits(output_TD) for output_TD in outputs])
+    reloaded_STU = exported.logits(micro)
     return ((trained_STU - reloaded_STU).abs().max() / trained_STU.abs().max()).item()

@@ -62,9 +62,9 @@ def main() -> None:
         stop(ValueError(f"{problem}; name one on a file system that they share"), world.rank)
     from engine.hidden_states.capture import Capture
 
-    capture = Capture(resolved, world)
     try:
         run_plugins(config.target.plugins)
+        capture = Capture(resolved, world)
         if world.is_main:
             write_embedded_corpus(config, corpus)
         world.barrier()

@@ -8,7 +8,6 @@ propose.
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,13 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config.recipe import load_config
 from engine.config.sections import CHECKPOINTS, DRAFT, TargetSection
-from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3.export import VOCAB, check_replaceable, export_draft, load_vocab_facts, load_vocab_map
+from engine.models.draft_folder import VOCAB, check_replaceable, load_vocab_facts, load_vocab_map
+from engine.models.draft_method import DraftConfig
+from engine.models.method_registry import make_method
 from engine.parallel.zero import consolidated_weights
 from engine.runtime.checkpoint import TAG, Checkpoints
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.weight_files import find_weight_files, read_header
+from launcher.command import run_plugins
 
 RECIPE = "config.yaml"
 EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
@@ -110,11 +111,13 @@ def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:
     check_replaceable(folder)
     recipe = load_config(run / RECIPE)
     target = load_target_config(recipe.target)
-    config = derive_draft_config(target, recipe.draft, recipe.target.aux_layers)
-    config = replace(config, trained_with=load_vocab_facts(run / VOCAB).get("trained_with"))
+    run_plugins(recipe.target.plugins)
+    method = make_method(recipe)
+    trained_with = load_vocab_facts(run / VOCAB).get("trained_with")
+    config = method.derive_config(target, recipe.target.aux_layers, trained_with)
     embed_weight_VD = None if config.hidden_size == config.target_hidden_size else read_embedding(recipe.target, config)
     weights = consolidated_weights(run / CHECKPOINTS, tag)
-    export_draft(folder, weights.items(), config, load_vocab_map(run / VOCAB), embed_weight_VD)
+    method.export(folder, weights.items(), config, load_vocab_map(run / VOCAB), embed_weight_VD)
     return tag, folder
 
 

@@ -32,7 +32,7 @@ from engine.data.templates import load_tokenizer
 from engine.hidden_states.sources import open_source
 from engine.host.files import write_json, write_text
 from engine.host.telemetry import Telemetry
-from engine.models.eagle3.draft_config import derive_draft_config
+from engine.models.method_registry import make_method
 from engine.parallel.mesh import World
 from engine.target.configuration import load_target_config
 from launcher.command import (
@@ -73,7 +73,8 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
     """
     tokenizer = load_tokenizer(config.target, config.data)
     target = load_target_config(config.target)
-    draft = derive_draft_config(target, config.draft, config.target.aux_layers)
+    method = make_method(config)
+    draft = method.derive_config(target, config.target.aux_layers)
     if config.target.store is None:
         data = replace(config.data, max_bad_share=1.0)  # show unusable conversations instead of stopping
         try:
@@ -84,7 +85,7 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
         write_bad(arguments.bad, report.bad, telemetry)
     else:
         documents = open_source(config, tokenizer, World.alone(), telemetry).documents()
-    stats = compute_stats(documents, config.data, config.ttt, draft, config.seed)
+    stats = compute_stats(documents, config.data, method, draft, config.seed)
     count = max(0, min(arguments.samples, len(documents)))
     chosen = [number * len(documents) // count for number in range(count)]
     samples = [sample(index, documents[index], tokenizer) for index in chosen]

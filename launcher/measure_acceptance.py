@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config.recipe import load_config
 from engine.config.sections import Config, EvaluationSection, TargetSection
-from engine.config.strict import parse_json, read_text
 from engine.data.segments import decoded
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import AcceptanceReport, Prompt, check_prompts, held_out_prompts
@@ -35,9 +34,10 @@ from engine.host.files import write_json
 from engine.host.telemetry import Telemetry
 from engine.kernels import choose_kernels
 from engine.kernels.self_check import SelfCheck
-from engine.models.eagle3.draft_config import DraftConfig
-from engine.models.eagle3.export import CONFIG, load_draft
-from engine.models.target_families import check_aux_layers, default_aux_layers, num_layers, text_config
+from engine.models.draft_folder import CONFIG, read_draft_config
+from engine.models.draft_method import DraftConfig, DraftMethod
+from engine.models.method_registry import make_method
+from engine.models.target_families import check_aux_layers, num_layers, text_config
 from engine.parallel.mesh import World
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
@@ -108,15 +108,7 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
     return replace(run, target=target, data=data, evaluation=evaluation, parallel=parallel, loss=loss)
 
 
-def read_draft_config(folder: Path) -> DraftConfig:
-    """Return the draft's config. Raises ValueError if `folder` holds no draft."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} is not an exported draft: it has no {CONFIG}; a run writes one to its output_dir/draft")
-    return DraftConfig.from_dict(parse_json(read_text(path), path), path)
-
-
-def check_target(draft: DraftConfig, section: TargetSection) -> tuple[int, ...]:
+def check_target(method: DraftMethod, draft: DraftConfig, section: TargetSection) -> tuple[int, ...]:
     """Return the layers of the target that the draft reads.
 
     Raises ValueError if the draft was not trained for this target, or its config cannot be read.
@@ -133,7 +125,7 @@ def check_target(draft: DraftConfig, section: TargetSection) -> tuple[int, ...]:
                 f"the draft was trained for a target with {name} {expected}, but {path} has {found}; pass its own target"
             )
     if draft.aux_layers is None:
-        return section.aux_layers or default_aux_layers(num_layers(target))
+        return method.choose_aux_layers(target, section.aux_layers)
     try:
         check_aux_layers(draft.aux_layers, num_layers(target))
     except ValueError as error:
@@ -153,13 +145,15 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
     return text
 
 
-def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Config, world: World) -> dict[str, AcceptanceReport]:
+def measure(arguments: argparse.Namespace, run: Config, world: World) -> dict[str, AcceptanceReport]:
     """Load the draft and the target, decode the prompts and print a table of the results.
 
     Return the reports by drafter, on every rank.
     """
     telemetry = Telemetry(speaks=world.is_main)
-    aux_layers = check_target(draft_config, run.target)
+    method = make_method(run)
+    draft_config = method.read_config(read_draft_config(arguments.draft), arguments.draft / CONFIG)
+    aux_layers = check_target(method, draft_config, run.target)
     tokenizer = load_tokenizer(run.target, run.data)
     source = OnlineSource(run, tokenizer, world, telemetry)
     change = what_changed((draft_config.trained_with or {}).get("target_identity"), source.target_identity)
@@ -172,7 +166,7 @@ def measure(arguments: argparse.Namespace, draft_config: DraftConfig, run: Confi
     kernels = choose_kernels(run.kernels, world.device, dtype, draft_config.head_dim)
     self_check = SelfCheck.of(world, run.data.cache_dir, telemetry.warn)
     kernels = self_check.sound(kernels, dtype, draft_config.head_dim)
-    draft = load_draft(arguments.draft, target.embedding.whole(), dtype, world.device, kernels)
+    draft = method.load(arguments.draft, target.embedding.whole(), dtype, world.device, kernels)
 
     def show(prompt: Prompt, generation: Generation) -> None:
         per_forward = (len(generation.token_ids) - 1) / max(1, generation.num_target_forwards)
@@ -195,7 +189,7 @@ def main() -> None:
     arguments = parse_arguments()
     world = World(**join_environment()) if "RANK" in os.environ else World.alone()
     try:
-        draft_config = read_draft_config(arguments.draft)
+        read_draft_config(arguments.draft)
         run = run_config(arguments, world.size)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +200,7 @@ def main() -> None:
             from engine.parallel.zero import connect, disconnect
 
             connect(world, run.parallel.timeout_s, run.parallel.cpu_threads)
-        reports = measure(arguments, draft_config, run, world)
+        reports = measure(arguments, run, world)
         if arguments.json and world.is_main:
             content = {name: report.to_dict() for name, report in reports.items()}
             write_json(arguments.json, content)

@@ -28,7 +28,7 @@ from engine.config.recipe import load_config
 from engine.config.sections import Config, ConfigError
 from engine.host.files import write_json
 from engine.host.telemetry import Telemetry
-from engine.models.eagle3.flops import PEAKS
+from engine.models.costs import PEAKS
 from engine.models.target_families import check_family, text_config
 from engine.parallel.mesh import check_sizes
 from engine.parallel.rules import check_proven

@@ -83,9 +83,9 @@ def main() -> None:
     from engine.trainer import Trainer
 
     world = replace(world, shares_output=is_shared(Path(config.output_dir).absolute(), world))
-    trainer = Trainer(resolved, ds_config, world)
     try:
         run_plugins(config.target.plugins)
+        trainer = Trainer(resolved, ds_config, world)
         if world.writes_output:
             write_embedded_corpus(config, corpus)
         world.barrier()

@@ -3,8 +3,9 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.models.eagle3.draft import Eagle3Draft, ServedDraft
-from engine.models.eagle3.draft_config import DraftConfig
+from engine.models.eagle3.chain_drafter import ServedEagle3
+from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import Eagle3Config
 from engine.models.vocab_map import VocabMap
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.target.frozen import FrozenTarget
@@ -40,10 +41,12 @@ def tiny_target(family: str, mesh: TargetMesh = ALONE) -> FrozenTarget:
     return FrozenTarget(AutoModelForCausalLM.from_config(config, dtype=torch.float32), (0, 1, 3), mesh=mesh)
 
 
-def random_draft(target: FrozenTarget, *, num_layers: int = 1, fc_norm: bool = False, norm_output: bool = False) -> ServedDraft:
+def random_draft(
+    target: FrozenTarget, *, num_layers: int = 1, fc_norm: bool = False, norm_output: bool = False
+) -> ServedEagle3:
     """A draft as wide as its target over two thirds of its vocabulary, with norms away from one."""
     torch.manual_seed(1)
-    config = DraftConfig(
+    config = Eagle3Config(
         hidden_size=WIDTH,
         intermediate_size=32,
         num_attention_heads=4,
@@ -69,7 +72,7 @@ def random_draft(target: FrozenTarget, *, num_layers: int = 1, fc_norm: bool = F
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.3 + (1 if parameter.dim() == 1 else 0)
     vocab_map = VocabMap.most_frequent(torch.randint(0, 9, (VOCAB,)), 27)
-    return ServedDraft(model.requires_grad_(False), vocab_map, target.embedding.whole())
+    return ServedEagle3(model.requires_grad_(False), vocab_map, target.embedding.whole())
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -6,8 +6,8 @@ import torch
 
 from engine.batch import MicroBatch, PackedBatch, TargetOutput
 from engine.config.sections import LossSection, TttSection
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
+from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
 from engine.target.head import TargetHead
 

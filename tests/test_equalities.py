@@ -12,13 +12,14 @@ import torch
 
 from engine.batch import LossNorms, MicroBatch, PackedBatch
 from engine.config.sections import DraftSection, LossSection, TargetSection, TttSection
-from engine.evaluation.decoding import ChainDrafter, greedy_decode, speculative_decode
+from engine.evaluation.decoding import greedy_decode, speculative_decode
 from engine.kernels import Kernels, reference
-from engine.models.eagle3.draft import Eagle3Draft, ServedDraft
+from engine.models.eagle3.chain_drafter import ChainDrafter, ServedEagle3
+from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import derive_draft_config
 from engine.models.eagle3.export import export_draft, load_draft
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
+from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
 from engine.runtime.overlap import run_ahead
 from engine.target.frozen import FrozenTarget
@@ -135,7 +136,7 @@ def test_a_trained_draft_exported_and_reloaded_decodes_the_same_and_decoding_is_
     draft.requires_grad_(False)
     export_draft(tmp_path / "draft", draft.state_dict().items(), draft.config, VOCAB_MAP, target.embedding.whole())
     reloaded = load_draft(tmp_path / "draft", embed_weight_VD=target.embedding.whole())
-    in_engine = ServedDraft(draft, VOCAB_MAP, draft.embed(target.embedding.whole()))
+    in_engine = ServedEagle3(draft, VOCAB_MAP, draft.embed(target.embedding.whole()))
     for batch in packs((3,), (8,), (17,)):
         prompt_ids = batch.input_ids_T.tolist()
         plain = greedy_decode(target, prompt_ids, 20, ())

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
 from engine.config.sections import LossSection, TttSection
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.draft_config import DraftConfig
-from engine.models.eagle3.training_rows import allowed_rows, loss_rows, slots_of
+from engine.models.eagle3.draft_config import Eagle3Config
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
+from engine.models.training_rows import allowed_rows, loss_rows, slots_of
 from engine.models.vocab_map import VocabMap
 from tests.paths import ComputePath
 
@@ -36,7 +36,7 @@ def packed(tensors: dict) -> tuple[PackedBatch, torch.Tensor]:
 
 
 def load_draft(tensors: dict, metadata: dict, path: ComputePath) -> Eagle3Draft:
-    config = DraftConfig.from_dict(json.loads(metadata["config"]) | {"num_hidden_layers": 1})
+    config = Eagle3Config.from_dict(json.loads(metadata["config"]) | {"num_hidden_layers": 1})
     draft = Eagle3Draft(config, path.kernels()).to(path.device)
     weights = {key.removeprefix("draft."): value for key, value in tensors.items() if key.startswith("draft.")}
     outside = {"embed_tokens.weight", "d2t", "t2d"}

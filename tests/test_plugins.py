@@ -1,25 +1,128 @@
-"""A file outside the engine adds a loss and a source of hidden states, and the main job trains with them."""
+"""Files outside the engine add a draft method, a loss and a source of hidden states, and the main job trains with them."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from engine.config.recipe import load_config
-from engine.config.sections import ConfigError
+from engine.config.sections import Config, ConfigError, DraftSection, TargetSection
+from engine.data.documents import Document
+from engine.data.packing import collate
+from engine.models.method_registry import make_method
 from launcher.capture_hidden_states import check_files
+from launcher.command import run_plugins
 from tests.plugins.reverse_kl_on_noisy_states import reverse_kl
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = ROOT / "tests" / "plugins" / "reverse_kl_on_noisy_states.py"
+HEADS = ROOT / "tests" / "plugins" / "independent_heads.py"
+OF_HEADS = (
+    f"target.plugins=[{HEADS}]",
+    "draft.method=independent_heads",
+    "draft.options={num_heads: 4}",
+    "data.max_tokens=256",
+)
+
+
+def launch(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"launcher/{script}.py", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def train(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero0.json", f"output_dir={output}", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return launch("train", "--ds_config", "ds_configs/zero0.json", f"output_dir={output}", *options)
+
+
+@pytest.fixture(scope="module")
+def heads_run(tmp_path_factory) -> Path:
+    """A run of the method with independent heads: zero-3, measured before and after training."""
+    output = tmp_path_factory.mktemp("heads") / "run"
+    measured = ["evaluation.num_prompts=4", "evaluation.max_new_tokens=24", "evaluation.draft_tokens=4"]
+    learning = ["--ds_config", "ds_configs/zero3.json", "max_steps=40", "checkpoint.every_steps=40"]
+    done = launch("train", f"output_dir={output}", *OF_HEADS, *measured, *learning)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_method_of_another_shape_learns_and_drafts_what_the_target_accepts(heads_run):
+    lines = [json.loads(line) for line in (heads_run / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines[0]["loss_per_step"]) == 4
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    summary = json.loads((heads_run / "summary.json").read_text())
+    assert summary["after"]["acceptance_length"] > max(1.0, summary["before"]["acceptance_length"])
+    assert summary["after"]["mismatches"] == 0
+    exported = json.loads((heads_run / "draft" / "config.json").read_text())
+    assert exported["architectures"] == ["IndependentHeadsDraft"]
+    assert len(exported["aux_layers"]) == 1
+
+
+def test_an_exported_draft_of_a_plugin_is_measured_and_exported_again(heads_run, tmp_path):
+    measured = launch("measure_acceptance", "--draft", str(heads_run / "draft"), "--json", str(tmp_path / "measured.json"))
+    assert measured.returncode == 0, measured.stderr
+    report = json.loads((tmp_path / "measured.json").read_text())["draft"]
+    assert report["acceptance_length"] == json.loads((heads_run / "summary.json").read_text())["after"]["acceptance_length"]
+
+    exported = launch("export_draft", "--run", str(heads_run), "--output", str(tmp_path / "again"))
+    assert exported.returncode == 0, exported.stderr
+    assert (tmp_path / "again" / "config.json").read_text() == (heads_run / "draft" / "config.json").read_text()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (heads_run / "draft" / "model.safetensors").read_bytes()
+
+
+def test_a_store_of_one_layer_is_captured_for_a_method_and_trained_from(heads_run, tmp_path):
+    few = ["max_steps=3", "evaluation.num_prompts=0"]
+    captured = launch("capture_hidden_states", *OF_HEADS, f"target.store={tmp_path / 'store'}")
+    assert captured.returncode == 0, captured.stderr
+    contents = json.loads((tmp_path / "store" / "manifest.json").read_text())["contents"]
+    assert len(contents["aux_layers"]) == 1
+    done = launch(
+        "train",
+        "--ds_config",
+        "ds_configs/zero3.json",
+        *OF_HEADS,
+        *few,
+        f"target.store={tmp_path / 'store'}",
+        f"output_dir={tmp_path / 'run'}",
+    )
+    assert done.returncode == 0, done.stderr
+    offline, online = (
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()[:3]]
+        for folder in (tmp_path / "run", heads_run)
+    )
+    assert offline[0] == pytest.approx(online[0], rel=1e-5)
+
+
+def test_a_plan_and_statistics_are_those_of_the_method():
+    recipe = load_config(None, [*OF_HEADS, "target.aux_layers=[2]"])
+    run_plugins(recipe.target.plugins)
+    method = make_method(recipe)
+    target = AutoConfig.for_model("llama", hidden_size=64, num_hidden_layers=8, vocab_size=500)
+    config = method.derive_config(target, recipe.target.aux_layers)
+    assert config.aux_layers == (2,)
+    batch = collate([Document(np.zeros(30, np.int32), np.arange(30) >= 10, (30,))])
+    counts = method.count_work(batch)
+    assert counts.rows_S == (19, 18, 17, 16)
+    assert method.step_flops(config, counts) < method.step_flops(config, method.count_work(batch, compaction=False))
+    with pytest.raises(ValueError, match="aux_layers"):
+        method.choose_aux_layers(target, (1, 2))
+
+
+@pytest.mark.parametrize(
+    "options, key", [({"num_head": 2}, "did you mean 'num_heads'"), ({"num_heads": "two"}, "expected int")]
+)
+def test_a_wrong_option_of_a_method_is_refused(options, key):
+    run_plugins([str(HEADS)])
+    recipe = Config(
+        target=TargetSection(plugins=(str(HEADS),)), draft=DraftSection(method="independent_heads", options=options)
+    )
+    with pytest.raises(ConfigError, match=key) as error:
+        make_method(recipe)
+    assert str(error.value).startswith("draft.options.")
 
 
 def test_a_loss_and_a_source_of_a_plugin_train_a_draft(tmp_path):
@@ -40,15 +143,17 @@ def test_a_capture_refuses_another_source_than_the_target(tmp_path):
         check_files(config)
 
 
-def test_the_guide_shows_the_plugin_that_is_tested():
+def test_the_guide_shows_the_plugins_that_are_tested():
     blocks = (ROOT / "docs" / "extending.md").read_text().split("```python\n")[1:]
-    assert len(blocks) == 2
-    assert all(block.partition("```")[0].strip() in PLUGIN.read_text() for block in blocks)
+    assert len(blocks) == 5
+    plugins = PLUGIN.read_text() + HEADS.read_text()
+    assert all(block.partition("```")[0].strip() in plugins for block in blocks)
 
 
-def test_without_the_plugin_its_loss_is_refused(tmp_path):
-    done = train(tmp_path / "run", "loss.kind=reverse_kl")
-    assert done.returncode != 0 and "loss.kind = reverse_kl" in done.stderr and "target.plugins" in done.stderr
+def test_without_the_plugin_its_loss_is_refused():
+    with pytest.raises(ConfigError, match="target.plugins") as error:
+        load_config(None, ["loss.kind=reverse_kl"])
+    assert str(error.value).startswith("command line: loss.kind = reverse_kl")
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.config.recipe import load_config
 from engine.config.sections import EMBEDDED
-from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3.draft_config import Eagle3Config, derive_draft_config
 from engine.models.target_families import default_aux_layers, text_config
 from tests.recipes_configs import RECIPES, target_config
 
@@ -63,7 +63,7 @@ EXPECTED = {
 }
 
 
-def _draft(recipe: str) -> DraftConfig:
+def _draft(recipe: str) -> Eagle3Config:
     config = load_config(FOLDER / f"{recipe}.yaml", [])
     return derive_draft_config(target_config(recipe), config.draft, config.target.aux_layers)
 

@@ -6,9 +6,9 @@ from engine.batch import MicroBatch, PackedBatch, TargetOutput
 from engine.config.sections import LossSection, TttSection
 from engine.kernels import PLAIN, Kernels
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.draft_config import DraftConfig
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.draft_config import Eagle3Config
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
+from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
 
 VOCAB = 96
@@ -18,7 +18,7 @@ HIDDEN = 32
 
 def make_draft(*, hidden_size: int = HIDDEN, seed: int = 0, kernels: Kernels = PLAIN) -> Eagle3Draft:
     """A draft with random weights; narrower than its target if `hidden_size` is below 32, with a frozen projection then."""
-    config = DraftConfig(
+    config = Eagle3Config(
         hidden_size=hidden_size,
         intermediate_size=64,
         num_attention_heads=4,

@@ -11,9 +11,9 @@ from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
 from engine.config.ds_config import load_ds_config, resolve_ds_config
 from engine.kernels import Kernels
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.normaliser import Normaliser
-from engine.models.eagle3.training_rows import loss_rows
 from engine.models.eagle3.unroll import TrainingTimeTest
+from engine.models.normaliser import Normaliser
+from engine.models.training_rows import loss_rows
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft
 from tests.tiny import make_draft, make_micro, make_test

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.kernels.interface import AttentionRows
-from engine.models.eagle3.flops import StepPart, attention_part
+from engine.models.costs import StepPart, attention_part
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.kernels import reference
-from engine.models.eagle3.flops import Cost, StepPart
+from engine.models.costs import Cost, StepPart
 from engine.weights.quantised_weight import QuantisedWeight
 
 BLOCK = (128, 128)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.kernels import reference
-from engine.models.eagle3.flops import StepPart, frozen_head_part
+from engine.models.costs import StepPart, frozen_head_part
 from engine.target.head import TargetHead
 
 Stats = Callable[..., tuple[Tensor, ...]]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.kernels import TokenPermute
-from engine.models.eagle3.flops import Cost, StepPart
+from engine.models.costs import Cost, StepPart
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 Run from the repository's root. A shape's name gives the model, slots x TTT steps, and the loss;
 every slot has one row per step. `reference` is plain PyTorch. `deferred` and `fused` compute the
 loss in chunks, `fused` with a Triton kernel. `products` runs only the matrix products: a measured
-floor next to the computed one of engine/models/eagle3/flops.py.
+floor next to the computed one of engine/models/costs.py.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from engine.kernels import reference
 from engine.kernels.interface import LossRows, RowWeights, SlotTargets, VocabLoss
 from engine.kernels.matmul import product
 from engine.kernels.vocab_loss import LossPass, vocab_loss
-from engine.models.eagle3.flops import StepPart, frozen_head_part, head_part
-from engine.models.eagle3.training_rows import plan_rows
+from engine.models.costs import StepPart, frozen_head_part, head_part
+from engine.models.eagle3.row_plan import plan_rows
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.vocab_map import VocabMap
 from engine.target.head import TargetHead

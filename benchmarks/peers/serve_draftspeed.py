@@ -9,9 +9,9 @@ from engine.config.sections import LossSection, TttSection
 from engine.host.freed_memory import keep_freed_memory
 from engine.kernels import choose_kernels
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.draft_config import DraftConfig
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.draft_config import Eagle3Config
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
+from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
 from engine.target.head import TargetHead
 
@@ -20,7 +20,7 @@ def main() -> None:
     task, _ = read_task()
     tensors = task.tensors()
     eagle = {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}
-    config = DraftConfig.from_dict(task.config() | eagle)
+    config = Eagle3Config.from_dict(task.config() | eagle)
     device = torch.device(task.device)
     dtype = getattr(torch, task.dtype)
     draft = Eagle3Draft(config, choose_kernels("auto", device, dtype, config.head_dim)).to(device, dtype)

@@ -8,8 +8,18 @@ from typing import Any
 
 from engine.config.ds_keys import DS_HOMES
 from engine.config.secret_values import without_secrets
-from engine.config.sections import OPTIONS, RECIPE_KEYS, SECTIONS, Config, kind_of
-from engine.config.strict import ConfigError, as_yaml, checked, dump_yaml, parse_yaml, read_text, type_name, unknown_key
+from engine.config.sections import OPTIONS, RECIPE_KEYS, SECTIONS, Config
+from engine.config.strict import (
+    ConfigError,
+    as_yaml,
+    checked,
+    dump_yaml,
+    option_type,
+    parse_yaml,
+    read_text,
+    type_name,
+    unknown_key,
+)
 
 COMMAND_LINE = "command line"
 
@@ -77,7 +87,7 @@ def _read_option(key: str, value: Any, source: str | Path) -> tuple[str, Any]:
     key = RENAMED.get(key, key)
     if key not in OPTIONS:
         raise unknown_key(key, value, RECIPE_KEYS, _home_in_deepspeed, source)
-    kind = kind_of(OPTIONS[key])
+    kind = option_type(OPTIONS[key])
     if kind == tuple[str, ...] and isinstance(value, str):
         value = [value]
     return key, checked(value, kind, key=key, source=source)
@@ -108,7 +118,7 @@ def describe_options(sections: Sequence[str] = ()) -> str:
     sections: those to describe; () = all.
     """
     shown = {key: f for key, f in OPTIONS.items() if not sections or key.rpartition(".")[0] in sections}
-    columns = {key: (key, type_name(kind_of(f)), as_yaml(f.default), f.metadata["unit"]) for key, f in shown.items()}
+    columns = {key: (key, type_name(option_type(f)), as_yaml(f.default), f.metadata["unit"]) for key, f in shown.items()}
     key_width, type_width, default_width = (max(len(row[i]) for row in columns.values()) for i in range(3))
     titles = {section: f"{section}: {kind.__doc__}" for section, kind in SECTIONS.items()}
     lines: list[str] = []

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from engine.config.sections import SECTIONS, Config, kind_of
+from engine.config.sections import SECTIONS, Config
+from engine.config.strict import option_type
 
 TITLE = "DraftSpeed recipe"
 FILE = Path(__file__).resolve().parents[2] / "launcher" / "recipes" / "recipe.schema.json"
@@ -40,7 +41,7 @@ def _field(field: dataclasses.Field) -> tuple[Any, Any]:
     unit = field.metadata["unit"]
     text = field.metadata["text"]
     description = f"{text} [{unit}]" if unit else text
-    return _with_bounds(kind_of(field)), Field(default=field.default, description=description)
+    return _with_bounds(option_type(field)), Field(default=field.default, description=description)
 
 
 def _with_bounds(kind: Any) -> Any:

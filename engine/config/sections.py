@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.config.data_section import EMBEDDED, DataSection, PrepareSection, RegenerateSection
-from engine.config.strict import ConfigError, bounded, did_you_mean, option
+from engine.config.strict import ConfigError, did_you_mean, option
 
 ONLINE = "online"  # target.source: the running target
 STORED = "stored"  # target.source: target.store
+EAGLE3 = "eagle3"
+DRAFT_METHODS = (EAGLE3,)
 LOSS_KINDS = ("kl", "lk_alpha", "lk_lambda", "total_variation", "jensen_shannon")
 CHECKPOINTS, DRAFT = "checkpoints", "draft"  # folders in a run's output_dir
 
@@ -38,13 +40,16 @@ class TargetSection:
         "as servers of fp8 checkpoints do",
     )
     aux_layers: tuple[int, ...] | None = option(
-        None, "three 0-based layers whose outputs feed the draft; null = 1, L//2-1 and L-4 of L layers", unit="layers"
+        None,
+        "0-based layers whose outputs feed the draft, ascending; null = the method's default: for eagle3 1, L//2-1 and L-4 "
+        "of L layers",
+        unit="layers",
     )
     trust_remote_code: bool = option(False, "run Python code that the checkpoint ships")
     plugins: tuple[str, ...] = option(
         (),
-        "Python files that run at the start and may register losses, target families and sources of hidden states "
-        "(docs/extending.md)",
+        "Python files that run at the start and may register draft methods, losses, sources of hidden states and target "
+        "families (docs/extending.md)",
     )
     store: str | None = option(
         None,
@@ -67,8 +72,8 @@ class TargetSection:
 
     def __post_init__(self):
         layers = self.aux_layers
-        if layers is not None and (len(layers) != 3 or list(layers) != sorted(set(layers)) or layers[0] < 0):
-            problem = "expected three distinct 0-based layers in ascending order, the order in which SGLang captures them"
+        if layers is not None and (not layers or list(layers) != sorted(set(layers)) or layers[0] < 0):
+            problem = "expected distinct 0-based layers in ascending order, the order in which SGLang captures them"
             raise ConfigError(problem, key="target.aux_layers", value=layers)
         if self.revision is not None and self.path == EMBEDDED:
             problem = "the embedded target has no revisions; set target.path to a hub id, or leave target.revision null"
@@ -83,10 +88,15 @@ def divisors(number: int) -> list[int]:
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
+_NOT_SHAPES = ("method", "options", "config", "vocab_from", "vocab_map", "train_embedding_projection", "init_head")
+
+
 @dataclass(frozen=True)
 class DraftSection:
-    """The EAGLE-3 draft model; shapes that are null follow the target."""
+    """The draft model; shapes that are null follow the target."""
 
+    method: str = option(EAGLE3, f"draft method: {' | '.join(DRAFT_METHODS)}, or one that a plugin registers")
+    options: dict[str, Any] | None = option(None, "options of a method that a plugin registers, as a mapping")
     config: str | None = option(None, "draft config.json that sets every shape; null = derived from the target's config")
     vocab_size: int = option(
         32000, "size U of the draft vocabulary, which holds the most frequent tokens", unit="tokens", at_least=1
@@ -115,7 +125,7 @@ class DraftSection:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            is_shape = name not in ("config", "vocab_from", "vocab_map", "train_embedding_projection", "init_head")
+            is_shape = name not in _NOT_SHAPES
             if self.config is not None and is_shape and value != getattr(type(self), name):
                 problem = f"draft.config = {self.config} sets every shape; delete one of the two options"
                 raise ConfigError(problem, key=f"draft.{name}", value=value)
@@ -308,11 +318,16 @@ class Config:
     log_every_steps: int = option(1, "optimizer steps between lines of metrics.jsonl", unit="steps", at_least=1)
 
     def __post_init__(self):
-        kind = self.loss.kind
-        if kind not in LOSS_KINDS and not self.target.plugins:
-            hint = did_you_mean(kind, LOSS_KINDS) or "; a custom loss needs target.plugins"
-            problem = f"expected {' | '.join(LOSS_KINDS)}{hint}"
-            raise ConfigError(problem, key="loss.kind", value=kind)
+        self._check_shipped("loss.kind", self.loss.kind, LOSS_KINDS)
+        self._check_shipped("draft.method", self.draft.method, DRAFT_METHODS)
+        is_eagle3 = self.draft.method == EAGLE3
+        layers = self.target.aux_layers
+        if is_eagle3 and layers is not None and len(layers) != 3:
+            problem = "expected three distinct 0-based layers in ascending order, the order in which SGLang captures them"
+            raise ConfigError(problem, key="target.aux_layers", value=layers)
+        if is_eagle3 and self.draft.options is not None:
+            problem = "is for methods of plugins; the options of eagle3 are those of draft and ttt"
+            raise ConfigError(problem, key="draft.options", value=self.draft.options)
         source = self.target.source
         if source == ONLINE and self.target.store is not None:
             problem = "runs the target, but target.store is set; leave one of them out"
@@ -321,7 +336,7 @@ class Config:
             problem = "needs target.store, the folder that capture_hidden_states.py wrote"
             raise ConfigError(problem, key="target.source", value=source)
         weights = self.loss.step_weights
-        if weights is not None and len(weights) != self.ttt.steps:
+        if is_eagle3 and weights is not None and len(weights) != self.ttt.steps:
             problem = f"has {len(weights)} weights for ttt.steps = {self.ttt.steps}; give one weight per step"
             raise ConfigError(problem, key="loss.step_weights", value=weights)
         if self.draft.vocab_from == "argmax" and self.target.store is None:
@@ -337,6 +352,12 @@ class Config:
                 f"evaluation.num_prompts = {self.evaluation.num_prompts} needs held-out prompts; name a file or set it to 0"
             )
             raise ConfigError(problem, key="data.held_out", value=self.data.held_out)
+
+    def _check_shipped(self, key: str, value: str, shipped: tuple[str, ...]) -> None:
+        """Raise ConfigError for a name that is not shipped if no plugin could register it."""
+        if value not in shipped and not self.target.plugins:
+            hint = did_you_mean(value, shipped) or "; a name of your own needs target.plugins"
+            raise ConfigError(f"expected {' | '.join(shipped)}{hint}", key=key, value=value)
 
     @property
     def run_ahead(self) -> int:
@@ -376,8 +397,3 @@ def options() -> Iterator[tuple[str, dataclasses.Field]]:
 
 OPTIONS = dict(options())
 RECIPE_KEYS = (*SECTIONS, *OPTIONS)
-
-
-def kind_of(field_: dataclasses.Field) -> Any:
-    """Return an option's type with its bounds."""
-    return bounded(field_.type, field_.metadata["at_least"], field_.metadata["at_most"])

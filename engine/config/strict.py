@@ -1,5 +1,6 @@
 """Strict reading of options: unknown keys and wrong types raise one-line errors that name the fix."""
 
+import dataclasses
 import difflib
 import json
 import math
@@ -8,13 +9,17 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
 from engine.config.secret_values import HIDDEN, hidden_in_text, is_secret_name, without_secrets
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Entry = TypeVar("Entry")
+Section = TypeVar("Section", bound="DataclassInstance")
 NO_VALUE = object()
 TYPE_NAMES = {types.NoneType: "null", dict: "mapping", Any: "anything"}
 EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
@@ -84,6 +89,11 @@ def bounded(kind: Any, at_least: float | None, at_most: float | None) -> Any:
     return Annotated[kind, at_least, at_most] if kind in (int, float) else kind
 
 
+def option_type(of: dataclasses.Field) -> Any:
+    """Return the type of an `option` field with its bounds."""
+    return bounded(of.type, of.metadata["at_least"], of.metadata["at_most"])
+
+
 def read_as(value: Any, kind: Any) -> Any:
     """Return the value converted to its type: an int to float, a list to a tuple.
 
@@ -133,6 +143,22 @@ def checked(value: Any, kind: Any, *, key: str, source: str | Path) -> Any:
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         problem = f"expected {type_name(kind)}" + did_you_mean(str(value), [str(choice) for choice in choices])
         raise ConfigError(problem, key=key, value=value, source=source) from None
+
+
+def read_section(section: type[Section], values: Mapping[str, Any] | None, key: str) -> Section:
+    """Return a section, a dataclass of `option` fields, from a mapping; missing options have their defaults.
+
+    key: dotted key of the mapping, for messages.
+    Raises ConfigError for an unknown key, with the nearest valid one, and for a value of another type.
+    """
+    known = {own.name: own for own in dataclasses.fields(section)}
+    read: dict[str, Any] = {}
+    for name, value in (values or {}).items():
+        if name not in known:
+            problem = f"unknown key; valid are {', '.join(known)}{did_you_mean(name, known)}"
+            raise ConfigError(problem, key=f"{key}.{name}", value=value)
+        read[name] = checked(value, option_type(known[name]), key=f"{key}.{name}", source="")
+    return section(**read)
 
 
 def nearest(key: str, valid: Iterable[str]) -> str | None:

@@ -1,18 +1,16 @@
 """Statistics of rendered conversations: lengths, assistant tokens, TTT rows, vocabulary, packs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from engine.config.sections import DataSection, TttSection
+from engine.config.sections import DataSection
 from engine.data.documents import Documents
 from engine.data.packing import collate, pack
-from engine.models.eagle3.draft_config import DraftConfig
-from engine.models.eagle3.flops import StepCounts, step_parts
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.draft_method import DraftConfig, DraftMethod
 
 SAMPLED_DOCUMENTS = 4096  # for figures that need the masks themselves
 VOCAB_SIZES = (8_000, 16_000, 32_000, 64_000)
@@ -93,7 +91,7 @@ class DatasetStats:
         }
 
 
-def compute_stats(documents: Documents, data: DataSection, ttt: TttSection, draft: DraftConfig, seed: int) -> DatasetStats:
+def compute_stats(documents: Documents, data: DataSection, method: DraftMethod, draft: DraftConfig, seed: int) -> DatasetStats:
     """Compute the statistics of documents for a draft.
 
     seed: of the sample and of the packs.
@@ -102,18 +100,17 @@ def compute_stats(documents: Documents, data: DataSection, ttt: TttSection, draf
     counts_V = documents.count_assistant_tokens(draft.vocab_size)
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(len(documents), min(len(documents), SAMPLED_DOCUMENTS), replace=False))
-    allowed_S = torch.zeros(ttt.steps, dtype=torch.int64)
-    alive_S = torch.zeros(ttt.steps, dtype=torch.int64)
+    allowed_S = torch.zeros((), dtype=torch.int64)
+    alive_S = torch.zeros((), dtype=torch.int64)
     needed = 0
     dense = 0
     for start in range(0, len(chosen), 256):
         batch = collate([documents[index] for index in chosen[start : start + 256]])
-        allowed_ST = allowed_rows(batch, ttt)
-        counts = StepCounts.needed(batch, allowed_ST, len(slots_of(allowed_ST)))
-        allowed_S += allowed_ST.sum(1)
-        alive_S += torch.tensor(counts.rows_S)
-        needed += draft_flops(draft, counts)
-        dense += draft_flops(draft, without_compaction(counts))
+        counts = method.count_work(batch)
+        allowed_S = allowed_S + method.allowed_rows(batch).sum(1)
+        alive_S = alive_S + torch.tensor(counts.rows_S)
+        needed += method.step_flops(draft, counts)
+        dense += method.step_flops(draft, method.count_work(batch, compaction=False))
     sampled_tokens = int(documents.lengths[chosen].sum())
     packs = pack(documents.lengths, documents.assistant_tokens, data.max_tokens, np.random.default_rng([seed, 0]))
     return DatasetStats(
@@ -128,23 +125,6 @@ def compute_stats(documents: Documents, data: DataSection, ttt: TttSection, draf
         num_packs=len(packs),
         max_tokens=data.max_tokens,
     )
-
-
-def without_compaction(counts: StepCounts) -> StepCounts:
-    """Return the counts of the same micro-batch when every row of every TTT step is computed."""
-    steps = len(counts.rows_S)
-    num_tokens = counts.num_tokens
-    pairs_S = tuple(counts.prefix_pairs + step * num_tokens for step in range(steps))
-    return replace(counts, rows_S=(num_tokens,) * steps, pairs_S=pairs_S)
-
-
-def draft_flops(draft: DraftConfig, counts: StepCounts) -> int:
-    """Return the FLOPs of a training step of the draft.
-
-    They include the target head's rows for the draft vocabulary, but not the full target head.
-    """
-    parts = step_parts(draft.shape, counts)
-    return sum(part.flops for name, part in parts.items() if name != "target_head")
 
 
 def _shares(rows_S: torch.Tensor, num_tokens: int) -> tuple[float, ...]:

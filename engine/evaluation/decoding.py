@@ -17,11 +17,9 @@ from typing import Protocol
 import torch
 from transformers import DynamicCache
 
-from engine.models.eagle3.draft import LayerKeys, ServedDraft
+from engine.models.drafter import Drafter
 from engine.models.target_families import cache_rolls_back
 from engine.target.frozen import ForwardCapture, FrozenTarget, capture
-
-_ROWS_PER_STEP = 512
 
 
 @dataclass(frozen=True)
@@ -43,28 +41,6 @@ class Generation:
     seconds: float
 
 
-class Drafter(Protocol):
-    """Proposer of the tokens that follow the committed ones; it reads only committed tokens."""
-
-    def start(self, token_ids: list[int], aux_TA: torch.Tensor) -> None:
-        """Reset the drafter, then read a prompt and the token after it.
-
-        aux_TA: [T, 3D], auxiliary states of all these tokens except the last one.
-        """
-        ...
-
-    def extend(self, token_ids: list[int], aux_QA: torch.Tensor) -> None:
-        """Read `Q` newly committed tokens.
-
-        aux_QA: [Q, 3D], auxiliary states of the positions just before each of them.
-        """
-        ...
-
-    def propose(self, count: int) -> list[int]:
-        """Return at most `count` proposals that follow the newest token; `count` is at least 1."""
-        ...
-
-
 class Reader(Protocol):
     """Interface through which `speculate` uses a target that has read a prompt."""
 
@@ -76,90 +52,12 @@ class Reader(Protocol):
         ...
 
     def aux(self) -> torch.Tensor:
-        """Return the auxiliary states of the tokens that were read last, [Q, 3D]."""
+        """Return the auxiliary states of the tokens that were read last, [Q, A * D]."""
         ...
 
     def forget(self, count: int) -> None:
         """Remove the newest `count` tokens."""
         ...
-
-
-class PrefixKeys:
-    """Step-0 keys and values of one layer over the committed positions.
-
-    The buffers double their size when they are full.
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._key_TGE = self._value_TGE = torch.empty(0)
-
-    def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> LayerKeys:
-        """Append `Q` positions, each of which attends to itself and to all earlier ones."""
-        first = self.length
-        self.length = self.length + key_QGE.shape[0]
-        self._key_TGE = _write(self._key_TGE, key_QGE, first)
-        self._value_TGE = _write(self._value_TGE, value_QGE, first)
-        return self.seen_from(torch.arange(first, self.length, device=key_QGE.device))
-
-    def seen_from(self, position_Q: torch.Tensor) -> LayerKeys:
-        """Return the prefix as seen by rows at `position_Q`.
-
-        Ancestor keys that are added to the returned object are not added to the prefix.
-        """
-        cu_seqlens = torch.tensor([0, self.length], device=position_Q.device)
-        return LayerKeys(position_Q, cu_seqlens, self._key_TGE[: self.length], self._value_TGE[: self.length])
-
-
-def _write(buffer_TGE: torch.Tensor, rows_QGE: torch.Tensor, first: int) -> torch.Tensor:
-    """Write `rows_QGE` into `buffer_TGE` from position `first` on.
-
-    Returns the same buffer if the rows fit, otherwise a larger copy.
-    """
-    end = first + rows_QGE.shape[0]
-    if end > buffer_TGE.shape[0]:
-        larger_TGE = rows_QGE.new_empty(2 * end, *rows_QGE.shape[1:])
-        if first:
-            larger_TGE[:first] = buffer_TGE[:first]
-        buffer_TGE = larger_TGE
-    buffer_TGE[first:end] = rows_QGE
-    return buffer_TGE
-
-
-class ChainDrafter:
-    """Drafter that runs an EAGLE-3 draft and drafts each token from the previous one."""
-
-    def __init__(self, draft: ServedDraft) -> None:
-        self.draft = draft
-
-    def start(self, token_ids: list[int], aux_TA: torch.Tensor) -> None:
-        self.prefix = [PrefixKeys() for _ in self.draft.model.decoder_layers]
-        self.extend(token_ids[1:], aux_TA)
-
-    @torch.inference_mode()
-    def extend(self, token_ids: list[int], aux_QA: torch.Tensor) -> None:
-        model = self.draft.model
-        embed_weight_VD = self.draft.embed_weight_VD
-        token_Q = torch.tensor(token_ids, device=embed_weight_VD.device)
-        aux_QA = aux_QA.to(embed_weight_VD)
-        for rows_token_Q, rows_aux_QA in zip(token_Q.split(_ROWS_PER_STEP), aux_QA.split(_ROWS_PER_STEP), strict=True):
-            first = self.prefix[0].length
-            position_Q = torch.arange(first, first + rows_token_Q.shape[0], device=token_Q.device)
-            output_QD, _ = model.step(self.draft.embed(rows_token_Q), model.fuse(rows_aux_QA), position_Q, self.prefix)
-        self.position_1 = position_Q[-1:]
-        self.output_1D = output_QD[-1:]
-
-    @torch.inference_mode()
-    def propose(self, count: int) -> list[int]:
-        model = self.draft.model
-        output_1D = self.output_1D
-        keys = [prefix.seen_from(self.position_1) for prefix in self.prefix]
-        drafted = [self.draft.propose_id(output_1D)]
-        for step in range(1, count):
-            embed_1D = self.draft.embed(drafted[-1])
-            output_1D, keys = model.step(embed_1D, model.next_state(output_1D), self.position_1 + step, keys)
-            drafted.append(self.draft.propose_id(output_1D))
-        return torch.cat(drafted).tolist()
 
 
 class PromptLookupDrafter:

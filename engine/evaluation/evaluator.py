@@ -14,18 +14,17 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.sections import EvaluationSection
 from engine.evaluation.acceptance import AcceptanceCounts, AcceptanceReport, Prompt, eos_ids, measure_acceptance
 from engine.evaluation.decoding import (
-    ChainDrafter,
-    Drafter,
     Generation,
     PromptLookupDrafter,
     greedy_decode,
     rolls_back,
     speculative_decode,
 )
-from engine.evaluation.replay import TargetReply, batched_replies, greedy_replies, packed, propose_along, replay
+from engine.evaluation.replay import batched_replies, greedy_replies, packed, replay
 from engine.hidden_states.finite import fault_of, find_faults, place_names
 from engine.host.telemetry import Telemetry
-from engine.models.eagle3.draft import ServedDraft
+from engine.models.draft_method import ServedDraft
+from engine.models.drafter import Drafter, TargetReply
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 
@@ -73,9 +72,9 @@ class AcceptanceEvaluator:
         on_reply: called with each of this rank's prompts and its generation.
         """
         if self._replays:
-            drafters = propose_along(draft, self._replies, self._section.draft_tokens, self._max_tokens)
+            drafters = draft.propose_along(self._replies, self._section.draft_tokens, self._max_tokens)
             return self._measure(self._replayed(drafters), "with the draft", on_reply)
-        return self._measure(self._decoded(lambda: ChainDrafter(draft)), "with the draft", on_reply)
+        return self._measure(self._decoded(draft.drafter), "with the draft", on_reply)
 
     def measure_prompt_lookup(self) -> AcceptanceReport:
         """Measure acceptance with prompt lookup, the baseline without a draft."""

@@ -3,8 +3,7 @@
 Speculative decoding emits the target's greedy reply with any drafter; the drafter only changes the
 number of forwards. The target therefore decodes its reply to each prompt once. Each drafter is then
 replayed on that reply with the target's states, as in decoding with a cache, without further target
-forwards. An EAGLE-3 draft does not have to run one token at a time: `propose_along` drafts from
-every token of every reply at once, in as many steps as there are proposed tokens.
+forwards. A draft does not have to run one token at a time: see `ServedDraft.propose_along`.
 
 `batched_replies` decodes with a cache and requires a target that is not sharded. `greedy_replies`
 works without a cache, for a sharded target or one whose cache cannot be rolled back: each forward
@@ -13,31 +12,18 @@ reads all prompts and replies again, packed as in training.
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
 from transformers import DynamicCache
 
 from engine.batch import PackedBatch, TargetOutput
-from engine.evaluation.decoding import Drafter, Generation, check_request, speculate
-from engine.models.eagle3.draft import LayerKeys, ServedDraft
+from engine.evaluation.decoding import Generation, check_request, speculate
+from engine.models.drafter import Drafter, TargetReply, how_many_fit
 from engine.target.frozen import ForwardCapture, FrozenTarget, capture
 
 PAD_ID = 0  # Any token works, because no other position attends to padding.
-
-
-@dataclass(frozen=True)
-class TargetReply:
-    """The target's greedy reply to one prompt.
-
-    prompt_ids: token ids of the prompt. token_ids: the reply's, as `greedy_decode` returns them.
-    aux_TA: [T, 3D] on the host, auxiliary states of all their tokens except the last one.
-    """
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    aux_TA: torch.Tensor
 
 
 def greedy_replies(
@@ -63,7 +49,7 @@ def greedy_replies(
     unfinished = list(range(len(prompts)))
     while unfinished:
         lengths = [len(prompts[index]) + len(reply_ids[index]) for index in unfinished]
-        together = unfinished[: _how_many_fit(lengths, max_tokens)]
+        together = unfinished[: how_many_fit(lengths, max_tokens)]
         output, choices = _read_together(target, [prompts[index] + reply_ids[index] for index in together])
         for index, choice, aux_TA in zip(together, choices, output.aux_TA.split(lengths[: len(together)]), strict=True):
             reply_ids[index].append(choice)
@@ -190,87 +176,6 @@ class _DecodedBatch:
 
 
 @torch.inference_mode()
-def propose_along(
-    draft: ServedDraft, replies: Sequence[TargetReply], draft_tokens: int, max_tokens: int
-) -> list["ProposalsAlong"]:
-    """Return one drafter per reply, with precomputed proposals that equal those of `ChainDrafter`.
-
-    The draft runs from all tokens of several replies at once.
-    max_tokens: largest number of tokens in a draft forward, unless a single reply is longer.
-    """
-    table: list[list[list[int]]] = [[] for _ in replies]
-    # A reply of one token ends before anything is drafted.
-    waiting = [index for index, reply in enumerate(replies) if len(reply.token_ids) > 1]
-    while waiting:
-        lengths = [len(_rows_read(replies[index])) for index in waiting]
-        together = waiting[: _how_many_fit(lengths, max_tokens)]
-        waiting = waiting[len(together) :]
-        chosen = [replies[index] for index in together]
-        sizes = [len(reply.token_ids) - 1 for reply in chosen]
-        proposed_QK = _draft_from_all(draft, chosen, draft_tokens).cpu()
-        for index, rows_RK in zip(together, proposed_QK.split(sizes), strict=True):
-            table[index] = rows_RK.tolist()
-    return [ProposalsAlong(rows) for rows in table]
-
-
-def _rows_read(reply: TargetReply) -> list[int]:
-    """Return the tokens that the draft's step-0 rows read.
-
-    These are all tokens except the first, which no row reads, and the last, which ends the reply.
-    """
-    return (reply.prompt_ids + reply.token_ids)[1:-1]
-
-
-def _draft_from_all(draft: ServedDraft, replies: Sequence[TargetReply], draft_tokens: int) -> torch.Tensor:
-    """Return the proposals after every reply token, int64 [Q, draft_tokens].
-
-    The last token of each reply has no proposals.
-    """
-    model = draft.model
-    device = draft.embed_weight_VD.device
-    documents = [_rows_read(reply) for reply in replies]
-    cu_seqlens = torch.tensor([0, *accumulate(map(len, documents))], dtype=torch.int32)
-    token_T = torch.tensor([token_id for document in documents for token_id in document])
-    position_T = torch.cat([torch.arange(len(document)) for document in documents])
-    # Row t reads token t + 1; the first row that drafts reads the reply's first token.
-    drafts_T = torch.cat([torch.arange(len(ids)) >= len(r.prompt_ids) - 1 for ids, r in zip(documents, replies, strict=True)])
-    row_Q = drafts_T.nonzero().flatten()
-    aux_TA = torch.cat([reply.aux_TA[: len(ids)] for ids, reply in zip(documents, replies, strict=True)])
-    token_T, position_T, row_Q, cu_seqlens = (x.to(device) for x in (token_T, position_T, row_Q, cu_seqlens))
-
-    every_T = LayerKeys(torch.arange(len(token_T), device=device), cu_seqlens, is_dense=True)
-    own_Q = replace(every_T, position_Q=row_Q, is_dense=False)
-    # Layers below the last run step 0 for every token: the next layer reads all outputs.
-    keys = [every_T] * (len(model.decoder_layers) - 1) + [own_Q]
-    state_TD = model.fuse(aux_TA.to(draft.embed_weight_VD))
-    output_QD, keys = model.step(draft.embed(token_T), state_TD, position_T, keys, row_Q)
-    keys = [replace(layer_keys, position_Q=row_Q, is_dense=False) for layer_keys in keys]
-    proposed = [draft.propose_id(output_QD)]
-    for step in range(1, draft_tokens):
-        state_QD = model.next_state(output_QD)
-        output_QD, keys = model.step(draft.embed(proposed[-1]), state_QD, position_T[row_Q] + step, keys)
-        proposed.append(draft.propose_id(output_QD))
-    return torch.stack(proposed, dim=1)
-
-
-class ProposalsAlong:
-    """Drafter that returns proposals computed in advance for every token of one reply."""
-
-    def __init__(self, rows: list[list[int]]) -> None:
-        self._rows = rows
-        self._newest = 0
-
-    def start(self, token_ids: list[int], aux_TA: torch.Tensor) -> None:
-        self._newest = 0
-
-    def extend(self, token_ids: list[int], aux_QA: torch.Tensor) -> None:
-        self._newest += len(token_ids)
-
-    def propose(self, count: int) -> list[int]:
-        return self._rows[self._newest][:count]
-
-
-@torch.inference_mode()
 def replay(
     reply: TargetReply, drafter: Drafter, *, max_new_tokens: int, draft_tokens: int, eos_ids: Collection[int]
 ) -> Generation:
@@ -311,11 +216,6 @@ class _Replay:
 
     def forget(self, count: int) -> None:
         self._end -= count
-
-
-def _how_many_fit(lengths: Sequence[int], max_tokens: int) -> int:
-    """Return how many of the first documents fit into one forward, at least 1."""
-    return max(1, sum(total <= max_tokens for total in accumulate(lengths)))
 
 
 def _read_together(target: FrozenTarget, documents: Sequence[list[int]]) -> tuple[TargetOutput, list[int]]:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from engine.batch import PackedBatch
-from engine.config.sections import Config, TttSection
+from engine.config.sections import Config
 from engine.data.corpus import read_documents
 from engine.data.documents import Document, Documents
 from engine.data.fingerprint import hash_of, trained_with
@@ -43,8 +43,9 @@ from engine.hidden_states.store_writer import (
 from engine.hidden_states.stored_target import HEAD, save_head
 from engine.host.files import DISK_FULL, PARTIAL, write_text, writing
 from engine.host.telemetry import Telemetry
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
-from engine.models.target_families import check_aux_layers, default_aux_layers, num_layers, text_config
+from engine.models.draft_method import DraftMethod
+from engine.models.method_registry import make_method
+from engine.models.target_families import text_config
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 from engine.weights.quantised_checkpoint import check_fp8_activations
@@ -93,6 +94,7 @@ class Capture:
         self.config = config
         self.world = world
         self.folder = Path(config.target.store)
+        self.method = make_method(config)
         self.telemetry = Telemetry(speaks=world.is_main)
 
     def run(self) -> CaptureReport:
@@ -135,15 +137,13 @@ class Capture:
         config = self.config
         text = text_config(target_config)
         check_fp8_activations(target_config, config.target)
-        count = num_layers(text)
-        aux_layers = check_aux_layers(config.target.aux_layers or default_aux_layers(count), count)
         chosen = "float32" if self.world.device.type == "cpu" else "bfloat16"
         return Contents(
             target=config.target.path,
             revision=config.target.revision,
             config_hash=hash_of(text.to_dict()),
             **trained_with(tokenizer, config.data),
-            aux_layers=tuple(aux_layers),
+            aux_layers=self.method.choose_aux_layers(target_config, config.target.aux_layers),
             hidden_size=text.hidden_size,
             vocab_size=text.vocab_size,
             mask_alignment=config.ttt.mask_alignment,
@@ -161,7 +161,7 @@ class Capture:
         checksum = f"{documents.checksum:08x}"
         if not (self.folder / MANIFEST).exists():
             lengths = documents.lengths.tolist()
-            slots = count_slots(documents, self.config.ttt)
+            slots = count_slots(documents, self.method)
             total = sum(lengths) * contents.bytes_per_token + sum(slots) * contents.bytes_per_slot
             at_most = total // (SHARDS_PER_RANK * self.world.size) if self.world.size > 1 else total
             shards = plan_shards(lengths, slots, contents, min(self.config.store.shard_mb << 20, at_most))
@@ -276,7 +276,7 @@ class Capture:
         """Run the target on a shard's documents and yield pieces on their way to the host."""
         first_document = first_token = first_slot = 0
         for batch in packed_in_order([documents[index] for index in file.shard.documents], self.config.data.max_tokens):
-            slots_N = slots_of(allowed_rows(batch, self.config.ttt))
+            slots_N = self.method.slots(self.method.allowed_rows(batch))
             on_device = batch.to(target.device)
             stored = StoredTensors.of(on_device, target(on_device, slots_N), file.contents.dtype)
             yield Piece(file, first_document, first_token, first_slot, batch, slots_N, **vars(stored))
@@ -328,12 +328,12 @@ def abandon(writer: StoreWriter, files: Sequence[ShardFile]) -> None:
         file.abandon()
 
 
-def count_slots(documents: Documents, ttt: TttSection) -> list[int]:
+def count_slots(documents: Documents, method: DraftMethod) -> list[int]:
     """Return the number of slots of each document."""
     counts: list[int] = []
     for start in range(0, len(documents), DOCUMENTS_AT_A_TIME):
         batch = collate([documents[index] for index in range(start, min(start + DOCUMENTS_AT_A_TIME, len(documents)))])
-        bounds = torch.searchsorted(slots_of(allowed_rows(batch, ttt)), batch.cu_seqlens.long())
+        bounds = torch.searchsorted(method.slots(method.allowed_rows(batch)), batch.cu_seqlens.long())
         counts += bounds.diff().tolist()
     return counts
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from engine.batch import MicroBatch, PackedBatch, StateFaults, TargetOutput, documents_of
 
-NUM_AUX = 3
 INFINITY = float("inf")
 MAX_NAMED = 20  # documents that a rank names in its log
 MIN_SEEN = 32  # documents before MAX_SHARE applies
@@ -58,15 +57,15 @@ def find_faults(batch: PackedBatch, target: TargetOutput, embed_TD: Tensor | Non
     """
     num_documents = batch.cu_seqlens.shape[0] - 1
     document_T = documents_of(batch.cu_seqlens, batch.num_tokens)
-    aux_T3A = target.aux_TA.unflatten(1, (NUM_AUX, -1))
-    bad_T4 = torch.zeros(batch.num_tokens, 1 + NUM_AUX, dtype=torch.bool, device=document_T.device)
-    bad_T4[:, 1:] = has_fault(aux_T3A)
+    aux_TAD = target.aux_TA.unflatten(1, (target.num_aux, -1))
+    bad_TP = torch.zeros(batch.num_tokens, 1 + target.num_aux, dtype=torch.bool, device=document_T.device)
+    bad_TP[:, 1:] = has_fault(aux_TAD)
     if embed_TD is not None:
-        bad_T4[:, 0] = has_fault(embed_TD)
+        bad_TP[:, 0] = has_fault(embed_TD)
     bad_N = has_fault(target.last_hidden_ND) | ~target.lse_N.isfinite()
 
-    counts = torch.zeros(num_documents, 2 + NUM_AUX, dtype=torch.int32, device=document_T.device)
-    counts[:, :-1].index_add_(0, document_T, bad_T4.int())
+    counts = torch.zeros(num_documents, 2 + target.num_aux, dtype=torch.int32, device=document_T.device)
+    counts[:, :-1].index_add_(0, document_T, bad_TP.int())
     counts[:, -1].index_add_(0, document_T[target.slots_N], bad_N.int())
     by_place = counts > 0
     return StateFaults(by_place, by_place.any(1)[document_T])

@@ -6,7 +6,7 @@ distribution is learned, with the last hidden state, argmax and log-sum-exp at e
 follows from the lengths and masks of the documents. The size of a store, and the place of
 everything in a shard, are therefore known before the first byte is written.
 
-Shapes: T tokens, N slots, n documents of a shard; A = 3 D auxiliary features.
+Shapes: T tokens, N slots, n documents of a shard; A auxiliary layers of D features each.
 """
 
 import json
@@ -93,7 +93,7 @@ class Contents:
     @property
     def bytes_per_token(self) -> int:
         """Bytes per token, without those of its slot: id, mask, auxiliary states."""
-        return 4 + 1 + 3 * self._bytes_per_state
+        return 4 + 1 + len(self.aux_layers) * self._bytes_per_state
 
     @property
     def bytes_per_slot(self) -> int:
@@ -257,6 +257,7 @@ def _shapes(contents: Contents, shard: Shard) -> dict[str, tuple[torch.dtype, tu
     num_tokens = shard.num_tokens
     num_slots = shard.num_slots
     size = contents.hidden_size
+    num_aux = len(contents.aux_layers)
     dtype = DTYPES[contents.dtype]
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "token_bounds": (torch.int64, (num_documents + 1,)),
@@ -268,9 +269,9 @@ def _shapes(contents: Contents, shard: Shard) -> dict[str, tuple[torch.dtype, tu
         "lse": (torch.float32, (num_slots,)),
     }
     if contents.dtype == "float8_e4m3":
-        shapes |= {"aux_scale": (torch.float32, (num_tokens, 3)), "last_hidden_scale": (torch.float32, (num_slots, 1))}
+        shapes |= {"aux_scale": (torch.float32, (num_tokens, num_aux)), "last_hidden_scale": (torch.float32, (num_slots, 1))}
     return shapes | {
-        "aux": (dtype, (num_tokens, 3 * size)),
+        "aux": (dtype, (num_tokens, num_aux * size)),
         "last_hidden": (dtype, (num_slots, size)),
         "assistant_mask": (torch.bool, (num_tokens,)),
     }

@@ -154,7 +154,7 @@ class StoredTensors:
             output = replace(output, aux_TA=output.aux_TA.to(precision), last_hidden_ND=output.last_hidden_ND.to(precision))
         faults = find_faults(batch, output, embed_TD=None)
         output = cleaned(output, faults)
-        aux, aux_scale = to_stored(output.aux_TA, dtype, num_scales=3)
+        aux, aux_scale = to_stored(output.aux_TA, dtype, num_scales=output.num_aux)
         last_hidden, last_hidden_scale = to_stored(output.last_hidden_ND, dtype, num_scales=1)
         tensors = {"argmax": output.argmax_N, "lse": output.lse_N, "aux": aux, "last_hidden": last_hidden}
         if aux_scale is not None:

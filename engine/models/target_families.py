@@ -126,16 +126,19 @@ def default_aux_layers(num_layers: int) -> tuple[int, int, int]:
     return 1, num_layers // 2 - 1, num_layers - 4
 
 
-def check_aux_layers(layers: tuple[int, ...], num_layers: int) -> tuple[int, int, int]:
+def check_aux_layers(layers: tuple[int, ...], num_layers: int, how_many: int | None = None) -> tuple[int, ...]:
     """Return `layers` as a tuple after checking them.
 
-    Raises ValueError unless they are three distinct ascending ids below the last layer.
+    how_many: number of layers that the draft method reads; None = any number.
+    Raises ValueError unless they are distinct ascending ids below the last layer.
     """
     layers = tuple(layers)
     ascending = all(a < b for a, b in zip(layers, layers[1:], strict=False))
-    if len(layers) != 3 or not ascending or layers[0] < 0 or layers[-1] >= num_layers - 1:
+    is_wrong_number = len(layers) == 0 if how_many is None else len(layers) != how_many
+    if is_wrong_number or not ascending or layers[0] < 0 or layers[-1] >= num_layers - 1:
+        expected = "distinct ascending layers" if how_many is None else f"{how_many} distinct ascending layers"
         raise ValueError(
-            f"target.aux_layers={list(layers)}: expected three distinct ascending layers from 0 to {num_layers - 2} "
+            f"target.aux_layers={list(layers)}: expected {expected} from 0 to {num_layers - 2} "
             f"for a target of {num_layers} layers (servers never capture the last one)"
         )
     return layers

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import deepspeed
 import torch
@@ -27,6 +27,7 @@ from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.config.secret_values import without_secrets
 from engine.host.freed_memory import keep_freed_memory
 from engine.parallel.mesh import World
+from engine.parallel.objective import Objective
 
 UNIVERSAL = ".universal"  # appended to a checkpoint's tag
 
@@ -57,36 +58,6 @@ def disconnect() -> None:
     """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-class Objective(Protocol):
-    """Loss function of a draft method on a micro-batch."""
-
-    @property
-    def num_steps(self) -> int:
-        """Number of predictions per position: TTT steps, or tokens of a block."""
-        ...
-
-    @property
-    def step_weights(self) -> list[float]:
-        """Weight of each prediction in the total loss."""
-        ...
-
-    @property
-    def is_normalised_globally(self) -> bool:
-        """Whether losses are already divided by counts over the global batch.
-
-        Gradients are then summed over ranks instead of averaged.
-        """
-        ...
-
-    def __call__(self, draft: Any, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
-        """Compute the loss of a micro-batch and the counts behind its metrics."""
-        ...
-
-    def logits(self, draft: Any, micro: MicroBatch) -> list[torch.Tensor]:
-        """Compute the draft's logits: one tensor [T, U] for each prediction per position."""
-        ...
 
 
 DraftT = TypeVar("DraftT", bound=nn.Module)

@@ -11,19 +11,18 @@ from transformers import PreTrainedModel
 from engine.batch import PackedBatch
 from engine.config.ds_config import GLOBAL, accumulation_steps, compute_dtype, micro_batch_size
 from engine.config.sections import Config, ConfigError, divisors
-from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3.flops import PEAKS, HardwarePeak, StepCounts, step_parts
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.costs import PEAKS, HardwarePeak
+from engine.models.draft_method import DraftConfig, DraftCounts, DraftMethod
+from engine.models.method_registry import make_method
 from engine.parallel.mesh import Group, TargetMesh
-from engine.planning.draft_memory import DraftStates, Sharing
+from engine.planning.draft_memory import Sharing
 from engine.planning.target_cost import Forward, TargetCost
 from engine.target.embedding import gives_rows
 from engine.weights.quantised_checkpoint import StaysQuantised
 
 ENOUGH_TOKENS = 32_768  # tokens per micro-batch; more do not make the products faster
 
-# From NVIDIA's datasheets (see engine/models/eagle3/flops.py), in units of 1e9 bytes: memory, and
+# From NVIDIA's datasheets (see engine/models/costs.py), in units of 1e9 bytes: memory, and
 # NVLink bandwidth per second in each direction.
 _MEMORY_AND_LINK = {
     "NVIDIA A100-SXM4-40GB": (40, 300),
@@ -118,6 +117,7 @@ class JobPlan:
         self, config: Config, ds_config: dict[str, Any], draft: DraftConfig, target: TargetCost, ranks: "Ranks", fused: bool
     ) -> None:
         self.config = config
+        self.method: DraftMethod = make_method(config)
         self.draft = draft
         self.target = target
         self.ranks = ranks
@@ -127,25 +127,21 @@ class JobPlan:
         self.draft_dtype = getattr(torch, compute_dtype(ds_config))
         self.num_tokens = ranks.micro_batch * config.data.max_tokens
 
-    def counts(self, documents: DocumentSizes) -> StepCounts:
-        """Return the row counts of a micro-batch by TTT step."""
-        batch = documents.batch(self.num_tokens)
-        allowed_ST = allowed_rows(batch, self.config.ttt)
-        return StepCounts.needed(batch, allowed_ST, len(slots_of(allowed_ST)))
+    def counts(self, documents: DocumentSizes) -> DraftCounts:
+        """Return the work of the draft on a micro-batch."""
+        return self.method.count_work(documents.batch(self.num_tokens))
 
-    def bytes_by_part(self, counts: StepCounts) -> dict[str, int]:
+    def bytes_by_part(self, counts: DraftCounts) -> dict[str, int]:
         """Return the peak memory of a rank in bytes, by category."""
         num_weights = self.num_draft_weights
         sharing = self.sharing
         ahead = self.config.run_ahead
         forward = self._forward(counts)
-        states = DraftStates(
-            self.draft.shape, counts, self.config.loss, sharing.itemsize, self.fused, self.config.ttt.recompute
-        )
+        states = self.method.activation_bytes(self.draft, counts, sharing.itemsize, self.fused)
         output = self.target.output_bytes(forward)
         passing = self.target.passing_bytes(forward)
         held = output * self.accumulation
-        drafting = states.kept() + states.on_top() + sharing.gathered(num_weights) + sharing.gradients(num_weights)
+        drafting = states.kept + states.on_top + sharing.gathered(num_weights) + sharing.gradients(num_weights)
         drafting += sharing.buckets() + ahead * held + (passing if ahead else 0)
         stepping = sharing.gradients(num_weights) + sharing.step(num_weights, self.fused) + ahead * held
         head_rows = self.draft.draft_vocab_size * self.draft.target_hidden_size * self.target.itemsize
@@ -160,14 +156,13 @@ class JobPlan:
             ),  # The next batch's states arrive while the previous ones are still in memory.
         }
 
-    def step_s(self, counts: StepCounts, gpus: Gpus, share_of_peak: float) -> dict[str, float]:
+    def step_s(self, counts: DraftCounts, gpus: Gpus, share_of_peak: float) -> dict[str, float]:
         """Return the estimated seconds of a micro-batch, by category.
 
         Products run at `share_of_peak` of the peak FLOP/s, and links at their full rate.
         """
         rate = gpus.peak.flops_per_s
-        parts = step_parts(self.draft.shape, counts)
-        draft = sum(part.flops for name, part in parts.items() if name != "target_head")
+        draft = self.method.step_flops(self.draft, counts)
         dtype = torch.bfloat16 if self.target.itemsize < 4 else torch.float32
         return {
             "target": self.target.flops(self._forward(counts)) / (rate[dtype] * share_of_peak),
@@ -175,7 +170,7 @@ class JobPlan:
             "traffic": sum(sent / gpus.rate(self._group(name)) for name, sent in self.traffic(counts).items()),
         }
 
-    def traffic(self, counts: StepCounts) -> dict[str, int]:
+    def traffic(self, counts: DraftCounts) -> dict[str, int]:
         """Return the bytes that a rank sends per micro-batch, by collective."""
         sent = self.target.traffic(self._forward(counts))
         others = self.sharing.num_ranks - 1
@@ -200,9 +195,9 @@ class JobPlan:
     @cached_property
     def num_draft_weights(self) -> int:
         """Number of trained weights of the draft."""
-        return num_draft_weights(self.config, self.draft)
+        return self.method.count_weights(self.draft)
 
-    def _forward(self, counts: StepCounts) -> Forward:
+    def _forward(self, counts: DraftCounts) -> Forward:
         return Forward(counts.num_tokens, counts.num_slots, counts.prefix_pairs)
 
     def _group(self, collective: str) -> int:
@@ -210,14 +205,6 @@ class JobPlan:
         if "ZeRO" in collective:
             return self.ranks.size
         return self.ranks.ep_size if "EP" in collective else self.ranks.tp_size
-
-
-def num_draft_weights(config: Config, draft: DraftConfig) -> int:
-    """Return the number of weights of a draft that are trained."""
-    with torch.device("meta"):
-        named = Eagle3Draft(draft).named_parameters()
-    frozen = () if config.draft.train_embedding_projection else ("embed_projection.weight",)
-    return sum(weight.numel() for name, weight in named if name not in frozen)
 
 
 @dataclass(frozen=True)
@@ -277,13 +264,14 @@ class Planner:
         self.gpus = gpus
         self.assumed = assumed
         self.may_share = may_share
-        self.draft = derive_draft_config(model.config, config.draft, config.target.aux_layers)
+        self.method: DraftMethod = make_method(config)
+        self.draft: DraftConfig = self.method.derive_config(model.config, config.target.aux_layers)
         self._costs: dict[tuple[int, int], TargetCost] = {}
 
     @property
     def num_draft_weights(self) -> int:
         """Number of trained weights of the draft."""
-        return num_draft_weights(self.config, self.draft)
+        return self.method.count_weights(self.draft)
 
     def plan(self, ranks: Ranks) -> "JobPlan":
         sizes = ranks.tp_size, ranks.ep_size

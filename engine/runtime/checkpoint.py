@@ -19,7 +19,6 @@ from torch import distributed
 from engine.config.sections import OPTIONS
 from engine.hidden_states.finite import NonFiniteError
 from engine.host.files import write_json, write_text, writing
-from engine.models.eagle3.draft import Eagle3Draft
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, consolidated_weights, is_sharded, remove_universal, to_universal
 from engine.target.identity import what_changed
@@ -150,7 +149,7 @@ class Checkpoints:
             "output_dir to train a shorter run"
         )
 
-    def reshape(self, draft: Eagle3Draft, world: World) -> bool:
+    def reshape(self, draft: torch.nn.Module, world: World) -> bool:
         """Convert the newest checkpoint if another number of ranks wrote it; a collective.
 
         Frozen weights are copied from the checkpoint into the draft, because the converted form

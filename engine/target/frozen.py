@@ -63,7 +63,7 @@ class ForwardCapture:
         self._embedded: tuple[Tensor, int] | None = None
 
     def aux(self) -> Tensor:
-        """Return the outputs of the auxiliary layers in ascending order, [batch, tokens, 3D].
+        """Return the outputs of the auxiliary layers in ascending order, [batch, tokens, A * D].
 
         Each output is the mean over the layer's residual streams.
         Raises ValueError if one of the layers did not run.
@@ -130,7 +130,7 @@ class FrozenTarget:
     model: the causal LM. Outside of `__call__` it uses its family's own attention, so that it can
     decode with a cache.
     config: the config of its language model.
-    aux_layers: three 0-based layer ids.
+    aux_layers: 0-based ids of the layers whose outputs are captured, ascending.
     head, embedding: its LM head and token embedding. is_tied: whether they are one tensor.
     dtype, device: precision and device of its states.
     packs: whether documents share a forward. In some families one document would affect another;
@@ -263,7 +263,7 @@ class FrozenTarget:
     def _one_by_one(self, batch: PackedBatch, slots_N: Tensor) -> tuple[Tensor, Tensor]:
         """Run each document in a separate forward.
 
-        Returns auxiliary states [T, 3D] and last hidden states of the slots [N, D].
+        Returns auxiliary states [T, A * D] and last hidden states of the slots [N, D].
         """
         aux: list[Tensor] = []
         last_hidden: list[Tensor] = []
@@ -338,8 +338,11 @@ class FrozenTarget:
         aux = seen.aux()
         family = self.config.model_type
         width = self.config.hidden_size
-        if aux.shape != (1, 2, 3 * width):
-            raise ValueError(f"target family {family!r} gives auxiliary states {list(aux.shape)}; expected [1, 2, {3 * width}]")
+        expected_shape = (1, 2, len(self.aux_layers) * width)
+        if aux.shape != expected_shape:
+            raise ValueError(
+                f"target family {family!r} gives auxiliary states {list(aux.shape)}; expected {list(expected_shape)}"
+            )
         count = final_logits(self.config).num_tokens
         if count is not None:  # rows from here on are not tokens
             first, _ = part_of_rows(self.model.get_output_embeddings().out_features, tp)

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from engine.config.recipe import describe_options, dump_config, load_config
-from engine.config.sections import OPTIONS, SECTIONS, Config, DataSection, DraftSection, kind_of
-from engine.config.strict import ConfigError, as_yaml, type_name
+from engine.config.sections import OPTIONS, SECTIONS, Config, DataSection, DraftSection
+from engine.config.strict import ConfigError, as_yaml, option_type, type_name
 
 # override -> words that its one-line message must contain
 REFUSED_OVERRIDES = {
@@ -185,7 +185,7 @@ def test_help_lists_every_option_with_type_default_unit_and_text():
     text = describe_options()
     for key, option in OPTIONS.items():
         line = next(line for line in text.splitlines() if line.split()[:1] == [key])
-        expected = f"{key} {type_name(kind_of(option))} {as_yaml(option.default)} {option.metadata['unit']}"
+        expected = f"{key} {type_name(option_type(option))} {as_yaml(option.default)} {option.metadata['unit']}"
         assert " ".join(line.split()) == " ".join(expected.split())
         assert option.metadata["text"] in " ".join(text.split())
     assert all(len(line) <= 110 for line in text.splitlines())

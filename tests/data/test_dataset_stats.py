@@ -3,13 +3,14 @@ import pytest
 import torch
 
 from engine.config.recipe import load_config
-from engine.config.sections import DataSection, TttSection
-from engine.data.dataset_stats import VOCAB_SIZES, compute_stats, draft_flops, histogram, without_compaction
+from engine.config.sections import Config, DataSection, TttSection
+from engine.data.dataset_stats import VOCAB_SIZES, compute_stats, histogram
 from engine.data.documents import Document, DocumentList
 from engine.data.packing import collate
-from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3.draft_config import Eagle3Config, derive_draft_config
+from engine.models.eagle3.eagle3 import Eagle3
 from engine.models.eagle3.flops import StepCounts
-from engine.models.eagle3.training_rows import allowed_rows
+from engine.models.training_rows import allowed_rows
 from tests.recipes_configs import target_config
 
 STEPS = 4
@@ -30,13 +31,14 @@ def documents():
 
 
 @pytest.fixture(scope="module")
-def draft() -> DraftConfig:
+def draft() -> Eagle3Config:
     config = load_config(None, ["draft.vocab_size=64"])
     return derive_draft_config(target_config("llama3.1-8b"), config.draft, config.target.aux_layers)
 
 
 def make(documents, draft, **changes):
-    return compute_stats(documents, DataSection(max_tokens=MAX_TOKENS), TttSection(steps=STEPS, **changes), draft, seed=0)
+    method = Eagle3(Config(ttt=TttSection(steps=STEPS, **changes)))
+    return compute_stats(documents, DataSection(max_tokens=MAX_TOKENS), method, draft, seed=0)
 
 
 @pytest.mark.parametrize("alignment", ["inference", "specforge"])
@@ -64,9 +66,9 @@ def test_the_saving_is_that_of_the_rows_left_out(documents, draft):
     savings = [make(some, draft).saving for some in (everything, documents, little)]
     assert 1 < savings[0] < savings[1] < savings[2]
     batch = collate(list(documents))
-    allowed_ST = allowed_rows(batch, TttSection(steps=STEPS))
-    counts = StepCounts.needed(batch, allowed_ST, 1)
-    assert draft_flops(draft, without_compaction(counts)) / draft_flops(draft, counts) == pytest.approx(savings[1], rel=1e-3)
+    method = Eagle3(Config(ttt=TttSection(steps=STEPS)))
+    dense, needed = (method.step_flops(draft, method.count_work(batch, compaction)) for compaction in (False, True))
+    assert dense / needed == pytest.approx(savings[1], rel=1e-3)
 
 
 def test_without_compaction_every_row_runs_and_the_loss_stays(documents, draft):
@@ -74,7 +76,7 @@ def test_without_compaction_every_row_runs_and_the_loss_stays(documents, draft):
     all_ST = torch.ones(STEPS, batch.num_tokens, dtype=torch.bool)
     dense = StepCounts.needed(batch, all_ST, 1)
     counts = StepCounts.needed(batch, allowed_rows(batch, TttSection(steps=STEPS)), 1)
-    without = without_compaction(counts)
+    without = counts.without_compaction()
     assert (without.rows_S, without.pairs_S, without.prefix_pairs) == (dense.rows_S, dense.pairs_S, dense.prefix_pairs)
     assert (without.num_loss_rows, without.num_learned) == (counts.num_loss_rows, counts.num_learned)
 

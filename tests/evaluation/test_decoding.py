@@ -4,7 +4,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from engine.batch import MicroBatch, PackedBatch, TargetOutput
 from engine.config.sections import TargetSection
-from engine.evaluation.decoding import ChainDrafter, PromptLookupDrafter, greedy_decode, rolls_back, speculative_decode
+from engine.evaluation.decoding import PromptLookupDrafter, greedy_decode, rolls_back, speculative_decode
+from engine.models.eagle3.chain_drafter import ChainDrafter
 from engine.models.eagle3.unroll import unroll
 from engine.target.frozen import FrozenTarget, capture
 from tests.drafters import SHAPE, VOCAB, WIDTH, Oracle, prompts, random_draft, tiny_target
@@ -110,7 +111,7 @@ def test_a_perfect_drafter_emits_one_more_than_it_drafts_and_a_hopeless_one_emit
     "options", [{}, {"fc_norm": True, "norm_output": True}, {"num_layers": 3}, {"num_layers": 2, "norm_output": True}]
 )
 def test_drafting_with_caches_is_the_training_time_test(target, options, monkeypatch):
-    monkeypatch.setattr("engine.evaluation.decoding._ROWS_PER_STEP", 4)
+    monkeypatch.setattr("engine.models.eagle3.chain_drafter._ROWS_PER_STEP", 4)
     draft = random_draft(target, **options)
     count = 5
     ids = torch.randint(0, VOCAB, (19,), generator=torch.Generator().manual_seed(3))

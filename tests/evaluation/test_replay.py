@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.evaluation.decoding import ChainDrafter, PromptLookupDrafter, greedy_decode, speculative_decode
-from engine.evaluation.replay import batched_replies, greedy_replies, propose_along, replay
+from engine.evaluation.decoding import PromptLookupDrafter, greedy_decode, speculative_decode
+from engine.evaluation.replay import batched_replies, greedy_replies, replay
+from engine.models.eagle3.chain_drafter import ChainDrafter, propose_along
 from engine.parallel.mesh import TargetMesh
 from engine.target.frozen import FrozenTarget, capture
 from tests.distributed import run_ranks

@@ -26,7 +26,7 @@ from engine.hidden_states.store_upkeep import check_store, merge_stores
 from engine.hidden_states.store_writer import ShardFile
 from engine.hidden_states.stored_target import StoredTarget
 from engine.host.telemetry import Telemetry
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.training_rows import allowed_rows, slots_of
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 from tests.captures import capture_config, run_capture

@@ -8,8 +8,8 @@ import torch
 from engine.batch import DraftOutput, MicroBatch
 from engine.config.sections import LossSection
 from engine.hidden_states.finite import find_faults, place_names, without_faulty_documents
-from engine.models.eagle3.normaliser import Normaliser
-from tests.models.eagle3.test_normaliser import ALONE, LocalDraft
+from engine.models.normaliser import Normaliser
+from tests.models.test_normaliser import ALONE, LocalDraft
 from tests.tasks import HIDDEN, Task, make_documents
 
 NAN = float("nan")

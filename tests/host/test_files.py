@@ -13,7 +13,7 @@ from engine.data import cpython_corpus
 from engine.evaluation.report import RunReport
 from engine.host import files
 from engine.host.files import WriteError, is_plain_name, write_json, write_tensors, write_text, write_whole, writing
-from engine.models.eagle3.export import save_vocab_map
+from engine.models.draft_folder import save_vocab_map
 from engine.models.vocab_map import VocabMap
 from launcher.command import stop
 

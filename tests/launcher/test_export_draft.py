@@ -13,9 +13,10 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from engine.config.recipe import dump_config
 from engine.config.sections import Config, DraftSection, TargetSection
+from engine.models.draft_folder import save_vocab_map
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import derive_draft_config
-from engine.models.eagle3.export import load_draft, save_vocab_map
+from engine.models.eagle3.export import load_draft
 from engine.models.vocab_map import VocabMap
 from launcher import export_draft
 from tests.tiny_target import AUX_LAYERS, HIDDEN, WORDS

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from engine.models.eagle3.normaliser import Normaliser
+from engine.models.normaliser import Normaliser
 from engine.parallel import zero as zero_module
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, make_optimizer

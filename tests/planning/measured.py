@@ -13,10 +13,10 @@ from engine.config.ds_config import load_ds_config, resolve_ds_config
 from engine.config.sections import DraftSection, LossSection, TttSection
 from engine.kernels import Kernels
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
-from engine.models.eagle3.normaliser import Normaliser
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
+from engine.models.eagle3.draft_config import Eagle3Config, derive_draft_config
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
+from engine.models.normaliser import Normaliser
+from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
 from engine.parallel.mesh import TargetMesh, World
 from engine.parallel.zero import ZeroDraft
@@ -55,7 +55,7 @@ class Training:
         return DocumentSizes(TOKENS // 2, self.assistant_share)
 
     @property
-    def draft(self) -> DraftConfig:
+    def draft(self) -> Eagle3Config:
         return derive_draft_config(TARGET, DraftSection(vocab_size=DRAFT_VOCAB, num_layers=self.num_layers), LAYERS)
 
     def ds_config(self) -> dict[str, Any]:

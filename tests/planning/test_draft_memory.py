@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from engine.config.ds_config import load_ds_config
+from engine.models.eagle3.activation_memory import DraftStates
 from engine.models.eagle3.flops import StepCounts
-from engine.models.eagle3.training_rows import allowed_rows, slots_of
-from engine.planning.draft_memory import DraftStates, Sharing
+from engine.models.training_rows import allowed_rows, slots_of
+from engine.planning.draft_memory import Sharing
 from tests.distributed import run_ranks
 from tests.planning.measured import FOLDER, LOSS, RANKS, TOKENS, TTT, Training, train
 

@@ -14,7 +14,7 @@ import torch
 from engine.config.ds_config import load_ds_config, resolve_ds_config
 from engine.hidden_states.finite import NonFiniteError
 from engine.host.files import WriteError
-from engine.models.eagle3.normaliser import Normaliser
+from engine.models.normaliser import Normaliser
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, consolidated_weights
 from engine.runtime.checkpoint import Checkpoints

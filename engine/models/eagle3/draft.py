@@ -1,6 +1,5 @@
 """The EAGLE-3 draft model. Parameter names and shapes match SGLang's `LlamaForCausalLMEagle3`."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
@@ -15,8 +14,8 @@ from engine.kernels.elementwise import CosSin, rotate
 from engine.kernels.matmul import Linear
 from engine.kernels.recompute import recomputed
 from engine.kernels.row_index import take_rows
-from engine.models.eagle3.draft_config import DraftConfig
-from engine.models.vocab_map import VocabMap
+from engine.models.draft_method import DraftModel
+from engine.models.eagle3.draft_config import NUM_AUX, Eagle3Config
 
 
 class ExtendableKeys(Protocol):
@@ -73,7 +72,7 @@ class RotaryTable:
     This is not a module, so that casting the draft to bf16 does not change the frequencies.
     """
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: Eagle3Config) -> None:
         llama = LlamaConfig(
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_attention_heads,
@@ -104,7 +103,7 @@ class RmsNorm(nn.RMSNorm):
 
 
 class Eagle3Attention(nn.Module):
-    def __init__(self, config: DraftConfig, input_size: int, kernels: Kernels) -> None:
+    def __init__(self, config: Eagle3Config, input_size: int, kernels: Kernels) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.kernels = kernels
@@ -141,7 +140,7 @@ class Eagle3Attention(nn.Module):
 
 
 class Eagle3Mlp(nn.Module):
-    def __init__(self, config: DraftConfig, kernels: Kernels) -> None:
+    def __init__(self, config: Eagle3Config, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
@@ -155,7 +154,7 @@ class Eagle3Mlp(nn.Module):
 class Eagle3Layer(nn.Module):
     """One decoder layer. The first one reads the token embedding as well as the state."""
 
-    def __init__(self, config: DraftConfig, reads_embedding: bool, kernels: Kernels) -> None:
+    def __init__(self, config: Eagle3Config, reads_embedding: bool, kernels: Kernels) -> None:
         super().__init__()
         size = config.hidden_size
         eps = config.rms_norm_eps
@@ -179,7 +178,7 @@ class Eagle3Layer(nn.Module):
         return self.mlp(self.post_attention_layernorm(state_QD))
 
 
-class Eagle3Draft(nn.Module):
+class Eagle3Draft(DraftModel[Eagle3Config]):
     """The trained draft model. It uses the target's token embedding; callers pass rows of it.
 
     Attributes are named as in the checkpoint: `fc`, `fc_norm` (EAGLE-3.1), `midlayer` or `layers`,
@@ -187,17 +186,15 @@ class Eagle3Draft(nn.Module):
     export folds it into `embed_tokens`.
     """
 
-    def __init__(self, config: DraftConfig, kernels: Kernels = PLAIN) -> None:
-        super().__init__()
-        self.config = config
-        self.kernels = kernels
+    def __init__(self, config: Eagle3Config, kernels: Kernels = PLAIN) -> None:
+        super().__init__(config, kernels)
         target_size = config.target_hidden_size
         size = config.hidden_size
         self.rotary = RotaryTable(config)
         self.embed_projection = Linear(target_size, size) if target_size != size else None
-        norms = (RmsNorm(target_size, config.rms_norm_eps, kernels) for _ in range(3))
+        norms = (RmsNorm(target_size, config.rms_norm_eps, kernels) for _ in range(NUM_AUX))
         self.fc_norm = nn.ModuleList(norms) if config.fc_norm else None
-        self.fc = Linear(3 * target_size, size)
+        self.fc = Linear(NUM_AUX * target_size, size)
         if config.num_hidden_layers == 1:
             self.midlayer = Eagle3Layer(config, True, kernels)
         else:
@@ -215,7 +212,7 @@ class Eagle3Draft(nn.Module):
     def fuse(self, aux_TA: torch.Tensor) -> torch.Tensor:
         """Compute the first state [T, D] from auxiliary hidden states [T, 3 * target D]."""
         if self.fc_norm is not None:
-            chunks = zip(self.fc_norm, aux_TA.chunk(3, -1), strict=True)
+            chunks = zip(self.fc_norm, aux_TA.chunk(NUM_AUX, -1), strict=True)
             aux_TA = torch.cat([norm(chunk) for norm, chunk in chunks], -1)
         return self.fc(aux_TA)
 
@@ -249,28 +246,3 @@ class Eagle3Draft(nn.Module):
     def logits(self, output_QD: torch.Tensor) -> torch.Tensor:
         """Compute logits [Q, U] over the draft vocabulary from pre-norm outputs [Q, D]."""
         return self.lm_head(self.norm(output_QD))
-
-
-@dataclass(frozen=True)
-class ServedDraft:
-    """A draft ready to propose tokens: model, vocabulary map and embedding table.
-
-    embed_weight_VD: [V, D], in the draft's width; the target's table if the widths agree.
-    """
-
-    model: Eagle3Draft
-    vocab_map: VocabMap
-    embed_weight_VD: torch.Tensor
-
-    def to(self, dtype: torch.dtype) -> "ServedDraft":
-        """Return a copy that computes in `dtype`."""
-        return ServedDraft(copy.deepcopy(self.model).to(dtype), self.vocab_map, self.embed_weight_VD.to(dtype))
-
-    def embed(self, token_ids_Q: torch.Tensor) -> torch.Tensor:
-        """Look up embeddings [Q, D] of target token ids, int64 [Q]."""
-        return nn.functional.embedding(token_ids_Q, self.embed_weight_VD)
-
-    @torch.no_grad()
-    def propose_id(self, output_QD: torch.Tensor) -> torch.Tensor:
-        """Return the most likely target token ids, int64 [Q], given pre-norm outputs [Q, D]."""
-        return self.vocab_map.target_ids_U[self.model.logits(output_QD).argmax(-1)]

@@ -38,6 +38,7 @@ _UNSCALED_ROPE = ("mrope", "proportional")
 _ROPE_LAYERS = ("full_attention", "main")
 _DTYPES = ("bfloat16", "float16", "float32")
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+NUM_AUX = 3  # auxiliary layers
 # Architecture names of published EAGLE-3 drafts with Llama layers: SGLang's, vLLM's, and those of
 # two training frameworks.
 _EAGLE3_ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaEagle3DraftModel", "Eagle3DraftModel")
@@ -58,7 +59,7 @@ _MUST_BE_FALSE = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "
 
 
 @dataclass(frozen=True)
-class DraftConfig:
+class Eagle3Config:
     """Shapes of a draft, and the facts about the target that a server needs.
 
     vocab_size: V, the target's vocabulary size. target_hidden_size: the target's hidden size.
@@ -161,7 +162,7 @@ class DraftConfig:
         return dict(sorted(exported.items()))
 
     @classmethod
-    def from_dict(cls, exported: dict[str, Any], source: str | Path = "draft config") -> "DraftConfig":
+    def from_dict(cls, exported: dict[str, Any], source: str | Path = "draft config") -> "Eagle3Config":
         """Return the config from a config.json, the inverse of `to_dict`.
 
         Published EAGLE-3 configs can be read too; keys that older ones lack get default values.
@@ -201,7 +202,7 @@ class DraftConfig:
 
 def derive_draft_config(
     target_config: PreTrainedConfig, draft: DraftSection, aux_layers: tuple[int, ...] | None = None
-) -> DraftConfig:
+) -> Eagle3Config:
     """Return the draft config for a target.
 
     If `draft.config` is set, that file is read and checked against the target. Otherwise the shapes
@@ -228,9 +229,9 @@ def derive_draft_config(
     check_family(target)
     if draft.config is not None:
         return _read_draft_config(target, Path(draft.config), aux_layers)
-    layers = _aux_layers(target, aux_layers)
+    layers = choose_aux_layers(target, aux_layers)
     heads, groups, head_dim = _attention_shape(target, draft)
-    return DraftConfig(
+    return Eagle3Config(
         hidden_size=draft.hidden_size or target.hidden_size,
         intermediate_size=draft.intermediate_size or _dense_width(target),
         num_attention_heads=heads,
@@ -254,14 +255,19 @@ def derive_draft_config(
     )
 
 
-def _aux_layers(target: PreTrainedConfig, chosen: tuple[int, ...] | None) -> tuple[int, int, int]:
+def choose_aux_layers(target_config: PreTrainedConfig, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the target layers that the draft reads: `wanted`, or 1, L//2-1, L-4.
+
+    Raises ValueError unless they are three layers of the target that servers capture.
+    """
+    target = text_config(target_config)
     count = num_layers(target)
-    layers = check_aux_layers(chosen or default_aux_layers(count), count)
+    layers = check_aux_layers(wanted or default_aux_layers(count), count, how_many=NUM_AUX)
     check_served_aux_layers(target.model_type, layers)
     return layers
 
 
-def _read_draft_config(target: PreTrainedConfig, path: Path, aux_layers: tuple[int, ...] | None) -> DraftConfig:
+def _read_draft_config(target: PreTrainedConfig, path: Path, aux_layers: tuple[int, ...] | None) -> Eagle3Config:
     exported = parse_json(read_text(path), path)
     if not isinstance(exported, dict):
         raise ValueError(f"{path}: expected the object of a draft's config.json")
@@ -269,10 +275,9 @@ def _read_draft_config(target: PreTrainedConfig, path: Path, aux_layers: tuple[i
     if aux_layers is not None or (exported.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") is None:
         layers = aux_layers or default_aux_layers(num_layers(target))
         exported["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
-    config = DraftConfig.from_dict(exported, path)
+    config = Eagle3Config.from_dict(exported, path)
     assert config.aux_layers is not None  # given in the file or inserted above
-    check_aux_layers(config.aux_layers, num_layers(target))
-    check_served_aux_layers(target.model_type, config.aux_layers)
+    choose_aux_layers(target, config.aux_layers)
     facts = {"vocab_size": target.vocab_size, "target_hidden_size": target.hidden_size}
     for name, expected in facts.items():
         if getattr(config, name) != expected:

@@ -20,9 +20,10 @@ from engine.kernels.recompute import recomputed
 from engine.kernels.row_index import take_rows
 from engine.kernels.vocab_loss import LossPass
 from engine.models.eagle3.draft import Eagle3Draft, LayerKeys
-from engine.models.eagle3.training_rows import RowPlan, loss_rows, plan_rows, row_slots
+from engine.models.eagle3.row_plan import RowPlan, plan_rows
 from engine.models.losses.distillation_loss import DistillationLoss
 from engine.models.losses.loss_registry import make_loss
+from engine.models.training_rows import loss_rows, row_slots
 from engine.models.vocab_map import VocabMap
 
 
@@ -116,6 +117,14 @@ class TrainingTimeTest:
     def is_normalised_globally(self) -> bool:
         return self.loss.normaliser == "slots"
 
+    @property
+    def needs_acceptance(self) -> bool:
+        return self.distillation.needs_acceptance
+
+    def count_loss_rows(self, micro: MicroBatch) -> torch.Tensor:
+        """Return the number of rows with loss of each TTT step, fp32 [S]."""
+        return loss_rows(micro.allowed_ST, micro.target, self.teacher.vocab_map).sum(1).float()
+
     def logits(self, draft: Eagle3Draft, micro: MicroBatch) -> list[torch.Tensor]:
         """Compute the draft's logits of every row: [T, U] for each TTT step."""
         return [draft.logits(output_TD) for output_TD in unroll(draft, micro, self.ttt.steps)]
@@ -139,7 +148,7 @@ class TrainingTimeTest:
         weight_UD = draft.lm_head.weight
         slots = SlotTargets(target.last_hidden_ND, self.teacher.logits, target.lse_N, vocab_map.draft_ids(target.argmax_N))
         acceptance_S = norms.acceptance_S
-        if self.distillation.needs_acceptance and acceptance_S is None:
+        if self.needs_acceptance and acceptance_S is None:
             with torch.no_grad():  # extra pass for the mean acceptance rate of the micro-batch
                 nothing = RowWeights(torch.zeros_like(norms.loss_rows_S))
                 ahead = kernels.vocab_loss(hidden_RD, weight_UD, plan.loss, slots, nothing, kernels.loss_pass)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from engine.config.sections import DraftSection
-from engine.models.eagle3.draft_config import DraftConfig, derive_draft_config
+from engine.models.eagle3.draft_config import Eagle3Config, derive_draft_config
 from tests.parallel.families import tiny_config
 
 LLAMA31_ROPE = {
@@ -96,7 +96,7 @@ def test_exported_config_reads_back_as_it_was(draft):
     config = derive_draft_config(_llama31(), draft, (2, 16, 29))
     exported = json.loads(json.dumps(config.to_dict()))
     assert list(exported) == sorted(exported)
-    assert DraftConfig.from_dict(exported) == config
+    assert Eagle3Config.from_dict(exported) == config
 
 
 def test_options_of_eagle_31_and_a_narrower_draft_are_exported_only_where_used():
@@ -236,7 +236,7 @@ def test_layers_that_would_be_served_wrongly_are_refused(tmp_path):
 
 
 def test_an_older_published_config_is_understood():
-    config = DraftConfig.from_dict(
+    config = Eagle3Config.from_dict(
         {
             "architectures": ["LlamaForCausalLM"],
             "hidden_size": 64,
@@ -271,15 +271,15 @@ def test_an_older_published_config_is_understood():
 def test_what_a_draft_cannot_represent_is_refused_by_name(change, words):
     exported = derive_draft_config(_llama31(), U32000).to_dict()
     with pytest.raises(ValueError, match=words):
-        DraftConfig.from_dict(exported | change)
+        Eagle3Config.from_dict(exported | change)
 
 
 def test_a_targets_own_config_is_not_taken_for_a_drafts(tmp_path):
     own = _llama31().to_dict() | {"architectures": ["LlamaForCausalLM"]}
     with pytest.raises(ValueError, match="draft config is not of an EAGLE-3 draft.*'LlamaForCausalLM'"):
-        DraftConfig.from_dict(own)
+        Eagle3Config.from_dict(own)
     with pytest.raises(ValueError, match="draft config is not an EAGLE-3 draft's: it has no architectures"):
-        DraftConfig.from_dict(_llama31().to_dict() | {"architectures": None})
+        Eagle3Config.from_dict(_llama31().to_dict() | {"architectures": None})
     own["max_position_embeddings"] = 131072
     with pytest.raises(ValueError, match=r"draft\.json is not of an EAGLE-3 draft.*'LlamaForCausalLM'"):
         derive_draft_config(_llama31(), _written(tmp_path, own))
@@ -311,7 +311,7 @@ def test_a_draft_of_another_method_is_refused_by_its_architecture(tmp_path, chan
 @pytest.mark.parametrize("name", ["LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM"])
 def test_the_names_that_eagle3_drafts_are_published_under_are_read(name):
     exported = derive_draft_config(_llama31(), U32000).to_dict() | {"architectures": [name], "parallel_drafting": False}
-    assert DraftConfig.from_dict(exported) == derive_draft_config(_llama31(), U32000)
+    assert Eagle3Config.from_dict(exported) == derive_draft_config(_llama31(), U32000)
 
 
 def test_a_draft_config_file_fixes_every_shape(tmp_path):

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.host.files import WriteError
-from engine.models.eagle3 import export
+from engine.models import draft_folder
+from engine.models.draft_folder import load_vocab_map, save_vocab_map
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.export import export_draft, load_draft, load_vocab_map, save_vocab_map
+from engine.models.eagle3.export import export_draft, load_draft
 from engine.models.eagle3.unroll import unroll
 from engine.models.vocab_map import VocabMap
 from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, make_draft, make_micro, make_test
@@ -150,7 +151,7 @@ def test_a_write_that_fails_leaves_the_previous_export(step, tmp_path, monkeypat
     def fail(*arguments, **options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(export.os if step == "replace" else export, step, fail)
+    monkeypatch.setattr(draft_folder.os if step == "replace" else draft_folder, step, fail)
     with pytest.raises(WriteError, match="draft.* cannot be written: no space left on device"):
         write(folder, make_draft(seed=9))
     assert digests(folder) == before

@@ -13,11 +13,13 @@ from engine.config.sections import TttSection
 from engine.kernels import AttentionRows, RowWeights, SlotTargets, blocked_attention
 from engine.kernels.row_index import ROW_GRANULE
 from engine.kernels.vocab_loss import vocab_loss
+from engine.models.costs import Cost, StepPart, attention_part, frozen_head_part, head_part
 from engine.models.eagle3 import flops
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.draft_config import DraftConfig
-from engine.models.eagle3.training_rows import RowPlan, loss_rows, plan_rows, row_slots
+from engine.models.eagle3.draft_config import Eagle3Config
+from engine.models.eagle3.row_plan import RowPlan, plan_rows
 from engine.models.eagle3.unroll import unroll
+from engine.models.training_rows import loss_rows, row_slots
 from tests.pairwise import pairwise
 from tests.slow_ttt import slow_allowed
 from tests.tasks import ALIGNMENTS, DRAFT_VOCAB, HIDDEN, LENGTHS, MASKS, STEPS, VOCAB, Task, make_documents
@@ -27,7 +29,6 @@ TTT_STEPS = 4
 NARROW = 24
 SHAPE = flops.DraftShape(HIDDEN, 48, 4, 2, 10, DRAFT_VOCAB, HIDDEN, VOCAB)  # E such that H * E is not D
 ONEDNN = [torch.ops.mkldnn._linear_pointwise] if torch.backends.mkldnn.is_available() else []
-PEAK = flops.HardwarePeak("paper", {torch.bfloat16: 1e12, torch.float32: 1e11}, 1e10)
 
 
 def make_draft(size: int, num_layers: int) -> Eagle3Draft:
@@ -43,7 +44,7 @@ def make_draft(size: int, num_layers: int) -> Eagle3Draft:
         "target_hidden_size": HIDDEN,
         "max_position_embeddings": 128,
     }
-    draft = Eagle3Draft(DraftConfig.from_dict(exported)).double()
+    draft = Eagle3Draft(Eagle3Config.from_dict(exported)).double()
     if draft.embed_projection is not None:
         draft.embed_projection.requires_grad_(False)
     return draft
@@ -76,7 +77,7 @@ def plain_products(counted: FlopCounterMode) -> int:
     return counted.get_flop_counts()["Global"].get(torch.ops.aten.mm, 0)
 
 
-def parts_of(size: int, num_layers: int, counts: flops.StepCounts) -> dict[str, flops.StepPart]:
+def parts_of(size: int, num_layers: int, counts: flops.StepCounts) -> dict[str, StepPart]:
     return flops.step_parts(flops.DraftShape(size, *list(vars(SHAPE).values())[1:8], num_layers), counts)
 
 
@@ -91,7 +92,7 @@ def test_linear_maps_take_the_products_that_pytorch_counts(compaction, num_layer
         outputs = unroll(draft, micro, TTT_STEPS, plan)
     with counter() as backward:
         torch.cat(outputs).sum().backward()
-    maps = sum((parts[name] for name in ("fc", "qkv", "o", "mlp")), parts.get("embed_projection", flops.StepPart(flops.Cost())))
+    maps = sum((parts[name] for name in ("fc", "qkv", "o", "mlp")), parts.get("embed_projection", StepPart(Cost())))
     # The draft multiplies the embedding beside the state, in every row anew and with an input gradient; formulas, once a token
     rows = counts.rows_S if num_layers == 1 else (counts.num_tokens, *counts.rows_S[1:])
     query = 2 * size * SHAPE.num_heads * SHAPE.head_dim
@@ -126,7 +127,7 @@ def test_attention_takes_the_products_that_pytorch_counts(monkeypatch, num_ances
     with counter() as backward:
         output_QHE.sum().backward()
     prefix_pairs = 1 + 4 + 7 + 1 + 4 + 12
-    part = flops.attention_part(num_rows, num_keys, prefix_pairs + num_ancestors * num_rows, heads)
+    part = attention_part(num_rows, num_keys, prefix_pairs + num_ancestors * num_rows, heads)
     unseen = 4 * num_ancestors * num_rows * num_heads * head_dim  # a row has one key there: multiplied and summed, no product
     assert forward.get_total_flops() == part.forward.flops - unseen
     again = 2 * prefix_pairs * num_heads * head_dim  # the scores, formed anew
@@ -150,12 +151,12 @@ def test_heads_take_the_products_that_pytorch_counts():
     with counter() as both:
         vocab_loss(hidden_RD, weight_UD, rows, targets, RowWeights(torch.ones(len(rows_S)))).total.backward()
     run = num_rows + -num_rows % ROW_GRANULE["cpu"]  # silent rows complete the granule
-    head = flops.head_part(run, size, vocab_size)
-    teacher = flops.frozen_head_part(num_slots, size, vocab_size)
+    head = head_part(run, size, vocab_size)
+    teacher = frozen_head_part(num_slots, size, vocab_size)
     assert both.get_total_flops() == head.flops + teacher.flops
     with counter() as target_head:
         task.head.rows(torch.arange(VOCAB)).argmax_and_lse(torch.randn(num_slots, HIDDEN))
-    assert target_head.get_total_flops() == flops.frozen_head_part(num_slots, HIDDEN, VOCAB).flops
+    assert target_head.get_total_flops() == frozen_head_part(num_slots, HIDDEN, VOCAB).flops
 
 
 @pairwise(lengths=LENGTHS, mask=MASKS, alignment=ALIGNMENTS, steps=STEPS)
@@ -219,22 +220,3 @@ def test_every_tensor_is_counted_once_a_pass():
     assert parts["attention"].backward.elements == 4 * 10 * 12 + 2 * 14 * 12
     assert parts["head"].forward.elements == parts["head"].backward.elements == (7 + 20) * 8
     assert (parts["teacher"].forward.elements, parts["target_head"].forward.elements) == ((3 + 20) * 8, (5 + 50) * 8)
-
-
-def test_the_floor_takes_the_slower_of_flops_and_bytes_for_each_pass():
-    parts = {
-        "bound by FLOPs": flops.StepPart(flops.Cost(2 * 10**12, 10**6), flops.Cost(4 * 10**12, 10**6)),
-        "bound by bytes": flops.StepPart(flops.Cost(10**6, 10**10)),
-    }
-    assert flops.floor_s(parts, PEAK, torch.bfloat16) == pytest.approx(2 + 4 + 2)
-    assert flops.floor_s(parts, PEAK, torch.float32) == pytest.approx(20 + 40 + 4)
-
-
-def test_peaks_are_known_by_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert flops.peak_of(torch.device("cuda")).bytes_per_s == pytest.approx(4.8e12)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce 256")
-    with pytest.raises(ValueError, match="'GeForce 256'.*'NVIDIA A100-SXM4-80GB'.*'NVIDIA B200'.*'NVIDIA H100 80GB HBM3'"):
-        flops.peak_of(torch.device("cuda"))
-    with pytest.raises(ValueError, match="no datasheet for 'cpu'"):
-        flops.peak_of(torch.device("cpu"))

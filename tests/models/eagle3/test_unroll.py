@@ -10,9 +10,9 @@ from engine.batch import LossNorms
 from engine.config.sections import LossSection, TttSection
 from engine.kernels import PLAIN, Kernels
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.normaliser import Normaliser
-from engine.models.eagle3.training_rows import loss_rows
 from engine.models.eagle3.unroll import unroll
+from engine.models.normaliser import Normaliser
+from engine.models.training_rows import loss_rows
 from engine.parallel.mesh import World
 from tests.paths import triton_kernels
 from tests.slow_ttt import slow_allowed, slow_losses

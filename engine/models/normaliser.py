@@ -6,8 +6,7 @@ from dataclasses import replace
 import torch
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
-from engine.models.eagle3.training_rows import loss_rows
-from engine.models.eagle3.unroll import TrainingTimeTest
+from engine.models.draft_method import DraftObjective
 from engine.parallel.mesh import World
 
 
@@ -19,28 +18,27 @@ class Normaliser:
     do not count in either case.
     """
 
-    def __init__(self, test: TrainingTimeTest, forward: Callable[[MicroBatch, LossNorms], DraftOutput], world: World) -> None:
+    def __init__(
+        self, objective: DraftObjective, forward: Callable[[MicroBatch, LossNorms], DraftOutput], world: World
+    ) -> None:
         """forward: runs the draft on a micro-batch, for losses that need mean acceptance rates."""
-        self._test = test
+        self._objective = objective
         self._forward = forward
         self._world = world
 
     def __call__(self, micros: list[MicroBatch]) -> list[LossNorms]:
         """Return the norms of the micro-batches of an optimizer step; a collective with `slots`."""
-        rows_per_micro = [self._loss_rows(micro) for micro in micros]
-        if self._test.loss.normaliser == "positions":
+        rows_per_micro = [self._objective.count_loss_rows(micro) for micro in micros]
+        if not self._objective.is_normalised_globally:
             pairs = zip(micros, rows_per_micro, strict=True)
             return [LossNorms((rows_S.new_zeros(()) + micro.num_tokens).clamp_min(1), rows_S) for micro, rows_S in pairs]
         rows_S = torch.stack(rows_per_micro).sum(0)
         num_slots = rows_S.new_zeros(1) + sum(micro.num_slots for micro in micros)
         totals = self._world.sum(torch.cat((num_slots, rows_S)))
         norms = LossNorms(totals[0].clamp_min(1), totals[1:])
-        if self._test.distillation.needs_acceptance:
+        if self._objective.needs_acceptance:
             norms = LossNorms(norms.slots, norms.loss_rows_S, self._acceptance(micros, norms))
         return [norms] * len(micros)
-
-    def _loss_rows(self, micro: MicroBatch) -> torch.Tensor:
-        return loss_rows(micro.allowed_ST, micro.target, self._test.teacher.vocab_map).sum(1).float()
 
     @torch.no_grad()
     def _acceptance(self, micros: list[MicroBatch], norms: LossNorms) -> torch.Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
-from engine.models.eagle3.normaliser import Normaliser
-from engine.models.eagle3.training_rows import loss_rows
 from engine.models.eagle3.unroll import TrainingTimeTest
+from engine.models.normaliser import Normaliser
+from engine.models.training_rows import loss_rows
 from engine.parallel.mesh import World
 from tests.distributed import run_ranks
 from tests.tiny import make_draft, make_micro, make_test

@@ -1,0 +1,117 @@
+"""The folder of an exported draft, `model.safetensors` and `config.json`, and the file of its vocabulary."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.config.strict import parse_json, read_text
+from engine.host.files import write_json, write_tensors, writing
+from engine.models.vocab_map import VocabMap
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+VOCAB = "vocab_map.safetensors"
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError if `folder`, which export would replace, holds anything but an export."""
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG}):
+        raise ValueError(f"{folder} exists and is no exported draft; it would be replaced, so name another folder")
+
+
+def write_draft_folder(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Write weights and config.json, replacing any earlier export in `folder`.
+
+    The new folder replaces the old one as a whole; if anything fails, the old one stays. Equal
+    drafts give equal bytes.
+    Raises ValueError if `folder` holds anything but an exported draft.
+    """
+    check_replaceable(folder)
+    partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            write_tensors(partial / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
+            write_json(partial / CONFIG, config, sort_keys=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, previous)
+        os.replace(partial, folder)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def read_draft_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of an exported draft. Raises ValueError if `folder` holds none."""
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not an exported draft: it has no {name}; export one with launcher/export_draft.py")
+    return parse_json(read_text(folder / CONFIG), folder / CONFIG)
+
+
+def read_draft_weights(folder: Path, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Return the tensors of an exported draft on a device."""
+    with safe_open(folder / WEIGHTS, "pt", device=str(device)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def save_vocab_map(vocab_map: VocabMap, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write a draft vocabulary to a file.
+
+    facts: JSON values that describe the data it was counted on. With `tokenizer_hash`, other runs
+        can check whether the vocabulary fits their tokenizer.
+    """
+    tables = {"d2t": vocab_map.d2t.contiguous(), "t2d": vocab_map.in_draft_V.contiguous()}
+    write_tensors(path, tables, {"facts": json.dumps(dict(facts or {}))})
+
+
+def load_vocab_facts(path: Path) -> dict[str, Any]:
+    """Return the facts that `save_vocab_map` stored."""
+    with safe_open(path, "pt") as file:
+        return json.loads((file.metadata() or {}).get("facts", "{}"))
+
+
+def load_vocab_map(path: Path, tokenizer_hash: str | None = None) -> VocabMap:
+    """Load a draft vocabulary.
+
+    tokenizer_hash: hash of the tokenizer that it must fit; None = not checked.
+    Raises ValueError if the file is not a draft vocabulary or belongs to another tokenizer.
+    """
+    try:
+        facts = load_vocab_facts(path)
+        with safe_open(path, "pt") as file:
+            vocab_map = VocabMap.from_tables(file.get_tensor("d2t"), file.get_tensor("t2d"))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a draft vocabulary ({error}); a run writes one as {VOCAB}") from error
+    if tokenizer_hash is not None and facts.get("tokenizer_hash") != tokenizer_hash:
+        made_for = facts.get("tokenizer_hash", "none that it names")
+        problem = f"{path} was counted with another tokenizer ({made_for}, this one is {tokenizer_hash})"
+        raise ValueError(f"{problem}: its ids mean other tokens; leave draft.vocab_map out to count again")
+    return vocab_map
+
+
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError, naming the tensor, if a value is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite; lower the learning rate and train again")
+
+
+def check_names(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless `tensors` has the names and shapes of `expected`."""
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(f"the draft's tensors do not match its config: missing {missing}, unknown {unknown}")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, its config asks for {list(expected[name].shape)}")

@@ -1,0 +1,268 @@
+"""Interface of draft methods. The trainer, the capture, the evaluation and the planner know a method by it only.
+
+A draft makes `S` predictions at each position: TTT steps, heads, or tokens of a block. Prediction
+`i` at position `t` is row `(t, i)`, and it learns the target's distribution at a position that is
+called its slot.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from engine.batch import MicroBatch, PackedBatch
+from engine.config.sections import Config
+from engine.kernels import PLAIN, Kernels
+from engine.models.costs import StepPart
+from engine.models.drafter import Drafter, TargetReply
+from engine.models.vocab_map import VocabMap
+from engine.parallel.objective import Objective
+
+
+class DraftConfig(Protocol):
+    """Shapes of a draft, and what a server must know of it.
+
+    hidden_size: width of the draft. head_dim: width of its attention heads.
+    vocab_size, target_hidden_size: of the target. draft_vocab_size: tokens that the draft can propose.
+    aux_layers: target layers that the draft reads; None if a config.json does not state them.
+    dtype: precision of the exported weights.
+    trained_with: hashes of tokenizer, template and target.
+    """
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def draft_vocab_size(self) -> int: ...
+    @property
+    def target_hidden_size(self) -> int: ...
+    @property
+    def aux_layers(self) -> tuple[int, ...] | None: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def trained_with(self) -> dict[str, str] | None: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=DraftConfig)
+
+
+class DraftModel(nn.Module, Generic[ConfigT]):
+    """Base class of the modules that are trained."""
+
+    def __init__(self, config: ConfigT, kernels: Kernels = PLAIN) -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = kernels
+
+
+DraftT = TypeVar("DraftT", bound=DraftModel)
+
+
+class TargetTable(Protocol):
+    """A target's token embedding."""
+
+    def whole(self) -> Tensor:
+        """Return the table, [V, D]; a collective if ranks share it."""
+        ...
+
+
+class TargetRows(Protocol):
+    """A target's LM head, restricted to some tokens."""
+
+    @property
+    def weight_VD(self) -> Tensor: ...
+
+    def logits(self, hidden_QD: Tensor) -> Tensor:
+        """Compute fp32 logits from last hidden states, [Q, U]."""
+        ...
+
+
+class TargetTables(Protocol):
+    """Embedding and LM head of a target: what a draft may start from, or be compared with."""
+
+    @property
+    def embedding(self) -> TargetTable: ...
+
+    def head_rows(self, target_ids_U: Tensor) -> TargetRows:
+        """Return the head restricted to `target_ids_U`, int64 [U]."""
+        ...
+
+
+class DraftObjective(Objective, Protocol):
+    """Loss function of a draft method, with what its normalisation needs to know."""
+
+    @property
+    def needs_acceptance(self) -> bool:
+        """Whether the loss depends on the mean acceptance rate of each prediction."""
+        ...
+
+    def count_loss_rows(self, micro: MicroBatch) -> Tensor:
+        """Return the number of rows with loss of each prediction, fp32 [S]."""
+        ...
+
+
+class ServedDraft(ABC):
+    """A draft ready to propose tokens, as a server would run it."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> "ServedDraft":
+        """Return a copy that computes in `dtype`."""
+
+    @abstractmethod
+    def drafter(self) -> Drafter:
+        """Return a new drafter for one prompt."""
+
+    @abstractmethod
+    def logits(self, micro: MicroBatch) -> Tensor:
+        """Compute the logits of every row, [S, T, U], from the draft's own embedding table."""
+
+    def propose_along(self, replies: Sequence[TargetReply], draft_tokens: int, max_tokens: int) -> Sequence[Drafter]:
+        """Return one drafter per reply, for replays.
+
+        A method that can draft from all positions of a reply at once overrides this.
+        draft_tokens: proposals per position. max_tokens: largest number of tokens in a draft forward.
+        """
+        return [self.drafter() for _ in replies]
+
+
+class DraftCounts(Protocol):
+    """Work of one training step on a micro-batch.
+
+    num_tokens: T. num_slots: positions whose target distribution is computed.
+    prefix_pairs: pairs of a token and a token that it attends to within its document.
+    rows_S: rows that are computed of each prediction.
+    """
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def prefix_pairs(self) -> int: ...
+    @property
+    def rows_S(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Memory of a micro-batch's activations, in bytes.
+
+    kept: from the forward pass to the backward pass. on_top: what the loss or a part of the
+    backward pass adds at most.
+    """
+
+    kept: int
+    on_top: int
+
+
+class DraftMethod(ABC, Generic[ConfigT, DraftT]):
+    """A draft method, set up by a recipe.
+
+    title: name of the method in messages.
+    """
+
+    title: str
+
+    def __init__(self, recipe: Config) -> None:
+        """Read the options of the recipe. Raises ConfigError for options that the method refuses."""
+        self.recipe = recipe
+
+    @abstractmethod
+    def choose_aux_layers(self, target_config: PreTrainedConfig, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Return the target layers that the draft reads, ascending.
+
+        wanted: the layers that the recipe names; None = the method's default.
+        Raises ValueError if the method, the target or a server does not support them.
+        """
+
+    @abstractmethod
+    def derive_config(
+        self, target_config: PreTrainedConfig, aux_layers: tuple[int, ...] | None, trained_with: dict[str, str] | None = None
+    ) -> ConfigT:
+        """Return the draft's config for a target. Raises ValueError if the draft cannot follow the target."""
+
+    @abstractmethod
+    def read_config(self, exported: dict[str, Any], source: Path) -> ConfigT:
+        """Return the config from an exported config.json. Raises ValueError if it is of another method."""
+
+    @abstractmethod
+    def allowed_rows(self, batch: PackedBatch) -> Tensor:
+        """Return the rows that have a slot in their document and that the mask allows, bool [S, T]."""
+
+    @abstractmethod
+    def slots(self, allowed_ST: Tensor) -> Tensor:
+        """Return the positions that at least one allowed row learns, int64 [N], ascending."""
+
+    @abstractmethod
+    def new_draft(self, config: ConfigT, kernels: Kernels, target: TargetTables, vocab_map: VocabMap) -> DraftT:
+        """Return an untrained draft on the device of the vocabulary map; frozen weights require no gradient."""
+
+    @abstractmethod
+    def make_objective(self, target: TargetTables, vocab_map: VocabMap) -> DraftObjective:
+        """Return the training objective. Raises ConfigError for an unknown loss."""
+
+    @abstractmethod
+    def serve(self, draft: DraftT, target: TargetTables, vocab_map: VocabMap) -> ServedDraft:
+        """Return a draft in training as a server would run it, without copying its weights."""
+
+    @abstractmethod
+    def export(
+        self,
+        folder: Path,
+        weights: Iterable[tuple[str, Tensor]],
+        config: ConfigT,
+        vocab_map: VocabMap,
+        embed_weight_VD: Tensor | None,
+    ) -> None:
+        """Write the folder that servers load, as `write_draft_folder` does.
+
+        weights: names and tensors of the draft's state. embed_weight_VD: the target's embedding;
+        None if the config shows that it is not needed.
+        Raises ValueError, before anything is written, if a tensor is missing, unknown or not finite.
+        """
+
+    @abstractmethod
+    def load(
+        self,
+        folder: Path,
+        embed_weight_VD: Tensor | None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        kernels: Kernels = PLAIN,
+    ) -> ServedDraft:
+        """Load an exported folder as a server does. Raises ValueError if it does not fit its config."""
+
+    @abstractmethod
+    def count_weights(self, config: ConfigT) -> int:
+        """Return the number of weights that are trained."""
+
+    @abstractmethod
+    def count_work(self, batch: PackedBatch, compaction: bool = True) -> DraftCounts:
+        """Return the work of a training step if every allowed row carries loss.
+
+        compaction: whether rows that no loss depends on are left out.
+        """
+
+    @abstractmethod
+    def step_parts(self, config: ConfigT, counts: Any) -> dict[str, StepPart]:
+        """Return the cost of a training step by part.
+
+        counts: from `count_work`. The part `target_head`, if any, is the target's whole LM head.
+        """
+
+    @abstractmethod
+    def activation_bytes(self, config: ConfigT, counts: Any, itemsize: int, fused: bool) -> ActivationBytes:
+        """Return the memory of activations. itemsize: bytes of a number. fused: whether GPU kernels run."""
+
+    def step_flops(self, config: ConfigT, counts: Any) -> int:
+        """Return the FLOPs of a training step, without the target's whole LM head."""
+        return sum(part.flops for name, part in self.step_parts(config, counts).items() if name != "target_head")

@@ -1,0 +1,28 @@
+"""Registry of the draft methods that `draft.method` selects."""
+
+from collections.abc import Callable
+
+from engine.config.sections import Config
+from engine.config.strict import registered
+from engine.models.draft_method import DraftMethod
+from engine.models.eagle3.eagle3 import Eagle3
+
+MakeMethod = Callable[[Config], DraftMethod]
+SHIPPED: dict[str, MakeMethod] = {"eagle3": Eagle3}
+_METHODS = dict(SHIPPED)
+
+
+def register_method(name: str, make_method: MakeMethod) -> None:
+    """Register a draft method as `draft.method=name`.
+
+    make_method: returns the method for a recipe; usually the class itself.
+    """
+    _METHODS[name] = make_method
+
+
+def make_method(recipe: Config) -> DraftMethod:
+    """Return the draft method of a recipe.
+
+    Raises ConfigError if no method has this name; the message suggests the closest one.
+    """
+    return registered(_METHODS, recipe.draft.method, key="draft.method")(recipe)
