@@ -2,9 +2,13 @@
 
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +20,16 @@ from engine.parallel.mesh import World
 # One GPU cannot hold several ranks, and DeepSpeed chooses its accelerator when it is first imported.
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT_S = 60
+LAUNCH_TIMEOUT_S = 240
+GRACE_S = 20  # for the other ranks, once one has failed
+ROOT = Path(__file__).resolve().parents[1]
+# Tests run side by side. With a thread per core in each process, threads of one would spin while those of others compute.
+ONE_THREAD = "parallel.cpu_threads=1"
 
-# Every rank is forked from one server that has imported DeepSpeed, which takes seconds, once.
-multiprocessing.set_forkserver_preload(["engine.parallel.zero"])
+# Every rank is forked from one server that has imported what the jobs need; else each rank would take seconds to import it.
+FAMILIES = ("deepseek_v3", "gpt_oss", "llama", "qwen3_moe", "qwen3_next")
+MODELS = [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
+multiprocessing.set_forkserver_preload(["engine.trainer", "tests.parallel.family_matrix", *MODELS])
 
 
 def run_ranks(job: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
@@ -42,6 +53,53 @@ def _run_rank(rank: int, size: int, port: int, folder: Path, job: Callable[..., 
     torch.save(job(world, *arguments), folder / str(rank))
     world.barrier()
     torch.distributed.destroy_process_group()
+
+
+def launch(command: Sequence[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a launcher, such as `["launcher/train.py", ...]`, as a user's command would, and return what it printed.
+
+    The processes are forked as those of `run_ranks` are, which saves each the seconds of its imports. Several of them have the
+    environment of `torchrun`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    environment = os.environ | ENVIRONMENT
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ENVIRONMENT):
+        shared = (ranks, free_port(), Path(folder), [str(part) for part in command], environment)
+        processes = [context.Process(target=_run_script, args=(rank, *shared)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + LAUNCH_TIMEOUT_S
+        while any(process.is_alive() for process in processes):
+            if any(process.exitcode for process in processes):
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+            if time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+            time.sleep(0.01)
+        texts = {stream: [_text(folder, stream, rank) for rank in range(ranks)] for stream in ("stdout", "stderr")}
+        code = next((process.exitcode for process in processes if process.exitcode), 0)
+        return subprocess.CompletedProcess(command, code, *("".join(texts[stream]) for stream in ("stdout", "stderr")))
+
+
+def _text(folder: str, stream: str, rank: int) -> str:
+    path = Path(folder, f"{stream}.{rank}")
+    return path.read_text() if path.exists() else ""
+
+
+def _run_script(rank: int, ranks: int, port: int, folder: Path, command: list[str], environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    if ranks > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+    for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+        file = (folder / f"{stream}.{rank}").open("w", buffering=1)
+        os.dup2(file.fileno(), descriptor)
+        setattr(sys, stream, file)
+    os.chdir(ROOT)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def free_port() -> int:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from engine.data.packing import collate
 from engine.models.method_registry import make_method
 from launcher.capture_hidden_states import check_files
 from launcher.command import run_plugins
+from tests.distributed import ONE_THREAD, launch
 from tests.plugins.reverse_kl_on_noisy_states import reverse_kl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,17 +26,17 @@ OF_HEADS = (
     f"target.plugins=[{HEADS}]",
     "draft.method=independent_heads",
     "draft.options={num_heads: 4}",
-    "data.max_tokens=256",
+    "data.max_tokens=512",
+    ONE_THREAD,
 )
 
 
-def launch(script: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, f"launcher/{script}.py", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def launch_script(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return launch([f"launcher/{name}.py", *options])
 
 
 def train(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return launch("train", "--ds_config", "ds_configs/zero0.json", f"output_dir={output}", *options)
+    return launch_script("train", "--ds_config", "ds_configs/zero0.json", f"output_dir={output}", *options)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def heads_run(tmp_path_factory) -> Path:
     """A run of the method with independent heads: zero-3, measured before and after training."""
     output = tmp_path_factory.mktemp("heads") / "run"
     measured = ["evaluation.num_prompts=4", "evaluation.max_new_tokens=24", "evaluation.draft_tokens=4"]
-    learning = ["--ds_config", "ds_configs/zero3.json", "max_steps=40", "checkpoint.every_steps=40"]
-    done = launch("train", f"output_dir={output}", *OF_HEADS, *measured, *learning)
+    learning = ["--ds_config", "ds_configs/zero3.json", "max_steps=60", "checkpoint.every_steps=60"]
+    done = launch_script("train", f"output_dir={output}", *OF_HEADS, *measured, *learning)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -63,38 +63,36 @@ def test_a_method_of_another_shape_learns_and_drafts_what_the_target_accepts(hea
 
 
 def test_an_exported_draft_of_a_plugin_is_measured_and_exported_again(heads_run, tmp_path):
-    measured = launch("measure_acceptance", "--draft", str(heads_run / "draft"), "--json", str(tmp_path / "measured.json"))
+    measured = launch_script(
+        "measure_acceptance", "--draft", str(heads_run / "draft"), "--json", str(tmp_path / "measured.json")
+    )
     assert measured.returncode == 0, measured.stderr
     report = json.loads((tmp_path / "measured.json").read_text())["draft"]
     assert report["acceptance_length"] == json.loads((heads_run / "summary.json").read_text())["after"]["acceptance_length"]
 
-    exported = launch("export_draft", "--run", str(heads_run), "--output", str(tmp_path / "again"))
+    exported = launch_script("export_draft", "--run", str(heads_run), "--output", str(tmp_path / "again"))
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "again" / "config.json").read_text() == (heads_run / "draft" / "config.json").read_text()
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (heads_run / "draft" / "model.safetensors").read_bytes()
 
 
 def test_a_store_of_one_layer_is_captured_for_a_method_and_trained_from(heads_run, tmp_path):
-    few = ["max_steps=3", "evaluation.num_prompts=0"]
-    captured = launch("capture_hidden_states", *OF_HEADS, f"target.store={tmp_path / 'store'}")
+    lines = (heads_run / "corpus" / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:30]))
+    few = [*OF_HEADS, f"data.train={tmp_path / 'few.jsonl'}", "evaluation.num_prompts=0"]
+    captured = launch_script("capture_hidden_states", *few, f"target.store={tmp_path / 'store'}")
     assert captured.returncode == 0, captured.stderr
     contents = json.loads((tmp_path / "store" / "manifest.json").read_text())["contents"]
     assert len(contents["aux_layers"]) == 1
-    done = launch(
-        "train",
-        "--ds_config",
-        "ds_configs/zero3.json",
-        *OF_HEADS,
-        *few,
-        f"target.store={tmp_path / 'store'}",
-        f"output_dir={tmp_path / 'run'}",
-    )
-    assert done.returncode == 0, done.stderr
-    offline, online = (
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()[:3]]
-        for folder in (tmp_path / "run", heads_run)
-    )
-    assert offline[0] == pytest.approx(online[0], rel=1e-5)
+
+    losses = []
+    for name, source in (("online", []), ("offline", [f"target.store={tmp_path / 'store'}"])):
+        done = train(tmp_path / name, *few, *source, "max_steps=3")
+        assert done.returncode == 0, done.stderr
+        metrics = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in metrics])
+    assert len(losses[0]) > 1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_a_plan_and_statistics_are_those_of_the_method():
@@ -126,7 +124,7 @@ def test_a_wrong_option_of_a_method_is_refused(options, key):
 
 
 def test_a_loss_and_a_source_of_a_plugin_train_a_draft(tmp_path):
-    options = ["data.max_tokens=256", "max_steps=6", "ttt.steps=2", "loss.kind=reverse_kl", "target.source=noisy"]
+    options = ["data.max_tokens=256", "max_steps=6", "ttt.steps=2", "loss.kind=reverse_kl", "target.source=noisy", ONE_THREAD]
     done = train(tmp_path / "run", f"target.plugins=[{PLUGIN}]", *options)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -30,10 +30,9 @@ from engine.kernels.self_check import SelfCheck
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 from engine.trainer import Trainer
-from tests.distributed import free_port
+from tests.distributed import ROOT, free_port, launch
 from tests.parallel.families import tiny_model
 
-ROOT = Path(__file__).resolve().parents[1]
 DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -55,8 +54,8 @@ def arguments(output: Path, target: Path, corpus, *overrides: str) -> list[str]:
     return ["launcher/train.py", "--ds_config", "ds_configs/zero3.json", *options, *overrides]
 
 
-def run(command: list[str]) -> str:
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+def run(command: list[str], ranks: int = 1) -> str:
+    result = launch(command, ranks)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -68,7 +67,10 @@ def metrics(output: Path) -> list[dict]:
 
 @pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
 def test_two_ranks_train_export_and_measure(launcher, tmp_path, tiny_target, tiny_corpus):
-    printed = run([*launcher, *arguments(tmp_path, tiny_target, tiny_corpus)])
+    command = [*launcher, *arguments(tmp_path, tiny_target, tiny_corpus)]
+    ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    printed = ended.stdout
     assert "reloaded: largest logit difference 0.0e+00" in printed
     rows = [line.split("  ")[0] for line in printed.splitlines() if line.rstrip().endswith("0 of 2")]
     assert rows == ["untrained draft", "trained draft", "prompt lookup"]
@@ -84,7 +86,7 @@ def test_two_ranks_train_export_and_measure(launcher, tmp_path, tiny_target, tin
 
 def test_without_a_recipe_it_trains_for_the_embedded_target(tmp_path):
     command = ["launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"output_dir={tmp_path}"]
-    printed = run([sys.executable, *command, "max_steps=2", "evaluation.num_prompts=2", "evaluation.max_new_tokens=8"])
+    printed = run([*command, "max_steps=2", "evaluation.num_prompts=2", "evaluation.max_new_tokens=8"])
     assert "0 of 2" in printed
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert written["target"]["path"] == str(ROOT / "launcher" / "embedded" / "target")
@@ -100,7 +102,7 @@ def test_a_run_that_may_not_resume_leaves_the_earlier_ones_record(tmp_path, tiny
     command = arguments(tmp_path / "run", tiny_target, tiny_corpus, *options)
     command[command.index("ds_configs/zero3.json")] = str(tmp_path / "ds.json")
     command.append("regenerate.servers=[http://user:very-secret-key@host:30000/v1]")
-    assert "very-secret-key" not in run([sys.executable, *command])
+    assert "very-secret-key" not in run(command)
     for path in (tmp_path / "run").rglob("*"):
         if path.is_file():
             assert b"very-secret-key" not in path.read_bytes(), path
@@ -118,7 +120,7 @@ def test_a_run_that_may_not_resume_leaves_the_earlier_ones_record(tmp_path, tiny
     }.items():
         command = [argument for argument in arguments(tmp_path, tiny_target, tiny_corpus, *resume)]
         command = [argument for argument in command if not argument.startswith(change.split("=")[0])] + [change]
-        stopped = subprocess.run([sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        stopped = launch(command)
         assert stopped.returncode != 0 and problem in stopped.stderr, stopped.stderr
     assert record == {name: (tmp_path / name).read_bytes() for name in record}
 
@@ -126,8 +128,7 @@ def test_a_run_that_may_not_resume_leaves_the_earlier_ones_record(tmp_path, tiny
 def test_a_folder_of_the_users_is_not_replaced(tmp_path, tiny_target, tiny_corpus):
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft" / "letter.txt").write_text("dear reader")
-    command = [sys.executable, *arguments(tmp_path, tiny_target, tiny_corpus)]
-    stopped = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    stopped = launch(arguments(tmp_path, tiny_target, tiny_corpus))
     assert stopped.returncode != 0 and "is no exported draft" in stopped.stderr
     assert (tmp_path / "draft" / "letter.txt").read_text() == "dear reader"
 
@@ -136,10 +137,12 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_
     options = ("epochs=8", "checkpoint.every_steps=20", "checkpoint.resume=true")
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
-    run([sys.executable, *arguments(whole, tiny_target, tiny_corpus, *options)])
+    run(arguments(whole, tiny_target, tiny_corpus, *options))
 
-    command = [sys.executable, *arguments(killed, tiny_target, tiny_corpus, *options)]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = arguments(killed, tiny_target, tiny_corpus, *options)
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not (killed / "checkpoints" / "latest").exists():
         assert time.monotonic() < deadline, "no checkpoint in two minutes"
@@ -151,9 +154,7 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_
     assert "resumed after step" in run(command)
 
     assert metrics(killed) == metrics(whole)
-    fresh = subprocess.run(
-        [*command[:-1], "checkpoint.resume=false"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    fresh = launch([*command[:-1], "checkpoint.resume=false"])
     assert fresh.returncode != 0 and "checkpoint.resume=true" in fresh.stderr, "an earlier run's checkpoints are not mixed up"
     assert (killed / "draft" / "model.safetensors").read_bytes() == (whole / "draft" / "model.safetensors").read_bytes()
 
@@ -165,7 +166,7 @@ def test_deepspeeds_own_monitors_get_the_metrics(tmp_path, tiny_target, tiny_cor
     (tmp_path / "ds.json").write_text(json.dumps(ds_config))
     command = arguments(tmp_path / "run", tiny_target, tiny_corpus, "max_steps=2")
     command[2] = str(tmp_path / "ds.json")
-    run([sys.executable, *command])
+    run(command)
     expected = pytest.approx([line["loss"] for line in metrics(tmp_path / "run")], rel=1e-5)
     (written,) = (tmp_path / "csv_monitor" / "draft").glob("*train_loss.csv")
     assert [float(line.split(",")[1]) for line in written.read_text().splitlines()[1:]] == expected
@@ -197,7 +198,7 @@ def test_a_target_that_ranks_share_teaches_the_same(tmp_path, tiny_target, tiny_
     summaries = []
     for number, options in enumerate([(), ("parallel.tp_size=2",), ("parallel.tp_size=2", "overlap.run_ahead=1")]):
         folder = tmp_path / str(number)
-        printed = run([*DEEPSPEED, *arguments(folder, tiny_target, tiny_corpus, "max_steps=4", *options)])
+        printed = run(arguments(folder, tiny_target, tiny_corpus, "max_steps=4", *options), ranks=2)
         assert ("shared by 2 ranks: 10 modules, 5 of them attention" in printed) is bool(options)
         summaries.append(json.loads((folder / "summary.json").read_text()))
         losses.append([line["loss"] for line in metrics(folder)])
@@ -219,7 +220,7 @@ def test_a_mixture_whose_experts_ranks_share_teaches_the_same(tmp_path, tiny_tar
     AutoTokenizer.from_pretrained(tiny_target).save_pretrained(target)
     for number, options in enumerate([(), ("parallel.ep_size=2",), ("parallel.tp_size=2", "parallel.ep_size=2")]):
         command = arguments(tmp_path / str(number), target, tiny_corpus, "max_steps=3", *options)
-        printed = run([*DEEPSPEED, *(option.replace("[0,1,3]", "[0,1,2]") for option in command)])
+        printed = run([option.replace("[0,1,3]", "[0,1,2]") for option in command], ranks=2)
         assert ("experts of 3 layers by 2" in printed) is bool(options)
         losses.append([line["loss"] for line in metrics(tmp_path / str(number))])
         reports.append(json.loads((tmp_path / str(number) / "summary.json").read_text())["prompt_lookup"])
@@ -235,15 +236,14 @@ def test_a_plugin_that_fails_and_sizes_that_do_not_fit_are_named(tmp_path, tiny_
         f"target.plugins=[{tmp_path / 'none.py'}]": "none.py: no such file",
         "parallel.tp_size=3": "parallel.tp_size=3 does not divide 1 ranks; use one of [1]",
     }.items():
-        command = [sys.executable, *arguments(tmp_path / "run", tiny_target, tiny_corpus, option)]
-        stopped = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        stopped = launch(arguments(tmp_path / "run", tiny_target, tiny_corpus, option))
         assert stopped.returncode != 0 and problem in stopped.stderr and "Traceback" not in stopped.stderr, stopped.stderr
 
 
 def test_a_run_goes_on_on_fewer_ranks_in_the_middle_of_an_epoch(tmp_path, tiny_target, tiny_corpus):
     options = ("epochs=2", "checkpoint.every_steps=3")
-    run([*DEEPSPEED, *arguments(tmp_path, tiny_target, tiny_corpus, *options, "max_steps=3")])
-    printed = run([sys.executable, *arguments(tmp_path, tiny_target, tiny_corpus, *options, "checkpoint.resume=true")])
+    run(arguments(tmp_path, tiny_target, tiny_corpus, *options, "max_steps=3"), ranks=2)
+    printed = run(arguments(tmp_path, tiny_target, tiny_corpus, *options, "checkpoint.resume=true"))
     assert "resumed after step 3, written by another number of ranks" in printed
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > 3

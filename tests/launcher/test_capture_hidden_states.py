@@ -13,19 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 from engine.hidden_states.store_reader import open_store
-from tests.test_trainer import DEEPSPEED, ENVIRONMENT, ROOT, arguments, metrics, run
+from tests.distributed import ONE_THREAD, launch
+from tests.test_trainer import ENVIRONMENT, ROOT, arguments, metrics, run
 
 
 def capture(store: Path, target: Path, train: str, *overrides: str) -> list[str]:
     options = [f"target.store={store}", f"target.path={target}", "target.aux_layers=[0,1,3]", f"data.train={train}"]
-    return ["launcher/capture_hidden_states.py", *options, "data.max_tokens=40", *overrides]
+    return ["launcher/capture_hidden_states.py", *options, "data.max_tokens=40", ONE_THREAD, *overrides]
 
 
 def test_a_target_that_ranks_share_captures_the_same(tmp_path, tiny_target, tiny_corpus):
     stores = []
     for name, options in (("alone", []), ("shared", ["parallel.tp_size=2"])):
         stores.append(tmp_path / name)
-        run([*DEEPSPEED, *capture(stores[-1], tiny_target, tiny_corpus.train), *options])
+        run([*capture(stores[-1], tiny_target, tiny_corpus.train), *options], ranks=2)
     alone, shared = (open_store(store, skip_bad=False).documents for store in stores)
     for one, other in zip(alone.shards, shared.shards, strict=True):
         assert one.shard.num_tokens == other.shard.num_tokens
@@ -38,15 +39,15 @@ def test_a_target_that_ranks_share_captures_the_same(tmp_path, tiny_target, tiny
 def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus):
     target = shutil.copytree(tiny_target, tmp_path / "target")
     online = arguments(tmp_path / "online", target, tiny_corpus, "max_steps=6")
-    run([sys.executable, *online])
-    printed = run([*DEEPSPEED, *capture(tmp_path / "store", target, tiny_corpus.train)])
+    run(online)
+    printed = run(capture(tmp_path / "store", target, tiny_corpus.train), ranks=2)
     assert (
         "40 documents, 600 tokens" in printed and "KiB per token" in printed and f"target.store={tmp_path / 'store'}" in printed
     )
     (target / "model.safetensors").unlink()  # nobody needs it any more
-    offline = [f"target.store={tmp_path / 'store'}", f"output_dir={tmp_path / 'offline'}", "data.max_tokens=40"]
+    offline = [f"target.store={tmp_path / 'store'}", f"output_dir={tmp_path / 'offline'}", "data.max_tokens=40", ONE_THREAD]
     options = ["draft.vocab_size=48", "ttt.steps=3", "max_steps=6", "data.train=gone.jsonl"]
-    printed = run([sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json", *offline, *options])
+    printed = run(["launcher/train.py", "--ds_config", "ds_configs/zero3.json", *offline, *options])
     assert "the target itself is not loaded" in printed
     ours = metrics(tmp_path / "offline")
     theirs = metrics(tmp_path / "online")
@@ -83,18 +84,16 @@ def test_a_wrong_option_is_named_before_anything_is_loaded(overrides, problem, t
 
 
 def test_training_from_a_folder_that_is_no_store_ends_with_one_line(tmp_path):
-    command = [sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"target.store={tmp_path}"]
-    result = subprocess.run(
-        [*command, f"output_dir={tmp_path / 'out'}"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    command = ["launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"target.store={tmp_path}"]
+    result = launch([*command, f"output_dir={tmp_path / 'out'}"])
     assert result.returncode == 1
     assert "manifest.json" in result.stderr.splitlines()[-1] and "capture_hidden_states.py" in result.stderr
 
 
 def test_the_draft_vocabulary_may_be_the_target_s_likeliest_tokens_or_an_earlier_run_s(tmp_path, tiny_target, tiny_corpus):
-    run([sys.executable, *capture(tmp_path / "store", tiny_target, tiny_corpus.train)])
-    train = [sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"target.store={tmp_path / 'store'}"]
-    train += ["data.max_tokens=40", "draft.vocab_size=20", "ttt.steps=2", "max_steps=1"]
+    run(capture(tmp_path / "store", tiny_target, tiny_corpus.train))
+    train = ["launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"target.store={tmp_path / 'store'}"]
+    train += ["data.max_tokens=40", "draft.vocab_size=20", "ttt.steps=2", "max_steps=1", ONE_THREAD]
     printed = run([*train, "draft.vocab_from=argmax", f"output_dir={tmp_path / 'a'}"])
     assert "of the target's most likely" in printed
     counts_V = torch.from_numpy(open_store(tmp_path / "store", skip_bad=False).documents.count_argmax(64))

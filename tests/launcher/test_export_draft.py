@@ -1,8 +1,6 @@
 """From a checkpoint to the folder a server loads."""
 
 import hashlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from engine.models.eagle3.draft_config import derive_draft_config
 from engine.models.eagle3.export import load_draft
 from engine.models.vocab_map import VocabMap
 from launcher import export_draft
+from tests.distributed import ONE_THREAD, launch
 from tests.tiny_target import AUX_LAYERS, HIDDEN, WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,16 +146,10 @@ def test_a_real_checkpoint_gives_the_files_the_run_itself_wrote(tiny_target, tin
         "draft.vocab_size": 40,
         "ttt.steps": 3,
     }
-    overrides = [f"{key}={value}" for key, value in options.items()]
+    overrides = [f"{key}={value}" for key, value in options.items()] + [ONE_THREAD]
     train = ["launcher/train.py", "--ds_config", "ds_configs/zero2.json", *overrides]
     export = ["launcher/export_draft.py", "--run", str(run), "--output", str(tmp_path / "again")]
     for command in (train, export):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True)
+        done = launch(command)
         assert done.returncode == 0, done.stdout + done.stderr
     assert digests(tmp_path / "again") == digests(run / "draft")
-
-
-def environment() -> dict[str, str]:
-    """That of a process started alone, on the CPU."""
-    own = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} | own

@@ -1,17 +1,17 @@
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
+from tests.distributed import launch
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def inspect(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "launcher/inspect_data.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return launch(["launcher/inspect_data.py", *map(str, arguments)])
 
 
 def test_it_shows_samples_figures_and_a_page(tiny_target, tiny_corpus, tmp_path):

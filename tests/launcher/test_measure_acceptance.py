@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +15,10 @@ from engine.models.eagle3.draft_config import derive_draft_config
 from engine.models.eagle3.export import export_draft
 from engine.models.vocab_map import VocabMap
 from launcher.measure_acceptance import main
-from tests.distributed import free_port
+from tests.distributed import launch
 
 WORDS = ["<unk>", "<user>", "<assistant>", "<end>", *(f"w{index}" for index in range(28))]
 ROOT = Path(__file__).resolve().parents[2]
-DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
-ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
@@ -78,8 +74,8 @@ def test_a_draft_is_measured_with_the_settings_of_its_run(run, tmp_path, monkeyp
 
 
 def on_two_ranks(run: Path, report: Path, *options: str) -> tuple[dict, str]:
-    command = [*DEEPSPEED, "launcher/measure_acceptance.py", "--draft", str(run / "draft"), "--json", str(report), *options]
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    command = ["launcher/measure_acceptance.py", "--draft", str(run / "draft"), "--json", str(report), *options]
+    result = launch(command, ranks=2)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(report.read_text()), result.stdout
 

@@ -55,12 +55,13 @@ class HeadsConfig:
 
 
 class HeadsDraft(DraftModel[HeadsConfig]):
-    """One linear map per head, and an LM head that they share."""
+    """One linear map per head, and a norm and an LM head that they share."""
 
     def __init__(self, config: HeadsConfig, kernels: Kernels = PLAIN) -> None:
         super().__init__(config, kernels)
         size = config.hidden_size
         self.heads = nn.ModuleList(nn.Linear(2 * size, size, bias=False) for _ in range(config.num_heads))
+        self.norm = nn.RMSNorm(size)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
 
     def forward(self, state_TD: Tensor, next_embed_TD: Tensor) -> list[Tensor]:
@@ -69,7 +70,7 @@ class HeadsDraft(DraftModel[HeadsConfig]):
         next_embed_TD: embedding of the token after each position.
         """
         both_TE = torch.cat((state_TD, next_embed_TD), -1)
-        return [self.lm_head(state_TD + silu(head(both_TE))) for head in self.heads]
+        return [self.lm_head(self.norm(state_TD + silu(head(both_TE)))) for head in self.heads]
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
 
     def count_weights(self, config: HeadsConfig) -> int:
         size = config.hidden_size
-        return config.num_heads * 2 * size * size + config.draft_vocab_size * size
+        return config.num_heads * 2 * size * size + size + config.draft_vocab_size * size
 
     def count_work(self, batch: PackedBatch, compaction: bool = True) -> HeadsCounts:
         allowed_ST = self.allowed_rows(batch)
