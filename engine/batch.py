@@ -1,6 +1,8 @@
 """Data passed between the stages of a run: packed batches, target outputs and draft outputs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 
@@ -20,6 +22,11 @@ def documents_of(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """
     position_T = torch.arange(num_tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens.long(), position_T, right=True) - 1
+
+
+def how_many_fit(lengths: Sequence[int], max_tokens: int) -> int:
+    """Return how many of the first documents fit into one forward, at least 1."""
+    return max(1, sum(total <= max_tokens for total in accumulate(lengths)))
 
 
 @dataclass(frozen=True)
@@ -166,10 +173,10 @@ class LossNorms:
 
 @dataclass(frozen=True)
 class DraftOutput:
-    """Result of training-time test (TTT) on one micro-batch, with one entry per TTT step.
+    """Result of a draft on one micro-batch, with one entry per prediction `i` (a TTT step or a head).
 
-    loss: fp32 scalar in nats, weighted sum of the normalised losses of all steps; differentiable.
-    loss_S: fp32 [S], normalised losses before step weights are applied.
+    loss: fp32 scalar in nats, weighted sum of the normalised losses; differentiable.
+    loss_S: fp32 [S], normalised losses before weights are applied.
     num_loss_rows_S: int64 [S], number of rows with loss.
     num_allowed_rows_S: int64 [S], number of rows that the mask allows.
     num_correct_S: fp32 [S], number of rows where the draft gives no token a higher probability

@@ -257,7 +257,7 @@ class Trainer:
 
     def choose_kernels(self, draft_config: DraftConfig) -> Kernels:
         loss_pass = LossPass(gradient_dtype=getattr(torch, self.config.loss.gradient_dtype))
-        own = Kernels(loss_pass=loss_pass, recompute=self.config.ttt.recompute)
+        own = Kernels(loss_pass=loss_pass, recompute=self.method.recompute)
         dtype = getattr(torch, compute_dtype(self.ds_config))
         kernels = choose_kernels(self.config.kernels, self.world.device, dtype, draft_config.head_dim, own)
         self_check = SelfCheck.of(self.world, self.config.data.cache_dir, self.telemetry.warn)

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, TypedDict
+from typing import TYPE_CHECKING, NoReturn, TypedDict
 
 from engine.config.data_section import NAMED_TEMPLATES
 from engine.config.recipe import COMMAND_LINE, describe_options
 from engine.config.secret_values import hidden_in_text
 from engine.config.sections import CHECKPOINTS, EMBEDDED, Config, ConfigError
+
+if TYPE_CHECKING:
+    from engine.models.draft_method import DraftMethod
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
@@ -159,6 +162,24 @@ def run_plugins(paths: Sequence[str]) -> None:
             raise ValueError(f"target.plugins: {path}: {type(error).__name__}: {error}") from error
 
 
+def method_of_run(run: Config, plugins: Sequence[str]) -> "DraftMethod":
+    """Return the draft method of an earlier run.
+
+    plugins: the plugins of the command line. Those that the run's config.yaml names are not run,
+        because the folder may be someone else's.
+    Raises ValueError if no method has this name.
+    """
+    from engine.models.method_registry import make_method  # it imports torch
+
+    try:
+        return make_method(run)
+    except ConfigError as error:
+        if plugins or not run.target.plugins:
+            raise
+        names = " ".join(run.target.plugins)
+        raise ValueError(f"{error}. The run had plugins; name them to run them again: --plugins {names}") from error
+
+
 def user_cache() -> Path:
     """Return the default folder for tokenised conversations."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftspeed"
@@ -177,7 +198,12 @@ def with_store(config: Config) -> Config:
 
     store = Path(config.target.store)
     layers = config.target.aux_layers or Manifest.read(store).contents.aux_layers
-    return replace(config, target=replace(config.target, path=str(store / TARGET_FOLDER), revision=None, aux_layers=layers))
+    target = replace(config.target, path=str(store / TARGET_FOLDER), revision=None, aux_layers=layers)
+    try:
+        return replace(config, target=target)
+    except ConfigError as error:
+        problem = f"{store} was captured with layers {list(layers)}, which draft.method={config.draft.method} cannot read"
+        raise ValueError(f"{problem}: {error.problem}") from error
 
 
 def check_inputs(config: Config) -> None:

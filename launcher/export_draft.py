@@ -8,6 +8,7 @@ propose.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +20,12 @@ from engine.config.recipe import load_config
 from engine.config.sections import CHECKPOINTS, DRAFT, TargetSection
 from engine.models.draft_folder import VOCAB, check_replaceable, load_vocab_facts, load_vocab_map
 from engine.models.draft_method import DraftConfig
-from engine.models.method_registry import make_method
 from engine.parallel.zero import consolidated_weights
 from engine.runtime.checkpoint import TAG, Checkpoints
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.weight_files import find_weight_files, read_header
-from launcher.command import run_plugins
+from launcher.command import method_of_run, run_plugins
 
 RECIPE = "config.yaml"
 EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--run", type=Path, required=True, help="output_dir of the training run")
     parser.add_argument("--tag", help="checkpoint to export; default: the newest")
+    parser.add_argument("--plugins", nargs="+", default=(), metavar="FILE", help="Python files that register its draft method")
     parser.add_argument("--output", type=Path, help="folder of the exported draft; default: the folder 'draft' in --run")
     return parser.parse_args()
 
@@ -100,7 +101,7 @@ def _embedding_candidates(section: TargetSection) -> list[tuple[str, Path]]:
     return [(name, path) for name, path in places if name.endswith(EMBEDDING_NAMES)]
 
 
-def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:
+def export(run: Path, tag: str | None, output: Path | None, plugins: Sequence[str] = ()) -> tuple[str, Path]:
     """Export a checkpoint of `run` and return its tag and the folder written.
 
     Raises ValueError if a file or the checkpoint is missing.
@@ -109,13 +110,13 @@ def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:
     check_run(run)
     tag = choose_tag(run / CHECKPOINTS, tag)
     check_replaceable(folder)
+    run_plugins(plugins)
     recipe = load_config(run / RECIPE)
     target = load_target_config(recipe.target)
-    run_plugins(recipe.target.plugins)
-    method = make_method(recipe)
+    method = method_of_run(recipe, plugins)
     trained_with = load_vocab_facts(run / VOCAB).get("trained_with")
     config = method.derive_config(target, recipe.target.aux_layers, trained_with)
-    embed_weight_VD = None if config.hidden_size == config.target_hidden_size else read_embedding(recipe.target, config)
+    embed_weight_VD = read_embedding(recipe.target, config) if method.ships_embedding(config) else None
     weights = consolidated_weights(run / CHECKPOINTS, tag)
     method.export(folder, weights.items(), config, load_vocab_map(run / VOCAB), embed_weight_VD)
     return tag, folder
@@ -124,7 +125,7 @@ def export(run: Path, tag: str | None, output: Path | None) -> tuple[str, Path]:
 def main() -> None:
     arguments = parse_arguments()
     try:
-        tag, folder = export(arguments.run, arguments.tag, arguments.output)
+        tag, folder = export(arguments.run, arguments.tag, arguments.output, arguments.plugins)
     except (ValueError, OSError) as error:
         sys.exit(f"export_draft.py: {error}")
     print(f"Draft of {tag}, ready for SGLang: {folder}")

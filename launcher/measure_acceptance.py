@@ -36,12 +36,11 @@ from engine.kernels import choose_kernels
 from engine.kernels.self_check import SelfCheck
 from engine.models.draft_folder import CONFIG, read_draft_config
 from engine.models.draft_method import DraftConfig, DraftMethod
-from engine.models.method_registry import make_method
 from engine.models.target_families import check_aux_layers, num_layers, text_config
 from engine.parallel.mesh import World
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
-from launcher.command import join_environment, run_plugins, stop, user_cache
+from launcher.command import join_environment, method_of_run, run_plugins, stop, user_cache
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,6 +58,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--tp_size", type=_positive, help="ranks that share each layer; default: the run's, or 1 on one rank")
     parser.add_argument("--ep_size", type=_positive, help="ranks that share experts; default: the run's, or 1 on one rank")
+    parser.add_argument(
+        "--plugins",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="Python files that register its draft method",
+    )
     parser.add_argument("--json", type=Path, help="file to write the reports to")
     parser.add_argument("--show", action="store_true", help="print rank 0's replies, with accepted draft tokens in green")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
@@ -145,14 +151,14 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
     return text
 
 
-def measure(arguments: argparse.Namespace, run: Config, world: World) -> dict[str, AcceptanceReport]:
+def measure(
+    arguments: argparse.Namespace, method: DraftMethod, draft_config: DraftConfig, run: Config, world: World
+) -> dict[str, AcceptanceReport]:
     """Load the draft and the target, decode the prompts and print a table of the results.
 
     Return the reports by drafter, on every rank.
     """
     telemetry = Telemetry(speaks=world.is_main)
-    method = make_method(run)
-    draft_config = method.read_config(read_draft_config(arguments.draft), arguments.draft / CONFIG)
     aux_layers = check_target(method, draft_config, run.target)
     tokenizer = load_tokenizer(run.target, run.data)
     source = OnlineSource(run, tokenizer, world, telemetry)
@@ -189,18 +195,20 @@ def main() -> None:
     arguments = parse_arguments()
     world = World(**join_environment()) if "RANK" in os.environ else World.alone()
     try:
-        read_draft_config(arguments.draft)
+        exported = read_draft_config(arguments.draft)
         run = run_config(arguments, world.size)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        run_plugins(run.target.plugins)
+        run_plugins(arguments.plugins)
+        method = method_of_run(run, arguments.plugins)
+        draft_config = method.read_config(exported, arguments.draft / CONFIG)
         if not world.is_main:
             disable_progress_bar()
         if world.size > 1:
             from engine.parallel.zero import connect, disconnect
 
             connect(world, run.parallel.timeout_s, run.parallel.cpu_threads)
-        reports = measure(arguments, run, world)
+        reports = measure(arguments, method, draft_config, run, world)
         if arguments.json and world.is_main:
             content = {name: report.to_dict() for name, report in reports.items()}
             write_json(arguments.json, content)

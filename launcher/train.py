@@ -1,4 +1,4 @@
-"""Train an EAGLE-3 draft: deepspeed launcher/train.py --ds_config ds_configs/zero3.json [--recipe FILE] [section.key=value ...]
+"""Train a draft: deepspeed launcher/train.py --ds_config ds_configs/zero3.json [--recipe FILE] [section.key=value ...]
 
 Runs under `deepspeed`, `torchrun` and plain `python`. Without a recipe it trains a draft for the
 embedded target on CPython's own documentation, which needs no network and no GPU. With

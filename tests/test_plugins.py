@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from engine.config.recipe import load_config
 from engine.config.sections import Config, ConfigError, DraftSection, TargetSection
 from engine.data.documents import Document
 from engine.data.packing import collate
+from engine.kernels import PLAIN
 from engine.models.method_registry import make_method
+from engine.models.vocab_map import VocabMap
 from launcher.capture_hidden_states import check_files
 from launcher.command import run_plugins
 from tests.distributed import ONE_THREAD, launch
@@ -63,14 +67,19 @@ def test_a_method_of_another_shape_learns_and_drafts_what_the_target_accepts(hea
 
 
 def test_an_exported_draft_of_a_plugin_is_measured_and_exported_again(heads_run, tmp_path):
-    measured = launch_script(
-        "measure_acceptance", "--draft", str(heads_run / "draft"), "--json", str(tmp_path / "measured.json")
-    )
+    written = tmp_path / "measured.json"
+    command = ["--draft", str(heads_run / "draft"), "--json", str(written)]
+    refused = launch_script("measure_acceptance", *command)
+    assert refused.returncode != 0, "a plugin runs only if the command line names it"
+    assert "draft.method = independent_heads: expected eagle3. The run had plugins" in refused.stderr
+    assert f"--plugins {HEADS}" in refused.stderr
+    measured = launch_script("measure_acceptance", *command, "--plugins", str(HEADS))
     assert measured.returncode == 0, measured.stderr
-    report = json.loads((tmp_path / "measured.json").read_text())["draft"]
+    report = json.loads(written.read_text())["draft"]
     assert report["acceptance_length"] == json.loads((heads_run / "summary.json").read_text())["after"]["acceptance_length"]
 
-    exported = launch_script("export_draft", "--run", str(heads_run), "--output", str(tmp_path / "again"))
+    again = ["--run", str(heads_run), "--output", str(tmp_path / "again"), "--plugins", str(HEADS)]
+    exported = launch_script("export_draft", *again)
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "again" / "config.json").read_text() == (heads_run / "draft" / "config.json").read_text()
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (heads_run / "draft" / "model.safetensors").read_bytes()
@@ -95,8 +104,18 @@ def test_a_store_of_one_layer_is_captured_for_a_method_and_trained_from(heads_ru
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@dataclass(frozen=True)
+class TablesOf:
+    """The head of a target of zeros."""
+
+    config: object
+
+    def head_rows(self, target_ids_U: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(weight_VD=torch.zeros(len(target_ids_U), self.config.hidden_size))
+
+
 def test_a_plan_and_statistics_are_those_of_the_method():
-    recipe = load_config(None, [*OF_HEADS, "target.aux_layers=[2]"])
+    recipe = load_config(None, [*OF_HEADS, "target.aux_layers=[2]", "draft.vocab_size=100"])
     run_plugins(recipe.target.plugins)
     method = make_method(recipe)
     target = AutoConfig.for_model("llama", hidden_size=64, num_hidden_layers=8, vocab_size=500)
@@ -104,8 +123,12 @@ def test_a_plan_and_statistics_are_those_of_the_method():
     assert config.aux_layers == (2,)
     batch = collate([Document(np.zeros(30, np.int32), np.arange(30) >= 10, (30,))])
     counts = method.count_work(batch)
-    assert counts.rows_S == (19, 18, 17, 16)
-    assert method.step_flops(config, counts) < method.step_flops(config, method.count_work(batch, compaction=False))
+    assert (counts.rows_S, counts.num_slots) == ((30, 30, 30, 30), 19)
+    vocab_map = VocabMap.most_frequent(torch.arange(500), config.draft_vocab_size)
+    draft = method.new_draft(config, PLAIN, TablesOf(config), vocab_map)
+    assert method.count_weights(config) == sum(weight.numel() for weight in draft.parameters())
+    by_head = 6 * 4 * 30 * (2 * 64 * 64 + 64 * config.draft_vocab_size)  # forward, weight gradient, at most the input's
+    assert 0.6 * by_head < method.step_flops(config, counts) < 1.1 * by_head
     with pytest.raises(ValueError, match="aux_layers"):
         method.choose_aux_layers(target, (1, 2))
 
@@ -121,6 +144,14 @@ def test_a_wrong_option_of_a_method_is_refused(options, key):
     with pytest.raises(ConfigError, match=key) as error:
         make_method(recipe)
     assert str(error.value).startswith("draft.options.")
+
+
+def test_an_option_that_a_method_does_not_read_is_refused():
+    run_plugins([str(HEADS)])
+    with pytest.raises(ConfigError, match="draft.num_layers = 2: has no effect on independent heads"):
+        make_method(load_config(None, [*OF_HEADS, "draft.num_layers=2"]))
+    with pytest.raises(ConfigError, match="draft.options = .*: has no effect on EAGLE-3"):
+        make_method(load_config(None, ["draft.options={num_heads: 2}"]))
 
 
 def test_a_loss_and_a_source_of_a_plugin_train_a_draft(tmp_path):
@@ -143,7 +174,7 @@ def test_a_capture_refuses_another_source_than_the_target(tmp_path):
 
 def test_the_guide_shows_the_plugins_that_are_tested():
     blocks = (ROOT / "docs" / "extending.md").read_text().split("```python\n")[1:]
-    assert len(blocks) == 5
+    assert len(blocks) == 8
     plugins = PLUGIN.read_text() + HEADS.read_text()
     assert all(block.partition("```")[0].strip() in plugins for block in blocks)
 

@@ -88,6 +88,7 @@ def divisors(number: int) -> list[int]:
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
+# Options of `draft` that do not belong to the shapes that `draft.config` sets.
 _NOT_SHAPES = ("method", "options", "config", "vocab_from", "vocab_map", "train_embedding_projection", "init_head")
 
 
@@ -325,9 +326,6 @@ class Config:
         if is_eagle3 and layers is not None and len(layers) != 3:
             problem = "expected three distinct 0-based layers in ascending order, the order in which SGLang captures them"
             raise ConfigError(problem, key="target.aux_layers", value=layers)
-        if is_eagle3 and self.draft.options is not None:
-            problem = "is for methods of plugins; the options of eagle3 are those of draft and ttt"
-            raise ConfigError(problem, key="draft.options", value=self.draft.options)
         source = self.target.source
         if source == ONLINE and self.target.store is not None:
             problem = "runs the target, but target.store is set; leave one of them out"

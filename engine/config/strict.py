@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -152,12 +152,16 @@ def read_section(section: type[Section], values: Mapping[str, Any] | None, key: 
     Raises ConfigError for an unknown key, with the nearest valid one, and for a value of another type.
     """
     known = {own.name: own for own in dataclasses.fields(section)}
+    kinds = get_type_hints(section)
     read: dict[str, Any] = {}
-    for name, value in (values or {}).items():
+    for given, value in (values or {}).items():
+        name = str(given)
         if name not in known:
             problem = f"unknown key; valid are {', '.join(known)}{did_you_mean(name, known)}"
             raise ConfigError(problem, key=f"{key}.{name}", value=value)
-        read[name] = checked(value, option_type(known[name]), key=f"{key}.{name}", source="")
+        limits = known[name].metadata
+        kind = bounded(kinds[name], limits["at_least"], limits["at_most"])
+        read[name] = checked(value, kind, key=f"{key}.{name}", source="")
     return section(**read)
 
 

@@ -1,11 +1,10 @@
 """Greedy speculative decoding: a drafter proposes tokens, and one target forward verifies them all.
 
 The committed tokens are `x[0..n]`. The target has not read `x[n]` yet: its cache and its auxiliary
-hidden states end at `n-1`. The draft's newest step-0 row is therefore `t = n-1`. It reads `x[n]`
-and proposes `x[n+1]`; the chain `(t, 1..)` proposes the tokens after that. One target forward reads
-`x[n]` and the proposals. The proposals that equal the target's own choices are accepted, and the
-target's next choice is added to them. The draft's step-0 keys are computed from the target's
-auxiliary states only, so rejected tokens leave no trace in either cache.
+hidden states end at `n-1`. The draft reads these states and `x[n]`, and proposes `x[n+1]` and the
+tokens after it. One target forward reads `x[n]` and the proposals. The proposals that equal the
+target's own choices are accepted, and the target's next choice is added to them. What a draft keeps
+of earlier tokens is computed from the target's states only, so rejected tokens leave no trace.
 """
 
 import time

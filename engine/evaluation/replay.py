@@ -18,9 +18,9 @@ from itertools import accumulate
 import torch
 from transformers import DynamicCache
 
-from engine.batch import PackedBatch, TargetOutput
+from engine.batch import PackedBatch, TargetOutput, how_many_fit
 from engine.evaluation.decoding import Generation, check_request, speculate
-from engine.models.drafter import Drafter, TargetReply, how_many_fit
+from engine.models.drafter import Drafter, TargetReply
 from engine.target.frozen import ForwardCapture, FrozenTarget, capture
 
 PAD_ID = 0  # Any token works, because no other position attends to padding.

@@ -170,6 +170,8 @@ class Capture:
         differences = contents.differences(manifest.contents)
         if manifest.corpus_checksum != checksum:
             differences.append(f"conversations: {manifest.num_documents:,} documents, now {len(documents):,}, or other content")
+        elif not self.has_slots_of(manifest, documents):
+            differences.append("the positions that the draft learns: draft.method or its options select others")
         if differences:
             problem = f"{self.folder} holds another capture: " + "; ".join(differences)
             raise StoreError(f"{problem}. Restore these to continue it, or name another folder in target.store")
@@ -179,6 +181,11 @@ class Capture:
                 "target's weights are still the same"
             )
         return manifest
+
+    def has_slots_of(self, manifest: Manifest, documents: Documents) -> bool:
+        """Return whether the documents have as many slots as a capture planned for them."""
+        slots = count_slots(documents, self.method)
+        return all(sum(slots[index] for index in shard.documents) == shard.num_slots for shard in manifest.shards)
 
     def missing(self, manifest: Manifest) -> list[Shard]:
         """Return the shards that are still to be written, including those that are incomplete."""

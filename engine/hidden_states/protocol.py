@@ -53,8 +53,8 @@ class HiddenStateSource(Protocol):
     can_decode: whether the loaded target is a `FrozenTarget`, which can generate replies.
     Acceptance is measured only in this case.
     counted: phrase for the log that names the tokens that `count_tokens` counts.
-    aux_layers: layers that were captured, or those that the recipe asks for; None = the default for
-    the target's depth.
+    aux_layers: layers that were captured, or those that the recipe asks for; None = the draft
+    method's default.
     target_identity: as computed by `engine.target.identity`; None if unknown.
     trained_with: fingerprints that a draft's config.json records.
     """

@@ -120,7 +120,7 @@ class Piece:
     first_document, first_token, first_slot: indices within the shard.
     batch, slots_N: the documents and their slots, on the host.
     tensors: rows of the shard's tensors. They are on the host once `ready` has happened.
-    faults: bool [num_documents, 5], `StateFaults.by_place`; on the host at the same time.
+    faults: bool [num_documents, A + 2], `StateFaults.by_place`; on the host at the same time.
     """
 
     file: ShardFile

@@ -54,8 +54,12 @@ def read_draft_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of an exported draft. Raises ValueError if `folder` holds none."""
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not an exported draft: it has no {name}; export one with launcher/export_draft.py")
-    return parse_json(read_text(folder / CONFIG), folder / CONFIG)
+            advice = "a run writes one to its output_dir/draft, and launcher/export_draft.py exports a checkpoint"
+            raise ValueError(f"{folder} is not an exported draft: it has no {name}; {advice}")
+    exported = parse_json(read_text(folder / CONFIG), folder / CONFIG)
+    if not isinstance(exported, dict):
+        raise ValueError(f"{folder / CONFIG}: expected the object of a draft's config.json")
+    return exported
 
 
 def read_draft_weights(folder: Path, device: torch.device | str) -> dict[str, torch.Tensor]:

@@ -9,14 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from engine.batch import MicroBatch, PackedBatch
-from engine.config.sections import Config
+from engine.config.sections import OPTIONS, Config, ConfigError
 from engine.kernels import PLAIN, Kernels
 from engine.models.costs import StepPart
 from engine.models.drafter import Drafter, TargetReply
@@ -27,10 +27,10 @@ from engine.parallel.objective import Objective
 class DraftConfig(Protocol):
     """Shapes of a draft, and what a server must know of it.
 
-    hidden_size: width of the draft. head_dim: width of its attention heads.
+    hidden_size: width of the draft.
+    head_dim: width of its attention heads; without attention, any width that kernels support.
     vocab_size, target_hidden_size: of the target. draft_vocab_size: tokens that the draft can propose.
     aux_layers: target layers that the draft reads; None if a config.json does not state them.
-    dtype: precision of the exported weights.
     trained_with: hashes of tokenizer, template and target.
     """
 
@@ -46,8 +46,6 @@ class DraftConfig(Protocol):
     def target_hidden_size(self) -> int: ...
     @property
     def aux_layers(self) -> tuple[int, ...] | None: ...
-    @property
-    def dtype(self) -> str: ...
     @property
     def trained_with(self) -> dict[str, str] | None: ...
 
@@ -168,13 +166,25 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
     """A draft method, set up by a recipe.
 
     title: name of the method in messages.
+    unread: options of the recipe that the method does not read, by dotted key.
+    recompute: activations that are recomputed in the backward pass, as in `ttt.recompute`.
     """
 
-    title: str
+    title: ClassVar[str]
+    unread: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, recipe: Config) -> None:
-        """Read the options of the recipe. Raises ConfigError for options that the method refuses."""
+        """Read the options of the recipe.
+
+        Raises ConfigError for an option that is set and that the method does not read.
+        """
         self.recipe = recipe
+        self.recompute = "none"
+        for key in self.unread:
+            section, _, name = key.partition(".")
+            value = getattr(getattr(recipe, section), name)
+            if value != OPTIONS[key].default:
+                raise ConfigError(f"has no effect on {self.title}; delete it", key=key, value=value)
 
     @abstractmethod
     def choose_aux_layers(self, target_config: PreTrainedConfig, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -225,10 +235,14 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
     ) -> None:
         """Write the folder that servers load, as `write_draft_folder` does.
 
-        weights: names and tensors of the draft's state. embed_weight_VD: the target's embedding;
-        None if the config shows that it is not needed.
+        weights: names and tensors of the draft's parameters. Iterate to the end: it is a collective.
+        embed_weight_VD: the target's embedding; may be None unless `ships_embedding`.
         Raises ValueError, before anything is written, if a tensor is missing, unknown or not finite.
         """
+
+    def ships_embedding(self, config: ConfigT) -> bool:
+        """Return whether an exported draft holds an embedding of its own, made from the target's."""
+        return False
 
     @abstractmethod
     def load(

@@ -1,8 +1,6 @@
 """Drafters, which propose the tokens that the target verifies, and the replies that they are replayed on."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -41,8 +39,3 @@ class TargetReply:
     prompt_ids: list[int]
     token_ids: list[int]
     aux_TA: torch.Tensor
-
-
-def how_many_fit(lengths: Sequence[int], max_tokens: int) -> int:
-    """Return how many of the first documents fit into one forward, at least 1."""
-    return max(1, sum(total <= max_tokens for total in accumulate(lengths)))

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from engine.config.sections import Config
+from engine.config.sections import EAGLE3, Config
 from engine.config.strict import registered
 from engine.models.draft_method import DraftMethod
 from engine.models.eagle3.eagle3 import Eagle3
 
 MakeMethod = Callable[[Config], DraftMethod]
-SHIPPED: dict[str, MakeMethod] = {"eagle3": Eagle3}
+SHIPPED: dict[str, MakeMethod] = {EAGLE3: Eagle3}
 _METHODS = dict(SHIPPED)
 
 

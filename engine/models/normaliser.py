@@ -11,10 +11,10 @@ from engine.parallel.mesh import World
 
 
 class Normaliser:
-    """Computes the divisors of the losses according to `loss.normaliser`.
+    """Computes the divisors of the losses.
 
-    `positions` divides by the positions of the micro-batch, and by its rows for LK losses. `slots`
-    divides by the slots and rows of the global batch. Documents that are left out of a micro-batch
+    If the objective is normalised globally, the divisors are the slots and rows of the global
+    batch; otherwise the positions and rows of each micro-batch. Documents that are left out of a micro-batch
     do not count in either case.
     """
 

@@ -138,7 +138,7 @@ class JobPlan:
         ahead = self.config.run_ahead
         forward = self._forward(counts)
         states = self.method.activation_bytes(self.draft, counts, sharing.itemsize, self.fused)
-        output = self.target.output_bytes(forward)
+        output = self.target.output_bytes(forward, len(self.draft.aux_layers or ()))
         passing = self.target.passing_bytes(forward)
         held = output * self.accumulation
         drafting = states.kept + states.on_top + sharing.gathered(num_weights) + sharing.gradients(num_weights)

@@ -133,9 +133,12 @@ class TargetCost:
                 most = max(most, self._passing_experts(block, own))
         return most + PASSING_TENSORS * own * width
 
-    def output_bytes(self, forward: Forward) -> int:
-        """Return the bytes of a forward's output for the draft, including token embeddings."""
-        states = 4 * forward.num_tokens + forward.num_slots
+    def output_bytes(self, forward: Forward, num_aux: int) -> int:
+        """Return the bytes of a forward's output for the draft, including token embeddings.
+
+        num_aux: auxiliary layers that are captured.
+        """
+        states = (num_aux + 1) * forward.num_tokens + forward.num_slots
         return states * self.config.hidden_size * self.itemsize
 
     @property

@@ -1,13 +1,14 @@
-"""A plugin with a draft method: independent heads on one target layer; docs/extending.md shows this file.
+"""A plugin with a draft method: independent heads on one target layer; docs/extending.md shows parts of it.
 
 Head `i` reads the layer's state at position `t` and the token after it, and learns the target's
 most likely token at slot `t + 1 + i` with cross-entropy. All heads draft in one pass.
 """
 
+import copy
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,14 @@ from engine.config.sections import Config, TttSection
 from engine.config.strict import option, read_section
 from engine.kernels import PLAIN, Kernels
 from engine.models.costs import StepPart, frozen_head_part, head_part, map_part
-from engine.models.draft_folder import check_finite, check_names, read_draft_config, read_draft_weights, write_draft_folder
+from engine.models.draft_folder import (
+    CONFIG,
+    check_finite,
+    check_names,
+    read_draft_config,
+    read_draft_weights,
+    write_draft_folder,
+)
 from engine.models.draft_method import ActivationBytes, DraftMethod, DraftModel, ServedDraft, TargetRows, TargetTables
 from engine.models.method_registry import register_method
 from engine.models.target_families import check_aux_layers, num_layers, text_config
@@ -47,11 +55,14 @@ class HeadsConfig:
     aux_layers: tuple[int, ...]
     trained_with: dict[str, str] | None = None
     dtype: str = "bfloat16"
-    head_dim: int = 64  # the method has no attention; kernels are chosen for this size
 
     @property
     def target_hidden_size(self) -> int:
         return self.hidden_size
+
+    @property
+    def head_dim(self) -> int:
+        return 64  # kernels are chosen for this width; the method has no attention
 
 
 class HeadsDraft(DraftModel[HeadsConfig]):
@@ -80,8 +91,8 @@ class HeadsLoss:
     num_steps: int
     head: TargetRows
     vocab_map: VocabMap
-    is_normalised_globally = True
-    needs_acceptance = False
+    is_normalised_globally: ClassVar[bool] = True
+    needs_acceptance: ClassVar[bool] = False
 
     @property
     def step_weights(self) -> list[float]:
@@ -103,7 +114,9 @@ class HeadsLoss:
         slot_ST = row_slots(target.slots_N, micro.allowed_ST)
         label_N = self.vocab_map.draft_ids(target.argmax_N)
         p_NU = (self.head.logits(target.last_hidden_ND) - target.lse_N[:, None]).exp()
-        losses, correct, accepted = [], [], []
+        losses = []
+        correct = []
+        accepted = []
         for rows_T, slot_T, logits_TU in zip(rows_ST, slot_ST, self.logits(draft, micro), strict=True):
             slot_R = slot_T[rows_T]
             log_q_RU = logits_TU[rows_T].float().log_softmax(-1)
@@ -131,8 +144,7 @@ class ServedHeads(ServedDraft):
     embed_weight_VD: Tensor
 
     def to(self, dtype: torch.dtype) -> "ServedHeads":
-        model = HeadsDraft(self.model.config).to(self.embed_weight_VD.device, dtype)
-        model.load_state_dict(self.model.state_dict())
+        model = copy.deepcopy(self.model).to(dtype)
         return ServedHeads(model, self.vocab_map, self.embed_weight_VD.to(dtype))
 
     def drafter(self) -> "HeadsDrafter":
@@ -151,6 +163,8 @@ class HeadsDrafter:
 
     def __init__(self, draft: ServedHeads) -> None:
         self._draft = draft
+        self._newest_id = 0
+        self._aux_1A = torch.empty(0)
 
     def start(self, token_ids: list[int], aux_TA: Tensor) -> None:
         self.extend(token_ids[1:], aux_TA)
@@ -181,10 +195,12 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
     """Draft method that predicts the next tokens independently of each other."""
 
     title = "independent heads"
+    unread = ("draft.config", "draft.num_layers", "draft.hidden_size", "loss.kind", "loss.step_weights")
 
     def __init__(self, recipe: Config) -> None:
         super().__init__(recipe)
         self.options = read_section(HeadOptions, recipe.draft.options, "draft.options")
+        # Head i learns the slots that TTT step i of EAGLE-3 learns.
         self._rows = TttSection(steps=self.options.num_heads, mask_alignment=recipe.ttt.mask_alignment)
 
     def choose_aux_layers(self, target_config: PreTrainedConfig, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -207,7 +223,11 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
     def read_config(self, exported: dict[str, Any], source: Path) -> HeadsConfig:
         if exported.get("architectures") != [ARCHITECTURE]:
             raise ValueError(f"{source} is of another draft method: expected architectures [{ARCHITECTURE!r}]")
-        values = {name: exported[name] for name in HeadsConfig.__dataclass_fields__}
+        names = {own.name for own in fields(HeadsConfig)}
+        missing = sorted(names - exported.keys())
+        if missing:
+            raise ValueError(f"{source} lacks {missing}; add them")
+        values = {name: exported[name] for name in names}
         return HeadsConfig(**values | {"aux_layers": tuple(values["aux_layers"])})
 
     def allowed_rows(self, batch: PackedBatch) -> Tensor:
@@ -218,7 +238,8 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
 
     def new_draft(self, config: HeadsConfig, kernels: Kernels, target: TargetTables, vocab_map: VocabMap) -> HeadsDraft:
         draft = HeadsDraft(config, kernels).to(vocab_map.target_ids_U.device)
-        draft.lm_head.weight.data.copy_(target.head_rows(vocab_map.target_ids_U).weight_VD)
+        with torch.no_grad():
+            draft.lm_head.weight.copy_(target.head_rows(vocab_map.target_ids_U).weight_VD)
         return draft
 
     def make_objective(self, target: TargetTables, vocab_map: VocabMap) -> HeadsLoss:
@@ -236,7 +257,8 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
         embed_weight_VD: Tensor | None,
     ) -> None:
         tensors = {name: weight.to("cpu", getattr(torch, config.dtype)).contiguous() for name, weight in weights}
-        check_names(tensors, dict(HeadsDraft(config).state_dict()))
+        with torch.device("meta"):
+            check_names(tensors, dict(HeadsDraft(config).state_dict()))
         check_finite(tensors)
         tables = {"d2t": vocab_map.d2t.cpu(), "t2d": vocab_map.in_draft_V.cpu()}
         write_draft_folder(folder, tensors | tables, asdict(config) | {"architectures": [ARCHITECTURE]})
@@ -249,13 +271,14 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
         device: torch.device | str = "cpu",
         kernels: Kernels = PLAIN,
     ) -> ServedHeads:
-        if embed_weight_VD is None:
-            raise ValueError(f"{folder} shares its target's embedding, so name the target")
-        config = self.read_config(read_draft_config(folder), folder)
+        config = self.read_config(read_draft_config(folder), folder / CONFIG)
+        if embed_weight_VD is None or embed_weight_VD.shape != (config.vocab_size, config.hidden_size):
+            raise ValueError(f"{folder} shares its target's embedding, so name the target that it was trained for")
         tensors = read_draft_weights(folder, device)
-        vocab_map = VocabMap.from_tables(tensors.pop("d2t"), tensors.pop("t2d"))
         model = HeadsDraft(config, kernels)
-        check_names(tensors, dict(model.state_dict()))
+        tables = {"d2t": torch.empty(config.draft_vocab_size), "t2d": torch.empty(config.vocab_size)}
+        check_names(tensors, dict(model.state_dict()) | tables)
+        vocab_map = VocabMap.from_tables(tensors.pop("d2t"), tensors.pop("t2d"))
         model.load_state_dict(tensors)
         dtype = dtype or getattr(torch, config.dtype)
         model = model.to(device, dtype).eval().requires_grad_(False)
@@ -266,14 +289,13 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
         return config.num_heads * 2 * size * size + size + config.draft_vocab_size * size
 
     def count_work(self, batch: PackedBatch, compaction: bool = True) -> HeadsCounts:
-        allowed_ST = self.allowed_rows(batch)
-        counts = HeadsCounts(
+        # Every head runs at every token, so that there is nothing to leave out.
+        return HeadsCounts(
             num_tokens=batch.num_tokens,
-            num_slots=len(self.slots(allowed_ST)),
+            num_slots=len(self.slots(self.allowed_rows(batch))),
             prefix_pairs=int((batch.position_T + 1).sum()),
-            rows_S=tuple(allowed_ST.sum(1).tolist()),
+            rows_S=(batch.num_tokens,) * self.options.num_heads,
         )
-        return counts if compaction else replace(counts, rows_S=(batch.num_tokens,) * len(allowed_ST))
 
     def step_parts(self, config: HeadsConfig, counts: HeadsCounts) -> dict[str, StepPart]:
         size = config.hidden_size
@@ -286,10 +308,12 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
         }
 
     def activation_bytes(self, config: HeadsConfig, counts: HeadsCounts, itemsize: int, fused: bool) -> ActivationBytes:
-        num_rows = config.num_heads * counts.num_tokens
+        num_rows = sum(counts.rows_S)
         inputs = 2 * config.hidden_size * counts.num_tokens
-        kept = (inputs + num_rows * (2 * config.hidden_size + config.draft_vocab_size)) * itemsize
-        return ActivationBytes(kept, on_top=counts.num_tokens * config.draft_vocab_size * 4)
+        states = num_rows * (3 * config.hidden_size + config.draft_vocab_size)
+        log_q = num_rows * config.draft_vocab_size * torch.float32.itemsize
+        p = counts.num_slots * config.draft_vocab_size * torch.float32.itemsize
+        return ActivationBytes((inputs + states) * itemsize + log_q + p, on_top=log_q // config.num_heads)
 
 
 register_method("independent_heads", IndependentHeads)

@@ -12,9 +12,9 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from engine.batch import MicroBatch
+from engine.batch import MicroBatch, how_many_fit
 from engine.models.draft_method import ServedDraft
-from engine.models.drafter import TargetReply, how_many_fit
+from engine.models.drafter import TargetReply
 from engine.models.eagle3.draft import Eagle3Draft, LayerKeys
 from engine.models.eagle3.unroll import unroll
 from engine.models.vocab_map import VocabMap

@@ -96,6 +96,8 @@ class Eagle3Config:
     trained_with: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
+        if self.aux_layers is not None and len(self.aux_layers) != NUM_AUX:
+            raise ValueError(f"an EAGLE-3 draft reads {NUM_AUX} auxiliary layers, not {list(self.aux_layers)}")
         if self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"draft.vocab_size={self.draft_vocab_size} exceeds the target's vocabulary; use at most {self.vocab_size}"

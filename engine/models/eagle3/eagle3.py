@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from engine.batch import PackedBatch
+from engine.config.sections import Config
 from engine.kernels import PLAIN, Kernels
 from engine.models.costs import StepPart
 from engine.models.draft_method import ActivationBytes, DraftMethod, TargetTables
@@ -32,6 +33,11 @@ class Eagle3(DraftMethod[Eagle3Config, Eagle3Draft]):
     """An autoregressive draft of one or more decoder layers, trained on its own outputs."""
 
     title = "EAGLE-3"
+    unread = ("draft.options",)
+
+    def __init__(self, recipe: Config) -> None:
+        super().__init__(recipe)
+        self.recompute = recipe.ttt.recompute
 
     def choose_aux_layers(self, target_config: PreTrainedConfig, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
         return choose_aux_layers(target_config, wanted)
@@ -54,9 +60,13 @@ class Eagle3(DraftMethod[Eagle3Config, Eagle3Draft]):
     def new_draft(self, config: Eagle3Config, kernels: Kernels, target: TargetTables, vocab_map: VocabMap) -> Eagle3Draft:
         section = self.recipe.draft
         draft = Eagle3Draft(config, kernels).to(vocab_map.target_ids_U.device)
-        head_UD = target.head_rows(vocab_map.target_ids_U).weight_VD if section.init_head == "target" else None
-        start_from_target(draft, target.embedding.whole() if draft.embed_projection is not None else None, head_UD)
-        if draft.embed_projection is not None:
+        head_UD = None
+        if section.init_head == "target":
+            head_UD = target.head_rows(vocab_map.target_ids_U).weight_VD
+        if draft.embed_projection is None:
+            start_from_target(draft, None, head_UD)
+        else:
+            start_from_target(draft, target.embedding.whole(), head_UD)
             draft.embed_projection.requires_grad_(section.train_embedding_projection)
         return draft
 
@@ -76,6 +86,9 @@ class Eagle3(DraftMethod[Eagle3Config, Eagle3Draft]):
         embed_weight_VD: Tensor | None,
     ) -> None:
         export_draft(folder, weights, config, vocab_map, embed_weight_VD)
+
+    def ships_embedding(self, config: Eagle3Config) -> bool:
+        return config.hidden_size != config.target_hidden_size
 
     def load(
         self,

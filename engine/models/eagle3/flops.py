@@ -1,8 +1,7 @@
 """Lower bounds of a training step of an EAGLE-3 draft, in FLOPs and memory traffic.
 
-A part reads each input and weight once per pass and writes each output and gradient once, over all
-TTT steps together. Logits, the MLP's inner states and attention scores need
-not exist in memory at all. The following work is not counted, since a step can avoid it:
+Parts are counted over all TTT steps together. Logits, the MLP's inner states and attention scores
+need not exist in memory at all. The following work is not counted, since a step can avoid it:
 
 - `fc` and the token embedding's half of q, k and v multiply frozen inputs, so they have no input
   gradient. A norm before them does not need it for its own weight `w` either: with `W` the weight
