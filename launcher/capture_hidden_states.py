@@ -16,6 +16,7 @@ from engine.config.recipe import load_config
 from engine.config.sections import Config, ConfigError
 from launcher.command import (
     check_inputs,
+    end_process,
     join_environment,
     make_parser,
     run_plugins,
@@ -78,3 +79,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process()

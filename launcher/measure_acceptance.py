@@ -40,7 +40,7 @@ from engine.models.target_families import check_aux_layers, num_layers, text_con
 from engine.parallel.mesh import World
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
-from launcher.command import join_environment, method_of_run, run_plugins, stop, user_cache
+from launcher.command import end_process, join_environment, method_of_run, run_plugins, stop, user_cache
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -220,3 +220,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process()

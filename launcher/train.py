@@ -20,6 +20,7 @@ from engine.config.sections import Config, ConfigError
 from launcher.command import (
     check_inputs,
     check_output,
+    end_process,
     join_environment,
     make_parser,
     run_plugins,
@@ -101,3 +102,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process()
