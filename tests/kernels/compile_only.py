@@ -10,8 +10,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from engine.kernels.attention_tiles import Tile
 
 SHARED_BYTES = {86: 99 << 10, 90: 227 << 10}  # that a program may use: CUDA C++ programming guide, compute capabilities
 
@@ -44,10 +48,14 @@ class AbsentGpu:
 
 
 def attend(attention: Callable, head_dims: dict[torch.dtype, tuple[int, ...]]) -> None:
+    """All head dims; on the newest architecture other numbers of ancestors and heads too, on which memory does not depend."""
+    from triton.runtime import driver
+
     from tests.kernels.attention_cases import make_case, with_gradients
 
     cases = [(dtype, head_dim, (8, 2), (6, False)) for dtype, sizes in head_dims.items() for head_dim in sizes]
-    cases += [(torch.bfloat16, 128, (8, 2), (0, False)), (torch.float16, 128, (6, 2), (3, True))]
+    if driver.active.get_current_target().arch >= 90:
+        cases += [(torch.bfloat16, 128, (8, 2), (0, False)), (torch.float16, 128, (6, 2), (3, True))]
     for dtype, head_dim, heads, ancestors in cases:
         with_gradients(attention, make_case((64, 33), heads, torch.arange(97), ancestors, head_dim), dtype)
 
@@ -59,7 +67,7 @@ def ancestor_attention() -> None:
 
 
 def attention_tiles() -> None:
-    """Every tile that would be tried on this GPU and is no default; those are compiled above."""
+    """The largest tile of each kernel that would be tried on this GPU and is no default; those are compiled above."""
     from triton.runtime import driver
 
     from engine.kernels.ancestor_attention import ancestor_attention
@@ -67,13 +75,17 @@ def attention_tiles() -> None:
     from tests.kernels.attention_cases import make_case, with_gradients
 
     capability = divmod(driver.active.get_current_target().arch, 10)
-    for head_dim in (64, 128, 256):
+    for head_dim in (64, 128):  # 256 has the default alone
         keys = [TileKey(kernel, head_dim, 2) for kernel in KERNELS]
         tiles = {key: candidates(key, capability)[1:] for key in keys}
-        for index in range(max(map(len, tiles.values()))):
-            use_tiles({key: own[min(index, len(own) - 1)] for key, own in tiles.items() if own})
-            case = make_case((64, 33), (8, 2), torch.arange(97), (1, False), head_dim)
-            with_gradients(ancestor_attention, case, torch.bfloat16)
+        use_tiles({key: max(own, key=_staged_numbers) for key, own in tiles.items() if own})
+        case = make_case((64, 33), (8, 2), torch.arange(97), (1, False), head_dim)
+        with_gradients(ancestor_attention, case, torch.bfloat16)
+
+
+def _staged_numbers(tile: "Tile") -> int:
+    """What grows with the shared memory of a tile: its own rows, and the keys of every stage."""
+    return tile.members + tile.keys * tile.num_stages
 
 
 def prefix_flash() -> None:
