@@ -28,6 +28,7 @@ setup(
         "transformers>=5.20,<6",
         "deepspeed>=0.19",
         "pydantic>=2.7",
+        "annotated-types>=0.6",
         "safetensors>=0.5",
         "tokenizers>=0.22",
         "numpy>=2",

@@ -5,12 +5,14 @@ DeepSpeed silently accepts most misspelt keys and publishes no list of valid one
 
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Le
+
 from engine.config.strict import dotted_keys
 
-COUNT = Annotated[int, 1, None]
-SIZE = Annotated[int, 0, None]
-AMOUNT = Annotated[float, 0, None]
-SHARE = Annotated[float, 0, 1]
+COUNT = Annotated[int, Ge(1)]
+SIZE = Annotated[int, Ge(0)]
+AMOUNT = Annotated[float, Ge(0)]
+SHARE = Annotated[float, Ge(0), Le(1)]
 LR = float | tuple[float, ...]
 DTYPE = Literal["fp32", "fp16", "bf16"]
 WARMUP_TYPE = Literal["log", "linear"]

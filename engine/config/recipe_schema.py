@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -41,20 +41,12 @@ def _field(field: dataclasses.Field) -> tuple[Any, Any]:
     unit = field.metadata["unit"]
     text = field.metadata["text"]
     description = f"{text} [{unit}]" if unit else text
-    return _with_bounds(option_type(field)), Field(default=field.default, description=description)
+    return _as_written(option_type(field)), Field(default=field.default, description=description)
 
 
-def _with_bounds(kind: Any) -> Any:
-    """Convert the bounds of `engine.config.strict.bounded` to pydantic's form."""
-    origin = get_origin(kind)
-    if origin is Annotated:
-        number, at_least, at_most = get_args(kind)
-        return Annotated[number, Field(ge=at_least, le=at_most)]
-    if kind == tuple[str, ...]:
-        return str | kind  # a recipe may name a single file without brackets
-    if origin is not None and type(None) in get_args(kind):
-        return Union[tuple(_with_bounds(member) for member in get_args(kind))]  # noqa: UP007 (built at run time)
-    return kind
+def _as_written(kind: Any) -> Any:
+    """Return the type of a value in a recipe, where a single name may stand for a list of one."""
+    return str | kind if kind == tuple[str, ...] else kind
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from annotated_types import Ge, Le
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from engine.config.secret_values import HIDDEN, hidden_in_text, is_secret_name, without_secrets
 
@@ -58,9 +61,8 @@ def type_name(kind: Any) -> str:
     origin = get_origin(kind)
     args = get_args(kind)
     if origin is Annotated:
-        inner, at_least, at_most = args
-        limits = [f"{sign} {limit:g}" for sign, limit in ((">=", at_least), ("<=", at_most)) if limit is not None]
-        return f"{type_name(inner)} {' and '.join(limits)}"
+        limits = [f">= {limit.ge:g}" if isinstance(limit, Ge) else f"<= {limit.le:g}" for limit in args[1:]]
+        return f"{type_name(args[0])} {' and '.join(limits)}"
     if origin is Literal:
         return " | ".join(str(choice) for choice in args)
     if origin in (Union, types.UnionType):
@@ -81,17 +83,27 @@ def option(default: Any, text: str, *, unit: str = "", at_least: float | None = 
 
 
 def bounded(kind: Any, at_least: float | None, at_most: float | None) -> Any:
-    """Return the type with each number as Annotated[number, at_least, at_most], also in unions."""
-    if at_least is None and at_most is None:
+    """Return the type with inclusive bounds on each number, also in unions."""
+    limits: list[Ge | Le] = []
+    if at_least is not None:
+        limits.append(Ge(at_least))
+    if at_most is not None:
+        limits.append(Le(at_most))
+    if not limits:
         return kind
     if get_origin(kind) in (Union, types.UnionType):
         return Union[tuple(bounded(arg, at_least, at_most) for arg in get_args(kind))]  # noqa: UP007 (built at run time)
-    return Annotated[kind, at_least, at_most] if kind in (int, float) else kind
+    return Annotated[(kind, *limits)] if kind in (int, float) else kind
 
 
 def option_type(of: dataclasses.Field) -> Any:
     """Return the type of an `option` field with its bounds."""
     return bounded(of.type, of.metadata["at_least"], of.metadata["at_most"])
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter:
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def read_as(value: Any, kind: Any) -> Any:
@@ -100,35 +112,16 @@ def read_as(value: Any, kind: Any) -> Any:
     Raises ConfigError if the value does not fit. A bool is not a number, and numbers must be
     finite.
     """
-    origin = get_origin(kind)
-    args = get_args(kind)
-    if origin in (Union, types.UnionType):
-        return _read_as_any(value, kind)
-    if origin is Annotated:
-        number, (at_least, at_most) = read_as(value, args[0]), args[1:]
-        if (at_least is None or number >= at_least) and (at_most is None or number <= at_most):
-            return number
-    elif origin is Literal:
-        if any(type(value) is type(choice) and value == choice for choice in args):
-            return value
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(read_as(item, args[0]) for item in value)
-    elif kind is float:
-        if type(value) in (int, float) and math.isfinite(value):
-            return float(value)
-    elif kind is Any or type(value) is (origin or kind):
-        return value
-    raise ConfigError(f"expected {type_name(kind)}", value=value)
-
-
-def _read_as_any(value: Any, kind: Any) -> Any:
-    for member in get_args(kind):
-        try:
-            return read_as(value, member)
-        except ConfigError:
-            continue
-    raise ConfigError(f"expected {type_name(kind)}", value=value)
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    takes_tuple = any(get_origin(member) is tuple for member in members)
+    given = tuple(value) if takes_tuple and isinstance(value, list) else value
+    try:
+        read = _adapter(kind).validate_python(given)
+    except ValidationError:
+        raise ConfigError(f"expected {type_name(kind)}", value=value) from None
+    if isinstance(given, bool) and not isinstance(read, bool):  # True equals the choice 1
+        raise ConfigError(f"expected {type_name(kind)}", value=value)
+    return read
 
 
 def checked(value: Any, kind: Any, *, key: str, source: str | Path) -> Any:

@@ -71,33 +71,68 @@ def _best_fit(lengths: Sequence[int], max_tokens: int) -> tuple[np.ndarray, int]
 
 
 def _even_out(lengths: np.ndarray, assistant_tokens: np.ndarray, owner: np.ndarray, num_packs: int, max_tokens: int) -> None:
-    """Swap documents of similar length between packs, in place, to even out assistant tokens.
+    """Swap documents of similar length between packs to even out assistant tokens; changes `owner`."""
+    swaps = _Swaps(lengths, assistant_tokens, owner, num_packs, max_tokens)
+    for _ in range(PASSES):
+        for reach in range(1, NEIGHBOURS + 1):
+            for first in (0, reach):
+                swaps.try_pairs(_longer_of_pairs(len(lengths), reach, first), reach)
 
-    Two documents are swapped if that lowers the squared deviation of their packs' assistant tokens
-    from the mean and the longer one fits.
+
+def _longer_of_pairs(num_documents: int, reach: int, first: int) -> np.ndarray:
+    """Return the longer document `a` of pairs `(a, a + reach)` that share no document.
+
+    Documents are in descending order of length. first: 0 or `reach`, for either half of the pairs.
     """
-    free_P = max_tokens - np.bincount(owner, weights=lengths, minlength=num_packs)
-    excess_P = np.bincount(owner, weights=assistant_tokens, minlength=num_packs)
-    excess_P -= excess_P.mean()
-    for reach in [distance for _ in range(PASSES) for distance in range(1, NEIGHBOURS + 1)]:
-        longer = np.arange(len(lengths) - reach)
-        for first in (0, reach):  # the pairs of each half share no document
-            a = longer[((longer - first) // reach) % 2 == 0]
-            a = a[a >= first]
-            b = a + reach
-            from_a = owner[a]
-            from_b = owner[a + reach]
-            more_tokens = lengths[a] - lengths[b]
-            more_assistant_tokens = assistant_tokens[a] - assistant_tokens[b]
-            before = excess_P[from_a] ** 2 + excess_P[from_b] ** 2
-            gain = before - (excess_P[from_a] - more_assistant_tokens) ** 2 - (excess_P[from_b] + more_assistant_tokens) ** 2
-            chosen = np.flatnonzero((from_a != from_b) & (free_P[from_b] >= more_tokens) & (gain > 0))
-            chosen = _each_pack_once(chosen[np.argsort(-gain[chosen], kind="stable")], from_a, from_b, num_packs)
-            p = from_a[chosen]
-            q = from_b[chosen]
-            owner[a[chosen]], owner[b[chosen]] = q, p
-            free_P[p], free_P[q] = free_P[p] + more_tokens[chosen], free_P[q] - more_tokens[chosen]
-            excess_P[p], excess_P[q] = excess_P[p] - more_assistant_tokens[chosen], excess_P[q] + more_assistant_tokens[chosen]
+    longer = np.arange(num_documents - reach)
+    is_in_half = ((longer - first) // reach) % 2 == 0
+    return longer[is_in_half & (longer >= first)]
+
+
+class _Swaps:
+    """Swaps of documents between packs.
+
+    owner: pack of each document; changed in place.
+    free_P: free tokens of each pack. excess_P: its assistant tokens above the mean of all packs.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, assistant_tokens: np.ndarray, owner: np.ndarray, num_packs: int, max_tokens: int
+    ) -> None:
+        self._lengths = lengths
+        self._assistant_tokens = assistant_tokens
+        self.owner = owner
+        self.free_P = max_tokens - np.bincount(owner, weights=lengths, minlength=num_packs)
+        self.excess_P = np.bincount(owner, weights=assistant_tokens, minlength=num_packs)
+        self.excess_P -= self.excess_P.mean()
+
+    def try_pairs(self, a: np.ndarray, reach: int) -> None:
+        """Swap the documents of pairs `(a, a + reach)` where it helps, the best first.
+
+        A swap helps if it lowers the squared deviation of both packs' assistant tokens from the
+        mean, and if the longer document fits. Each pack takes part in one swap at most.
+        """
+        b = a + reach
+        pack_a = self.owner[a]
+        pack_b = self.owner[b]
+        more_tokens = self._lengths[a] - self._lengths[b]
+        more_assistant_tokens = self._assistant_tokens[a] - self._assistant_tokens[b]
+        excess_a = self.excess_P[pack_a]
+        excess_b = self.excess_P[pack_b]
+        before = excess_a**2 + excess_b**2
+        gain = before - (excess_a - more_assistant_tokens) ** 2 - (excess_b + more_assistant_tokens) ** 2
+        fits = self.free_P[pack_b] >= more_tokens
+        useful = np.flatnonzero((pack_a != pack_b) & fits & (gain > 0))
+        best_first = useful[np.argsort(-gain[useful], kind="stable")]
+        chosen = _each_pack_once(best_first, pack_a, pack_b, len(self.free_P))
+        p = pack_a[chosen]
+        q = pack_b[chosen]
+        self.owner[a[chosen]] = q
+        self.owner[b[chosen]] = p
+        self.free_P[p] += more_tokens[chosen]
+        self.free_P[q] -= more_tokens[chosen]
+        self.excess_P[p] -= more_assistant_tokens[chosen]
+        self.excess_P[q] += more_assistant_tokens[chosen]
 
 
 def _each_pack_once(trades: np.ndarray, from_a: np.ndarray, from_b: np.ndarray, num_packs: int) -> np.ndarray:

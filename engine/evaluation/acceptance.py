@@ -87,10 +87,15 @@ class AcceptanceCounts:
     @classmethod
     def of(cls, generation: Generation, plain: Generation | None, draft_tokens: int) -> "AcceptanceCounts":
         """Return the counts of one prompt. plain: its plain greedy decoding, if available."""
-        judged = list(zip(generation.proposed_per_forward, generation.accepted_per_forward, strict=True))
+        reached = [0] * draft_tokens
+        accepted = [0] * draft_tokens
+        for num_proposed, num_accepted in zip(generation.proposed_per_forward, generation.accepted_per_forward, strict=True):
+            for depth in range(num_proposed):
+                reached[depth] += num_accepted >= depth
+                accepted[depth] += num_accepted > depth
         return cls(
-            tuple(sum(accepted >= depth < proposed for proposed, accepted in judged) for depth in range(draft_tokens)),
-            tuple(sum(accepted > depth for _, accepted in judged) for depth in range(draft_tokens)),
+            tuple(reached),
+            tuple(accepted),
             num_prompts=1,
             num_tokens=len(generation.token_ids) - 1,
             num_forwards=generation.num_target_forwards,

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.kernels.attention_members import add_key, members_of
 from engine.kernels.attention_tiles import padded_head_dim, tile_of
 from engine.kernels.interface import AttentionRows
 from engine.kernels.row_index import add_rows
@@ -46,19 +47,6 @@ class _View(NamedTuple):
     pointer: Tensor
     row_stride: int
     head_stride: int
-
-
-@triton.jit
-def _members(first, end, R: tl.constexpr, R_PAD: tl.constexpr, M: tl.constexpr):
-    """Return the row and query head of each member of a block, and whether the member exists.
-
-    first: first row of the block. end: index after the last row that exists.
-    """
-    member_M = tl.arange(0, M)
-    row_M = first + member_M // R_PAD
-    head_M = member_M % R_PAD
-    exists_M = (row_M < end) & (head_M < R)
-    return tl.minimum(row_M, end - 1), tl.program_id(1) * R + tl.minimum(head_M, R - 1), exists_M
 
 
 @triton.jit
@@ -114,7 +102,7 @@ def _forward(
     B: tl.constexpr = M // R_PAD
     # Later rows see more keys, so their programs start first.
     first, group = (tl.num_programs(0) - 1 - tl.program_id(0)) * B, tl.program_id(1)
-    row_M, head_M, exists_M = _members(first, num_rows, R, R_PAD, M)
+    row_M, head_M, exists_M = members_of(first, num_rows, R, R_PAD, M)
     scale2 = scale * LOG2_E
     query_ME = _load(query, row_M, head_M, E, E_PAD)
     most_M = tl.full((M,), NO_SCORE, tl.float32)
@@ -126,12 +114,7 @@ def _forward(
         score_M = tl.sum(query_ME.to(tl.float32) * key_ME, 1) * scale2
         score_M = tl.where(ancestor_M >= 0, score_M, float("-inf")) if IS_TREE else score_M
         value_ME = _load(extra_values[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
-        new_M = tl.maximum(most_M, score_M)
-        weight_M = tl.exp2(score_M - new_M)
-        shrink_M = tl.exp2(most_M - new_M)
-        most_M = new_M
-        total_M = total_M * shrink_M + weight_M
-        sum_ME = sum_ME * shrink_M[:, None] + weight_M[:, None] * value_ME
+        most_M, total_M, sum_ME = add_key(most_M, total_M, sum_ME, score_M, value_ME)
 
     begin, masked, end = _keys_of_rows(position, start, first, num_rows, B, K)
     position_M = tl.load(position + row_M).to(tl.int32)
@@ -190,7 +173,7 @@ def _backward_rows(
     B: tl.constexpr = M // R_PAD
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * B
     group = tl.program_id(1)
-    row_M, head_M, exists_M = _members(first, num_rows, R, R_PAD, M)
+    row_M, head_M, exists_M = members_of(first, num_rows, R, R_PAD, M)
     row_B = tl.minimum(first + tl.arange(0, B), num_rows - 1)
     scale2 = scale * LOG2_E
     query_ME = _load(query, row_M, head_M, E, E_PAD)
@@ -258,7 +241,7 @@ def _backward_keys(
     for IS_MASKED in tl.static_range(2):
         stop = whole if IS_MASKED else end
         for row in range(begin if IS_MASKED else whole, stop, B):
-            row_M, head_M, _ = _members(row, stop, R, R_PAD, M)
+            row_M, head_M, _ = members_of(row, stop, R, R_PAD, M)
             member_M, exists_M = _beside(row, stop, num_rows, R_PAD, M)
             query_ME = _load(query, row_M, head_M, E, E_PAD)
             grad_ME = _load(grad, row_M, head_M, E, E_PAD)

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.kernels import flash
+from engine.kernels.attention_members import add_key, members_of
 from engine.kernels.flash import HEAD_DIM_GRANULE, MAX_HEAD_DIM, FlashAttention, FlashInputs
 from engine.kernels.interface import AttentionRows
 from engine.kernels.row_index import add_rows
@@ -51,17 +52,6 @@ NUMBERS_PER_WARP = 256
 MAX_WARPS = 16
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _members(num_rows, R: tl.constexpr, R_PAD: tl.constexpr, M: tl.constexpr):
-    """Return the row and query head of each member of this program, and whether it exists."""
-    member_M = tl.arange(0, M)
-    row_M = tl.program_id(0) * (M // R_PAD) + member_M // R_PAD
-    head_M = member_M % R_PAD
-    exists_M = (row_M < num_rows) & (head_M < R)
-    head_M = tl.program_id(1) * R + tl.minimum(head_M, R - 1)
-    return tl.minimum(row_M, num_rows - 1).to(tl.int64), head_M.to(tl.int64), exists_M
 
 
 @triton.jit
@@ -96,7 +86,9 @@ def _merge_kernel(
     A: tl.constexpr, IS_TREE: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr,
     M: tl.constexpr,
 ):  # fmt: skip
-    row_M, head_M, exists_M = _members(num_rows, R, R_PAD, M)
+    row_M, head_M, exists_M = members_of(tl.program_id(0) * (M // R_PAD), num_rows, R, R_PAD, M)
+    row_M = row_M.to(tl.int64)
+    head_M = head_M.to(tl.int64)
     index_M = row_M * (tl.num_programs(1) * R) + head_M
     lse_index_M = head_M * num_rows + row_M
     query_ME = _load(query, index_M, E, E_PAD)
@@ -106,12 +98,7 @@ def _merge_kernel(
     for a in tl.static_range(A):
         ancestor_M = tl.load(ancestors[a] + row_M)
         _, value_ME, score_M = _ancestor(query_ME, keys[a], values[a], ancestor_M, scale * LOG2_E, IS_TREE, E, E_PAD)
-        new_M = tl.maximum(most_M, score_M)
-        weight_M = tl.exp2(score_M - new_M)
-        shrink_M = tl.exp2(most_M - new_M)
-        most_M = new_M
-        total_M = total_M * shrink_M + weight_M
-        sum_ME = sum_ME * shrink_M[:, None] + weight_M[:, None] * value_ME
+        most_M, total_M, sum_ME = add_key(most_M, total_M, sum_ME, score_M, value_ME)
     _store(output, index_M, sum_ME / total_M[:, None], exists_M, E, E_PAD)
     tl.store(lse + lse_index_M, (most_M + tl.log2(total_M)) / LOG2_E, mask=exists_M)
 
@@ -134,7 +121,9 @@ def _merge_backward_kernel(
     key_grads, value_grads: indexed by ancestor, [any, G, E], or in a tree by row, [Q, G, E].
     """
     B: tl.constexpr = M // R_PAD
-    row_M, head_M, exists_M = _members(num_rows, R, R_PAD, M)
+    row_M, head_M, exists_M = members_of(tl.program_id(0) * (M // R_PAD), num_rows, R, R_PAD, M)
+    row_M = row_M.to(tl.int64)
+    head_M = head_M.to(tl.int64)
     row_B = tl.program_id(0) * B + tl.arange(0, B)
     exists_B = row_B < num_rows
     row_B = tl.minimum(row_B, num_rows - 1).to(tl.int64)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.parallel.collectives import Finish, start_gathering, start_summing
 from engine.parallel.mesh import Group
-from engine.parallel.tokens import ByDocument, DocumentChunk, bounds, current_tokens, tokens_of_forward
+from engine.parallel.tokens import ByDocument, DocumentChunk, Tokens, bounds, current_tokens, tokens_of_forward
 from engine.parallel.vocab_shard import VocabShard
 
 Change = Callable[[Tensor, int], Any]
@@ -30,38 +30,58 @@ def share(module: nn.Module, group: Group, rows: bool = False, parts: int = 1) -
     computed, the inputs of the next one are gathered and the results of the previous one are
     summed.
     """
-    inner = module.forward
+    module.forward = _SharedModule(module.forward, group, rows, parts if group.size > 1 else 1).forward
 
-    def forward(*args, **kwargs):
+
+@dataclass(frozen=True)
+class _SharedModule:
+    """A sharded module with the collectives around it. Fields as the arguments of `share`."""
+
+    inner: Callable[..., Any]
+    group: Group
+    rows: bool
+    parts: int
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         tokens = current_tokens()
-        leaving = []
+        chunks = tokens.parts(self.parts)
         outputs = []
-        pieces = tokens.parts(parts if group.size > 1 else 1)
-
-        def start(part: DocumentChunk) -> Any:
-            def gathering(x: Tensor, dim: int) -> _Coming:
-                return _Coming(start_gathering(_cut(x, dim, part.own), dim, part.tokens.counts_R, group))
-
-            coming = _changed((args, kwargs), tokens.num_own, gathering, rows=rows)
-            if len(pieces) == 1:
-                return coming
-            return _changed(coming, tokens.num_all, partial(_cut, rows=part.rows), part.documents)
-
-        coming = start(pieces[0])
-        for part, following in zip(pieces, (*pieces[1:], None), strict=True):
+        sums = []
+        narrows = len(chunks) > 1
+        coming = self._start_gathering((args, kwargs), tokens, chunks[0], narrows)
+        for index, chunk in enumerate(chunks):
             own_args, own_kwargs = _each(coming, _arrived)
-            coming = following and start(following)
-            with tokens_of_forward(part.tokens):
-                outputs.append(inner(*own_args, **own_kwargs))
-            leaving.append(start_summing(_first_of(outputs[-1]), -2, part.tokens.counts_R, group))
-        own = [finish() for finish in leaving]
-        first = torch.cat(own, -2) if len(own) > 1 else own[0]
+            if index + 1 < len(chunks):
+                coming = self._start_gathering((args, kwargs), tokens, chunks[index + 1], narrows)
+            with tokens_of_forward(chunk.tokens):
+                output = self.inner(*own_args, **own_kwargs)
+            outputs.append(output)
+            sums.append(start_summing(_first_of(output), -2, chunk.tokens.counts_R, self.group))
+        first = _concatenated([finish() for finish in sums])
         if isinstance(outputs[0], Tensor):
             return first
-        behind = zip(*(output[1:] for output in outputs), strict=True)
-        return first, *(_in_order(items, pieces) for items in behind)
+        others = zip(*(output[1:] for output in outputs), strict=True)
+        return first, *(_in_order(items, chunks) for items in others)
 
-    module.forward = forward
+    def _start_gathering(self, arguments: Any, tokens: Tokens, chunk: DocumentChunk, narrows: bool) -> Any:
+        """Start to gather a chunk of the nested arguments from all ranks.
+
+        narrows: whether to narrow tensors that every rank has whole, such as positions, to the chunk.
+        """
+
+        def gather(x: Tensor, dim: int) -> _Coming:
+            own = _cut(x, dim, chunk.own)
+            return _Coming(start_gathering(own, dim, chunk.tokens.counts_R, self.group))
+
+        coming = _changed(arguments, tokens.num_own, gather, rows=self.rows)
+        if not narrows:
+            return coming
+        return _changed(coming, tokens.num_all, partial(_cut, rows=chunk.rows), chunk.documents)
+
+
+def _concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the tokens, without a copy if there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -2)
 
 
 def share_rows(embedding: nn.Embedding, group: Group) -> None:

@@ -163,28 +163,48 @@ def _own_features(name: str, features: str, total: int, width: int, heads: Atten
     width: features of a value head. The width of a key head follows from `total`.
     Raises Unshardable if `total` does not match the segments.
     """
-    grouped = features.startswith("(")
     kinds = features.strip("()")
-    units = {"v": width, "1": 1}
-    num_keyed = kinds.count("k") * heads.num_keys
-    rest = total - heads.num_queries * sum(units.get(kind, 0) for kind in kinds)
-    units["k"] = rest // num_keyed if num_keyed else 0
-    if rest != num_keyed * units["k"] or rest < 0:
-        raise Unshardable(f"{name} has {total} features, not those that {heads.num_queries} heads of {width} have")
-    num_groups = heads.num_keys if grouped else 1
+    units = _features_per_head(name, kinds, total, width, heads)
+    num_groups = heads.num_keys if features.startswith("(") else 1
     found: list[tuple[int, int]] = []
     offset = 0
     for group in range(num_groups):
         for kind in kinds:
-            all_heads, ((first, end),) = (heads.num_keys, heads.keys) if kind == "k" else (heads.num_queries, heads.queries)
-            count = all_heads // num_groups
-            start, stop = (min(max(head - group * count, 0), count) * units[kind] + offset for head in (first, end))
-            if found and found[-1][1] == start:  # adjacent intervals are read as one slice
-                start = found.pop()[0]
+            num_heads = heads.num_keys if kind == "k" else heads.num_queries
+            ((first, end),) = heads.keys if kind == "k" else heads.queries
+            count = num_heads // num_groups  # heads of a segment
+            start = offset + _clipped(first - group * count, count) * units[kind]
+            stop = offset + _clipped(end - group * count, count) * units[kind]
             if start < stop:
                 found.append((start, stop))
             offset += count * units[kind]
-    return tuple(found)
+    return _merged(found)
+
+
+def _features_per_head(name: str, kinds: str, total: int, width: int, heads: AttentionHeads) -> dict[str, int]:
+    """Return the features per head of each kind of segment. Raises Unshardable as `_own_features` does."""
+    units = {"v": width, "1": 1}
+    num_keyed = kinds.count("k") * heads.num_keys
+    of_values = heads.num_queries * sum(units.get(kind, 0) for kind in kinds)
+    rest = total - of_values
+    units["k"] = rest // num_keyed if num_keyed else 0
+    if rest != num_keyed * units["k"] or rest < 0:
+        raise Unshardable(f"{name} has {total} features, not those that {heads.num_queries} heads of {width} have")
+    return units
+
+
+def _clipped(head: int, count: int) -> int:
+    return min(max(head, 0), count)
+
+
+def _merged(intervals: list[tuple[int, int]]) -> Intervals:
+    """Join adjacent intervals, which are then read as one slice."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in intervals:
+        if merged and merged[-1][1] == start:
+            start = merged.pop()[0]
+        merged.append((start, stop))
+    return tuple(merged)
 
 
 def _tensors(mixer: nn.Module) -> Iterator[tuple[str, Tensor]]:
