@@ -207,10 +207,14 @@ def with_store(config: Config) -> Config:
         raise ValueError(f"{problem}: {error.problem}") from error
 
 
-def check_inputs(config: Config) -> None:
-    """Raise ConfigError if a file or folder that the configuration reads does not exist."""
-    named = {"data.train": config.data.train, "data.held_out": config.data.held_out, "draft.config": (config.draft.config,)}
-    named["target.plugins"] = config.target.plugins
+def check_inputs(config: Config, reads_prompts: bool = False) -> None:
+    """Raise ConfigError if a file or folder that the configuration reads does not exist.
+
+    reads_prompts: whether the command reads held-out prompts.
+    """
+    named = {"data.train": config.data.train, "draft.config": (config.draft.config,), "target.plugins": config.target.plugins}
+    if reads_prompts and config.evaluation.num_prompts:
+        named["data.held_out"] = config.data.held_out
     for key, paths in named.items():
         for path in paths:
             if path not in (EMBEDDED, None) and not Path(path).is_file():

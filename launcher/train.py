@@ -48,7 +48,7 @@ def check_files(config: Config) -> None:
     """Raise ConfigError if a file in the configuration is missing or `output_dir` is unusable."""
     store = config.target.store
     if store is None:
-        check_inputs(config)
+        check_inputs(config, reads_prompts=True)
     elif not Path(store).is_dir():
         problem = "no such folder; write one with launcher/capture_hidden_states.py"
         raise ConfigError(problem, key="target.store", value=store)

@@ -25,6 +25,9 @@ class ReverseKLLoss(ScoredLoss):
     score = staticmethod(reverse_kl)
 
 
+register_loss("reverse_kl", ReverseKLLoss)
+
+
 class NoisyTarget:
     """A target whose auxiliary hidden states carry uniform noise."""
 
@@ -53,5 +56,4 @@ class NoisySource(OnlineSource):
         return NoisyTarget(super().load_target(aux_layers), noise=0.05)
 
 
-register_loss("reverse_kl", ReverseKLLoss)
 register_source("noisy", NoisySource)
