@@ -65,7 +65,8 @@ def main() -> None:
 
     try:
         run_plugins(config.target.plugins)
-        capture = Capture(resolved, world)
+        with wrong_options(arguments, world.rank):
+            capture = Capture(resolved, world)
         if world.is_main:
             write_embedded_corpus(config, corpus)
         world.barrier()

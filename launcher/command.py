@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypedDict
@@ -151,16 +151,19 @@ def with_paths(config: Config, corpus: Path) -> Config:
     return replace(config, target=replace(config.target, path=path, store=store), data=data)
 
 
-def run_plugins(paths: Sequence[str]) -> None:
+def run_plugins(paths: Sequence[str], option: str = "target.plugins") -> None:
     """Run a user's plugins, Python files that may register extensions (docs/extending.md).
 
-    Raises ValueError that names the file if one of them raises an exception.
+    option: the option that names them, for messages.
+    Raises ValueError that names the file if it does not exist or raises an exception.
     """
     for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"{option}: {path}: no such file")
         try:
             runpy.run_path(path)
         except Exception as error:
-            raise ValueError(f"target.plugins: {path}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"{option}: {path}: {type(error).__name__}: {error}") from error
 
 
 def method_of_run(run: Config, plugins: Sequence[str]) -> "DraftMethod":
@@ -175,10 +178,15 @@ def method_of_run(run: Config, plugins: Sequence[str]) -> "DraftMethod":
     try:
         return make_method(run)
     except ConfigError as error:
-        if plugins or not run.target.plugins:
+        error.source = "config.yaml of the run"
+        if error.key != "draft.method" or plugins or not run.target.plugins:
             raise
-        names = " ".join(run.target.plugins)
-        raise ValueError(f"{error}. The run had plugins; name them to run them again: --plugins {names}") from error
+        raise ValueError(f"{error}. {hint_of_plugins(run)}") from error
+
+
+def hint_of_plugins(run: Config) -> str:
+    """Return the advice to name the plugins of an earlier run, which are not run by themselves."""
+    return f"The run had plugins; name them to run them again: --plugins {' '.join(run.target.plugins)}"
 
 
 def user_cache() -> Path:
@@ -254,13 +262,14 @@ def write_embedded_corpus(config: Config, corpus: Path) -> None:
 def end_process() -> NoReturn:
     """End this process with exit code 0, without the destructors of C++ libraries.
 
-    Exit functions run and output is flushed. At the normal end of the interpreter, a thread of a
-    process group that still holds a tensor can abort the process ("terminate called without an
-    active exception"), although its work is done.
+    Exit functions run and output is flushed; work that is pending in thread pools is dropped. At
+    the normal end of the interpreter, a thread of a process group that still holds a tensor can
+    abort the process ("terminate called without an active exception"), although its work is done.
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):  # the reader of the output may have gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)
 
 

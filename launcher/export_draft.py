@@ -1,6 +1,6 @@
 """Export the draft of a checkpoint for SGLang: in one process, without a GPU, for any ZeRO stage.
 
-    python launcher/export_draft.py --run outputs/run [--tag step_100] [--output FOLDER]
+    python launcher/export_draft.py --run outputs/run [--tag step_100] [--output FOLDER] [--plugins FILE ...]
 
 The run's `config.yaml` gives the draft's shapes, its `vocab_map.safetensors` the tokens that it can
 propose.
@@ -104,13 +104,14 @@ def _embedding_candidates(section: TargetSection) -> list[tuple[str, Path]]:
 def export(run: Path, tag: str | None, output: Path | None, plugins: Sequence[str] = ()) -> tuple[str, Path]:
     """Export a checkpoint of `run` and return its tag and the folder written.
 
+    plugins: Python files that register the run's draft method.
     Raises ValueError if a file or the checkpoint is missing.
     """
     folder = output or run / DRAFT
     check_run(run)
     tag = choose_tag(run / CHECKPOINTS, tag)
     check_replaceable(folder)
-    run_plugins(plugins)
+    run_plugins(plugins, "--plugins")
     recipe = load_config(run / RECIPE)
     target = load_target_config(recipe.target)
     method = method_of_run(recipe, plugins)

@@ -3,8 +3,8 @@
     python launcher/measure_acceptance.py --draft outputs/run/draft
 
 Target, prompts and settings are those of the run's `config.yaml` next to the draft's folder, unless
-given here. Under `deepspeed` or `torchrun` the prompts are divided among the ranks, which share the
-target as in the run.
+given here. Plugins are run only if they are given here. Under `deepspeed` or `torchrun` the prompts
+are divided among the ranks, which share the target as in the run.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from engine.models.target_families import check_aux_layers, num_layers, text_con
 from engine.parallel.mesh import World
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
-from launcher.command import end_process, join_environment, method_of_run, run_plugins, stop, user_cache
+from launcher.command import end_process, hint_of_plugins, join_environment, method_of_run, run_plugins, stop, user_cache
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=(),
         metavar="FILE",
-        help="Python files that register its draft method",
+        help="Python files that register its draft method or its target's family",
     )
     parser.add_argument("--json", type=Path, help="file to write the reports to")
     parser.add_argument("--show", action="store_true", help="print rank 0's replies, with accepted draft tokens in green")
@@ -162,6 +162,8 @@ def measure(
     aux_layers = check_target(method, draft_config, run.target)
     tokenizer = load_tokenizer(run.target, run.data)
     source = OnlineSource(run, tokenizer, world, telemetry)
+    if run.target.plugins and not arguments.plugins:
+        telemetry.note(hint_of_plugins(run))
     change = what_changed((draft_config.trained_with or {}).get("target_identity"), source.target_identity)
     if change is not None:
         telemetry.note(f"The draft was trained for another target: {change}.", style="bold")
@@ -199,7 +201,7 @@ def main() -> None:
         run = run_config(arguments, world.size)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        run_plugins(arguments.plugins)
+        run_plugins(arguments.plugins, "--plugins")
         method = method_of_run(run, arguments.plugins)
         draft_config = method.read_config(exported, arguments.draft / CONFIG)
         if not world.is_main:

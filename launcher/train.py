@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.config.ds_config import accumulation_steps, load_ds_config
 from engine.config.recipe import load_config
-from engine.config.sections import Config, ConfigError
+from engine.config.sections import DRAFT_METHODS, Config, ConfigError
 from launcher.command import (
     check_inputs,
     check_output,
@@ -86,7 +86,8 @@ def main() -> None:
     world = replace(world, shares_output=is_shared(Path(config.output_dir).absolute(), world))
     try:
         run_plugins(config.target.plugins)
-        trainer = Trainer(resolved, ds_config, world)
+        with wrong_options(arguments, world.rank):
+            trainer = Trainer(resolved, ds_config, world)
         if world.writes_output:
             write_embedded_corpus(config, corpus)
         world.barrier()
@@ -96,7 +97,7 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:
         stop(error, world.rank)
     if world.is_main:
-        report.show(trainer.telemetry.console)
+        report.show(trainer.telemetry.console, config.target.plugins, config.draft.method in DRAFT_METHODS)
     disconnect()
 
 

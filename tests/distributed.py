@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from engine.parallel.mesh import World
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT_S = 60
 LAUNCH_TIMEOUT_S = 240
+OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE_S = 20  # for the other ranks, once one has failed
 ROOT = Path(__file__).resolve().parents[1]
 # Tests run side by side. With a thread per core in each process, threads of one would spin while those of others compute.
@@ -56,29 +58,43 @@ def _run_rank(rank: int, size: int, port: int, folder: Path, job: Callable[..., 
 
 
 def launch(command: Sequence[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a launcher, such as `["launcher/train.py", ...]`, as a user's command would, and return what it printed.
+    """Run a launcher, such as `["launcher/train.py", ...]`, and return what it printed.
 
-    The processes are forked as those of `run_ranks` are, which saves each the seconds of its imports. Several of them have the
-    environment of `torchrun`.
+    The processes are forked as those of `run_ranks` are, which saves each the seconds of its imports; unlike those of a user's
+    command they have one hash seed. Several of them have the environment of `torchrun`.
     """
     context = multiprocessing.get_context("forkserver")
     environment = os.environ | ENVIRONMENT
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ENVIRONMENT):
         shared = (ranks, free_port(), Path(folder), [str(part) for part in command], environment)
         processes = [context.Process(target=_run_script, args=(rank, *shared)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + LAUNCH_TIMEOUT_S
-        while any(process.is_alive() for process in processes):
-            if any(process.exitcode for process in processes):
-                deadline = min(deadline, time.monotonic() + GRACE_S)
-            if time.monotonic() > deadline:
-                for process in processes:
-                    process.kill()
-            time.sleep(0.01)
-        texts = {stream: [_text(folder, stream, rank) for rank in range(ranks)] for stream in ("stdout", "stderr")}
-        code = next((process.exitcode for process in processes if process.exitcode), 0)
-        return subprocess.CompletedProcess(command, code, *("".join(texts[stream]) for stream in ("stdout", "stderr")))
+        try:
+            for process in processes:
+                process.start()
+            code = _wait(processes)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.join()
+        stdout, stderr = ("".join(_text(folder, stream, rank) for rank in range(ranks)) for stream in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(command, code, stdout, stderr)
+
+
+def _wait(processes: list[multiprocessing.Process]) -> int:
+    """Wait for all processes, after a failure for `GRACE_S` only; returns the first exit code that is not 0."""
+    code = 0
+    deadline = time.monotonic() + LAUNCH_TIMEOUT_S
+    while any(process.is_alive() for process in processes):
+        assert code or time.monotonic() < deadline, f"the command did not end within {LAUNCH_TIMEOUT_S} s"
+        if code and time.monotonic() > deadline:
+            return code
+        if not code:
+            code = next((process.exitcode for process in processes if process.exitcode), 0)
+            if code:
+                deadline = time.monotonic() + GRACE_S
+        time.sleep(0.01)
+    return code or next((process.exitcode for process in processes if process.exitcode), 0)
 
 
 def _text(folder: str, stream: str, rank: int) -> str:
@@ -87,8 +103,9 @@ def _text(folder: str, stream: str, rank: int) -> str:
 
 
 def _run_script(rank: int, ranks: int, port: int, folder: Path, command: list[str], environment: dict[str, str]) -> None:
+    os.setsid()  # so that its own processes can be ended with it
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update({name: value for name, value in environment.items() if name not in OF_LAUNCHERS})
     if ranks > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -49,7 +49,7 @@ class TargetSection:
     plugins: tuple[str, ...] = option(
         (),
         "Python files that run at the start and may register draft methods, losses, sources of hidden states and target "
-        "families (docs/extending.md)",
+        "families (docs/extending.md); export_draft.py and measure_acceptance.py take them from --plugins",
     )
     store: str | None = option(
         None,

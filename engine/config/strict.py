@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 
 import yaml
 from annotated_types import Ge, Le
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from engine.config.secret_values import HIDDEN, hidden_in_text, is_secret_name, without_secrets
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from pydantic import TypeAdapter
 
 Entry = TypeVar("Entry")
 Section = TypeVar("Section", bound="DataclassInstance")
 NO_VALUE = object()
-TYPE_NAMES = {types.NoneType: "null", dict: "mapping", Any: "anything"}
+TYPE_NAMES = {types.NoneType: "null", dict: "mapping with text keys", Any: "anything"}
 EXPONENT_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
 
 
@@ -61,8 +61,9 @@ def type_name(kind: Any) -> str:
     origin = get_origin(kind)
     args = get_args(kind)
     if origin is Annotated:
-        limits = [f">= {limit.ge:g}" if isinstance(limit, Ge) else f"<= {limit.le:g}" for limit in args[1:]]
-        return f"{type_name(args[0])} {' and '.join(limits)}"
+        limits = [f">= {limit.ge:g}" for limit in args[1:] if isinstance(limit, Ge)]
+        limits += [f"<= {limit.le:g}" for limit in args[1:] if isinstance(limit, Le)]
+        return " and ".join((f"{type_name(args[0])} {limits[0]}", *limits[1:])) if limits else type_name(args[0])
     if origin is Literal:
         return " | ".join(str(choice) for choice in args)
     if origin in (Union, types.UnionType):
@@ -102,8 +103,40 @@ def option_type(of: dataclasses.Field) -> Any:
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter:
-    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+def _adapter(kind: Any) -> "TypeAdapter":
+    from pydantic import ConfigDict, TypeAdapter  # only when an option is read, since the import takes a while
+
+    return TypeAdapter(_exact(kind), config=ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _exact(kind: Any) -> Any:
+    """Return the type with choices that must be equal in type too: for pydantic, True and 1.0 are the choice 1."""
+    from pydantic import BeforeValidator
+
+    args = get_args(kind)
+    if get_origin(kind) is Literal:
+
+        def check(value: Any) -> Any:
+            if not any(type(value) is type(choice) and value == choice for choice in args):
+                raise ValueError("no choice")
+            return value
+
+        return Annotated[kind, BeforeValidator(check)]
+    if get_origin(kind) in (Union, types.UnionType):
+        return Union[tuple(_exact(member) for member in args)]  # noqa: UP007 (built at run time)
+    if get_origin(kind) is tuple:
+        item: Any = _exact(args[0])
+        return tuple[item, ...]
+    return kind
+
+
+def _with_tuples(value: Any, kind: Any) -> Any:
+    """Return the value with a tuple for each list for which the type has a tuple."""
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    for member in members:
+        if get_origin(member) is tuple and isinstance(value, list):
+            return tuple(_with_tuples(item, get_args(member)[0]) for item in value)
+    return value
 
 
 def read_as(value: Any, kind: Any) -> Any:
@@ -112,16 +145,12 @@ def read_as(value: Any, kind: Any) -> Any:
     Raises ConfigError if the value does not fit. A bool is not a number, and numbers must be
     finite.
     """
-    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    takes_tuple = any(get_origin(member) is tuple for member in members)
-    given = tuple(value) if takes_tuple and isinstance(value, list) else value
+    from pydantic import ValidationError
+
     try:
-        read = _adapter(kind).validate_python(given)
+        return _adapter(kind).validate_python(_with_tuples(value, kind))
     except ValidationError:
         raise ConfigError(f"expected {type_name(kind)}", value=value) from None
-    if isinstance(given, bool) and not isinstance(read, bool):  # True equals the choice 1
-        raise ConfigError(f"expected {type_name(kind)}", value=value)
-    return read
 
 
 def checked(value: Any, kind: Any, *, key: str, source: str | Path) -> Any:
@@ -145,7 +174,7 @@ def read_section(section: type[Section], values: Mapping[str, Any] | None, key: 
     Raises ConfigError for an unknown key, with the nearest valid one, and for a value of another type.
     """
     known = {own.name: own for own in dataclasses.fields(section)}
-    kinds = get_type_hints(section)
+    kinds = get_type_hints(section, include_extras=True)
     read: dict[str, Any] = {}
     for given, value in (values or {}).items():
         name = str(given)

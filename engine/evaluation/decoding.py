@@ -210,6 +210,7 @@ def speculate(
     while len(token_ids) < max_new_tokens and token_ids[-1] not in eos_ids:
         room = min(draft_tokens, max_new_tokens - len(token_ids) - 1)
         drafted = drafter.propose(room) if room else []
+        assert len(drafted) <= room, f"{type(drafter).__name__} proposed {len(drafted)} tokens, at most {room} were asked for"
         choices = reader.read(token_ids[-1:] + drafted, len(drafted) + 1)
         num_accepted = _common_length(drafted, choices)
         new_ids = _up_to_end(choices[: num_accepted + 1], eos_ids)

@@ -1,5 +1,6 @@
 """The report of a run: the summary printed at its end, which is also written as JSON."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +38,11 @@ class RunReport:
         content = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
         write_json(self.output_dir / SUMMARY, content)
 
-    def show(self, console: Console) -> None:
+    def show(self, console: Console, plugins: Sequence[str] = (), is_shipped_method: bool = True) -> None:
+        """Print the results and the next commands.
+
+        plugins: those of the run. is_shipped_method: whether servers know the draft's architecture.
+        """
         if self.after is not None and self.after.num_prompts:
             named = {"untrained draft": self.before, "trained draft": self.after, "prompt lookup": self.prompt_lookup}
             reports = {name: report for name, report in named.items() if report is not None}
@@ -48,11 +53,13 @@ class RunReport:
             console.print(
                 f"Left out because the target's states are not finite: {len(self.left_out)} documents, listed in {SUMMARY}"
             )
-        console.print(f"Draft, ready for SGLang: {self.output_dir / DRAFT}\n\nNext:")
+        ready = "Draft, ready for SGLang" if is_shipped_method else "Draft"
+        console.print(f"{ready}: {self.output_dir / DRAFT}\n\nNext:")
         timed = self.after is None or self.after.num_prompts == 0 or self.after.tokens_per_s is not None
         # A target that was not timed may need all ranks.
         start = "python" if timed else "deepspeed"
-        console.print(f"  {start} launcher/measure_acceptance.py --draft {self.output_dir / DRAFT} --show")
+        option = " ".join(("", "--plugins", *plugins)) if plugins else ""
+        console.print(f"  {start} launcher/measure_acceptance.py --draft {self.output_dir / DRAFT} --show{option}")
         console.print(
             "  deepspeed launcher/train.py --ds_config ds_configs/zero2.json --recipe launcher/recipes/llama3.1-8b.yaml "
             "data.train=YOURS.jsonl data.held_out=HELD_OUT.jsonl"

@@ -14,7 +14,7 @@ from engine.hidden_states.store_reader import open_store
 from engine.hidden_states.stored_target import StoredTarget
 from engine.host.telemetry import Telemetry
 from engine.kernels.self_check import SelfCheck
-from engine.models.target_families import check_family, text_config
+from engine.models.target_families import check_family
 from engine.parallel.mesh import TargetMesh, World
 from engine.target.checked_kernels import check_target_kernels
 from engine.target.configuration import load_target_config
@@ -50,7 +50,7 @@ class OnlineSource:
         This comes first, before anything else takes time.
         """
         section = self._config.target
-        check_family(text_config(self.target_config))
+        check_family(self.target_config)
         check_quantisation(self.target_config, section.path, is_shared=self.mesh.size > 1)
         with self._telemetry.stage("Checking the target's files"):
             return shared_identity(section, self._world)

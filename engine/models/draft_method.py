@@ -176,13 +176,13 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
     def __init__(self, recipe: Config) -> None:
         """Read the options of the recipe.
 
-        Raises ConfigError for an option that is set and that the method does not read.
+        Raises ConfigError if an option that the method does not read differs from its default.
         """
         self.recipe = recipe
         self.recompute = "none"
         for key in self.unread:
-            section, _, name = key.partition(".")
-            value = getattr(getattr(recipe, section), name)
+            section, _, name = key.rpartition(".")
+            value = getattr(getattr(recipe, section) if section else recipe, name)
             if value != OPTIONS[key].default:
                 raise ConfigError(f"has no effect on {self.title}; delete it", key=key, value=value)
 

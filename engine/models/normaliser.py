@@ -27,7 +27,7 @@ class Normaliser:
         self._world = world
 
     def __call__(self, micros: list[MicroBatch]) -> list[LossNorms]:
-        """Return the norms of the micro-batches of an optimizer step; a collective with `slots`."""
+        """Return the norms of the micro-batches of an optimizer step; a collective if the objective is normalised globally."""
         rows_per_micro = [self._objective.count_loss_rows(micro) for micro in micros]
         if not self._objective.is_normalised_globally:
             pairs = zip(micros, rows_per_micro, strict=True)

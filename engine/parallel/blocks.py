@@ -35,7 +35,11 @@ def share(module: nn.Module, group: Group, rows: bool = False, parts: int = 1) -
 
 @dataclass(frozen=True)
 class _SharedModule:
-    """A sharded module with the collectives around it. Fields as the arguments of `share`."""
+    """A sharded module with the collectives around it.
+
+    inner: its own forward. group: the ranks that share it. rows: as in `share`. parts: maximum
+    number of chunks; 1 without other ranks.
+    """
 
     inner: Callable[..., Any]
     group: Group

@@ -40,7 +40,7 @@ REFUSED_OVERRIDES = {
     'output_dir={a: "x\\n\\ny"}': ["output_dir", "expected str"],
     "data.train=3": ["data.train = 3", "expected list of str"],
     "data.train=[a.jsonl, 3]": ["data.train = [a.jsonl, 3]", "expected list of str"],
-    "data.template_kwargs=[1]": ["expected mapping or null"],
+    "data.template_kwargs=[1]": ["expected mapping with text keys or null"],
     "target.source=stored": ["target.source = stored", "needs target.store"],
     "loss.kind=lk_lamda": ["loss.kind = lk_lamda", "kl | lk_alpha | lk_lambda", "'lk_lambda'"],
     "target.aux_layers=[1, x, 3]": ["target.aux_layers = [1, x, 3]", "expected list of int or null"],

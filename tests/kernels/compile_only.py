@@ -78,14 +78,15 @@ def attention_tiles() -> None:
     for head_dim in (64, 128):  # 256 has the default alone
         keys = [TileKey(kernel, head_dim, 2) for kernel in KERNELS]
         tiles = {key: candidates(key, capability)[1:] for key in keys}
-        use_tiles({key: max(own, key=_staged_numbers) for key, own in tiles.items() if own})
+        use_tiles({key: max(own, key=lambda tile: _numbers(key.kernel, tile)) for key, own in tiles.items() if own})
         case = make_case((64, 33), (8, 2), torch.arange(97), (1, False), head_dim)
         with_gradients(ancestor_attention, case, torch.bfloat16)
 
 
-def _staged_numbers(tile: "Tile") -> int:
-    """What grows with the shared memory of a tile: its own rows, and the keys of every stage."""
-    return tile.members + tile.keys * tile.num_stages
+def _numbers(kernel: str, tile: "Tile") -> tuple[int, int]:
+    """What grows with the shared memory of a tile: rows that stay, and two operands that are staged; then its size."""
+    stays, staged = (tile.keys, tile.members) if kernel == "keys" else (tile.members, tile.keys)
+    return stays + 2 * staged * tile.num_stages, tile.members * tile.keys
 
 
 def prefix_flash() -> None:

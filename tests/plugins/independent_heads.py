@@ -195,7 +195,24 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
     """Draft method that predicts the next tokens independently of each other."""
 
     title = "independent heads"
-    unread = ("draft.config", "draft.num_layers", "draft.hidden_size", "loss.kind", "loss.step_weights")
+    # The embedded recipe sets draft.fc_norm and draft.norm_output, which have no effect either.
+    unread = (
+        "draft.config",
+        "draft.num_layers",
+        "draft.hidden_size",
+        "draft.intermediate_size",
+        "draft.num_attention_heads",
+        "draft.num_key_value_heads",
+        "draft.train_embedding_projection",
+        "draft.init_head",
+        "ttt.steps",
+        "ttt.compaction",
+        "ttt.recompute",
+        "loss.kind",
+        "loss.normaliser",
+        "loss.step_decay",
+        "loss.step_weights",
+    )
 
     def __init__(self, recipe: Config) -> None:
         super().__init__(recipe)
