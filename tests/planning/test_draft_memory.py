@@ -14,12 +14,10 @@ from tests.planning.measured import FOLDER, LOSS, RANKS, TOKENS, TTT, Training, 
 
 CASES = {
     "stage 3": Training(),
-    "stage 3, fp32": Training(bf16=False),
     "little is said": Training(assistant_share=0.3),
     "two layers": Training(assistant_share=0.5, num_layers=2),
     "mlp again": Training(stage=2, recompute="mlp"),
     "steps again": Training(stage=1, assistant_share=0.6, recompute="step"),
-    "stage 0": Training(stage=0),
     "stage 0, fp32": Training(stage=0, bf16=False, assistant_share=0.5, num_layers=2, recompute="mlp"),
 }
 
