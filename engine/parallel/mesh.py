@@ -180,6 +180,11 @@ class TargetMesh:
 
     The ranks of a group are consecutive. Each rank contributes its own micro-batches and gets their
     hidden states back.
+
+    PyTorch's `DeviceMesh` is not used. It takes the default process group for a dimension as large
+    as the world, but the thread that runs the target ahead must not issue collectives on the group
+    that ZeRO uses. One of tp and ep also contains the other, which is not a grid of ranks.
+
     tp: the group that shares attention, dense MLPs and the head.
     ep: the group that shares the experts.
     parts: chunks per sharded layer, so that communication of one overlaps with compute of another.
