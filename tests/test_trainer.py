@@ -134,7 +134,7 @@ def test_a_folder_of_the_users_is_not_replaced(tmp_path, tiny_target, tiny_corpu
 
 
 def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_corpus):
-    options = ("epochs=8", "checkpoint.every_steps=20", "checkpoint.resume=true")
+    options = ("epochs=3", "checkpoint.every_steps=10", "checkpoint.resume=true")
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
     run(arguments(whole, tiny_target, tiny_corpus, *options))
