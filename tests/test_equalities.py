@@ -24,6 +24,8 @@ from engine.models.vocab_map import VocabMap
 from engine.runtime.overlap import run_ahead
 from engine.target.frozen import FrozenTarget
 from tests.models.eagle3.test_unroll import SHAPES, draft_with, gradients
+from tests.pairwise import pairwise
+from tests.paths import PATHS
 from tests.tasks import MASKS, Task, make_documents
 
 CPU = torch.device("cpu")
@@ -101,8 +103,7 @@ def test_packed_documents_through_target_and_draft_are_one_document_at_a_time(ta
         torch.testing.assert_close(sum(apart), together, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["one layer", "two layers, normed output"])
-@pytest.mark.parametrize("mask", MASKS)
+@pairwise(indirect=["path"], path=PATHS, mask=MASKS, shape=["one layer", "two layers, normed output"])
 def test_packed_documents_on_every_path_are_one_document_at_a_time_on_the_plain_one(path, mask, shape):
     """The plain one runs all rows through the specification. Either may be 2e-5 from float64, see test_ttt.py."""
     plain = draft_with(**SHAPES[shape])
