@@ -48,7 +48,7 @@ class AbsentGpu:
 
 
 def attend(attention: Callable, head_dims: dict[torch.dtype, tuple[int, ...]]) -> None:
-    """Several head dims; on the newest architecture other numbers of ancestors and heads too, on which memory does not depend."""
+    """Several head dims; on the newest architecture also other ancestors and heads, on which memory does not depend."""
     from triton.runtime import driver
 
     from tests.kernels.attention_cases import make_case, with_gradients
