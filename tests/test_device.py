@@ -30,7 +30,7 @@ ONCE_PER_STAGE = {
     ("engine/hidden_states/capture.py", "run"): "the bytes that all ranks wrote are printed",
 }
 EVERY_MICRO_BATCH = {
-    ("engine/models/eagle3/row_plan.py", "plan_rows"): "the number of rows depends on the target; one read of all counts",
+    ("engine/models/eagle3/row_plan.py", "_read_counts"): "the number of rows depends on the target; one read of all counts",
 }
 EVERY_LOGGED_STEP = {
     ("engine/host/pinned_copy.py", "wait"): "metrics, a step late, when the device has passed them",

@@ -3,7 +3,6 @@
 Row `(t, i)` is position `t` at step `i` and learns slot `u = t + 1 + i`.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,46 +44,103 @@ def plan_rows(carries_loss_ST, slot_ST, cu_seqlens: torch.Tensor, slots_per_chun
     compaction: whether to run only the rows that a loss depends on.
     """
     steps, num_tokens = carries_loss_ST.shape
-    alive_ST = carries_loss_ST.flip(0).cummax(0).values.flip(0) if compaction else torch.ones_like(carries_loss_ST)
-    per_chunk_SC = slot_ST.new_zeros(steps, 1 + num_tokens // slots_per_chunk)
-    per_chunk_SC.scatter_add_(1, torch.where(carries_loss_ST, slot_ST // slots_per_chunk, 0), carries_loss_ST.long())
+    alive_ST = torch.ones_like(carries_loss_ST)
+    if compaction:
+        alive_ST = carries_loss_ST.flip(0).cummax(0).values.flip(0)
     document_T = documents_of(cu_seqlens, num_tokens)
-    counts = torch.cat((alive_ST.sum(1, keepdim=True), _gaps(alive_ST, document_T), per_chunk_SC.cumsum(1)), 1).tolist()
-    num_alive, num_gaps, num_loss_rows = ([row[column] for row in counts] for column in (0, 1, -1))
-    starts = itertools.accumulate(num_loss_rows, initial=0)
-    bounds = [[start, *(start + count for count in row[2:])] for start, row in zip(starts, counts, strict=False)]
+    num_chunks = 1 + num_tokens // slots_per_chunk
+    counts = _read_counts(alive_ST, carries_loss_ST, slot_ST // slots_per_chunk, num_chunks, document_T)
 
-    granule = ROW_GRANULE[slot_ST.device.type]
-    runs_T = torch.ones_like(alive_ST[0])
-    num_running = num_tokens
-    rank_T = torch.arange(num_tokens, device=slot_ST.device)  # of each position among running rows
-    loss_rows: list[torch.Tensor] = []
-    slots: list[torch.Tensor] = []
+    running = _RunningRows(document_T)
     kept: list[torch.Tensor | None] = []
     is_dense: list[bool] = []
+    loss_rows: list[torch.Tensor] = []
+    slots: list[torch.Tensor] = []
+    bounds: list[list[int]] = []
+    first_loss_row = 0
     for step in range(steps):
-        wanted = min(num_running, -(-num_alive[step] // granule) * granule)
-        num_spare = wanted - num_alive[step]
-        was_dense = is_dense[-1] if is_dense else True
-        if wanted == num_running:
-            kept.append(None)
-            is_dense.append(was_dense or (num_gaps[step] == 0 and num_spare == 0))
-        else:
-            spare_T = runs_T & ~alive_ST[step]
-            keeps_dense = was_dense and num_gaps[step] == 0
-            if keeps_dense and num_spare:
-                spare_T = _neighbours(alive_ST[step], spare_T, document_T, num_spare)
-            else:
-                spare_T &= spare_T.cumsum(0) <= num_spare
-            runs_T = alive_ST[step] | spare_T
-            kept.append(rank_T[_positions(runs_T, wanted)])
-            is_dense.append(keeps_dense or (num_gaps[step] == 0 and num_spare == 0))
-            num_running = wanted
-            rank_T = runs_T.cumsum(0) - 1
-        position_R = _positions(carries_loss_ST[step], num_loss_rows[step])
-        loss_rows.append(rank_T[position_R])
+        kept.append(running.keep(alive_ST[step], counts[step]))
+        is_dense.append(running.is_dense)
+        position_R = _positions(carries_loss_ST[step], counts[step].num_loss_rows)
+        loss_rows.append(running.rank_T[position_R])
         slots.append(slot_ST[step, position_R])
+        bounds.append([first_loss_row, *(first_loss_row + end for end in counts[step].chunk_ends)])
+        first_loss_row += counts[step].num_loss_rows
     return RowPlan(kept, is_dense, loss_rows, LossRows(torch.cat(slots), bounds, slots_per_chunk))
+
+
+@dataclass(frozen=True)
+class _StepCounts:
+    """Counts of one step, on the host.
+
+    num_alive: rows that a loss depends on. num_gaps: gaps between them.
+    chunk_ends: rows with loss up to the end of each chunk of slots.
+    """
+
+    num_alive: int
+    num_gaps: int
+    chunk_ends: list[int]
+
+    @property
+    def num_loss_rows(self) -> int:
+        return self.chunk_ends[-1]
+
+
+def _read_counts(
+    alive_ST: torch.Tensor,
+    carries_loss_ST: torch.Tensor,
+    chunk_ST: torch.Tensor,
+    num_chunks: int,
+    document_T: torch.Tensor,
+) -> list[_StepCounts]:
+    """Return the counts of every step; the only read from the device.
+
+    chunk_ST: int64 [S, T], chunk of each row's slot.
+    """
+    per_chunk_SC = chunk_ST.new_zeros(len(chunk_ST), num_chunks)
+    per_chunk_SC.scatter_add_(1, torch.where(carries_loss_ST, chunk_ST, 0), carries_loss_ST.long())
+    columns = alive_ST.sum(1, keepdim=True), _gaps(alive_ST, document_T), per_chunk_SC.cumsum(1)
+    return [_StepCounts(num_alive, num_gaps, ends) for num_alive, num_gaps, *ends in torch.cat(columns, 1).tolist()]
+
+
+class _RunningRows:
+    """The rows that run at the current step, from one step to the next.
+
+    rank_T: index of each position among them, for positions that run.
+    is_dense: whether the rows of each document are known to have successive positions.
+    """
+
+    def __init__(self, document_T: torch.Tensor) -> None:
+        self._document_T = document_T
+        self._granule = ROW_GRANULE[document_T.device.type]
+        self._num_rows = len(document_T)
+        self._runs_T = torch.ones_like(document_T, dtype=torch.bool)
+        self.rank_T = torch.arange(len(document_T), device=document_T.device)
+        self.is_dense = True
+
+    def keep(self, alive_T: torch.Tensor, counts: _StepCounts) -> torch.Tensor | None:
+        """Keep the alive rows, and spare ones up to a multiple of the granule.
+
+        Return the indices of these rows among the rows so far, int64; None = all of them.
+        """
+        wanted = min(self._num_rows, -(-counts.num_alive // self._granule) * self._granule)
+        num_spare = wanted - counts.num_alive
+        alive_alone_are_dense = counts.num_gaps == 0 and num_spare == 0
+        if wanted == self._num_rows:
+            self.is_dense = self.is_dense or alive_alone_are_dense
+            return None
+        spare_T = self._runs_T & ~alive_T
+        keeps_dense = self.is_dense and counts.num_gaps == 0
+        if keeps_dense and num_spare:
+            spare_T = _neighbours(alive_T, spare_T, self._document_T, num_spare)
+        else:
+            spare_T &= spare_T.cumsum(0) <= num_spare
+        self._runs_T = alive_T | spare_T
+        kept = self.rank_T[_positions(self._runs_T, wanted)]
+        self.rank_T = self._runs_T.cumsum(0) - 1
+        self.is_dense = keeps_dense or alive_alone_are_dense
+        self._num_rows = wanted
+        return kept
 
 
 def _gaps(alive_ST: torch.Tensor, document_T: torch.Tensor) -> torch.Tensor:
