@@ -22,7 +22,6 @@ from engine.parallel.mesh import World
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT_S = 60
 LAUNCH_TIMEOUT_S = 240
-OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GRACE_S = 20  # for the other ranks, once one has failed
 ROOT = Path(__file__).resolve().parents[1]
 # Tests run side by side. With a thread per core in each process, threads of one would spin while those of others compute.
@@ -48,8 +47,7 @@ def run_ranks(job: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
 def _run_rank(rank: int, size: int, port: int, folder: Path, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     from engine.parallel.zero import connect
 
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(_place(rank, size, port))
     world = World(rank=rank, size=size, local_rank=rank, local_size=size)
     connect(world, timeout_s=TIMEOUT_S, cpu_threads=1)
     torch.save(job(world, *arguments), folder / str(rank))
@@ -105,11 +103,9 @@ def _text(folder: str, stream: str, rank: int) -> str:
 def _run_script(rank: int, ranks: int, port: int, folder: Path, command: list[str], environment: dict[str, str]) -> None:
     os.setsid()  # so that its own processes can be ended with it
     os.environ.clear()
-    os.environ.update({name: value for name, value in environment.items() if name not in OF_LAUNCHERS})
+    os.environ.update({name: value for name, value in environment.items() if name not in _place(rank, ranks, port)})
     if ranks > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ.update(_place(rank, ranks, port))
     for descriptor, stream in ((1, "stdout"), (2, "stderr")):
         file = (folder / f"{stream}.{rank}").open("w", buffering=1)
         os.dup2(file.fileno(), descriptor)
@@ -117,6 +113,12 @@ def _run_script(rank: int, ranks: int, port: int, folder: Path, command: list[st
     os.chdir(ROOT)
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
+
+
+def _place(rank: int, size: int, port: int) -> dict[str, str]:
+    """The variables by which a launcher such as `torchrun` tells a process its rank."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    return {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
 def free_port() -> int:

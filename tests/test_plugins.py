@@ -122,7 +122,7 @@ def test_a_plan_and_statistics_are_those_of_the_method():
     config = method.derive_config(target, recipe.target.aux_layers)
     assert config.aux_layers == (2,)
     batch = collate([Document(np.zeros(30, np.int32), np.arange(30) >= 10, (30,))])
-    counts = method.count_work(batch)
+    counts = method.count_work(batch, method.allowed_rows(batch))
     assert (counts.rows_S, counts.num_slots) == ((30, 30, 30, 30), 19)
     vocab_map = VocabMap.most_frequent(torch.arange(500), config.draft_vocab_size)
     draft = method.new_draft(config, PLAIN, TablesOf(config), vocab_map)

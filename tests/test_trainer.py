@@ -30,12 +30,13 @@ from engine.kernels.self_check import SelfCheck
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 from engine.trainer import Trainer
-from tests.distributed import ROOT, free_port, launch
+from tests.distributed import ENVIRONMENT as ON_CPU
+from tests.distributed import ONE_THREAD, ROOT, free_port, launch
 from tests.parallel.families import tiny_model
 
 DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | ON_CPU
 
 
 def arguments(output: Path, target: Path, corpus, *overrides: str) -> list[str]:
@@ -50,6 +51,7 @@ def arguments(output: Path, target: Path, corpus, *overrides: str) -> list[str]:
         "ttt.steps=3",
         "evaluation.num_prompts=2",
         "evaluation.max_new_tokens=8",
+        ONE_THREAD,
     ]
     return ["launcher/train.py", "--ds_config", "ds_configs/zero3.json", *options, *overrides]
 
@@ -85,7 +87,7 @@ def test_two_ranks_train_export_and_measure(launcher, tmp_path, tiny_target, tin
 
 
 def test_without_a_recipe_it_trains_for_the_embedded_target(tmp_path):
-    command = ["launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"output_dir={tmp_path}"]
+    command = ["launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"output_dir={tmp_path}", ONE_THREAD]
     printed = run([*command, "max_steps=2", "evaluation.num_prompts=2", "evaluation.max_new_tokens=8"])
     assert "0 of 2" in printed
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())

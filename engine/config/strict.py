@@ -97,9 +97,9 @@ def bounded(kind: Any, at_least: float | None, at_most: float | None) -> Any:
     return Annotated[(kind, *limits)] if kind in (int, float) else kind
 
 
-def option_type(of: dataclasses.Field) -> Any:
-    """Return the type of an `option` field with its bounds."""
-    return bounded(of.type, of.metadata["at_least"], of.metadata["at_most"])
+def option_type(of: dataclasses.Field, kind: Any = None) -> Any:
+    """Return the type of an `option` field with its bounds. kind: its type where the field holds it as text."""
+    return bounded(of.type if kind is None else kind, of.metadata["at_least"], of.metadata["at_most"])
 
 
 @cache
@@ -176,14 +176,11 @@ def read_section(section: type[Section], values: Mapping[str, Any] | None, key: 
     known = {own.name: own for own in dataclasses.fields(section)}
     kinds = get_type_hints(section, include_extras=True)
     read: dict[str, Any] = {}
-    for given, value in (values or {}).items():
-        name = str(given)
+    for name, value in (values or {}).items():
         if name not in known:
             problem = f"unknown key; valid are {', '.join(known)}{did_you_mean(name, known)}"
             raise ConfigError(problem, key=f"{key}.{name}", value=value)
-        limits = known[name].metadata
-        kind = bounded(kinds[name], limits["at_least"], limits["at_most"])
-        read[name] = checked(value, kind, key=f"{key}.{name}", source="")
+        read[name] = checked(value, option_type(known[name], kinds[name]), key=f"{key}.{name}", source="")
     return section(**read)
 
 

@@ -106,11 +106,12 @@ def compute_stats(documents: Documents, data: DataSection, method: DraftMethod, 
     dense = 0
     for start in range(0, len(chosen), 256):
         batch = collate([documents[index] for index in chosen[start : start + 256]])
-        counts = method.count_work(batch)
-        allowed_S = allowed_S + method.allowed_rows(batch).sum(1)
+        allowed_ST = method.allowed_rows(batch)
+        counts = method.count_work(batch, allowed_ST)
+        allowed_S = allowed_S + allowed_ST.sum(1)
         alive_S = alive_S + torch.tensor(counts.rows_S)
         needed += method.step_flops(draft, counts)
-        dense += method.step_flops(draft, method.count_work(batch, compaction=False))
+        dense += method.step_flops(draft, counts.without_compaction())
     sampled_tokens = int(documents.lengths[chosen].sum())
     packs = pack(documents.lengths, documents.assistant_tokens, data.max_tokens, np.random.default_rng([seed, 0]))
     return DatasetStats(

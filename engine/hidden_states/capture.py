@@ -159,9 +159,9 @@ class Capture:
         Raises StoreError if the folder holds a capture of other contents.
         """
         checksum = f"{documents.checksum:08x}"
+        slots = count_slots(documents, self.method)
         if not (self.folder / MANIFEST).exists():
             lengths = documents.lengths.tolist()
-            slots = count_slots(documents, self.method)
             total = sum(lengths) * contents.bytes_per_token + sum(slots) * contents.bytes_per_slot
             at_most = total // (SHARDS_PER_RANK * self.world.size) if self.world.size > 1 else total
             shards = plan_shards(lengths, slots, contents, min(self.config.store.shard_mb << 20, at_most))
@@ -170,7 +170,7 @@ class Capture:
         differences = contents.differences(manifest.contents)
         if manifest.corpus_checksum != checksum:
             differences.append(f"conversations: {manifest.num_documents:,} documents, now {len(documents):,}, or other content")
-        elif not self.has_slots_of(manifest, documents):
+        elif any(sum(slots[index] for index in shard.documents) != shard.num_slots for shard in manifest.shards):
             differences.append("the positions that the draft learns: draft.method or its options select others")
         if differences:
             problem = f"{self.folder} holds another capture: " + "; ".join(differences)
@@ -181,11 +181,6 @@ class Capture:
                 "target's weights are still the same"
             )
         return manifest
-
-    def has_slots_of(self, manifest: Manifest, documents: Documents) -> bool:
-        """Return whether the documents have as many slots as a capture planned for them."""
-        slots = count_slots(documents, self.method)
-        return all(sum(slots[index] for index in shard.documents) == shard.num_slots for shard in manifest.shards)
 
     def missing(self, manifest: Manifest) -> list[Shard]:
         """Return the shards that are still to be written, including those that are incomplete."""

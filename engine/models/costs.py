@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+FULL = 4  # bytes of an fp32 number
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -136,7 +136,7 @@ class DraftCounts(Protocol):
     """Work of one training step on a micro-batch.
 
     num_tokens: T. num_slots: positions whose target distribution is computed.
-    prefix_pairs: pairs of a token and a token that it attends to within its document.
+    prefix_pairs: pairs of a token and an earlier token of its document, or the token itself.
     rows_S: rows that are computed of each prediction.
     """
 
@@ -148,6 +148,10 @@ class DraftCounts(Protocol):
     def prefix_pairs(self) -> int: ...
     @property
     def rows_S(self) -> tuple[int, ...]: ...
+
+    def without_compaction(self) -> "DraftCounts":
+        """Return the work if every row is computed, also those that no loss depends on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -260,10 +264,10 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
         """Return the number of weights that are trained."""
 
     @abstractmethod
-    def count_work(self, batch: PackedBatch, compaction: bool = True) -> DraftCounts:
+    def count_work(self, batch: PackedBatch, allowed_ST: Tensor) -> DraftCounts:
         """Return the work of a training step if every allowed row carries loss.
 
-        compaction: whether rows that no loss depends on are left out.
+        allowed_ST: from `allowed_rows`.
         """
 
     @abstractmethod

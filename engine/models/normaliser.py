@@ -14,8 +14,8 @@ class Normaliser:
     """Computes the divisors of the losses.
 
     If the objective is normalised globally, the divisors are the slots and rows of the global
-    batch; otherwise the positions and rows of each micro-batch. Documents that are left out of a micro-batch
-    do not count in either case.
+    batch; otherwise the positions and rows of each micro-batch. Documents that are left out of a
+    micro-batch do not count in either case.
     """
 
     def __init__(
@@ -27,7 +27,10 @@ class Normaliser:
         self._world = world
 
     def __call__(self, micros: list[MicroBatch]) -> list[LossNorms]:
-        """Return the norms of the micro-batches of an optimizer step; a collective if the objective is normalised globally."""
+        """Return the norms of the micro-batches of an optimizer step.
+
+        A collective if the objective is normalised globally.
+        """
         rows_per_micro = [self._objective.count_loss_rows(micro) for micro in micros]
         if not self._objective.is_normalised_globally:
             pairs = zip(micros, rows_per_micro, strict=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from engine.config.ds_config import compute_dtype
+from engine.models.costs import FULL
 
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default for reduce_bucket_size
-FULL = 4  # bytes of an fp32 number
 MOMENTS = 2  # moments per weight in Adam
 
 

@@ -129,7 +129,8 @@ class JobPlan:
 
     def counts(self, documents: DocumentSizes) -> DraftCounts:
         """Return the work of the draft on a micro-batch."""
-        return self.method.count_work(documents.batch(self.num_tokens))
+        batch = documents.batch(self.num_tokens)
+        return self.method.count_work(batch, self.method.allowed_rows(batch))
 
     def bytes_by_part(self, counts: DraftCounts) -> dict[str, int]:
         """Return the peak memory of a rank in bytes, by category."""

@@ -1,4 +1,4 @@
-"""The draft methods that are shipped, and what a name that nobody registered leads to."""
+"""The shipped draft methods, and the error for a name that is not registered."""
 
 import pytest
 

@@ -190,6 +190,9 @@ class HeadsCounts:
     prefix_pairs: int
     rows_S: tuple[int, ...]
 
+    def without_compaction(self) -> "HeadsCounts":
+        return self  # every head runs at every token anyway
+
 
 class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
     """Draft method that predicts the next tokens independently of each other."""
@@ -305,11 +308,10 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
         size = config.hidden_size
         return config.num_heads * 2 * size * size + size + config.draft_vocab_size * size
 
-    def count_work(self, batch: PackedBatch, compaction: bool = True) -> HeadsCounts:
-        # Every head runs at every token, so that there is nothing to leave out.
+    def count_work(self, batch: PackedBatch, allowed_ST: Tensor) -> HeadsCounts:
         return HeadsCounts(
             num_tokens=batch.num_tokens,
-            num_slots=len(self.slots(self.allowed_rows(batch))),
+            num_slots=len(self.slots(allowed_ST)),
             prefix_pairs=int((batch.position_T + 1).sum()),
             rows_S=(batch.num_tokens,) * self.options.num_heads,
         )

@@ -9,10 +9,9 @@ import torch
 
 from engine.config.sections import CHUNK_MB, LossSection
 from engine.kernels.vocab_loss import LossPass
+from engine.models.costs import FULL
 from engine.models.eagle3.flops import DraftShape, StepCounts
 from engine.models.losses.loss_registry import make_loss
-
-FULL = 4  # bytes of an fp32 number
 
 
 @dataclass(frozen=True)

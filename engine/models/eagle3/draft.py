@@ -15,7 +15,8 @@ from engine.kernels.matmul import Linear
 from engine.kernels.recompute import recomputed
 from engine.kernels.row_index import take_rows
 from engine.models.draft_method import DraftModel
-from engine.models.eagle3.draft_config import NUM_AUX, Eagle3Config
+from engine.models.eagle3.draft_config import Eagle3Config
+from engine.models.eagle3.flops import NUM_AUX
 
 
 class ExtendableKeys(Protocol):

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from engine.config.sections import DraftSection
 from engine.config.strict import parse_json, read_text
-from engine.models.eagle3.flops import DraftShape
+from engine.models.eagle3.flops import NUM_AUX, DraftShape
 from engine.models.target_families import (
     check_aux_layers,
     check_family,
@@ -38,7 +38,6 @@ _UNSCALED_ROPE = ("mrope", "proportional")
 _ROPE_LAYERS = ("full_attention", "main")
 _DTYPES = ("bfloat16", "float16", "float32")
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-NUM_AUX = 3  # auxiliary layers
 # Architecture names of published EAGLE-3 drafts with Llama layers: SGLang's, vLLM's, and those of
 # two training frameworks.
 _EAGLE3_ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaEagle3DraftModel", "Eagle3DraftModel")

@@ -106,14 +106,12 @@ class Eagle3(DraftMethod[Eagle3Config, Eagle3Draft]):
         frozen = () if self.recipe.draft.train_embedding_projection else (PROJECTION,)
         return sum(weight.numel() for name, weight in named if name not in frozen)
 
-    def count_work(self, batch: PackedBatch, compaction: bool = True) -> StepCounts:
-        allowed_ST = self.allowed_rows(batch)
-        counts = StepCounts.needed(batch, allowed_ST, len(self.slots(allowed_ST)))
-        return counts if compaction else counts.without_compaction()
+    def count_work(self, batch: PackedBatch, allowed_ST: Tensor) -> StepCounts:
+        return StepCounts.needed(batch, allowed_ST, len(self.slots(allowed_ST)))
 
     def step_parts(self, config: Eagle3Config, counts: StepCounts) -> dict[str, StepPart]:
         return step_parts(config.shape, counts)
 
     def activation_bytes(self, config: Eagle3Config, counts: StepCounts, itemsize: int, fused: bool) -> ActivationBytes:
-        states = DraftStates(config.shape, counts, self.recipe.loss, itemsize, fused, self.recipe.ttt.recompute)
+        states = DraftStates(config.shape, counts, self.recipe.loss, itemsize, fused, self.recompute)
         return ActivationBytes(states.kept(), states.on_top())

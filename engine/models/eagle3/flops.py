@@ -20,6 +20,8 @@ import torch
 from engine.batch import PackedBatch
 from engine.models.costs import Cost, StepPart, attention_part, frozen_head_part, head_part, map_part
 
+NUM_AUX = 3  # auxiliary layers that a draft reads
+
 
 @dataclass(frozen=True)
 class DraftShape:
@@ -34,7 +36,6 @@ class DraftShape:
     target_hidden_size: int
     target_vocab_size: int
     num_layers: int = 1
-    num_aux: int = 3
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def step_parts(shape: DraftShape, counts: StepCounts) -> dict[str, StepPart]:
     """Return the parts of one draft training step, with the target's head but not its layers."""
     size = shape.hidden_size
     target_size = shape.target_hidden_size
-    aux_size = shape.num_aux * target_size
+    aux_size = NUM_AUX * target_size
     parts = {"fc": map_part(counts.num_tokens, aux_size, aux_size * size, size, input_gradient=False)}
     if size != target_size:
         parts["embed_projection"] = StepPart(map_part(counts.num_tokens, target_size, target_size * size, size).forward)
