@@ -32,8 +32,8 @@ from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
 from engine.planning.job import DocumentSizes
-from engine.runtime.overlap import run_ahead
 from engine.target.frozen import FrozenTarget
+from tests.pipelines import prepared
 from tests.recipes_configs import target_config
 
 NUM_MICRO_BATCHES = 4
@@ -111,7 +111,7 @@ def setup(look_ahead: int, tensors: OverlapTensors) -> Callable[[], list[Tensor]
 def _steps(look_ahead: int, tensors: OverlapTensors) -> list[Tensor]:
     losses = []
     device = tensors.place.device
-    for micro, norms in run_ahead(tensors.batches, partial(_target_half, tensors), look_ahead, device):
+    for micro, norms in prepared(tensors.batches, partial(_target_half, tensors), look_ahead, device):
         loss = tensors.test(tensors.draft, micro, norms).loss
         loss.backward()
         tensors.draft.zero_grad()

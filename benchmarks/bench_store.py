@@ -39,7 +39,7 @@ from engine.hidden_states.store_writer import Piece, ShardFile, StoredTensors, S
 from engine.hidden_states.stored_target import HEAD, StoredTarget
 from engine.host.freed_memory import keep_freed_memory
 from engine.models.training_rows import allowed_rows, slots_of
-from engine.runtime.overlap import run_ahead
+from tests.pipelines import prepared
 
 HIDDEN = 4096
 DOCUMENT_TOKENS = 512
@@ -113,7 +113,7 @@ def read_store(folder: Path) -> None:
 def train_from_store(folder: Path, ahead: int, step_s: float) -> float:
     """Return the seconds of a loop that reads each pack and then sleeps for the time of a step.
 
-    ahead: packs to read ahead, as in `run_ahead`. step_s: seconds of a step.
+    ahead: packs to read ahead. step_s: seconds of a step.
     """
     opened = open_store(folder, skip_bad=True)
     target = StoredTarget(opened, torch.device("cpu"))
@@ -125,7 +125,7 @@ def train_from_store(folder: Path, ahead: int, step_s: float) -> float:
         target.read(batch, slots_of(allowed_rows(batch, TttSection())))
 
     start = time.perf_counter()
-    for _ in run_ahead(loader, read, ahead, torch.device("cpu")):
+    for _ in prepared(loader, read, ahead):
         time.sleep(step_s)
     return time.perf_counter() - start
 

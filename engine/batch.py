@@ -116,6 +116,25 @@ class StateFaults:
     left_out_T: torch.Tensor
 
 
+TOKEN_BYTES = 8 + 1 + 4 + 1  # id, assistant mask, at most one start of a document, left out or not
+SLOT_BYTES = 8 + 4 + 4  # position, argmax, log-sum-exp
+
+
+@dataclass(frozen=True)
+class StateWidths:
+    """Sizes of the states in a micro-batch.
+
+    aux_bytes, embed_bytes: of the auxiliary states and the embedding of one token.
+    last_hidden_bytes: of the last hidden state of one slot.
+    num_predictions: predictions per position, each with one byte that says whether it is allowed.
+    """
+
+    aux_bytes: int
+    embed_bytes: int
+    last_hidden_bytes: int
+    num_predictions: int
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Inputs of one draft step: documents, target outputs, token embeddings and allowed rows.
@@ -137,6 +156,12 @@ class MicroBatch:
         if self.faults is None:
             return self.batch.num_tokens
         return self.batch.num_tokens - self.faults.left_out_T.sum()
+
+    @staticmethod
+    def num_bytes(num_tokens: int, num_slots: int, widths: "StateWidths") -> int:
+        """Return an upper bound of the memory of a micro-batch's states."""
+        per_token = widths.aux_bytes + widths.embed_bytes + widths.num_predictions
+        return num_tokens * (per_token + TOKEN_BYTES) + num_slots * (widths.last_hidden_bytes + SLOT_BYTES)
 
     @property
     def num_left_out(self) -> int | torch.Tensor:

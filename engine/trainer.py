@@ -4,7 +4,7 @@ import collections
 import copy
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from engine.batch import MicroBatch, PackedBatch, to_device
+from engine.batch import MicroBatch, PackedBatch
 from engine.config.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config, stage_advice
 from engine.config.recipe import dump_config
 from engine.config.secret_values import without_secrets
@@ -26,7 +26,7 @@ from engine.data.templates import load_tokenizer, template_token_ids
 from engine.evaluation.acceptance import Prompt, check_prompts, held_out_prompts
 from engine.evaluation.evaluator import AcceptanceEvaluator
 from engine.evaluation.report import RunReport
-from engine.hidden_states.finite import without_faulty_documents
+from engine.hidden_states.micro_batches import MicroBatchMaker
 from engine.hidden_states.protocol import HiddenStateSource, Target
 from engine.hidden_states.sources import open_source
 from engine.host.files import write_json, write_text
@@ -40,18 +40,21 @@ from engine.models.losses.loss_registry import make_loss
 from engine.models.method_registry import make_method
 from engine.models.normaliser import Normaliser
 from engine.models.vocab_map import VocabMap
+from engine.overlap.pipeline import Producer
+from engine.overlap.schedule import Schedule, Side
 from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.checkpoint import Checkpoints, check_finite_weights
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
-from engine.runtime.overlap import run_ahead
 from engine.runtime.train_log import LogSettings, TrainLog
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.quantised_checkpoint import check_fp8_activations
 
 TrainedDraft = ZeroDraft[DraftModel, DraftObjective]
+DataState = dict[str, Any]  # position in the data, from which a run resumes
+TRACE = "trace.json"
 EXCERPT_TOKENS = 24
 # Relative to the largest logit: a few bf16 roundings. A wrong tensor causes errors near 1.
 RELOAD_TOLERANCE = 2**-5
@@ -303,22 +306,25 @@ class Trainer:
         stops = self.config.target.non_finite == "stop"
         watch_settings = WatchSettings(target.aux_layers, corpus.name_of, stops, self.world.rank)
         watch = FaultWatch(watch_settings, self.telemetry.warn)
-        batches = itertools.islice(corpus.loader, span.last - span.done)
-        work = run_ahead(batches, self.prepare(target, zero.dtype), self.config.run_ahead, self.world.device)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
         with (
+            self.schedule(zero, corpus, target, span) as schedule,
             self.telemetry.progress(span.last, "steps") as progress,
-            TrainLog(settings, zero, self.world, watch) as log,
+            TrainLog(settings, zero, self.world, watch, schedule.clock) as log,
         ):
             progress.start_at(span.done)
-            for step, (micros, data_state) in zip(range(span.done + 1, span.last + 1), work, strict=False):
+            for step in range(span.done + 1, span.last + 1):
+                taken = schedule.take(step, zero.accumulation_steps)
+                micros = [micro for micro, _ in taken]
                 for micro, norms in zip(micros, normalise(micros), strict=True):
-                    log.count(step, zero.train(micro, norms), micro)
+                    log.count(step, zero.train(micro, norms, schedule.part), micro)
                 log.end_step(step)
+                schedule.end_step()
                 progress.move_to(step, log.line)
                 if self.saves_after(step, span.last):
                     log.flush()
-                    self.checkpoints.save(zero, self.world, step, data_state)
+                    self.checkpoints.save(zero, self.world, step, data_state=taken[-1][1])
+        schedule.write_trace(self.output_dir / TRACE)
         left_out: dict[int, str] = {}
         for own in self.world.gather(watch.left_out):
             left_out |= own
@@ -328,27 +334,39 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         return every > 0 and (step % every == 0 or step == last_step)
 
-    def prepare(self, target: Target, dtype: torch.dtype) -> Callable[[tuple], tuple]:
-        """Return a function that runs the target's part of a step.
+    def schedule(
+        self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan
+    ) -> "Schedule[tuple[PackedBatch, DataState], tuple[MicroBatch, DataState]]":
+        """Return the schedule of the run's micro-batches, each with the state for resuming after its step."""
+        config = self.config
+        make = MicroBatchMaker(self.method, target, zero.dtype, self.world.device)
+        widths = make.widths(zero.draft.config, zero.objective.num_steps)
+        num_packs = micro_batch_size(self.ds_config, self.world.size)
+        largest = MicroBatch.num_bytes(config.data.max_tokens * num_packs, config.data.max_tokens * num_packs, widths)
 
-        It maps the packed batches of a step to the draft's inputs. dtype: the draft's precision.
-        """
+        def items() -> Iterator[tuple[PackedBatch, DataState]]:
+            for batches, data_state in itertools.islice(corpus.loader, span.last - span.done):
+                for batch in batches:
+                    yield batch, data_state
 
-        def forward(batch: PackedBatch) -> MicroBatch:
-            device = self.world.device
-            # The rows are computed on the host, so no host sync is needed.
-            allowed_ST = self.method.allowed_rows(batch)
-            slots_N = self.method.slots(allowed_ST)
-            batch = batch.to(device)
-            output = target(batch, slots_N)
-            embed_TD = output.embed_TD
-            if embed_TD is None:
-                embed_TD = target.embedding.rows(batch.input_ids_T)
-            output = replace(output, aux_TA=output.aux_TA.to(dtype), embed_TD=None)
-            micro = MicroBatch(batch, output, embed_TD.to(dtype), to_device(allowed_ST, device))
-            return without_faulty_documents(micro)
+        def num_bytes(item: tuple[PackedBatch, DataState]) -> int:
+            # Ranks that share the target must agree on how far it runs ahead.
+            if config.target_ranks > 1:
+                return largest
+            return MicroBatch.num_bytes(item[0].num_tokens, int(item[0].assistant_mask_T.sum()), widths)
 
-        return lambda item: ([forward(batch) for batch in item[0]], item[1])
+        def prepare(item: tuple[PackedBatch, DataState]) -> tuple[MicroBatch, DataState]:
+            return make(item[0]), item[1]
+
+        producer = Producer(items(), prepare, num_bytes)
+        side = Side(config.placement, config.look_ahead, config.target_ranks)
+        if not isinstance(target, FrozenTarget) or config.target_ranks == 1:
+            return Schedule(producer, side, config.overlap, self.world, self.telemetry.note)
+        num_groups = min(config.overlap.layer_groups, target.num_layers)
+        side = replace(side, num_pauses=num_groups - 1)
+        schedule = Schedule(producer, side, config.overlap, self.world, self.telemetry.note)
+        target.call_between_layers(num_groups, schedule.pause)
+        return schedule
 
     def export(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> ServedDraft:
         """Export the draft, reload it on every rank and compare its logits with the trained ones.
@@ -368,7 +386,7 @@ class Trainer:
         if not self.world.shares_output:
             copy_from_main(folder, (WEIGHTS, CONFIG), self.world)
         exported = self.method.load(folder, embed_weight_VD, zero.dtype, self.world.device, zero.draft.kernels)
-        (micro,), _ = self.prepare(target, zero.dtype)(([corpus.sample], None))
+        micro = MicroBatchMaker(self.method, target, zero.dtype, self.world.device)(corpus.sample)
         if micro.num_left_out:
             # The states of left-out documents are zeros, for which any two drafts agree.
             random_TA = torch.randn(micro.target.aux_TA.shape, generator=torch.Generator().manual_seed(0))

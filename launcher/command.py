@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, TypedDict
 from engine.config.data_section import NAMED_TEMPLATES
 from engine.config.recipe import COMMAND_LINE, describe_options
 from engine.config.secret_values import hidden_in_text
-from engine.config.sections import CHECKPOINTS, EMBEDDED, Config, ConfigError
+from engine.config.sections import CHECKPOINTS, EMBEDDED, SERIAL, Config, ConfigError
 
 if TYPE_CHECKING:
     from engine.models.draft_method import DraftMethod
@@ -83,6 +83,15 @@ def set_allocator() -> None:
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+def order_launches(config: Config) -> None:
+    """Let NCCL run operations of several communicators in the order in which the host issues them.
+
+    Needed if ranks share the target while the draft trains. Call it before a process group exists.
+    """
+    if config.target_ranks > 1 and config.placement != SERIAL:
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 
 class Environment(TypedDict):

@@ -23,6 +23,7 @@ from launcher.command import (
     end_process,
     join_environment,
     make_parser,
+    order_launches,
     run_plugins,
     shipped_ds_config,
     stop,
@@ -70,12 +71,14 @@ def main() -> None:
     except ValueError as error:
         stop(error, environment["rank"])
 
+    order_launches(config)
+
+    from engine.overlap.placement import check_colocated
     from engine.parallel.mesh import World
-    from engine.runtime.overlap import check_run_ahead
 
     world = World(**environment)
     with wrong_options(arguments, world.rank):
-        check_run_ahead(config.run_ahead, config.target_ranks, world.device)
+        check_colocated(config.placement, config.target_ranks, world.device)
 
     from engine.parallel.zero import connect, disconnect
 

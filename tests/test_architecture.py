@@ -13,6 +13,7 @@ LAYERS = (
     "batch",
     "kernels",
     "parallel",
+    "overlap",
     "models",
     "data",
     "weights",

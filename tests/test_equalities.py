@@ -21,11 +21,11 @@ from engine.models.eagle3.export import export_draft, load_draft
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
-from engine.runtime.overlap import run_ahead
 from engine.target.frozen import FrozenTarget
 from tests.models.eagle3.test_unroll import SHAPES, draft_with, gradients
 from tests.pairwise import pairwise
 from tests.paths import PATHS
+from tests.pipelines import prepared
 from tests.tasks import MASKS, Task, make_documents
 
 CPU = torch.device("cpu")
@@ -63,13 +63,13 @@ def prepare(target: FrozenTarget, batch: PackedBatch) -> MicroBatch:
     return MicroBatch(batch, target(batch, slots_of(allowed_ST)), embed_TD, allowed_ST)
 
 
-def train(target: FrozenTarget, draft: Eagle3Draft, run_ahead_depth: int) -> list[float]:
+def train(target: FrozenTarget, draft: Eagle3Draft, look_ahead: int) -> list[float]:
     """Losses of six optimizer steps."""
     test = new_test(target)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=0.01)
     losses = []
     batches = packs((9, 5), (14,), (3, 3, 8), (7, 7), (12, 2), (13,))
-    for micro in run_ahead(batches, lambda batch: prepare(target, batch), run_ahead_depth, CPU):
+    for micro in prepared(batches, lambda batch: prepare(target, batch), look_ahead):
         loss = test(draft, micro, NORMS).loss
         loss.backward()
         optimizer.step()
@@ -133,7 +133,7 @@ def test_packed_documents_on_every_path_are_one_document_at_a_time_on_the_plain_
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "fc_norm": True, "norm_output": True}, {"hidden_size": 12}])
 def test_a_trained_draft_exported_and_reloaded_decodes_the_same_and_decoding_is_greedy(target, options, tmp_path):
     draft = new_draft(target, **options)
-    train(target, draft, run_ahead_depth=0)
+    train(target, draft, look_ahead=0)
     draft.requires_grad_(False)
     export_draft(tmp_path / "draft", draft.state_dict().items(), draft.config, VOCAB_MAP, target.embedding.whole())
     reloaded = load_draft(tmp_path / "draft", embed_weight_VD=target.embedding.whole())

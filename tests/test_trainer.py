@@ -37,6 +37,7 @@ from tests.parallel.families import tiny_model
 DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
 ENVIRONMENT = os.environ | ON_CPU
+TIMES = {"tokens_per_s", "step_s", "parts_s", "overlap_efficiency"}
 
 
 def arguments(output: Path, target: Path, corpus, *overrides: str) -> list[str]:
@@ -64,7 +65,7 @@ def run(command: list[str], ranks: int = 1) -> str:
 
 def metrics(output: Path) -> list[dict]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 @pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
@@ -198,7 +199,9 @@ def test_a_wrong_option_stops_the_run_with_one_line_before_anything_is_written(o
 def test_a_target_that_ranks_share_teaches_the_same(tmp_path, tiny_target, tiny_corpus):
     losses = []
     summaries = []
-    for number, options in enumerate([(), ("parallel.tp_size=2",), ("parallel.tp_size=2", "overlap.run_ahead=1")]):
+    shared = ("parallel.tp_size=2", "overlap.check_order=true")
+    colocated = (*shared, "overlap.placement=colocated", "overlap.look_ahead=2")
+    for number, options in enumerate([(), (*shared, "overlap.placement=serial"), colocated]):
         folder = tmp_path / str(number)
         printed = run(arguments(folder, tiny_target, tiny_corpus, "max_steps=4", *options), ranks=2)
         assert ("shared by 2 ranks: 10 modules, 5 of them attention" in printed) is bool(options)

@@ -28,8 +28,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folders = {"device": Path(scratch) / "device", "cpu": Path(scratch) / "cpu"}
         runs = {
-            "device": start(folders["device"], options.steps, run_ahead=1, on_gpu=options.device == "cuda"),
-            "cpu": start(folders["cpu"], options.steps, run_ahead=0, on_gpu=False),
+            "device": start(folders["device"], options.steps, look_ahead=1, on_gpu=options.device == "cuda"),
+            "cpu": start(folders["cpu"], options.steps, look_ahead=0, on_gpu=False),
         }
         seconds = wait(runs)
         failed = [name for name, run in runs.items() if run.returncode != 0]
@@ -52,10 +52,10 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start(folder: Path, steps: int, run_ahead: int, on_gpu: bool) -> subprocess.Popen:
+def start(folder: Path, steps: int, look_ahead: int, on_gpu: bool) -> subprocess.Popen:
     """Start train.py with its default options, without the measurement of acceptance."""
     command = [sys.executable, "launcher/train.py", "--ds_config", "ds_configs/zero3.json"]
-    command += [f"output_dir={folder}", f"max_steps={steps}", f"overlap.run_ahead={run_ahead}"]
+    command += [f"output_dir={folder}", f"max_steps={steps}", "overlap.placement=colocated", f"overlap.look_ahead={look_ahead}"]
     command += ["log_every_steps=1", "evaluation.num_prompts=0", "target.dtype=float32"]
     environment = dict(os.environ)
     if not on_gpu:

@@ -250,19 +250,51 @@ class ParallelSection:
 
 
 AHEAD_OF_STORE = 2  # batches read ahead from a store: one being read, one ready
+AHEAD_OF_DRAFT = 1  # batches that the target runs ahead of the draft
+AUTO, SERIAL, COLOCATED = "auto", "serial", "colocated"  # overlap.placement
 
 
 @dataclass(frozen=True)
 class OverlapSection:
-    """How far the target, or the reading of a store, runs ahead of the draft."""
+    """Where and when the target runs, relative to the draft; the batches and the result are the same."""
 
-    run_ahead: int | None = option(
+    placement: Literal["auto", "serial", "colocated"] = option(
+        AUTO,
+        "serial = target and draft one after the other; colocated = at the same time on the same ranks; auto = the faster of "
+        "the two, measured in the first steps; a store is read at the same time",
+    )
+    look_ahead: int | None = option(
         None,
-        "batches by which the target's forward, or the reading of a store, runs ahead of the draft step; "
-        f"0 = one after the other; null = {AHEAD_OF_STORE} with target.store, otherwise 0",
-        unit="batches",
+        "micro-batches that the target, or the reading of a store, may be ahead of the draft; "
+        f"null = {AHEAD_OF_STORE} with target.store, otherwise {AHEAD_OF_DRAFT}",
+        unit="micro-batches",
         at_least=0,
     )
+    look_ahead_mb: int | None = option(
+        None, "limit on the memory of these micro-batches per rank; null = none", unit="MiB", at_least=1
+    )
+    layer_groups: int = option(
+        6,
+        "groups of layers into which the forward of a target that ranks share is divided; the groups are interleaved with "
+        "the forward, backward and optimizer step of the draft",
+        unit="groups",
+        at_least=1,
+    )
+    priority: Literal["none", "target", "draft"] = option("none", "side whose work a GPU prefers while both run on it")
+    check_order: bool = option(
+        False, "compare after each step the order in which the ranks have issued collectives; for debugging"
+    )
+    trace_steps: tuple[int, ...] | None = option(
+        None, "first and last optimizer step of which trace.json records the timeline, for ui.perfetto.dev; null = none"
+    )
+
+    def __post_init__(self):
+        steps = self.trace_steps
+        if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+            raise ConfigError("expected two steps, the first and the last", key="overlap.trace_steps", value=steps)
+        if self.placement == SERIAL and self.look_ahead:
+            problem = "needs overlap.placement=colocated or auto; serial execution prepares nothing ahead"
+            raise ConfigError(problem, key="overlap.look_ahead", value=self.look_ahead)
 
 
 @dataclass(frozen=True)
@@ -358,11 +390,17 @@ class Config:
             raise ConfigError(f"expected {' | '.join(shipped)}{hint}", key=key, value=value)
 
     @property
-    def run_ahead(self) -> int:
-        """Number of batches that are prepared ahead of the draft step."""
-        if self.overlap.run_ahead is not None:
-            return self.overlap.run_ahead
-        return 0 if self.target.store is None else AHEAD_OF_STORE
+    def placement(self) -> str:
+        """The placement of the target; reading a store is always colocated unless it is set to serial."""
+        placement = self.overlap.placement
+        return COLOCATED if placement == AUTO and self.target.store is not None else placement
+
+    @property
+    def look_ahead(self) -> int:
+        """Number of micro-batches that may be prepared ahead of the draft step, unless execution is serial."""
+        if self.overlap.look_ahead is not None:
+            return self.overlap.look_ahead
+        return AHEAD_OF_DRAFT if self.target.store is None else AHEAD_OF_STORE
 
     @property
     def target_ranks(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from engine.batch import PackedBatch
-from engine.config.sections import Config
+from engine.config.sections import AHEAD_OF_DRAFT, COLOCATED, SERIAL, Config
 from engine.data.corpus import read_documents
 from engine.data.documents import Document, Documents
 from engine.data.fingerprint import hash_of, trained_with
@@ -46,6 +46,10 @@ from engine.host.telemetry import Telemetry
 from engine.models.draft_method import DraftMethod
 from engine.models.method_registry import make_method
 from engine.models.target_families import text_config
+from engine.overlap.look_ahead import Limits
+from engine.overlap.pipeline import Pipeline, Producer
+from engine.overlap.placement import Settings, open_pipeline
+from engine.overlap.step_clock import StepClock
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 from engine.weights.quantised_checkpoint import check_fp8_activations
@@ -84,6 +88,18 @@ class CaptureReport:
             count = f"{self.num_left_out:,} documents have states that are not finite and are left out"
             lines.insert(1, f"{count}; launcher/inspect_store.py names them")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Documents that go through the target together, and their place in a shard. Fields as in `Piece`."""
+
+    file: ShardFile
+    first_document: int
+    first_token: int
+    first_slot: int
+    batch: PackedBatch
+    slots_N: torch.Tensor
 
 
 class Capture:
@@ -241,14 +257,13 @@ class Capture:
         threads = self.config.store.threads
         stops = self.config.target.non_finite == "stop"
         writer = StoreWriter(threads, depth=2 * threads, stops=stops)
-        files = []
+        files: list[ShardFile] = []
         namer = Namer(documents, target.aux_layers, self.telemetry.warn)
         try:
             with self.telemetry.progress(sum(shard.num_tokens for shard in shards), "tokens") as progress:
                 done = num_documents = 0
-                for shard in shards:
-                    files.append(ShardFile(self.folder, contents, shard))
-                    for piece in self.pieces(target, documents, files[-1]):
+                with self.pieces(target, documents, contents, shards, files) as pieces:
+                    for piece in pieces:
                         writer.put(piece)
                         done += piece.batch.num_tokens
                         num_documents += len(piece.batch.host_lengths)
@@ -274,17 +289,45 @@ class Capture:
             raise StoreError(f"{problem}. Free some space and run the same command: it continues with the next one") from error
         return writer.num_bytes
 
-    def pieces(self, target: FrozenTarget, documents: Documents, file: ShardFile) -> Iterator[Piece]:
-        """Run the target on a shard's documents and yield pieces on their way to the host."""
+    def pieces(
+        self,
+        target: FrozenTarget,
+        documents: Documents,
+        contents: Contents,
+        shards: Sequence[Shard],
+        files: list[ShardFile],
+    ) -> Pipeline[Place, Piece]:
+        """Return the pipeline that runs the target, and whose pieces are on their way to the host.
+
+        Only the target issues collectives here, so that it may run ahead of the writer in any case.
+        files: gets the file of each shard when it is begun.
+        """
+
+        def places() -> Iterator[Place]:
+            for shard in shards:
+                file = ShardFile(self.folder, contents, shard)
+                files.append(file)
+                yield from self.places(documents, file)
+
+        def run(place: Place) -> Piece:
+            on_device = place.batch.to(target.device)
+            stored = StoredTensors.of(on_device, target(on_device, place.slots_N), contents.dtype)
+            return Piece(**vars(place), **vars(stored))
+
+        placement = SERIAL if self.config.overlap.placement == SERIAL else COLOCATED
+        settings = Settings(placement, Limits(self.config.overlap.look_ahead or AHEAD_OF_DRAFT))
+        clock = StepClock(self.world.device)
+        return open_pipeline(Producer(places(), run), clock, settings, self.world.device)
+
+    def places(self, documents: Documents, file: ShardFile) -> Iterator[Place]:
+        """Yield the batches of a shard with their places in it."""
         first_document = first_token = first_slot = 0
         for batch in packed_in_order([documents[index] for index in file.shard.documents], self.config.data.max_tokens):
             slots_N = self.method.slots(self.method.allowed_rows(batch))
-            on_device = batch.to(target.device)
-            stored = StoredTensors.of(on_device, target(on_device, slots_N), file.contents.dtype)
-            yield Piece(file, first_document, first_token, first_slot, batch, slots_N, **vars(stored))
+            yield Place(file, first_document, first_token, first_slot, batch, slots_N)
             first_document += len(batch.host_lengths)
-            first_token = first_token + batch.num_tokens
-            first_slot = first_slot + len(slots_N)
+            first_token += batch.num_tokens
+            first_slot += len(slots_N)
 
     def complete(self, manifest: Manifest) -> Manifest:
         """Write, on rank 0, and return the manifest with checksums and left-out documents."""

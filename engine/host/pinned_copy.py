@@ -47,6 +47,10 @@ class TimeMark:
             self._event = torch.cuda.Event(enable_timing=True)
             self._event.record(torch.cuda.current_stream(device))
 
+    def is_passed(self) -> bool:
+        """Return whether the device has passed this mark; does not wait."""
+        return self._event is None or self._event.query()
+
     def seconds_since(self, earlier: "TimeMark") -> float:
         """Return the seconds since an earlier mark; the device must have passed both."""
         if self._event is not None and earlier._event is not None:

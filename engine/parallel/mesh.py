@@ -258,7 +258,8 @@ def _own_group(world: World, size: int, timeout_s: int | None) -> Group:
     parts = [range(first, first + size) for first in range(0, world.size, size)]
 
     def own(backend: str | None = None) -> distributed.ProcessGroup:
-        return [distributed.new_group(part, timeout, backend) for part in parts][world.rank // size]
+        groups = [distributed.new_group(part, timeout, backend, group_desc="target") for part in parts]
+        return groups[world.rank // size]
 
     group = own()
     return Group(size, world.rank % size, group, group if world.device.type == "cpu" else own("gloo"))

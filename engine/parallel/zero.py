@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -58,6 +59,14 @@ def disconnect() -> None:
     """
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+Part = Callable[[str], AbstractContextManager[None]]
+
+
+def no_part(name: str) -> AbstractContextManager[None]:
+    """Return a context manager that does nothing."""
+    return contextlib.nullcontext()
 
 
 DraftT = TypeVar("DraftT", bound=nn.Module)
@@ -131,20 +140,25 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         """Return the draft's logits for the S predictions per position, [S, T, U]; a collective."""
         return torch.stack(self.engine(micro, None))
 
-    def train(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
+    def train(self, micro: MicroBatch, norms: LossNorms, part: Part = no_part) -> DraftOutput:
         """Run forward, backward and, after the last accumulated micro-batch, the optimizer step.
+
+        part: context manager around each of the three, which gets its name.
 
         DeepSpeed averages gradients over ranks and accumulation steps. With the `slots` normaliser
         losses are already divided by counts over the global batch, so DeepSpeed's division is
         undone.
         """
-        output = self.forward(micro, norms)
+        with part("draft_forward"):
+            output = self.forward(micro, norms)
         loss = output.loss
         if self.objective.is_normalised_globally:
             loss = loss * (self.engine.dp_world_size * self.accumulation_steps)
-        self.engine.backward(loss)
+        with part("backward"):
+            self.engine.backward(loss)
         self.learning_rate = self.engine.get_lr()[0]
-        self.engine.step()
+        with part("optimizer"):
+            self.engine.step()
         return output
 
     @property

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from engine.batch import PackedBatch
 from engine.config.ds_config import GLOBAL, accumulation_steps, compute_dtype, micro_batch_size
-from engine.config.sections import Config, ConfigError, divisors
+from engine.config.sections import COLOCATED, Config, ConfigError, divisors
 from engine.models.costs import PEAKS, HardwarePeak
 from engine.models.draft_method import DraftConfig, DraftCounts, DraftMethod
 from engine.models.method_registry import make_method
@@ -136,15 +136,16 @@ class JobPlan:
         """Return the peak memory of a rank in bytes, by category."""
         num_weights = self.num_draft_weights
         sharing = self.sharing
-        ahead = self.config.run_ahead
+        # With `auto`, a job runs serially if its memory would not suffice for both sides at once.
+        ahead = self.config.look_ahead if self.config.placement == COLOCATED else 0
         forward = self._forward(counts)
         states = self.method.activation_bytes(self.draft, counts, sharing.itemsize, self.fused)
         output = self.target.output_bytes(forward, len(self.draft.aux_layers or ()))
         passing = self.target.passing_bytes(forward)
         held = output * self.accumulation
         drafting = states.kept + states.on_top + sharing.gathered(num_weights) + sharing.gradients(num_weights)
-        drafting += sharing.buckets() + ahead * held + (passing if ahead else 0)
-        stepping = sharing.gradients(num_weights) + sharing.step(num_weights, self.fused) + ahead * held
+        drafting += sharing.buckets() + ahead * output + (passing if ahead else 0)
+        stepping = sharing.gradients(num_weights) + sharing.step(num_weights, self.fused) + ahead * output
         head_rows = self.draft.draft_vocab_size * self.draft.target_hidden_size * self.target.itemsize
         return {
             "target": self.target.weight_bytes + head_rows,

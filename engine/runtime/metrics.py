@@ -5,13 +5,15 @@ draft vocabulary counts as wrong and rejected.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.batch import DraftOutput
+from engine.batch import DraftOutput, to_device
 from engine.host.files import finite_or_null, write_whole, writing
+from engine.overlap.step_clock import PARTS
 from engine.parallel.mesh import PendingSum, World
 
 SCALARS = ("tokens", "left_out_documents")  # counted per micro-batch, not per TTT step
@@ -19,13 +21,17 @@ COUNTS = ("num_loss_rows_S", "num_allowed_rows_S", "num_correct_S", "accepted_S"
 
 
 class StepMetrics:
-    """Sums over the micro-batches since the last log, kept on the device."""
+    """Sums over the micro-batches since the last log, kept on the device.
+
+    Their order: `loss_S` and `COUNTS`, `SCALARS`, then the seconds of `PARTS`.
+    """
 
     def __init__(self, steps: int, step_weights: list[float], device: torch.device) -> None:
         self._steps = steps
         self._weights_S = torch.tensor(step_weights)
-        rows = 1 + len(COUNTS)
-        self._sums = torch.zeros(rows * steps + len(SCALARS), dtype=torch.float64, device=device)
+        self._num_row_sums = (1 + len(COUNTS)) * steps
+        num_sums = self._num_row_sums + len(SCALARS) + len(PARTS)
+        self._sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
 
     def add(self, output: DraftOutput, num_tokens: int | torch.Tensor, num_left_out: int | torch.Tensor = 0) -> None:
         """Add one micro-batch, without a host sync.
@@ -33,12 +39,17 @@ class StepMetrics:
         num_tokens: tokens of the documents that are trained on. num_left_out: documents left out.
         """
         rows = [output.loss_S.detach(), *(getattr(output, name) for name in COUNTS)]
-        self._sums[: len(rows) * self._steps] += torch.cat([row.double() for row in rows])
-        self._sums[-2] += num_tokens
-        self._sums[-1] += num_left_out
+        self._sums[: self._num_row_sums] += torch.cat([row.double() for row in rows])
+        self._sums[self._num_row_sums] += num_tokens
+        self._sums[self._num_row_sums + 1] += num_left_out
 
-    def start_read(self, world: World) -> PendingSum:
-        """Start to read the sums over all ranks and reset them; a collective without host sync."""
+    def start_read(self, world: World, seconds: Mapping[str, float]) -> PendingSum:
+        """Start to read the sums over all ranks and reset them; a collective without host sync.
+
+        seconds: this rank's time of each of `PARTS`.
+        """
+        own_seconds = torch.tensor([seconds[part] for part in PARTS], dtype=torch.float64)
+        self._sums[-len(PARTS) :] = to_device(own_seconds, self._sums.device)
         pending = world.start_sum(self._sums)
         self._sums.zero_()
         return pending
@@ -48,8 +59,8 @@ class StepMetrics:
 
         loss_divisor: divisor that turns the summed micro-batch losses into the mean loss per step.
         """
-        per_step = sums[: -len(SCALARS)]
-        scalars = sums[-len(SCALARS) :]
+        per_step = sums[: self._num_row_sums]
+        scalars = sums[self._num_row_sums : -len(PARTS)]
         loss_S, loss_rows_S, allowed_S, correct_S, accepted_S = per_step.view(-1, self._steps)
         loss_S = loss_S / loss_divisor
         rate_S = accepted_S / allowed_S.clamp_min(1)
@@ -62,6 +73,11 @@ class StepMetrics:
             "loss_row_share": (loss_rows_S.sum() / allowed_S.sum().clamp_min(1)).item(),
             **{name: int(scalar) for name, scalar in zip(SCALARS, scalars.tolist(), strict=True)},
         }
+
+    def seconds(self, sums: torch.Tensor, divisor: int) -> dict[str, float]:
+        """Return the mean seconds of each of `PARTS`. divisor: number of steps of all ranks."""
+        means = sums[-len(PARTS) :] / divisor
+        return dict(zip(PARTS, means.tolist(), strict=True))
 
 
 class MetricsFile:

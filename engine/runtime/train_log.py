@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.batch import DraftOutput, MicroBatch
 from engine.host.pinned_copy import TimeMark
+from engine.overlap.step_clock import DRAFT_PARTS, TARGET_FORWARD, StepClock, efficiency
 from engine.parallel.mesh import PendingSum, World
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.fault_watch import FaultWatch
@@ -36,11 +37,12 @@ class LogSettings:
 class _PendingLine:
     """A line of the log whose sums are still being copied to the host.
 
-    loss_divisor: as in `StepMetrics.values`.
+    num_steps: steps since the last line. loss_divisor: as in `StepMetrics.values`.
     """
 
     step: int
     learning_rate: float
+    num_steps: int
     loss_divisor: int
     sums: PendingSum
     began: TimeMark
@@ -55,11 +57,12 @@ class TrainLog:
     written; other ranks may never send theirs.
     """
 
-    def __init__(self, settings: LogSettings, zero: ZeroDraft, world: World, watch: FaultWatch) -> None:
+    def __init__(self, settings: LogSettings, zero: ZeroDraft, world: World, watch: FaultWatch, clock: StepClock) -> None:
         self._settings = settings
         self._zero = zero
         self._world = world
         self._watch = watch
+        self._clock = clock
         self._metrics = StepMetrics(zero.objective.num_steps, zero.objective.step_weights, world.device)
         self._file: MetricsFile | None = None
         if world.is_main:
@@ -122,7 +125,8 @@ class TrainLog:
             step=step,
             learning_rate=self._zero.learning_rate,
             loss_divisor=num_steps * parts,
-            sums=self._metrics.start_read(self._world),
+            num_steps=num_steps,
+            sums=self._metrics.start_read(self._world, self._clock.take_seconds()),
             began=self._last_mark,
             ended=mark,
         )
@@ -131,8 +135,13 @@ class TrainLog:
         return line
 
     def _write(self, pending: _PendingLine) -> None:
-        metrics = self._metrics.values(pending.sums.wait(), pending.loss_divisor)
-        tokens_per_s = metrics["tokens"] / pending.ended.seconds_since(pending.began)
+        sums = pending.sums.wait()
+        metrics = self._metrics.values(sums, pending.loss_divisor)
+        interval_s = pending.ended.seconds_since(pending.began)
+        tokens_per_s = metrics["tokens"] / interval_s
+        step_s = interval_s / pending.num_steps
+        parts_s = self._metrics.seconds(sums, pending.num_steps * self._world.size)
+        metrics |= {"step_s": step_s, "parts_s": parts_s, "overlap_efficiency": efficiency(parts_s, step_s)}
         metrics |= {"step": pending.step, "lr": pending.learning_rate, "tokens_per_s": tokens_per_s}
         self.line = _progress_line(metrics)
         if self._file is not None:
@@ -152,4 +161,7 @@ class TrainLog:
 
 def _progress_line(metrics: dict[str, Any]) -> str:
     accuracy = " ".join(f"{share:.0%}" for share in metrics["accuracy_per_step"])
-    return f"loss {metrics['loss']:.3f}  accuracy {accuracy}  {metrics['tokens_per_s']:,.0f} tokens/s"
+    parts_s = metrics["parts_s"]
+    draft_s = sum(parts_s[part] for part in DRAFT_PARTS)
+    sides = f"target {parts_s[TARGET_FORWARD]:.2g} s, draft {draft_s:.2g} s of {metrics['step_s']:.2g} s"
+    return f"loss {metrics['loss']:.3f}  accuracy {accuracy}  {metrics['tokens_per_s']:,.0f} tokens/s  {sides}"

@@ -1,6 +1,6 @@
 """The frozen target, run on packed documents to compute the states that the draft learns from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -236,6 +236,20 @@ class FrozenTarget:
     def head_rows(self, target_ids_U: Tensor) -> TargetHead:
         """Return the head of `target_ids_U` only, int64 [U]; a collective if ranks share it."""
         return self.head.rows(target_ids_U)
+
+    @property
+    def num_layers(self) -> int:
+        return num_layers(self.config)
+
+    def call_between_layers(self, num_groups: int, function: Callable[[], None]) -> None:
+        """Call a function between groups of layers in every forward from now on.
+
+        num_groups: number of groups, at most the number of layers.
+        """
+        layers = layers_of(self.decoder)
+        for group in range(1, num_groups):
+            first = layers[group * len(layers) // num_groups]
+            first.register_forward_pre_hook(lambda module, args: function())
 
     @torch.no_grad()
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:

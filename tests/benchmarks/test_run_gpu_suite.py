@@ -187,10 +187,10 @@ def test_losses_are_compared_step_by_step_within_a_tolerance():
 def test_compared_runs_use_options_that_exist(monkeypatch, tmp_path):
     commands = []
     monkeypatch.setattr(compare_training.subprocess, "Popen", lambda command, **_: commands.append(command))
-    compare_training.start(tmp_path, steps=2, run_ahead=1, on_gpu=False)
+    compare_training.start(tmp_path, steps=2, look_ahead=1, on_gpu=False)
     (command,) = commands
     config = load_config(None, [word for word in command if "=" in word])
-    assert config.max_steps == 2 and config.overlap.run_ahead == 1 and config.evaluation.num_prompts == 0
+    assert config.max_steps == 2 and config.overlap.look_ahead == 1 and config.evaluation.num_prompts == 0
 
 
 def test_outcomes_of_test_files_are_counted_and_a_crash_is_one(tmp_path):

@@ -121,7 +121,10 @@ def test_the_best_micro_batch_is_the_largest_that_fits():
 
 
 def test_what_is_asked_for_costs_what_it_should():
-    plain, ahead = (planner("llama3.1-8b", f"overlap.run_ahead={depth}").plan(Ranks(8, 1, 1, 1)) for depth in (0, 1))
+    plain, ahead = (
+        planner("llama3.1-8b", "overlap.placement=colocated", f"overlap.look_ahead={depth}").plan(Ranks(8, 1, 1, 1))
+        for depth in (0, 1)
+    )
     counts = plain.counts(ASSUMED.documents)
     assert sum(ahead.bytes_by_part(counts).values()) > sum(plain.bytes_by_part(counts).values())
     assert plain.traffic(counts).keys() == {"all-gather of weights (ZeRO)", "reduce-scatter of gradients (ZeRO)"}

@@ -9,6 +9,7 @@ import torch
 from engine.batch import DraftOutput
 from engine.host import files
 from engine.host.files import WriteError
+from engine.overlap.step_clock import PARTS
 from engine.parallel.mesh import World
 from engine.runtime.metrics import MetricsFile, StepMetrics
 
@@ -33,8 +34,11 @@ class TwinWorld:
         return Sum(values * 2)
 
 
+NO_TIME = dict.fromkeys(PARTS, 0.0)
+
+
 def read(metrics: StepMetrics, world, loss_divisor: int) -> dict:
-    return metrics.values(metrics.start_read(world).wait(), loss_divisor)
+    return metrics.values(metrics.start_read(world, NO_TIME).wait(), loss_divisor)
 
 
 def output(
@@ -67,7 +71,7 @@ def test_metrics_are_ratios_of_sums_over_micro_batches_and_ranks(world, ranks):
 def test_reading_starts_anew():
     metrics = StepMetrics(2, [1.0, 0.5], CPU)
     metrics.add(FIRST, num_tokens=30)
-    first = metrics.start_read(ALONE)
+    first = metrics.start_read(ALONE, NO_TIME)
     metrics.add(SECOND, num_tokens=12)
     again = StepMetrics(2, [1.0, 0.5], CPU)
     again.add(SECOND, num_tokens=12)
@@ -95,6 +99,15 @@ def test_steps_without_rows_count_as_nothing_accepted():
     values = read(metrics, ALONE, loss_divisor=1)
     assert values["accuracy_per_step"] == [0.5, 0.0, 0.0]
     assert values["simulated_acceptance_length"] == 1.5
+
+
+def test_seconds_are_means_over_steps_and_ranks():
+    metrics = StepMetrics(2, [1.0, 0.5], CPU)
+    metrics.add(FIRST, num_tokens=30)
+    seconds = {part: float(place) for place, part in enumerate(PARTS)}
+    sums = metrics.start_read(TwinWorld(), seconds).wait()
+    assert metrics.seconds(sums, divisor=2 * 4) == {part: second / 4 for part, second in seconds.items()}
+    assert metrics.values(sums, loss_divisor=1)["tokens"] == 60
 
 
 def test_counting_keeps_no_graph_alive():

@@ -1,12 +1,14 @@
 """Metrics are read a step late, and every step has exactly one line wherever a run stops."""
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from engine.overlap.step_clock import DRAFT_FORWARD, TARGET_FORWARD, StepClock
 from engine.parallel.mesh import World
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
 from engine.runtime.train_log import LogSettings, TrainLog
@@ -53,10 +55,12 @@ def zero() -> SimpleNamespace:
     return SimpleNamespace(objective=objective, write_monitors=lambda values, step: None, **facts)
 
 
-def open_log(folder: Path, zero: SimpleNamespace, every_steps: int = 1, num_steps: int = 5) -> TrainLog:
+def open_log(
+    folder: Path, zero: SimpleNamespace, every_steps: int = 1, num_steps: int = 5, clock: StepClock | None = None
+) -> TrainLog:
     settings = LogSettings(folder, every_steps, 0, num_steps)
     watch = FaultWatch(WATCH, WARNINGS.append)
-    return TrainLog(settings, zero, CountingWorld(0, 1, 0, 1), watch)
+    return TrainLog(settings, zero, CountingWorld(0, 1, 0, 1), watch, clock or StepClock(torch.device("cpu")))
 
 
 def lines(folder: Path) -> list[dict]:
@@ -84,6 +88,22 @@ def test_a_line_is_the_mean_over_the_steps_since_the_last(tmp_path, zero):
             log.end_step(step)
     assert [(line["step"], line["loss"], line["tokens"]) for line in lines(tmp_path)] == [(2, 2.5, 20), (3, 4.0, 10)]
     assert len(COLLECTIVES) == 2
+
+
+def test_a_line_accounts_for_the_time_of_its_steps(tmp_path, zero):
+    clock = StepClock(torch.device("cpu"))
+    with open_log(tmp_path, zero, every_steps=2, num_steps=2, clock=clock) as log:
+        for step in (1, 2):
+            for part in (TARGET_FORWARD, DRAFT_FORWARD):
+                with clock.span(part):
+                    time.sleep(0.01)
+            log.count(step, FIRST, MICRO)
+            log.end_step(step)
+    (line,) = lines(tmp_path)
+    parts_s = line["parts_s"]
+    assert parts_s[TARGET_FORWARD] >= 0.01 and parts_s[DRAFT_FORWARD] >= 0.01
+    assert sum(parts_s.values()) <= line["step_s"]
+    assert line["overlap_efficiency"] <= 0, "one after the other"
 
 
 def test_a_flush_leaves_nothing_behind_for_a_checkpoint_to_miss(tmp_path, zero):

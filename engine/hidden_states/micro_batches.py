@@ -1,0 +1,45 @@
+"""Run the target on packed batches to make the draft's inputs."""
+
+from dataclasses import replace
+
+import torch
+
+from engine.batch import MicroBatch, PackedBatch, StateWidths, to_device
+from engine.hidden_states.finite import without_faulty_documents
+from engine.hidden_states.protocol import Target
+from engine.models.draft_method import DraftConfig, DraftMethod
+
+
+class MicroBatchMaker:
+    """Makes the micro-batches of one rank from packed batches on the host."""
+
+    def __init__(self, method: DraftMethod, target: Target, dtype: torch.dtype, device: torch.device) -> None:
+        """dtype: precision in which the draft reads the states."""
+        self._method = method
+        self._target = target
+        self._dtype = dtype
+        self._device = device
+
+    def __call__(self, batch: PackedBatch) -> MicroBatch:
+        """Run the target; a collective if ranks share it."""
+        # The rows are computed on the host, so no host sync is needed.
+        allowed_ST = self._method.allowed_rows(batch)
+        slots_N = self._method.slots(allowed_ST)
+        batch = batch.to(self._device)
+        output = self._target(batch, slots_N)
+        embed_TD = output.embed_TD
+        if embed_TD is None:
+            embed_TD = self._target.embedding.rows(batch.input_ids_T)
+        output = replace(output, aux_TA=output.aux_TA.to(self._dtype), embed_TD=None)
+        micro = MicroBatch(batch, output, embed_TD.to(self._dtype), to_device(allowed_ST, self._device))
+        return without_faulty_documents(micro)
+
+    def widths(self, config: DraftConfig, num_predictions: int) -> StateWidths:
+        """Return the sizes of the states. num_predictions: predictions of the draft per position."""
+        width = config.target_hidden_size
+        return StateWidths(
+            aux_bytes=len(self._target.aux_layers) * width * self._dtype.itemsize,
+            embed_bytes=width * self._dtype.itemsize,
+            last_hidden_bytes=width * self._target.dtype.itemsize,
+            num_predictions=num_predictions,
+        )

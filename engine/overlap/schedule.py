@@ -1,0 +1,118 @@
+"""The schedule of a training run: micro-batches in order, timed parts, placement and checks."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+from engine.config.sections import AUTO, COLOCATED, SERIAL, OverlapSection
+from engine.host.files import write_text
+from engine.overlap.collective_order import CollectiveOrder
+from engine.overlap.look_ahead import Limits
+from engine.overlap.pipeline import Item, Pipeline, Producer, Work
+from engine.overlap.placement import MeasuredPlacement, Settings, can_run_in_turns, open_pipeline
+from engine.overlap.step_clock import StepClock
+from engine.parallel.mesh import World
+
+# CUDA's priorities: lower numbers run first. The default stream, on which the draft runs, has 0.
+PRIORITY = {"none": 0, "target": -1, "draft": 0}
+
+
+@dataclass(frozen=True)
+class Side:
+    """The side that prepares micro-batches.
+
+    placement: `serial`, `colocated` or `auto`. look_ahead: micro-batches.
+    num_ranks: ranks that prepare a micro-batch together. num_pauses: see `TurnsPipeline`.
+    """
+
+    placement: str
+    look_ahead: int
+    num_ranks: int = 1
+    num_pauses: int = 0
+
+
+class Schedule(Generic[Item, Work]):
+    """Runs the two sides of training, and accounts for the time of every part of a step.
+
+    clock: the times of this rank.
+    """
+
+    def __init__(
+        self,
+        producer: Producer[Item, Work],
+        side: Side,
+        section: OverlapSection,
+        world: World,
+        note: Callable[[str], None],
+    ) -> None:
+        """Prepare the schedule; nothing runs before the first `take`. note: writes a line to the log."""
+        self._world = world
+        first_and_last = section.trace_steps
+        self._traces = first_and_last is not None
+        self.clock = StepClock(world.device, (first_and_last[0], first_and_last[1]) if first_and_last else None)
+        self._order = CollectiveOrder() if section.check_order else None
+        limit = None if section.look_ahead_mb is None else section.look_ahead_mb << 20
+        limits = Limits(side.look_ahead, limit)
+        placement = side.placement
+        if placement == AUTO and (side.look_ahead == 0 or not can_run_in_turns(side.num_ranks, world.device)):
+            placement = SERIAL
+        is_measured = placement == AUTO
+        settings = Settings(
+            placement=COLOCATED if is_measured else placement,
+            limits=limits,
+            has_collectives=side.num_ranks > 1,
+            num_pauses=side.num_pauses,
+            priority=PRIORITY[section.priority],
+        )
+        self._prepare = producer.prepare
+        prepare = self._call_prepare if self._order is None else self._order.recorded(self._call_prepare)
+        hidden = Producer(producer.items, prepare, producer.num_bytes)
+        self._pipeline: Pipeline[Item, Work] = open_pipeline(hidden, self.clock, settings, world.device)
+        self._measured = MeasuredPlacement(self._pipeline, limits, world, note) if is_measured else None
+        if self._measured is not None:
+            self._prepare = self._measured.measured(producer.prepare)
+        self._on_exit = ExitStack()
+
+    def _call_prepare(self, item: Item) -> Work:
+        return self._prepare(item)
+
+    def __enter__(self) -> "Schedule[Item, Work]":
+        self._on_exit.enter_context(self._pipeline)
+        if self._order is not None:
+            self._on_exit.enter_context(self._order.recording())
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._on_exit.__exit__(*error)
+
+    def take(self, step: int, count: int) -> list[Work]:
+        """Begin a step and return its micro-batches; those of earlier steps may no longer be used."""
+        self.clock.step = step
+        self._pipeline.release()
+        return [next(self._pipeline) for _ in range(count)]
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Context manager for a part of the draft's step, which is timed as `name`."""
+        return self._pipeline.part(name)
+
+    def pause(self) -> None:
+        """Give the draft its turn; the target calls this between groups of layers."""
+        self._pipeline.pause()
+
+    def end_step(self) -> None:
+        """End a step. Raises CollectiveOrderError; a collective if the order is checked."""
+        if self._measured is not None:
+            self._measured.end_step()
+        if self._order is not None:
+            self._order.compare(self._world)
+
+    def write_trace(self, path: Path) -> None:
+        """Write the timeline of all ranks for ui.perfetto.dev, if it was recorded; a collective."""
+        if not self._traces:
+            return
+        events = [event for own in self._world.gather(self.clock.trace_events(self._world.rank)) for event in own]
+        if self._world.is_main:
+            write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

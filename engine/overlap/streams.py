@@ -1,0 +1,196 @@
+"""CUDA streams and buffers through which prepared work reaches its consumer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256  # bytes; as PyTorch's CUDA allocator aligns tensors
+
+
+def map_tensors(work: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a copy of nested lists, tuples and dataclasses with every tensor replaced by `change(tensor)`."""
+    if isinstance(work, Tensor):
+        return change(work)
+    if isinstance(work, list):
+        return [map_tensors(part, change) for part in work]
+    if isinstance(work, tuple):
+        return tuple(map_tensors(part, change) for part in work)
+    if is_dataclass(work) and not isinstance(work, type):
+        changed = {}
+        for part in fields(work):
+            value = getattr(work, part.name)
+            new_value = map_tensors(value, change)
+            if new_value is not value:
+                changed[part.name] = new_value
+        return replace(work, **changed) if changed else work
+    return work
+
+
+def size_of(work: Any) -> int:
+    """Return the bytes that the tensors of `work` take in a buffer."""
+    sizes: list[int] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        sizes.append(_aligned(tensor.nbytes))
+        return tensor
+
+    map_tensors(work, add)
+    return sum(sizes)
+
+
+class Buffer:
+    """A reusable block of device memory that holds the tensors of one batch of work.
+
+    released: event after which the consumer no longer reads the buffer; None = it never has.
+    """
+
+    def __init__(self) -> None:
+        self._block: Tensor | None = None
+        self.released: torch.cuda.Event | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self._block is None else self._block.numel()
+
+    def fill(self, work: Any, device: torch.device) -> Any:
+        """Return `work` with its tensors on `device` copied into this buffer, on the current stream.
+
+        The buffer grows if it is too small, so that it no longer allocates after the largest batch.
+        Other tensors are kept as they are.
+        """
+        needed = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal needed
+            needed += _aligned(tensor.nbytes) if tensor.device == device else 0
+            return tensor
+
+        map_tensors(work, count)
+        if needed > self.num_bytes:
+            self._block = torch.empty(needed, dtype=torch.uint8, device=device)
+        block = self._block
+        start = 0
+
+        def copy(tensor: Tensor) -> Tensor:
+            nonlocal start
+            if tensor.device != device or block is None:
+                return tensor
+            place = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            start += _aligned(tensor.nbytes)
+            return place.copy_(tensor)
+
+        return map_tensors(work, copy)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+class Ring:
+    """Buffers that are used in turn.
+
+    A buffer is taken from those that the consumer has released. A new one is added only if there is
+    none, which the limit of the look-ahead bounds.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Buffer] = []
+        self.buffers: list[Buffer] = []
+
+    def take(self) -> Buffer:
+        """Return a buffer that no one uses; the one that was released first."""
+        if self._free:
+            return self._free.pop(0)
+        buffer = Buffer()
+        self.buffers.append(buffer)
+        return buffer
+
+    def give_back(self, buffer: Buffer, released: torch.cuda.Event | None) -> None:
+        """Return a buffer to the ring. released: event after which its contents are no longer read."""
+        buffer.released = released
+        self._free.append(buffer)
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Work on its way from the producer to the consumer.
+
+    ready: event after which the work may be read; None on a CPU.
+    buffer: where it lies; None on a CPU, where the tensors themselves are handed over.
+    """
+
+    work: Any
+    ready: torch.cuda.Event | None = None
+    buffer: Buffer | None = None
+
+
+class SideStream:
+    """CUDA stream of a producer that shares a GPU with its consumer; does nothing on a CPU.
+
+    Results are copied from the producer's own memory to buffers that are reused, so that the
+    allocator never waits for another stream and the memory of the look-ahead is bounded. The copy
+    reads and writes each byte once, which is far less than what the producer itself reads.
+    """
+
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
+        """Create the stream; must be called by the consumer's thread.
+
+        Only that thread knows its current stream, on which weights may still be loading.
+        priority: CUDA's stream priority; lower numbers run first.
+        """
+        self._device = device
+        self._ring = Ring()
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=priority)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def enter_thread(self) -> None:
+        """Make the device current in the calling thread.
+
+        A new thread starts on GPU 0 and would create a CUDA context there.
+        """
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Context manager in which the calling thread queues its work on this stream."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def hand_over(self, result: Any) -> Handover:
+        """Copy a result to a buffer, within `current`, and return it for the consumer."""
+        stream = self._stream
+        if stream is None:
+            return Handover(result)
+        buffer = self._ring.take()
+        if buffer.released is not None:
+            stream.wait_event(buffer.released)
+        work = buffer.fill(result, self._device)
+        return Handover(work, stream.record_event(), buffer)
+
+    def receive(self, handover: Handover) -> Any:
+        """Return the work; on a GPU the caller's stream waits for it, not the host."""
+        if handover.ready is not None:
+            torch.cuda.current_stream(self._device).wait_event(handover.ready)
+        return handover.work
+
+    def release(self, handovers: Sequence[Handover]) -> None:
+        """Let the buffers of work that the caller has finished with be used again.
+
+        Work that the caller has queued on its current stream may still read them.
+        """
+        buffers = [handover.buffer for handover in handovers if handover.buffer is not None]
+        if not buffers:
+            return
+        released = torch.cuda.current_stream(self._device).record_event()
+        for buffer in buffers:
+            self._ring.give_back(buffer, released)

@@ -1,0 +1,95 @@
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.config.strict import ConfigError
+from engine.overlap import placement
+from engine.overlap.look_ahead import Limits
+from engine.overlap.pipeline import Producer, SerialPipeline, ThreadedPipeline, TurnsPipeline
+from engine.overlap.placement import MeasuredPlacement, Settings, check_colocated, open_pipeline
+from engine.overlap.step_clock import StepClock
+from engine.parallel.mesh import World
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        (Settings("serial", Limits(0)), SerialPipeline),
+        (Settings("colocated", Limits(1)), ThreadedPipeline),
+        (Settings("colocated", Limits(1), has_collectives=True), TurnsPipeline),
+    ],
+)
+def test_each_placement_has_its_pipeline(settings, kind):
+    with open_pipeline(Producer(range(2), lambda item: item), StepClock(CPU), settings, CPU) as work:
+        assert type(work) is kind and list(work) == [0, 1]
+
+
+@pytest.mark.parametrize(("version", "is_allowed"), [((2, 25, 1), False), ((2, 26), True), ((2, 28, 9), True)])
+def test_ranks_that_share_the_target_need_an_nccl_that_orders_launches(version, is_allowed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "nccl", SimpleNamespace(version=lambda: version))
+    for name, ranks, device in [("colocated", 1, GPU), ("colocated", 4, CPU), ("serial", 4, GPU), ("auto", 4, GPU)]:
+        check_colocated(name, ranks, device)
+    if is_allowed:
+        check_colocated("colocated", 4, GPU)
+        return
+    with pytest.raises(ConfigError, match="4 ranks.*2.26 or newer, and this one is 2.25.1; set it to serial") as refused:
+        check_colocated("colocated", 4, GPU)
+    assert refused.value.key == "overlap.placement"
+
+
+def measured_run(target_s: float, draft_s: float, colocated_extra_s: float = 0.0) -> tuple[list[str], list[int]]:
+    """Notes of a run, and its look-ahead at every step."""
+    notes: list[str] = []
+    limits: list[int] = []
+    settings = Settings("colocated", Limits(1))
+    producer = Producer(range(16), lambda item: time.sleep(target_s) or item)
+    with open_pipeline(producer, StepClock(CPU), settings, CPU) as work:
+        choice = MeasuredPlacement(work, Limits(1), World.alone(), notes.append)
+        for number, item in enumerate(work):
+            assert item == number
+            limits.append(work._state.limits.batches)
+            time.sleep(draft_s + colocated_extra_s * limits[-1])
+            choice.end_step()
+    return notes, limits
+
+
+def test_the_faster_placement_is_kept_and_the_log_says_why():
+    half = placement.WARM_UP_STEPS + placement.MEASURED_STEPS
+    notes, limits = measured_run(0.01, 0.01)
+    assert limits == [0] * half + [1] * (16 - half)
+    assert len(notes) == 1 and "colocated" in notes[0] and "s serially" in notes[0]
+    notes, limits = measured_run(0.002, 0.01, colocated_extra_s=0.01)
+    assert limits == [0] * half + [1] * half + [0] * (16 - 2 * half)
+    assert "overlap: serial" in notes[0]
+
+
+def test_without_memory_for_both_sides_it_stays_serial(monkeypatch):
+    monkeypatch.setattr(placement._PeakMemory, "missing_bytes", lambda self, num_batches: 3 << 30)
+    notes, limits = measured_run(0.001, 0.001)
+    assert set(limits) == {0} and notes == [
+        "  overlap: serial, because running both sides at once would need 3.0 GiB more memory"
+    ]
+
+
+def test_the_memory_of_both_sides_is_that_of_each_and_of_the_batches_between(monkeypatch):
+    """A GPU of 100 bytes that holds 20; the target adds 30 while it runs and leaves 5, the draft's peak is 40."""
+    now = {"allocated": 20, "peak": 40}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: now["peak"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: now["allocated"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: now.update(peak=now["allocated"]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100))
+
+    def prepare(item: int) -> int:
+        now.update(peak=50, allocated=25)
+        return item
+
+    memory = placement._PeakMemory(GPU)
+    assert memory.measured(prepare)(7) == 7
+    assert memory.missing_bytes(2) == 40 + 30 + 2 * 5 - 95
+    memory.stop()
+    assert memory.missing_bytes(2) == 0
