@@ -2,9 +2,8 @@
 
 import collections
 import copy
-import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,11 @@ from engine.data.packing import collate
 from engine.data.templates import load_tokenizer, template_token_ids
 from engine.evaluation.acceptance import Prompt, check_prompts, held_out_prompts
 from engine.evaluation.evaluator import AcceptanceEvaluator
+from engine.evaluation.remote_evaluator import RemoteEvaluator
 from engine.evaluation.report import RunReport
 from engine.hidden_states.micro_batches import MicroBatchMaker
 from engine.hidden_states.protocol import HiddenStateSource, Target
+from engine.hidden_states.remote_target import RemoteSource, RemoteTarget
 from engine.hidden_states.sources import open_source
 from engine.host.files import write_json, write_text
 from engine.host.telemetry import Telemetry
@@ -40,20 +41,20 @@ from engine.models.losses.loss_registry import make_loss
 from engine.models.method_registry import make_method
 from engine.models.normaliser import Normaliser
 from engine.models.vocab_map import VocabMap
-from engine.overlap.pipeline import Producer
-from engine.overlap.schedule import Schedule, Side
+from engine.overlap.bridge import Bridge
+from engine.overlap.schedule import Schedule
 from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.checkpoint import Checkpoints, check_finite_weights
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
 from engine.runtime.train_log import LogSettings, TrainLog
+from engine.runtime.training_schedule import DataState, Item, Training, Work, make_schedule
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.quantised_checkpoint import check_fp8_activations
 
 TrainedDraft = ZeroDraft[DraftModel, DraftObjective]
-DataState = dict[str, Any]  # position in the data, from which a run resumes
 TRACE = "trace.json"
 EXCERPT_TOKENS = 24
 # Relative to the largest logit: a few bf16 roundings. A wrong tensor causes errors near 1.
@@ -62,10 +63,15 @@ RELOAD_TOLERANCE = 2**-5
 
 @dataclass(frozen=True)
 class RunSpan:
-    """Optimizer steps of a run. done: those that an earlier run has taken. last: number of the last step."""
+    """Optimizer steps of a run.
+
+    done: those that an earlier run has taken. last: number of the last step.
+    data_state: position of the data after the steps that are done; None = the beginning.
+    """
 
     done: int
     last: int
+    data_state: DataState | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,13 @@ class Corpus:
 class Trainer:
     """One run of the training job on one rank."""
 
-    def __init__(self, config: Config, ds_config: dict[str, Any], world: World) -> None:
+    def __init__(self, config: Config, ds_config: dict[str, Any], world: World, bridge: Bridge | None = None) -> None:
         """Create a run.
 
         ds_config: DeepSpeed configuration as read from its file, without computed values.
+        bridge: connection to the ranks that run the target, if these are others.
         """
+        self.bridge = bridge
         self.config = config
         self.ds_config = ds_config
         self.world = world
@@ -116,7 +124,7 @@ class Trainer:
         tokenizer = load_tokenizer(section, self.config.data)
         target_config = load_target_config(section)
         check_fp8_activations(target_config, section)
-        source = open_source(self.config, tokenizer, self.world, self.telemetry)
+        source = self.open_source(tokenizer)
         self.checkpoints = replace(self.checkpoints, target_identity=source.target_identity)
         if position is not None:
             unknown = self.world.decide(self.checkpoints.check_target)
@@ -132,15 +140,7 @@ class Trainer:
             assert draft_config.aux_layers is not None  # `derive_config` fills them in
             target = source.load_target(draft_config.aux_layers)
         draft = self.method.new_draft(draft_config, kernels, target, corpus.vocab_map)
-        evaluator = None
-        if source.can_decode:
-            if not isinstance(target, FrozenTarget):
-                problem = f"loaded a {type(target).__name__}, which cannot decode; set can_decode = False in the source"
-                raise ValueError(f"target.source = {self.config.target.source}: {problem}")
-            max_tokens = self.config.data.max_tokens
-            evaluator = AcceptanceEvaluator(
-                self.config.evaluation, target, tokenizer, prompts, self.world, self.telemetry, max_tokens
-            )
+        evaluator = self.make_evaluator(target, tokenizer, prompts) if source.can_decode else None
         report = RunReport(self.output_dir, self.telemetry.stage_s, corpus.vocab_facts["coverage"])
         if evaluator is not None:
             with self.telemetry.stage("Measuring acceptance before training"):
@@ -156,7 +156,28 @@ class Trainer:
             with self.telemetry.stage("Measuring acceptance after training"):
                 after = evaluator.measure_draft(exported.to(target.dtype))
                 report = replace(report, after=after, prompt_lookup=evaluator.measure_prompt_lookup())
+        if isinstance(target, RemoteTarget):
+            target.calls.start("end")
         return report
+
+    def open_source(self, tokenizer: PreTrainedTokenizerBase) -> HiddenStateSource:
+        """Open the source of hidden states, on these ranks or on others."""
+        if self.bridge is None:
+            return open_source(self.config, tokenizer, self.world, self.telemetry)
+        return RemoteSource(self.config, tokenizer, self.world, self.telemetry, self.bridge)
+
+    def make_evaluator(
+        self, target: Target, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+    ) -> AcceptanceEvaluator | RemoteEvaluator:
+        """Return the evaluator of a target that can decode. Raises ValueError for another target."""
+        if isinstance(target, RemoteTarget):
+            return RemoteEvaluator(target)
+        if not isinstance(target, FrozenTarget):
+            problem = f"loaded a {type(target).__name__}, which cannot decode; set can_decode = False in the source"
+            raise ValueError(f"target.source = {self.config.target.source}: {problem}")
+        section = self.config.evaluation
+        max_tokens = self.config.data.max_tokens
+        return AcceptanceEvaluator(section, target, tokenizer, prompts, self.world, self.telemetry, max_tokens)
 
     def check_output(self) -> None:
         """Check the output folder, and print whether the nodes share it.
@@ -256,7 +277,7 @@ class Trainer:
         if position is not None and step == last:
             longer = "raise max_steps or epochs to train longer"
             self.telemetry.note(f"  the checkpoint of step {step} is the end of this run: no step is left to train; {longer}")
-        return RunSpan(step, last)
+        return RunSpan(step, last, None if position is None else position[1])
 
     def choose_kernels(self, draft_config: DraftConfig) -> Kernels:
         loss_pass = LossPass(gradient_dtype=getattr(torch, self.config.loss.gradient_dtype))
@@ -324,7 +345,9 @@ class Trainer:
                 if self.saves_after(step, span.last):
                     log.flush()
                     self.checkpoints.save(zero, self.world, step, data_state=taken[-1][1])
-        schedule.write_trace(self.output_dir / TRACE)
+        if self.config.overlap.traced is not None:
+            events = target.calls.call("trace") if isinstance(target, RemoteTarget) else []
+            schedule.write_trace(self.output_dir / TRACE, events)
         left_out: dict[int, str] = {}
         for own in self.world.gather(watch.left_out):
             left_out |= own
@@ -334,39 +357,20 @@ class Trainer:
         every = self.config.checkpoint.every_steps
         return every > 0 and (step % every == 0 or step == last_step)
 
-    def schedule(
-        self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan
-    ) -> "Schedule[tuple[PackedBatch, DataState], tuple[MicroBatch, DataState]]":
-        """Return the schedule of the run's micro-batches, each with the state for resuming after its step."""
-        config = self.config
-        make = MicroBatchMaker(self.method, target, zero.dtype, self.world.device)
-        widths = make.widths(zero.draft.config, zero.objective.num_steps)
-        num_packs = micro_batch_size(self.ds_config, self.world.size)
-        largest = MicroBatch.num_bytes(config.data.max_tokens * num_packs, config.data.max_tokens * num_packs, widths)
-
-        def items() -> Iterator[tuple[PackedBatch, DataState]]:
-            for batches, data_state in itertools.islice(corpus.loader, span.last - span.done):
-                for batch in batches:
-                    yield batch, data_state
-
-        def num_bytes(item: tuple[PackedBatch, DataState]) -> int:
-            # Ranks that share the target must agree on how far it runs ahead.
-            if config.target_ranks > 1:
-                return largest
-            return MicroBatch.num_bytes(item[0].num_tokens, int(item[0].assistant_mask_T.sum()), widths)
-
-        def prepare(item: tuple[PackedBatch, DataState]) -> tuple[MicroBatch, DataState]:
-            return make(item[0]), item[1]
-
-        producer = Producer(items(), prepare, num_bytes)
-        side = Side(config.placement, config.look_ahead, config.target_ranks)
-        if not isinstance(target, FrozenTarget) or config.target_ranks == 1:
-            return Schedule(producer, side, config.overlap, self.world, self.telemetry.note)
-        num_groups = min(config.overlap.layer_groups, target.num_layers)
-        side = replace(side, num_pauses=num_groups - 1)
-        schedule = Schedule(producer, side, config.overlap, self.world, self.telemetry.note)
-        target.call_between_layers(num_groups, schedule.pause)
-        return schedule
+    def schedule(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> Schedule[Item, Work]:
+        """Return the schedule of the run's micro-batches."""
+        training = Training(
+            config=self.config,
+            ds_config=self.ds_config,
+            world=self.world,
+            method=self.method,
+            draft=zero.draft.config,
+            dtype=zero.dtype,
+            num_predictions=zero.objective.num_steps,
+            position=span.data_state,
+            num_steps=span.last - span.done,
+        )
+        return make_schedule(training, corpus.loader, target, self.telemetry.note)
 
     def export(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> ServedDraft:
         """Export the draft, reload it on every rank and compare its logits with the trained ones.

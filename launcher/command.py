@@ -90,7 +90,7 @@ def order_launches(config: Config) -> None:
 
     Needed if ranks share the target while the draft trains. Call it before a process group exists.
     """
-    if config.target_ranks > 1 and config.placement != SERIAL:
+    if config.replica_size > 1 and config.placement != SERIAL:
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 

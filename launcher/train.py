@@ -7,9 +7,11 @@ folder, and loads no target.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,6 +34,9 @@ from launcher.command import (
     write_embedded_corpus,
     wrong_options,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,13 +61,31 @@ def check_files(config: Config) -> None:
     check_output(config)
 
 
+def sides_of(config: Config, num_ranks: int) -> tuple[int, int] | None:
+    """Return the numbers of ranks that train the draft and that run the target; None = the same ranks do both.
+
+    Raises ConfigError if the ranks cannot be divided so.
+    """
+    num_target = config.overlap.target_ranks
+    if num_target is None:
+        return None
+    key = "overlap.target_ranks"
+    if num_target >= num_ranks:
+        raise ConfigError(f"leaves no rank for the draft; the job has {num_ranks} ranks", key=key, value=num_target)
+    if num_target % config.replica_size:
+        problem = f"is not a multiple of the {config.replica_size} ranks that share one copy of the target"
+        raise ConfigError(problem, key=key, value=num_target)
+    return num_ranks - num_target, num_target
+
+
 def main() -> None:
     arguments = parse_arguments()
     environment = join_environment()
     with wrong_options(arguments, environment["rank"]):
         config = load_config(arguments.recipe, arguments.overrides)
         ds_config = load_ds_config(arguments.ds_config)
-        accumulation_steps(ds_config, environment["size"])
+        sides = sides_of(config, environment["size"])
+        accumulation_steps(ds_config, environment["size"] if sides is None else sides[0])
         check_files(config)
     corpus = Path(config.output_dir).absolute() / "corpus"
     resolved = with_paths(config, corpus)
@@ -70,36 +93,56 @@ def main() -> None:
         resolved = with_store(resolved)
     except ValueError as error:
         stop(error, environment["rank"])
-
     order_launches(config)
 
     from engine.overlap.placement import check_colocated
     from engine.parallel.mesh import World
 
-    world = World(**environment)
-    with wrong_options(arguments, world.rank):
-        check_colocated(config.placement, config.target_ranks, world.device)
+    whole = World(**environment)
+    with wrong_options(arguments, whole.rank):
+        check_colocated(config.placement, config.replica_size, whole.device)
 
+    from engine.overlap.bridge import Bridge, OtherSideError, Sides, join_sides
     from engine.parallel.zero import connect, disconnect
 
-    connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
+    num_threads = config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // whole.local_size)
+
+    def join(own: World, store: "Store | None" = None) -> None:
+        # DeepSpeed reads these; with a store they are those of one side.
+        os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.size))
+        connect(own, config.parallel.timeout_s, num_threads, store)
+
+    world = whole
+    bridge: Bridge | None = None
+    if sides is None:
+        join(world)
+    else:
+        world, bridge = join_sides(whole, Sides(*sides, config.replica_size), config.parallel.timeout_s, join)
     from engine.parallel.nodes import is_shared
+    from engine.runtime.target_server import TargetServer
     from engine.trainer import Trainer
 
-    world = replace(world, shares_output=is_shared(Path(config.output_dir).absolute(), world))
+    report = None
     try:
         run_plugins(config.target.plugins)
-        with wrong_options(arguments, world.rank):
-            trainer = Trainer(resolved, ds_config, world)
-        if world.writes_output:
-            write_embedded_corpus(config, corpus)
-        world.barrier()
-        report = trainer.run()
-        if world.is_main:
-            report.save()
-    except (ValueError, OSError, ImportError) as error:
-        stop(error, world.rank)
-    if world.is_main:
+        if bridge is not None and bridge.sides.is_target(whole.rank):
+            bridge.barrier()
+            TargetServer(resolved, ds_config, world, bridge).run()
+        else:
+            world = replace(world, shares_output=is_shared(Path(config.output_dir).absolute(), world))
+            with wrong_options(arguments, world.rank):
+                trainer = Trainer(resolved, ds_config, world, bridge)
+            if world.writes_output:
+                write_embedded_corpus(config, corpus)
+            world.barrier()
+            if bridge is not None:
+                bridge.barrier()
+            report = trainer.run()
+            if world.is_main:
+                report.save()
+    except (ValueError, OSError, ImportError, OtherSideError) as error:
+        stop(error, whole.rank)
+    if report is not None and world.is_main:
         report.show(trainer.telemetry.console, config.target.plugins, config.draft.method in DRAFT_METHODS)
     disconnect()
 

@@ -251,22 +251,33 @@ class ParallelSection:
 
 AHEAD_OF_STORE = 2  # batches read ahead from a store: one being read, one ready
 AHEAD_OF_DRAFT = 1  # batches that the target runs ahead of the draft
-AUTO, SERIAL, COLOCATED = "auto", "serial", "colocated"  # overlap.placement
+AUTO, SERIAL, COLOCATED, SPLIT = "auto", "serial", "colocated", "split"  # overlap.placement
 
 
 @dataclass(frozen=True)
 class OverlapSection:
     """Where and when the target runs, relative to the draft; the batches and the result are the same."""
 
-    placement: Literal["auto", "serial", "colocated"] = option(
+    placement: Literal["auto", "serial", "colocated", "split"] = option(
         AUTO,
-        "serial = target and draft one after the other; colocated = at the same time on the same ranks; auto = the faster of "
-        "the two, measured in the first steps; a store is read at the same time",
+        "serial = target and draft one after the other; colocated = at the same time on the same ranks; split = on different "
+        "ranks; auto = serial or colocated, whichever is faster in the first steps; a store is read at the same time",
+    )
+    target_ranks: int | None = option(
+        None,
+        "split: ranks that run the target, a multiple of the ranks that share one copy; the others train the draft",
+        unit="ranks",
+        at_least=1,
+    )
+    transfer_dtype: Literal["auto", "float32", "bfloat16", "float8_e4m3"] = option(
+        "auto",
+        "split: precision of hidden states on their way; auto = that in which the draft reads them; float8_e4m3 has one scale "
+        "per token",
     )
     look_ahead: int | None = option(
         None,
         "micro-batches that the target, or the reading of a store, may be ahead of the draft; "
-        f"null = {AHEAD_OF_STORE} with target.store, otherwise {AHEAD_OF_DRAFT}",
+        f"null = {AHEAD_OF_STORE} with target.store or split, otherwise {AHEAD_OF_DRAFT}",
         unit="micro-batches",
         at_least=0,
     )
@@ -288,10 +299,18 @@ class OverlapSection:
         None, "first and last optimizer step of which trace.json records the timeline, for ui.perfetto.dev; null = none"
     )
 
+    @property
+    def traced(self) -> tuple[int, int] | None:
+        """First and last step of the trace."""
+        return None if self.trace_steps is None else (self.trace_steps[0], self.trace_steps[1])
+
     def __post_init__(self):
         steps = self.trace_steps
         if steps is not None and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
             raise ConfigError("expected two steps, the first and the last", key="overlap.trace_steps", value=steps)
+        if (self.placement == SPLIT) != (self.target_ranks is not None):
+            problem = "and overlap.placement=split belong together; set both or neither"
+            raise ConfigError(problem, key="overlap.target_ranks", value=self.target_ranks)
         if self.placement == SERIAL and self.look_ahead:
             problem = "needs overlap.placement=colocated or auto; serial execution prepares nothing ahead"
             raise ConfigError(problem, key="overlap.look_ahead", value=self.look_ahead)
@@ -372,6 +391,9 @@ class Config:
         if self.draft.vocab_from == "argmax" and self.target.store is None:
             problem = "needs target.store, which holds the target's most likely tokens; capture first, or set it to assistant"
             raise ConfigError(problem, key="draft.vocab_from", value="argmax")
+        if self.overlap.placement == SPLIT and self.target.store is not None:
+            problem = "a store is read by the ranks that train the draft; delete target.store, or use another placement"
+            raise ConfigError(problem, key="overlap.placement", value=SPLIT)
         every = self.checkpoint.every_steps
         logged = self.log_every_steps
         if every % logged:
@@ -400,10 +422,11 @@ class Config:
         """Number of micro-batches that may be prepared ahead of the draft step, unless execution is serial."""
         if self.overlap.look_ahead is not None:
             return self.overlap.look_ahead
-        return AHEAD_OF_DRAFT if self.target.store is None else AHEAD_OF_STORE
+        is_online = self.target.store is None and self.overlap.placement != SPLIT
+        return AHEAD_OF_DRAFT if is_online else AHEAD_OF_STORE
 
     @property
-    def target_ranks(self) -> int:
+    def replica_size(self) -> int:
         """Ranks that share one copy of the target; 1 with a store, which each rank reads alone."""
         if self.target.store is not None:
             return 1

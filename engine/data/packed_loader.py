@@ -103,7 +103,7 @@ class PackedLoader:
         """Yield this rank's micro-batches of each step and the state for resuming after it."""
         num_packs = self._epoch_ends[-1]
         for first in range(self._first_pack, num_packs, self._packs_per_step):
-            batches = [self._micro_batch(first, index) for index in range(self._accumulation_steps)]
+            batches = [self._micro_batch(first, index, self._rank) for index in range(self._accumulation_steps)]
             yield batches, self._state_at(min(first + self._packs_per_step, num_packs))
 
     @property
@@ -125,8 +125,12 @@ class PackedLoader:
         epoch_plan = self._plan_of(self._epoch_of(num_packs))
         return {"packs": num_packs, "plan": list(self._plan), "epoch_plan": list(epoch_plan), "stream": self.stream}
 
-    def _micro_batch(self, first: int, index: int) -> PackedBatch:
-        begin = first + (index * self._world_size + self._rank) * self._packs_per_batch
+    def micro_batch(self, step: int, index: int, rank: int) -> PackedBatch:
+        """Return micro-batch `index` of any rank in a step. step: counted from where iteration starts."""
+        return self._micro_batch(self._first_pack + step * self._packs_per_step, index, rank)
+
+    def _micro_batch(self, first: int, index: int, rank: int) -> PackedBatch:
+        begin = first + (index * self._world_size + rank) * self._packs_per_batch
         documents: list[Document] = []
         places: list[int] = []
         for offset in range(self._packs_per_batch):

@@ -1,13 +1,25 @@
 """Run the target on packed batches to make the draft's inputs."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from engine.batch import MicroBatch, PackedBatch, StateWidths, to_device
+from engine.batch import MicroBatch, PackedBatch, StateWidths, TargetOutput, to_device
 from engine.hidden_states.finite import without_faulty_documents
 from engine.hidden_states.protocol import Target
 from engine.models.draft_method import DraftConfig, DraftMethod
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A packed batch with the rows that the draft learns from, on the host.
+
+    allowed_ST: bool [S, T], result of `allowed_rows`. slots_N: int64 [N], ascending.
+    """
+
+    batch: PackedBatch
+    allowed_ST: torch.Tensor
+    slots_N: torch.Tensor
 
 
 class MicroBatchMaker:
@@ -22,16 +34,23 @@ class MicroBatchMaker:
 
     def __call__(self, batch: PackedBatch) -> MicroBatch:
         """Run the target; a collective if ranks share it."""
-        # The rows are computed on the host, so no host sync is needed.
+        rows = self.rows(batch)
+        rows = replace(rows, batch=batch.to(self._device))
+        return self.finish(rows, self._target(rows.batch, rows.slots_N))
+
+    def rows(self, batch: PackedBatch) -> "Rows":
+        """Return the rows of a batch; computed on the host, so that nothing waits for the device."""
         allowed_ST = self._method.allowed_rows(batch)
-        slots_N = self._method.slots(allowed_ST)
-        batch = batch.to(self._device)
-        output = self._target(batch, slots_N)
+        return Rows(batch, allowed_ST, self._method.slots(allowed_ST))
+
+    def finish(self, rows: "Rows", output: TargetOutput) -> MicroBatch:
+        """Return the micro-batch, given the target's output; a collective if ranks share the embedding."""
+        batch = rows.batch.to(self._device)
         embed_TD = output.embed_TD
         if embed_TD is None:
             embed_TD = self._target.embedding.rows(batch.input_ids_T)
         output = replace(output, aux_TA=output.aux_TA.to(self._dtype), embed_TD=None)
-        micro = MicroBatch(batch, output, embed_TD.to(self._dtype), to_device(allowed_ST, self._device))
+        micro = MicroBatch(batch, output, embed_TD.to(self._dtype), to_device(rows.allowed_ST, self._device))
         return without_faulty_documents(micro)
 
     def widths(self, config: DraftConfig, num_predictions: int) -> StateWidths:

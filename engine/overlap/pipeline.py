@@ -45,8 +45,7 @@ class Pipeline(Generic[Item, Work]):
     is called after it was taken. An error of the producer is raised in place of its result.
     """
 
-    def __init__(self, producer: Producer[Item, Work], clock: StepClock) -> None:
-        self._producer = producer
+    def __init__(self, clock: StepClock) -> None:
         self._clock = clock
 
     def __enter__(self) -> "Pipeline[Item, Work]":
@@ -90,7 +89,8 @@ class SerialPipeline(Pipeline[Item, Work]):
     """Prepares each item when it is asked for, in the caller's thread; the reference."""
 
     def __init__(self, producer: Producer[Item, Work], clock: StepClock) -> None:
-        super().__init__(producer, clock)
+        super().__init__(clock)
+        self._producer = producer
         self._items = iter(producer.items)
 
     def __next__(self) -> Work:
@@ -121,7 +121,8 @@ class ThreadedPipeline(Pipeline[Item, Work]):
 
         priority: of the producer's CUDA stream; lower numbers run first.
         """
-        super().__init__(producer, clock)
+        super().__init__(clock)
+        self._producer = producer
         self._state = LookAhead(limits)
         self._changed = threading.Condition()
         self._side = SideStream(device, priority)
@@ -243,7 +244,8 @@ class TurnsPipeline(Pipeline[Item, Work]):
         num_pauses: how often preparing an item calls `pause`. Turns are spread evenly over the
         parts of the consumer's step.
         """
-        super().__init__(producer, clock)
+        super().__init__(clock)
+        self._producer = producer
         self._items = iter(producer.items)
         self._state = LookAhead(limits)
         self._side = SideStream(device, priority)

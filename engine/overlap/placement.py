@@ -74,20 +74,22 @@ class MeasuredPlacement:
     same in any case. If the memory would not suffice for both sides at once, it stays serial.
     """
 
-    def __init__(self, pipeline: Pipeline, limits: Limits, world: World, note: Callable[[str], None]) -> None:
-        """Start serially. pipeline: one that can look ahead. limits: of its look-ahead, if that is faster."""
+    def __init__(
+        self, pipeline: Pipeline, limits: Limits, world: World, note: Callable[[str], None], memory: "PeakMemory"
+    ) -> None:
+        """Start serially.
+
+        pipeline: one that can look ahead. limits: of its look-ahead, if that is faster.
+        memory: measures the pipeline's `prepare`.
+        """
         self._pipeline = pipeline
         self._limits = limits
         self._world = world
         self._note = note
         self._num_steps = 0
         self._marks: list[TimeMark] = []
-        self._memory = _PeakMemory(world.device)
+        self._memory = memory
         pipeline.set_limits(Limits(0))
-
-    def measured(self, prepare: Callable[[Item], Work]) -> Callable[[Item], Work]:
-        """Return a function that also measures the memory of `prepare` while execution is serial."""
-        return self._memory.measured(prepare)
 
     def end_step(self) -> None:
         """Count a step, and change the placement if it is time; then a collective that waits for the device."""
@@ -125,7 +127,7 @@ class MeasuredPlacement:
         self._note(f"  overlap: {chosen}; a step takes {serial_s:.3g} s serially and {colocated_s:.3g} s colocated")
 
 
-class _PeakMemory:
+class PeakMemory:
     """Measures the peak memory of the two sides of serial execution on a GPU; does nothing on a CPU."""
 
     def __init__(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """The schedule of a training run: micro-batches in order, timed parts, placement and checks."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,18 @@ from engine.host.files import write_text
 from engine.overlap.collective_order import CollectiveOrder
 from engine.overlap.look_ahead import Limits
 from engine.overlap.pipeline import Item, Pipeline, Producer, Work
-from engine.overlap.placement import MeasuredPlacement, Settings, can_run_in_turns, open_pipeline
-from engine.overlap.step_clock import StepClock
+from engine.overlap.placement import MeasuredPlacement, PeakMemory, Settings, can_run_in_turns, open_pipeline
+from engine.overlap.step_clock import StepClock, TraceEvent
 from engine.parallel.mesh import World
 
 # CUDA's priorities: lower numbers run first. The default stream, on which the draft runs, has 0.
 PRIORITY = {"none": 0, "target": -1, "draft": 0}
+
+
+def limits_of(look_ahead: int, section: OverlapSection) -> Limits:
+    """Return the limits of a look-ahead. look_ahead: micro-batches."""
+    num_bytes = None if section.look_ahead_mb is None else section.look_ahead_mb << 20
+    return Limits(look_ahead, num_bytes)
 
 
 @dataclass(frozen=True)
@@ -42,20 +48,35 @@ class Schedule(Generic[Item, Work]):
 
     def __init__(
         self,
+        pipeline: Pipeline[Item, Work],
+        clock: StepClock,
+        world: World,
+        measured: MeasuredPlacement | None = None,
+        order: CollectiveOrder | None = None,
+    ) -> None:
+        """measured: chooses the placement. order: of this rank's collectives, if it is checked."""
+        self.clock = clock
+        self._pipeline = pipeline
+        self._world = world
+        self._measured = measured
+        self._order = order
+        self._on_exit = ExitStack()
+
+    @classmethod
+    def on_same_ranks(
+        cls,
         producer: Producer[Item, Work],
         side: Side,
         section: OverlapSection,
         world: World,
         note: Callable[[str], None],
-    ) -> None:
-        """Prepare the schedule; nothing runs before the first `take`. note: writes a line to the log."""
-        self._world = world
-        first_and_last = section.trace_steps
-        self._traces = first_and_last is not None
-        self.clock = StepClock(world.device, (first_and_last[0], first_and_last[1]) if first_and_last else None)
-        self._order = CollectiveOrder() if section.check_order else None
-        limit = None if section.look_ahead_mb is None else section.look_ahead_mb << 20
-        limits = Limits(side.look_ahead, limit)
+    ) -> "Schedule[Item, Work]":
+        """Return a schedule for a target that runs on the draft's ranks; nothing runs before the first `take`.
+
+        note: writes a line to the log.
+        """
+        clock = StepClock(world.device, section.traced)
+        limits = limits_of(side.look_ahead, section)
         placement = side.placement
         if placement == AUTO and (side.look_ahead == 0 or not can_run_in_turns(side.num_ranks, world.device)):
             placement = SERIAL
@@ -67,17 +88,14 @@ class Schedule(Generic[Item, Work]):
             num_pauses=side.num_pauses,
             priority=PRIORITY[section.priority],
         )
-        self._prepare = producer.prepare
-        prepare = self._call_prepare if self._order is None else self._order.recorded(self._call_prepare)
-        hidden = Producer(producer.items, prepare, producer.num_bytes)
-        self._pipeline: Pipeline[Item, Work] = open_pipeline(hidden, self.clock, settings, world.device)
-        self._measured = MeasuredPlacement(self._pipeline, limits, world, note) if is_measured else None
-        if self._measured is not None:
-            self._prepare = self._measured.measured(producer.prepare)
-        self._on_exit = ExitStack()
-
-    def _call_prepare(self, item: Item) -> Work:
-        return self._prepare(item)
+        memory = PeakMemory(world.device) if is_measured else None
+        prepare = producer.prepare if memory is None else memory.measured(producer.prepare)
+        order = CollectiveOrder() if section.check_order else None
+        if order is not None:
+            prepare = order.recorded(prepare)
+        pipeline = open_pipeline(Producer(producer.items, prepare, producer.num_bytes), clock, settings, world.device)
+        measured = None if memory is None else MeasuredPlacement(pipeline, limits, world, note, memory)
+        return cls(pipeline, clock, world, measured, order)
 
     def __enter__(self) -> "Schedule[Item, Work]":
         self._on_exit.enter_context(self._pipeline)
@@ -109,10 +127,13 @@ class Schedule(Generic[Item, Work]):
         if self._order is not None:
             self._order.compare(self._world)
 
-    def write_trace(self, path: Path) -> None:
-        """Write the timeline of all ranks for ui.perfetto.dev, if it was recorded; a collective."""
-        if not self._traces:
-            return
-        events = [event for own in self._world.gather(self.clock.trace_events(self._world.rank)) for event in own]
+    def write_trace(self, path: Path, others: Sequence[TraceEvent] = ()) -> None:
+        """Write the timeline of all ranks for ui.perfetto.dev; a collective.
+
+        others: events of ranks outside of this world.
+        """
+        events = list(others)
+        for own in self._world.gather(self.clock.trace_events(self._world.rank)):
+            events += own
         if self._world.is_main:
             write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

@@ -24,6 +24,9 @@ TARGET_PARTS = (DATA, TARGET_FORWARD, TRANSFER)
 DRAFT_PARTS = (DRAFT_FORWARD, BACKWARD, OPTIMIZER)
 
 
+TraceEvent = dict[str, Any]  # of the Chrome trace format
+
+
 @dataclass(frozen=True)
 class _Span:
     """A part of a step between two marks in the device's work.
@@ -54,7 +57,7 @@ class StepClock:
         self._pending: deque[_Span] = deque()
         self._lock = threading.Lock()
         self._seconds = dict.fromkeys(PARTS, 0.0)
-        self._traced: list[dict[str, Any]] = []
+        self._traced: list[TraceEvent] = []
         self.step = 0
 
     def mark(self) -> TimeMark:
@@ -64,6 +67,10 @@ class StepClock:
     def add(self, part: str, began: TimeMark, batch: int | None = None) -> None:
         """Add the time since `began` to a part."""
         self._pending.append(_Span(part, self.step, batch, began, self.mark()))
+
+    def add_seconds(self, part: str, seconds: float) -> None:
+        """Add time that another rank has measured to a part."""
+        self._seconds[part] += seconds
 
     @contextmanager
     def span(self, part: str, batch: int | None = None) -> Iterator[None]:
@@ -79,7 +86,7 @@ class StepClock:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         return seconds
 
-    def trace_events(self, rank: int) -> list[dict[str, Any]]:
+    def trace_events(self, rank: int) -> list[TraceEvent]:
         """Return the traced spans as events of the Chrome trace format; waits for the device.
 
         Timestamps are in microseconds since the epoch, so that the events of all ranks can be shown together.

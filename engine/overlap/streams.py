@@ -70,20 +70,43 @@ class Buffer:
             return tensor
 
         map_tensors(work, count)
-        if needed > self.num_bytes:
-            self._block = torch.empty(needed, dtype=torch.uint8, device=device)
-        block = self._block
+        block = self.block(needed, device)
         start = 0
 
         def copy(tensor: Tensor) -> Tensor:
             nonlocal start
-            if tensor.device != device or block is None:
+            if tensor.device != device:
                 return tensor
             place = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             start += _aligned(tensor.nbytes)
             return place.copy_(tensor)
 
         return map_tensors(work, copy)
+
+    def block(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Return the first `num_bytes` of the buffer, uint8; it grows if it is too small."""
+        if num_bytes > self.num_bytes:
+            self._block = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        if self._block is None:
+            return torch.empty(0, dtype=torch.uint8)
+        return self._block[:num_bytes]
+
+    def views(self, layout: Any) -> Any:
+        """Return the tensors that lie in the buffer.
+
+        layout: tensors of their shapes and types on the meta device, in the order of `fill`.
+        """
+        block = self._block
+        start = 0
+
+        def view(tensor: Tensor) -> Tensor:
+            nonlocal start
+            assert block is not None, "nothing was received"
+            place = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            start += _aligned(tensor.nbytes)
+            return place
+
+        return map_tensors(layout, view)
 
 
 def _aligned(num_bytes: int) -> int:
@@ -166,14 +189,23 @@ class SideStream:
         with torch.cuda.stream(self._stream):
             yield
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def free_buffer(self) -> Buffer:
+        """Return a buffer that may be overwritten on this stream; the stream waits for its last reader."""
+        buffer = self._ring.take()
+        if self._stream is not None and buffer.released is not None:
+            self._stream.wait_event(buffer.released)
+        return buffer
+
     def hand_over(self, result: Any) -> Handover:
         """Copy a result to a buffer, within `current`, and return it for the consumer."""
         stream = self._stream
         if stream is None:
             return Handover(result)
-        buffer = self._ring.take()
-        if buffer.released is not None:
-            stream.wait_event(buffer.released)
+        buffer = self.free_buffer()
         work = buffer.fill(result, self._device)
         return Handover(work, stream.record_event(), buffer)
 
@@ -191,6 +223,6 @@ class SideStream:
         buffers = [handover.buffer for handover in handovers if handover.buffer is not None]
         if not buffers:
             return
-        released = torch.cuda.current_stream(self._device).record_event()
+        released = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
         for buffer in buffers:
             self._ring.give_back(buffer, released)

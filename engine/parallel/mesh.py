@@ -23,6 +23,7 @@ class World:
     rank: 0 .. size - 1 over all nodes.
     local_rank: 0 .. local_size - 1 on this node.
     shares_output: whether the ranks of all nodes see the same output folder.
+    first_device: GPU of this node's rank 0; above 0 if other ranks of the job use those before it.
     """
 
     rank: int
@@ -30,6 +31,7 @@ class World:
     local_rank: int
     local_size: int
     shares_output: bool = True
+    first_device: int = 0
 
     @classmethod
     def alone(cls) -> "World":
@@ -51,7 +53,7 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", self.first_device + self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all ranks on every rank; a collective."""

@@ -33,11 +33,12 @@ from engine.parallel.objective import Objective
 UNIVERSAL = ".universal"  # appended to a checkpoint's tag
 
 
-def connect(world: World, timeout_s: int, cpu_threads: int) -> None:
-    """Join the job's process group, and select this process's device and number of CPU threads.
+def connect(world: World, timeout_s: int, cpu_threads: int, store: torch.distributed.Store | None = None) -> None:
+    """Join the process group of `world`, and select this process's device and number of CPU threads.
 
     timeout_s: timeout of collectives in seconds.
     cpu_threads: 0 = an equal share of the cores. Used only without a GPU.
+    store: through which the ranks of `world` find each other; None = as the environment says.
     """
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # DeepSpeed calls deprecated functions.
@@ -49,7 +50,11 @@ def connect(world: World, timeout_s: int, cpu_threads: int) -> None:
         torch.set_num_threads(cpu_threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
         # Compiling DeepSpeed's shared-memory collectives takes a minute without gain for a draft.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+    timeout = timedelta(seconds=timeout_s)
+    if store is not None:
+        backend = deepspeed.accelerator.get_accelerator().communication_backend_name()
+        torch.distributed.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
 
 
 def disconnect() -> None:

@@ -1,0 +1,164 @@
+"""The two ends of a pipeline whose producers and consumers are different ranks.
+
+A consumer asks for each batch with a credit, for which it has a free buffer. Producers begin a
+batch when they have its credit, so that the look-ahead of every consumer stays within its limits.
+All batches have one order (`Sides.producer_of`), in which every producer prepares and sends and
+every consumer receives. The oldest batch that has not arrived is therefore the next one of both its
+producer and its consumer, and no cycle of ranks can wait for each other.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.host.pinned_copy import TimeMark
+from engine.overlap.bridge import CREDIT, SECONDS, Arrival, Bridge, NumberArrival
+from engine.overlap.look_ahead import Limits, LookAhead
+from engine.overlap.pipeline import Item, Pipeline, Work
+from engine.overlap.step_clock import DATA, TARGET_FORWARD, TRANSFER, WAIT, StepClock
+from engine.overlap.streams import Buffer, Handover, SideStream, size_of
+
+Sent = TypeVar("Sent")
+
+
+class _OnItsWay(Generic[Item]):
+    """A batch for which a buffer waits.
+
+    layout: tensors on the meta device, as they lie in the buffer.
+    """
+
+    def __init__(self, item: Item, layout: Any, buffer: Buffer, arrival: Arrival, seconds: NumberArrival) -> None:
+        self.item = item
+        self.layout = layout
+        self.buffer = buffer
+        self.arrival = arrival
+        self.seconds = seconds
+
+
+class SplitPipeline(Pipeline[Item, Work]):
+    """The consumer's end: receives what other ranks have prepared."""
+
+    def __init__(
+        self,
+        items: Iterable[Item],
+        layout: Callable[[Item], Any],
+        finish: Callable[[Item, Any], Work],
+        clock: StepClock,
+        limits: Limits,
+        bridge: Bridge,
+        device: torch.device,
+    ) -> None:
+        """Prepare to receive; nothing is asked for before the first item.
+
+        layout: returns tensors on the meta device like those that arrive for an item.
+        finish: makes the work of an item from what has arrived.
+        """
+        super().__init__(clock)
+        self._items = iter(items)
+        self._layout = layout
+        self._finish = finish
+        self._state = LookAhead(limits)
+        self._bridge = bridge
+        self._side = SideStream(device)
+        self._next: tuple[Item, Any] | None = None
+        self._num_begun = 0
+        self._on_its_way: deque[_OnItsWay] = deque()
+        self._taken: list[Handover] = []
+
+    def __next__(self) -> Work:
+        self._state.ask()
+        self._ask_for_batches()
+        if not self._on_its_way:
+            self._state.num_asked -= 1
+            raise StopIteration
+        batch = self._on_its_way.popleft()
+        with self._clock.span(WAIT):
+            batch.arrival.wait()
+        sides = self._bridge.sides
+        # Each target rank prepares a batch for every draft rank at this ratio.
+        share = sides.num_draft / sides.num_target
+        self._clock.add_seconds(TARGET_FORWARD, batch.seconds.wait() * share)
+        with self._clock.span(TRANSFER):
+            work = self._finish(batch.item, batch.buffer.views(batch.layout))
+        self._state.finish(self._state.num_taken)
+        self._state.take()
+        self._taken.append(Handover(work, None, batch.buffer))
+        self._ask_for_batches()
+        return work
+
+    def release(self) -> None:
+        self._side.release(self._taken)
+        self._taken = []
+        self._ask_for_batches()
+
+    def _ask_for_batches(self) -> None:
+        """Send a credit for every batch that the look-ahead admits, and wait for none."""
+        while self._state.num_asked > 0:
+            if self._next is None:
+                self._next = self._read_item()
+            if self._next is None:
+                return
+            item, layout = self._next
+            num_bytes = size_of(layout)
+            if not self._state.may_begin(self._num_begun, num_bytes):
+                return
+            self._state.begin(self._num_begun, num_bytes)
+            self._on_its_way.append(self._receive(item, layout, self._num_begun))
+            self._num_begun += 1
+            self._next = None
+
+    def _read_item(self) -> tuple[Item, Any] | None:
+        with self._clock.span(DATA):
+            for item in self._items:
+                return item, self._layout(item)
+        return None
+
+    def _receive(self, item: Item, layout: Any, index: int) -> _OnItsWay:
+        source = self._bridge.sides.producer_of(self._bridge.rank, index)
+        buffer = self._side.free_buffer()
+        with self._side.current():
+            arrival = self._bridge.receive_data(buffer.block(size_of(layout), self._side.device), source)
+        seconds = self._bridge.receive_number(source, SECONDS)
+        self._bridge.send_number(index, source, CREDIT)
+        return _OnItsWay(item, layout, buffer, arrival, seconds)
+
+
+def send_batches(
+    batches: Iterable[tuple[int, int, Item]],
+    prepare: Callable[[Item], Any],
+    bridge: Bridge,
+    clock: StepClock,
+    device: torch.device,
+) -> None:
+    """The producer's end: prepare and send batches in the order of `Sides.batches_of`.
+
+    batches: draft rank, index and item of each. prepare: makes the states to send, on `device`.
+    One batch may be on its way while the next one is prepared.
+    """
+    buffers = (Buffer(), Buffer())
+    sending: deque[tuple[Arrival, Tensor]] = deque()
+    last: tuple[TimeMark, TimeMark] | None = None
+    for number, (draft_rank, index, item) in enumerate(batches):
+        with clock.span(WAIT):
+            credit = bridge.receive_number(draft_rank, CREDIT).wait()
+        assert credit == index, f"a credit for batch {credit:.0f}, expected {index}"
+        began = clock.mark()
+        states = prepare(item)
+        ended = clock.mark()
+        clock.add(TARGET_FORWARD, began, index)
+        if len(sending) == len(buffers):
+            sending.popleft()[0].wait()
+        buffer = buffers[number % 2]
+        buffer.fill(states, device)
+        block = buffer.block(size_of(states), device)
+        sending.append((bridge.send_data(block, draft_rank), block))
+        # On a GPU the time of this forward is not known yet; that of the last one stands for it.
+        measured = last if device.type == "cuda" and last is not None else (began, ended)
+        seconds = measured[1].seconds_since(measured[0]) if measured[1].is_passed() else 0.0
+        bridge.send_number(seconds, draft_rank, SECONDS)
+        last = (began, ended)
+    while sending:
+        sending.popleft()[0].wait()

@@ -1,0 +1,168 @@
+"""The job of the ranks that run the target for other ranks (`overlap.placement=split`)."""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from engine.batch import PackedBatch, TargetOutput
+from engine.config.ds_config import accumulation_steps, micro_batch_size
+from engine.config.sections import Config
+from engine.data.documents import Documents
+from engine.data.packed_loader import PackedLoader
+from engine.data.templates import load_tokenizer
+from engine.evaluation.acceptance import AcceptanceReport, held_out_prompts
+from engine.evaluation.evaluator import AcceptanceEvaluator
+from engine.hidden_states.remote_target import PATIENCE, SourceFacts, TargetFacts
+from engine.hidden_states.sources import OnlineSource
+from engine.hidden_states.wire import WireFormat, WireStates
+from engine.host.telemetry import Telemetry
+from engine.models.draft_method import DraftMethod, ServedDraft
+from engine.models.method_registry import make_method
+from engine.overlap.bridge import Bridge
+from engine.overlap.split_pipeline import send_batches
+from engine.overlap.step_clock import StepClock, TraceEvent
+from engine.parallel.mesh import World
+from engine.target.frozen import FrozenTarget
+from engine.target.head import TargetHead
+from engine.weights.quantised_checkpoint import check_fp8_activations
+
+
+@dataclass(frozen=True)
+class Served:
+    """Steps for which the target's ranks prepare micro-batches.
+
+    position: state of the data from which a run resumes; None = the beginning.
+    """
+
+    num_steps: int
+    position: dict[str, Any] | None
+    wire: WireFormat
+
+
+class TargetServer:
+    """Executes the calls of `TargetCalls` on one rank of the target.
+
+    A public method is a call. All ranks of the target execute every call; the first one answers.
+    """
+
+    def __init__(self, config: Config, ds_config: dict[str, Any], world: World, bridge: Bridge) -> None:
+        """world: the ranks of the target. ds_config: DeepSpeed's configuration, for the sizes of batches."""
+        self._config = config
+        self._ds_config = ds_config
+        self._world = world
+        self._bridge = bridge
+        self._method: DraftMethod = make_method(config)
+        self._telemetry = Telemetry(speaks=False)
+        self._tokenizer = load_tokenizer(config.target, config.data)
+        self._clock = StepClock(world.device, config.overlap.traced)
+        disable_progress_bar()
+        self._source = OnlineSource(config, self._tokenizer, world, self._telemetry)
+
+    def run(self) -> None:
+        """Execute calls until the last one. Raises OtherSideError if the draft's ranks end before."""
+        calls: dict[str, Callable[..., Any]] = {
+            "source_facts": self.source_facts,
+            "load": self.load,
+            "head_rows": self.head_rows,
+            "forward": self.forward,
+            "serve": self.serve,
+            "measure_draft": self.measure_draft,
+            "measure_prompt_lookup": self.measure_prompt_lookup,
+            "trace": self.trace,
+        }
+        while True:
+            name, arguments = self._bridge.receive(0, patience=PATIENCE)
+            if name == "end":
+                return
+            answer = calls[name](*arguments)
+            if name != "serve" and self._world.is_main:
+                self._bridge.send(answer, 0)
+
+    def source_facts(self) -> SourceFacts:
+        source = self._source
+        return SourceFacts(source.aux_layers, source.target_identity, source.trained_with)
+
+    def load(self, aux_layers: tuple[int, ...]) -> TargetFacts:
+        """Load the target."""
+        check_fp8_activations(self._source.target_config, self._config.target)
+        self._target: FrozenTarget = self._source.load_target(aux_layers)
+        return TargetFacts(self._target.aux_layers, self._target.dtype, self._target.embedding.whole().cpu())
+
+    def head_rows(self, target_ids_U: Tensor) -> TargetHead:
+        head = self._target.head_rows(target_ids_U.to(self._world.device))
+        bias_U = None if head.bias_V is None else head.bias_V.cpu()
+        return replace(head, weight_VD=head.weight_VD.cpu(), bias_V=bias_U)
+
+    def forward(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput | None:
+        """Run the target on one batch, on the first rank; the other ranks of its copy take part."""
+        output = None
+        if self._world.is_main:
+            output = self._target(batch, slots_N)
+            parts = {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
+            output = replace(output, **parts, embed_TD=None)
+        self._target.join_other_forwards()
+        return output
+
+    def serve(self, served: Served) -> None:
+        """Prepare and send this rank's share of the micro-batches of a run."""
+
+        def states(batch: PackedBatch) -> WireStates:
+            slots_N = self._method.slots(self._method.allowed_rows(batch))
+            return served.wire.write(self._target(batch, slots_N))
+
+        send_batches(self._batches(served), states, self._bridge, self._clock, self._world.device)
+        self._target.join_other_forwards()
+
+    def _batches(self, served: Served) -> Iterator[tuple[int, int, PackedBatch]]:
+        """Yield draft rank, index and documents of each micro-batch that this rank prepares."""
+        num_draft = self._bridge.sides.num_draft
+        accumulation = accumulation_steps(self._ds_config, num_draft)
+        loader = PackedLoader(
+            self._documents,
+            max_tokens=self._config.data.max_tokens,
+            packs_per_batch=micro_batch_size(self._ds_config, num_draft),
+            rank=0,
+            world_size=num_draft,
+            accumulation_steps=accumulation,
+            seed=self._config.seed,
+            epochs=self._config.epochs,
+            balance_steps=self._config.data.balance_steps,
+        )
+        if served.position is not None:
+            loader.load_state(served.position)
+        for draft_rank, index in self._bridge.sides.batches_of(self._world.rank, served.num_steps * accumulation):
+            step = index // accumulation
+            self._clock.step = step + 1
+            yield draft_rank, index, loader.micro_batch(step, index % accumulation, draft_rank)
+
+    @cached_property
+    def _documents(self) -> Documents:
+        return self._source.documents()
+
+    @cached_property
+    def _evaluator(self) -> AcceptanceEvaluator:
+        config = self._config
+        prompts = held_out_prompts(
+            config.data.held_out, self._tokenizer, config.evaluation.num_prompts, config.data.template_kwargs
+        )
+        return AcceptanceEvaluator(
+            config.evaluation, self._target, self._tokenizer, prompts, self._world, self._telemetry, config.data.max_tokens
+        )
+
+    def measure_draft(self, written: bytes) -> AcceptanceReport:
+        draft: ServedDraft = torch.load(io.BytesIO(written), map_location=self._world.device, weights_only=False)
+        return self._evaluator.measure_draft(draft)
+
+    def measure_prompt_lookup(self) -> AcceptanceReport:
+        return self._evaluator.measure_prompt_lookup()
+
+    def trace(self) -> list[TraceEvent]:
+        """Return the timeline of all ranks of the target."""
+        rank = self._bridge.rank
+        return [event for own in self._world.gather(self._clock.trace_events(rank)) for event in own]

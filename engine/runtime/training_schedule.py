@@ -1,0 +1,129 @@
+"""The schedule of a training run, made from its recipe."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from engine.batch import MicroBatch, PackedBatch, to_device
+from engine.config.ds_config import micro_batch_size
+from engine.config.sections import Config
+from engine.data.packed_loader import PackedLoader
+from engine.hidden_states.micro_batches import MicroBatchMaker, Rows
+from engine.hidden_states.protocol import Target
+from engine.hidden_states.remote_target import RemoteTarget
+from engine.hidden_states.wire import WireFormat, WireStates
+from engine.models.draft_method import DraftConfig, DraftMethod
+from engine.overlap.pipeline import Producer
+from engine.overlap.schedule import Schedule, Side, limits_of
+from engine.overlap.split_pipeline import SplitPipeline
+from engine.overlap.step_clock import StepClock
+from engine.parallel.mesh import World
+from engine.runtime.target_server import Served
+from engine.target.frozen import FrozenTarget
+
+DataState = dict[str, Any]  # position in the data, from which a run resumes
+Item = tuple[PackedBatch, DataState]
+Work = tuple[MicroBatch, DataState]  # a micro-batch, and the state for resuming after its step
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a schedule needs to know of a run.
+
+    ds_config: DeepSpeed's configuration. draft: of the draft. dtype: precision in which it computes.
+    num_predictions: its predictions per position. position: of the data, if the run resumes.
+    num_steps: steps of this run.
+    """
+
+    config: Config
+    ds_config: dict[str, Any]
+    world: World
+    method: DraftMethod
+    draft: DraftConfig
+    dtype: torch.dtype
+    num_predictions: int
+    position: DataState | None
+    num_steps: int
+
+
+def make_schedule(training: Training, loader: PackedLoader, target: Target, note: Any) -> Schedule[Item, Work]:
+    """Return the schedule of a run's micro-batches. note: writes a line to the log."""
+    config = training.config
+    make = MicroBatchMaker(training.method, target, training.dtype, training.world.device)
+    items = micro_batches(loader, training.num_steps)
+    if isinstance(target, RemoteTarget):
+        return _split_schedule(training, items, make, target)
+
+    def prepare(item: Item) -> Work:
+        batch, data_state = item
+        return make(batch), data_state
+
+    producer = Producer(items, prepare, _Sizes(training, make))
+    side = Side(config.placement, config.look_ahead, config.replica_size)
+    if not isinstance(target, FrozenTarget) or config.replica_size == 1:
+        return Schedule.on_same_ranks(producer, side, config.overlap, training.world, note)
+    num_groups = min(config.overlap.layer_groups, target.num_layers)
+    side = replace(side, num_pauses=num_groups - 1)
+    schedule = Schedule.on_same_ranks(producer, side, config.overlap, training.world, note)
+    target.call_between_layers(num_groups, schedule.pause)
+    return schedule
+
+
+def micro_batches(loader: PackedLoader, num_steps: int) -> Iterator[Item]:
+    """Yield each micro-batch with the state for resuming after its step."""
+    for batches, data_state in itertools.islice(loader, num_steps):
+        for batch in batches:
+            yield batch, data_state
+
+
+class _Sizes:
+    """Returns the bytes of an item's work."""
+
+    def __init__(self, training: Training, make: MicroBatchMaker) -> None:
+        self._widths = make.widths(training.draft, training.num_predictions)
+        num_tokens = training.config.data.max_tokens * micro_batch_size(training.ds_config, training.world.size)
+        self._largest = MicroBatch.num_bytes(num_tokens, num_tokens, self._widths)
+        self._is_shared = training.config.replica_size > 1
+
+    def __call__(self, item: Item) -> int:
+        if self._is_shared:  # Ranks that share the target must agree on how far it runs ahead.
+            return self._largest
+        batch, _ = item
+        return MicroBatch.num_bytes(batch.num_tokens, int(batch.assistant_mask_T.sum()), self._widths)
+
+
+def _split_schedule(
+    training: Training, items: Iterator[Item], make: MicroBatchMaker, target: RemoteTarget
+) -> Schedule[Any, Work]:
+    """Return the schedule of a run whose target runs on other ranks, and let these begin."""
+    config = training.config
+    bridge = target.calls.bridge
+    wire = WireFormat(
+        dtype=config.overlap.transfer_dtype,
+        hidden_size=training.draft.target_hidden_size,
+        num_aux=len(target.aux_layers),
+        aux_dtype=training.dtype,
+        last_dtype=target.dtype,
+    )
+    device = training.world.device
+
+    def with_rows() -> Iterator[tuple[Rows, DataState]]:
+        for batch, data_state in items:
+            yield make.rows(batch), data_state
+
+    def layout(item: tuple[Rows, DataState]) -> WireStates:
+        rows, _ = item
+        return wire.layout(rows.batch.num_tokens, len(rows.slots_N))
+
+    def finish(item: tuple[Rows, DataState], states: WireStates) -> Work:
+        rows, data_state = item
+        return make.finish(rows, wire.read(states, to_device(rows.slots_N, device))), data_state
+
+    target.calls.start("serve", Served(training.num_steps, training.position, wire))
+    clock = StepClock(device, config.overlap.traced)
+    look_ahead = max(config.look_ahead, bridge.sides.least_look_ahead)
+    pipeline = SplitPipeline(with_rows(), layout, finish, clock, limits_of(look_ahead, config.overlap), bridge, device)
+    return Schedule(pipeline, clock, training.world)
