@@ -6,6 +6,7 @@ states travel from rank to rank.
 """
 
 import io
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -104,7 +105,7 @@ class Bridge:
             nccl_store = distributed.PrefixStore("bridge_nccl", store)
             options = distributed.ProcessGroupNCCL.Options()
             self._device_group = distributed.ProcessGroupNCCL(nccl_store, rank, sides.size, options)
-        self._sending: list[tuple[Any, Tensor]] = []
+        self._sending: list[Arrival] = []
 
     def barrier(self) -> None:
         """Wait for all ranks of the job."""
@@ -112,21 +113,21 @@ class Bridge:
 
     def send_data(self, block: Tensor, to: int) -> "Arrival":
         """Start to send a block of device memory; it may be changed once the arrival is complete."""
-        return Arrival(self._device_group.send([block], to, DATA), self._name(to), self.timeout)
+        return self._start(self._device_group.send, block, to, DATA)
 
     def receive_data(self, block: Tensor, source: int) -> "Arrival":
         """Start to receive a block of device memory."""
-        return Arrival(self._device_group.recv([block], source, DATA), self._name(source), self.timeout)
+        return self._start(self._device_group.recv, block, source, DATA)
 
     def send_number(self, number: float, to: int, tag: int) -> None:
         """Start to send a number."""
         message = torch.tensor([number], dtype=torch.float64)
-        self._keep(self._host.send([message], to, tag), message)
+        self._sending = [arrival for arrival in self._sending if not arrival.is_complete()]
+        self._sending.append(self._start(self._host.send, message, to, tag))
 
-    def receive_number(self, source: int, tag: int) -> "NumberArrival":
+    def receive_number(self, source: int, tag: int) -> "Arrival":
         """Start to receive a number."""
-        message = torch.zeros(1, dtype=torch.float64)
-        return NumberArrival(Arrival(self._host.recv([message], source, tag), self._name(source), self.timeout), message)
+        return self._start(self._host.recv, torch.zeros(1, dtype=torch.float64), source, tag)
 
     def send(self, value: Any, to: int) -> None:
         """Send a picklable value, with tensors on the host, and wait until it has arrived."""
@@ -134,62 +135,72 @@ class Bridge:
         torch.save(value, written)
         content = torch.frombuffer(bytearray(written.getvalue()), dtype=torch.uint8)
         size = torch.tensor([content.numel()], dtype=torch.int64)
-        Arrival(self._host.send([size], to, OBJECT_SIZE), self._name(to), self.timeout).wait()
-        Arrival(self._host.send([content], to, OBJECT), self._name(to), self.timeout).wait()
+        self._start(self._host.send, size, to, OBJECT_SIZE).wait()
+        self._start(self._host.send, content, to, OBJECT).wait()
 
-    def receive(self, source: int, device: torch.device | str = "cpu", patience: timedelta | None = None) -> Any:
-        """Return a value that `send` sends. Its tensors are moved to `device`.
+    def receive(self, source: int, patience: timedelta | None = None) -> Any:
+        """Return a value that `send` sends.
 
         patience: how long to wait for it; None = the timeout of the bridge.
         """
         size = torch.zeros(1, dtype=torch.int64)
-        first = Arrival(self._host.recv([size], source, OBJECT_SIZE), self._name(source), patience or self.timeout)
-        first.wait()
+        self._start(self._host.recv, size, source, OBJECT_SIZE, patience).wait()
         content = torch.empty(int(size), dtype=torch.uint8)
-        Arrival(self._host.recv([content], source, OBJECT), self._name(source), self.timeout).wait()
-        return torch.load(io.BytesIO(content.numpy().tobytes()), map_location=device, weights_only=False)
+        self._start(self._host.recv, content, source, OBJECT).wait()
+        return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=False)
 
-    def _keep(self, work: Any, message: Tensor) -> None:
-        """Keep a message until it has been sent."""
-        self._sending = [(other, kept) for other, kept in self._sending if not other.is_completed()]
-        self._sending.append((work, message))
+    def _start(
+        self,
+        operation: Callable[[list[Tensor], int, int], Any],
+        message: Tensor,
+        other: int,
+        tag: int,
+        patience: timedelta | None = None,
+    ) -> "Arrival":
+        side = "target" if self.sides.is_target(other) else "draft"
+        name = f"rank {other} ({side} rank {other - self.sides.first_of(other)})"
+        try:
+            work = operation([message], other, tag)
+        except RuntimeError as error:
+            raise _ended(name, error) from error
+        return Arrival(work, message, name, patience or self.timeout)
 
-    def _name(self, rank: int) -> str:
-        side = "target" if self.sides.is_target(rank) else "draft"
-        return f"rank {rank} ({side} rank {rank - self.sides.first_of(rank)})"
 
-
+@dataclass(frozen=True)
 class Arrival:
-    """A message on its way."""
+    """A message on its way.
 
-    def __init__(self, work: Any, other: str, timeout: timedelta) -> None:
-        self._work = work
-        self._other = other
-        self._timeout = timeout
+    work: the operation of its process group. message: kept until it has arrived.
+    other: name of the other rank. timeout: how long to wait for it.
+    """
 
-    def wait(self) -> None:
-        """Wait for the message; on a GPU the current stream waits, not the host.
+    work: Any
+    message: Tensor
+    other: str
+    timeout: timedelta
+
+    def is_complete(self) -> bool:
+        return self.work.is_completed()
+
+    def wait(self) -> Tensor:
+        """Wait for the message and return it; on a GPU the current stream waits, not the host.
 
         Raises OtherSideError that names the other rank if it has ended or does not answer.
         """
+        began = time.monotonic()
         try:
-            self._work.wait(self._timeout)
+            self.work.wait(self.timeout)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            problem = f"{self._other} has ended, or did not answer for {self._timeout.total_seconds():.0f} s"
-            raise OtherSideError(f"{problem} ({reason}); its own message says why") from error
+            if time.monotonic() - began < self.timeout.total_seconds():
+                raise _ended(self.other, error) from error
+            problem = f"{self.other} did not answer for {self.timeout.total_seconds():.0f} s (parallel.timeout_s)"
+            raise OtherSideError(problem) from error
+        return self.message
 
 
-class NumberArrival:
-    """A number on its way."""
-
-    def __init__(self, arrival: Arrival, message: Tensor) -> None:
-        self._arrival = arrival
-        self._message = message
-
-    def wait(self) -> float:
-        self._arrival.wait()
-        return self._message.item()
+def _ended(other: str, error: RuntimeError) -> OtherSideError:
+    reason = str(error).splitlines()[0].partition(". ")[0]
+    return OtherSideError(f"{other} has ended; its own message, if any, says why ({reason})")
 
 
 def own_world(whole: World, sides: Sides) -> World:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from engine.host.pinned_copy import TimeMark
-from engine.overlap.bridge import CREDIT, SECONDS, Arrival, Bridge, NumberArrival
+from engine.overlap.bridge import CREDIT, SECONDS, Arrival, Bridge
 from engine.overlap.look_ahead import Limits, LookAhead
 from engine.overlap.pipeline import Item, Pipeline, Work
 from engine.overlap.step_clock import DATA, TARGET_FORWARD, TRANSFER, WAIT, StepClock
@@ -30,7 +29,7 @@ class _OnItsWay(Generic[Item]):
     layout: tensors on the meta device, as they lie in the buffer.
     """
 
-    def __init__(self, item: Item, layout: Any, buffer: Buffer, arrival: Arrival, seconds: NumberArrival) -> None:
+    def __init__(self, item: Item, layout: Any, buffer: Buffer, arrival: Arrival, seconds: Arrival) -> None:
         self.item = item
         self.layout = layout
         self.buffer = buffer
@@ -80,7 +79,7 @@ class SplitPipeline(Pipeline[Item, Work]):
         sides = self._bridge.sides
         # Each target rank prepares a batch for every draft rank at this ratio.
         share = sides.num_draft / sides.num_target
-        self._clock.add_seconds(TARGET_FORWARD, batch.seconds.wait() * share)
+        self._clock.add_seconds(TARGET_FORWARD, batch.seconds.wait().item() * share)
         with self._clock.span(TRANSFER):
             work = self._finish(batch.item, batch.buffer.views(batch.layout))
         self._state.finish(self._state.num_taken)
@@ -139,26 +138,26 @@ def send_batches(
     One batch may be on its way while the next one is prepared.
     """
     buffers = (Buffer(), Buffer())
-    sending: deque[tuple[Arrival, Tensor]] = deque()
+    sending: deque[Arrival] = deque()
     last: tuple[TimeMark, TimeMark] | None = None
     for number, (draft_rank, index, item) in enumerate(batches):
         with clock.span(WAIT):
-            credit = bridge.receive_number(draft_rank, CREDIT).wait()
+            credit = bridge.receive_number(draft_rank, CREDIT).wait().item()
         assert credit == index, f"a credit for batch {credit:.0f}, expected {index}"
         began = clock.mark()
         states = prepare(item)
         ended = clock.mark()
         clock.add(TARGET_FORWARD, began, index)
         if len(sending) == len(buffers):
-            sending.popleft()[0].wait()
+            sending.popleft().wait()
         buffer = buffers[number % 2]
         buffer.fill(states, device)
         block = buffer.block(size_of(states), device)
-        sending.append((bridge.send_data(block, draft_rank), block))
+        sending.append(bridge.send_data(block, draft_rank))
         # On a GPU the time of this forward is not known yet; that of the last one stands for it.
         measured = last if device.type == "cuda" and last is not None else (began, ended)
         seconds = measured[1].seconds_since(measured[0]) if measured[1].is_passed() else 0.0
         bridge.send_number(seconds, draft_rank, SECONDS)
         last = (began, ended)
     while sending:
-        sending.popleft()[0].wait()
+        sending.popleft().wait()

@@ -105,7 +105,7 @@ class TargetServer:
         if self._world.is_main:
             output = self._target(batch, slots_N)
             parts = {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
-            output = replace(output, **parts, embed_TD=None)
+            output = replace(output, **(parts | {"embed_TD": None}))  # the draft's ranks have the embedding
         self._target.join_other_forwards()
         return output
 

@@ -1,0 +1,114 @@
+"""Runs whose target is on ranks of its own, through the real launcher: equal to serial ones, and ended if a rank ends."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import launch
+from tests.test_trainer import arguments, metrics, run
+
+DYING = """
+import os, signal, time
+from engine.target.frozen import FrozenTarget
+whole = FrozenTarget.__call__
+calls = []
+def call(self, batch, slots_N):
+    calls.append(1)
+    if len(calls) > 6:
+        {end}
+    return whole(self, batch, slots_N)
+FrozenTarget.__call__ = call
+"""
+
+
+def weights_and_losses(folder: Path) -> tuple[bytes, list[dict]]:
+    return (folder / "draft" / "model.safetensors").read_bytes(), metrics(folder)
+
+
+@pytest.fixture
+def accumulating(tmp_path) -> Path:
+    """A DeepSpeed configuration with two micro-batches per step."""
+    ds_config = json.loads(Path("ds_configs/zero2.json").read_text())
+    ds_config["gradient_accumulation_steps"] = 2
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(ds_config))
+    return path
+
+
+def command_of(folder: Path, target: Path, corpus, ds_config: Path, *options: str) -> list[str]:
+    command = arguments(folder, target, corpus, *options)
+    command[command.index("ds_configs/zero3.json")] = str(ds_config)
+    return command
+
+
+def test_a_split_run_is_the_serial_run_bit_for_bit(tmp_path, tiny_target, tiny_corpus, accumulating):
+    """To the end of the data, whose last step is filled up with silent batches; one draft rank, then two."""
+    for num_draft, (num_target, look_ahead) in {1: (1, 0), 2: (1, 3)}.items():
+        serial = tmp_path / f"serial{num_draft}"
+        split = tmp_path / f"split{num_draft}"
+        run(command_of(serial, tiny_target, tiny_corpus, accumulating, "overlap.placement=serial"), ranks=num_draft)
+        options = ["overlap.placement=split", f"overlap.target_ranks={num_target}", f"overlap.look_ahead={look_ahead}"]
+        options.append("overlap.trace_steps=[1,2]")
+        run(command_of(split, tiny_target, tiny_corpus, accumulating, *options), ranks=num_draft + num_target)
+        assert weights_and_losses(split) == weights_and_losses(serial)
+        before, after = (json.loads((folder / "summary.json").read_text()) for folder in (serial, split))
+        for name in ("before", "after", "prompt_lookup"):
+            assert before[name]["acceptance_length"] == after[name]["acceptance_length"]
+        line = json.loads((split / "metrics.jsonl").read_text().splitlines()[0])
+        assert line["parts_s"]["target_forward"] > 0 and line["parts_s"]["backward"] > 0
+        events = json.loads((split / "trace.json").read_text())["traceEvents"]
+        assert {event["pid"] for event in events} == set(range(num_draft + num_target))
+
+
+def test_a_shared_target_on_ranks_of_its_own_teaches_the_same_and_a_run_resumes_with_another_split(
+    tmp_path, tiny_target, tiny_corpus
+):
+    checkpoints = ("checkpoint.every_steps=2",)
+    serial = tmp_path / "serial"
+    run(arguments(serial, tiny_target, tiny_corpus, "max_steps=4", "overlap.placement=serial"))
+    split = tmp_path / "split"
+    shared = ("overlap.placement=split", "overlap.target_ranks=2", "parallel.tp_size=2")
+    run(arguments(split, tiny_target, tiny_corpus, *checkpoints, *shared, "max_steps=2"), ranks=3)
+    options = (*checkpoints, "max_steps=4", "overlap.placement=split", "overlap.target_ranks=1", "checkpoint.resume=true")
+    run(arguments(split, tiny_target, tiny_corpus, *options), ranks=2)
+    losses = [[line["loss"] for line in metrics(folder)] for folder in (serial, split)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4), "the draft rounds to bf16, other sums of the target another way"
+    fp8 = tmp_path / "fp8"
+    options = ("max_steps=4", "overlap.placement=split", "overlap.target_ranks=1", "overlap.transfer_dtype=float8_e4m3")
+    run(arguments(fp8, tiny_target, tiny_corpus, *options), ranks=2)
+    rounded = [line["loss"] for line in metrics(fp8)]
+    assert rounded != losses[0] and rounded == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [("os.kill(os.getpid(), signal.SIGKILL)", "has ended"), ("time.sleep(60)", "did not answer for 4 s")],
+    ids=["killed", "hanging"],
+)
+def test_a_target_rank_that_ends_or_hangs_ends_the_job_and_is_named(end, expected, tmp_path, tiny_target, tiny_corpus):
+    (tmp_path / "dying.py").write_text(DYING.format(end=end))
+    options = [f"target.plugins=[{tmp_path / 'dying.py'}]", "overlap.placement=split", "overlap.target_ranks=1"]
+    options.append("parallel.timeout_s=4")
+    began = time.monotonic()
+    ended = launch(arguments(tmp_path / "run", tiny_target, tiny_corpus, *options), ranks=2)
+    assert ended.returncode != 0 and time.monotonic() - began < 45, "start included; the launcher of the test waits 20 s"
+    assert "rank 1 (target rank 0)" in ended.stderr and expected in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("overlap.placement=split",), "overlap.target_ranks = null: and overlap.placement=split belong together"),
+        (("overlap.target_ranks=1",), "overlap.target_ranks = 1: and overlap.placement=split belong together"),
+        (("overlap.placement=split", "overlap.target_ranks=1"), "leaves no rank for the draft; the job has 1 ranks"),
+        (
+            ("overlap.placement=split", "overlap.target_ranks=1", "target.store=/store"),
+            "a store is read by the ranks that train",
+        ),
+    ],
+)
+def test_ranks_that_cannot_be_divided_are_refused(options, problem, tmp_path, tiny_target, tiny_corpus):
+    ended = launch(arguments(tmp_path, tiny_target, tiny_corpus, *options))
+    assert ended.returncode != 0 and problem in ended.stderr
