@@ -103,9 +103,9 @@ class TargetServer:
         """Run the target on one batch, on the first rank; the other ranks of its copy take part."""
         output = None
         if self._world.is_main:
-            output = self._target(batch, slots_N)
-            parts = {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
-            output = replace(output, **(parts | {"embed_TD": None}))  # the draft's ranks have the embedding
+            output = replace(self._target(batch, slots_N), embed_TD=None)  # the draft's ranks have the embedding
+            on_host = {name: value.cpu() for name, value in vars(output).items() if isinstance(value, Tensor)}
+            output = replace(output, **on_host)
         self._target.join_other_forwards()
         return output
 

@@ -84,7 +84,7 @@ def test_a_shared_target_on_ranks_of_its_own_teaches_the_same_and_a_run_resumes_
 
 @pytest.mark.parametrize(
     ("end", "expected"),
-    [("os.kill(os.getpid(), signal.SIGKILL)", "has ended"), ("time.sleep(60)", "did not answer for 4 s")],
+    [("os.kill(os.getpid(), signal.SIGKILL)", "has ended"), ("time.sleep(8)", "did not answer for 4 s")],
     ids=["killed", "hanging"],
 )
 def test_a_target_rank_that_ends_or_hangs_ends_the_job_and_is_named(end, expected, tmp_path, tiny_target, tiny_corpus):
