@@ -6,7 +6,10 @@ and an estimate of the speed.
 """
 
 import argparse
+import json
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from engine.models.target_families import check_family, text_config
 from engine.parallel.mesh import check_sizes
 from engine.parallel.rules import check_proven
 from engine.planning.job import Assumed, DocumentSizes, Gpus, JobPlan, Planner, Ranks
+from engine.planning.placements import PlacementPlanner
 from engine.target.configuration import load_target_config
 from engine.target.structure import without_weights
 from engine.weights.quantised_checkpoint import (
@@ -43,6 +47,7 @@ from engine.weights.quantised_checkpoint import (
 )
 from launcher.command import check_target, make_parser, run_plugins, shipped_ds_config, stop, with_paths, wrong_options
 
+TARGET, DRAFT = "target_share_of_peak", "draft_share_of_peak"  # keys of --measured
 SHOWN = 5
 LEAST_TOKENS = 2048  # smallest pack that is tried; shorter packs would cut many conversations
 
@@ -86,12 +91,30 @@ def parse_arguments() -> argparse.Namespace:
         metavar="SHARE",
         help="share of a GPU's peak FLOP/s that matrix products reach; default 0.4",
     )
+    add(
+        "--placements",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="also compare the placements of the target on these numbers of GPUs: the fastest of each, and the ratio of split",
+    )
+    add(
+        "--measured",
+        type=Path,
+        metavar="FILE",
+        help="JSON with measured shares of a GPU's peak, target_share_of_peak and draft_share_of_peak, or the --json files "
+        "of bench_target and bench_train_step, in place of --share_of_peak",
+        nargs="+",
+    )
     add("--fixed", action="store_true", help="plan only for --gpus GPUs and the recipe's parallel sizes and micro-batch")
     add("--json", type=Path, metavar="FILE", help="write the figures of the best plan as JSON")
     arguments = parser.parse_intermixed_args()
     for name in ("assistant_share", "headroom", "share_of_peak"):
         if not 0 <= getattr(arguments, name) <= 1 or (name == "share_of_peak" and not arguments.share_of_peak):
             parser.error(f"--{name} {getattr(arguments, name)}: expected a share between 0 and 1")
+    for size in arguments.placements or ():
+        if size < 1:
+            parser.error(f"--placements {size}: expected at least 1")
     for name in ("gpus", "gpus_per_node", "document_tokens"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} {getattr(arguments, name)}: expected at least 1")
@@ -120,7 +143,8 @@ def make_planner(config: Config, ds_config: dict[str, Any] | None, arguments: ar
             raise
     gpus = Gpus.named(arguments.gpu, arguments.memory_gb, arguments.network_gb_per_s, arguments.gpus_per_node)
     documents = DocumentSizes(min(arguments.document_tokens, config.data.max_tokens), arguments.assistant_share)
-    assumed = Assumed(documents, arguments.share_of_peak, arguments.headroom)
+    measured = measured_shares(arguments.measured or ())
+    assumed = Assumed(documents, arguments.share_of_peak, arguments.headroom, measured.get(TARGET), measured.get(DRAFT))
     check_fp8_activations(target, section)
     check_quantisation(target, section.path, is_shared)
     quantised = StaysQuantised.of(target, section.keep_quantised, section.fp8_activations)
@@ -152,6 +176,66 @@ def find_plans(planner: Planner, arguments: argparse.Namespace) -> tuple[Planner
         if max_tokens < LEAST_TOKENS:
             raise ValueError(f"{planner.config.target.path} {planner.why_nothing_fits(arguments.gpus)}")
         smaller = smaller.with_max_tokens(max_tokens)
+
+
+def measured_shares(paths: Sequence[Path]) -> dict[str, float]:
+    """Return the shares of the peak that the target and the draft reach, as far as the files tell.
+
+    The files of the benchmarks hold rows with `over_floor`, the time of a call divided by the time
+    at the machine's measured peak. The median over their rows counts.
+    Raises ValueError for a file without such figures.
+    """
+    shares: dict[str, float] = {}
+    for path in paths:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        stated = {name: record[name] for name in (TARGET, DRAFT) if name in record}
+        if not stated:
+            stated = {_side_of(record, path): _median_share(record, path)}
+        for name, share in stated.items():
+            if not isinstance(share, int | float) or not 0 < share <= 1:
+                raise ValueError(f"--measured {path}: {name} = {share}; expected a share above 0 and at most 1")
+            shares[name] = float(share)
+    return shares
+
+
+def _side_of(record: dict[str, Any], path: Path) -> str:
+    command = str(record.get("command", ""))
+    for benchmark, side in (("bench_target", TARGET), ("bench_train_step", DRAFT)):
+        if benchmark in command:
+            return side
+    problem = f"expected {TARGET} or {DRAFT}, or a file that bench_target or bench_train_step wrote"
+    raise ValueError(f"--measured {path}: {problem}")
+
+
+def _median_share(record: dict[str, Any], path: Path) -> float:
+    over_floor = [row["over_floor"] for row in record.get("rows", []) if row.get("over_floor")]
+    if not over_floor:
+        raise ValueError(f"--measured {path}: no row has over_floor")
+    return 1 / statistics.median(over_floor)
+
+
+def show_placements(planner: Planner, sizes: Sequence[int], telemetry: Telemetry) -> None:
+    """Print the fastest job of each placement for each number of GPUs."""
+    table = Table(box=None, padding=(0, 2, 0, 0), title="placements of the target, computed", title_justify="left")
+    for heading in (
+        "GPUs",
+        "placement",
+        "target:draft",
+        "tp_size",
+        "ep_size",
+        "tokens",
+        "tokens/s per GPU",
+        "h per 1e9 tokens",
+    ):
+        table.add_column(heading, justify="left" if heading == "placement" else "right")
+    comparer = PlacementPlanner(planner)
+    for size in sizes:
+        jobs = comparer.compare(size)
+        if not jobs:
+            telemetry.note(f"  {size} GPUs: no placement fits", style="bold red")
+        for job in jobs:
+            table.add_row(*job.cells)
+    telemetry.console.print(table)
 
 
 def gigabytes(count: float) -> str:
@@ -234,6 +318,8 @@ def main() -> None:
     show_ways(planner, found, telemetry)
     show_plan(planner, found[0], telemetry)
     show_advice(planner, found[0], arguments, telemetry)
+    if arguments.placements:
+        show_placements(planner, arguments.placements, telemetry)
 
 
 if __name__ == "__main__":

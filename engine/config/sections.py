@@ -277,7 +277,8 @@ class OverlapSection:
     look_ahead: int | None = option(
         None,
         "micro-batches that the target, or the reading of a store, may be ahead of the draft; "
-        f"null = {AHEAD_OF_STORE} with target.store or split, otherwise {AHEAD_OF_DRAFT}",
+        f"null = {AHEAD_OF_STORE} with target.store, {AHEAD_OF_DRAFT} on the same ranks, and with split as many as keep all "
+        "target ranks busy",
         unit="micro-batches",
         at_least=0,
     )
@@ -419,11 +420,10 @@ class Config:
 
     @property
     def look_ahead(self) -> int:
-        """Number of micro-batches that may be prepared ahead of the draft step, unless execution is serial."""
+        """Number of micro-batches that may be prepared ahead on the same ranks, unless execution is serial."""
         if self.overlap.look_ahead is not None:
             return self.overlap.look_ahead
-        is_online = self.target.store is None and self.overlap.placement != SPLIT
-        return AHEAD_OF_DRAFT if is_online else AHEAD_OF_STORE
+        return AHEAD_OF_DRAFT if self.target.store is None else AHEAD_OF_STORE
 
     @property
     def replica_size(self) -> int:

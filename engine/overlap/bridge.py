@@ -70,6 +70,11 @@ class Sides:
         return [(number % self.num_draft, number // self.num_draft) for number in numbers]
 
     @property
+    def default_look_ahead(self) -> int:
+        """Look-ahead with which every target rank has a batch to prepare while its last one is on its way."""
+        return max(1 + -(-self.num_target // self.num_draft), self.least_look_ahead)
+
+    @property
     def least_look_ahead(self) -> int:
         """Smallest look-ahead with which a replica can begin its batches.
 

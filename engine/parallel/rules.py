@@ -7,6 +7,7 @@ heads and segments follow from shapes.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import getsource, signature
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,12 @@ def compares_pairs(module: nn.Module) -> bool:
 
     Linear attention does not.
     """
-    return "attention_interface" in getsource(type(module).forward)
+    return _uses_interface(type(module))
+
+
+@lru_cache
+def _uses_interface(kind: type[Any]) -> bool:
+    return "attention_interface" in getsource(kind.forward)
 
 
 def is_mlp(module: nn.Module, names: Names) -> bool:

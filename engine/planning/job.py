@@ -20,6 +20,8 @@ from engine.planning.target_cost import Forward, TargetCost
 from engine.target.embedding import gives_rows
 from engine.weights.quantised_checkpoint import StaysQuantised
 
+MOST_RANKS_OF_A_COPY = 64  # that are tried; collectives of more ranks take longer than they save
+BUFFERS_OF_A_TARGET = 2  # of states that are sent to other ranks
 ENOUGH_TOKENS = 32_768  # tokens per micro-batch; more do not make the products faster
 
 # From NVIDIA's datasheets (see engine/models/costs.py), in units of 1e9 bytes: memory, and
@@ -99,11 +101,56 @@ class Assumed:
     documents: documents for the estimate of the speed.
     share_of_peak: share of the peak FLOP/s that products reach.
     headroom: share of the memory that stays free.
+    target_share_of_peak, draft_share_of_peak: measured shares of a side; None = `share_of_peak`.
     """
 
     documents: DocumentSizes
     share_of_peak: float
     headroom: float
+    target_share_of_peak: float | None = None
+    draft_share_of_peak: float | None = None
+
+
+@dataclass(frozen=True)
+class SideTimes:
+    """Estimated seconds of a micro-batch on one rank.
+
+    transfer_s: way of its states to another rank, over the network.
+    """
+
+    target_compute_s: float
+    target_traffic_s: float
+    draft_compute_s: float
+    draft_traffic_s: float
+    transfer_s: float
+
+    @property
+    def target_s(self) -> float:
+        return self.target_compute_s + self.target_traffic_s
+
+    @property
+    def draft_s(self) -> float:
+        return self.draft_compute_s + self.draft_traffic_s
+
+    @property
+    def serial_s(self) -> float:
+        return self.target_s + self.draft_s
+
+    @property
+    def colocated_s(self) -> float:
+        """Time if one side's communication hides behind the other side's compute; compute shares the GPU."""
+        compute_s = self.target_compute_s + self.draft_compute_s
+        traffic_s = self.target_traffic_s + self.draft_traffic_s
+        return max(compute_s, traffic_s, self.target_s, self.draft_s)
+
+    @property
+    def by_part(self) -> dict[str, float]:
+        traffic_s = self.target_traffic_s + self.draft_traffic_s
+        return {"target": self.target_compute_s, "draft": self.draft_compute_s, "traffic": traffic_s}
+
+
+# Work of the draft on a micro-batch, by its tokens and documents.
+Counted = dict[tuple[int, DocumentSizes], DraftCounts]
 
 
 class JobPlan:
@@ -114,8 +161,16 @@ class JobPlan:
     """
 
     def __init__(
-        self, config: Config, ds_config: dict[str, Any], draft: DraftConfig, target: TargetCost, ranks: "Ranks", fused: bool
+        self,
+        config: Config,
+        ds_config: dict[str, Any],
+        draft: DraftConfig,
+        target: TargetCost,
+        ranks: "Ranks",
+        fused: bool,
+        counted: "Counted | None" = None,
     ) -> None:
+        """counted: work that plans of one planner have counted; new results are added."""
         self.config = config
         self.method: DraftMethod = make_method(config)
         self.draft = draft
@@ -126,51 +181,90 @@ class JobPlan:
         self.accumulation = accumulation_steps(ds_config, ranks.size)
         self.draft_dtype = getattr(torch, compute_dtype(ds_config))
         self.num_tokens = ranks.micro_batch * config.data.max_tokens
+        self._counted: Counted = {} if counted is None else counted
 
     def counts(self, documents: DocumentSizes) -> DraftCounts:
         """Return the work of the draft on a micro-batch."""
-        batch = documents.batch(self.num_tokens)
-        return self.method.count_work(batch, self.method.allowed_rows(batch))
+        key = (self.num_tokens, documents)
+        if key not in self._counted:
+            batch = documents.batch(self.num_tokens)
+            self._counted[key] = self.method.count_work(batch, self.method.allowed_rows(batch))
+        return self._counted[key]
 
     def bytes_by_part(self, counts: DraftCounts) -> dict[str, int]:
         """Return the peak memory of a rank in bytes, by category."""
-        num_weights = self.num_draft_weights
-        sharing = self.sharing
         # With `auto`, a job runs serially if its memory would not suffice for both sides at once.
         ahead = self.config.look_ahead if self.config.placement == COLOCATED else 0
-        forward = self._forward(counts)
-        states = self.method.activation_bytes(self.draft, counts, sharing.itemsize, self.fused)
-        output = self.target.output_bytes(forward, len(self.draft.aux_layers or ()))
-        passing = self.target.passing_bytes(forward)
-        held = output * self.accumulation
-        drafting = states.kept + states.on_top + sharing.gathered(num_weights) + sharing.gradients(num_weights)
-        drafting += sharing.buckets() + ahead * output + (passing if ahead else 0)
-        stepping = sharing.gradients(num_weights) + sharing.step(num_weights, self.fused) + ahead * output
-        head_rows = self.draft.draft_vocab_size * self.draft.target_hidden_size * self.target.itemsize
+        passing = self.target.passing_bytes(self._forward(counts))
+        drafting = self._draft_bytes(counts, ahead)
+        drafting_peak = drafting.pop("activations") + (passing if ahead else 0)
+        # The next batch's states arrive while the previous ones are still in memory.
+        forward_peak = drafting["hidden states"] + passing
+        own = {"target": self.target.weight_bytes + self._head_rows_bytes, **drafting}
+        return own | {"activations": max(drafting_peak, forward_peak)}
+
+    def draft_side_bytes(self, counts: DraftCounts, look_ahead: int) -> dict[str, int]:
+        """Return the peak memory of a rank that trains the draft while the target runs on other ranks.
+
+        look_ahead: micro-batches that may wait.
+        """
+        embedding: Any = self.target.model.get_input_embeddings()
+        table = embedding.weight
+        tables = table.numel() * table.element_size() + self._head_rows_bytes
+        return {"target's embedding and head": tables, **self._draft_bytes(counts, look_ahead)}
+
+    def target_side_bytes(self, counts: DraftCounts) -> dict[str, int]:
+        """Return the peak memory of a rank that runs the target while the draft is trained on other ranks."""
+        output = self._output_bytes(counts)
+        passing = self.target.passing_bytes(self._forward(counts))
         return {
-            "target": self.target.weight_bytes + head_rows,
+            "target": self.target.weight_bytes,
+            "sent states": BUFFERS_OF_A_TARGET * output,
+            "activations": output + passing,
+        }
+
+    def _draft_bytes(self, counts: DraftCounts, ahead: int) -> dict[str, int]:
+        """Return the peak memory of training the draft, by category. ahead: batches that wait."""
+        num_weights = self.num_draft_weights
+        sharing = self.sharing
+        output = self._output_bytes(counts)
+        states = self.method.activation_bytes(self.draft, counts, sharing.itemsize, self.fused)
+        drafting = states.kept + states.on_top + sharing.gathered(num_weights) + sharing.gradients(num_weights)
+        drafting += sharing.buckets()
+        stepping = sharing.gradients(num_weights) + sharing.step(num_weights, self.fused)
+        return {
             "draft": sharing.weights(num_weights),
             "optimizer": sharing.optimizer(num_weights),
             "buffers": sharing.buffers(num_weights),
-            "hidden states": held,
-            "activations": max(
-                drafting, stepping, held + passing
-            ),  # The next batch's states arrive while the previous ones are still in memory.
+            "hidden states": output * self.accumulation,
+            "activations": max(drafting, stepping) + ahead * output,
         }
 
-    def step_s(self, counts: DraftCounts, gpus: Gpus, share_of_peak: float) -> dict[str, float]:
-        """Return the estimated seconds of a micro-batch, by category.
+    def _output_bytes(self, counts: DraftCounts) -> int:
+        return self.target.output_bytes(self._forward(counts), len(self.draft.aux_layers or ()))
 
-        Products run at `share_of_peak` of the peak FLOP/s, and links at their full rate.
+    @property
+    def _head_rows_bytes(self) -> int:
+        return self.draft.draft_vocab_size * self.draft.target_hidden_size * self.target.itemsize
+
+    def side_times(self, counts: DraftCounts, gpus: Gpus, assumed: "Assumed") -> "SideTimes":
+        """Return the estimated seconds of a micro-batch.
+
+        Products run at a share of the peak FLOP/s, and links at their full rate.
         """
         rate = gpus.peak.flops_per_s
-        draft = self.method.step_flops(self.draft, counts)
         dtype = torch.bfloat16 if self.target.itemsize < 4 else torch.float32
-        return {
-            "target": self.target.flops(self._forward(counts)) / (rate[dtype] * share_of_peak),
-            "draft": draft / (rate[self.draft_dtype] * share_of_peak),
-            "traffic": sum(sent / gpus.rate(self._group(name)) for name, sent in self.traffic(counts).items()),
-        }
+        by_group = {name: sent / gpus.rate(self._group(name)) for name, sent in self.traffic(counts).items()}
+        of_draft = sum(seconds for name, seconds in by_group.items() if "ZeRO" in name)
+        target_flops = self.target.flops(self._forward(counts))
+        draft_flops = self.method.step_flops(self.draft, counts)
+        return SideTimes(
+            target_compute_s=target_flops / (rate[dtype] * (assumed.target_share_of_peak or assumed.share_of_peak)),
+            target_traffic_s=sum(by_group.values()) - of_draft,
+            draft_compute_s=draft_flops / (rate[self.draft_dtype] * (assumed.draft_share_of_peak or assumed.share_of_peak)),
+            draft_traffic_s=of_draft,
+            transfer_s=self._output_bytes(counts) / gpus.network_bytes_per_s,
+        )
 
     def traffic(self, counts: DraftCounts) -> dict[str, int]:
         """Return the bytes that a rank sends per micro-batch, by collective."""
@@ -269,6 +363,7 @@ class Planner:
         self.method: DraftMethod = make_method(config)
         self.draft: DraftConfig = self.method.derive_config(model.config, config.target.aux_layers)
         self._costs: dict[tuple[int, int], TargetCost] = {}
+        self._counted: Counted = {}
 
     @property
     def num_draft_weights(self) -> int:
@@ -280,18 +375,33 @@ class Planner:
         if sizes not in self._costs:
             mesh = replace(ranks.mesh, fp8_exchange=self.config.parallel.fp8_exchange)
             self._costs[sizes] = TargetCost(self.model, mesh, self.quantised)
-        return JobPlan(self.config, self.ds_config, self.draft, self._costs[sizes], ranks, fused=True)
+        return JobPlan(self.config, self.ds_config, self.draft, self._costs[sizes], ranks, True, self._counted)
 
     def with_max_tokens(self, max_tokens: int) -> "Planner":
         """Return the planner of the same job with packs of `max_tokens` tokens."""
         data = replace(self.config.data, max_tokens=max_tokens)
-        config = replace(self.config, data=data)
+        planner = self.with_config(replace(self.config, data=data))
         documents = self.assumed.documents
         shorter = replace(documents, num_tokens=min(documents.num_tokens, max_tokens))
-        assumed = replace(self.assumed, documents=shorter)
-        planner = Planner(config, self.ds_config, self.model, self.gpus, assumed, self.quantised, self.may_share)
+        planner.assumed = replace(self.assumed, documents=shorter)
+        return planner
+
+    def with_config(self, config: Config) -> "Planner":
+        """Return the planner of a job that differs in options other than the target's."""
+        planner = Planner(config, self.ds_config, self.model, self.gpus, self.assumed, self.quantised, self.may_share)
         planner._costs = self._costs
         return planner
+
+    @property
+    def enough_tokens(self) -> int:
+        """Tokens per micro-batch; more do not make the products faster."""
+        return ENOUGH_TOKENS
+
+    def fitting(self, size: int) -> list["JobPlan"]:
+        """Return a plan with its largest micro-batch for every way to share the target over `size` ranks."""
+        if not self.divides(size):
+            return []
+        return [self.with_largest_micro_batch(plan) for plan in self._possible(size) if self.fits(plan)]
 
     def smallest(self, limit: int) -> list["JobPlan"]:
         """Return the plans for the smallest number of GPUs that suffices, the fastest first.
@@ -301,17 +411,16 @@ class Planner:
         two.
         """
         for size in _sizes(limit, self.gpus.per_node):
-            if not self.divides(size):
-                continue
-            fitting = [plan for plan in self._possible(size) if self.fits(plan)]
+            fitting = self.fitting(size)
             if fitting:
-                return sorted(map(self.with_largest_micro_batch, fitting), key=self.tokens_per_s, reverse=True)
+                return sorted(fitting, key=self.tokens_per_s, reverse=True)
         return []
 
     def _possible(self, size: int) -> list["JobPlan"]:
         """Return a plan, fitting or not, for every way to shard the target over `size` ranks."""
         ways = Ranks.of(self.config, self.ds_config, size).shared_otherwise()
-        plans = [self.plan(ranks) for ranks in ways if self.may_share or ranks.mesh.size == 1]
+        most = MOST_RANKS_OF_A_COPY if self.may_share else 1
+        plans = [self.plan(ranks) for ranks in ways if ranks.mesh.size <= most]
         return [plan for plan in plans if not plan.target.misfits and plan.is_sensible]
 
     def with_largest_micro_batch(self, plan: "JobPlan") -> "JobPlan":
@@ -360,7 +469,7 @@ class Planner:
             "tokens": plan.num_tokens,
             "bytes": self.bytes_by_part(plan),
             "traffic_bytes": plan.traffic(counts),
-            "seconds": plan.step_s(counts, self.gpus, self.assumed.share_of_peak),
+            "seconds": plan.side_times(counts, self.gpus, self.assumed).by_part,
             "tokens_per_s": self.tokens_per_s(plan),
             "fits": self.fits(plan),
         }
@@ -392,8 +501,8 @@ class Planner:
 
     def tokens_per_s(self, plan: "JobPlan") -> float:
         """Return the estimated tokens per second of all ranks together."""
-        seconds = plan.step_s(plan.counts(self.assumed.documents), self.gpus, self.assumed.share_of_peak)
-        return plan.ranks.size * plan.num_tokens / sum(seconds.values())
+        times = plan.side_times(plan.counts(self.assumed.documents), self.gpus, self.assumed)
+        return plan.ranks.size * plan.num_tokens / times.serial_s
 
 
 def _in_words(count: float) -> str:

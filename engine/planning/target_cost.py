@@ -60,6 +60,7 @@ class TargetCost:
         self.decoder = decoder_of(model)
         self.config = self.decoder.config
         self.plan = TargetPlan.of(self.decoder, mesh)
+        self._passing: dict[Forward, int] = {}
 
     @property
     def misfits(self) -> list[str]:
@@ -121,6 +122,11 @@ class TargetCost:
 
     def passing_bytes(self, forward: Forward) -> int:
         """Return the peak temporary bytes of a forward, without weights and captured states."""
+        if forward not in self._passing:
+            self._passing[forward] = self._count_passing(forward)
+        return self._passing[forward]
+
+    def _count_passing(self, forward: Forward) -> int:
         width = self.config.hidden_size * self.itemsize
         own = forward.num_tokens
         most = 0

@@ -124,6 +124,8 @@ def _split_schedule(
 
     target.calls.start("serve", Served(training.num_steps, training.position, wire))
     clock = StepClock(device, config.overlap.traced)
-    look_ahead = max(config.look_ahead, bridge.sides.least_look_ahead)
+    look_ahead = bridge.sides.default_look_ahead
+    if config.overlap.look_ahead is not None:
+        look_ahead = max(config.overlap.look_ahead, bridge.sides.least_look_ahead)
     pipeline = SplitPipeline(with_rows(), layout, finish, clock, limits_of(look_ahead, config.overlap), bridge, device)
     return Schedule(pipeline, clock, training.world)

@@ -131,9 +131,10 @@ def test_what_is_asked_for_costs_what_it_should():
     weights = plain.num_draft_weights * 2
     assert plain.traffic(counts)["all-gather of weights (ZeRO)"] == weights * 7 // 8
     quick, slow = (
-        plain.step_s(counts, planner("llama3.1-8b", gpu=gpu).gpus, 0.4) for gpu in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB")
+        plain.side_times(counts, planner("llama3.1-8b", gpu=gpu).gpus, ASSUMED)
+        for gpu in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB")
     )
-    assert slow["target"] == pytest.approx(quick["target"] * 989.4 / 312)
+    assert slow.target_compute_s == pytest.approx(quick.target_compute_s * 989.4 / 312)
 
 
 def test_an_unknown_gpu_is_refused_by_name():
