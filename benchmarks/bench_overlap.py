@@ -1,165 +1,134 @@
-"""Time online training steps in serial execution, and with the target running ahead of the draft.
+"""Time training runs in every placement, next to each side alone, through `launcher/train.py`.
 
-    python -m benchmarks.bench_overlap --shapes 'llama3.1-8b-*' --json overlap.json
+    python -m benchmarks.bench_overlap --json overlap.json
 
-Run from the repository's root. One call runs the target's forward, the training-time test and the
-backward pass of four micro-batches, without the optimizer. A shape's name gives the target, the
-tokens per micro-batch, in documents of 2048 tokens (64 for `cpu-tiny`), and the share of tokens
-that carry loss. Weights are random and created on the device. `serial` is the reference, and
-`run ahead` computes the same losses from the same batches in the same order. The floor covers both
-halves together, because they share one device.
+Run from the repository's root, on an otherwise idle machine with two cores. The target is a Llama
+with random weights and as many layers as make its forward cost what the draft's step costs. Every
+rank computes on one core. `serial` trains on one rank and gives the time of each side alone;
+`split` has a rank for each side; `colocated` has two ranks, each with both sides and half of the
+batches of a step. Times are medians of the steps after a warm-up, of the same batches.
+
+The JSON is a list with one object per placement and look-ahead: seconds of a step that trains on
+one micro-batch (for `colocated`, half of a step that trains on two), of each side alone, the
+overlap efficiency, and the step that the planner's event model predicts from the two sides.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.bench_target import TINY, TargetShape, random_model
-from benchmarks.bench_target import parts as target_parts
-from benchmarks.harness import Benchmark, Place, Provider, choose_tiles, main
-from engine.batch import LossNorms, MicroBatch, PackedBatch, to_device
-from engine.config.sections import DraftSection, LossSection, TttSection
-from engine.kernels import choose_kernels
-from engine.models.costs import StepPart
-from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.draft_config import Eagle3Config, derive_draft_config
-from engine.models.eagle3.flops import StepCounts, step_parts
-from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
-from engine.models.training_rows import allowed_rows, slots_of
-from engine.models.vocab_map import VocabMap
-from engine.planning.job import DocumentSizes
-from engine.target.frozen import FrozenTarget
-from tests.pipelines import prepared
-from tests.recipes_configs import target_config
+from benchmarks.record import machine_and_versions
+from engine.overlap.bridge import Sides
+from engine.overlap.event_model import BatchCost, EventModel
+from engine.overlap.look_ahead import Limits
+from engine.overlap.step_clock import DRAFT_PARTS, TARGET_FORWARD, efficiency
+from launcher.command import EMBEDDED_TARGET
 
-NUM_MICRO_BATCHES = 4
-LOOK_AHEAD = {"serial": 0, "run ahead": 1}  # number of batches that the target may run ahead
-SHARES = (1.0, 0.5, 0.3)
-TTT = TttSection()
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP_STEPS = 5
+FIRST_LAYERS = 8  # of the run that measures the cost of a layer
+LOOK_AHEADS = (0, 1, 2, 4)  # of `split`
 
 
-@dataclass(frozen=True)
-class OverlapShape:
-    """A target, the draft that a recipe derives for it, and the documents of a micro-batch.
-
-    assistant: share of assistant tokens.
-    """
-
-    config: PreTrainedConfig
-    num_tokens: int
-    document_tokens: int
-    assistant: float
-    draft_vocab_size: int
-
-    @property
-    def draft(self) -> Eagle3Config:
-        section = DraftSection(vocab_size=self.draft_vocab_size)
-        return derive_draft_config(self.config, section, None)
-
-    def batch(self, seed: int) -> PackedBatch:
-        """Return a packed batch of random tokens, on the host."""
-        generator = torch.Generator().manual_seed(seed)
-        input_ids_T = torch.randint(self.config.vocab_size, (self.num_tokens,), generator=generator)
-        documents = DocumentSizes(self.document_tokens, self.assistant).batch(self.num_tokens)
-        return replace(documents, input_ids_T=input_ids_T)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--steps", type=int, default=30, help="measured steps per run; default: %(default)s")
+    parser.add_argument("--max_tokens", type=int, default=1024, help="tokens per micro-batch; default: %(default)s")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        results = compare(Path(scratch), options.steps, options.max_tokens)
+    for result in results:
+        print(json.dumps(result))
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        about = {"command": f"python -m benchmarks.bench_overlap --steps {options.steps}"} | machine_and_versions(
+            torch.device("cpu")
+        )
+        options.json.with_suffix(".machine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def _shapes() -> dict[str, OverlapShape]:
-    llama = target_config("llama3.1-8b")
-    tiny = AutoConfig.for_model("llama", **TINY)
-    shapes = {}
-    for share in SHARES:
-        shapes[f"llama3.1-8b-16k-{share}"] = OverlapShape(llama, 16 * 1024, 2048, share, 32000)
-        shapes[f"cpu-tiny-{share}"] = OverlapShape(tiny, 128, 64, share, 128)
-    return shapes
+def compare(scratch: Path, steps: int, max_tokens: int) -> list[dict[str, Any]]:
+    """Return the results of all placements. scratch: folder for the target and the runs."""
+    runner = Runner(scratch, steps, max_tokens)
+    probe = runner.run("probe", FIRST_LAYERS, 1, "serial")
+    layers = max(1, round(FIRST_LAYERS * probe["draft_s"] / probe["target_s"]))
+    serial = runner.run("serial", layers, 1, "serial")
+    alone = {"target_s": serial["target_s"], "draft_s": serial["draft_s"]}
+    results = [result_of("serial", 0, serial["step_s"], alone, sum(alone.values()))]
+    cost = BatchCost(alone["target_s"], alone["draft_s"])
+    for look_ahead in LOOK_AHEADS:
+        options = ("overlap.target_ranks=1", f"overlap.look_ahead={look_ahead}")
+        split = runner.run(f"split-{look_ahead}", layers, 2, "split", *options)
+        model = EventModel(Sides(1, 1), Limits(look_ahead), steps, 1, lambda rank, index: cost).run()
+        results.append(result_of("split", look_ahead, split["step_s"], alone, model.step_s(WARM_UP_STEPS)))
+    colocated = runner.run("colocated", layers, 2, "colocated", "overlap.look_ahead=1")
+    results.append(result_of("colocated", 1, colocated["step_s"] / 2, alone, sum(alone.values()) / 2))
+    return results
 
 
-@dataclass(frozen=True)
-class OverlapTensors:
-    """A target and a draft on one device, and the batches that both process."""
-
-    place: Place
-    target: FrozenTarget
-    draft: Eagle3Draft
-    test: TrainingTimeTest
-    batches: list[PackedBatch]
-
-
-def prepare(shape: OverlapShape, place: Place) -> OverlapTensors:
-    config = shape.draft
-    target = FrozenTarget(random_model(shape.config, place), config.aux_layers)
-    chosen_U = torch.arange(config.draft_vocab_size, device=place.device)
-    in_draft_V = torch.arange(config.vocab_size, device=place.device) < config.draft_vocab_size
-    teacher = Teacher(target.head_rows(chosen_U).logits, VocabMap(chosen_U, in_draft_V))
-    kernels = choose_kernels("auto", place.device, place.dtype, config.head_dim)
-    choose_tiles(kernels, place, config.head_dim)
-    with place.device:
-        draft = Eagle3Draft(config, kernels).to(place.dtype)
-    batches = [shape.batch(seed) for seed in range(NUM_MICRO_BATCHES)]
-    return OverlapTensors(place, target, draft, TrainingTimeTest(TTT, LossSection(), teacher), batches)
+def result_of(placement: str, look_ahead: int, step_s: float, alone: dict[str, float], predicted_s: float) -> dict[str, Any]:
+    parts = dict.fromkeys(DRAFT_PARTS, 0.0) | {TARGET_FORWARD: alone["target_s"], DRAFT_PARTS[0]: alone["draft_s"]}
+    longer_s = max(alone.values())
+    return {
+        "placement": placement,
+        "look_ahead": look_ahead,
+        "step_s": step_s,
+        **alone,
+        "efficiency": efficiency(parts, step_s),
+        "over_longer_side": step_s / longer_s,
+        "predicted_step_s": predicted_s,
+    }
 
 
-def setup(look_ahead: int, tensors: OverlapTensors) -> Callable[[], list[Tensor]]:
-    """Return a call that runs all micro-batches and returns their losses."""
-    return partial(_steps, look_ahead, tensors)
+class Runner:
+    """Runs training jobs with a target of a given number of layers."""
 
+    def __init__(self, scratch: Path, steps: int, max_tokens: int) -> None:
+        self._scratch = scratch
+        self._steps = steps + WARM_UP_STEPS
+        self._max_tokens = max_tokens
 
-def _steps(look_ahead: int, tensors: OverlapTensors) -> list[Tensor]:
-    losses = []
-    device = tensors.place.device
-    for micro, norms in prepared(tensors.batches, partial(_target_half, tensors), look_ahead, device):
-        loss = tensors.test(tensors.draft, micro, norms).loss
-        loss.backward()
-        tensors.draft.zero_grad()
-        losses.append(loss.detach())
-    return losses
+    def run(self, name: str, layers: int, ranks: int, placement: str, *options: str) -> dict[str, float]:
+        """Return the median seconds of a step and of each side in it."""
+        output = self._scratch / name
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+        command += ["launcher/train.py", "--ds_config", "ds_configs/zero2.json", f"output_dir={output}"]
+        command += [f"target.path={self._target(layers)}", f"overlap.placement={placement}", *options]
+        command += [f"max_steps={self._steps}", f"data.max_tokens={self._max_tokens}", "log_every_steps=1"]
+        command += ["evaluation.num_prompts=0", "parallel.cpu_threads=1", f"data.cache_dir={self._scratch / 'cache'}"]
+        command.append(f"target.aux_layers=[0,{layers // 2},{layers - 1}]" if layers > 2 else "target.aux_layers=[0]")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARM_UP_STEPS:]
+        drafts = [sum(line["parts_s"][part] for part in DRAFT_PARTS) for line in lines]
+        return {
+            "step_s": statistics.median(line["step_s"] for line in lines),
+            "target_s": statistics.median(line["parts_s"][TARGET_FORWARD] for line in lines),
+            "draft_s": statistics.median(drafts),
+        }
 
+    def _target(self, layers: int) -> Path:
+        """Write the embedded target's shapes with another number of layers, and random weights."""
+        folder = self._scratch / f"target-{layers}"
+        if not folder.exists():
+            config = AutoConfig.from_pretrained(EMBEDDED_TARGET)
+            config.num_hidden_layers = layers
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            for path in EMBEDDED_TARGET.iterdir():
+                if not (folder / path.name).exists() and path.suffix != ".safetensors":
+                    (folder / path.name).write_bytes(path.read_bytes())
+        return folder
 
-def _target_half(tensors: OverlapTensors, batch: PackedBatch) -> tuple[MicroBatch, LossNorms]:
-    """Return the draft's inputs for a batch, and the divisors of its losses."""
-    device = tensors.place.device
-    allowed_ST = allowed_rows(batch, TTT)
-    output = tensors.target(batch, slots_of(allowed_ST))
-    batch = batch.to(device)
-    embed_TD = tensors.target.embedding.rows(batch.input_ids_T)
-    num_allowed_S = to_device(allowed_ST.sum(1).float(), device)
-    norms = LossNorms(num_allowed_S[0].clamp_min(1), num_allowed_S)
-    return MicroBatch(batch, output, embed_TD, to_device(allowed_ST, device)), norms
-
-
-def parts(shape: OverlapShape) -> dict[str, StepPart]:
-    """Return the work of the target and the draft over all micro-batches."""
-    batch = shape.batch(0)
-    allowed_ST = allowed_rows(batch, TTT)
-    slots_N = slots_of(allowed_ST)
-    counts = StepCounts.needed(batch, allowed_ST, slots_N.numel())
-    target = TargetShape(shape.config, shape.num_tokens, shape.document_tokens)
-    halves = {f"target: {name}": part for name, part in target_parts(target).items()}
-    halves |= step_parts(shape.draft.shape, counts)
-    every = {}
-    for number in range(NUM_MICRO_BATCHES):
-        every |= {f"{name} {number}": part for name, part in halves.items()}
-    return every
-
-
-def figures(shape: OverlapShape, seconds: float) -> dict[str, float]:
-    return {"tokens/s": NUM_MICRO_BATCHES * shape.num_tokens / seconds}
-
-
-BENCHMARK = Benchmark(
-    module="benchmarks.bench_overlap",
-    shapes=_shapes(),
-    default_shapes={"cpu": ("cpu-tiny-*",), "cuda": ("llama3.1-8b-*",)},
-    providers={name: Provider(lambda depth=depth: depth) for name, depth in LOOK_AHEAD.items()},
-    prepare=prepare,
-    setup=setup,
-    parts=parts,
-    figures=figures,
-)
 
 if __name__ == "__main__":
-    main(BENCHMARK)
+    main()

@@ -49,6 +49,10 @@ from launcher.command import check_target, make_parser, run_plugins, shipped_ds_
 
 TARGET, DRAFT = "target_share_of_peak", "draft_share_of_peak"  # keys of --measured
 SHOWN = 5
+PLACEMENT_HEADINGS = (
+    *("GPUs", "placement", "target:draft", "tp_size", "ep_size"),
+    *("tokens per micro-batch", "tokens/s per GPU", "hours per billion tokens"),
+)
 LEAST_TOKENS = 2048  # smallest pack that is tried; shorter packs would cut many conversations
 
 
@@ -181,8 +185,8 @@ def find_plans(planner: Planner, arguments: argparse.Namespace) -> tuple[Planner
 def measured_shares(paths: Sequence[Path]) -> dict[str, float]:
     """Return the shares of the peak that the target and the draft reach, as far as the files tell.
 
-    The files of the benchmarks hold rows with `over_floor`, the time of a call divided by the time
-    at the machine's measured peak. The median over their rows counts.
+    The files of the benchmarks hold rows with `mfu`, the share of the peak that a call reached. The
+    median over the rows counts.
     Raises ValueError for a file without such figures.
     """
     shares: dict[str, float] = {}
@@ -208,25 +212,16 @@ def _side_of(record: dict[str, Any], path: Path) -> str:
 
 
 def _median_share(record: dict[str, Any], path: Path) -> float:
-    over_floor = [row["over_floor"] for row in record.get("rows", []) if row.get("over_floor")]
-    if not over_floor:
-        raise ValueError(f"--measured {path}: no row has over_floor")
-    return 1 / statistics.median(over_floor)
+    shares = [row["mfu"] for row in record.get("rows", []) if row.get("mfu")]
+    if not shares:
+        raise ValueError(f"--measured {path}: no row has mfu, the share of the GPU's peak")
+    return statistics.median(shares)
 
 
 def show_placements(planner: Planner, sizes: Sequence[int], telemetry: Telemetry) -> None:
     """Print the fastest job of each placement for each number of GPUs."""
     table = Table(box=None, padding=(0, 2, 0, 0), title="placements of the target, computed", title_justify="left")
-    for heading in (
-        "GPUs",
-        "placement",
-        "target:draft",
-        "tp_size",
-        "ep_size",
-        "tokens",
-        "tokens/s per GPU",
-        "h per 1e9 tokens",
-    ):
+    for heading in PLACEMENT_HEADINGS:
         table.add_column(heading, justify="left" if heading == "placement" else "right")
     comparer = PlacementPlanner(planner)
     for size in sizes:

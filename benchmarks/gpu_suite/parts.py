@@ -99,8 +99,8 @@ PARTS = (
     SuitePart(
         name="overlap",
         title="target and draft one after the other, against the target running ahead",
-        command=_benchmark("benchmarks.bench_overlap", ("llama3.1-8b-16k-0.5",), ("serial", "run ahead"), "--repeat", "3"),
-        tiny=_benchmark("benchmarks.bench_overlap", ("cpu-tiny-0.5",), ("serial", "run ahead"), "--repeat", "1"),
+        command=_benchmark("benchmarks.bench_colocated", ("llama3.1-8b-16k-0.5",), ("serial", "run ahead"), "--repeat", "3"),
+        tiny=_benchmark("benchmarks.bench_colocated", ("cpu-tiny-0.5",), ("serial", "run ahead"), "--repeat", "1"),
         weight=80,
         needs=("rich", "yaml"),
         needs_on_gpu=("triton",),

@@ -1,8 +1,9 @@
-"""Check that every rank issues its collectives in one order; for debugging."""
+"""Check that the order in which ranks issue their collectives cannot deadlock; for debugging."""
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -18,17 +19,30 @@ class CollectiveOrderError(RuntimeError):
     """Ranks have issued collectives in different orders."""
 
 
+@dataclass(frozen=True)
+class Collective:
+    """A collective that a rank has issued.
+
+    name: of the operation. group: description of its process group. ranks: that take part.
+    """
+
+    name: str
+    group: str
+    ranks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} of the group {self.group!r} of ranks {list(self.ranks)}"
+
+
 class CollectiveOrder:
-    """Records the collectives that this rank issues, and compares their order with that of other ranks.
+    """Records the collectives that this rank issues, and checks that their order on all ranks cannot deadlock.
 
     Collectives on different communicators can deadlock on GPUs if two ranks issue them in different
-    orders. A collective is known by its name and the description of its process group, because
-    ranks in different groups of one kind, such as two groups that share a target, are in the same
-    place of the order.
+    orders.
     """
 
     def __init__(self) -> None:
-        self.issued: list[str] = []
+        self.issued: list[Collective] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -46,33 +60,51 @@ class CollectiveOrder:
         return call
 
     def compare(self, world: World) -> None:
-        """Compare what all ranks have recorded since the last call; a collective, which is not recorded.
+        """Check what all ranks have recorded since the last call; a collective, which is not recorded.
 
-        Raises CollectiveOrderError that names the first difference between two ranks.
+        Raises CollectiveOrderError that names two ranks which would wait for each other.
         """
         issued = list(self.issued)
         self.issued.clear()
         with _not_recording():
-            digests = world.gather(hashlib.sha256("\n".join(issued).encode()).hexdigest())
-            if len(set(digests)) == 1:
-                return
             everyone = world.gather(issued)
-        raise CollectiveOrderError(_first_difference(everyone))
+        problem = find_deadlock(everyone)
+        if problem is not None:
+            raise CollectiveOrderError(problem)
 
 
-def _first_difference(by_rank: list[list[str]]) -> str:
-    first = by_rank[0]
-    for rank, other in enumerate(by_rank):
-        if other == first:
+def find_deadlock(by_rank: Sequence[Sequence[Collective]]) -> str | None:
+    """Return where ranks wait for each other if each ends a collective before it begins the next; None = nowhere.
+
+    by_rank: the collectives of each rank, in the order in which it issues them. The ranks of a
+    group may issue more or fewer of them than those of another group, such as another copy of the
+    target.
+    """
+    places = [0] * len(by_rank)
+
+    def next_of(rank: int) -> Collective | None:
+        return by_rank[rank][places[rank]] if places[rank] < len(by_rank[rank]) else None
+
+    waiting = deque(range(len(by_rank)))
+    while waiting:
+        rank = waiting.popleft()
+        collective = next_of(rank)
+        if collective is None or any(next_of(other) != collective for other in collective.ranks):
             continue
-        length = min(len(first), len(other))
-        place = next((index for index in range(length) if first[index] != other[index]), length)
-        issued = [names[place] if place < len(names) else "nothing more" for names in (first, other)]
+        for other in collective.ranks:
+            places[other] += 1
+        waiting += collective.ranks
+    for rank, issued in enumerate(by_rank):
+        if places[rank] == len(issued):
+            continue
+        collective = issued[places[rank]]
+        other = next(other for other in collective.ranks if next_of(other) != collective)
+        instead = next_of(other) or "the end of the step"
         return (
-            f"ranks issue collectives in different orders, which can deadlock on GPUs: collective {place + 1} of this step is "
-            f"{issued[0]} on rank 0 and {issued[1]} on rank {rank}. Use overlap.placement=serial, and report this as a bug"
+            f"ranks issue collectives in different orders, which can deadlock on GPUs: rank {rank} would wait in {collective}, "
+            f"and rank {other} in {instead}. Use overlap.placement=serial, and report this as a bug"
         )
-    raise AssertionError("no rank differs")
+    return None
 
 
 class _Recorder(TorchDispatchMode):
@@ -80,13 +112,16 @@ class _Recorder(TorchDispatchMode):
 
     is_off = False
 
-    def __init__(self, issued: list[str]) -> None:
+    def __init__(self, issued: list[Collective]) -> None:
         super().__init__()
         self._issued = issued
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d" and not _Recorder.is_off:
-            self._issued.append(f"{function._overloadpacket.__name__.strip('_')} of {_group_of(args)}")
+            group = _group_of(args)
+            ranks = tuple(distributed.get_process_group_ranks(group))
+            name = function._overloadpacket.__name__.strip("_")
+            self._issued.append(Collective(name, group.group_desc, ranks))
         return function(*args, **(kwargs or {}))
 
 
@@ -99,12 +134,12 @@ def _not_recording() -> Iterator[None]:
         _Recorder.is_off = False
 
 
-def _group_of(arguments: Any) -> str:
-    """Return the description of the process group among the arguments of a collective."""
+def _group_of(arguments: Any) -> distributed.ProcessGroup:
+    """Return the process group among the arguments of a collective."""
     for argument in arguments:
         if isinstance(argument, torch.ScriptObject):
             try:
-                return distributed.ProcessGroup.unbox(argument).group_desc
+                return distributed.ProcessGroup.unbox(argument)
             except RuntimeError:  # another object, such as a reduction
                 continue
-    return "an unknown group"
+    raise AssertionError("a collective without a process group")

@@ -86,12 +86,12 @@ def compares_pairs(module: nn.Module) -> bool:
 
     Linear attention does not.
     """
-    return _uses_interface(type(module))
+    return _uses_interface(type(module).forward)
 
 
 @lru_cache
-def _uses_interface(kind: type[Any]) -> bool:
-    return "attention_interface" in getsource(kind.forward)
+def _uses_interface(forward: Any) -> bool:
+    return "attention_interface" in getsource(forward)
 
 
 def is_mlp(module: nn.Module, names: Names) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_overlap, bench_target, bench_train_step, harness, run_gpu_suite
+from benchmarks import bench_colocated, bench_target, bench_train_step, harness, run_gpu_suite
 from benchmarks.gpu_suite import compare_training, kernel_tests, runner
 from benchmarks.gpu_suite.parts import DEVICE, JSON, PARTS, SuitePart
 from benchmarks.gpu_suite.runner import Suite, missing_packages, run_suite, time_limit_s
@@ -137,7 +137,7 @@ def test_a_row_with_an_error_fails_a_benchmark_that_ended_normally(tmp_path):
 
 
 def test_the_parts_name_shapes_and_providers_that_exist(monkeypatch):
-    benchmarks = {"step": bench_train_step, "target": bench_target, "overlap": bench_overlap}
+    benchmarks = {"step": bench_train_step, "target": bench_target, "overlap": bench_colocated}
     named = {part.name: part for part in PARTS}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, module in benchmarks.items():
@@ -152,7 +152,7 @@ def test_the_parts_name_shapes_and_providers_that_exist(monkeypatch):
 def test_tiny_shapes_of_the_benchmarks_are_measured_and_profiled(monkeypatch):
     monkeypatch.setitem(harness.PRODUCT_SIZE, "cpu", 256)
     monkeypatch.setattr(harness, "COPIED_BYTES", 1 << 20)
-    cases = [(bench_train_step, "cpu-tiny-0.3", ["compacted"]), (bench_overlap, "cpu-tiny-0.5", ["serial", "run ahead"])]
+    cases = [(bench_train_step, "cpu-tiny-0.3", ["compacted"]), (bench_colocated, "cpu-tiny-0.5", ["serial", "run ahead"])]
     for module, shape, providers in cases:
         (figures,) = measured(module.BENCHMARK, [shape], providers, ON_CPU, repeat=1, profile=3)
         assert problems_of(figures) == []
@@ -165,10 +165,10 @@ def test_tiny_shapes_of_the_benchmarks_are_measured_and_profiled(monkeypatch):
 
 def test_running_ahead_computes_the_losses_of_the_serial_order():
     torch.manual_seed(0)
-    tensors = bench_overlap.prepare(bench_overlap.BENCHMARK.shapes["cpu-tiny-0.5"], ON_CPU)
-    serial = bench_overlap.setup(0, tensors)()
-    ahead = bench_overlap.setup(1, tensors)()
-    assert len(serial) == bench_overlap.NUM_MICRO_BATCHES and len(set(map(float, serial))) > 1
+    tensors = bench_colocated.prepare(bench_colocated.BENCHMARK.shapes["cpu-tiny-0.5"], ON_CPU)
+    serial = bench_colocated.setup(0, tensors)()
+    ahead = bench_colocated.setup(1, tensors)()
+    assert len(serial) == bench_colocated.NUM_MICRO_BATCHES and len(set(map(float, serial))) > 1
     assert list(map(float, serial)) == list(map(float, ahead))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributed
 
-from engine.overlap.collective_order import CollectiveOrder, CollectiveOrderError
+from engine.overlap.collective_order import Collective, CollectiveOrder, CollectiveOrderError, find_deadlock
 from engine.overlap.look_ahead import Limits
 from engine.overlap.pipeline import Pipeline, Producer, ThreadedPipeline, TurnsPipeline
 from engine.overlap.step_clock import DRAFT_PARTS, StepClock
@@ -52,7 +52,7 @@ def steps_with_collectives(world: World) -> list[str]:
                         distributed.all_reduce(torch.ones(2))
         if kind is TurnsPipeline:
             assert len(order.issued) == STEPS * (GROUPS + len(DRAFT_PARTS))
-            assert {name.split(" of ")[1] for name in order.issued} == {"default_pg", "target"}
+            assert {collective.group for collective in order.issued} == {"default_pg", "target"}
         assert sums == [4.0 * world.size**GROUPS] * STEPS
         try:
             order.compare(world)
@@ -69,17 +69,44 @@ def test_in_turns_all_ranks_issue_collectives_in_one_order_and_without_turns_the
         assert "different orders" in threaded and "rank 0" in threaded and "rank 1" in threaded
 
 
+def of(name: str, *ranks: int) -> Collective:
+    return Collective(name, "target" if len(ranks) < 4 else "default_pg", ranks)
+
+
+WORLD = of("allreduce", 0, 1, 2, 3)
+LEFT = of("allgather", 0, 1)
+RIGHT = of("allgather", 2, 3)
+
+
+@pytest.mark.parametrize(
+    "issued",
+    [
+        [[], [], [], []],
+        [[LEFT, WORLD], [LEFT, WORLD], [RIGHT, WORLD], [RIGHT, WORLD]],
+        [[WORLD, LEFT, WORLD], [WORLD, LEFT, WORLD], [WORLD, WORLD], [WORLD, WORLD]],  # a copy without slots skips the head
+        [[LEFT, LEFT, WORLD], [LEFT, LEFT, WORLD], [WORLD, RIGHT], [WORLD, RIGHT]],
+    ],
+)
+def test_copies_of_the_target_may_issue_different_numbers_of_their_own(issued):
+    assert find_deadlock(issued) is None
+
+
 @pytest.mark.parametrize(
     ("issued", "expected"),
     [
-        ([["a", "b"], ["a", "c"]], "collective 2 of this step is b on rank 0 and c on rank 1"),
-        ([["a"], ["a"], ["a", "b"]], "collective 2 of this step is nothing more on rank 0 and b on rank 2"),
+        ([[LEFT, WORLD], [WORLD, LEFT], [WORLD], [WORLD]], "rank 0 would wait in allgather.*and rank 1 in allreduce"),
+        ([[LEFT, WORLD], [LEFT, WORLD], [WORLD], []], "rank 0 would wait in allreduce.*and rank 3 in the end of the step"),
+        ([[LEFT], [of("reduce", 0, 1)], [], []], "rank 0 would wait in allgather.*and rank 1 in reduce"),
+        (
+            [[of("a", 0, 1), of("c", 0, 2)], [of("b", 1, 2), of("a", 0, 1)], [of("c", 0, 2), of("b", 1, 2)]],
+            "rank 0 would wait in a .*and rank 1 in b",
+        ),
     ],
 )
-def test_the_first_difference_is_named(issued, expected):
+def test_ranks_that_would_wait_for_each_other_are_named(issued, expected):
     class FakeWorld:
         def gather(self, own):
-            return issued if isinstance(own, list) else ["digest", "another"]
+            return issued
 
     with pytest.raises(CollectiveOrderError, match=expected):
         CollectiveOrder().compare(FakeWorld())
