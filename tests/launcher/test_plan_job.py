@@ -40,6 +40,23 @@ def test_a_large_target_is_planned_from_its_config_alone(monkeypatch, capsys, tm
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_placements_are_compared_with_measured_shares(monkeypatch, capsys, tmp_path):
+    target_config("llama3.1-8b").save_pretrained(tmp_path)
+    (tmp_path / "target.json").write_text(json.dumps({"command": "python -m benchmarks.bench_target", "rows": [{"mfu": 0.6}]}))
+    (tmp_path / "draft.json").write_text(json.dumps({"draft_share_of_peak": 0.3}))
+    measured = ("--measured", str(tmp_path / "target.json"), str(tmp_path / "draft.json"))
+    options = ("--recipe", "launcher/recipes/llama3.1-8b.yaml", f"target.path={tmp_path}", "--gpus", "1")
+    run(monkeypatch, *options, *measured, "--placements", "2")
+    printed = capsys.readouterr().out
+    assert "placements of the target, computed" in printed
+    assert all(placement in printed for placement in ("serial", "colocated", "split")) and "1:1" in printed
+    (tmp_path / "other.json").write_text(json.dumps({"rows": []}))
+    for name, problem in {"other.json": "expected target_share_of_peak", "draft.json": "at most 1"}.items():
+        (tmp_path / "draft.json").write_text(json.dumps({"draft_share_of_peak": 30}))
+        with pytest.raises(SystemExit, match=problem):
+            run(monkeypatch, *options, "--measured", str(tmp_path / name))
+
+
 @pytest.mark.parametrize(
     "arguments, problem",
     [
