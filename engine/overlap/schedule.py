@@ -1,11 +1,13 @@
 """The schedule of a training run: micro-batches in order, timed parts, placement and checks."""
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
+
+import torch
 
 from engine.config.sections import AUTO, COLOCATED, SERIAL, OverlapSection
 from engine.host.files import write_text
@@ -16,8 +18,19 @@ from engine.overlap.placement import MeasuredPlacement, PeakMemory, Settings, ca
 from engine.overlap.step_clock import StepClock, TraceEvent
 from engine.parallel.mesh import World
 
-# CUDA's priorities: lower numbers run first. The default stream, on which the draft runs, has 0.
-PRIORITY = {"none": 0, "target": -1, "draft": 0}
+HIGH = -1  # CUDA's priority; lower numbers run first, and streams have 0 otherwise
+
+
+@contextmanager
+def _after_and_before(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Context manager in which a stream is current; it runs after earlier work and before later work."""
+    outer = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(outer)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outer.wait_stream(stream)
 
 
 def limits_of(look_ahead: int, section: OverlapSection) -> Limits:
@@ -53,13 +66,19 @@ class Schedule(Generic[Item, Work]):
         world: World,
         measured: MeasuredPlacement | None = None,
         order: CollectiveOrder | None = None,
+        draft_stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """measured: chooses the placement. order: of this rank's collectives, if it is checked."""
+        """Create a schedule.
+
+        measured: chooses the placement. order: of this rank's collectives, if it is checked.
+        draft_stream: on which the draft runs; None = the current stream.
+        """
         self.clock = clock
         self._pipeline = pipeline
         self._world = world
         self._measured = measured
         self._order = order
+        self._draft_stream = draft_stream
         self._on_exit = ExitStack()
 
     @classmethod
@@ -86,7 +105,7 @@ class Schedule(Generic[Item, Work]):
             limits=limits,
             has_collectives=side.num_ranks > 1,
             num_pauses=side.num_pauses,
-            priority=PRIORITY[section.priority],
+            priority=HIGH if section.priority == "target" else 0,
         )
         memory = PeakMemory(world.device) if is_measured else None
         prepare = producer.prepare if memory is None else memory.measured(producer.prepare)
@@ -95,9 +114,14 @@ class Schedule(Generic[Item, Work]):
             prepare = order.recorded(prepare)
         pipeline = open_pipeline(Producer(producer.items, prepare, producer.num_bytes), clock, settings, world.device)
         measured = None if memory is None else MeasuredPlacement(pipeline, limits, world, note, memory)
-        return cls(pipeline, clock, world, measured, order)
+        draft_stream = None
+        if section.priority == "draft" and world.device.type == "cuda":
+            draft_stream = torch.cuda.Stream(world.device, priority=HIGH)
+        return cls(pipeline, clock, world, measured, order, draft_stream)
 
     def __enter__(self) -> "Schedule[Item, Work]":
+        if self._draft_stream is not None:
+            self._on_exit.enter_context(_after_and_before(self._draft_stream))
         self._on_exit.enter_context(self._pipeline)
         if self._order is not None:
             self._on_exit.enter_context(self._order.recording())
