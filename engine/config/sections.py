@@ -312,6 +312,12 @@ class OverlapSection:
         if (self.placement == SPLIT) != (self.target_ranks is not None):
             problem = "and overlap.placement=split belong together; set both or neither"
             raise ConfigError(problem, key="overlap.target_ranks", value=self.target_ranks)
+        if self.placement != SPLIT and self.transfer_dtype != "auto":
+            problem = "states are sent only with overlap.placement=split; delete this option"
+            raise ConfigError(problem, key="overlap.transfer_dtype", value=self.transfer_dtype)
+        if self.placement == SPLIT and self.check_order:
+            problem = "checks ranks that run both sides, which overlap.placement=split does not have; set it to false"
+            raise ConfigError(problem, key="overlap.check_order", value=True)
         if self.placement == SERIAL and self.look_ahead:
             problem = "needs overlap.placement=colocated or auto; serial execution prepares nothing ahead"
             raise ConfigError(problem, key="overlap.look_ahead", value=self.look_ahead)
@@ -392,6 +398,9 @@ class Config:
         if self.draft.vocab_from == "argmax" and self.target.store is None:
             problem = "needs target.store, which holds the target's most likely tokens; capture first, or set it to assistant"
             raise ConfigError(problem, key="draft.vocab_from", value="argmax")
+        if self.overlap.placement == SPLIT and self.target.source not in (None, ONLINE):
+            problem = "runs the target on other ranks, so the source must be the running target; delete target.source"
+            raise ConfigError(problem, key="overlap.placement", value=SPLIT)
         if self.overlap.placement == SPLIT and self.target.store is not None:
             problem = "a store is read by the ranks that train the draft; delete target.store, or use another placement"
             raise ConfigError(problem, key="overlap.placement", value=SPLIT)

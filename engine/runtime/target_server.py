@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from engine.batch import PackedBatch, TargetOutput
 from engine.config.ds_config import accumulation_steps, micro_batch_size
 from engine.config.sections import Config
+from engine.data.corpus import read_documents
 from engine.data.documents import Documents
 from engine.data.packed_loader import PackedLoader
 from engine.data.templates import load_tokenizer
@@ -58,10 +59,11 @@ class TargetServer:
         self._world = world
         self._bridge = bridge
         self._method: DraftMethod = make_method(config)
-        self._telemetry = Telemetry(speaks=False)
+        self._telemetry = Telemetry(speaks=world.is_main)
         self._tokenizer = load_tokenizer(config.target, config.data)
         self._clock = StepClock(world.device, config.overlap.traced)
-        disable_progress_bar()
+        if not world.is_main:
+            disable_progress_bar()
         self._source = OnlineSource(config, self._tokenizer, world, self._telemetry)
 
     def run(self) -> None:
@@ -143,7 +145,8 @@ class TargetServer:
 
     @cached_property
     def _documents(self) -> Documents:
-        return self._source.documents()
+        silent = Telemetry(speaks=False)  # the draft's ranks describe the same conversations
+        return read_documents(self._config.data, self._tokenizer, self._world, silent)[0]
 
     @cached_property
     def _evaluator(self) -> AcceptanceEvaluator:

@@ -9,17 +9,19 @@ import torch
 
 from engine.batch import MicroBatch, PackedBatch, to_device
 from engine.config.ds_config import micro_batch_size
-from engine.config.sections import Config
+from engine.config.sections import Config, ConfigError
 from engine.data.packed_loader import PackedLoader
 from engine.hidden_states.micro_batches import MicroBatchMaker, Rows
 from engine.hidden_states.protocol import Target
 from engine.hidden_states.remote_target import RemoteTarget
 from engine.hidden_states.wire import WireFormat, WireStates
 from engine.models.draft_method import DraftConfig, DraftMethod
+from engine.overlap.bridge import Sides
 from engine.overlap.pipeline import Producer
 from engine.overlap.schedule import Schedule, Side, limits_of
 from engine.overlap.split_pipeline import SplitPipeline
 from engine.overlap.step_clock import StepClock
+from engine.overlap.streams import size_of
 from engine.parallel.mesh import World
 from engine.runtime.target_server import Served
 from engine.target.frozen import FrozenTarget
@@ -79,6 +81,21 @@ def micro_batches(loader: PackedLoader, num_steps: int) -> Iterator[Item]:
             yield batch, data_state
 
 
+def _check_limit(training: Training, wire: WireFormat, sides: Sides) -> None:
+    """Raise ConfigError if the memory of the look-ahead is too small for a copy of the target to begin."""
+    limit_mb = training.config.overlap.look_ahead_mb
+    if limit_mb is None:
+        return
+    num_tokens = training.config.data.max_tokens * micro_batch_size(training.ds_config, training.world.size)
+    needed_mb = -(-sides.least_look_ahead * size_of(wire.layout(num_tokens, num_tokens)) // 2**20)
+    if limit_mb < needed_mb:
+        problem = (
+            f"{sides.replica_size} ranks share a copy of the target and prepare micro-batches together, for which a draft rank "
+            f"needs up to {needed_mb} MiB; set it to {needed_mb} or more"
+        )
+        raise ConfigError(problem, key="overlap.look_ahead_mb", value=limit_mb)
+
+
 class _Sizes:
     """Returns the bytes of an item's work."""
 
@@ -122,6 +139,7 @@ def _split_schedule(
         rows, data_state = item
         return make.finish(rows, wire.read(states, to_device(rows.slots_N, device))), data_state
 
+    _check_limit(training, wire, bridge.sides)
     target.calls.start("serve", Served(training.num_steps, training.position, wire))
     clock = StepClock(device, config.overlap.traced)
     look_ahead = bridge.sides.default_look_ahead

@@ -74,6 +74,8 @@ def test_a_store_is_read_ahead_unless_the_user_says_otherwise(config, placement,
         ({"trace_steps": (3,)}, "overlap.trace_steps"),
         ({"trace_steps": (5, 3)}, "overlap.trace_steps"),
         ({"trace_steps": (0, 3)}, "overlap.trace_steps"),
+        ({"transfer_dtype": "bfloat16"}, "overlap.transfer_dtype"),
+        ({"placement": "split", "target_ranks": 1, "check_order": True}, "overlap.check_order"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, key):

@@ -97,6 +97,13 @@ def test_a_target_rank_that_ends_or_hangs_ends_the_job_and_is_named(end, expecte
     assert "rank 1 (target rank 0)" in ended.stderr and expected in ended.stderr
 
 
+def test_memory_that_would_stop_a_copy_of_the_target_is_refused(tmp_path, tiny_target, tiny_corpus):
+    options = ["overlap.placement=split", "overlap.target_ranks=2", "parallel.tp_size=2", "data.max_tokens=40000"]
+    command = [word for word in arguments(tmp_path, tiny_target, tiny_corpus) if not word.startswith("data.max_tokens")]
+    ended = launch([*command, *options, "overlap.look_ahead_mb=1"], ranks=3)
+    assert ended.returncode != 0 and "overlap.look_ahead_mb = 1" in ended.stderr and "2 ranks share a copy" in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
