@@ -171,7 +171,7 @@ class Trainer:
     ) -> AcceptanceEvaluator | RemoteEvaluator:
         """Return the evaluator of a target that can decode. Raises ValueError for another target."""
         if isinstance(target, RemoteTarget):
-            return RemoteEvaluator(target)
+            return RemoteEvaluator(target, self.config.evaluation.num_prompts)
         if not isinstance(target, FrozenTarget):
             problem = f"loaded a {type(target).__name__}, which cannot decode; set can_decode = False in the source"
             raise ValueError(f"target.source = {self.config.target.source}: {problem}")
@@ -368,6 +368,7 @@ class Trainer:
             dtype=zero.dtype,
             num_predictions=zero.objective.num_steps,
             position=span.data_state,
+            first_step=span.done + 1,
             num_steps=span.last - span.done,
         )
         return make_schedule(training, corpus.loader, target, self.telemetry.note)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn, TypedDict
 from engine.config.data_section import NAMED_TEMPLATES
 from engine.config.recipe import COMMAND_LINE, describe_options
 from engine.config.secret_values import hidden_in_text
-from engine.config.sections import CHECKPOINTS, EMBEDDED, SERIAL, Config, ConfigError
+from engine.config.sections import AUTO, CHECKPOINTS, COLOCATED, EMBEDDED, Config, ConfigError
 
 if TYPE_CHECKING:
     from engine.models.draft_method import DraftMethod
@@ -90,7 +90,7 @@ def order_launches(config: Config) -> None:
 
     Needed if ranks share the target while the draft trains. Call it before a process group exists.
     """
-    if config.replica_size > 1 and config.placement != SERIAL:
+    if config.replica_size > 1 and config.placement in (AUTO, COLOCATED):
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 

@@ -92,6 +92,10 @@ def driver_patches(fake: Notes) -> list:
         "Stream": lambda *_, **__: stream,
         "Event": lambda *_, **__: FakeEvent(fake.wait),
         "stream": on_stream,
+        "memory_allocated": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "mem_get_info": lambda device=None: (1 << 40, 1 << 40),
     }
     patches = [mock.patch.object(torch.cuda, name, value) for name, value in driver.items()]
     patches.append(mock.patch.object(flash, "available_flash", lambda: _flash_attention(fake, PLAIN)))

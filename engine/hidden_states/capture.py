@@ -46,9 +46,9 @@ from engine.host.telemetry import Telemetry
 from engine.models.draft_method import DraftMethod
 from engine.models.method_registry import make_method
 from engine.models.target_families import text_config
-from engine.overlap.look_ahead import Limits
 from engine.overlap.pipeline import Pipeline, Producer
 from engine.overlap.placement import Settings, open_pipeline
+from engine.overlap.schedule import limits_of
 from engine.overlap.step_clock import StepClock
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
@@ -270,6 +270,7 @@ class Capture:
                         namer.name_new(writer.left_out)
                         check_share(len(writer.left_out), num_documents)
                         progress.move_to(done, f"tokens, {writer.num_bytes / 2**20:,.0f} MiB written")
+                        pieces.release()
             target.join_other_forwards()
             writer.close()
             namer.name_new(writer.left_out)
@@ -315,9 +316,15 @@ class Capture:
             return Piece(**vars(place), **vars(stored))
 
         placement = SERIAL if self.config.overlap.placement == SERIAL else COLOCATED
-        settings = Settings(placement, Limits(self.config.overlap.look_ahead or AHEAD_OF_DRAFT))
+
+        def num_bytes(place: Place) -> int:
+            return place.batch.num_tokens * contents.bytes_per_token + len(place.slots_N) * contents.bytes_per_slot
+
+        section = self.config.overlap
+        look_ahead = AHEAD_OF_DRAFT if section.look_ahead is None else section.look_ahead
+        settings = Settings(placement, limits_of(look_ahead, section))
         clock = StepClock(self.world.device)
-        return open_pipeline(Producer(places(), run), clock, settings, self.world.device)
+        return open_pipeline(Producer(places(), run, num_bytes), clock, settings, self.world.device)
 
     def places(self, documents: Documents, file: ShardFile) -> Iterator[Place]:
         """Yield the batches of a shard with their places in it."""

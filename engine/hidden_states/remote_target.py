@@ -13,7 +13,7 @@ from engine.config.sections import Config
 from engine.data.corpus import read_documents
 from engine.data.documents import Documents
 from engine.host.telemetry import Telemetry
-from engine.overlap.bridge import Bridge
+from engine.overlap.bridge import ANSWER, Bridge
 from engine.parallel.mesh import World
 from engine.target.embedding import SharedEmbedding, TargetEmbedding
 from engine.target.head import TargetHead
@@ -54,21 +54,18 @@ class TargetCalls:
 
         arguments: picklable, with tensors on the host.
         """
-        return self.world.decide(lambda: self._call(name, arguments))
+        self.start(name, *arguments)
+        first = self.bridge.sides.num_draft
+        # Every rank waits here as long as it takes, and not in a collective, which has a timeout.
+        self.bridge.receive_number(first, ANSWER, PATIENCE).wait()
+        return self.world.decide(lambda: self.bridge.receive(first))
 
     def start(self, name: str, *arguments: Any) -> None:
         """Make a call that has no answer."""
-        if self.world.is_main:
-            self._send(name, arguments)
-
-    def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        self._send(name, arguments)
-        return self.bridge.receive(self.bridge.sides.num_draft, patience=PATIENCE)
-
-    def _send(self, name: str, arguments: tuple[Any, ...]) -> None:
         sides = self.bridge.sides
         for rank in range(sides.num_draft, sides.size):
-            self.bridge.send((name, arguments), rank)
+            if self.world.is_main:
+                self.bridge.send((name, arguments), rank)
 
 
 class RemoteTarget:

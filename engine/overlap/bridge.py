@@ -7,6 +7,7 @@ states travel from rank to rank.
 
 import io
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,7 +18,8 @@ from torch import Tensor, distributed
 
 from engine.parallel.mesh import World
 
-CREDIT, SECONDS, DATA, OBJECT_SIZE, OBJECT = range(1, 6)  # tags of messages
+CREDIT, SECONDS, DATA, OBJECT_SIZE, OBJECT, ANSWER = range(1, 7)  # tags of messages
+KEPT_SENDS = 64  # numbers on their way to each rank; older ones have arrived
 
 
 class OtherSideError(RuntimeError):
@@ -60,6 +62,10 @@ class Sides:
         first those of the first micro-batch, by draft rank. Target ranks take them in turn.
         """
         return self.num_draft + (index * self.num_draft + draft_rank) % self.num_target
+
+    def producers_of(self, draft_rank: int) -> list[int]:
+        """Return the ranks that prepare batches of a draft rank; few, if one side's size divides the other's."""
+        return sorted({self.producer_of(draft_rank, index) for index in range(self.num_target)})
 
     def batches_of(self, target_rank: int, num_batches: int) -> list[tuple[int, int]]:
         """Return the draft rank and the index of every batch that a target rank prepares, in order.
@@ -109,12 +115,33 @@ class Bridge:
         if device.type == "cuda":
             nccl_store = distributed.PrefixStore("bridge_nccl", store)
             options = distributed.ProcessGroupNCCL.Options()
+            options._timeout = self.timeout
             self._device_group = distributed.ProcessGroupNCCL(nccl_store, rank, sides.size, options)
-        self._sending: list[Arrival] = []
+        self._sending: deque[Arrival] = deque()
+        if device.type == "cuda":
+            self._connect_pairs(device)
+
+    def _connect_pairs(self, device: torch.device) -> None:
+        """Create the communicator of every pair of ranks that exchanges batches.
+
+        NCCL creates it at the first message, and the host waits for the other rank then. Later, a
+        rank posts the receipt of a batch before it asks the other rank for it.
+        """
+        byte = torch.zeros(1, dtype=torch.uint8, device=device)
+        for draft_rank in range(self.sides.num_draft):
+            for producer in self.sides.producers_of(draft_rank):
+                if self.rank == draft_rank:
+                    self.receive_data(byte, producer).wait()
+                elif self.rank == producer:
+                    self.send_data(byte, draft_rank).wait()
+        torch.cuda.synchronize(device)
 
     def barrier(self) -> None:
-        """Wait for all ranks of the job."""
-        self._host.barrier().wait()
+        """Wait for all ranks of the job. Raises OtherSideError if one of them has ended."""
+        try:
+            self._host.barrier().wait()
+        except RuntimeError as error:
+            raise _ended("a rank of this job", error) from error
 
     def send_data(self, block: Tensor, to: int) -> "Arrival":
         """Start to send a block of device memory; it may be changed once the arrival is complete."""
@@ -127,12 +154,13 @@ class Bridge:
     def send_number(self, number: float, to: int, tag: int) -> None:
         """Start to send a number."""
         message = torch.tensor([number], dtype=torch.float64)
-        self._sending = [arrival for arrival in self._sending if not arrival.is_complete()]
         self._sending.append(self._start(self._host.send, message, to, tag))
+        if len(self._sending) > KEPT_SENDS * self.sides.size:
+            self._sending.popleft().wait()
 
-    def receive_number(self, source: int, tag: int) -> "Arrival":
-        """Start to receive a number."""
-        return self._start(self._host.recv, torch.zeros(1, dtype=torch.float64), source, tag)
+    def receive_number(self, source: int, tag: int, patience: timedelta | None = None) -> "Arrival":
+        """Start to receive a number. patience: how long to wait for it; None = the timeout of the bridge."""
+        return self._start(self._host.recv, torch.zeros(1, dtype=torch.float64), source, tag, patience)
 
     def send(self, value: Any, to: int) -> None:
         """Send a picklable value, with tensors on the host, and wait until it has arrived."""
@@ -184,14 +212,14 @@ class Arrival:
     other: str
     timeout: timedelta
 
-    def is_complete(self) -> bool:
-        return self.work.is_completed()
-
     def wait(self) -> Tensor:
         """Wait for the message and return it; on a GPU the current stream waits, not the host.
 
         Raises OtherSideError that names the other rank if it has ended or does not answer.
         """
+        if self.message.is_cuda:
+            self.work.wait()  # with a timeout the host would wait; the process group has one of its own
+            return self.message
         began = time.monotonic()
         try:
             self.work.wait(self.timeout)

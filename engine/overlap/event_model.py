@@ -54,7 +54,8 @@ class Deadlock(RuntimeError):
 class EventModel:
     """Model of a run in which the target has ranks of its own.
 
-    The ranks of a copy of the target begin a batch each at the same time, and end at the same time.
+    A draft rank admits its batches in order. The ranks of a copy of the target begin an admitted
+    batch each at the same time, and end at the same time.
     The draft's ranks end every step at the same time. A target rank prepares its next batch while
     its last one is on its way.
     """
@@ -76,6 +77,7 @@ class EventModel:
         self._replicas = [
             _Replica(sides, first, num_steps * per_step) for first in range(0, sides.num_target, sides.replica_size)
         ]
+        self._num_credits = [0] * sides.num_draft
         self._link_free_s = [0.0] * sides.num_target
         self._held = [0] * sides.num_draft  # batches of the current step that a draft rank has taken
         self._num_training = 0
@@ -104,22 +106,29 @@ class EventModel:
         heapq.heappush(self._events, (time_s, self._num_events, event))
 
     def _begin_batches(self, now: float) -> None:
+        for rank in range(self._sides.num_draft):
+            self._give_credits(rank)
         for replica in self._replicas:
             batches = replica.next_batches()
-            if replica.is_busy or not batches or not all(self._may_begin(*batch) for batch in batches):
+            if replica.is_busy or not batches or not all(index < self._num_credits[rank] for rank, index in batches):
                 continue
-            longest_s = 0.0
-            for rank, index in batches:
-                cost = self._cost(rank, index)
-                self._states[rank].begin(index, cost.num_bytes)
-                self._timeline.most_bytes = max(self._timeline.most_bytes, self._states[rank].bytes_ahead)
-                longest_s = max(longest_s, cost.target_s)
-                self._timeline.target_s += cost.target_s
+            costs = [self._cost(rank, index) for rank, index in batches]
+            self._timeline.target_s += sum(cost.target_s for cost in costs)
             replica.is_busy = True
-            self._at(now + longest_s, lambda end_s, replica=replica: self._send(end_s, replica))  # type: ignore[misc]
+            end_s = now + max(cost.target_s for cost in costs)
+            self._at(end_s, lambda at_s, replica=replica: self._send(at_s, replica))  # type: ignore[misc]
 
-    def _may_begin(self, rank: int, index: int) -> bool:
-        return self._states[rank].may_begin(index, self._cost(rank, index).num_bytes)
+    def _give_credits(self, rank: int) -> None:
+        """Admit the batches of a draft rank, in order, as far as its limits allow."""
+        state = self._states[rank]
+        while self._num_credits[rank] < self._num_steps * self._per_step:
+            index = self._num_credits[rank]
+            num_bytes = self._cost(rank, index).num_bytes
+            if not state.may_begin(index, num_bytes):
+                return
+            state.begin(index, num_bytes)
+            self._num_credits[rank] += 1
+            self._timeline.most_bytes = max(self._timeline.most_bytes, state.bytes_ahead)
 
     def _send(self, now: float, replica: "_Replica") -> None:
         for rank, index in replica.next_batches():

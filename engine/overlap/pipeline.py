@@ -94,7 +94,7 @@ class SerialPipeline(Pipeline[Item, Work]):
         self._items = iter(producer.items)
 
     def __next__(self) -> Work:
-        with self._clock.span(DATA):
+        with self._clock.host_span(DATA):
             item = next(self._items)
         with self._clock.span(TARGET_FORWARD):
             return self._producer.prepare(item)
@@ -125,7 +125,7 @@ class ThreadedPipeline(Pipeline[Item, Work]):
         self._producer = producer
         self._state = LookAhead(limits)
         self._changed = threading.Condition()
-        self._side = SideStream(device, priority)
+        self._side = SideStream(device, priority, limits.num_bytes)
         self._finished: deque[Handover | _End] = deque()
         self._num_begun = 0
         self._taken: list[Handover] = []
@@ -152,7 +152,8 @@ class ThreadedPipeline(Pipeline[Item, Work]):
                 self._state.take()
                 self._changed.notify_all()
             work = self._side.receive(finished)
-        self._taken.append(finished)
+        if finished.buffer is not None:
+            self._taken.append(finished)
         return work
 
     def release(self) -> None:
@@ -164,6 +165,7 @@ class ThreadedPipeline(Pipeline[Item, Work]):
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
+        self._finished.append(_End())
 
     def _run(self) -> None:
         """Prepare all items; the body of the producer's thread."""
@@ -186,7 +188,7 @@ class ThreadedPipeline(Pipeline[Item, Work]):
             self._changed.wait_for(lambda: self._state.num_asked > 0 or self._is_closed)
 
     def _next_item(self, items: Iterator[Item]) -> tuple[Item] | None:
-        with self._clock.span(DATA):
+        with self._clock.host_span(DATA):
             for item in items:
                 return (item,)
         return None
@@ -248,7 +250,7 @@ class TurnsPipeline(Pipeline[Item, Work]):
         self._producer = producer
         self._items = iter(producer.items)
         self._state = LookAhead(limits)
-        self._side = SideStream(device, priority)
+        self._side = SideStream(device, priority, limits.num_bytes)
         self._turns = Turns()
         self._turns_per_item = num_pauses + 1
         self._due = 0  # turns, in units of 1 / len(DRAFT_PARTS)
@@ -281,7 +283,8 @@ class TurnsPipeline(Pipeline[Item, Work]):
         self._state.take()
         with self._clock.span(WAIT):
             work = self._side.receive(finished)
-        self._taken.append(finished)
+        if finished.buffer is not None:
+            self._taken.append(finished)
         return work
 
     def release(self) -> None:
@@ -317,8 +320,7 @@ class TurnsPipeline(Pipeline[Item, Work]):
         """
         if self._current is None and not self._begin():
             return False
-        self._turns.give()
-        return True
+        return self._turns.give()
 
     def _begin(self) -> bool:
         """Give the producer its next item, and return whether there is one that may begin."""
@@ -340,7 +342,7 @@ class TurnsPipeline(Pipeline[Item, Work]):
     def _read_item(self) -> tuple[Item] | None:
         """Return the next item, or None at the end; an error is queued behind the work before it."""
         try:
-            with self._clock.span(DATA):
+            with self._clock.host_span(DATA):
                 for item in self._items:
                     return (item,)
         except BaseException as error:
@@ -357,6 +359,8 @@ class TurnsPipeline(Pipeline[Item, Work]):
                 self._turns.give_back()
         except TurnsEnded:
             pass
+        except BaseException as error:
+            self._finished.append(_End(error))
         finally:
             self._turns.leave()
 

@@ -1,6 +1,7 @@
 """The choice between executing target and draft one after the other or at the same time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from engine.parallel.mesh import World
 NCCL_WITH_LAUNCH_ORDER = (2, 26)
 WARM_UP_STEPS = 2  # of each phase that `MeasuredPlacement` compares; kernels are compiled, buffers grow
 MEASURED_STEPS = 4
+PHASE_STEPS = WARM_UP_STEPS + MEASURED_STEPS
 LEAST_GAIN = 0.02  # share of a step; less is within the noise of the measurement
 USABLE_MEMORY = 0.95
 
@@ -66,60 +68,110 @@ def check_colocated(placement: str, num_ranks: int, device: torch.device) -> Non
         raise ConfigError(f"{problem}; set it to serial", key="overlap.placement", value=COLOCATED)
 
 
+class SwitchingPipeline(Pipeline[Item, Work]):
+    """Prepares items serially, until `look_ahead` is called between two steps."""
+
+    def __init__(
+        self,
+        producer: Producer[Item, Work],
+        clock: StepClock,
+        open_colocated: Callable[[Producer[Item, Work]], Pipeline[Item, Work]],
+    ) -> None:
+        """open_colocated: returns a pipeline for the rest of the items."""
+        super().__init__(clock)
+        self._rest = Producer(iter(producer.items), producer.prepare, producer.num_bytes)
+        self._open_colocated = open_colocated
+        self._current: Pipeline[Item, Work] = SerialPipeline(self._rest, clock)
+
+    def look_ahead(self) -> None:
+        """Continue with the colocated pipeline."""
+        self._current = self._open_colocated(self._rest)
+
+    def __next__(self) -> Work:
+        return next(self._current)
+
+    def close(self) -> None:
+        self._current.close()
+
+    def set_limits(self, limits: Limits) -> None:
+        self._current.set_limits(limits)
+
+    def release(self) -> None:
+        self._current.release()
+
+    def pause(self) -> None:
+        self._current.pause()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        with self._current.part(name):
+            yield
+
+
 class MeasuredPlacement:
     """Chooses between serial and colocated execution from the first steps of a run.
 
     The run begins serially. After `WARM_UP_STEPS` and `MEASURED_STEPS` steps it continues with a
-    look-ahead for as many steps, and then with whichever was faster. The result of the run is the
-    same in any case. If the memory would not suffice for both sides at once, it stays serial.
+    look-ahead for as many steps, and then with whichever was faster; with a look-ahead of 0, the
+    target still runs on a stream of its own, but not ahead. The result of the run is the same in
+    any case. If the memory would not suffice for both sides at once, the run stays serial.
     """
 
     def __init__(
-        self, pipeline: Pipeline, limits: Limits, world: World, note: Callable[[str], None], memory: "PeakMemory"
+        self,
+        pipeline: SwitchingPipeline,
+        num_batches: int,
+        world: World,
+        note: Callable[[str], None],
+        memory: "PeakMemory",
     ) -> None:
         """Start serially.
 
-        pipeline: one that can look ahead. limits: of its look-ahead, if that is faster.
-        memory: measures the pipeline's `prepare`.
+        num_batches: of the look-ahead, if that is faster. memory: measures the pipeline's `prepare`.
         """
         self._pipeline = pipeline
-        self._limits = limits
+        self._num_batches = num_batches
         self._world = world
         self._note = note
-        self._num_steps = 0
-        self._marks: list[TimeMark] = []
         self._memory = memory
-        pipeline.set_limits(Limits(0))
+        self._num_steps = 0
+        self._began: TimeMark | None = None
+        self._serial: list[tuple[TimeMark, TimeMark]] = []
+        self._colocated: list[tuple[TimeMark, TimeMark]] = []
+
+    def begin_step(self) -> None:
+        """Mark the beginning of a step; what happens between steps, such as saving, is not measured."""
+        if self._num_steps < 2 * PHASE_STEPS:
+            self._began = TimeMark(self._world.device)
 
     def end_step(self) -> None:
         """Count a step, and change the placement if it is time; then a collective that waits for the device."""
-        phase = WARM_UP_STEPS + MEASURED_STEPS
-        if self._num_steps >= 2 * phase:
+        if self._num_steps >= 2 * PHASE_STEPS:
             return
+        assert self._began is not None, "no step has begun"
+        phase = self._serial if self._num_steps < PHASE_STEPS else self._colocated
+        phase.append((self._began, TimeMark(self._world.device)))
         self._num_steps += 1
-        if self._num_steps in (WARM_UP_STEPS, phase, phase + WARM_UP_STEPS, 2 * phase):
-            self._marks.append(TimeMark(self._world.device))
-        if self._num_steps == phase:
+        if self._num_steps == PHASE_STEPS:
             self._begin_look_ahead()
-        elif self._num_steps == 2 * phase:
+        elif self._num_steps == 2 * PHASE_STEPS:
             self._decide()
 
     def _begin_look_ahead(self) -> None:
-        missing = max(self._world.gather(self._memory.missing_bytes(self._limits.batches)))
-        if missing > 0:
-            self._note(
-                f"  overlap: serial, because running both sides at once would need {missing / 2**30:,.1f} GiB more memory"
-            )
-            self._num_steps = 2 * (WARM_UP_STEPS + MEASURED_STEPS)
-            return
+        missing = max(self._world.gather(self._memory.missing_bytes(self._num_batches)))
         self._memory.stop()
-        self._pipeline.set_limits(self._limits)
+        if missing <= 0:
+            self._pipeline.look_ahead()
+            return
+        problem = f"running both sides at once would need {missing / 2**30:,.1f} GiB more memory"
+        self._note(f"  overlap: serial, because {problem}")
+        self._num_steps = 2 * PHASE_STEPS
 
     def _decide(self) -> None:
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)
-        serial_s = self._marks[1].seconds_since(self._marks[0]) / MEASURED_STEPS
-        colocated_s = self._marks[3].seconds_since(self._marks[2]) / MEASURED_STEPS
+        serial_s = _mean_s(self._serial)
+        colocated_s = _mean_s(self._colocated)
         is_faster = self._world.decide(lambda: colocated_s < serial_s * (1 - LEAST_GAIN))
         if not is_faster:
             self._pipeline.set_limits(Limits(0))
@@ -127,13 +179,21 @@ class MeasuredPlacement:
         self._note(f"  overlap: {chosen}; a step takes {serial_s:.3g} s serially and {colocated_s:.3g} s colocated")
 
 
+def _mean_s(steps: Sequence[tuple[TimeMark, TimeMark]]) -> float:
+    measured = steps[WARM_UP_STEPS:]
+    return sum(ended.seconds_since(began) for began, ended in measured) / len(measured)
+
+
 class PeakMemory:
     """Measures the peak memory of the two sides of serial execution on a GPU; does nothing on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
+        """Begin; earlier peaks do not count."""
         self._device = device
         self._is_on = device.type == "cuda"
         self._preparing = self._other = self._work = 0
+        if self._is_on:
+            torch.cuda.reset_peak_memory_stats(device)
 
     def measured(self, prepare: Callable[[Item], Work]) -> Callable[[Item], Work]:
         def call(item: Item) -> Work:

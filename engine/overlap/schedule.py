@@ -3,9 +3,9 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, Protocol
 
 import torch
 
@@ -14,7 +14,7 @@ from engine.host.files import write_text
 from engine.overlap.collective_order import CollectiveOrder
 from engine.overlap.look_ahead import Limits
 from engine.overlap.pipeline import Item, Pipeline, Producer, Work
-from engine.overlap.placement import MeasuredPlacement, PeakMemory, Settings, can_run_in_turns, open_pipeline
+from engine.overlap.placement import MeasuredPlacement, PeakMemory, Settings, SwitchingPipeline, can_run_in_turns, open_pipeline
 from engine.overlap.step_clock import StepClock, TraceEvent
 from engine.parallel.mesh import World
 
@@ -39,18 +39,32 @@ def limits_of(look_ahead: int, section: OverlapSection) -> Limits:
     return Limits(look_ahead, num_bytes)
 
 
+class Groups(Protocol):
+    """Parts of the work of a side, between which it can pause.
+
+    num_pauses: places between two parts.
+    """
+
+    num_pauses: int
+
+    def calling(self, function: Callable[[], None]) -> AbstractContextManager[None]:
+        """Context manager in which the side calls a function at every such place."""
+        ...
+
+
 @dataclass(frozen=True)
 class Side:
     """The side that prepares micro-batches.
 
     placement: `serial`, `colocated` or `auto`. look_ahead: micro-batches.
-    num_ranks: ranks that prepare a micro-batch together. num_pauses: see `TurnsPipeline`.
+    num_ranks: ranks that prepare a micro-batch together, with collectives if there are several.
+    groups: parts of its work; None = it does not pause.
     """
 
     placement: str
     look_ahead: int
     num_ranks: int = 1
-    num_pauses: int = 0
+    groups: Groups | None = None
 
 
 class Schedule(Generic[Item, Work]):
@@ -99,25 +113,35 @@ class Schedule(Generic[Item, Work]):
         placement = side.placement
         if placement == AUTO and (side.look_ahead == 0 or not can_run_in_turns(side.num_ranks, world.device)):
             placement = SERIAL
-        is_measured = placement == AUTO
-        settings = Settings(
-            placement=COLOCATED if is_measured else placement,
-            limits=limits,
-            has_collectives=side.num_ranks > 1,
-            num_pauses=side.num_pauses,
-            priority=HIGH if section.priority == "target" else 0,
-        )
-        memory = PeakMemory(world.device) if is_measured else None
+        memory = PeakMemory(world.device) if placement == AUTO else None
         prepare = producer.prepare if memory is None else memory.measured(producer.prepare)
         order = CollectiveOrder() if section.check_order else None
         if order is not None:
             prepare = order.recorded(prepare)
-        pipeline = open_pipeline(Producer(producer.items, prepare, producer.num_bytes), clock, settings, world.device)
-        measured = None if memory is None else MeasuredPlacement(pipeline, limits, world, note, memory)
+        measurable = Producer(producer.items, prepare, producer.num_bytes)
+        settings = Settings(
+            placement=placement,
+            limits=limits,
+            has_collectives=side.num_ranks > 1,
+            num_pauses=0 if side.groups is None else side.groups.num_pauses,
+            priority=HIGH if section.priority == "target" else 0,
+        )
+        pipeline: Pipeline[Item, Work]
+        measured = None
+        if memory is None:
+            pipeline = open_pipeline(measurable, clock, settings, world.device)
+        else:
+            colocated = replace(settings, placement=COLOCATED)
+            switching = SwitchingPipeline(measurable, clock, lambda rest: open_pipeline(rest, clock, colocated, world.device))
+            measured = MeasuredPlacement(switching, limits.batches, world, note, memory)
+            pipeline = switching
         draft_stream = None
         if section.priority == "draft" and world.device.type == "cuda":
             draft_stream = torch.cuda.Stream(world.device, priority=HIGH)
-        return cls(pipeline, clock, world, measured, order, draft_stream)
+        schedule = cls(pipeline, clock, world, measured, order, draft_stream)
+        if side.groups is not None and side.num_ranks > 1 and placement != SERIAL:
+            schedule._on_exit.enter_context(side.groups.calling(pipeline.pause))
+        return schedule
 
     def __enter__(self) -> "Schedule[Item, Work]":
         if self._draft_stream is not None:
@@ -133,16 +157,14 @@ class Schedule(Generic[Item, Work]):
     def take(self, step: int, count: int) -> list[Work]:
         """Begin a step and return its micro-batches; those of earlier steps may no longer be used."""
         self.clock.step = step
+        if self._measured is not None:
+            self._measured.begin_step()
         self._pipeline.release()
         return [next(self._pipeline) for _ in range(count)]
 
     def part(self, name: str) -> AbstractContextManager[None]:
         """Context manager for a part of the draft's step, which is timed as `name`."""
         return self._pipeline.part(name)
-
-    def pause(self) -> None:
-        """Give the draft its turn; the target calls this between groups of layers."""
-        self._pipeline.pause()
 
     def end_step(self) -> None:
         """End a step. Raises CollectiveOrderError; a collective if the order is checked."""

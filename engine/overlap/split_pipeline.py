@@ -8,7 +8,7 @@ producer and its consumer, and no cycle of ranks can wait for each other.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -61,7 +61,7 @@ class SplitPipeline(Pipeline[Item, Work]):
         self._finish = finish
         self._state = LookAhead(limits)
         self._bridge = bridge
-        self._side = SideStream(device)
+        self._side = SideStream(device, limit=limits.num_bytes)
         self._next: tuple[Item, Any] | None = None
         self._num_begun = 0
         self._on_its_way: deque[_OnItsWay] = deque()
@@ -110,16 +110,17 @@ class SplitPipeline(Pipeline[Item, Work]):
             self._next = None
 
     def _read_item(self) -> tuple[Item, Any] | None:
-        with self._clock.span(DATA):
+        with self._clock.host_span(DATA):
             for item in self._items:
                 return item, self._layout(item)
         return None
 
     def _receive(self, item: Item, layout: Any, index: int) -> _OnItsWay:
         source = self._bridge.sides.producer_of(self._bridge.rank, index)
-        buffer = self._side.free_buffer()
+        num_bytes = size_of(layout)
+        buffer = self._side.free_buffer(num_bytes)
         with self._side.current():
-            arrival = self._bridge.receive_data(buffer.block(size_of(layout), self._side.device), source)
+            arrival = self._bridge.receive_data(buffer.block(num_bytes, self._side.device), source)
         seconds = self._bridge.receive_number(source, SECONDS)
         self._bridge.send_number(index, source, CREDIT)
         return _OnItsWay(item, layout, buffer, arrival, seconds)
@@ -139,7 +140,7 @@ def send_batches(
     """
     buffers = (Buffer(), Buffer())
     sending: deque[Arrival] = deque()
-    last: tuple[TimeMark, TimeMark] | None = None
+    forwards: deque[tuple[TimeMark, TimeMark]] = deque(maxlen=4)
     for number, (draft_rank, index, item) in enumerate(batches):
         with clock.span(WAIT):
             credit = bridge.receive_number(draft_rank, CREDIT).wait().item()
@@ -154,10 +155,15 @@ def send_batches(
         buffer.fill(states, device)
         block = buffer.block(size_of(states), device)
         sending.append(bridge.send_data(block, draft_rank))
-        # On a GPU the time of this forward is not known yet; that of the last one stands for it.
-        measured = last if device.type == "cuda" and last is not None else (began, ended)
-        seconds = measured[1].seconds_since(measured[0]) if measured[1].is_passed() else 0.0
-        bridge.send_number(seconds, draft_rank, SECONDS)
-        last = (began, ended)
+        forwards.append((began, ended))
+        bridge.send_number(_latest_s(forwards), draft_rank, SECONDS)
     while sending:
         sending.popleft().wait()
+
+
+def _latest_s(forwards: Sequence[tuple[TimeMark, TimeMark]]) -> float:
+    """Return the time of the latest forward that the device has passed; 0 if there is none yet."""
+    for began, ended in reversed(forwards):
+        if ended.is_passed():
+            return ended.seconds_since(began)
+    return 0.0

@@ -24,6 +24,8 @@ TARGET_PARTS = (DATA, TARGET_FORWARD, TRANSFER)
 DRAFT_PARTS = (DRAFT_FORWARD, BACKWARD, OPTIMIZER)
 
 
+HOST = torch.device("cpu")
+MOST_PENDING = 512  # spans; more are read at once, in case nobody else reads them
 TraceEvent = dict[str, Any]  # of the Chrome trace format
 
 
@@ -66,7 +68,7 @@ class StepClock:
 
     def add(self, part: str, began: TimeMark, batch: int | None = None) -> None:
         """Add the time since `began` to a part."""
-        self._pending.append(_Span(part, self.step, batch, began, self.mark()))
+        self._append(_Span(part, self.step, batch, began, self.mark()))
 
     def add_seconds(self, part: str, seconds: float) -> None:
         """Add time that another rank has measured to a part."""
@@ -78,6 +80,18 @@ class StepClock:
         began = self.mark()
         yield
         self.add(part, began, batch)
+
+    @contextmanager
+    def host_span(self, part: str) -> Iterator[None]:
+        """Context manager that adds the time of its body on the host to a part."""
+        began = TimeMark(HOST)
+        yield
+        self._append(_Span(part, self.step, None, began, TimeMark(HOST)))
+
+    def _append(self, span: _Span) -> None:
+        self._pending.append(span)
+        if len(self._pending) > MOST_PENDING:
+            self._read()
 
     def take_seconds(self) -> Mapping[str, float]:
         """Return the seconds of each part since the last call, as far as the device has passed them."""

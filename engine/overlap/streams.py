@@ -114,28 +114,42 @@ def _aligned(num_bytes: int) -> int:
 
 
 class Ring:
-    """Buffers that are used in turn.
+    """Buffers that are used again.
 
-    A buffer is taken from those that the consumer has released. A new one is added only if there is
-    none, which the limit of the look-ahead bounds.
+    limit: bytes that free buffers and the one to be taken may have together; None = no limit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
         self._free: list[Buffer] = []
         self.buffers: list[Buffer] = []
 
-    def take(self) -> Buffer:
-        """Return a buffer that no one uses; the one that was released first."""
-        if self._free:
-            return self._free.pop(0)
-        buffer = Buffer()
-        self.buffers.append(buffer)
-        return buffer
+    def take(self, num_bytes: int) -> tuple[Buffer, list[Buffer]]:
+        """Return a buffer that no one uses, and buffers that are dropped to stay within the limit.
+
+        It is the smallest free one that is large enough, else the largest, which then grows.
+        """
+        free = sorted(self._free, key=lambda buffer: buffer.num_bytes)
+        fitting = [buffer for buffer in free if buffer.num_bytes >= num_bytes]
+        buffer = fitting[0] if fitting else (free[-1] if free else self._new())
+        others = [other for other in free if other is not buffer]
+        needed = max(num_bytes, buffer.num_bytes)
+        dropped: list[Buffer] = []
+        while others and self._limit is not None and needed + sum(other.num_bytes for other in others) > self._limit:
+            dropped.append(others.pop())
+        self._free = others
+        self.buffers = [kept for kept in self.buffers if kept not in dropped]
+        return buffer, dropped
 
     def give_back(self, buffer: Buffer, released: torch.cuda.Event | None) -> None:
         """Return a buffer to the ring. released: event after which its contents are no longer read."""
         buffer.released = released
         self._free.append(buffer)
+
+    def _new(self) -> Buffer:
+        buffer = Buffer()
+        self.buffers.append(buffer)
+        return buffer
 
 
 @dataclass(frozen=True)
@@ -159,14 +173,14 @@ class SideStream:
     reads and writes each byte once, which is far less than what the producer itself reads.
     """
 
-    def __init__(self, device: torch.device, priority: int = 0) -> None:
+    def __init__(self, device: torch.device, priority: int = 0, limit: int | None = None) -> None:
         """Create the stream; must be called by the consumer's thread.
 
         Only that thread knows its current stream, on which weights may still be loading.
-        priority: CUDA's stream priority; lower numbers run first.
+        priority: CUDA's stream priority; lower numbers run first. limit: of the buffers, in bytes.
         """
         self._device = device
-        self._ring = Ring()
+        self._ring = Ring(limit)
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device, priority=priority)
@@ -193,11 +207,13 @@ class SideStream:
     def device(self) -> torch.device:
         return self._device
 
-    def free_buffer(self) -> Buffer:
+    def free_buffer(self, num_bytes: int) -> Buffer:
         """Return a buffer that may be overwritten on this stream; the stream waits for its last reader."""
-        buffer = self._ring.take()
-        if self._stream is not None and buffer.released is not None:
-            self._stream.wait_event(buffer.released)
+        buffer, dropped = self._ring.take(num_bytes)
+        for unused in (buffer, *dropped):
+            # The memory of a dropped buffer may be allocated again on this stream.
+            if self._stream is not None and unused.released is not None:
+                self._stream.wait_event(unused.released)
         return buffer
 
     def hand_over(self, result: Any) -> Handover:
@@ -205,7 +221,7 @@ class SideStream:
         stream = self._stream
         if stream is None:
             return Handover(result)
-        buffer = self.free_buffer()
+        buffer = self.free_buffer(size_of(result))
         work = buffer.fill(result, self._device)
         return Handover(work, stream.record_event(), buffer)
 

@@ -19,17 +19,18 @@ class Turns:
         self._is_workers = False
         self._has_ended = False
 
-    def give(self) -> None:
+    def give(self) -> bool:
         """Let the worker run, and return when it gives its turn back; called by the main thread.
 
-        Returns at once if the worker has ended.
+        Returns whether it ran; False at once if it had ended before.
         """
         with self._lock:
             if self._has_ended:
-                return
+                return False
             self._is_workers = True
             self._lock.notify_all()
             self._lock.wait_for(lambda: not self._is_workers)
+            return True
 
     def wait(self) -> None:
         """Wait for the worker's first turn; called by the worker. Raises TurnsEnded."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from engine.config.sections import COLOCATED, SERIAL, SPLIT
+from engine.config.sections import COLOCATED, SERIAL, SPLIT, OverlapSection
 from engine.overlap.bridge import Sides
 from engine.overlap.event_model import BatchCost, EventModel
 from engine.overlap.look_ahead import Limits
@@ -61,13 +61,13 @@ class PlacementPlanner:
 
     def __init__(self, planner: Planner) -> None:
         self._planner = planner
-        config = planner.config
-        self._colocated = planner.with_config(replace(config, overlap=replace(config.overlap, placement="colocated")))
+        self._serial = planner.with_config(replace(planner.config, overlap=OverlapSection(placement="serial")))
+        self._colocated = planner.with_config(replace(planner.config, overlap=OverlapSection(placement="colocated")))
 
     def compare(self, num_ranks: int) -> list[PlacedJob]:
         """Return the fastest job of each placement that fits `num_ranks` GPUs, the fastest placement first."""
         candidates: dict[str, list[PlacedJob]] = {SERIAL: [], COLOCATED: [], SPLIT: []}
-        for placement, planner in ((SERIAL, self._planner), (COLOCATED, self._colocated)):
+        for placement, planner in ((SERIAL, self._serial), (COLOCATED, self._colocated)):
             for plan in planner.fitting(num_ranks):
                 times = self._times(plan)
                 step_s = times.serial_s if placement == SERIAL else times.colocated_s

@@ -17,7 +17,7 @@ from engine.data.corpus import read_documents
 from engine.data.documents import Documents
 from engine.data.packed_loader import PackedLoader
 from engine.data.templates import load_tokenizer
-from engine.evaluation.acceptance import AcceptanceReport, held_out_prompts
+from engine.evaluation.acceptance import AcceptanceReport, Prompt, held_out_prompts
 from engine.evaluation.evaluator import AcceptanceEvaluator
 from engine.hidden_states.remote_target import PATIENCE, SourceFacts, TargetFacts
 from engine.hidden_states.sources import OnlineSource
@@ -25,7 +25,7 @@ from engine.hidden_states.wire import WireFormat, WireStates
 from engine.host.telemetry import Telemetry
 from engine.models.draft_method import DraftMethod, ServedDraft
 from engine.models.method_registry import make_method
-from engine.overlap.bridge import Bridge
+from engine.overlap.bridge import ANSWER, Bridge
 from engine.overlap.split_pipeline import send_batches
 from engine.overlap.step_clock import StepClock, TraceEvent
 from engine.parallel.mesh import World
@@ -38,11 +38,11 @@ from engine.weights.quantised_checkpoint import check_fp8_activations
 class Served:
     """Steps for which the target's ranks prepare micro-batches.
 
-    position: state of the data from which a run resumes; None = the beginning.
+    first_step: number of the first one.
     """
 
+    first_step: int
     num_steps: int
-    position: dict[str, Any] | None
     wire: WireFormat
 
 
@@ -73,6 +73,7 @@ class TargetServer:
             "load": self.load,
             "head_rows": self.head_rows,
             "forward": self.forward,
+            "open_data": self.open_data,
             "serve": self.serve,
             "measure_draft": self.measure_draft,
             "measure_prompt_lookup": self.measure_prompt_lookup,
@@ -84,6 +85,8 @@ class TargetServer:
                 return
             answer = calls[name](*arguments)
             if name != "serve" and self._world.is_main:
+                for draft_rank in range(self._bridge.sides.num_draft):
+                    self._bridge.send_number(0, draft_rank, ANSWER)
                 self._bridge.send(answer, 0)
 
     def source_facts(self) -> SourceFacts:
@@ -111,8 +114,29 @@ class TargetServer:
         self._target.join_other_forwards()
         return output
 
+    def open_data(self, position: dict[str, Any] | None) -> None:
+        """Read the documents, before the draft's ranks begin to wait for batches.
+
+        position: of the data, from which a run resumes; None = the beginning.
+        """
+        num_draft = self._bridge.sides.num_draft
+        self._loader = PackedLoader(
+            self._documents,
+            max_tokens=self._config.data.max_tokens,
+            packs_per_batch=micro_batch_size(self._ds_config, num_draft),
+            rank=0,
+            world_size=num_draft,
+            accumulation_steps=self._accumulation,
+            seed=self._config.seed,
+            epochs=self._config.epochs,
+            balance_steps=self._config.data.balance_steps,
+        )
+        if position is not None:
+            self._loader.load_state(position)
+        assert self._loader.num_steps >= 0  # packs the epochs
+
     def serve(self, served: Served) -> None:
-        """Prepare and send this rank's share of the micro-batches of a run."""
+        """Prepare and send this rank's share of the micro-batches of a run, after `open_data`."""
 
         def states(batch: PackedBatch) -> WireStates:
             slots_N = self._method.slots(self._method.allowed_rows(batch))
@@ -123,25 +147,15 @@ class TargetServer:
 
     def _batches(self, served: Served) -> Iterator[tuple[int, int, PackedBatch]]:
         """Yield draft rank, index and documents of each micro-batch that this rank prepares."""
-        num_draft = self._bridge.sides.num_draft
-        accumulation = accumulation_steps(self._ds_config, num_draft)
-        loader = PackedLoader(
-            self._documents,
-            max_tokens=self._config.data.max_tokens,
-            packs_per_batch=micro_batch_size(self._ds_config, num_draft),
-            rank=0,
-            world_size=num_draft,
-            accumulation_steps=accumulation,
-            seed=self._config.seed,
-            epochs=self._config.epochs,
-            balance_steps=self._config.data.balance_steps,
-        )
-        if served.position is not None:
-            loader.load_state(served.position)
-        for draft_rank, index in self._bridge.sides.batches_of(self._world.rank, served.num_steps * accumulation):
-            step = index // accumulation
-            self._clock.step = step + 1
-            yield draft_rank, index, loader.micro_batch(step, index % accumulation, draft_rank)
+        own = self._bridge.sides.batches_of(self._world.rank, served.num_steps * self._accumulation)
+        for draft_rank, index in own:
+            step = index // self._accumulation
+            self._clock.step = served.first_step + step
+            yield draft_rank, index, self._loader.micro_batch(step, index % self._accumulation, draft_rank)
+
+    @property
+    def _accumulation(self) -> int:
+        return accumulation_steps(self._ds_config, self._bridge.sides.num_draft)
 
     @cached_property
     def _documents(self) -> Documents:
@@ -151,14 +165,18 @@ class TargetServer:
     @cached_property
     def _evaluator(self) -> AcceptanceEvaluator:
         config = self._config
-        prompts = held_out_prompts(
-            config.data.held_out, self._tokenizer, config.evaluation.num_prompts, config.data.template_kwargs
-        )
+        count = config.evaluation.num_prompts
+        prompts: list[Prompt] = []
+        if count:
+            prompts = held_out_prompts(config.data.held_out, self._tokenizer, count, config.data.template_kwargs)
         return AcceptanceEvaluator(
             config.evaluation, self._target, self._tokenizer, prompts, self._world, self._telemetry, config.data.max_tokens
         )
 
-    def measure_draft(self, written: bytes) -> AcceptanceReport:
+    def measure_draft(self, written: bytes | None) -> AcceptanceReport:
+        """Measure a draft. written: None = there are no prompts to measure it on."""
+        if written is None:
+            return self._evaluator.measure_prompt_lookup()
         draft: ServedDraft = torch.load(io.BytesIO(written), map_location=self._world.device, weights_only=False)
         return self._evaluator.measure_draft(draft)
 

@@ -1,7 +1,7 @@
 """The schedule of a training run, made from its recipe."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from engine.batch import MicroBatch, PackedBatch, to_device
 from engine.config.ds_config import micro_batch_size
-from engine.config.sections import Config, ConfigError
+from engine.config.sections import AUTO, SERIAL, Config, ConfigError
 from engine.data.packed_loader import PackedLoader
 from engine.hidden_states.micro_batches import MicroBatchMaker, Rows
 from engine.hidden_states.protocol import Target
@@ -37,7 +37,7 @@ class Training:
 
     ds_config: DeepSpeed's configuration. draft: of the draft. dtype: precision in which it computes.
     num_predictions: its predictions per position. position: of the data, if the run resumes.
-    num_steps: steps of this run.
+    first_step, num_steps: steps of this run.
     """
 
     config: Config
@@ -48,16 +48,19 @@ class Training:
     dtype: torch.dtype
     num_predictions: int
     position: DataState | None
+    first_step: int
     num_steps: int
 
 
-def make_schedule(training: Training, loader: PackedLoader, target: Target, note: Any) -> Schedule[Item, Work]:
+def make_schedule(
+    training: Training, loader: PackedLoader, target: Target, note: Callable[[str], None]
+) -> Schedule[Item, Work]:
     """Return the schedule of a run's micro-batches. note: writes a line to the log."""
     config = training.config
     make = MicroBatchMaker(training.method, target, training.dtype, training.world.device)
     items = micro_batches(loader, training.num_steps)
     if isinstance(target, RemoteTarget):
-        return _split_schedule(training, items, make, target)
+        return _split_schedule(training, items, make, target, note)
 
     def prepare(item: Item) -> Work:
         batch, data_state = item
@@ -65,13 +68,12 @@ def make_schedule(training: Training, loader: PackedLoader, target: Target, note
 
     producer = Producer(items, prepare, _Sizes(training, make))
     side = Side(config.placement, config.look_ahead, config.replica_size)
-    if not isinstance(target, FrozenTarget) or config.replica_size == 1:
-        return Schedule.on_same_ranks(producer, side, config.overlap, training.world, note)
-    num_groups = min(config.overlap.layer_groups, target.num_layers)
-    side = replace(side, num_pauses=num_groups - 1)
-    schedule = Schedule.on_same_ranks(producer, side, config.overlap, training.world, note)
-    target.call_between_layers(num_groups, schedule.pause)
-    return schedule
+    if isinstance(target, FrozenTarget):
+        side = replace(side, groups=target.layer_groups(config.overlap.layer_groups))
+    elif config.placement == AUTO:
+        # A plugin's target may issue collectives or depend on its thread.
+        side = replace(side, placement=SERIAL)
+    return Schedule.on_same_ranks(producer, side, config.overlap, training.world, note)
 
 
 def micro_batches(loader: PackedLoader, num_steps: int) -> Iterator[Item]:
@@ -113,7 +115,7 @@ class _Sizes:
 
 
 def _split_schedule(
-    training: Training, items: Iterator[Item], make: MicroBatchMaker, target: RemoteTarget
+    training: Training, items: Iterator[Item], make: MicroBatchMaker, target: RemoteTarget, note: Callable[[str], None]
 ) -> Schedule[Any, Work]:
     """Return the schedule of a run whose target runs on other ranks, and let these begin."""
     config = training.config
@@ -140,10 +142,13 @@ def _split_schedule(
         return make.finish(rows, wire.read(states, to_device(rows.slots_N, device))), data_state
 
     _check_limit(training, wire, bridge.sides)
-    target.calls.start("serve", Served(training.num_steps, training.position, wire))
+    target.calls.call("open_data", training.position)
+    target.calls.start("serve", Served(training.first_step, training.num_steps, wire))
     clock = StepClock(device, config.overlap.traced)
     look_ahead = bridge.sides.default_look_ahead
     if config.overlap.look_ahead is not None:
         look_ahead = max(config.overlap.look_ahead, bridge.sides.least_look_ahead)
     pipeline = SplitPipeline(with_rows(), layout, finish, clock, limits_of(look_ahead, config.overlap), bridge, device)
+    if look_ahead != config.overlap.look_ahead and config.overlap.look_ahead is not None:
+        note(f"  overlap: a look-ahead of {look_ahead}, which the ranks of a copy of the target need to begin together")
     return Schedule(pipeline, clock, training.world)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.batch import PackedBatch, TargetOutput, to_device
@@ -124,6 +124,29 @@ def capture(model: PreTrainedModel, aux_layers: tuple[int, ...], embeds: bool = 
             hook.remove()
 
 
+class LayerGroups:
+    """Layers of a target, divided into groups of about the same number.
+
+    num_pauses: places between two groups.
+    """
+
+    def __init__(self, layers: nn.ModuleList, num_groups: int) -> None:
+        self._layers = layers
+        self._num_groups = min(num_groups, len(layers))
+        self.num_pauses = self._num_groups - 1
+
+    @contextmanager
+    def calling(self, function: Callable[[], None]) -> Iterator[None]:
+        """Context manager in which every forward calls a function between two groups."""
+        firsts = [group * len(self._layers) // self._num_groups for group in range(1, self._num_groups)]
+        hooks = [self._layers[first].register_forward_pre_hook(lambda module, args: function()) for first in firsts]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 class FrozenTarget:
     """A Hugging Face causal LM that is never trained.
 
@@ -237,19 +260,9 @@ class FrozenTarget:
         """Return the head of `target_ids_U` only, int64 [U]; a collective if ranks share it."""
         return self.head.rows(target_ids_U)
 
-    @property
-    def num_layers(self) -> int:
-        return num_layers(self.config)
-
-    def call_between_layers(self, num_groups: int, function: Callable[[], None]) -> None:
-        """Call a function between groups of layers in every forward from now on.
-
-        num_groups: number of groups, at most the number of layers.
-        """
-        layers = layers_of(self.decoder)
-        for group in range(1, num_groups):
-            first = layers[group * len(layers) // num_groups]
-            first.register_forward_pre_hook(lambda module, args: function())
+    def layer_groups(self, num_groups: int) -> "LayerGroups":
+        """Return a division of the layers into at most `num_groups` groups."""
+        return LayerGroups(layers_of(self.decoder), num_groups)
 
     @torch.no_grad()
     def __call__(self, batch: PackedBatch, slots_N: Tensor) -> TargetOutput:

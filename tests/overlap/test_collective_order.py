@@ -1,5 +1,6 @@
 """The order of collectives, recorded on real ranks."""
 
+import threading
 import time
 
 import pytest
@@ -18,54 +19,83 @@ STEPS = 6
 GROUPS = 3
 
 
-def steps_with_collectives(world: World) -> list[str]:
-    """What each kind of pipeline reports, if the ranks' target and draft take different times."""
+class Rivals:
+    """Makes the threads of a rank issue the second batch's first collective and the draft's first one in a given order."""
+
+    def __init__(self, target_first: bool | None) -> None:
+        """target_first: None = as they come."""
+        self._target_first = target_first
+        self._target_has_begun, self._draft_has_begun = threading.Event(), threading.Event()
+
+    def before_target(self, item: int) -> None:
+        if item == 1:
+            self._target_has_begun.set()
+            if self._target_first is False:
+                assert self._draft_has_begun.wait(20)
+
+    def before_draft(self) -> None:
+        if self._target_first:
+            assert self._target_has_begun.wait(20)
+            time.sleep(0.1)  # until it has issued its collective, which then waits for the other rank
+
+    def after_draft(self) -> None:
+        self._draft_has_begun.set()
+
+
+def report_of(world: World, mesh: TargetMesh, in_turns: bool) -> str:
+    """What is reported of a run whose target and draft take other times on each rank."""
+    order = CollectiveOrder()
+    rivals = Rivals(None if in_turns else world.rank == 0)
+    work: Pipeline
+
+    def prepare(item: int) -> torch.Tensor:
+        values = torch.ones(4)
+        rivals.before_target(item)
+        for group in range(GROUPS):
+            time.sleep(0.002 * ((item + world.rank) % 2))
+            distributed.all_reduce(values, group=mesh.tp.process_group)
+            if group < GROUPS - 1:
+                work.pause()
+        return values
+
+    producer = Producer(range(STEPS), order.recorded(prepare))
+    clock = StepClock(CPU)
+    if in_turns:
+        work = TurnsPipeline(producer, clock, Limits(1), CPU, num_pauses=GROUPS - 1)
+    else:
+        work = ThreadedPipeline(producer, clock, Limits(1), CPU)
+    sums = []
+    pending = []
+    with work, order.recording():
+        for values in work:
+            sums.append(values.sum().item())
+            for part in DRAFT_PARTS:
+                with work.part(part):
+                    rivals.before_draft()
+                    pending.append(distributed.all_reduce(torch.ones(2), async_op=True))
+                    rivals.after_draft()
+    for each in pending:
+        each.wait()
+    assert sums == [4.0 * world.size**GROUPS] * STEPS
+    assert len(order.issued) == STEPS * (GROUPS + len(DRAFT_PARTS))
+    assert {collective.group for collective in order.issued} == {"default_pg", "target"}
+    report = "none"
+    try:
+        order.compare(world)
+    except CollectiveOrderError as error:
+        report = str(error)
+    assert order.issued == [], "the comparison itself is not recorded"
+    return report
+
+
+def reports_of(world: World) -> list[str]:
     mesh = TargetMesh.make(world, tp_size=world.size, ep_size=1)
-    reports = []
-    for kind in (TurnsPipeline, ThreadedPipeline):
-        order = CollectiveOrder()
-        work: Pipeline
-
-        def prepare(item: int) -> torch.Tensor:
-            values = torch.ones(4)
-            for group in range(GROUPS):
-                time.sleep(0.01 * ((item + world.rank) % 2))
-                distributed.all_reduce(values, group=mesh.tp.process_group)
-                if group < GROUPS - 1:
-                    work.pause()  # noqa: B023 (called while this pipeline is open)
-            return values
-
-        producer = Producer(range(STEPS), order.recorded(prepare))
-        clock = StepClock(CPU)
-        if kind is TurnsPipeline:
-            work = TurnsPipeline(producer, clock, Limits(1), CPU, num_pauses=GROUPS - 1)
-        else:
-            work = ThreadedPipeline(producer, clock, Limits(1), CPU)
-        sums = []
-        report = "same"
-        with work, order.recording():
-            for values in work:
-                sums.append(values.sum().item())
-                for part in DRAFT_PARTS:
-                    with work.part(part):
-                        time.sleep(0.012 * world.rank)
-                        distributed.all_reduce(torch.ones(2))
-        if kind is TurnsPipeline:
-            assert len(order.issued) == STEPS * (GROUPS + len(DRAFT_PARTS))
-            assert {collective.group for collective in order.issued} == {"default_pg", "target"}
-        assert sums == [4.0 * world.size**GROUPS] * STEPS
-        try:
-            order.compare(world)
-        except CollectiveOrderError as error:
-            report = str(error)
-        assert order.issued == [], "the comparison itself is not recorded"
-        reports.append(report)
-    return reports
+    return [report_of(world, mesh, in_turns) for in_turns in (True, False)]
 
 
-def test_in_turns_all_ranks_issue_collectives_in_one_order_and_without_turns_the_difference_is_found():
-    for in_turns, threaded in run_ranks(steps_with_collectives, 2):
-        assert in_turns == "same"
+def test_in_turns_no_ranks_wait_for_each_other_and_without_turns_they_are_found():
+    for in_turns, threaded in run_ranks(reports_of, 2):
+        assert in_turns == "none"
         assert "different orders" in threaded and "rank 0" in threaded and "rank 1" in threaded
 
 

@@ -85,14 +85,13 @@ def test_preparation_is_never_more_than_the_look_ahead_in_front_and_gets_that_fa
 @pytest.mark.parametrize("kind", AHEAD)
 def test_bytes_ahead_stay_below_their_limit_and_a_batch_above_it_still_comes(kind):
     sizes = [3, 4, 5, 20, 1, 1, 1, 9]
-    ahead = []
-    with pipeline(kind, range(8), lambda item: ahead.append(item) or item, num_bytes=sizes.__getitem__, limit=10) as work:
+    prepared = []
+    with pipeline(kind, range(8), lambda item: prepared.append(item) or item, num_bytes=sizes.__getitem__, limit=10) as work:
         for asked in range(8):
             assert next(work) == asked
-            ahead = [item for item in ahead if item > asked]
             train_step(work)
             time.sleep(0.003)
-            assert sum(sizes[item] for item in ahead) <= 10
+            assert sum(sizes[item] for item in list(prepared) if item > asked) <= 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,11 +210,12 @@ def test_the_target_is_charged_for_its_own_time_only(kind):
         for _ in work:
             for part in DRAFT_PARTS:
                 with work.part(part):
-                    time.sleep(0.01)
+                    time.sleep(0.03)
     seconds = work._clock.take_seconds()
     assert set(seconds) == set(PARTS)
-    assert 0.04 <= seconds[TARGET_FORWARD] < 0.08
-    assert all(0.04 <= seconds[part] < 0.08 for part in DRAFT_PARTS)
+    draft_s = [seconds[part] for part in DRAFT_PARTS]
+    assert seconds[TARGET_FORWARD] >= 0.04 and min(draft_s) >= 0.12
+    assert seconds[TARGET_FORWARD] < sum(draft_s) / 3, "it is not charged for waiting for its turn"
 
 
 def test_limits_can_change_while_it_runs():
@@ -289,3 +289,25 @@ def test_on_a_gpu_the_worker_works_on_its_own_device_and_after_what_the_main_str
     assert cuda.calls[0] == ("main", "side", "waits for", "main's"), "weights may still be on their way"
     assert by_worker == [("set_device", 3), ("on", "side"), ("prepares",), ("side", "records"), ("off", "side")]
     assert by_main[1:] == [("main's", "waits for", "event"), ("main's", "records")]
+
+
+@pytest.mark.parametrize("kind", AHEAD)
+def test_an_error_outside_of_prepare_ends_the_consumer_too(kind, monkeypatch):
+    monkeypatch.setattr("engine.overlap.streams.SideStream.enter_thread", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError), pipeline(kind, range(3), lambda item: item) as work:
+        next(work)
+
+
+@pytest.mark.parametrize("kind", AHEAD)
+def test_after_it_is_closed_nothing_comes(kind):
+    work = pipeline(kind, range(9), lambda item: item)
+    assert next(work) == 0
+    work.close()
+    assert len(list(work)) <= kind[1], "what was prepared before"
+
+
+@pytest.mark.parametrize("kind", AHEAD)
+def test_what_was_taken_is_not_kept(kind):
+    with pipeline(kind, range(200), lambda item: item) as work:
+        list(work)
+        assert work._taken == []

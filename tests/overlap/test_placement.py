@@ -8,7 +8,7 @@ from engine.config.strict import ConfigError
 from engine.overlap import placement
 from engine.overlap.look_ahead import Limits
 from engine.overlap.pipeline import Producer, SerialPipeline, ThreadedPipeline, TurnsPipeline
-from engine.overlap.placement import MeasuredPlacement, Settings, check_colocated, open_pipeline
+from engine.overlap.placement import MeasuredPlacement, Settings, SwitchingPipeline, check_colocated, open_pipeline
 from engine.overlap.step_clock import StepClock
 from engine.parallel.mesh import World
 
@@ -43,35 +43,41 @@ def test_ranks_that_share_the_target_need_an_nccl_that_orders_launches(version, 
 
 
 def measured_run(target_s: float, draft_s: float, colocated_extra_s: float = 0.0) -> tuple[list[str], list[int]]:
-    """Notes of a run, and its look-ahead at every step."""
+    """Notes of a run, and at every step how far it may look ahead; -1 = it is serial."""
     notes: list[str] = []
     limits: list[int] = []
-    settings = Settings("colocated", Limits(1))
+    clock = StepClock(CPU)
     producer = Producer(range(16), lambda item: time.sleep(target_s) or item)
-    with open_pipeline(producer, StepClock(CPU), settings, CPU) as work:
-        choice = MeasuredPlacement(work, Limits(1), World.alone(), notes.append, placement.PeakMemory(CPU))
-        for number, item in enumerate(work):
-            assert item == number
-            limits.append(work._state.limits.batches)
-            time.sleep(draft_s + colocated_extra_s * limits[-1])
+    ahead = Settings("colocated", Limits(1))
+    with SwitchingPipeline(producer, clock, lambda rest: open_pipeline(rest, clock, ahead, CPU)) as work:
+        choice = MeasuredPlacement(work, 1, World.alone(), notes.append, placement.PeakMemory(CPU))
+        for number in range(16):
+            choice.begin_step()
+            assert next(work) == number
+            state = getattr(work._current, "_state", None)
+            limits.append(-1 if state is None else state.limits.batches)
+            with work.part("backward"):
+                time.sleep(draft_s + colocated_extra_s * (limits[-1] == 1))
             choice.end_step()
+            time.sleep(0.05 * (number == 9))  # a checkpoint, which is not part of a step
+        assert next(work, None) is None
     return notes, limits
 
 
 def test_the_faster_placement_is_kept_and_the_log_says_why():
-    half = placement.WARM_UP_STEPS + placement.MEASURED_STEPS
-    notes, limits = measured_run(0.01, 0.01)
-    assert limits == [0] * half + [1] * (16 - half)
+    half = placement.PHASE_STEPS
+    notes, limits = measured_run(0.02, 0.02)
+    assert limits == [-1] * half + [1] * (16 - half)
     assert len(notes) == 1 and "colocated" in notes[0] and "s serially" in notes[0]
-    notes, limits = measured_run(0.002, 0.01, colocated_extra_s=0.01)
-    assert limits == [0] * half + [1] * half + [0] * (16 - 2 * half)
+    notes, limits = measured_run(0.005, 0.01, colocated_extra_s=0.05)
+    assert limits == [-1] * half + [1] * half + [0] * (16 - 2 * half)
     assert "overlap: serial" in notes[0]
 
 
 def test_without_memory_for_both_sides_it_stays_serial(monkeypatch):
     monkeypatch.setattr(placement.PeakMemory, "missing_bytes", lambda self, num_batches: 3 << 30)
     notes, limits = measured_run(0.001, 0.001)
-    assert set(limits) == {0} and len(notes) == 1
+    assert set(limits) == {-1} and len(notes) == 1
     assert "overlap: serial" in notes[0] and "3.0 GiB more memory" in notes[0]
 
 
@@ -87,7 +93,9 @@ def test_the_memory_of_both_sides_is_that_of_each_and_of_the_batches_between(mon
         now.update(peak=50, allocated=25)
         return item
 
+    now["peak"] = 90  # of what came before
     memory = placement.PeakMemory(GPU)
+    now["peak"] = 40
     assert memory.measured(prepare)(7) == 7
     assert memory.missing_bytes(2) == 40 + 30 + 2 * 5 - 95
     memory.stop()

@@ -34,7 +34,7 @@ def run(side: Side, section: OverlapSection, accumulation: int) -> tuple[Schedul
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("placement", ["serial", "colocated", "auto"])
 def test_every_placement_gives_each_step_its_micro_batches(placement, num_ranks, look_ahead, accumulation):
-    side = Side(placement, look_ahead, num_ranks, num_pauses=0)
+    side = Side(placement, look_ahead, num_ranks)
     section = OverlapSection(check_order=look_ahead == 1, look_ahead_mb=1)
     _, taken = run(side, section, accumulation)
     assert taken == [list(range(step * accumulation, (step + 1) * accumulation)) for step in range(STEPS)]

@@ -17,7 +17,7 @@ def test_the_time_of_each_part_is_counted_once():
     time.sleep(0.01)
     clock.add(DRAFT_FORWARD, began)
     seconds = clock.take_seconds()
-    assert 0.04 <= seconds[TARGET_FORWARD] < 0.1 and 0.01 <= seconds[DRAFT_FORWARD] < 0.05
+    assert seconds[TARGET_FORWARD] >= 0.04 and seconds[DRAFT_FORWARD] >= 0.01
     assert sum(clock.take_seconds().values()) == 0
 
 
@@ -72,3 +72,13 @@ def test_the_trace_holds_the_steps_that_were_asked_for():
     assert all(event["pid"] == 7 and event["dur"] >= 2000 and event["tid"] == "target" for event in events)
     assert events[0]["ts"] + events[0]["dur"] <= events[1]["ts"]
     assert abs(events[0]["ts"] / 1e6 - time.time()) < 60
+
+
+def test_a_clock_that_nobody_reads_keeps_few_spans():
+    clock = StepClock(CPU)
+    for _ in range(5000):
+        with clock.span(TARGET_FORWARD):
+            pass
+        with clock.host_span("data"):
+            pass
+    assert len(clock._pending) <= 512 and clock.take_seconds()[TARGET_FORWARD] > 0

@@ -65,8 +65,22 @@ def test_tensors_on_other_devices_are_kept():
 def test_a_ring_has_as_many_buffers_as_were_in_use_at_once():
     ring = Ring()
     for _ in range(50):
-        held = [ring.take() for _ in range(3)]
+        held = [ring.take(10)[0] for _ in range(3)]
         assert len({id(buffer) for buffer in held}) == 3
         for buffer in held:
             ring.give_back(buffer, None)
     assert len(ring.buffers) == 3
+
+
+def test_buffers_grow_only_where_none_is_large_enough_and_stay_within_their_limit():
+    ring = Ring(limit=1000)
+    small = [ring.take(100)[0] for _ in range(8)]
+    for buffer in small:
+        buffer.block(100, CPU)
+        ring.give_back(buffer, None)
+    grown, dropped = ring.take(900)
+    grown.block(900, CPU)
+    assert len(dropped) == 6 and sum(buffer.num_bytes for buffer in ring.buffers) == 1000
+    ring.give_back(grown, None)
+    again, dropped = ring.take(50)
+    assert again.num_bytes == 100 and not dropped, "the smallest that is large enough"

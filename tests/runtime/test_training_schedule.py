@@ -15,6 +15,7 @@ from engine.models.draft_method import DraftMethod
 from engine.models.method_registry import make_method
 from engine.models.normaliser import Normaliser
 from engine.models.vocab_map import VocabMap
+from engine.overlap import placement
 from engine.parallel.mesh import TargetMesh, World
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.training_schedule import Training, make_schedule
@@ -58,7 +59,9 @@ class Case:
 
 CASES = (
     Case(1, placement="colocated", look_ahead=1),
-    Case(4, placement="auto", look_ahead=4),
+    Case(4, placement="colocated", look_ahead=4),
+    Case(1, placement="auto", look_ahead=2),
+    Case(1, tp_size=2, placement="auto", look_ahead=1),
     Case(1, tp_size=2, placement="colocated", look_ahead=1),
     Case(3, tp_size=4, placement="colocated", look_ahead=2, layer_groups=1),
     Case(2, ep_size=4, placement="colocated", look_ahead=3),
@@ -78,6 +81,8 @@ def documents() -> DocumentList:
 
 def losses_of_runs(world: World) -> dict[Case, list[float]]:
     """The losses of every step of every case, and of its serial counterpart."""
+    for name, steps in {"WARM_UP_STEPS": 1, "MEASURED_STEPS": 2, "PHASE_STEPS": 3}.items():
+        setattr(placement, name, steps)  # so that `auto` switches, and switches back, within the run
     losses: dict[Case, list[float]] = {}
     for case in CASES:
         for run in (case.serial, case):
@@ -122,6 +127,7 @@ def losses_of(world: World, case: Case) -> list[float]:
         dtype=zero.dtype,
         num_predictions=zero.objective.num_steps,
         position=None,
+        first_step=1,
         num_steps=num_steps,
     )
     losses = []
