@@ -26,7 +26,7 @@ from engine.kernels.self_check import SelfCheck
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.unroll import TrainingTimeTest
 from engine.parallel.mesh import World
-from engine.parallel.zero import ZeroDraft
+from engine.parallel.zero import Part, ZeroDraft, no_part
 from engine.target.frozen import FrozenTarget
 from tests.device_tensors import DEVICE
 from tests.fake_device import FakeDevice, Wait
@@ -75,12 +75,15 @@ class PlainDraft(ZeroDraft):
     def logits(self, micro: MicroBatch) -> torch.Tensor:
         return torch.stack(self.objective.logits(self.draft, micro))
 
-    def train(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:
-        output = self.forward(micro, norms)
-        output.loss.backward()
+    def train(self, micro: MicroBatch, norms: LossNorms, part: Part = no_part) -> DraftOutput:
+        with part("draft_forward"):
+            output = self.forward(micro, norms)
+        with part("backward"):
+            output.loss.backward()
         self._note_step()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        with part("optimizer"):
+            self._optimizer.step()
+            self._optimizer.zero_grad()
         return output
 
     def _note_step(self) -> None:

@@ -58,14 +58,11 @@ class Case:
 
 
 CASES = (
-    Case(1, placement="colocated", look_ahead=1),
     Case(4, placement="colocated", look_ahead=4),
     Case(1, placement="auto", look_ahead=2),
     Case(1, tp_size=2, placement="auto", look_ahead=1),
-    Case(1, tp_size=2, placement="colocated", look_ahead=1),
-    Case(3, tp_size=4, placement="colocated", look_ahead=2, layer_groups=1),
-    Case(2, ep_size=4, placement="colocated", look_ahead=3),
-    Case(1, tp_size=2, ep_size=4, placement="colocated", look_ahead=0, layer_groups=99),
+    Case(3, tp_size=4, placement="colocated", look_ahead=0, layer_groups=1),
+    Case(2, tp_size=2, ep_size=4, placement="colocated", look_ahead=3, layer_groups=99),
 )
 
 
