@@ -89,8 +89,8 @@ def train(world: World, training: Training) -> dict[str, int]:
         zero = ZeroDraft(draft, test, training.ds_config())
         del draft
         normalise = Normaliser(zero.objective, zero.forward, world)
-        batch = replace(training.documents.batch(TOKENS), input_ids_T=torch.randint(DRAFT_VOCAB, (TOKENS,)))
-        for _ in range(2):  # Adam's moments are there from the first step's end
+        for tokens in (TOKENS // 2, TOKENS):  # Adam's moments are there from the end of a first step, of whatever size
+            batch = replace(training.documents.batch(tokens), input_ids_T=torch.randint(DRAFT_VOCAB, (tokens,)))
             end_of("between")
             allowed_ST = allowed_rows(batch, TTT)
             output = target(batch, slots_of(allowed_ST))
