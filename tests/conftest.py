@@ -16,8 +16,12 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 torch.set_num_threads(1)  # tests run side by side, on tensors so small that threads only wait for each other
 
+from tests import fast_interpreter
 from tests.paths import PATHS, ComputePath
 from tests.tiny_target import TinyCorpus, write_corpus, write_target
+
+if not torch.cuda.is_available():
+    fast_interpreter.install()
 
 
 @pytest.fixture(params=PATHS)

@@ -31,6 +31,7 @@ TESTS_OF_NO_SINGLE_FILE = {
     "test_architecture",
     "test_device",
     "test_fake_device",
+    "test_fast_interpreter",
     "test_equalities",
     "test_golden",
     "test_pairwise",
