@@ -1,6 +1,7 @@
 """Plans of whole jobs: what they say lives lives, and the largest recipes fit."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def planner(recipe: str, *overrides: str, gpu: str = "NVIDIA H200", may_share: b
     return Planner(config, ds_config, without_numbers(recipe), gpus, ASSUMED, quantised, may_share)
 
 
+@cache
+def shared_planner(recipe: str) -> Planner:
+    """For tests that only read it: to make one takes seconds for the largest targets."""
+    return planner(recipe)
+
+
+@cache
+def smallest(recipe: str, num_gpus: int) -> list[JobPlan]:
+    return shared_planner(recipe).smallest(num_gpus)
+
+
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_a_run_holds_what_its_plan_says(tp_size):
     training = Training(tp_size=tp_size)
@@ -74,14 +86,14 @@ def test_a_run_holds_what_its_plan_says(tp_size):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_targets_have_as_many_weights_as_published(recipe):
-    billions = TargetCost(without_numbers(recipe), ALONE).num_weights / 1e9
+    billions = TargetCost(shared_planner(recipe).model, ALONE).num_weights / 1e9
     assert billions == pytest.approx(PUBLISHED[recipe], rel=2e-3)
 
 
 @pytest.mark.parametrize("recipe", LARGE)
 def test_the_largest_targets_fit_8_to_32_gpus(recipe):
-    plans = planner(recipe)
-    best = plans.smallest(32)[0]
+    plans = shared_planner(recipe)
+    best = smallest(recipe, 32)[0]
     assert 8 <= best.ranks.size <= 32 and best.num_tokens >= 4096
     assert plans.bytes_of(best) < 141e9
     facts = plans.facts(best)
@@ -96,16 +108,17 @@ def test_the_largest_targets_fit_8_to_32_gpus(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_fits_as_it_is(recipe):
-    plans = planner(recipe)
+    plans = shared_planner(recipe)
     own = plans.config.parallel
     assert plans.fits(plans.plan(Ranks.of(plans.config, plans.ds_config, max(own.tp_size, own.ep_size))))
     if recipe in LARGE:
-        assert plans.smallest(32)[0].ranks.mesh == Ranks.of(plans.config, plans.ds_config, 8).mesh
+        assert smallest(recipe, 32)[0].ranks.mesh == Ranks.of(plans.config, plans.ds_config, 8).mesh
 
 
 def test_fewer_gpus_than_needed_are_refused_with_what_is_missing():
-    assert planner("deepseek-v3").smallest(4) == []
-    assert "needs" in planner("deepseek-v3").why_nothing_fits(4) and "--gpus" in planner("deepseek-v3").why_nothing_fits(4)
+    assert smallest("deepseek-v3", 4) == []
+    reason = shared_planner("deepseek-v3").why_nothing_fits(4)
+    assert "needs" in reason and "--gpus" in reason
 
 
 def test_a_family_that_was_not_proven_is_not_shared():
