@@ -35,6 +35,7 @@ from launcher.command import EMBEDDED_TARGET
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 5
+LEAST_LAYERS = 5  # with three auxiliary layers, of which the last layer is none
 FIRST_LAYERS = 8  # of the run that measures the cost of a layer
 LOOK_AHEADS = (0, 1, 2, 4)  # of `split`
 
@@ -61,7 +62,7 @@ def compare(scratch: Path, steps: int, max_tokens: int) -> list[dict[str, Any]]:
     """Return the results of all placements. scratch: folder for the target and the runs."""
     runner = Runner(scratch, steps, max_tokens)
     probe = runner.run("probe", FIRST_LAYERS, 1, "serial")
-    layers = max(1, round(FIRST_LAYERS * probe["draft_s"] / probe["target_s"]))
+    layers = max(LEAST_LAYERS, round(FIRST_LAYERS * probe["draft_s"] / probe["target_s"]))
     serial = runner.run("serial", layers, 1, "serial")
     alone = {"target_s": serial["target_s"], "draft_s": serial["draft_s"]}
     results = [result_of("serial", 0, serial["step_s"], alone, sum(alone.values()))]
@@ -101,12 +102,12 @@ class Runner:
     def run(self, name: str, layers: int, ranks: int, placement: str, *options: str) -> dict[str, float]:
         """Return the median seconds of a step and of each side in it."""
         output = self._scratch / name
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["launcher/train.py", "--ds_config", "ds_configs/zero2.json", f"output_dir={output}"]
         command += [f"target.path={self._target(layers)}", f"overlap.placement={placement}", *options]
         command += [f"max_steps={self._steps}", f"data.max_tokens={self._max_tokens}", "log_every_steps=1"]
         command += ["evaluation.num_prompts=0", "parallel.cpu_threads=1", f"data.cache_dir={self._scratch / 'cache'}"]
-        command.append(f"target.aux_layers=[0,{layers // 2},{layers - 1}]" if layers > 2 else "target.aux_layers=[0]")
+        command.append(f"target.aux_layers=[0,{layers // 2},{layers - 2}]")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARM_UP_STEPS:]
