@@ -49,7 +49,7 @@ from engine.parallel.zero import ZeroDraft
 from engine.runtime.checkpoint import Checkpoints, check_finite_weights
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
 from engine.runtime.train_log import LogSettings, TrainLog
-from engine.runtime.training_schedule import DataState, Item, Training, Work, make_schedule
+from engine.runtime.training_schedule import DataState, Item, Training, Work, check_look_ahead, make_schedule
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.quantised_checkpoint import check_fp8_activations
@@ -131,6 +131,8 @@ class Trainer:
             if unknown is not None:
                 self.telemetry.note(f"  {unknown}")
         draft_config = self.method.derive_config(target_config, source.aux_layers, source.trained_with)
+        if self.bridge is not None:
+            check_look_ahead(self.config, self.ds_config, draft_config, self.bridge.sides, self.world.device)
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
             corpus = self.read_corpus(source, tokenizer, draft_config)

@@ -28,7 +28,7 @@ from engine.config.ds_config import (
     stage_advice,
 )
 from engine.config.recipe import load_config
-from engine.config.sections import Config, ConfigError
+from engine.config.sections import SPLIT, Config, ConfigError
 from engine.host.files import write_json
 from engine.host.telemetry import Telemetry
 from engine.models.costs import PEAKS
@@ -310,6 +310,10 @@ def main() -> None:
     except (ConfigError, ValueError, OSError, ImportError) as error:
         stop(error, rank=0)
     telemetry.note(planner.target_line(), style="bold")
+    if config.overlap.placement == SPLIT:
+        telemetry.note(
+            "This plans a job whose ranks run both sides; add --placements for one with ranks of their own for the target"
+        )
     show_ways(planner, found, telemetry)
     show_plan(planner, found[0], telemetry)
     show_advice(planner, found[0], arguments, telemetry)

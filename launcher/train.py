@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.config.ds_config import accumulation_steps, load_ds_config
+from engine.config.ds_config import accumulation_steps, compute_dtype, load_ds_config
 from engine.config.recipe import load_config
 from engine.config.sections import DRAFT_METHODS, Config, ConfigError
 from launcher.command import (
@@ -87,6 +87,9 @@ def main() -> None:
         sides = sides_of(config, environment["size"])
         accumulation_steps(ds_config, environment["size"] if sides is None else sides[0])
         check_files(config)
+        if config.overlap.priority == "draft" and compute_dtype(ds_config) == "float16":
+            problem = "is not possible in fp16, whose check for overflow DeepSpeed runs on the default stream; use bf16"
+            raise ConfigError(problem, key="overlap.priority", value="draft")
     corpus = Path(config.output_dir).absolute() / "corpus"
     resolved = with_paths(config, corpus)
     try:

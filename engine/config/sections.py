@@ -277,8 +277,8 @@ class OverlapSection:
     look_ahead: int | None = option(
         None,
         "micro-batches that the target, or the reading of a store, may be ahead of the draft; "
-        f"null = {AHEAD_OF_STORE} with target.store, {AHEAD_OF_DRAFT} on the same ranks, and with split as many as keep all "
-        "target ranks busy",
+        f"null = {AHEAD_OF_STORE} with target.store, {AHEAD_OF_DRAFT} on the same ranks and in captures, "
+        "and with split as many as keep all target ranks busy",
         unit="micro-batches",
         at_least=0,
     )
@@ -315,6 +315,12 @@ class OverlapSection:
         if self.placement != SPLIT and self.transfer_dtype != "auto":
             problem = "states are sent only with overlap.placement=split; delete this option"
             raise ConfigError(problem, key="overlap.transfer_dtype", value=self.transfer_dtype)
+        if self.placement in (SPLIT, SERIAL) and self.priority != "none":
+            problem = "needs overlap.placement=colocated or auto; otherwise the two sides do not share a GPU at the same time"
+            raise ConfigError(problem, key="overlap.priority", value=self.priority)
+        if self.placement == SERIAL and self.look_ahead_mb is not None:
+            problem = "needs another overlap.placement; serial execution prepares nothing ahead"
+            raise ConfigError(problem, key="overlap.look_ahead_mb", value=self.look_ahead_mb)
         if self.placement == SPLIT and self.check_order:
             problem = "checks ranks that run both sides, which overlap.placement=split does not have; set it to false"
             raise ConfigError(problem, key="overlap.check_order", value=True)
@@ -402,7 +408,7 @@ class Config:
             problem = "runs the target on other ranks, so the source must be the running target; delete target.source"
             raise ConfigError(problem, key="overlap.placement", value=SPLIT)
         if self.overlap.placement == SPLIT and self.target.store is not None:
-            problem = "a store is read by the ranks that train the draft; delete target.store, or use another placement"
+            problem = "a store is written and read without ranks of their own for the target; use another placement"
             raise ConfigError(problem, key="overlap.placement", value=SPLIT)
         every = self.checkpoint.every_steps
         logged = self.log_every_steps

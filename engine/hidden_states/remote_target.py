@@ -65,7 +65,7 @@ class TargetCalls:
         sides = self.bridge.sides
         for rank in range(sides.num_draft, sides.size):
             if self.world.is_main:
-                self.bridge.send((name, arguments), rank)
+                self.bridge.send((name, arguments), rank, PATIENCE)
 
 
 class RemoteTarget:

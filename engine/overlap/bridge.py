@@ -162,13 +162,16 @@ class Bridge:
         """Start to receive a number. patience: how long to wait for it; None = the timeout of the bridge."""
         return self._start(self._host.recv, torch.zeros(1, dtype=torch.float64), source, tag, patience)
 
-    def send(self, value: Any, to: int) -> None:
-        """Send a picklable value, with tensors on the host, and wait until it has arrived."""
+    def send(self, value: Any, to: int, patience: timedelta | None = None) -> None:
+        """Send a picklable value, with tensors on the host, and wait until it has arrived.
+
+        patience: how long to wait until the other rank asks for it; None = the timeout of the bridge.
+        """
         written = io.BytesIO()
         torch.save(value, written)
         content = torch.frombuffer(bytearray(written.getvalue()), dtype=torch.uint8)
         size = torch.tensor([content.numel()], dtype=torch.int64)
-        self._start(self._host.send, size, to, OBJECT_SIZE).wait()
+        self._start(self._host.send, size, to, OBJECT_SIZE, patience).wait()
         self._start(self._host.send, content, to, OBJECT).wait()
 
     def receive(self, source: int, patience: timedelta | None = None) -> Any:

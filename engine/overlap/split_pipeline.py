@@ -142,8 +142,7 @@ def send_batches(
     sending: deque[Arrival] = deque()
     forwards: deque[tuple[TimeMark, TimeMark]] = deque(maxlen=4)
     for number, (draft_rank, index, item) in enumerate(batches):
-        with clock.span(WAIT):
-            credit = bridge.receive_number(draft_rank, CREDIT).wait().item()
+        credit = bridge.receive_number(draft_rank, CREDIT).wait().item()
         assert credit == index, f"a credit for batch {credit:.0f}, expected {index}"
         began = clock.mark()
         states = prepare(item)

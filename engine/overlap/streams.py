@@ -1,5 +1,6 @@
 """CUDA streams and buffers through which prepared work reaches its consumer."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -121,6 +122,7 @@ class Ring:
 
     def __init__(self, limit: int | None = None) -> None:
         self._limit = limit
+        self._lock = threading.Lock()  # the producer takes buffers while the consumer gives them back
         self._free: list[Buffer] = []
         self.buffers: list[Buffer] = []
 
@@ -129,6 +131,10 @@ class Ring:
 
         It is the smallest free one that is large enough, else the largest, which then grows.
         """
+        with self._lock:
+            return self._take(num_bytes)
+
+    def _take(self, num_bytes: int) -> tuple[Buffer, list[Buffer]]:
         free = sorted(self._free, key=lambda buffer: buffer.num_bytes)
         fitting = [buffer for buffer in free if buffer.num_bytes >= num_bytes]
         buffer = fitting[0] if fitting else (free[-1] if free else self._new())
@@ -144,7 +150,8 @@ class Ring:
     def give_back(self, buffer: Buffer, released: torch.cuda.Event | None) -> None:
         """Return a buffer to the ring. released: event after which its contents are no longer read."""
         buffer.released = released
-        self._free.append(buffer)
+        with self._lock:
+            self._free.append(buffer)
 
     def _new(self) -> Buffer:
         buffer = Buffer()

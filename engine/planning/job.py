@@ -169,16 +169,22 @@ class JobPlan:
         ranks: "Ranks",
         fused: bool,
         counted: "Counted | None" = None,
+        num_draft: int | None = None,
     ) -> None:
-        """counted: work that plans of one planner have counted; new results are added."""
+        """Create a plan.
+
+        counted: work that plans of one planner have counted; new results are added.
+        num_draft: ranks that train the draft, if others run the target; None = all ranks do both.
+        """
+        self.num_draft = ranks.size if num_draft is None else num_draft
         self.config = config
         self.method: DraftMethod = make_method(config)
         self.draft = draft
         self.target = target
         self.ranks = ranks
         self.fused = fused
-        self.sharing = Sharing.of(ds_config, ranks.size)
-        self.accumulation = accumulation_steps(ds_config, ranks.size)
+        self.sharing = Sharing.of(ds_config, self.num_draft)
+        self.accumulation = accumulation_steps(ds_config, self.num_draft)
         self.draft_dtype = getattr(torch, compute_dtype(ds_config))
         self.num_tokens = ranks.micro_batch * config.data.max_tokens
         self._counted: Counted = {} if counted is None else counted
@@ -197,7 +203,9 @@ class JobPlan:
         ahead = self.config.look_ahead if self.config.placement == COLOCATED else 0
         passing = self.target.passing_bytes(self._forward(counts))
         drafting = self._draft_bytes(counts, ahead)
-        drafting_peak = drafting.pop("activations") + (passing if ahead else 0)
+        drafting_peak = drafting.pop("activations")
+        if ahead:  # The target runs meanwhile, and its states are copied to a buffer at the end.
+            drafting_peak += passing + self._output_bytes(counts)
         # The next batch's states arrive while the previous ones are still in memory.
         forward_peak = drafting["hidden states"] + passing
         own = {"target": self.target.weight_bytes + self._head_rows_bytes, **drafting}
@@ -299,7 +307,7 @@ class JobPlan:
     def _group(self, collective: str) -> int:
         """Return the number of ranks in the group of a collective."""
         if "ZeRO" in collective:
-            return self.ranks.size
+            return self.num_draft
         return self.ranks.ep_size if "EP" in collective else self.ranks.tp_size
 
 
@@ -370,12 +378,13 @@ class Planner:
         """Number of trained weights of the draft."""
         return self.method.count_weights(self.draft)
 
-    def plan(self, ranks: Ranks) -> "JobPlan":
+    def plan(self, ranks: Ranks, num_draft: int | None = None) -> "JobPlan":
+        """Return the plan for some ranks. num_draft: as in `JobPlan`."""
         sizes = ranks.tp_size, ranks.ep_size
         if sizes not in self._costs:
             mesh = replace(ranks.mesh, fp8_exchange=self.config.parallel.fp8_exchange)
             self._costs[sizes] = TargetCost(self.model, mesh, self.quantised)
-        return JobPlan(self.config, self.ds_config, self.draft, self._costs[sizes], ranks, True, self._counted)
+        return JobPlan(self.config, self.ds_config, self.draft, self._costs[sizes], ranks, True, self._counted, num_draft)
 
     def with_max_tokens(self, max_tokens: int) -> "Planner":
         """Return the planner of the same job with packs of `max_tokens` tokens."""

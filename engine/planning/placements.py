@@ -84,25 +84,44 @@ class PlacementPlanner:
 
         The number of target ranks is chosen by the longer side's time, and its step is then modelled.
         """
-        best: tuple[float, JobPlan, Sides, SideTimes] | None = None
+        best: tuple[float, JobPlan, Sides] | None = None
         for copy in self._copies(num_ranks):
-            size = max(copy.tp_size, copy.ep_size)
-            plan = self._largest_split(copy, num_ranks)
-            if plan is None:
-                continue
-            times = self._times(plan)
-            ideal = round(num_ranks * times.target_s / (times.target_s + times.draft_s) / size)
-            around = range(ideal - TRIED_SPLITS // 2, ideal + TRIED_SPLITS // 2 + 1)
-            for num_target in {size * min(max(count, 1), (num_ranks - 1) // size) for count in around}:
-                sides = Sides(num_ranks - num_target, num_target, size)
-                longer_s = max(times.draft_s, times.target_s * sides.num_draft / num_target)
+            for plan, sides in self._largest_splits(copy):
+                times = self._times(plan)
+                longer_s = max(times.draft_s, times.target_s * sides.num_draft / sides.num_target)
                 tokens_per_s = plan.num_tokens * sides.num_draft / longer_s
-                if (best is None or tokens_per_s > best[0]) and self._fits_split(plan, sides):
-                    best = tokens_per_s, plan, sides, times
+                if best is None or tokens_per_s > best[0]:
+                    best = tokens_per_s, plan, sides
         if best is not None:
-            _, plan, sides, times = best
-            step_s = split_step_s(sides, times)
+            _, plan, sides = best
+            step_s = split_step_s(sides, self._times(plan))
             yield _job(SPLIT, plan, num_ranks, sides.num_target, step_s, plan.num_tokens * sides.num_draft)
+
+    def _largest_splits(self, copy: Ranks) -> list[tuple[JobPlan, Sides]]:
+        """Return jobs with different numbers of target ranks and the largest micro-batch with which one of them fits."""
+        if GLOBAL in self._planner.ds_config:
+            return []
+        size = copy.mesh.size
+        max_tokens = self._planner.config.data.max_tokens
+        micro_batch = 1
+        while 2 * micro_batch * max_tokens <= self._planner.enough_tokens:
+            micro_batch *= 2
+        while micro_batch:
+            ranks = replace(copy, micro_batch=micro_batch)
+            times = self._times(self._planner.plan(ranks))
+            ideal = round(copy.size * times.target_s / times.serial_s / size)
+            around = range(ideal - TRIED_SPLITS // 2, ideal + TRIED_SPLITS // 2 + 1)
+            tried = {size * min(max(count, 1), (copy.size - 1) // size) for count in around}
+            jobs = [self._split(ranks, num_target) for num_target in sorted(tried)]
+            fitting = [(plan, sides) for plan, sides in jobs if self._fits_split(plan, sides)]
+            if fitting:
+                return fitting
+            micro_batch //= 2
+        return []
+
+    def _split(self, ranks: Ranks, num_target: int) -> tuple[JobPlan, Sides]:
+        num_draft = ranks.size - num_target
+        return self._planner.plan(ranks, num_draft), Sides(num_draft, num_target, ranks.mesh.size)
 
     def _copies(self, num_ranks: int) -> Iterator[Ranks]:
         """Yield the ways in which ranks can share a copy of the target that leaves ranks for the draft."""
@@ -113,25 +132,10 @@ class PlacementPlanner:
                 if not plan.target.misfits and plan.is_sensible and (self._planner.may_share or ranks.mesh.size == 1):
                     yield ranks
 
-    def _largest_split(self, copy: Ranks, num_ranks: int) -> JobPlan | None:
-        """Return the plan with the largest micro-batch with which both sides fit, or None."""
-        if GLOBAL in self._planner.ds_config:
-            return None
-        best = None
-        ranks = replace(copy, size=num_ranks)
-        while True:
-            plan = self._planner.plan(ranks)
-            if plan.num_tokens > self._planner.enough_tokens or not self._fits_split(plan, None):
-                return best
-            best = plan
-            ranks = replace(ranks, micro_batch=2 * ranks.micro_batch)
-
-    def _fits_split(self, plan: JobPlan, sides: Sides | None) -> bool:
-        """Return whether both sides fit. sides: None = with the least look-ahead."""
-        look_ahead = 1 if sides is None else sides.default_look_ahead
+    def _fits_split(self, plan: JobPlan, sides: Sides) -> bool:
         counts = plan.counts(DocumentSizes(self._planner.config.data.max_tokens, 1.0))
         usable = self._planner.usable_bytes
-        needed = (plan.draft_side_bytes(counts, look_ahead), plan.target_side_bytes(counts))
+        needed = (plan.draft_side_bytes(counts, sides.default_look_ahead), plan.target_side_bytes(counts))
         return all(sum(by_part.values()) <= usable for by_part in needed)
 
 

@@ -114,10 +114,11 @@ class TargetServer:
         self._target.join_other_forwards()
         return output
 
-    def open_data(self, position: dict[str, Any] | None) -> None:
+    def open_data(self, stream: dict[str, int], position: dict[str, Any] | None) -> None:
         """Read the documents, before the draft's ranks begin to wait for batches.
 
-        position: of the data, from which a run resumes; None = the beginning.
+        stream: of the draft's loader. position: of the data, from which a run resumes; None = the beginning.
+        Raises ValueError if these ranks read other documents.
         """
         num_draft = self._bridge.sides.num_draft
         self._loader = PackedLoader(
@@ -131,6 +132,9 @@ class TargetServer:
             epochs=self._config.epochs,
             balance_steps=self._config.data.balance_steps,
         )
+        if stream != self._loader.stream:
+            problem = f"rank {self._bridge.rank} reads other training data than rank 0"
+            raise ValueError(f"{problem}: {self._loader.stream}, expected {stream}. Give every node the same files")
         if position is not None:
             self._loader.load_state(position)
         assert self._loader.num_steps >= 0  # packs the epochs

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engine.batch import MicroBatch, PackedBatch, to_device
-from engine.config.ds_config import micro_batch_size
+from engine.config.ds_config import compute_dtype, micro_batch_size
 from engine.config.sections import AUTO, SERIAL, Config, ConfigError
 from engine.data.packed_loader import PackedLoader
 from engine.hidden_states.micro_batches import MicroBatchMaker, Rows
@@ -60,7 +60,7 @@ def make_schedule(
     make = MicroBatchMaker(training.method, target, training.dtype, training.world.device)
     items = micro_batches(loader, training.num_steps)
     if isinstance(target, RemoteTarget):
-        return _split_schedule(training, items, make, target, note)
+        return _split_schedule(training, loader, make, target, note)
 
     def prepare(item: Item) -> Work:
         batch, data_state = item
@@ -83,12 +83,23 @@ def micro_batches(loader: PackedLoader, num_steps: int) -> Iterator[Item]:
             yield batch, data_state
 
 
-def _check_limit(training: Training, wire: WireFormat, sides: Sides) -> None:
-    """Raise ConfigError if the memory of the look-ahead is too small for a copy of the target to begin."""
-    limit_mb = training.config.overlap.look_ahead_mb
-    if limit_mb is None:
+def check_look_ahead(config: Config, ds_config: dict[str, Any], draft: DraftConfig, sides: Sides, device: torch.device) -> None:
+    """Raise ConfigError if the memory of the look-ahead is too small for a copy of the target to begin.
+
+    sides: of the job. device: of this rank.
+    """
+    limit_mb = config.overlap.look_ahead_mb
+    if limit_mb is None or sides.least_look_ahead == 0:
         return
-    num_tokens = training.config.data.max_tokens * micro_batch_size(training.ds_config, training.world.size)
+    chosen = "bfloat16" if device.type == "cuda" else "float32"
+    wire = WireFormat(
+        dtype=config.overlap.transfer_dtype,
+        hidden_size=draft.target_hidden_size,
+        num_aux=len(draft.aux_layers or ()),
+        aux_dtype=getattr(torch, compute_dtype(ds_config)),
+        last_dtype=getattr(torch, chosen if config.target.dtype == "auto" else config.target.dtype),
+    )
+    num_tokens = config.data.max_tokens * micro_batch_size(ds_config, sides.num_draft)
     needed_mb = -(-sides.least_look_ahead * size_of(wire.layout(num_tokens, num_tokens)) // 2**20)
     if limit_mb < needed_mb:
         problem = (
@@ -115,7 +126,7 @@ class _Sizes:
 
 
 def _split_schedule(
-    training: Training, items: Iterator[Item], make: MicroBatchMaker, target: RemoteTarget, note: Callable[[str], None]
+    training: Training, loader: PackedLoader, make: MicroBatchMaker, target: RemoteTarget, note: Callable[[str], None]
 ) -> Schedule[Any, Work]:
     """Return the schedule of a run whose target runs on other ranks, and let these begin."""
     config = training.config
@@ -130,7 +141,7 @@ def _split_schedule(
     device = training.world.device
 
     def with_rows() -> Iterator[tuple[Rows, DataState]]:
-        for batch, data_state in items:
+        for batch, data_state in micro_batches(loader, training.num_steps):
             yield make.rows(batch), data_state
 
     def layout(item: tuple[Rows, DataState]) -> WireStates:
@@ -141,8 +152,7 @@ def _split_schedule(
         rows, data_state = item
         return make.finish(rows, wire.read(states, to_device(rows.slots_N, device))), data_state
 
-    _check_limit(training, wire, bridge.sides)
-    target.calls.call("open_data", training.position)
+    target.calls.call("open_data", loader.stream, training.position)
     target.calls.start("serve", Served(training.first_step, training.num_steps, wire))
     clock = StepClock(device, config.overlap.traced)
     look_ahead = bridge.sides.default_look_ahead

@@ -120,7 +120,7 @@ def test_memory_that_would_stop_a_copy_of_the_target_is_refused(tmp_path, tiny_t
         (("overlap.placement=split", "overlap.target_ranks=1"), "leaves no rank for the draft; the job has 1 ranks"),
         (
             ("overlap.placement=split", "overlap.target_ranks=1", "target.store=/store"),
-            "a store is read by the ranks that train",
+            "a store is written and read without ranks",
         ),
     ],
 )
