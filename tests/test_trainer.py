@@ -7,13 +7,11 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
@@ -24,11 +22,9 @@ from engine.config.recipe import load_config
 from engine.config.sections import Config, DataSection
 from engine.data.documents import Document, DocumentList
 from engine.data.packed_loader import PackedLoader
-from engine.data.packing import collate
 from engine.kernels import Kernels, blocked_attention
 from engine.kernels.self_check import SelfCheck
 from engine.parallel.mesh import World
-from engine.target.frozen import FrozenTarget
 from engine.trainer import Trainer
 from tests.distributed import ENVIRONMENT as ON_CPU
 from tests.distributed import ONE_THREAD, ROOT, free_port, launch
@@ -288,17 +284,3 @@ def test_a_kernel_that_fails_its_self_check_is_not_trained_with(tmp_path, monkey
     chosen = trainer.choose_kernels(SimpleNamespace(head_dim=16))
     assert chosen.attention is blocked_attention.ancestor_attention
     assert list((tmp_path / "cache").glob("kernels-*.json"))
-
-
-def test_a_step_learns_nothing_from_a_document_whose_states_are_not_finite(tmp_path, tiny_target):
-    options = [f"output_dir={tmp_path}", f"target.path={tiny_target}", "target.aux_layers=[0,1,3]", "ttt.steps=3"]
-    config = load_config(None, options)
-    target = FrozenTarget.load(config.target, torch.device("cpu"))
-    target.embedding.weight_VD.data[17, 3] = float("nan")
-    good = Document(np.arange(20, 32, dtype=np.int32), np.arange(12) >= 3, (12,))
-    bad = replace(good, input_ids=np.array([20, 21, 22, 17, *range(24, 32)], dtype=np.int32))
-    prepare = Trainer(config, {}, World.alone()).prepare(target, torch.float32)
-    (micro,), _ = prepare(([collate([good, bad])], None))
-    assert micro.num_left_out == 1 and micro.num_tokens == 12
-    assert micro.allowed_ST[:, :12].any() and not micro.allowed_ST[:, 12:].any()
-    assert all(x.isfinite().all() for x in (micro.embed_TD, micro.target.aux_TA, micro.target.last_hidden_ND))

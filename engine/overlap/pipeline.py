@@ -128,7 +128,6 @@ class ThreadedPipeline(Pipeline[Item, Work]):
         self._side = SideStream(device, priority, limits.num_bytes)
         self._finished: deque[Handover | _End] = deque()
         self._num_begun = 0
-        self._taken: list[Handover] = []
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="overlap-producer", daemon=True)
         self._thread.start()
@@ -152,13 +151,10 @@ class ThreadedPipeline(Pipeline[Item, Work]):
                 self._state.take()
                 self._changed.notify_all()
             work = self._side.receive(finished)
-        if finished.buffer is not None:
-            self._taken.append(finished)
         return work
 
     def release(self) -> None:
-        self._side.release(self._taken)
-        self._taken = []
+        self._side.release()
 
     def close(self) -> None:
         with self._changed:
@@ -259,7 +255,6 @@ class TurnsPipeline(Pipeline[Item, Work]):
         self._current: tuple[Item] | None = None
         self._began: TimeMark | None = None
         self._finished: deque[Handover | _End] = deque()
-        self._taken: list[Handover] = []
         self._thread = threading.Thread(target=self._run, name="overlap-producer", daemon=True)
         self._thread.start()
 
@@ -283,13 +278,10 @@ class TurnsPipeline(Pipeline[Item, Work]):
         self._state.take()
         with self._clock.span(WAIT):
             work = self._side.receive(finished)
-        if finished.buffer is not None:
-            self._taken.append(finished)
         return work
 
     def release(self) -> None:
-        self._side.release(self._taken)
-        self._taken = []
+        self._side.release()
 
     def close(self) -> None:
         self._turns.end()

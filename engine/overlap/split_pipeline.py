@@ -65,7 +65,6 @@ class SplitPipeline(Pipeline[Item, Work]):
         self._next: tuple[Item, Any] | None = None
         self._num_begun = 0
         self._on_its_way: deque[_OnItsWay] = deque()
-        self._taken: list[Handover] = []
 
     def __next__(self) -> Work:
         self._state.ask()
@@ -84,13 +83,11 @@ class SplitPipeline(Pipeline[Item, Work]):
             work = self._finish(batch.item, batch.buffer.views(batch.layout))
         self._state.finish(self._state.num_taken)
         self._state.take()
-        self._taken.append(Handover(work, None, batch.buffer))
         self._ask_for_batches()
-        return work
+        return self._side.receive(Handover(work, None, batch.buffer))
 
     def release(self) -> None:
-        self._side.release(self._taken)
-        self._taken = []
+        self._side.release()
         self._ask_for_batches()
 
     def _ask_for_batches(self) -> None:

@@ -1,7 +1,7 @@
 """CUDA streams and buffers through which prepared work reaches its consumer."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -188,6 +188,7 @@ class SideStream:
         """
         self._device = device
         self._ring = Ring(limit)
+        self._received: list[Buffer] = []
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device, priority=priority)
@@ -236,16 +237,18 @@ class SideStream:
         """Return the work; on a GPU the caller's stream waits for it, not the host."""
         if handover.ready is not None:
             torch.cuda.current_stream(self._device).wait_event(handover.ready)
+        if handover.buffer is not None:
+            self._received.append(handover.buffer)
         return handover.work
 
-    def release(self, handovers: Sequence[Handover]) -> None:
-        """Let the buffers of work that the caller has finished with be used again.
+    def release(self) -> None:
+        """Let the buffers of all work received so far be used again.
 
         Work that the caller has queued on its current stream may still read them.
         """
-        buffers = [handover.buffer for handover in handovers if handover.buffer is not None]
-        if not buffers:
+        if not self._received:
             return
         released = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
-        for buffer in buffers:
+        for buffer in self._received:
             self._ring.give_back(buffer, released)
+        self._received = []

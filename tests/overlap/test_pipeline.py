@@ -310,4 +310,4 @@ def test_after_it_is_closed_nothing_comes(kind):
 def test_what_was_taken_is_not_kept(kind):
     with pipeline(kind, range(200), lambda item: item) as work:
         list(work)
-        assert work._taken == []
+        assert work._side._received == []
