@@ -30,7 +30,7 @@ from benchmarks.record import machine_and_versions
 from engine.overlap.bridge import Sides
 from engine.overlap.event_model import BatchCost, EventModel
 from engine.overlap.look_ahead import Limits
-from engine.overlap.step_clock import DRAFT_PARTS, TARGET_FORWARD, efficiency
+from engine.overlap.step_clock import DRAFT_PARTS, TARGET_FORWARD, draft_seconds, efficiency
 from launcher.command import EMBEDDED_TARGET
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,11 +111,10 @@ class Runner:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][WARM_UP_STEPS:]
-        drafts = [sum(line["parts_s"][part] for part in DRAFT_PARTS) for line in lines]
         return {
             "step_s": statistics.median(line["step_s"] for line in lines),
             "target_s": statistics.median(line["parts_s"][TARGET_FORWARD] for line in lines),
-            "draft_s": statistics.median(drafts),
+            "draft_s": statistics.median(draft_seconds(line["parts_s"]) for line in lines),
         }
 
     def _target(self, layers: int) -> Path:

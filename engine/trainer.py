@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import MicroBatch, PackedBatch
-from engine.config.ds_config import accumulation_steps, compute_dtype, micro_batch_size, resolve_ds_config, stage_advice
+from engine.config.ds_config import compute_dtype, resolve_ds_config, stage_advice
 from engine.config.recipe import dump_config
 from engine.config.secret_values import without_secrets
 from engine.config.sections import CHECKPOINTS, DRAFT, Config
@@ -22,7 +22,7 @@ from engine.data.fingerprint import tokenizer_hash
 from engine.data.packed_loader import PackedLoader
 from engine.data.packing import collate
 from engine.data.templates import load_tokenizer, template_token_ids
-from engine.evaluation.acceptance import Prompt, check_prompts, held_out_prompts
+from engine.evaluation.acceptance import Prompt, check_prompts, read_prompts
 from engine.evaluation.evaluator import AcceptanceEvaluator
 from engine.evaluation.remote_evaluator import RemoteEvaluator
 from engine.evaluation.report import RunReport
@@ -218,21 +218,8 @@ class Trainer:
         documents = source.documents()
         counts_V = source.count_tokens(documents, config.vocab_size)
         vocab_map = self.draft_vocabulary(counts_V, tokenizer, config)
-        loader = PackedLoader(
-            documents,
-            max_tokens=self.config.data.max_tokens,
-            packs_per_batch=micro_batch_size(self.ds_config, self.world.size),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            accumulation_steps=accumulation_steps(self.ds_config, self.world.size),
-            seed=self.config.seed,
-            epochs=self.config.epochs,
-            balance_steps=self.config.data.balance_steps,
-        )
-        stream = self.world.decide(lambda: loader.stream)
-        if stream != loader.stream:
-            problem = f"rank {self.world.rank} reads other training data than rank 0"
-            raise ValueError(f"{problem}: {loader.stream}, expected {stream}. Give every node the same files")
+        loader = PackedLoader.of(documents, self.config, self.ds_config, self.world.rank, self.world.size)
+        loader.check_stream(self.world.decide(lambda: loader.stream), self.world.rank)
         coverage = vocab_map.coverage(counts_V)
         self.telemetry.note(f"  draft vocabulary: {vocab_map.size} tokens, {coverage:.1%} of {source.counted}")
         facts = {"tokenizer_hash": tokenizer_hash(tokenizer), "coverage": coverage, "counted": self.config.draft.vocab_from}
@@ -254,11 +241,7 @@ class Trainer:
         return vocab_map
 
     def read_prompts(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[Prompt]:
-        count = self.config.evaluation.num_prompts
-        data = self.config.data
-        if count == 0:
-            return []
-        prompts = held_out_prompts(data.held_out, tokenizer, count, data.template_kwargs)
+        prompts = read_prompts(self.config, tokenizer)
         check_prompts(prompts, vocab_size)
         return prompts
 

@@ -108,12 +108,10 @@ def main() -> None:
     from engine.overlap.bridge import Bridge, OtherSideError, Sides, join_sides
     from engine.parallel.zero import connect, disconnect
 
-    num_threads = config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // whole.local_size)
-
     def join(own: World, store: "Store | None" = None) -> None:
         # DeepSpeed reads these; with a store they are those of one side.
         os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.size))
-        connect(own, config.parallel.timeout_s, num_threads, store)
+        connect(own, config.parallel.timeout_s, config.parallel.cpu_threads, store)
 
     world = whole
     bridge: Bridge | None = None

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.batch import PackedBatch
+from engine.config.ds_config import accumulation_steps, micro_batch_size
+from engine.config.sections import Config
 from engine.data.documents import Document, Documents
 from engine.data.packing import alike_steps, collate, pack
 
@@ -69,6 +71,27 @@ class PackedLoader:
         self._first_pack = 0
         self._plan = Plan(self._packs_per_step, 0)
         self._begun: dict[int, Plan] = {}  # epochs started by a run with another global batch size
+
+    @classmethod
+    def of(cls, documents: Documents, config: Config, ds_config: dict[str, Any], rank: int, world_size: int) -> "PackedLoader":
+        """Return the loader of a job. ds_config: DeepSpeed's configuration, for the sizes of batches."""
+        return cls(
+            documents,
+            max_tokens=config.data.max_tokens,
+            packs_per_batch=micro_batch_size(ds_config, world_size),
+            rank=rank,
+            world_size=world_size,
+            accumulation_steps=accumulation_steps(ds_config, world_size),
+            seed=config.seed,
+            epochs=config.epochs,
+            balance_steps=config.data.balance_steps,
+        )
+
+    def check_stream(self, expected: dict[str, int], rank: int) -> None:
+        """Raise ValueError if rank 0 reads other data. expected: the `stream` of rank 0. rank: this rank, for the message."""
+        if expected != self.stream:
+            problem = f"rank {rank} reads other training data than rank 0"
+            raise ValueError(f"{problem}: {self.stream}, expected {expected}. Give every node the same files")
 
     @property
     def num_steps(self) -> int:

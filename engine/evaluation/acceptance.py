@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from engine.config.sections import Config
 from engine.data.dataset import check_template
 from engine.data.documents import outside_vocabulary
 from engine.data.messages import BadSample, on_sample, parse, read_messages, written_text
@@ -168,6 +169,14 @@ def measure_acceptance(
         if on_reply is not None:
             on_reply(prompt, generation)
     return total
+
+
+def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Return the held-out prompts of a recipe, as `held_out_prompts` does; none if it measures no acceptance."""
+    count = config.evaluation.num_prompts
+    if count == 0:
+        return []
+    return held_out_prompts(config.data.held_out, tokenizer, count, config.data.template_kwargs)
 
 
 def held_out_prompts(

@@ -36,6 +36,7 @@ from engine.hidden_states.store_writer import (
     LeftOut,
     NonFiniteDocument,
     Piece,
+    Place,
     ShardFile,
     StoredTensors,
     StoreWriter,
@@ -88,18 +89,6 @@ class CaptureReport:
             count = f"{self.num_left_out:,} documents have states that are not finite and are left out"
             lines.insert(1, f"{count}; launcher/inspect_store.py names them")
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Documents that go through the target together, and their place in a shard. Fields as in `Piece`."""
-
-    file: ShardFile
-    first_document: int
-    first_token: int
-    first_slot: int
-    batch: PackedBatch
-    slots_N: torch.Tensor
 
 
 class Capture:

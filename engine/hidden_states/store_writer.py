@@ -114,13 +114,11 @@ def shard_checksum(checksums: np.ndarray, token_bounds: np.ndarray, slot_bounds:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some documents of a shard that went through the target together.
+class Place:
+    """Some documents of a shard that go through the target together, and where they are in the shard.
 
     first_document, first_token, first_slot: indices within the shard.
     batch, slots_N: the documents and their slots, on the host.
-    tensors: rows of the shard's tensors. They are on the host once `ready` has happened.
-    faults: bool [num_documents, A + 2], `StateFaults.by_place`; on the host at the same time.
     """
 
     file: ShardFile
@@ -129,6 +127,16 @@ class Piece:
     first_slot: int
     batch: PackedBatch
     slots_N: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Piece(Place):
+    """Documents of a shard with the target's output for them.
+
+    tensors: rows of the shard's tensors. They are on the host once `ready` has happened.
+    faults: bool [num_documents, A + 2], `StateFaults.by_place`; on the host at the same time.
+    """
+
     tensors: dict[str, torch.Tensor]
     faults: torch.Tensor
     ready: torch.cuda.Event | None = None

@@ -249,7 +249,6 @@ def own_world(whole: World, sides: Sides) -> World:
         rank=whole.rank - first,
         size=size,
         local_rank=whole.rank - first_on_node,
-        local_size=min(whole.local_size, size),
         first_device=whole.local_rank - (whole.rank - first_on_node),
     )
 

@@ -7,6 +7,7 @@ predicts with it how long a step takes.
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from engine.overlap.bridge import Sides
 from engine.overlap.look_ahead import Limits, LookAhead
@@ -80,7 +81,6 @@ class EventModel:
         self._num_credits = [0] * sides.num_draft
         self._link_free_s = [0.0] * sides.num_target
         self._held = [0] * sides.num_draft  # batches of the current step that a draft rank has taken
-        self._num_training = 0
         self._num_trained = 0
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._num_events = 0
@@ -116,7 +116,7 @@ class EventModel:
             self._timeline.target_s += sum(cost.target_s for cost in costs)
             replica.is_busy = True
             end_s = now + max(cost.target_s for cost in costs)
-            self._at(end_s, lambda at_s, replica=replica: self._send(at_s, replica))  # type: ignore[misc]
+            self._at(end_s, partial(self._send, replica))
 
     def _give_credits(self, rank: int) -> None:
         """Admit the batches of a draft rank, in order, as far as its limits allow."""
@@ -130,14 +130,17 @@ class EventModel:
             self._num_credits[rank] += 1
             self._timeline.most_bytes = max(self._timeline.most_bytes, state.bytes_ahead)
 
-    def _send(self, now: float, replica: "_Replica") -> None:
+    def _send(self, replica: "_Replica", now: float) -> None:
         for rank, index in replica.next_batches():
             producer = self._sides.producer_of(rank, index) - self._sides.num_draft
             arrived_s = max(now, self._link_free_s[producer]) + self._cost(rank, index).transfer_s
             self._link_free_s[producer] = arrived_s
-            self._at(arrived_s, lambda end_s, rank=rank, index=index: self._states[rank].finish(index))  # type: ignore[misc]
+            self._at(arrived_s, partial(self._arrive, rank, index))
         replica.num_done += 1
         replica.is_busy = False
+
+    def _arrive(self, rank: int, index: int, now: float) -> None:
+        self._states[rank].finish(index)
 
     def _take_batches(self, now: float) -> None:
         for rank, state in enumerate(self._states):
@@ -154,7 +157,6 @@ class EventModel:
         last = self._states[rank].num_taken
         seconds = sum(self._cost(rank, index).draft_s for index in range(last - self._per_step, last))
         self._timeline.draft_s += seconds
-        self._num_training += 1
         self._at(now + seconds, self._end_training)
 
     def _end_training(self, now: float) -> None:

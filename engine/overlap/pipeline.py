@@ -5,6 +5,7 @@ the time at which work is done differs.
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class Producer(Generic[Item, Work]):
         self.num_bytes = num_bytes
 
 
-class Pipeline(Generic[Item, Work]):
+class Pipeline(ABC, Generic[Item, Work]):
     """Base class: iterates over prepared work, in order, one batch at a time.
 
     Use it as a context manager, which ends the producer's thread. Work stays valid until `release`
@@ -57,8 +58,16 @@ class Pipeline(Generic[Item, Work]):
     def __iter__(self) -> "Pipeline[Item, Work]":
         return self
 
+    @abstractmethod
     def __next__(self) -> Work:
-        raise NotImplementedError
+        """Return the next work. Raises StopIteration after the last one."""
+
+    def _read(self, items: Iterator[Item]) -> tuple[Item] | None:
+        """Return the next item in a tuple, or None at the end."""
+        with self._clock.host_span(DATA):
+            for item in items:
+                return (item,)
+        return None
 
     def close(self) -> None:
         """End the producer; work that was prepared but not taken is dropped."""
@@ -170,7 +179,7 @@ class ThreadedPipeline(Pipeline[Item, Work]):
             self._side.enter_thread()
             self._wait_until_asked()
             items = iter(self._producer.items)
-            while (item := self._next_item(items)) is not None:
+            while (item := self._read(items)) is not None:
                 if not self._begin(self._producer.num_bytes(item[0])):
                     return
                 handover = self._prepare(item[0])
@@ -182,12 +191,6 @@ class ThreadedPipeline(Pipeline[Item, Work]):
     def _wait_until_asked(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._state.num_asked > 0 or self._is_closed)
-
-    def _next_item(self, items: Iterator[Item]) -> tuple[Item] | None:
-        with self._clock.host_span(DATA):
-            for item in items:
-                return (item,)
-        return None
 
     def _begin(self, num_bytes: int) -> bool:
         """Wait until the next item may begin; returns False if the pipeline was closed."""
@@ -334,12 +337,10 @@ class TurnsPipeline(Pipeline[Item, Work]):
     def _read_item(self) -> tuple[Item] | None:
         """Return the next item, or None at the end; an error is queued behind the work before it."""
         try:
-            with self._clock.host_span(DATA):
-                for item in self._items:
-                    return (item,)
+            return self._read(self._items)
         except BaseException as error:
             self._finished.append(_End(error))
-        return None
+            return None
 
     def _run(self) -> None:
         """Prepare one item after the other; the body of the producer's thread."""

@@ -33,6 +33,11 @@ def _after_and_before(stream: torch.cuda.Stream) -> Iterator[None]:
         outer.wait_stream(stream)
 
 
+def gather_trace(clock: StepClock, rank: int, world: World) -> list[TraceEvent]:
+    """Return the timeline of all ranks of a world; a collective. rank: this rank, as the timeline shows it."""
+    return [event for own in world.gather(clock.trace_events(rank)) for event in own]
+
+
 def limits_of(look_ahead: int, section: OverlapSection) -> Limits:
     """Return the limits of a look-ahead. look_ahead: micro-batches."""
     num_bytes = None if section.look_ahead_mb is None else section.look_ahead_mb << 20
@@ -178,8 +183,6 @@ class Schedule(Generic[Item, Work]):
 
         others: events of ranks outside of this world.
         """
-        events = list(others)
-        for own in self._world.gather(self.clock.trace_events(self._world.rank)):
-            events += own
+        events = [*others, *gather_trace(self.clock, self._world.rank, self._world)]
         if self._world.is_main:
             write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

@@ -9,7 +9,8 @@ producer and its consumer, and no cycle of ranks can wait for each other.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic
 
 import torch
 
@@ -17,24 +18,23 @@ from engine.host.pinned_copy import TimeMark
 from engine.overlap.bridge import CREDIT, SECONDS, Arrival, Bridge
 from engine.overlap.look_ahead import Limits, LookAhead
 from engine.overlap.pipeline import Item, Pipeline, Work
-from engine.overlap.step_clock import DATA, TARGET_FORWARD, TRANSFER, WAIT, StepClock
+from engine.overlap.step_clock import TARGET_FORWARD, TRANSFER, WAIT, StepClock
 from engine.overlap.streams import Buffer, Handover, SideStream, size_of
 
-Sent = TypeVar("Sent")
 
-
+@dataclass(frozen=True)
 class _OnItsWay(Generic[Item]):
     """A batch for which a buffer waits.
 
     layout: tensors on the meta device, as they lie in the buffer.
+    arrival, seconds: its states, and the time of the target's forward.
     """
 
-    def __init__(self, item: Item, layout: Any, buffer: Buffer, arrival: Arrival, seconds: Arrival) -> None:
-        self.item = item
-        self.layout = layout
-        self.buffer = buffer
-        self.arrival = arrival
-        self.seconds = seconds
+    item: Item
+    layout: Any
+    buffer: Buffer
+    arrival: Arrival
+    seconds: Arrival
 
 
 class SplitPipeline(Pipeline[Item, Work]):
@@ -62,9 +62,9 @@ class SplitPipeline(Pipeline[Item, Work]):
         self._state = LookAhead(limits)
         self._bridge = bridge
         self._side = SideStream(device, limit=limits.num_bytes)
-        self._next: tuple[Item, Any] | None = None
+        self._next: tuple[Item] | None = None
         self._num_begun = 0
-        self._on_its_way: deque[_OnItsWay] = deque()
+        self._on_its_way: deque[_OnItsWay[Item]] = deque()
 
     def __next__(self) -> Work:
         self._state.ask()
@@ -94,32 +94,27 @@ class SplitPipeline(Pipeline[Item, Work]):
         """Send a credit for every batch that the look-ahead admits, and wait for none."""
         while self._state.num_asked > 0:
             if self._next is None:
-                self._next = self._read_item()
+                self._next = self._read(self._items)
             if self._next is None:
                 return
-            item, layout = self._next
+            (item,) = self._next
+            layout = self._layout(item)
             num_bytes = size_of(layout)
             if not self._state.may_begin(self._num_begun, num_bytes):
                 return
             self._state.begin(self._num_begun, num_bytes)
-            self._on_its_way.append(self._receive(item, layout, self._num_begun))
+            self._on_its_way.append(self._receive(item, layout, num_bytes))
             self._num_begun += 1
             self._next = None
 
-    def _read_item(self) -> tuple[Item, Any] | None:
-        with self._clock.host_span(DATA):
-            for item in self._items:
-                return item, self._layout(item)
-        return None
-
-    def _receive(self, item: Item, layout: Any, index: int) -> _OnItsWay:
-        source = self._bridge.sides.producer_of(self._bridge.rank, index)
-        num_bytes = size_of(layout)
+    def _receive(self, item: Item, layout: Any, num_bytes: int) -> _OnItsWay[Item]:
+        """Let the next batch be prepared, and begin to receive it."""
+        source = self._bridge.sides.producer_of(self._bridge.rank, self._num_begun)
         buffer = self._side.free_buffer(num_bytes)
         with self._side.current():
             arrival = self._bridge.receive_data(buffer.block(num_bytes, self._side.device), source)
         seconds = self._bridge.receive_number(source, SECONDS)
-        self._bridge.send_number(index, source, CREDIT)
+        self._bridge.send_number(self._num_begun, source, CREDIT)
         return _OnItsWay(item, layout, buffer, arrival, seconds)
 
 
@@ -149,7 +144,7 @@ def send_batches(
             sending.popleft().wait()
         buffer = buffers[number % 2]
         buffer.fill(states, device)
-        block = buffer.block(size_of(states), device)
+        block = buffer.block(size_of(states, device), device)
         sending.append(bridge.send_data(block, draft_rank))
         forwards.append((began, ended))
         bridge.send_number(_latest_s(forwards), draft_rank, SECONDS)

@@ -22,10 +22,8 @@ OPTIMIZER = "optimizer"
 PARTS = (DATA, TARGET_FORWARD, TRANSFER, WAIT, DRAFT_FORWARD, BACKWARD, OPTIMIZER)
 TARGET_PARTS = (DATA, TARGET_FORWARD, TRANSFER)
 DRAFT_PARTS = (DRAFT_FORWARD, BACKWARD, OPTIMIZER)
-
-
 HOST = torch.device("cpu")
-MOST_PENDING = 512  # spans; more are read at once, in case nobody else reads them
+MOST_PENDING = 512  # spans; beyond this number they are read, even if no log reads them
 TraceEvent = dict[str, Any]  # of the Chrome trace format
 
 
@@ -138,6 +136,11 @@ class StepClock:
         )
 
 
+def draft_seconds(seconds: Mapping[str, float]) -> float:
+    """Return the time of the draft's step. seconds: time of each part."""
+    return sum(seconds[part] for part in DRAFT_PARTS)
+
+
 def efficiency(seconds: Mapping[str, float], step_s: float) -> float:
     """Return which share of the shorter side's time is hidden behind the longer side.
 
@@ -146,6 +149,6 @@ def efficiency(seconds: Mapping[str, float], step_s: float) -> float:
     seconds: time of each part per step. step_s: time of a step.
     """
     target_s = seconds[TARGET_FORWARD]
-    draft_s = sum(seconds[part] for part in DRAFT_PARTS)
+    draft_s = draft_seconds(seconds)
     shorter_s = min(target_s, draft_s)
     return (target_s + draft_s - step_s) / shorter_s if shorter_s > 0 else 0.0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+META = torch.device("meta")
 ALIGNMENT = 256  # bytes; as PyTorch's CUDA allocator aligns tensors
 
 
@@ -31,16 +32,32 @@ def map_tensors(work: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return work
 
 
-def size_of(work: Any) -> int:
-    """Return the bytes that the tensors of `work` take in a buffer."""
+def size_of(work: Any, device: torch.device | None = None) -> int:
+    """Return the bytes that the tensors of `work` take in a buffer. device: count those on it alone; None = all."""
     sizes: list[int] = []
 
     def add(tensor: Tensor) -> Tensor:
-        sizes.append(_aligned(tensor.nbytes))
+        if device is None or tensor.device == device:
+            sizes.append(_aligned(tensor.nbytes))
         return tensor
 
     map_tensors(work, add)
     return sum(sizes)
+
+
+def _in_places(work: Any, block: Tensor, device: torch.device, use: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """Return `work` with each tensor on `device` replaced by `use(its place in the block, tensor)`."""
+    start = 0
+
+    def change(tensor: Tensor) -> Tensor:
+        nonlocal start
+        if tensor.device != device:
+            return tensor
+        place = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        start += _aligned(tensor.nbytes)
+        return use(place, tensor)
+
+    return map_tensors(work, change)
 
 
 class Buffer:
@@ -63,26 +80,8 @@ class Buffer:
         The buffer grows if it is too small, so that it no longer allocates after the largest batch.
         Other tensors are kept as they are.
         """
-        needed = 0
-
-        def count(tensor: Tensor) -> Tensor:
-            nonlocal needed
-            needed += _aligned(tensor.nbytes) if tensor.device == device else 0
-            return tensor
-
-        map_tensors(work, count)
-        block = self.block(needed, device)
-        start = 0
-
-        def copy(tensor: Tensor) -> Tensor:
-            nonlocal start
-            if tensor.device != device:
-                return tensor
-            place = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            start += _aligned(tensor.nbytes)
-            return place.copy_(tensor)
-
-        return map_tensors(work, copy)
+        block = self.block(size_of(work, device), device)
+        return _in_places(work, block, device, lambda place, tensor: place.copy_(tensor))
 
     def block(self, num_bytes: int, device: torch.device) -> Tensor:
         """Return the first `num_bytes` of the buffer, uint8; it grows if it is too small."""
@@ -97,17 +96,8 @@ class Buffer:
 
         layout: tensors of their shapes and types on the meta device, in the order of `fill`.
         """
-        block = self._block
-        start = 0
-
-        def view(tensor: Tensor) -> Tensor:
-            nonlocal start
-            assert block is not None, "nothing was received"
-            place = block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            start += _aligned(tensor.nbytes)
-            return place
-
-        return map_tensors(layout, view)
+        assert self._block is not None, "nothing was received"
+        return _in_places(layout, self._block, META, lambda place, tensor: place)
 
 
 def _aligned(num_bytes: int) -> int:
@@ -229,7 +219,7 @@ class SideStream:
         stream = self._stream
         if stream is None:
             return Handover(result)
-        buffer = self.free_buffer(size_of(result))
+        buffer = self.free_buffer(size_of(result, self._device))
         work = buffer.fill(result, self._device)
         return Handover(work, stream.record_event(), buffer)
 

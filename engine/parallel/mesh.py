@@ -21,7 +21,7 @@ class World:
     """One process of a job.
 
     rank: 0 .. size - 1 over all nodes.
-    local_rank: 0 .. local_size - 1 on this node.
+    local_rank: number of this process on its node, from 0. local_size: processes of the whole job on a node.
     shares_output: whether the ranks of all nodes see the same output folder.
     first_device: GPU of this node's rank 0; above 0 if other ranks of the job use those before it.
     """

@@ -401,16 +401,11 @@ class Planner:
         planner._costs = self._costs
         return planner
 
-    @property
-    def enough_tokens(self) -> int:
-        """Tokens per micro-batch; more do not make the products faster."""
-        return ENOUGH_TOKENS
-
     def fitting(self, size: int) -> list["JobPlan"]:
         """Return a plan with its largest micro-batch for every way to share the target over `size` ranks."""
         if not self.divides(size):
             return []
-        return [self.with_largest_micro_batch(plan) for plan in self._possible(size) if self.fits(plan)]
+        return [self.with_largest_micro_batch(plan) for plan in self.possible(size) if self.fits(plan)]
 
     def smallest(self, limit: int) -> list["JobPlan"]:
         """Return the plans for the smallest number of GPUs that suffices, the fastest first.
@@ -425,7 +420,7 @@ class Planner:
                 return sorted(fitting, key=self.tokens_per_s, reverse=True)
         return []
 
-    def _possible(self, size: int) -> list["JobPlan"]:
+    def possible(self, size: int) -> list["JobPlan"]:
         """Return a plan, fitting or not, for every way to shard the target over `size` ranks."""
         ways = Ranks.of(self.config, self.ds_config, size).shared_otherwise()
         most = MOST_RANKS_OF_A_COPY if self.may_share else 1
@@ -449,7 +444,7 @@ class Planner:
                 f"cannot be trained on at most {limit} GPUs with {GLOBAL}={self.ds_config[GLOBAL]}, "
                 "because the number of GPUs must divide it"
             )
-        best = min(self._possible(sizes[-1]), key=self.bytes_of)
+        best = min(self.possible(sizes[-1]), key=self.bytes_of)
         need = self.bytes_of(best) / 1e9
         usable = self.usable_bytes / 1e9
         why = "" if self.may_share else "; its family is not verified to give the same results when sharded"
@@ -478,7 +473,7 @@ class Planner:
             "tokens": plan.num_tokens,
             "bytes": self.bytes_by_part(plan),
             "traffic_bytes": plan.traffic(counts),
-            "seconds": plan.side_times(counts, self.gpus, self.assumed).by_part,
+            "seconds": self.times(plan).by_part,
             "tokens_per_s": self.tokens_per_s(plan),
             "fits": self.fits(plan),
         }
@@ -510,8 +505,11 @@ class Planner:
 
     def tokens_per_s(self, plan: "JobPlan") -> float:
         """Return the estimated tokens per second of all ranks together."""
-        times = plan.side_times(plan.counts(self.assumed.documents), self.gpus, self.assumed)
-        return plan.ranks.size * plan.num_tokens / times.serial_s
+        return plan.ranks.size * plan.num_tokens / self.times(plan).serial_s
+
+    def times(self, plan: "JobPlan") -> SideTimes:
+        """Return the estimated seconds of a micro-batch of a plan."""
+        return plan.side_times(plan.counts(self.assumed.documents), self.gpus, self.assumed)
 
 
 def _in_words(count: float) -> str:

@@ -7,7 +7,7 @@ from engine.config.sections import COLOCATED, SERIAL, SPLIT, OverlapSection
 from engine.overlap.bridge import Sides
 from engine.overlap.event_model import BatchCost, EventModel
 from engine.overlap.look_ahead import Limits
-from engine.planning.job import GLOBAL, MOST_RANKS_OF_A_COPY, DocumentSizes, JobPlan, Planner, Ranks, SideTimes
+from engine.planning.job import ENOUGH_TOKENS, GLOBAL, DocumentSizes, JobPlan, Planner, Ranks, SideTimes
 
 MODEL_STEPS = 24  # steps of the event model
 WARM_UP_STEPS = 8
@@ -69,46 +69,45 @@ class PlacementPlanner:
         candidates: dict[str, list[PlacedJob]] = {SERIAL: [], COLOCATED: [], SPLIT: []}
         for placement, planner in ((SERIAL, self._serial), (COLOCATED, self._colocated)):
             for plan in planner.fitting(num_ranks):
-                times = self._times(plan)
+                times = self._planner.times(plan)
                 step_s = times.serial_s if placement == SERIAL else times.colocated_s
                 candidates[placement].append(_job(placement, plan, num_ranks, 0, step_s, plan.num_tokens * num_ranks))
         candidates[SPLIT] = list(self._splits(num_ranks))
         best = [max(jobs, key=lambda job: job.tokens_per_s) for jobs in candidates.values() if jobs]
         return sorted(best, key=lambda job: job.tokens_per_s, reverse=True)
 
-    def _times(self, plan: JobPlan) -> SideTimes:
-        return plan.side_times(plan.counts(self._planner.assumed.documents), self._planner.gpus, self._planner.assumed)
-
     def _splits(self, num_ranks: int) -> Iterator[PlacedJob]:
         """Yield the best job in which some of the ranks run the target, if there is one.
 
         The number of target ranks is chosen by the longer side's time, and its step is then modelled.
         """
+        if GLOBAL in self._planner.ds_config:
+            return
         best: tuple[float, JobPlan, Sides] | None = None
-        for copy in self._copies(num_ranks):
-            for plan, sides in self._largest_splits(copy):
-                times = self._times(plan)
+        for shared in self._planner.possible(num_ranks):
+            if shared.ranks.mesh.size == num_ranks:
+                continue  # no rank would be left for the draft
+            for plan, sides in self._largest_splits(shared.ranks):
+                times = self._planner.times(plan)
                 longer_s = max(times.draft_s, times.target_s * sides.num_draft / sides.num_target)
                 tokens_per_s = plan.num_tokens * sides.num_draft / longer_s
                 if best is None or tokens_per_s > best[0]:
                     best = tokens_per_s, plan, sides
         if best is not None:
             _, plan, sides = best
-            step_s = split_step_s(sides, self._times(plan))
+            step_s = split_step_s(sides, self._planner.times(plan))
             yield _job(SPLIT, plan, num_ranks, sides.num_target, step_s, plan.num_tokens * sides.num_draft)
 
     def _largest_splits(self, copy: Ranks) -> list[tuple[JobPlan, Sides]]:
         """Return jobs with different numbers of target ranks and the largest micro-batch with which one of them fits."""
-        if GLOBAL in self._planner.ds_config:
-            return []
         size = copy.mesh.size
         max_tokens = self._planner.config.data.max_tokens
         micro_batch = 1
-        while 2 * micro_batch * max_tokens <= self._planner.enough_tokens:
+        while 2 * micro_batch * max_tokens <= ENOUGH_TOKENS:
             micro_batch *= 2
         while micro_batch:
             ranks = replace(copy, micro_batch=micro_batch)
-            times = self._times(self._planner.plan(ranks))
+            times = self._planner.times(self._planner.plan(ranks))
             ideal = round(copy.size * times.target_s / times.serial_s / size)
             around = range(ideal - TRIED_SPLITS // 2, ideal + TRIED_SPLITS // 2 + 1)
             tried = {size * min(max(count, 1), (copy.size - 1) // size) for count in around}
@@ -122,15 +121,6 @@ class PlacementPlanner:
     def _split(self, ranks: Ranks, num_target: int) -> tuple[JobPlan, Sides]:
         num_draft = ranks.size - num_target
         return self._planner.plan(ranks, num_draft), Sides(num_draft, num_target, ranks.mesh.size)
-
-    def _copies(self, num_ranks: int) -> Iterator[Ranks]:
-        """Yield the ways in which ranks can share a copy of the target that leaves ranks for the draft."""
-        one = Ranks(num_ranks, 1, 1, 1)
-        for ranks in one.shared_otherwise():
-            if ranks.mesh.size < num_ranks and ranks.mesh.size <= MOST_RANKS_OF_A_COPY:
-                plan = self._planner.plan(ranks)
-                if not plan.target.misfits and plan.is_sensible and (self._planner.may_share or ranks.mesh.size == 1):
-                    yield ranks
 
     def _fits_split(self, plan: JobPlan, sides: Sides) -> bool:
         counts = plan.counts(DocumentSizes(self._planner.config.data.max_tokens, 1.0))

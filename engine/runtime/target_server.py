@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import PackedBatch, TargetOutput
-from engine.config.ds_config import accumulation_steps, micro_batch_size
+from engine.config.ds_config import accumulation_steps
 from engine.config.sections import Config
 from engine.data.corpus import read_documents
 from engine.data.documents import Documents
 from engine.data.packed_loader import PackedLoader
 from engine.data.templates import load_tokenizer
-from engine.evaluation.acceptance import AcceptanceReport, Prompt, held_out_prompts
+from engine.evaluation.acceptance import AcceptanceReport, read_prompts
 from engine.evaluation.evaluator import AcceptanceEvaluator
 from engine.hidden_states.remote_target import PATIENCE, SourceFacts, TargetFacts
 from engine.hidden_states.sources import OnlineSource
@@ -26,6 +26,7 @@ from engine.host.telemetry import Telemetry
 from engine.models.draft_method import DraftMethod, ServedDraft
 from engine.models.method_registry import make_method
 from engine.overlap.bridge import ANSWER, Bridge
+from engine.overlap.schedule import gather_trace
 from engine.overlap.split_pipeline import send_batches
 from engine.overlap.step_clock import StepClock, TraceEvent
 from engine.parallel.mesh import World
@@ -121,23 +122,11 @@ class TargetServer:
         Raises ValueError if these ranks read other documents.
         """
         num_draft = self._bridge.sides.num_draft
-        self._loader = PackedLoader(
-            self._documents,
-            max_tokens=self._config.data.max_tokens,
-            packs_per_batch=micro_batch_size(self._ds_config, num_draft),
-            rank=0,
-            world_size=num_draft,
-            accumulation_steps=self._accumulation,
-            seed=self._config.seed,
-            epochs=self._config.epochs,
-            balance_steps=self._config.data.balance_steps,
-        )
-        if stream != self._loader.stream:
-            problem = f"rank {self._bridge.rank} reads other training data than rank 0"
-            raise ValueError(f"{problem}: {self._loader.stream}, expected {stream}. Give every node the same files")
+        self._loader = PackedLoader.of(self._documents, self._config, self._ds_config, rank=0, world_size=num_draft)
+        self._loader.check_stream(stream, self._bridge.rank)
         if position is not None:
             self._loader.load_state(position)
-        assert self._loader.num_steps >= 0  # packs the epochs
+        _ = self._loader.num_steps  # packs the epochs, which takes time
 
     def serve(self, served: Served) -> None:
         """Prepare and send this rank's share of the micro-batches of a run, after `open_data`."""
@@ -169,10 +158,7 @@ class TargetServer:
     @cached_property
     def _evaluator(self) -> AcceptanceEvaluator:
         config = self._config
-        count = config.evaluation.num_prompts
-        prompts: list[Prompt] = []
-        if count:
-            prompts = held_out_prompts(config.data.held_out, self._tokenizer, count, config.data.template_kwargs)
+        prompts = read_prompts(config, self._tokenizer)
         return AcceptanceEvaluator(
             config.evaluation, self._target, self._tokenizer, prompts, self._world, self._telemetry, config.data.max_tokens
         )
@@ -189,5 +175,4 @@ class TargetServer:
 
     def trace(self) -> list[TraceEvent]:
         """Return the timeline of all ranks of the target."""
-        rank = self._bridge.rank
-        return [event for own in self._world.gather(self._clock.trace_events(rank)) for event in own]
+        return gather_trace(self._clock, self._bridge.rank, self._world)

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.batch import DraftOutput, MicroBatch
 from engine.host.pinned_copy import TimeMark
-from engine.overlap.step_clock import DRAFT_PARTS, TARGET_FORWARD, StepClock, efficiency
+from engine.overlap.step_clock import TARGET_FORWARD, StepClock, draft_seconds, efficiency
 from engine.parallel.mesh import PendingSum, World
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.fault_watch import FaultWatch
@@ -162,6 +162,5 @@ class TrainLog:
 def _progress_line(metrics: dict[str, Any]) -> str:
     accuracy = " ".join(f"{share:.0%}" for share in metrics["accuracy_per_step"])
     parts_s = metrics["parts_s"]
-    draft_s = sum(parts_s[part] for part in DRAFT_PARTS)
-    sides = f"target {parts_s[TARGET_FORWARD]:.2g} s, draft {draft_s:.2g} s of {metrics['step_s']:.2g} s"
+    sides = f"target {parts_s[TARGET_FORWARD]:.2g} s, draft {draft_seconds(parts_s):.2g} s of {metrics['step_s']:.2g} s"
     return f"loss {metrics['loss']:.3f}  accuracy {accuracy}  {metrics['tokens_per_s']:,.0f} tokens/s  {sides}"

@@ -58,7 +58,6 @@ def make_schedule(
     """Return the schedule of a run's micro-batches. note: writes a line to the log."""
     config = training.config
     make = MicroBatchMaker(training.method, target, training.dtype, training.world.device)
-    items = micro_batches(loader, training.num_steps)
     if isinstance(target, RemoteTarget):
         return _split_schedule(training, loader, make, target, note)
 
@@ -66,7 +65,7 @@ def make_schedule(
         batch, data_state = item
         return make(batch), data_state
 
-    producer = Producer(items, prepare, _Sizes(training, make))
+    producer = Producer(micro_batches(loader, training.num_steps), prepare, _Sizes(training, make))
     side = Side(config.placement, config.look_ahead, config.replica_size)
     if isinstance(target, FrozenTarget):
         side = replace(side, groups=target.layer_groups(config.overlap.layer_groups))
@@ -92,13 +91,8 @@ def check_look_ahead(config: Config, ds_config: dict[str, Any], draft: DraftConf
     if limit_mb is None or sides.least_look_ahead == 0:
         return
     chosen = "bfloat16" if device.type == "cuda" else "float32"
-    wire = WireFormat(
-        dtype=config.overlap.transfer_dtype,
-        hidden_size=draft.target_hidden_size,
-        num_aux=len(draft.aux_layers or ()),
-        aux_dtype=getattr(torch, compute_dtype(ds_config)),
-        last_dtype=getattr(torch, chosen if config.target.dtype == "auto" else config.target.dtype),
-    )
+    last_dtype = getattr(torch, chosen if config.target.dtype == "auto" else config.target.dtype)
+    wire = _wire_format(config, draft, getattr(torch, compute_dtype(ds_config)), last_dtype)
     num_tokens = config.data.max_tokens * micro_batch_size(ds_config, sides.num_draft)
     needed_mb = -(-sides.least_look_ahead * size_of(wire.layout(num_tokens, num_tokens)) // 2**20)
     if limit_mb < needed_mb:
@@ -107,6 +101,12 @@ def check_look_ahead(config: Config, ds_config: dict[str, Any], draft: DraftConf
             f"needs up to {needed_mb} MiB; set it to {needed_mb} or more"
         )
         raise ConfigError(problem, key="overlap.look_ahead_mb", value=limit_mb)
+
+
+def _wire_format(config: Config, draft: DraftConfig, aux_dtype: torch.dtype, last_dtype: torch.dtype) -> WireFormat:
+    """Return the format of states between the sides of a job. aux_dtype, last_dtype: as in `WireFormat`."""
+    num_aux = len(draft.aux_layers or ())
+    return WireFormat(config.overlap.transfer_dtype, draft.target_hidden_size, num_aux, aux_dtype, last_dtype)
 
 
 class _Sizes:
@@ -131,13 +131,7 @@ def _split_schedule(
     """Return the schedule of a run whose target runs on other ranks, and let these begin."""
     config = training.config
     bridge = target.calls.bridge
-    wire = WireFormat(
-        dtype=config.overlap.transfer_dtype,
-        hidden_size=training.draft.target_hidden_size,
-        num_aux=len(target.aux_layers),
-        aux_dtype=training.dtype,
-        last_dtype=target.dtype,
-    )
+    wire = _wire_format(config, training.draft, training.dtype, target.dtype)
     device = training.world.device
 
     def with_rows() -> Iterator[tuple[Rows, DataState]]:
