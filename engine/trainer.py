@@ -48,6 +48,8 @@ from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.checkpoint import Checkpoints, check_finite_weights
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
+from engine.runtime.progress import Progress
+from engine.runtime.run_stop import RunStoppedError, StopAgreement
 from engine.runtime.train_log import LogSettings, TrainLog
 from engine.runtime.training_schedule import DataState, Item, Training, Work, check_look_ahead, make_schedule
 from engine.target.configuration import load_target_config
@@ -93,13 +95,22 @@ class Corpus:
 class Trainer:
     """One run of the training job on one rank."""
 
-    def __init__(self, config: Config, ds_config: dict[str, Any], world: World, bridge: Bridge | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ds_config: dict[str, Any],
+        world: World,
+        bridge: Bridge | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         """Create a run.
 
         ds_config: DeepSpeed configuration as read from its file, without computed values.
         bridge: connection to the ranks that run the target, if these are others.
+        progress: what this rank does, for the watch over the job; None = nobody watches.
         """
         self.bridge = bridge
+        self.progress = progress or Progress()
         self.config = config
         self.ds_config = ds_config
         self.world = world
@@ -115,6 +126,7 @@ class Trainer:
         """Run the whole job and return its report, the same on every rank.
 
         Raises ValueError for an invalid configuration, before any expensive work where possible.
+        Raises RunStoppedError if it was asked to stop before its last step.
         """
         self.check_output()
         position = self.world.decide(self.find_position)
@@ -307,19 +319,24 @@ class Trainer:
         """Train to the last step.
 
         Returns why documents of any rank were left out, by the index of the document.
+        Raises RunStoppedError, after a checkpoint was saved, if the run was asked to stop before.
         """
         normalise = Normaliser(zero.objective, zero.forward, self.world)
         stops = self.config.target.non_finite == "stop"
         watch_settings = WatchSettings(target.aux_layers, corpus.name_of, stops, self.world.rank)
         watch = FaultWatch(watch_settings, self.telemetry.warn)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
+        agreement = StopAgreement(self.world, self.progress, self.output_dir)
         with (
+            self.progress.training(),
             self.schedule(zero, corpus, target, span) as schedule,
             self.telemetry.progress(span.last, "steps") as progress,
             TrainLog(settings, zero, self.world, watch, schedule.clock) as log,
         ):
             progress.start_at(span.done)
+            schedule.clock.on_part = self.progress.mark
             for step in range(span.done + 1, span.last + 1):
+                self.progress.begin_step(step)
                 taken = schedule.take(step, zero.accumulation_steps)
                 micros = [micro for micro, _ in taken]
                 for micro, norms in zip(micros, normalise(micros), strict=True):
@@ -327,9 +344,13 @@ class Trainer:
                 log.end_step(step)
                 schedule.end_step()
                 progress.move_to(step, log.line)
-                if self.saves_after(step, span.last):
-                    log.flush()
-                    self.checkpoints.save(zero, self.world, step, data_state=taken[-1][1])
+                stops = agreement.end_step()
+                if stops or self.saves_after(step, span.last):
+                    with self.progress.pause():
+                        log.flush()
+                        self.checkpoints.save(zero, self.world, step, data_state=taken[-1][1])
+                if stops and step < span.last:
+                    raise RunStoppedError(step, span.last, agreement.reason())
         if self.config.overlap.traced is not None:
             events = target.calls.call("trace") if isinstance(target, RemoteTarget) else []
             schedule.write_trace(self.output_dir / TRACE, events)

@@ -19,11 +19,11 @@ from launcher.command import (
     end_process,
     join_environment,
     make_parser,
+    naming_source,
     run_plugins,
-    stop,
+    stopping_at_errors,
     with_paths,
     write_embedded_corpus,
-    wrong_options,
 )
 
 
@@ -46,36 +46,33 @@ def check_files(config: Config) -> Path:
 def main() -> None:
     arguments = make_parser(__doc__).parse_intermixed_args()
     environment = join_environment()
-    with wrong_options(arguments, environment["rank"]):
+    with stopping_at_errors(environment["rank"]), naming_source(arguments):
         config = load_config(arguments.recipe, arguments.overrides)
         store = check_files(config).absolute()
     corpus = store / "corpus"
     resolved = with_paths(config, corpus)
 
-    from engine.parallel.mesh import World
     from engine.parallel.nodes import is_shared
-    from engine.parallel.zero import connect, disconnect
+    from launcher.job import join_job
 
-    world = World(**environment)
-    connect(world, config.parallel.timeout_s, config.parallel.cpu_threads)
-    if not is_shared(store, world):
-        problem = f"target.store = {config.target.store} is not one folder on all {world.num_nodes} nodes"
-        stop(ValueError(f"{problem}; name one on a file system that they share"), world.rank)
+    job = join_job(environment, config.parallel, store)
+    world = job.world
+
     from engine.hidden_states.capture import Capture
 
-    try:
+    with job.ending_together(), naming_source(arguments):
+        if not is_shared(store, world):
+            problem = f"target.store = {config.target.store} is not one folder on all {world.num_nodes} nodes"
+            raise ValueError(f"{problem}; name one on a file system that they share")
         run_plugins(config.target.plugins)
-        with wrong_options(arguments, world.rank):
-            capture = Capture(resolved, world)
+        capture = Capture(resolved, world)
         if world.is_main:
             write_embedded_corpus(config, corpus)
         world.barrier()
         report = capture.run()
-    except (ValueError, OSError, ImportError) as error:
-        stop(error, world.rank)
-    if world.is_main:
-        capture.telemetry.note(report.summary())
-    disconnect()
+        if world.is_main:
+            capture.telemetry.note(report.summary())
+    job.leave()
 
 
 if __name__ == "__main__":

@@ -124,17 +124,26 @@ def join_environment() -> Environment:
 
 
 @contextmanager
-def wrong_options(arguments: argparse.Namespace, rank: int) -> Iterator[None]:
-    """Context manager that ends this rank with one message if a ConfigError is raised inside.
-
-    The message names the source of the value: the recipe or the command line.
-    """
+def naming_source(arguments: argparse.Namespace) -> Iterator[None]:
+    """Context manager in which a ConfigError names the source of its value: the recipe or the command line."""
     try:
         yield
     except ConfigError as error:
         if not error.source:
             on_command_line = any(override.startswith(f"{error.key}=") for override in arguments.overrides)
             error.source = COMMAND_LINE if on_command_line else arguments.recipe
+        raise
+
+
+@contextmanager
+def stopping_at_errors(rank: int) -> Iterator[None]:
+    """Context manager that ends this rank with one message if a user's error is raised inside.
+
+    Use it before the ranks have joined; afterwards `launcher.job` ends them together.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
         stop(error, rank)
 
 
@@ -288,8 +297,13 @@ def stop(error: Exception, rank: int) -> NoReturn:
     Ranks other than 0 wait first, so that rank 0 alone reports an error that ends all ranks.
     """
     command = Path(sys.argv[0]).name
-    message = hidden_in_text(str(error), *(os.environ.get(name) for name in SECRETS))
+    message = error_message(error)
     if rank == 0:
         sys.exit(f"{command}: {message}")
     time.sleep(SECONDS_FOR_RANK_0)
     sys.exit(f"{command}: rank {rank}: {message}")
+
+
+def error_message(error: Exception) -> str:
+    """Return the message of an error, without secrets."""
+    return hidden_in_text(str(error), *(os.environ.get(name) for name in SECRETS))

@@ -38,12 +38,12 @@ from engine.target.configuration import load_target_config
 from launcher.command import (
     check_inputs,
     make_parser,
+    naming_source,
     run_plugins,
-    stop,
+    stopping_at_errors,
     with_paths,
     with_store,
     write_embedded_corpus,
-    wrong_options,
 )
 
 BAR_CHARACTERS = 40
@@ -152,22 +152,19 @@ def show_histogram(title: str, bins: Sequence[Bin], number: str, telemetry: Tele
 
 def main() -> None:
     arguments = parse_arguments()
-    with wrong_options(arguments, rank=0):
+    with stopping_at_errors(rank=0), naming_source(arguments):
         config = load_config(arguments.recipe, arguments.overrides)
         if config.target.store is None:
             check_inputs(config)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, stopping_at_errors(rank=0):
         corpus = Path(folder) / "corpus"
-        try:
-            run_plugins(config.target.plugins)
-            resolved = with_paths(config, corpus)
-            if config.target.store is None:
-                write_embedded_corpus(config, corpus)
-            else:
-                resolved = with_store(resolved)
-            inspect(resolved, arguments, Telemetry(speaks=True))
-        except (ValueError, OSError, ImportError) as error:
-            stop(error, rank=0)
+        run_plugins(config.target.plugins)
+        resolved = with_paths(config, corpus)
+        if config.target.store is None:
+            write_embedded_corpus(config, corpus)
+        else:
+            resolved = with_store(resolved)
+        inspect(resolved, arguments, Telemetry(speaks=True))
 
 
 if __name__ == "__main__":

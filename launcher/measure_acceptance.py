@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,18 @@ from engine.models.target_families import check_aux_layers, num_layers, text_con
 from engine.parallel.mesh import World
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
-from launcher.command import end_process, hint_of_plugins, join_environment, method_of_run, run_plugins, stop, user_cache
+from launcher.command import (
+    end_process,
+    hint_of_plugins,
+    join_environment,
+    method_of_run,
+    run_plugins,
+    stopping_at_errors,
+    user_cache,
+)
+
+if TYPE_CHECKING:
+    from launcher.job import JoinedJob
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -195,8 +206,9 @@ def measure(
 
 def main() -> None:
     arguments = parse_arguments()
-    world = World(**join_environment()) if "RANK" in os.environ else World.alone()
-    try:
+    environment = join_environment() if "RANK" in os.environ else None
+    world = World.alone() if environment is None else World(**environment)
+    with stopping_at_errors(world.rank):
         exported = read_draft_config(arguments.draft)
         run = run_config(arguments, world.size)
         if arguments.json:
@@ -206,18 +218,18 @@ def main() -> None:
         draft_config = method.read_config(exported, arguments.draft / CONFIG)
         if not world.is_main:
             disable_progress_bar()
-        if world.size > 1:
-            from engine.parallel.zero import connect, disconnect
+    job: JoinedJob | None = None
+    if environment is not None and world.size > 1:
+        from launcher.job import join_job
 
-            connect(world, run.parallel.timeout_s, run.parallel.cpu_threads)
+        job = join_job(environment, run.parallel, arguments.draft)
+    with stopping_at_errors(world.rank) if job is None else job.ending_together():
         reports = measure(arguments, method, draft_config, run, world)
         if arguments.json and world.is_main:
             content = {name: report.to_dict() for name, report in reports.items()}
             write_json(arguments.json, content)
-    except (ValueError, OSError, ImportError) as error:
-        stop(error, world.rank)
-    if world.size > 1:
-        disconnect()
+    if job is not None:
+        job.leave()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,15 @@ from engine.weights.quantised_checkpoint import (
     check_quantisation,
     forget_quantisation,
 )
-from launcher.command import check_target, make_parser, run_plugins, shipped_ds_config, stop, with_paths, wrong_options
+from launcher.command import (
+    check_target,
+    make_parser,
+    naming_source,
+    run_plugins,
+    shipped_ds_config,
+    stopping_at_errors,
+    with_paths,
+)
 
 TARGET, DRAFT = "target_share_of_peak", "draft_share_of_peak"  # keys of --measured
 SHOWN = 5
@@ -292,7 +300,7 @@ def show_advice(planner: Planner, plan: JobPlan, arguments: argparse.Namespace, 
 
 def main() -> None:
     arguments = parse_arguments()
-    with wrong_options(arguments, rank=0):
+    with stopping_at_errors(rank=0), naming_source(arguments):
         config = load_config(arguments.recipe, arguments.overrides)
         check_target(config)
         if config.target.store is not None:
@@ -300,15 +308,13 @@ def main() -> None:
             raise ConfigError(problem, key="target.store", value=config.target.store)
         ds_config = None if arguments.ds_config is None else load_ds_config(arguments.ds_config)
     telemetry = Telemetry(speaks=True)
-    try:
+    with stopping_at_errors(rank=0):
         run_plugins(config.target.plugins)
         planner = make_planner(with_paths(config, Path(config.output_dir)), ds_config, arguments)
         planner, found = find_plans(planner, arguments)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(arguments.json, planner.facts(found[0]))
-    except (ConfigError, ValueError, OSError, ImportError) as error:
-        stop(error, rank=0)
     telemetry.note(planner.target_line(), style="bold")
     if config.overlap.placement == SPLIT:
         telemetry.note(

@@ -26,7 +26,7 @@ from engine.config.sections import Config, ConfigError
 from engine.conversations.prepare import HELD_OUT, TRAIN, prepare
 from engine.conversations.published_sets import SOURCES
 from engine.host.telemetry import SECONDS_BETWEEN_LINES, ProgressBar, Telemetry
-from launcher.command import make_parser, stop, wrong_options
+from launcher.command import make_parser, naming_source, stopping_at_errors
 
 
 class OpenEnd:
@@ -83,13 +83,11 @@ def main() -> None:
     if arguments.sources:
         telemetry.console.print(named_sets())
         return
-    with wrong_options(arguments, rank=0):
+    with stopping_at_errors(rank=0), naming_source(arguments):
         config = load_config(arguments.recipe, arguments.overrides)
         check_sources(config)
-    try:
+    with stopping_at_errors(rank=0):
         report = prepare(config, partial(bar_over, telemetry))
-    except (ValueError, OSError) as error:
-        stop(error, rank=0)
     telemetry.console.print(report.table())
     for line in report.lines():
         telemetry.note(line)

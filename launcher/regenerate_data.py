@@ -18,7 +18,7 @@ from engine.config.recipe import load_config
 from engine.config.sections import Config, ConfigError, RegenerateSection
 from engine.conversations.regenerate import Regeneration, partial_of
 from engine.host.telemetry import Telemetry
-from launcher.command import make_parser, stop, wrong_options
+from launcher.command import make_parser, naming_source, stopping_at_errors
 
 
 def check_inputs(section: RegenerateSection) -> None:
@@ -71,17 +71,15 @@ def check_servers(section: RegenerateSection) -> None:
 
 def run(config: Config) -> None:
     telemetry = Telemetry(speaks=True)
-    try:
-        api_key = os.environ.get("OPENAI_API_KEY") or "none"
+    api_key = os.environ.get("OPENAI_API_KEY") or "none"
+    with stopping_at_errors(rank=0):
         report = Regeneration(config.regenerate, config.data, telemetry, api_key).run()
-    except (ValueError, OSError) as error:
-        stop(error, rank=0)
     telemetry.note(report.summary())
 
 
 def main() -> None:
     arguments = make_parser(__doc__, ("regenerate", "data")).parse_intermixed_args()
-    with wrong_options(arguments, rank=0):
+    with stopping_at_errors(rank=0), naming_source(arguments):
         config = load_config(arguments.recipe, arguments.overrides)
         check_inputs(config.regenerate)
         check_output(config.regenerate)

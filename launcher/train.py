@@ -7,11 +7,9 @@ folder, and loads no target.
 """
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -25,18 +23,15 @@ from launcher.command import (
     end_process,
     join_environment,
     make_parser,
+    naming_source,
     order_launches,
     run_plugins,
     shipped_ds_config,
-    stop,
+    stopping_at_errors,
     with_paths,
     with_store,
     write_embedded_corpus,
-    wrong_options,
 )
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,7 +76,7 @@ def sides_of(config: Config, num_ranks: int) -> tuple[int, int] | None:
 def main() -> None:
     arguments = parse_arguments()
     environment = join_environment()
-    with wrong_options(arguments, environment["rank"]):
+    with stopping_at_errors(environment["rank"]), naming_source(arguments):
         config = load_config(arguments.recipe, arguments.overrides)
         ds_config = load_ds_config(arguments.ds_config)
         sides = sides_of(config, environment["size"])
@@ -90,62 +85,43 @@ def main() -> None:
         if config.overlap.priority == "draft" and compute_dtype(ds_config) == "float16":
             problem = "is not possible in fp16, whose check for overflow DeepSpeed runs on the default stream; use bf16"
             raise ConfigError(problem, key="overlap.priority", value="draft")
-    corpus = Path(config.output_dir).absolute() / "corpus"
+    output_dir = Path(config.output_dir).absolute()
+    corpus = output_dir / "corpus"
     resolved = with_paths(config, corpus)
-    try:
+    with stopping_at_errors(environment["rank"]):
         resolved = with_store(resolved)
-    except ValueError as error:
-        stop(error, environment["rank"])
     order_launches(config)
 
+    from engine.overlap.bridge import Sides
     from engine.overlap.placement import check_colocated
     from engine.parallel.mesh import World
+    from launcher.job import join_job
 
-    whole = World(**environment)
-    with wrong_options(arguments, whole.rank):
-        check_colocated(config.placement, config.replica_size, whole.device)
+    with stopping_at_errors(environment["rank"]), naming_source(arguments):
+        check_colocated(config.placement, config.replica_size, World(**environment).device)
+    job = join_job(environment, config.parallel, output_dir, None if sides is None else Sides(*sides, config.replica_size))
 
-    from engine.overlap.bridge import Bridge, OtherSideError, Sides, join_sides
-    from engine.parallel.zero import connect, disconnect
-
-    def join(own: World, store: "Store | None" = None) -> None:
-        # DeepSpeed reads these; with a store they are those of one side.
-        os.environ.update(RANK=str(own.rank), WORLD_SIZE=str(own.size))
-        connect(own, config.parallel.timeout_s, config.parallel.cpu_threads, store)
-
-    world = whole
-    bridge: Bridge | None = None
-    if sides is None:
-        join(world)
-    else:
-        world, bridge = join_sides(whole, Sides(*sides, config.replica_size), config.parallel.timeout_s, join)
     from engine.parallel.nodes import is_shared
     from engine.runtime.target_server import TargetServer
     from engine.trainer import Trainer
 
-    report = None
-    try:
+    with job.ending_together(), naming_source(arguments):
         run_plugins(config.target.plugins)
-        if bridge is not None and bridge.sides.is_target(whole.rank):
-            bridge.barrier()
-            TargetServer(resolved, ds_config, world, bridge).run()
+        if job.bridge is not None and job.is_target:
+            job.wait_for_other_side()
+            TargetServer(resolved, ds_config, job.world, job.bridge).run()
         else:
-            world = replace(world, shares_output=is_shared(Path(config.output_dir).absolute(), world))
-            with wrong_options(arguments, world.rank):
-                trainer = Trainer(resolved, ds_config, world, bridge)
+            world = replace(job.world, shares_output=is_shared(output_dir, job.world))
+            trainer = Trainer(resolved, ds_config, world, job.bridge, job.watch.progress)
             if world.writes_output:
                 write_embedded_corpus(config, corpus)
             world.barrier()
-            if bridge is not None:
-                bridge.barrier()
+            job.wait_for_other_side()
             report = trainer.run()
             if world.is_main:
                 report.save()
-    except (ValueError, OSError, ImportError, OtherSideError) as error:
-        stop(error, whole.rank)
-    if report is not None and world.is_main:
-        report.show(trainer.telemetry.console, config.target.plugins, config.draft.method in DRAFT_METHODS)
-    disconnect()
+                report.show(trainer.telemetry.console, config.target.plugins, config.draft.method in DRAFT_METHODS)
+    job.leave()
 
 
 if __name__ == "__main__":

@@ -244,6 +244,13 @@ class ParallelSection:
         "allow sharing a target of a family for which sharing was not shown to give the same results (docs/targets.md)",
     )
     timeout_s: int = option(1800, "time after which a stuck collective ends the job", unit="s", at_least=1)
+    hang_s: int = option(
+        20,
+        "time without progress in a training step after which the job ends and names the rank that the others wait for; at "
+        "least 10 times the longest part of the steps so far; 0 = no limit",
+        unit="s",
+        at_least=0,
+    )
     cpu_threads: int = option(
         0, "compute threads per rank on a CPU; 0 = cores divided evenly among the local ranks", unit="threads", at_least=0
     )

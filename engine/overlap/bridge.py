@@ -254,13 +254,17 @@ def own_world(whole: World, sides: Sides) -> World:
 
 
 def join_sides(
-    whole: World, sides: Sides, timeout_s: int, connect: Callable[[World, distributed.Store], None]
+    whole: World,
+    sides: Sides,
+    timeout_s: int,
+    store: distributed.Store,
+    connect: Callable[[World, distributed.Store], None],
 ) -> tuple[World, Bridge]:
     """Give each side a world of its own, and connect them; a collective of all ranks of the job.
 
-    whole: all ranks of the job. connect: joins the default process group of a world through a store.
+    whole: all ranks of the job. store: in which they find each other.
+    connect: joins the default process group of a world through a store.
     """
-    store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     side = "target" if sides.is_target(whole.rank) else "draft"
     own = own_world(whole, sides)
     connect(own, distributed.PrefixStore(side, store))

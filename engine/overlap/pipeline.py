@@ -19,6 +19,8 @@ from engine.overlap.step_clock import DATA, DRAFT_PARTS, TARGET_FORWARD, TRANSFE
 from engine.overlap.streams import Handover, SideStream
 from engine.overlap.thread_turns import Turns, TurnsEnded
 
+PRODUCER_THREAD = "overlap-producer"
+
 Item = TypeVar("Item")
 Work = TypeVar("Work")
 
@@ -138,7 +140,7 @@ class ThreadedPipeline(Pipeline[Item, Work]):
         self._finished: deque[Handover | _End] = deque()
         self._num_begun = 0
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="overlap-producer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=PRODUCER_THREAD, daemon=True)
         self._thread.start()
 
     def set_limits(self, limits: Limits) -> None:
@@ -258,7 +260,7 @@ class TurnsPipeline(Pipeline[Item, Work]):
         self._current: tuple[Item] | None = None
         self._began: TimeMark | None = None
         self._finished: deque[Handover | _End] = deque()
-        self._thread = threading.Thread(target=self._run, name="overlap-producer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=PRODUCER_THREAD, daemon=True)
         self._thread.start()
 
     def set_limits(self, limits: Limits) -> None:

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,8 @@ class StepClock:
 
     On a GPU the times are those of the device, taken with events on the stream that a part runs on.
     They are read after the device has passed them, so that no measurement makes the host wait.
+
+    on_part: is called when a part begins, with its name, and when a part ends, with "".
     """
 
     def __init__(self, device: torch.device, trace_steps: tuple[int, int] | None = None) -> None:
@@ -59,6 +61,7 @@ class StepClock:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._traced: list[TraceEvent] = []
         self.step = 0
+        self.on_part: Callable[[str], None] = lambda part: None
 
     def mark(self) -> TimeMark:
         """Return a mark at this place of the current stream, or of the process on a CPU."""
@@ -75,6 +78,7 @@ class StepClock:
     @contextmanager
     def span(self, part: str, batch: int | None = None) -> Iterator[None]:
         """Context manager that adds the time of its body to a part."""
+        self.on_part(part)
         began = self.mark()
         yield
         self.add(part, began, batch)
@@ -82,11 +86,13 @@ class StepClock:
     @contextmanager
     def host_span(self, part: str) -> Iterator[None]:
         """Context manager that adds the time of its body on the host to a part."""
+        self.on_part(part)
         began = TimeMark(HOST)
         yield
         self._append(_Span(part, self.step, None, began, TimeMark(HOST)))
 
     def _append(self, span: _Span) -> None:
+        self.on_part("")
         self._pending.append(span)
         if len(self._pending) > MOST_PENDING:
             self._read()
