@@ -1,6 +1,7 @@
 """The ranks of a job: how a command joins them, and how all of them end if one fails."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from engine.runtime.stacks import is_of_collective
 from launcher.command import Environment, error_message, stop
 
 STACKS = "stacks"  # folder of the stacks of a hung job
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm sends the last one ahead of a time limit, if asked to
 SECONDS_FOR_CAUSE = 5.0  # in which the watch ends a rank that has failed because of another one
 
 
@@ -101,8 +103,20 @@ def join_job(environment: Environment, parallel: ParallelSection, folder: Path, 
     whole = World(**environment)
     timeout_s = parallel.timeout_s
     store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
-    job = Job(whole.rank, whole.size, whole.local_rank, Path(sys.argv[0]).name, os.environ["MASTER_ADDR"], folder / STACKS)
-    watch = open_watch(job, Progress(parallel.hang_s), store, timeout_s)
+    job = Job(
+        rank=whole.rank,
+        size=whole.size,
+        local_rank=whole.local_rank,
+        command=Path(sys.argv[0]).name,
+        host=os.environ["MASTER_ADDR"],
+        stacks_folder=folder / STACKS,
+        role="" if sides is None else sides.role_of(whole.rank),
+    )
+    # A rank that runs the target for others is idle whenever these do something else, which is no hang.
+    is_target = sides is not None and sides.is_target(whole.rank)
+    progress = Progress(0 if is_target else parallel.hang_s)
+    watch = open_watch(job, progress, store, timeout_s)
+    watch.take_signals(STOP_SIGNALS)
     watch.start()
 
     def join(own: World, own_store: distributed.Store) -> None:

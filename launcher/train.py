@@ -109,7 +109,7 @@ def main() -> None:
         run_plugins(config.target.plugins)
         if job.bridge is not None and job.is_target:
             job.wait_for_other_side()
-            TargetServer(resolved, ds_config, job.world, job.bridge).run()
+            TargetServer(resolved, ds_config, job.world, job.bridge, job.watch.progress).run()
         else:
             world = replace(job.world, shares_output=is_shared(output_dir, job.world))
             trainer = Trainer(resolved, ds_config, world, job.bridge, job.watch.progress)

@@ -51,6 +51,11 @@ class Sides:
         """Return the first rank of the side to which `rank` belongs."""
         return self.num_draft if self.is_target(rank) else 0
 
+    def role_of(self, rank: int) -> str:
+        """Return the side of a rank and its number there, such as "target rank 0"."""
+        side = "target" if self.is_target(rank) else "draft"
+        return f"{side} rank {rank - self.first_of(rank)}"
+
     def size_of(self, rank: int) -> int:
         """Return the number of ranks of the side to which `rank` belongs."""
         return self.num_target if self.is_target(rank) else self.num_draft
@@ -193,8 +198,7 @@ class Bridge:
         tag: int,
         patience: timedelta | None = None,
     ) -> "Arrival":
-        side = "target" if self.sides.is_target(other) else "draft"
-        name = f"rank {other} ({side} rank {other - self.sides.first_of(other)})"
+        name = f"rank {other} ({self.sides.role_of(other)})"
         try:
             work = operation([message], other, tag)
         except RuntimeError as error:

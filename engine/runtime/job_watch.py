@@ -46,6 +46,7 @@ class Job:
 
     rank, size, local_rank: of this process, in the whole job. command: name of the command, for messages.
     host: address of rank 0. stacks_folder: where stacks are written if a rank hangs.
+    role: of this rank, such as "target rank 0", if not all ranks do the same.
     """
 
     rank: int
@@ -54,23 +55,29 @@ class Job:
     command: str
     host: str
     stacks_folder: Path
+    role: str = ""
 
 
 @dataclass(frozen=True)
 class ProcessName:
-    """A process of a job, by which others name it and can end it. created_s: time at which it was started."""
+    """A process of a job, by which others name it and can end it.
+
+    created_s: time at which it was started. role: of its rank, such as "target rank 0", or "".
+    """
 
     host: str
     pid: int
     created_s: float
+    role: str
 
     @classmethod
-    def own(cls) -> "ProcessName":
+    def own(cls, role: str) -> "ProcessName":
         """Return the name of this process."""
-        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time(), role)
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        process = f"process {self.pid} on {self.host}"
+        return f"{self.role}, {process}" if self.role else process
 
     def kill(self) -> None:
         """End the process if it runs on this machine; a stopped one does not end by itself."""
@@ -241,7 +248,7 @@ class RankWatch(JobWatch):
             raise ValueError(f"{problem}. Allow connections on all ports between the nodes of the job") from error
         self._main = Connection(link)
         self._main_has_left = False
-        self._main.send(token=token, rank=job.rank, process=vars(ProcessName.own()))
+        self._main.send(token=token, rank=job.rank, process=vars(ProcessName.own(job.role)))
         self._selector.register(link, selectors.EVENT_READ, self._hear)
 
     def fail(self, text: str, code: int = ENDED) -> None:
@@ -315,7 +322,7 @@ class MainWatch(JobWatch):
         if store is not None:
             self._listener = socket.create_server(("", 0), backlog=job.size)
             self._token = secrets.token_hex(16)
-            address = [job.host, self._listener.getsockname()[1], self._token, vars(ProcessName.own())]
+            address = [job.host, self._listener.getsockname()[1], self._token, vars(ProcessName.own(job.role))]
             store.set(KEY, json.dumps(address))
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 

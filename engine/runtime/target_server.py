@@ -30,6 +30,7 @@ from engine.overlap.schedule import gather_trace
 from engine.overlap.split_pipeline import send_batches
 from engine.overlap.step_clock import StepClock, TraceEvent
 from engine.parallel.mesh import World
+from engine.runtime.progress import Progress
 from engine.target.frozen import FrozenTarget
 from engine.target.head import TargetHead
 from engine.weights.quantised_checkpoint import check_fp8_activations
@@ -53,8 +54,15 @@ class TargetServer:
     A public method is a call. All ranks of the target execute every call; the first one answers.
     """
 
-    def __init__(self, config: Config, ds_config: dict[str, Any], world: World, bridge: Bridge) -> None:
-        """world: the ranks of the target. ds_config: DeepSpeed's configuration, for the sizes of batches."""
+    def __init__(
+        self, config: Config, ds_config: dict[str, Any], world: World, bridge: Bridge, progress: Progress | None = None
+    ) -> None:
+        """Create a server.
+
+        world: the ranks of the target. ds_config: DeepSpeed's configuration, for the sizes of batches.
+        progress: what this rank does, for the watch over the job; None = nobody watches.
+        """
+        self._progress = progress or Progress()
         self._config = config
         self._ds_config = ds_config
         self._world = world
@@ -135,8 +143,10 @@ class TargetServer:
             slots_N = self._method.slots(self._method.allowed_rows(batch))
             return served.wire.write(self._target(batch, slots_N))
 
-        send_batches(self._batches(served), states, self._bridge, self._clock, self._world.device)
-        self._target.join_other_forwards()
+        self._clock.on_part = self._progress.mark
+        with self._progress.training():
+            send_batches(self._batches(served), states, self._bridge, self._clock, self._world.device)
+            self._target.join_other_forwards()
 
     def _batches(self, served: Served) -> Iterator[tuple[int, int, PackedBatch]]:
         """Yield draft rank, index and documents of each micro-batch that this rank prepares."""
@@ -144,6 +154,7 @@ class TargetServer:
         for draft_rank, index in own:
             step = index // self._accumulation
             self._clock.step = served.first_step + step
+            self._progress.begin_step(self._clock.step)
             yield draft_rank, index, self._loader.micro_batch(step, index % self._accumulation, draft_rank)
 
     @property

@@ -1,11 +1,15 @@
 """A rank that fails, is killed, stops or hangs ends the whole job soon, and is named; run through the real launcher."""
 
+import subprocess
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.distributed import launch
-from tests.test_trainer import arguments
+from engine.runtime.run_stop import EXIT_CODE
+from tests.distributed import ROOT, launch
+from tests.test_trainer import DEEPSPEED, ENVIRONMENT, arguments, metrics, run
 
 STEP = 6
 SOON_S = 30
@@ -69,3 +73,55 @@ def test_a_fault_on_any_rank_ends_the_job_and_is_named_once(name, tmp_path, tiny
         assert "sleep" in ended.stderr and len(list(stacks.iterdir())) == 3
     else:
         assert not stacks.exists()
+
+
+SIGNAL = "os.kill(os.getpid(), signal.SIGTERM)"
+FILE = "Path({stop!r}).touch()"
+
+
+@pytest.mark.parametrize("how", ["signal on rank 1", "file"])
+def test_a_run_that_is_asked_to_stop_is_saved_and_continues_as_if_it_had_not_stopped(how, tmp_path, tiny_target, tiny_corpus):
+    folder = tmp_path / "run"
+    whole = tmp_path / "whole"
+    plugin = tmp_path / "stopping.py"
+    fault = SIGNAL if how == "signal on rank 1" else FILE.format(stop=str(folder / "STOP"))
+    plugin.write_text(FAULTY.format(step=3, rank=1, began=str(tmp_path / "began"), fault=f"{fault}; time.sleep(1.2)"))
+    options = ["epochs=2", "parallel.hang_s=20"]
+    stopped = launch([*arguments(folder, tiny_target, tiny_corpus), *options, f"target.plugins=[{plugin}]"], ranks=2)
+    assert stopped.returncode == EXIT_CODE, stopped.stderr
+    assert "which is saved" in stopped.stdout and stopped.stderr.count("train.py") == 0
+    num_steps = len(metrics(folder))
+    assert 3 <= num_steps <= 5 and not (folder / "STOP").exists() and not (folder / "draft").exists()
+    run([*arguments(folder, tiny_target, tiny_corpus), *options, "checkpoint.resume=true"], ranks=2)
+    run([*arguments(whole, tiny_target, tiny_corpus), *options], ranks=2)
+    assert metrics(folder) == metrics(whole)
+    weights = [(path / "draft" / "model.safetensors").read_bytes() for path in (folder, whole)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("killed", ["runner", "launcher"])
+def test_ranks_do_not_outlive_their_launcher(killed, tmp_path, tiny_target, tiny_corpus):
+    """Killed with SIGKILL, of which no launcher can tell its ranks."""
+    shared_memory = set(Path("/dev/shm").iterdir())
+    command = [*DEEPSPEED, *arguments(tmp_path, tiny_target, tiny_corpus), "epochs=50"]
+    runner = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline_s = time.monotonic() + 120
+        while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+            assert time.monotonic() < deadline_s and runner.poll() is None
+            time.sleep(0.1)
+        family = psutil.Process(runner.pid).children(recursive=True)
+        launcher = next(process for process in family if "deepspeed.launcher.launch" in process.cmdline())
+        ranks = [process for process in family if "launcher/train.py" in " ".join(process.cmdline()[:3])]
+        assert len(ranks) == 2
+        victim = psutil.Process(runner.pid) if killed == "runner" else launcher
+        victim.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=SOON_S)
+        assert not alive
+    finally:
+        for process in psutil.Process(runner.pid).children(recursive=True) if runner.poll() is None else ():
+            process.kill()
+        runner.kill()
+        runner.wait()
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+    assert (tmp_path / "checkpoints" / "latest").exists(), "the run stopped as it does after a signal"

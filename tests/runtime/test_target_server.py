@@ -20,7 +20,7 @@ def send_batches(batches, prepare, *others):
 
     def prepare_some(batch):
         prepared.append(batch)
-        if len(prepared) > 2:
+        if len(prepared) > 5:
             {end}
         return prepare(batch)
 
@@ -92,17 +92,20 @@ def test_a_shared_target_on_ranks_of_its_own_teaches_the_same_and_a_run_resumes_
 
 @pytest.mark.parametrize(
     ("end", "expected"),
-    [("os.kill(os.getpid(), signal.SIGKILL)", "has ended"), ("time.sleep(20)", "did not answer for 10 s")],
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 (target rank 0, process"),
+        ("time.sleep(1000)", "the job waits for rank 1 (step 6"),
+    ],
     ids=["killed", "hanging"],
 )
 def test_a_target_rank_that_ends_or_hangs_ends_the_job_and_is_named(end, expected, tmp_path, tiny_target, tiny_corpus):
     (tmp_path / "dying.py").write_text(DYING.format(end=end))
     options = [f"target.plugins=[{tmp_path / 'dying.py'}]", "overlap.placement=split", "overlap.target_ranks=1"]
-    options.append("parallel.timeout_s=10")
+    options.append("parallel.hang_s=3")
     began = time.monotonic()
     ended = launch(arguments(tmp_path / "run", tiny_target, tiny_corpus, *options), ranks=2)
-    assert ended.returncode != 0 and time.monotonic() - began < 90, "start included; the launcher of the test waits 20 s"
-    assert "rank 1 (target rank 0)" in ended.stderr and expected in ended.stderr
+    assert ended.returncode != 0 and time.monotonic() - began < 60, "start included"
+    assert expected in ended.stderr, ended.stderr
 
 
 def test_memory_that_would_stop_a_copy_of_the_target_is_refused(tmp_path, tiny_target, tiny_corpus):
