@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import MicroBatch, PackedBatch
-from engine.config.ds_config import compute_dtype, resolve_ds_config, stage_advice
+from engine.config.ds_config import compute_dtype, ds_kept_on_resume, resolve_ds_config, stage_advice
 from engine.config.recipe import dump_config
 from engine.config.secret_values import without_secrets
 from engine.config.sections import CHECKPOINTS, DRAFT, Config
@@ -46,7 +46,7 @@ from engine.overlap.schedule import Schedule
 from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
-from engine.runtime.checkpoint import Checkpoints, check_finite_weights
+from engine.runtime.checkpoint import Checkpoint, Checkpoints, CheckpointWriter, check_finite_weights
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
 from engine.runtime.progress import Progress
 from engine.runtime.run_stop import RunStoppedError, StopAgreement
@@ -68,12 +68,17 @@ class RunSpan:
     """Optimizer steps of a run.
 
     done: those that an earlier run has taken. last: number of the last step.
-    data_state: position of the data after the steps that are done; None = the beginning.
+    checkpoint: from which it resumes; None = it begins.
     """
 
     done: int
     last: int
-    data_state: DataState | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def data_state(self) -> DataState | None:
+        """Position of the data after the steps that are done; None = the beginning."""
+        return None if self.checkpoint is None else self.checkpoint.data_state
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,9 @@ class Trainer:
         self.world = world
         self.method: DraftMethod = make_method(config)
         self.output_dir = Path(config.output_dir)
-        kept = config.kept_on_resume | {"zero_optimization.stage": ds_config.get("zero_optimization", {}).get("stage", 0)}
+        kept = config.kept_on_resume | ds_kept_on_resume(ds_config)
         self.checkpoints = Checkpoints(self.output_dir / CHECKPOINTS, config.checkpoint.keep, kept)
+        self.unlogged: list[Any] = []  # metrics of every rank that a resumed run has yet to log
         self.telemetry = Telemetry(speaks=world.is_main)
         if not world.is_main:
             disable_progress_bar()
@@ -129,7 +135,7 @@ class Trainer:
         Raises RunStoppedError if it was asked to stop before its last step.
         """
         self.check_output()
-        position = self.world.decide(self.find_position)
+        checkpoint = self.world.decide(self.find_checkpoint)
         torch.manual_seed(self.config.seed)
         make_loss(self.config.loss)  # Raises here if no plugin has registered the kind.
         section = self.config.target
@@ -138,8 +144,8 @@ class Trainer:
         check_fp8_activations(target_config, section)
         source = self.open_source(tokenizer)
         self.checkpoints = replace(self.checkpoints, target_identity=source.target_identity)
-        if position is not None:
-            unknown = self.world.decide(self.checkpoints.check_target)
+        if checkpoint is not None:
+            unknown = checkpoint.check_target(source.target_identity)
             if unknown is not None:
                 self.telemetry.note(f"  {unknown}")
         draft_config = self.method.derive_config(target_config, source.aux_layers, source.trained_with)
@@ -148,7 +154,7 @@ class Trainer:
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
             corpus = self.read_corpus(source, tokenizer, draft_config)
-            span = self.resume(corpus.loader, position)
+            span = self.resume(corpus.loader, checkpoint)
             prompts = self.read_prompts(tokenizer, draft_config.vocab_size) if source.can_decode else []
         with self.telemetry.stage("Loading the target"):
             assert draft_config.aux_layers is not None  # `derive_config` fills them in
@@ -216,15 +222,22 @@ class Trainer:
             )
         self.telemetry.note("Output folder: not shared; rank 0 writes the run's record, and every node the exported draft")
 
-    def find_position(self) -> tuple[int, dict[str, Any]] | None:
-        """Return the step and data state to resume from, or None.
+    def find_checkpoint(self) -> Checkpoint | None:
+        """Return the checkpoint to resume from, or None.
 
-        Raises ValueError as `Checkpoints.find` and `Checkpoints.check_end` do.
+        Raises ValueError if there is none that this run can continue.
         """
-        position = self.checkpoints.find() if self.config.checkpoint.resume else None
-        if position is not None:
-            self.checkpoints.check_end(position[0], self.config.max_steps)
-        return position
+        resume = self.config.checkpoint.resume
+        if resume is False:
+            return None
+        checkpoint = self.checkpoints.find(lambda problem: self.telemetry.warn(f"  {problem}"))
+        if checkpoint is not None:
+            checkpoint.check_options(self.checkpoints.options)
+            checkpoint.check_end(self.config.max_steps)
+        elif resume is True:
+            problem = f"checkpoint.resume=true, and {self.checkpoints.folder} holds no complete checkpoint"
+            raise ValueError(f"{problem}. Use checkpoint.resume=auto to begin a new run in this case")
+        return checkpoint
 
     def read_corpus(self, source: HiddenStateSource, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
         documents = source.documents()
@@ -257,24 +270,23 @@ class Trainer:
         check_prompts(prompts, vocab_size)
         return prompts
 
-    def resume(self, loader: PackedLoader, position: tuple[int, dict[str, Any]] | None) -> RunSpan:
+    def resume(self, loader: PackedLoader, checkpoint: Checkpoint | None) -> RunSpan:
         """Move the loader to a checkpoint's position and return the optimizer steps of this run.
 
         Raises ValueError if this run would end before that position.
         """
-        if position is None:
-            step = 0
-        else:
-            step, data_state = position
-            loader.load_state(data_state)
+        step = 0
+        if checkpoint is not None:
+            step = checkpoint.step
+            loader.load_state(checkpoint.data_state)
         end = step + loader.num_steps
-        if end < step:
-            self.checkpoints.refuse_end(step, f"epochs={self.config.epochs}", "epochs")
+        if checkpoint is not None and end < step:
+            checkpoint.refuse_end(f"epochs={self.config.epochs}", "epochs")
         last = end if self.config.max_steps is None else min(end, self.config.max_steps)
-        if position is not None and step == last:
+        if checkpoint is not None and step == last:
             longer = "raise max_steps or epochs to train longer"
             self.telemetry.note(f"  the checkpoint of step {step} is the end of this run: no step is left to train; {longer}")
-        return RunSpan(step, last, None if position is None else position[1])
+        return RunSpan(step, last, checkpoint)
 
     def choose_kernels(self, draft_config: DraftConfig) -> Kernels:
         loss_pass = LossPass(gradient_dtype=getattr(torch, self.config.loss.gradient_dtype))
@@ -298,15 +310,16 @@ class Trainer:
             hidden_size=draft.config.hidden_size,
         )
         objective = self.method.make_objective(target, corpus.vocab_map)
-        reshaped = span.done > 0 and self.checkpoints.reshape(draft, self.world)
+        checkpoint = span.checkpoint
+        reshaped = checkpoint is not None and checkpoint.reshape(draft, self.world)
         num_weights = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
         zero: TrainedDraft = ZeroDraft(draft, objective, resolved, universal=reshaped)
         self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {span.last} steps")
         advice = stage_advice(self.ds_config, num_weights)
         if advice is not None:
             self.telemetry.note(f"  {advice}")
-        if span.done:
-            self.checkpoints.load(zero, self.world)
+        if checkpoint is not None:
+            self.unlogged = checkpoint.load(zero, self.world)
             how = ", written by another number of ranks" if reshaped else ""
             self.telemetry.note(f"  resumed after step {span.done}{how}")
         if self.world.is_main:
@@ -327,6 +340,7 @@ class Trainer:
         watch = FaultWatch(watch_settings, self.telemetry.warn)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
         agreement = StopAgreement(self.world, self.progress, self.output_dir)
+        writer = CheckpointWriter(self.checkpoints, zero, self.world, self.telemetry.warn)
         with (
             self.progress.training(),
             self.schedule(zero, corpus, target, span) as schedule,
@@ -334,6 +348,7 @@ class Trainer:
             TrainLog(settings, zero, self.world, watch, schedule.clock) as log,
         ):
             progress.start_at(span.done)
+            log.restore(self.unlogged)
             schedule.clock.on_part = self.progress.mark
             for step in range(span.done + 1, span.last + 1):
                 self.progress.begin_step(step)
@@ -348,9 +363,10 @@ class Trainer:
                 if stops or self.saves_after(step, span.last):
                     with self.progress.pause():
                         log.flush()
-                        self.checkpoints.save(zero, self.world, step, data_state=taken[-1][1])
+                        writer.save(step, data_state=taken[-1][1], metrics=log.state())
                 if stops and step < span.last:
-                    raise RunStoppedError(step, span.last, agreement.reason())
+                    self.stop_after(step, span.last, agreement, writer)
+            writer.finish()
         if self.config.overlap.traced is not None:
             events = target.calls.call("trace") if isinstance(target, RemoteTarget) else []
             schedule.write_trace(self.output_dir / TRACE, events)
@@ -358,6 +374,13 @@ class Trainer:
         for own in self.world.gather(watch.left_out):
             left_out |= own
         return dict(sorted(left_out.items()))
+
+    def stop_after(self, step: int, last: int, agreement: StopAgreement, writer: CheckpointWriter) -> NoReturn:
+        """Raise RunStoppedError when the checkpoint is complete. Raises ValueError if it cannot be written."""
+        reason = agreement.reason()
+        if not writer.finish():
+            raise ValueError(f"stopped by {reason} after step {step}, which could not be saved; the warning above says why")
+        raise RunStoppedError(step, last, reason)
 
     def saves_after(self, step: int, last_step: int) -> bool:
         every = self.config.checkpoint.every_steps

@@ -53,7 +53,7 @@ def main() -> None:
     resolved = with_paths(config, corpus)
 
     from engine.parallel.nodes import is_shared
-    from launcher.job import join_job
+    from launcher.job_ranks import join_job
 
     job = join_job(environment, config.parallel, store)
     world = job.world

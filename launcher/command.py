@@ -139,7 +139,7 @@ def naming_source(arguments: argparse.Namespace) -> Iterator[None]:
 def stopping_at_errors(rank: int) -> Iterator[None]:
     """Context manager that ends this rank with one message if a user's error is raised inside.
 
-    Use it before the ranks have joined; afterwards `launcher.job` ends them together.
+    Use it before the ranks have joined; afterwards `launcher.job_ranks` ends them together.
     """
     try:
         yield
@@ -260,7 +260,7 @@ def check_output(config: Config) -> None:
     """Raise ConfigError if `output_dir` is a file or holds checkpoints that would be lost."""
     if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
         raise ConfigError("is a file; name a folder", key="output_dir", value=config.output_dir)
-    if Path(config.output_dir, CHECKPOINTS, "latest").exists() and not config.checkpoint.resume:
+    if Path(config.output_dir, CHECKPOINTS, "latest").exists() and config.checkpoint.resume is False:
         problem = "holds checkpoints of an earlier run; set checkpoint.resume=true to continue it, or name another folder"
         raise ConfigError(problem, key="output_dir", value=config.output_dir)
 

@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config.recipe import load_config
 from engine.config.sections import CHECKPOINTS, DRAFT, TargetSection
+from engine.host.checkpoint_files import COMPLETE
 from engine.models.draft_folder import VOCAB, check_replaceable, load_vocab_facts, load_vocab_map
 from engine.models.draft_method import DraftConfig
 from engine.parallel.zero import consolidated_weights
-from engine.runtime.checkpoint import TAG, Checkpoints
+from engine.runtime.checkpoint import TAG, Checkpoint, Checkpoints
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.weight_files import find_weight_files, read_header
@@ -60,11 +61,15 @@ def choose_tag(folder: Path, wanted: str | None) -> str:
     steps = {match[0]: int(match[1]) for match in matches if match is not None}
     if not steps:
         raise ValueError(f"{folder} holds no checkpoint; train with checkpoint.every_steps above 0")
-    tag = wanted or Checkpoints(folder, keep=1).newest()
-    if tag not in steps:
+    if wanted is None:
+        newest = Checkpoints(folder).find(lambda problem: print(f"export_draft.py: {problem}", file=sys.stderr))
+        wanted = None if newest is None else newest.tag
+    if wanted not in steps:
         available = ", ".join(sorted(steps, key=lambda name: steps[name]))
-        raise ValueError(f"{folder} holds no checkpoint {tag}; --tag can be one of {available}")
-    return tag
+        raise ValueError(f"{folder} holds no checkpoint {wanted}; --tag can be one of {available}")
+    if (folder / wanted / COMPLETE).exists():
+        Checkpoint.read(folder, wanted)  # compares its files with their checksums
+    return wanted
 
 
 def read_embedding(section: TargetSection, config: DraftConfig) -> torch.Tensor:

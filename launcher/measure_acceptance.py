@@ -51,7 +51,7 @@ from launcher.command import (
 )
 
 if TYPE_CHECKING:
-    from launcher.job import JoinedJob
+    from launcher.job_ranks import JoinedJob
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -220,7 +220,7 @@ def main() -> None:
             disable_progress_bar()
     job: JoinedJob | None = None
     if environment is not None and world.size > 1:
-        from launcher.job import join_job
+        from launcher.job_ranks import join_job
 
         job = join_job(environment, run.parallel, arguments.draft)
     with stopping_at_errors(world.rank) if job is None else job.ending_together():

@@ -95,7 +95,7 @@ def main() -> None:
     from engine.overlap.bridge import Sides
     from engine.overlap.placement import check_colocated
     from engine.parallel.mesh import World
-    from launcher.job import join_job
+    from launcher.job_ranks import join_job
 
     with stopping_at_errors(environment["rank"]), naming_source(arguments):
         check_colocated(config.placement, config.replica_size, World(**environment).device)

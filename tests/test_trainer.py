@@ -25,6 +25,7 @@ from engine.data.packed_loader import PackedLoader
 from engine.kernels import Kernels, blocked_attention
 from engine.kernels.self_check import SelfCheck
 from engine.parallel.mesh import World
+from engine.runtime.checkpoint import Checkpoint
 from engine.trainer import Trainer
 from tests.distributed import ENVIRONMENT as ON_CPU
 from tests.distributed import ONE_THREAD, ROOT, free_port, launch
@@ -133,7 +134,7 @@ def test_a_folder_of_the_users_is_not_replaced(tmp_path, tiny_target, tiny_corpu
 
 
 def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_corpus):
-    options = ("epochs=3", "checkpoint.every_steps=10", "checkpoint.resume=true")
+    options = ("epochs=3", "checkpoint.every_steps=10", "checkpoint.resume=auto")
     whole = tmp_path / "whole"
     killed = tmp_path / "killed"
     run(arguments(whole, tiny_target, tiny_corpus, *options))
@@ -261,11 +262,12 @@ def test_a_resumed_run_must_not_end_before_its_checkpoint(options, problem, tmp_
     trainer = Trainer(config, {}, World.alone())
     loader = PackedLoader(documents, max_tokens=10, epochs=config.epochs, **facts)
     num_steps = end_of_second["packs"]
+    checkpoint = Checkpoint(tmp_path, f"step_{num_steps}", 1, num_steps, end_of_second, {}, None, is_checked=True)
     if problem is not None:
         with pytest.raises(ValueError, match=problem):
-            trainer.resume(loader, (num_steps, end_of_second))
+            trainer.resume(loader, checkpoint)
         return
-    span = trainer.resume(loader, (num_steps, end_of_second))
+    span = trainer.resume(loader, checkpoint)
     assert span.done == num_steps <= span.last
     assert ("no step is left to train" in capsys.readouterr().out) == (config.epochs == 2)
 

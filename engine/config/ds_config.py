@@ -154,6 +154,19 @@ def default_stage_config(num_weights: int) -> str:
     return SMALL_DRAFT_CONFIG if num_weights < SMALL_DRAFT_WEIGHTS else LARGE_DRAFT_CONFIG
 
 
+def ds_kept_on_resume(ds: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of DeepSpeed's file that a resumed run must not change, by dotted key.
+
+    DeepSpeed restores the optimizer's settings from the checkpoint, so that new ones would have no effect.
+    """
+    kept = {"zero_optimization.stage": ds.get("zero_optimization", {}).get("stage", 0)}
+    optimizer = ds.get("optimizer", {})
+    params = optimizer.get("params", {})
+    values = {"optimizer.type": optimizer.get("type")}
+    values |= {f"optimizer.params.{name}": params.get(name) for name in ("betas", "eps", "weight_decay")}
+    return kept | {key: value for key, value in values.items() if value is not None}
+
+
 def stage_advice(ds: dict[str, Any], num_weights: int) -> str | None:
     """Return a line of advice if the draft does not need the ZeRO stage 3 of the file, else None.
 

@@ -340,8 +340,12 @@ class OverlapSection:
 class CheckpointSection:
     """DeepSpeed checkpoints, from which a run can be resumed."""
 
-    every_steps: int = option(0, "optimizer steps between checkpoints; 0 = none", unit="steps", at_least=0)
-    resume: bool = option(False, "continue from the newest checkpoint of output_dir")
+    every_steps: int = option(
+        500, "optimizer steps between checkpoints; there is one after the last step too; 0 = none", unit="steps", at_least=0
+    )
+    resume: Literal[False, True, "auto"] = option(
+        False, "true = continue from the newest complete checkpoint of output_dir; auto = or begin a new run if there is none"
+    )
     keep: int = option(2, "number of newest checkpoints to keep; older ones are deleted", unit="checkpoints", at_least=1)
 
 
@@ -417,11 +421,6 @@ class Config:
         if self.overlap.placement == SPLIT and self.target.store is not None:
             problem = "a store is written and read without ranks of their own for the target; use another placement"
             raise ConfigError(problem, key="overlap.placement", value=SPLIT)
-        every = self.checkpoint.every_steps
-        logged = self.log_every_steps
-        if every % logged:
-            problem = f"is not a multiple of log_every_steps = {logged}: a resumed run would log other means; use a multiple"
-            raise ConfigError(problem, key="checkpoint.every_steps", value=every)
         if self.evaluation.num_prompts and not self.data.held_out and self.target.store is None:
             problem = (
                 f"evaluation.num_prompts = {self.evaluation.num_prompts} needs held-out prompts; name a file or set it to 0"

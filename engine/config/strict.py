@@ -65,7 +65,7 @@ def type_name(kind: Any) -> str:
         limits += [f"<= {limit.le:g}" for limit in args[1:] if isinstance(limit, Le)]
         return " and ".join((f"{type_name(args[0])} {limits[0]}", *limits[1:])) if limits else type_name(args[0])
     if origin is Literal:
-        return " | ".join(str(choice) for choice in args)
+        return " | ".join(as_yaml(choice) for choice in args)
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(arg) for arg in args)
     if origin is tuple:

@@ -6,12 +6,15 @@ of the number of TTT steps that use it.
 """
 
 import contextlib
+import glob
 import io
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,17 +23,23 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import deepspeed
+import numpy as np
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import nn
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.config.secret_values import without_secrets
+from engine.host.checkpoint_files import CheckpointFiles
 from engine.host.freed_memory import keep_freed_memory
 from engine.parallel.mesh import World
 from engine.parallel.objective import Objective
 
 UNIVERSAL = ".universal"  # appended to a checkpoint's tag
+SECONDS_FOR_FILES = 3600  # for which rank 0 waits for the files of other ranks
 
 
 def connect(world: World, timeout_s: int, cpu_threads: int, store: torch.distributed.Store | None = None) -> None:
@@ -65,6 +74,18 @@ def disconnect() -> None:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
+
+# What DeepSpeed and earlier versions keep in checkpoints besides tensors and plain values.
+SAFE_CLASSES: list[Any] = [
+    fragment_address,
+    LossScaler,
+    DynamicLossScaler,
+    ZeroStageEnum,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    (np.empty(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
+]
 
 Part = Callable[[str], AbstractContextManager[None]]
 
@@ -110,6 +131,10 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
         self.engine.config = without_secrets(self.engine.config)  # saved in checkpoints
+        self.files = CheckpointFiles(self.engine.global_rank, self.engine.dp_world_size, SECONDS_FOR_FILES, read_plain)
+        self.engine.checkpoint_engine = self.files
+        # DeepSpeed copies a script for its users next to each checkpoint; here export_draft.py does its work.
+        self.engine._copy_recovery_script = lambda folder: None
         stage = self.engine.zero_optimization_stage()
         if stage == 0 and optimizer is not None:
             _forget_steps(optimizer)
@@ -191,9 +216,9 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
             self.engine.monitor.write_events([(f"train/{name}", value, step) for name, value in values.items()])
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        """Write a checkpoint to `folder / tag`.
+        """Copy the state of a checkpoint to the host, from where `files.write` writes it to `folder / tag`.
 
-        A collective that returns after every rank's part is written.
+        A collective.
         """
         self.engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
 
@@ -205,7 +230,8 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         Raises ValueError if the checkpoint is incomplete.
         """
         rates = [group["lr"] for group in self.engine.optimizer.param_groups]
-        path, client_state = self.engine.load_checkpoint(str(folder), tag=tag + UNIVERSAL * self._universal)
+        with plain_path(folder) as plain:
+            path, client_state = self.engine.load_checkpoint(str(plain), tag=tag + UNIVERSAL * self._universal)
         if path is None:
             raise ValueError(f"{folder / tag} is not a complete checkpoint; delete it or set checkpoint.resume=false")
         self._set_rates(rates)
@@ -308,6 +334,30 @@ def _forget_steps(optimizer: torch.optim.Optimizer) -> None:
         group.pop("step", None)
 
 
+@contextlib.contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """Context manager that gives a path to a folder which DeepSpeed can use as a pattern for `glob`."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place, "checkpoints")
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
+
+
+def read_plain(path: Path, map_location: Any = None) -> Any:
+    """Read a file of a checkpoint; nothing in it is executed.
+
+    Raises ValueError if it holds other things than data, or is damaged.
+    """
+    with torch.serialization.safe_globals(SAFE_CLASSES):
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or holds more than data: {str(error).splitlines()[0]}") from error
+
+
 def is_sharded(folder: Path, tag: str) -> bool:
     """Return whether a checkpoint has one part per rank, as with ZeRO stages above 0."""
     return any((folder / tag).glob("*_optim_states.pt"))
@@ -319,6 +369,8 @@ def to_universal(folder: Path, tag: str) -> None:
     It is written next to the checkpoint. Raises ValueError if the conversion fails.
     """
     remove_universal(folder, tag)
+    for path in sorted((folder / tag).glob("*.pt")):
+        read_plain(path, "meta")  # the converter would execute what it finds
     paths = ("--input_folder", str(folder / tag), "--output_folder", str(folder / (tag + UNIVERSAL)))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *paths, "--inject_missing_state"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -342,10 +394,13 @@ def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
     """
     whole = folder / tag / "mp_rank_00_model_states.pt"
     weights: dict[str, torch.Tensor] = {}
+    for path in sorted((folder / tag).glob("*.pt")):
+        read_plain(path, "meta")  # DeepSpeed would execute what it finds
     if whole.exists():  # below stage 3: weights in compute precision, including frozen ones
-        weights |= torch.load(whole, map_location="cpu", weights_only=False)["module"]
+        weights |= read_plain(whole, "cpu")["module"]
     # Above stage 0, the optimizer holds the weights in fp32, in shards.
     if not whole.exists() or any(whole.parent.glob("*_optim_states.pt")):
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            weights |= get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
+        silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with silent[0], silent[1], plain_path(folder) as plain:
+            weights |= get_fp32_state_dict_from_zero_checkpoint(str(plain), tag)
     return {name.removeprefix("draft."): weight.float() for name, weight in weights.items()}

@@ -1,23 +1,26 @@
 """Checkpoints to resume from, written by DeepSpeed.
 
-Next to the weights they hold the step, the data position and the RNG state of every rank.
+Next to the weights they hold the step, the data position, and the RNG state and the unlogged
+metrics of every rank. A checkpoint counts only if it has a `complete.json` with a checksum of every
+file. Earlier versions wrote none; such a checkpoint counts if `latest` names it.
 """
 
 import json
 import random
 import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import distributed
 
 from engine.config.sections import OPTIONS
 from engine.hidden_states.finite import NonFiniteError
+from engine.host.checkpoint_files import COMPLETE, problem_of
 from engine.host.files import write_json, write_text, writing
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, consolidated_weights, is_sharded, remove_universal, to_universal
@@ -26,205 +29,290 @@ from engine.target.identity import what_changed
 TAG = re.compile(r"step_(\d+)")
 RUN = "run.json"
 LATEST = "latest"
+SPARE_BYTES = 4 << 20  # that must stay free on the disk beside a checkpoint
+DataState = dict[str, Any]  # position in the data, from which a run resumes
+
+
+class BrokenCheckpointError(ValueError):
+    """A checkpoint is not what was written."""
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """The checkpoints of one run, in `folder`, each under the tag `step_N`.
+class Checkpoint:
+    """One complete checkpoint, in `folder / tag`.
 
-    keep: number of checkpoints to keep.
+    num_ranks: that wrote it. step: optimizer steps before it. data_state: position of the data.
     options: values that a resumed run must have in common with the run that saved, by dotted name.
-    target_identity: hashes of the target's config and weights; None if a store records none.
+    target_identity: hashes of the target's config and weights; None = unknown.
+    is_checked: whether its files were compared with their checksums.
     """
 
     folder: Path
-    keep: int
-    options: Mapping[str, Any] = field(default_factory=dict)
-    target_identity: str | None = None
+    tag: str
+    num_ranks: int
+    step: int
+    data_state: DataState
+    options: Mapping[str, Any]
+    target_identity: str | None
+    is_checked: bool
 
-    def save(self, draft: ZeroDraft, world: World, step: int, data_state: dict[str, Any]) -> None:
-        """Save a checkpoint after optimizer step `step`; a collective.
+    @classmethod
+    def read(cls, folder: Path, tag: str) -> "Checkpoint":
+        """Read the facts about a checkpoint and compare its files with their checksums.
 
-        Afterwards all but the newest `keep` checkpoints are deleted.
-        data_state: plain values, the same on every rank.
-        Raises WriteError if it cannot be written; `latest` then names the previous checkpoint.
-        Raises NonFiniteError, before anything is written or deleted, if a weight is not finite.
+        Raises BrokenCheckpointError.
         """
-        check_finite_weights(draft, world, step)
-        tag = f"step_{step}"
-        if world.is_main:
-            # A run that was killed while saving may have left a part of this checkpoint.
-            shutil.rmtree(self.folder / tag, ignore_errors=True)
-            facts = {"ranks": world.size, "step": step, "data": data_state, "options": dict(self.options)}
-            facts["target_identity"] = self.target_identity
-            with writing(self.folder / tag):
-                (self.folder / tag).mkdir(parents=True)
-            write_json(self.folder / tag / RUN, facts)
-        world.barrier()
-        with writing(self.folder / tag):
-            draft.save(self.folder, tag, {"rng": _all_rng_states(world)})
-        if world.is_main:
-            self._name_newest(tag)
-            for old in [other for other in self._steps() if other <= step][: -self.keep]:
-                shutil.rmtree(self.folder / f"step_{old}")
-        world.barrier()
+        place = folder / tag
+        is_checked = (place / COMPLETE).exists()
+        if is_checked or _latest_tag(folder) != tag:
+            problem = problem_of(place)
+            if problem is not None:
+                raise BrokenCheckpointError(f"{place}: {problem}")
+        facts = _read_facts(place / RUN)
+        if f"step_{facts['step']}" != tag:
+            raise BrokenCheckpointError(f"{place / RUN} is damaged: it is of step {facts['step']}")
+        options = facts["options"]
+        identity = facts.get("target_identity")
+        return cls(folder, tag, facts["ranks"], facts["step"], facts["data"], options, identity, is_checked)
 
-    def newest(self) -> str | None:
-        """Return the tag of the newest complete checkpoint, or None if there is none.
+    @property
+    def place(self) -> Path:
+        return self.folder / self.tag
 
-        It is the one that `latest` names, because that file is written last.
-        Raises ValueError if `latest` cannot be read or does not name a checkpoint.
-        """
-        latest = self.folder / LATEST
-        if not latest.exists():
-            return None
-        try:
-            tag = latest.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{latest} cannot be read ({error}); {self._advice()}") from error
-        if TAG.fullmatch(tag) is None:
-            problem = f"{latest} is damaged: expected the name of a checkpoint such as step_100, found {tag[:40]!r}"
-            raise ValueError(f"{problem}; {self._advice()}")
-        return tag
-
-    def _existing(self) -> str:
-        """Return the tag of the newest complete checkpoint. Raises ValueError if there is none."""
-        tag = self.newest()
-        if tag is None:
-            raise ValueError(f"{self.folder / LATEST} does not exist, so there is no checkpoint; {self._advice()}")
-        return tag
-
-    def _advice(self) -> str:
-        """Return advice for the case that the newest checkpoint cannot be read."""
-        tags = [f"step_{step}" for step in self._steps()]
-        others = f"write one of {', '.join(tags)} into {self.folder / LATEST}, or " if tags else ""
-        return f"{others}start a new run in another output_dir"
-
-    def find(self) -> tuple[int, dict[str, Any]] | None:
-        """Return the step and data state of the newest checkpoint, or None if there is none.
-
-        No weights are read.
-        Raises ValueError if the checkpoint is incomplete, or was written with other options.
-        """
-        tag = self.newest()
-        if tag is None:
-            return None
-        facts = self._facts(tag)
-        saved = facts["options"]
-        current = json.loads(json.dumps(dict(self.options)))
-        # An option that did not exist when the checkpoint was written behaved as its default.
-        saved = {key: OPTIONS[key].default for key in current.keys() & OPTIONS.keys()} | saved
-        changes = [f"{key} was {saved.get(key)}, now {value}" for key, value in current.items() if saved.get(key) != value]
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError if the checkpoint was written with other options than a run's."""
+        current = json.loads(json.dumps(dict(options)))
+        # An option that did not exist when the checkpoint was written behaved as its default. A key of
+        # DeepSpeed's file that an earlier version did not record is unknown.
+        saved = {key: OPTIONS[key].default for key in current.keys() & OPTIONS.keys()} | dict(self.options)
+        changes = []
+        for key, value in current.items():
+            if key in saved and saved[key] != value:
+                changes.append(f"{key} was {saved[key]}, now {value}")
         if changes:
-            problem = f"{self.folder / tag} was trained with other options: {'; '.join(changes)}"
+            problem = f"{self.place} was trained with other options: {'; '.join(changes)}"
             raise ValueError(f"{problem}. Restore them, or start a new run in another output_dir")
-        return facts["step"], facts["data"]
 
-    def check_target(self) -> str | None:
-        """Compare the target of the newest checkpoint with this run's.
+    def check_target(self, identity: str | None) -> str | None:
+        """Compare the target of the checkpoint with a run's.
 
         Returns a note if they cannot be compared, otherwise None. Raises ValueError if they differ.
         """
-        tag = self._existing()
-        saved = self._facts(tag).get("target_identity")
-        change = what_changed(saved, self.target_identity)
+        saved = self.target_identity
+        change = what_changed(saved, identity)
         if change is not None:
-            problem = f"{self.folder / tag} was trained for another target: {change} ({saved}, now {self.target_identity})"
+            problem = f"{self.place} was trained for another target: {change} ({saved}, now {identity})"
             raise ValueError(f"{problem}. Restore the target, or start a new run in another output_dir")
-        if saved is None or self.target_identity is None:
+        if saved is None or identity is None:
             where = "checkpoint" if saved is None else "store"
             return f"the {where} does not record its target's weights, so it is not known whether they have changed"
         return None
 
-    def check_end(self, step: int, max_steps: int | None) -> None:
-        """Raise ValueError if a run of `max_steps` steps ends before the checkpoint of `step`."""
-        if max_steps is not None and max_steps < step:
-            self.refuse_end(step, f"max_steps={max_steps}", "max_steps")
+    def check_end(self, max_steps: int | None) -> None:
+        """Raise ValueError if a run of `max_steps` steps ends before the checkpoint."""
+        if max_steps is not None and max_steps < self.step:
+            self.refuse_end(f"max_steps={max_steps}", "max_steps")
 
-    def refuse_end(self, step: int, setting: str, option: str) -> NoReturn:
-        """Raise ValueError: with `setting`, the run ends before the checkpoint of `step`."""
+    def refuse_end(self, setting: str, option: str) -> NoReturn:
+        """Raise ValueError: with `setting`, the run ends before the checkpoint."""
         raise ValueError(
-            f"{self.folder / f'step_{step}'} was saved after step {step}, and {setting} ends the run before it, so there is "
-            f"nothing to resume. Raise {option} (a run of exactly {step} steps exports this checkpoint again), or use another "
-            "output_dir to train a shorter run"
+            f"{self.place} was saved after step {self.step}, and {setting} ends the run before it, so there is "
+            f"nothing to resume. Raise {option} (a run of exactly {self.step} steps exports this checkpoint again), or use "
+            "another output_dir to train a shorter run"
         )
 
     def reshape(self, draft: torch.nn.Module, world: World) -> bool:
-        """Convert the newest checkpoint if another number of ranks wrote it; a collective.
+        """Convert the checkpoint if another number of ranks wrote it; a collective.
 
         Frozen weights are copied from the checkpoint into the draft, because the converted form
         does not contain them. Returns whether a conversion was necessary.
+        Raises ValueError if it cannot be converted.
         """
-        tag = world.decide(lambda: self._reshaped(world.size))
-        if tag is None:
+        if not world.decide(lambda: self._convert(world.size)):
             return False
         frozen = {name: parameter.data for name, parameter in draft.named_parameters() if not parameter.requires_grad}
         if frozen and world.is_main:
-            weights = consolidated_weights(self.folder, tag)
+            weights = consolidated_weights(self.folder, self.tag)
             for name, weight in frozen.items():
                 weight.copy_(weights[name])
         for weight in frozen.values():
             world.send_from_main(weight)
         return True
 
-    def _reshaped(self, num_ranks: int) -> str | None:
-        """Convert the newest checkpoint for `num_ranks` ranks and return its tag.
+    def _convert(self, num_ranks: int) -> bool:
+        """Convert the checkpoint for another number of ranks; returns whether this was necessary."""
+        if self.num_ranks == num_ranks or not is_sharded(self.folder, self.tag):
+            return False
+        if not self.is_checked:
+            raise ValueError(
+                f"{self.place} has no checksums, so it is not rewritten for {num_ranks} ranks. Resume it once on "
+                f"{self.num_ranks} ranks, which writes a checkpoint that has some"
+            )
+        to_universal(self.folder, self.tag)
+        return True
 
-        Returns None if no conversion is necessary.
-        """
-        tag = self._existing()
-        if self._facts(tag)["ranks"] == num_ranks or not is_sharded(self.folder, tag):
-            return None
-        to_universal(self.folder, tag)
-        return tag
-
-    def load(self, draft: ZeroDraft, world: World) -> None:
-        """Restore the newest checkpoint; a collective.
+    def load(self, draft: ZeroDraft, world: World) -> list[Any]:
+        """Restore the checkpoint and return the metrics state of every rank that wrote it; a collective.
 
         This rank's RNG state is restored too if the same number of ranks wrote the checkpoint.
-        Raises ValueError if a part of the checkpoint is missing.
+        Raises ValueError if a file is missing or holds anything else than data.
         """
-        tag = world.decide(self._existing)
-        state = draft.load(self.folder, tag)
+        state = draft.load(self.folder, self.tag)
         if len(state["rng"]) == world.size:
             _restore_rng(state["rng"][world.rank])
         world.barrier()
         if world.is_main:
-            remove_universal(self.folder, tag)
+            remove_universal(self.folder, self.tag)
+        return state.get("metrics", [])
 
-    def _facts(self, tag: str) -> dict[str, Any]:
-        """Return the facts that `save` wrote next to a checkpoint's weights.
 
-        Raises ValueError if the file is missing or damaged.
+def _latest_tag(folder: Path) -> str | None:
+    """Return the tag that `latest` names, or None if there is no such file or it is damaged."""
+    try:
+        tag = (folder / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return tag if TAG.fullmatch(tag) else None
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """Return the facts next to a checkpoint's weights. Raises BrokenCheckpointError."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BrokenCheckpointError(f"{path.parent} is not complete: it has no {RUN}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise BrokenCheckpointError(f"{path} is damaged ({error})") from error
+    kinds = {"ranks": int, "step": int, "data": dict, "options": dict}
+    for key, kind in kinds.items():
+        value = facts.get(key) if isinstance(facts, dict) else None
+        if type(value) is not kind:
+            raise BrokenCheckpointError(f"{path} is damaged: expected {kind.__name__} under {key!r}, found {value!r:.40}")
+    return facts
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run, in `folder`, each under the tag `step_N`.
+
+    keep: number of checkpoints to keep. options, target_identity: of the run, as in `Checkpoint`.
+    """
+
+    folder: Path
+    keep: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    target_identity: str | None = None
+
+    def find(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """Return the newest complete checkpoint, or None if no checkpoint was ever complete.
+
+        All its files are read, to compare their checksums. Broken ones are passed over with a warning.
+        Raises ValueError if there are checkpoints and all are broken.
         """
-        path = self.folder / tag / RUN
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            problem = f"{self.folder / tag} is not a complete checkpoint: it has no {RUN}"
-            raise ValueError(f"{problem}; {self._advice()}") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({error}); {self._advice()}") from error
-        kinds = {"ranks": int, "step": int, "data": dict, "options": dict}
-        for key, kind in kinds.items():
-            value = facts.get(key) if isinstance(facts, dict) else None
-            if type(value) is not kind:
-                problem = f"{path} is damaged: expected {kind.__name__} under {key!r}, found {value!r:.40}"
-                raise ValueError(f"{problem}; {self._advice()}")
-        if f"step_{facts['step']}" != tag:
-            raise ValueError(f"{path} is damaged: it is of step {facts['step']}; {self._advice()}")
-        return facts
+        problems = []
+        for tag in reversed(self.tags()):
+            try:
+                return Checkpoint.read(self.folder, tag)
+            except BrokenCheckpointError as error:
+                problems.append(str(error))
+                warn(f"not resumed from: {error}")
+        if problems and (self.folder / LATEST).exists():
+            advice = "Start a new run in another output_dir, or restore one of them"
+            raise ValueError(f"{self.folder} holds no checkpoint that is whole ({problems[0]}). {advice}")
+        return None
 
-    def _name_newest(self, tag: str) -> None:
-        """Write `latest` atomically: a killed run leaves either the old name or the new one.
-
-        DeepSpeed's tools read the file too.
-        """
-        write_text(self.folder / LATEST, tag)
+    def tags(self) -> list[str]:
+        """Return the tags of all checkpoints, complete or not, the oldest first."""
+        return [f"step_{step}" for step in self._steps()]
 
     def _steps(self) -> list[int]:
+        if not self.folder.is_dir():
+            return []
         tags = (TAG.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(tag[1]) for tag in tags if tag)
+
+    def publish(self, step: int) -> None:
+        """Name a complete checkpoint in `latest`, which DeepSpeed's tools read, and delete old ones."""
+        write_text(self.folder / LATEST, f"step_{step}")
+        for old in [other for other in self._steps() if other <= step][: -self.keep]:
+            shutil.rmtree(self.folder / f"step_{old}", ignore_errors=True)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run while it goes on.
+
+    A checkpoint that cannot be written is a warning: the run goes on, and the previous one is kept.
+
+    num_saved: checkpoints begun. longest_stall_s: longest time for which one has held up training.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, draft: ZeroDraft, world: World, warn: Callable[[str], None]) -> None:
+        self._checkpoints = checkpoints
+        self._draft = draft
+        self._world = world
+        self._warn = warn
+        self.num_saved = 0
+        self.longest_stall_s = 0.0
+        self._is_complete = True  # the last checkpoint, or there was none
+
+    def save(self, step: int, data_state: DataState, metrics: Any = None) -> None:
+        """Begin to write a checkpoint after optimizer step `step`; a collective.
+
+        data_state: plain values, the same on every rank. metrics: state of this rank's metrics.
+        Raises NonFiniteError, before anything is written or deleted, if a weight is not finite.
+        """
+        began_s = time.perf_counter()
+        self.finish()
+        check_finite_weights(self._draft, self._world, step)
+        tag = f"step_{step}"
+        folder = self._checkpoints.folder
+        states = self._world.gather((_rng_state(self._world), metrics))
+        client_state = {"rng": [rng for rng, _ in states], "metrics": [own for _, own in states]}
+        self._draft.save(folder, tag, client_state)
+        num_bytes = int(self._world.sum(torch.tensor([self._draft.files.num_bytes], device=self._world.device)).item())
+        problem = self._world.decide(lambda: self._prepare(step, data_state, num_bytes))
+        if problem is not None:
+            self._draft.files.discard()
+            self._is_complete = False
+            self._warn_of(step, problem)
+            return
+        self._draft.files.write(folder / tag, lambda: self._checkpoints.publish(step))
+        self.num_saved += 1
+        self.longest_stall_s = max(self.longest_stall_s, time.perf_counter() - began_s)
+
+    def _prepare(self, step: int, data_state: DataState, num_bytes: int) -> str | None:
+        """Make the folder of a checkpoint with its facts; returns why it cannot be written, or None."""
+        folder = self._checkpoints.folder
+        place = folder / f"step_{step}"
+        facts = {"ranks": self._world.size, "step": step, "data": data_state, "options": dict(self._checkpoints.options)}
+        facts["target_identity"] = self._checkpoints.target_identity
+        try:
+            with writing(place):
+                # A run that was killed while saving may have left a part of this checkpoint.
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir(parents=True)
+                free_bytes = shutil.disk_usage(place).free
+            if free_bytes < num_bytes + SPARE_BYTES:
+                place.rmdir()
+                return f"it needs {num_bytes / 1e9:.2f} GB, and {free_bytes / 1e9:.2f} GB are free; free some space"
+            write_json(place / RUN, facts)
+        except OSError as error:
+            shutil.rmtree(place, ignore_errors=True)
+            return str(error)
+        return None
+
+    def finish(self) -> bool:
+        """Wait until the last checkpoint is written; a collective. Returns whether it is complete, if there was one."""
+        outcome = self._draft.files.finish()
+        if outcome is not None:
+            self._is_complete = self._world.decide(lambda: outcome.problem is None)  # rank 0 knows of all ranks
+            if outcome.problem is not None:
+                self._warn_of(int(outcome.folder.name.removeprefix("step_")), outcome.problem)
+        return self._is_complete
+
+    def _warn_of(self, step: int, problem: str) -> None:
+        if self._world.is_main:
+            self._warn(f"  the checkpoint of step {step} was not written: {problem}. Training goes on; earlier ones are kept")
 
 
 def check_finite_weights(draft: ZeroDraft, world: World, step: int) -> None:
@@ -237,20 +325,20 @@ def check_finite_weights(draft: ZeroDraft, world: World, step: int) -> None:
         )
 
 
-def _all_rng_states(world: World) -> list[dict[str, Any]]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+def _rng_state(world: World) -> dict[str, Any]:
+    """Return the state of this rank's generators as plain values."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    numpy_state = (kind, torch.from_numpy(np.array(keys, dtype=np.int64)), *rest)
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     if world.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(world.device)
-    states: list[Any] = [None] * world.size
-    if world.size == 1:
-        return [state]
-    distributed.all_gather_object(states, state)
-    return states
+    return state
 
 
 def _restore_rng(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

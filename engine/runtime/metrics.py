@@ -23,7 +23,7 @@ COUNTS = ("num_loss_rows_S", "num_allowed_rows_S", "num_correct_S", "accepted_S"
 class StepMetrics:
     """Sums over the micro-batches since the last log, kept on the device.
 
-    Their order: `loss_S` and `COUNTS`, `SCALARS`, then the seconds of `PARTS`.
+    sums: in the order `loss_S` and `COUNTS`, `SCALARS`, then the seconds of `PARTS`.
     """
 
     def __init__(self, steps: int, step_weights: list[float], device: torch.device) -> None:
@@ -31,7 +31,7 @@ class StepMetrics:
         self._weights_S = torch.tensor(step_weights)
         self._num_row_sums = (1 + len(COUNTS)) * steps
         num_sums = self._num_row_sums + len(SCALARS) + len(PARTS)
-        self._sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
 
     def add(self, output: DraftOutput, num_tokens: int | torch.Tensor, num_left_out: int | torch.Tensor = 0) -> None:
         """Add one micro-batch, without a host sync.
@@ -39,9 +39,9 @@ class StepMetrics:
         num_tokens: tokens of the documents that are trained on. num_left_out: documents left out.
         """
         rows = [output.loss_S.detach(), *(getattr(output, name) for name in COUNTS)]
-        self._sums[: self._num_row_sums] += torch.cat([row.double() for row in rows])
-        self._sums[self._num_row_sums] += num_tokens
-        self._sums[self._num_row_sums + 1] += num_left_out
+        self.sums[: self._num_row_sums] += torch.cat([row.double() for row in rows])
+        self.sums[self._num_row_sums] += num_tokens
+        self.sums[self._num_row_sums + 1] += num_left_out
 
     def start_read(self, world: World, seconds: Mapping[str, float]) -> PendingSum:
         """Start to read the sums over all ranks and reset them; a collective without host sync.
@@ -49,9 +49,9 @@ class StepMetrics:
         seconds: this rank's time of each of `PARTS`.
         """
         own_seconds = torch.tensor([seconds[part] for part in PARTS], dtype=torch.float64)
-        self._sums[-len(PARTS) :] = to_device(own_seconds, self._sums.device)
-        pending = world.start_sum(self._sums)
-        self._sums.zero_()
+        self.sums[-len(PARTS) :] = to_device(own_seconds, self.sums.device)
+        pending = world.start_sum(self.sums)
+        self.sums.zero_()
         return pending
 
     def values(self, sums: torch.Tensor, loss_divisor: int) -> dict[str, Any]:

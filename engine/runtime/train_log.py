@@ -1,6 +1,7 @@
 """The log of a training run; metrics are read from the device one step late, without host sync."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -80,6 +81,19 @@ class TrainLog:
             self.flush()
         else:
             self._flush_what_arrives()
+
+    def state(self) -> Any:
+        """Return what this rank has not logged yet, for a checkpoint; waits for the device."""
+        return {"last_step": self._last_step, "sums": self._metrics.sums.cpu()}
+
+    def restore(self, states: Sequence[Any]) -> None:
+        """Continue with what the ranks of an earlier run had not logged, in any number of them."""
+        if not states:
+            return
+        self._last_step = states[0]["last_step"]
+        if self._world.is_main:  # sums over ranks may begin on any of them
+            for state in states:
+                self._metrics.sums += state["sums"].to(self._metrics.sums.device)
 
     def count(self, step: int, output: DraftOutput, micro: MicroBatch) -> None:
         """Add one micro-batch of a step, without a host sync."""

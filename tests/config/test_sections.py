@@ -35,7 +35,7 @@ REFUSED_OVERRIDES = {
     "loss.step_decay='1e-4'": ["loss.step_decay = '1e-4'", "expected float >= 0"],
     "data.max_tokens=1e3": ["data.max_tokens = 1000.0", "expected int >= 8"],
     "loss.step_decay=high": ["loss.step_decay = high", "expected float >= 0"],
-    "checkpoint.resume=1": ["checkpoint.resume = 1", "expected bool"],
+    "checkpoint.resume=1": ["checkpoint.resume = 1", "expected false | true | auto"],
     "output_dir=[a]": ["output_dir = [a]", "expected str"],
     'output_dir={a: "x\\n\\ny"}': ["output_dir", "expected str"],
     "data.train=3": ["data.train = 3", "expected list of str"],
@@ -84,7 +84,6 @@ REFUSED_RECIPES = {
     "draft:\n  config: d.json\n  num_layers: 2\n": ["draft.num_layers = 2", "draft.config = d.json"],
     "draft:\n  config: d.json\n  fc_norm: true\n": ["draft.fc_norm = true", "draft.config = d.json"],
     "draft:\n  config: d.json\n  vocab_size: 16000\n": ["draft.vocab_size = 16000", "draft.config = d.json"],
-    "log_every_steps: 10\ncheckpoint:\n  every_steps: 25\n": ["checkpoint.every_steps = 25", "log_every_steps = 10"],
     "draft: {num_attention_heads: 6, num_key_value_heads: 4}\n": ["draft.num_key_value_heads = 4", "[1, 2, 3, 6]"],
     "data: {train: a.jsonl, held_out: ./a.jsonl}\n": ["data.held_out", "'./a.jsonl' is also in data.train"],
 }

@@ -1,6 +1,7 @@
 """From a checkpoint to the folder a server loads."""
 
 import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def make_run(tiny_target, tmp_path, monkeypatch):
         draft = DraftSection(vocab_size=40, **options)
         for step in (2, 10):
             (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+            facts = {"ranks": 1, "step": step, "data": {}, "options": {}}
+            (run / "checkpoints" / f"step_{step}" / "run.json").write_text(json.dumps(facts))
         (run / "checkpoints" / "latest").write_text("step_10")
         (run / "config.yaml").write_text(dump_config(Config(target=section, draft=draft)))
         save_vocab_map(VOCAB_MAP, run / "vocab_map.safetensors")

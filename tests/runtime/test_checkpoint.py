@@ -1,8 +1,11 @@
 """A resumed run is the uninterrupted one, bit for bit; a checkpoint is complete or it is not named."""
 
+import errno
 import json
+import os
 import random
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,13 @@ import torch
 
 from engine.config.ds_config import load_ds_config, resolve_ds_config
 from engine.hidden_states.finite import NonFiniteError
+from engine.host import checkpoint_files
+from engine.host.checkpoint_files import COMPLETE, CheckpointFiles
 from engine.host.files import WriteError
 from engine.models.normaliser import Normaliser
 from engine.parallel.mesh import World
-from engine.parallel.zero import ZeroDraft, consolidated_weights
-from engine.runtime.checkpoint import Checkpoints
+from engine.parallel.zero import ZeroDraft, consolidated_weights, to_universal
+from engine.runtime.checkpoint import BrokenCheckpointError, Checkpoint, Checkpoints, CheckpointWriter
 from tests.distributed import run_ranks
 from tests.tiny import make_draft, make_micro, make_test
 from tests.training import FOLDER, zero_step
@@ -67,7 +72,7 @@ def train_and_save(world: World, folder: Path) -> dict[str, tuple[list[float], W
         weights = dict(whole.gathered_weights())
         half = start(world, stage, seed=0)
         train(half, world, 3)
-        Checkpoints(folder / stage, keep=1).save(half, world, 3, {"position": 3})
+        save(Checkpoints(folder / stage), half, world, 3, {"position": 3})
         results[stage] = losses, weights, dict(half.gathered_weights())
     return results
 
@@ -77,11 +82,23 @@ def resume_and_train(world: World, folder: Path) -> dict[str, tuple[tuple[int, d
     results = {}
     for stage in STAGES:
         zero = start(world, stage, seed=7)
-        checkpoints = Checkpoints(folder / stage, keep=1)
-        position = checkpoints.find()
-        checkpoints.load(zero, world)
-        results[stage] = position, train(zero, world, 3), dict(zero.gathered_weights())
+        checkpoint = world.decide(lambda stage=stage: found(Checkpoints(folder / stage)))
+        checkpoint.load(zero, world)
+        results[stage] = (checkpoint.step, checkpoint.data_state), train(zero, world, 3), dict(zero.gathered_weights())
     return results
+
+
+def save(checkpoints: Checkpoints, draft: Any, world: World, step: int, data_state: dict[str, Any]) -> list[str]:
+    """Save a checkpoint and wait for it; returns the warnings."""
+    warnings: list[str] = []
+    writer = CheckpointWriter(checkpoints, draft, world, warnings.append)
+    writer.save(step, data_state)
+    assert writer.finish() == (not warnings)
+    return warnings
+
+
+def found(checkpoints: Checkpoints, warnings: list[str] | None = None) -> Checkpoint | None:
+    return checkpoints.find([].append if warnings is None else warnings.append)
 
 
 def rates(zero: ZeroDraft, world: World, num_steps: int) -> list[float]:
@@ -100,9 +117,9 @@ def extend(world: World, folder: Path) -> dict[str, tuple[list[float], list[floa
         whole = rates(start(world, stage, seed=0, total_steps=9), world, 6)
         short = start(world, stage, seed=0, total_steps=4)
         before = rates(short, world, 4)
-        Checkpoints(folder / stage, keep=1).save(short, world, 4, {})
+        save(Checkpoints(folder / stage), short, world, 4, {})
         longer = start(world, stage, seed=0, total_steps=9)
-        Checkpoints(folder / stage, keep=1).load(longer, world)
+        found(Checkpoints(folder / stage)).load(longer, world)
         results[stage] = whole, [*before, *rates(longer, world, 2)]
     return results
 
@@ -114,14 +131,15 @@ def test_an_extended_run_follows_the_new_schedule_from_its_first_step_on(tmp_pat
 
 
 def test_a_run_that_ends_before_its_checkpoint_is_refused(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.check_end(40, None)
-    checkpoints.check_end(40, 40)
+    save(Checkpoints(tmp_path), PaperDraft(), ALONE, 40, {})
+    checkpoint = found(Checkpoints(tmp_path))
+    checkpoint.check_end(None)
+    checkpoint.check_end(40)
     with pytest.raises(ValueError, match=r"step_40 was saved after step 40, and max_steps=39 ends the run before it"):
-        checkpoints.check_end(40, 39)
+        checkpoint.check_end(39)
 
 
-def start_shared(world: World, stage: str, seed: int, reshaped_from: Checkpoints | None = None) -> ZeroDraft:
+def start_shared(world: World, stage: str, seed: int, reshaped_from: Checkpoint | None = None) -> ZeroDraft:
     """A run whose global batch is the same four micro-batches on one, two and four ranks."""
     raw = load_ds_config(FOLDER / f"{stage}.json")
     raw["gradient_accumulation_steps"], raw["bf16"]["enabled"] = 4 // world.size, False
@@ -146,7 +164,7 @@ def train_shared_and_save(world: World, folder: Path) -> dict[str, tuple[list[fl
     for stage in STAGES:
         zero = start_shared(world, stage, seed=0)
         train_shared(zero, world, range(3))
-        Checkpoints(folder / stage, keep=1).save(zero, world, 3, {})
+        save(Checkpoints(folder / stage), zero, world, 3, {})
         results[stage] = train_shared(zero, world, range(3, 6)), dict(zero.gathered_weights())
     return results
 
@@ -154,9 +172,9 @@ def train_shared_and_save(world: World, folder: Path) -> dict[str, tuple[list[fl
 def resume_shared(world: World, folder: Path) -> dict[str, tuple[list[float], Weights]]:
     results = {}
     for stage in STAGES:
-        checkpoints = Checkpoints(folder / stage, keep=1)
-        zero = start_shared(world, stage, seed=7, reshaped_from=checkpoints)
-        checkpoints.load(zero, world)
+        checkpoint = world.decide(lambda stage=stage: found(Checkpoints(folder / stage)))
+        zero = start_shared(world, stage, seed=7, reshaped_from=checkpoint)
+        checkpoint.load(zero, world)
         results[stage] = train_shared(zero, world, range(3, 6)), dict(zero.gathered_weights())
     return results
 
@@ -226,20 +244,19 @@ def test_consolidated_weights_are_the_gathered_ones_in_fp32(saved, folder, capfd
 class PaperDraft:
     """Stands in for a ZeroDraft: its checkpoint is its client state."""
 
-    def __init__(self, fails: bool = False, is_finite: bool = True) -> None:
-        self.fails = fails
+    def __init__(self, is_finite: bool = True) -> None:
         self.is_finite = is_finite
+        self.files = CheckpointFiles(0, 1, 10, lambda path, device: torch.load(path, map_location=device, weights_only=True))
 
     def has_finite_weights(self, world: World) -> bool:
         return self.is_finite
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        if self.fails:
-            raise OSError("no space left")
-        torch.save(client_state, folder / tag / "state.pt")
+        self.files.create(None)
+        self.files.save(client_state | {"weights": torch.ones(5000)}, str(folder / tag / "state.pt"))
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:
-        return torch.load(folder / tag / "state.pt", weights_only=False)
+        return self.files.load(str(folder / tag / "state.pt"))
 
 
 def tags(checkpoints: Checkpoints) -> list[str]:
@@ -247,33 +264,36 @@ def tags(checkpoints: Checkpoints) -> list[str]:
 
 
 def test_nothing_saved_is_nothing_to_resume(tmp_path):
-    assert Checkpoints(tmp_path / "none", keep=1).find() is None
+    assert found(Checkpoints(tmp_path / "none")) is None
 
 
 def test_only_the_newest_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run", keep=2)
     for step in (8, 9, 10, 11):
-        checkpoints.save(PaperDraft(), ALONE, step, {})
+        save(checkpoints, PaperDraft(), ALONE, step, {})
     assert tags(checkpoints) == ["step_10", "step_11"]
-    assert checkpoints.newest() == "step_11"
+    assert found(checkpoints).tag == (tmp_path / "run" / "latest").read_text() == "step_11"
 
 
-def test_a_failed_save_leaves_the_previous_checkpoint_named_and_kept(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(PaperDraft(), ALONE, 3, {"position": 3})
-    with pytest.raises(OSError):
-        checkpoints.save(PaperDraft(fails=True), ALONE, 9, {})
-    assert checkpoints.find() == (3, {"position": 3})
-    checkpoints.save(PaperDraft(), ALONE, 5, {"position": 5})
-    assert checkpoints.find() == (5, {"position": 5}), "pruning kept the unfinished step_9 instead"
+def test_a_failed_save_leaves_the_previous_checkpoint_named_and_kept(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, PaperDraft(), ALONE, 3, {"position": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "write_state", full_disk)
+        (warning,) = save(checkpoints, PaperDraft(), ALONE, 9, {})
+    assert "the checkpoint of step 9 was not written" in warning and "No space left" in warning
+    assert found(checkpoints).data_state == {"position": 3} and tags(checkpoints) == ["step_3"]
+    (tmp_path / "step_9").mkdir()
+    save(checkpoints, PaperDraft(), ALONE, 5, {"position": 5})
+    assert found(checkpoints).step == 5, "pruning kept the unfinished step_9 instead"
 
 
 def test_no_checkpoint_is_made_of_weights_that_are_not_finite_and_none_is_deleted(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(PaperDraft(), ALONE, 3, {})
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, PaperDraft(), ALONE, 3, {})
     with pytest.raises(NonFiniteError, match="not finite after step 9"):
-        checkpoints.save(PaperDraft(is_finite=False), ALONE, 9, {})
-    assert tags(checkpoints) == ["step_3"] and checkpoints.newest() == "step_3"
+        save(checkpoints, PaperDraft(is_finite=False), ALONE, 9, {})
+    assert tags(checkpoints) == ["step_3"] and found(checkpoints).tag == "step_3"
 
 
 def poison(world: World) -> dict[str, list[bool]]:
@@ -296,71 +316,101 @@ def test_a_weight_that_is_not_finite_on_one_rank_is_found_on_all():
 
 
 def test_every_generator_is_restored(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(PaperDraft(), ALONE, 1, {})
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, PaperDraft(), ALONE, 1, {})
     numbers = [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(3)]
     seed_all(99)
-    checkpoints.load(PaperDraft(), ALONE)
+    found(checkpoints).load(PaperDraft(), ALONE)
     assert numbers == [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(3)]
 
 
 def test_a_checkpoint_that_cannot_be_rewritten_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(World, "decide", lambda world, decision: decision())  # rank 0, without the other three
-    Checkpoints(tmp_path, keep=1).save(PaperDraft(), ALONE, 4, {})
-    (tmp_path / "step_4" / "zero_optim_states.pt").write_bytes(b"cut off")
+    save(Checkpoints(tmp_path), PaperDraft(), ALONE, 4, {})
+    checkpoint = found(Checkpoints(tmp_path))
+    torch.save({}, tmp_path / "step_4" / "zero_optim_states.pt")
     with pytest.raises(ValueError, match=r"step_4 cannot be rewritten for another number of ranks: "):
-        Checkpoints(tmp_path, keep=1).reshape(make_draft(), replace(ALONE, size=4))
-    assert tags(Checkpoints(tmp_path, keep=1)) == ["step_4"]
+        checkpoint.reshape(make_draft(), replace(ALONE, size=4))
+    assert tags(Checkpoints(tmp_path)) == ["step_4"]
+    old = replace(checkpoint, is_checked=False)
+    with pytest.raises(ValueError, match=r"step_4 has no checksums, so it is not rewritten for 4 ranks"):
+        old.reshape(make_draft(), replace(ALONE, size=4))
 
 
 def test_a_checkpoint_of_another_target_is_refused_and_an_old_one_says_what_is_not_known(tmp_path):
     (tmp_path / "step_3").mkdir()
     (tmp_path / "latest").write_text("step_3")
     facts = {"ranks": 1, "step": 3, "data": {}, "options": {}}
-    checkpoints = Checkpoints(tmp_path, keep=1, target_identity="config-weights")
     for saved, note in (({}, "checkpoint"), ({"target_identity": "config-weights"}, None)):
         (tmp_path / "step_3" / "run.json").write_text(json.dumps(facts | saved))
-        found = checkpoints.check_target()
-        assert found is None if note is None else found.startswith(f"the {note} does not record")
-    unknown = replace(checkpoints, target_identity=None)
-    assert unknown.check_target().startswith("the store does not record")
-    changed = replace(checkpoints, target_identity="config-others")
+        checkpoint = found(Checkpoints(tmp_path))
+        problem = checkpoint.check_target("config-weights")
+        assert problem is None if note is None else problem.startswith(f"the {note} does not record")
+    assert checkpoint.check_target(None).startswith("the store does not record")
     with pytest.raises(ValueError, match="step_3 was trained for another target: the target's weights differ"):
-        changed.check_target()
+        checkpoint.check_target("config-others")
 
 
 def test_other_options_are_refused_by_name(tmp_path):
     options = {"ttt.steps": 7, "loss.step_weights": (1.0, 0.5), "loss.kind": "kl"}
-    Checkpoints(tmp_path, 1, options).save(PaperDraft(), ALONE, 4, {})
-    assert Checkpoints(tmp_path, 1, options).find() == (4, {})
+    save(Checkpoints(tmp_path), PaperDraft(), ALONE, 4, {})
+    save(Checkpoints(tmp_path, 1, options), PaperDraft(), ALONE, 4, {})
+    checkpoint = found(Checkpoints(tmp_path))
+    checkpoint.check_options(options)
     with pytest.raises(ValueError, match="step_4 was trained with other options: ttt.steps was 7, now 3. Restore"):
-        Checkpoints(tmp_path, 1, options | {"ttt.steps": 3}).find()
+        checkpoint.check_options(options | {"ttt.steps": 3})
     later = options | {"target.fp8_activations": False}  # an option that came after the run
-    assert Checkpoints(tmp_path, 1, later).find() == (4, {})
+    checkpoint.check_options(later)
     with pytest.raises(ValueError, match="target.fp8_activations was False, now True"):
-        Checkpoints(tmp_path, 1, later | {"target.fp8_activations": True}).find()
+        checkpoint.check_options(later | {"target.fp8_activations": True})
+    checkpoint.check_options(options | {"optimizer.params.betas": [0.9, 0.95]})  # a key of DeepSpeed's that was not recorded
 
 
-def test_a_named_checkpoint_that_is_gone_is_refused(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(PaperDraft(), ALONE, 4, {})
-    shutil.rmtree(tmp_path / "step_4")
-    with pytest.raises(
-        ValueError, match="step_4 is not a complete checkpoint: it has no run.json; start a new run in another output_dir"
-    ):
-        checkpoints.find()
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize("content", [b"", b"step_", b"../step_3", b"/tmp/step_3", b"step_3/../..", b"\xff\xfe", b"\0" * 6])
-def test_a_damaged_latest_is_one_error_that_names_it_and_the_checkpoints(tmp_path, content):
+DAMAGE = {
+    "a flipped bit": lambda place: flip_a_bit(place / "state.pt"),
+    "a flipped bit of the facts": lambda place: flip_a_bit(place / "run.json"),
+    "a truncated file": lambda place: (place / "state.pt").write_bytes(b"cut off"),
+    "a missing file": lambda place: (place / "state.pt").unlink(),
+    "no facts": lambda place: (place / "run.json").unlink(),
+    "no marker": lambda place: (place / COMPLETE).unlink(),
+    "a damaged marker": lambda place: (place / COMPLETE).write_bytes(b'{"files": {"a": 3}}'),
+    "an empty marker": lambda place: (place / COMPLETE).write_bytes(b""),
+    "nothing": lambda place: shutil.rmtree(place),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("latest", ["step_3", "step_9", None, "../step_3"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage, latest):
+    """Whatever `latest` says, unless it names a checkpoint without a marker, as those of earlier versions are."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (3, 9):
-        checkpoints.save(PaperDraft(), ALONE, step, {})
-    (tmp_path / "latest").write_bytes(content)
-    for read in (checkpoints.newest, checkpoints.find):
-        with pytest.raises(ValueError, match=rf"latest .*write one of step_3, step_9 into {tmp_path / 'latest'}"):
-            read()
-    assert tags(checkpoints) == ["step_3", "step_9"]
+        save(checkpoints, PaperDraft(), ALONE, step, {"position": step})
+    DAMAGE[damage](tmp_path / "step_9")
+    if latest is None:
+        (tmp_path / "latest").unlink()
+    else:
+        (tmp_path / "latest").write_text(latest)
+    if damage == "no marker" and latest == "step_9":
+        assert found(checkpoints).step == 9 and not found(checkpoints).is_checked
+        return
+    warnings = []
+    assert found(checkpoints, warnings).data_state == {"position": 3}
+    assert damage == "nothing" or (len(warnings) == 1 and "step_9" in warnings[0])
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again_in_silence(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, PaperDraft(), ALONE, 3, {})
+    flip_a_bit(tmp_path / "step_3" / "state.pt")
+    with pytest.raises(ValueError, match=r"holds no checkpoint that is whole \(.*state.pt have changed\)"):
+        found(checkpoints)
 
 
 @pytest.mark.parametrize(
@@ -375,26 +425,69 @@ def test_a_damaged_latest_is_one_error_that_names_it_and_the_checkpoints(tmp_pat
         (b'{"ranks": 1, "step": 3, "data": {}, "options": {}}', "it is of step 3"),
     ],
 )
-def test_a_damaged_run_json_is_one_error_that_names_it_and_the_checkpoints(tmp_path, content, problem):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (3, 9):
-        checkpoints.save(PaperDraft(), ALONE, step, {})
+def test_damaged_facts_of_an_old_checkpoint_are_named(tmp_path, content, problem):
+    (tmp_path / "step_9").mkdir()
+    (tmp_path / "latest").write_text("step_9")
     (tmp_path / "step_9" / "run.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"step_9/run.json is damaged.*write one of step_3, step_9 into") as error:
-        checkpoints.find()
+    with pytest.raises(BrokenCheckpointError, match=r"step_9/run.json is damaged") as error:
+        Checkpoint.read(tmp_path, "step_9")
     assert problem in str(error.value)
 
 
-class FullDisk(PaperDraft):
-    """A draft whose checkpoint does not fit the disk, as torch.save reports it."""
+def full_disk(path: Path, state: Any) -> Any:
+    path.write_bytes(b"a part of it")
+    raise WriteError(path, os.strerror(errno.ENOSPC), errno.ENOSPC)
+
+
+class HugeDraft(PaperDraft):
+    """A draft whose checkpoint does not fit any disk, although it takes no memory here."""
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
-        torch.save(client_state, "/dev/full")
+        super().save(folder, tag, client_state)
+        self.files._saved[folder / tag / "huge.pt"] = torch.empty(1 << 60, device="meta")
 
 
-def test_a_full_disk_is_one_error_that_names_the_checkpoint(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(PaperDraft(), ALONE, 3, {"position": 3})
-    with pytest.raises(WriteError, match="step_9 cannot be written: .*"):
-        checkpoints.save(FullDisk(), ALONE, 9, {})
-    assert checkpoints.find() == (3, {"position": 3})
+def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, PaperDraft(), ALONE, 3, {})
+    draft = HugeDraft()
+    (warning,) = save(checkpoints, draft, ALONE, 9, {})
+    assert "it needs" in warning and "GB are free" in warning
+    assert tags(checkpoints) == ["step_3"] and draft.files.num_bytes == 0
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, monkeypatch):
+    may_write = threading.Event()
+    whole = checkpoint_files.write_state
+
+    def write_late(path: Path, state: Any) -> Any:
+        assert may_write.wait(20)
+        return whole(path, state)
+
+    monkeypatch.setattr(checkpoint_files, "write_state", write_late)
+    files = CheckpointFiles(0, 1, 10, lambda path, device: torch.load(path, weights_only=True))
+    weights = torch.zeros(7)
+    shared = weights[2:5]
+    (tmp_path / "step_1").mkdir()
+    files.save({"weights": weights, "part": [shared, {"count": [1]}]}, str(tmp_path / "step_1" / "state.pt"))
+    files.write(tmp_path / "step_1", lambda: None)
+    weights += 1
+    assert files.is_writing and checkpoint_files.problem_of(tmp_path / "step_1") is not None
+    may_write.set()
+    assert files.finish().problem is None and not files.is_writing
+    assert checkpoint_files.problem_of(tmp_path / "step_1") is None
+    state = files.load(str(tmp_path / "step_1" / "state.pt"))
+    assert not state["weights"].any() and not state["part"][0].any() and state["part"][1] == {"count": [1]}
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    (tmp_path / "step_1").mkdir()
+    torch.save({"module": {}, "trap": Trap()}, tmp_path / "step_1" / "mp_rank_00_model_states.pt")
+    for read in (lambda: consolidated_weights(tmp_path, "step_1"), lambda: to_universal(tmp_path, "step_1")):
+        with pytest.raises(ValueError, match="holds more than data"):
+            read()
+    assert not (tmp_path / "executed").exists()

@@ -113,7 +113,7 @@ def test_seconds_are_means_over_steps_and_ranks():
 def test_counting_keeps_no_graph_alive():
     metrics = StepMetrics(2, [1.0, 1.0], CPU)
     metrics.add(FIRST, num_tokens=30)
-    assert not metrics._sums.requires_grad
+    assert not metrics.sums.requires_grad
 
 
 def steps(path: Path) -> list[int]:
