@@ -213,14 +213,14 @@ class Trainer:
         if self.world.shares_output:
             self.telemetry.note(f"Output folder: shared by {self.world.num_nodes} nodes")
             return
-        section = self.config.checkpoint
-        asked = "checkpoint.resume=true" if section.resume else f"checkpoint.every_steps={section.every_steps}"
-        if section.resume or section.every_steps:
+        resume = self.config.checkpoint.resume
+        if resume is not False:
             raise ValueError(
-                f"{self.output_dir} is not one folder on all {self.world.num_nodes} nodes, and {asked} needs the parts of "
-                "every rank in one folder. Set output_dir to a folder that the nodes share, or train without checkpoints"
+                f"{self.output_dir} is not one folder on all {self.world.num_nodes} nodes, and checkpoint.resume={resume} "
+                "needs the files of every rank in one folder. Set output_dir to a folder that the nodes share"
             )
-        self.telemetry.note("Output folder: not shared; rank 0 writes the run's record, and every node the exported draft")
+        writes = "rank 0 writes the run's record, and every node the exported draft"
+        self.telemetry.note(f"Output folder: not shared, so there are no checkpoints; {writes}")
 
     def find_checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint to resume from, or None.
@@ -359,14 +359,16 @@ class Trainer:
                 log.end_step(step)
                 schedule.end_step()
                 progress.move_to(step, log.line)
-                stops = agreement.end_step()
-                if stops or self.saves_after(step, span.last):
+                is_last = step == span.last or agreement.end_step()
+                if self.saves_after(step, is_last):
                     with self.progress.pause():
                         log.flush()
                         writer.save(step, data_state=taken[-1][1], metrics=log.state())
-                if stops and step < span.last:
+                if is_last and step < span.last:
                     self.stop_after(step, span.last, agreement, writer)
-            writer.finish()
+            with self.progress.pause():
+                writer.finish()
+        self.telemetry.note(f"  {writer.summary()}")
         if self.config.overlap.traced is not None:
             events = target.calls.call("trace") if isinstance(target, RemoteTarget) else []
             schedule.write_trace(self.output_dir / TRACE, events)
@@ -378,13 +380,15 @@ class Trainer:
     def stop_after(self, step: int, last: int, agreement: StopAgreement, writer: CheckpointWriter) -> NoReturn:
         """Raise RunStoppedError when the checkpoint is complete. Raises ValueError if it cannot be written."""
         reason = agreement.reason()
+        if not self.saves_after(step, is_last=True):
+            raise ValueError(f"stopped by {reason} after step {step}, which is not saved, because this run has no checkpoints")
         if not writer.finish():
             raise ValueError(f"stopped by {reason} after step {step}, which could not be saved; the warning above says why")
         raise RunStoppedError(step, last, reason)
 
-    def saves_after(self, step: int, last_step: int) -> bool:
+    def saves_after(self, step: int, is_last: bool) -> bool:
         every = self.config.checkpoint.every_steps
-        return every > 0 and (step % every == 0 or step == last_step)
+        return self.world.shares_output and every > 0 and (step % every == 0 or is_last)
 
     def schedule(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> Schedule[Item, Work]:
         """Return the schedule of the run's micro-batches."""

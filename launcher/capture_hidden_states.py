@@ -52,6 +52,7 @@ def main() -> None:
     corpus = store / "corpus"
     resolved = with_paths(config, corpus)
 
+    from engine.host.folder_lock import hold_folder
     from engine.parallel.nodes import is_shared
     from launcher.job_ranks import join_job
 
@@ -64,6 +65,7 @@ def main() -> None:
         if not is_shared(store, world):
             problem = f"target.store = {config.target.store} is not one folder on all {world.num_nodes} nodes"
             raise ValueError(f"{problem}; name one on a file system that they share")
+        lock = hold_folder(store) if job.whole.rank == 0 else None  # held until this process ends
         run_plugins(config.target.plugins)
         capture = Capture(resolved, world)
         if world.is_main:
@@ -73,6 +75,8 @@ def main() -> None:
         if world.is_main:
             capture.telemetry.note(report.summary())
     job.leave()
+    if lock is not None:
+        lock.close()
 
 
 if __name__ == "__main__":

@@ -277,8 +277,8 @@ def write_embedded_corpus(config: Config, corpus: Path) -> None:
         write_corpus(corpus)
 
 
-def end_process() -> NoReturn:
-    """End this process with exit code 0, without the destructors of C++ libraries.
+def end_process(code: int = 0) -> NoReturn:
+    """End this process without the destructors of C++ libraries.
 
     Exit functions run and output is flushed; work that is pending in thread pools is dropped. At
     the normal end of the interpreter, a thread of a process group that still holds a tensor can
@@ -288,7 +288,7 @@ def end_process() -> NoReturn:
     with suppress(BrokenPipeError):  # the reader of the output may have gone
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def stop(error: Exception, rank: int) -> NoReturn:

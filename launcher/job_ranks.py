@@ -21,7 +21,7 @@ from engine.runtime.job_watch import ENDED, Job, JobWatch, end_at_once, open_wat
 from engine.runtime.progress import Progress
 from engine.runtime.run_stop import EXIT_CODE, RunStoppedError
 from engine.runtime.stacks import is_of_collective
-from launcher.command import Environment, error_message, stop
+from launcher.command import Environment, end_process, error_message
 
 STACKS = "stacks"  # folder of the stacks of a hung job
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm sends the last one ahead of a time limit, if asked to
@@ -60,10 +60,10 @@ class JoinedJob:
         except RunStoppedError as stopped:
             self._stop(stopped)
         except (ValueError, OSError, ImportError) as error:
+            message = error_message(error)
             if rank == 0:
-                self.watch.fail(str(error))
-                stop(error, rank)
-            self.watch.fail(error_message(error))
+                self._end(f"{Path(sys.argv[0]).name}: {message}", message)
+            self.watch.fail(message)
             end_at_once(ENDED)
         except OtherSideError as error:
             self.watch.wait_for_cause(SECONDS_FOR_CAUSE)
@@ -87,7 +87,7 @@ class JoinedJob:
         """Print a text and end the job because of an error of this rank."""
         sys.stderr.write(text.rstrip("\n") + "\n")
         self.watch.fail(cause)
-        end_at_once(ENDED)
+        end_process(ENDED)
 
     def leave(self) -> None:
         """Leave the job, whose work is done; a collective."""

@@ -65,6 +65,13 @@ def launch(command: Sequence[str], ranks: int = 1) -> subprocess.CompletedProces
     The processes are forked as those of `run_ranks` are, which saves each the seconds of its imports; unlike those of a user's
     command they have one hash seed. Several of them have the environment of `torchrun`.
     """
+    return launch_and(lambda processes: None, command, ranks)
+
+
+def launch_and(
+    meanwhile: Callable[[list[Any]], None], command: Sequence[str], ranks: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """`launch` that calls a function with the processes while they run."""
     context = multiprocessing.get_context("forkserver")
     environment = os.environ | ENVIRONMENT
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, ENVIRONMENT):
@@ -73,6 +80,7 @@ def launch(command: Sequence[str], ranks: int = 1) -> subprocess.CompletedProces
         try:
             for process in processes:
                 process.start()
+            meanwhile(processes)
             code = _wait(processes)
         finally:
             for process in processes:

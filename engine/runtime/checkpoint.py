@@ -310,6 +310,13 @@ class CheckpointWriter:
                 self._warn_of(int(outcome.folder.name.removeprefix("step_")), outcome.problem)
         return self._is_complete
 
+    def summary(self) -> str:
+        """Return a line for the log."""
+        if self.num_saved == 0:
+            return "no checkpoints"
+        pause = f"the longest pause for one took {self.longest_stall_s:.2f} s"
+        return f"{self.num_saved} checkpoints in {self._checkpoints.folder}; {pause}"
+
     def _warn_of(self, step: int, problem: str) -> None:
         if self._world.is_main:
             self._warn(f"  the checkpoint of step {step} was not written: {problem}. Training goes on; earlier ones are kept")

@@ -81,7 +81,10 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """The file `metrics.jsonl`: one JSON object per logged step, flushed after each line."""
+    """The file `metrics.jsonl`: one JSON object per logged step, flushed after each line.
+
+    last_step: that an earlier run has logged, 0 = none. A resumed run may take some of these steps again.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
         """Open the file and keep its lines up to step `first_step`, where a resumed run continues.
@@ -91,10 +94,13 @@ class MetricsFile:
         self.path = path
         lines = path.read_bytes().splitlines(keepends=True) if first_step and path.exists() else []
         kept = []
+        self.last_step = 0
         for line in lines:
             step = _step_of(line)
-            if step is not None and step <= first_step:
-                kept.append(line)
+            if step is not None:
+                self.last_step = max(self.last_step, step)
+                if step <= first_step:
+                    kept.append(line)
         write_whole(path, lambda place: place.write_bytes(b"".join(kept)))
 
     def write(self, metrics: dict[str, Any]) -> None:

@@ -161,7 +161,8 @@ class TrainLog:
         if self._file is not None:
             self._file.write(metrics)
             scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
-            self._zero.write_monitors(scalars, pending.step)
+            if pending.step > self._file.last_step:  # monitors have earlier steps already, with the same values
+                self._zero.write_monitors(scalars, pending.step)
 
     def _flush_what_arrives(self) -> None:
         """Write the pending line if its sums arrive within `SECONDS_AFTER_ERROR`."""

@@ -1,0 +1,136 @@
+"""Faults of a real run: it is killed, its disk is full, its checkpoints are damaged, another run writes its folder.
+
+After each of them the resumed run equals the uninterrupted one.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.host.folder_lock import hold_folder
+from tests.distributed import launch, launch_and
+from tests.runtime.test_checkpoint import flip_a_bit
+from tests.test_trainer import arguments, metrics, run
+
+KILLS = int(os.environ.get("DRAFTSPEED_TEST_KILLS", "3"))  # CONTRIBUTING.md tells how to ask for more
+RANKS = 2
+OPTIONS = ("epochs=6", "checkpoint.every_steps=4", "evaluation.num_prompts=0", "parallel.hang_s=20")
+
+
+def command_of(folder: Path, target: Path, corpus, *options: str) -> list[str]:
+    command = [word for word in arguments(folder, target, corpus) if "num_prompts" not in word]
+    return [*command, *OPTIONS, *options]
+
+
+def left_by(folder: Path) -> tuple[bytes, list[dict]]:
+    return (folder / "draft" / "model.safetensors").read_bytes(), metrics(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_target, tiny_corpus) -> tuple[bytes, list[dict]]:
+    """What a run leaves behind that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(command_of(folder, tiny_target, tiny_corpus), RANKS)
+    return left_by(folder)
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(whole, tmp_path, tiny_target, tiny_corpus):
+    """Before a checkpoint, while one is written, while the draft is exported: wherever one of the ranks is by then."""
+    command = command_of(tmp_path, tiny_target, tiny_corpus, "checkpoint.resume=auto")
+    generator = random.Random(KILLS)
+    num_steps = len(whole[1])
+    num_effective = 0
+    for kill in range(KILLS):
+        after = num_steps * (kill + generator.random()) / KILLS
+        victim = generator.randrange(RANKS)
+
+        def kill_one(processes, after=after, victim=victim) -> None:
+            deadline_s = time.monotonic() + 60
+            while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) <= after:
+                if time.monotonic() > deadline_s or not processes[victim].is_alive():
+                    return
+                time.sleep(0.002)
+            time.sleep(0.05 * generator.random())
+            processes[victim].kill()
+
+        ended = launch_and(kill_one, command, RANKS)
+        assert ended.returncode in (0, 1, -9), ended.stderr
+        num_effective += ended.returncode != 0
+    assert num_effective >= KILLS - 2, "the others came after the end of the run"
+    run(command, RANKS)
+    assert left_by(tmp_path) == whole
+    assert not list(tmp_path.rglob("*.writing")) and len(list((tmp_path / "checkpoints").glob("step_*"))) == 2
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory, tiny_target, tiny_corpus, whole) -> Path:
+    """The folder of a run that has stopped after 12 steps, with checkpoints of steps 8 and 12."""
+    folder = tmp_path_factory.mktemp("half")
+
+    def ask(processes) -> None:
+        while not (folder / "checkpoints" / "step_8" / "complete.json").exists():
+            assert processes[0].is_alive()
+            time.sleep(0.002)
+        for process in processes:
+            process.kill()
+
+    launch_and(ask, command_of(folder, tiny_target, tiny_corpus), RANKS)
+    return folder
+
+
+def test_a_flipped_bit_is_found_and_the_run_resumes_from_the_checkpoint_before(half, whole, tmp_path, tiny_target, tiny_corpus):
+    folder = tmp_path / "run[1]"  # DeepSpeed takes the path of a checkpoint for a pattern
+    shutil.copytree(half, folder)
+    newest, before = sorted((folder / "checkpoints").glob("step_*"), key=lambda path: -int(path.name[5:]))[:2]
+    damaged = next(path for path in sorted(newest.glob("*optim_states.pt")))
+    flip_a_bit(damaged)
+    ended = launch(command_of(folder, tiny_target, tiny_corpus, "checkpoint.resume=auto"), RANKS)
+    assert ended.returncode == 0, ended.stderr
+    assert f"{newest}: the contents of {damaged.name} have changed" in ended.stderr
+    assert f"resumed after step {before.name[5:]}" in ended.stdout
+    assert left_by(folder) == whole
+
+
+def test_a_folder_that_another_run_writes_is_refused_by_name(half, tmp_path, tiny_target, tiny_corpus):
+    folder = tmp_path / "run"
+    shutil.copytree(half, folder)
+    before = (folder / "metrics.jsonl").read_bytes()
+    with hold_folder(folder):
+        ended = launch(command_of(folder, tiny_target, tiny_corpus, "checkpoint.resume=auto"), RANKS)
+    assert ended.returncode == 1 and ended.stderr.count(f"is being written by process {os.getpid()} on") == 1
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole, tmp_path, tiny_target, tiny_corpus):
+    """On a file system of a few megabytes, filled after the first checkpoint and freed later."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    folder = disk / "run"
+    ballast = disk / "ballast"
+
+    def fill(processes) -> None:
+        while not (folder / "checkpoints" / "latest").exists():
+            assert processes[0].is_alive()
+            time.sleep(0.002)
+        free_bytes = shutil.disk_usage(disk).free
+        ballast.write_bytes(bytes(max(0, free_bytes - (1 << 20))))
+
+    try:
+        ended = launch_and(fill, command_of(folder, tiny_target, tiny_corpus, "checkpoint.keep=1"), RANKS)
+        assert ended.returncode == 0, ended.stderr
+        assert "was not written: it needs" in ended.stderr and "Training goes on" in ended.stderr
+        assert left_by(folder) == whole
+        ballast.unlink()
+        shutil.rmtree(folder / "draft")
+        run(command_of(folder, tiny_target, tiny_corpus, "checkpoint.resume=true"), RANKS)
+        assert left_by(folder) == whole
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
