@@ -23,6 +23,7 @@ from engine.parallel.mesh import World
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 TIMEOUT_S = 60
 LAUNCH_TIMEOUT_S = 240
+NUM_KILLS = int(os.environ.get("DRAFTSPEED_TEST_KILLS", "3"))  # of a process at random moments; CONTRIBUTING.md
 GRACE_S = 20  # for the other ranks, once one has failed
 ROOT = Path(__file__).resolve().parents[1]
 # Tests run side by side. With a thread per core in each process, threads of one would spin while those of others compute.

@@ -104,10 +104,20 @@ def test_requests_that_cannot_be_met_are_refused(target):
 
 def reply_together(world, family: str, sizes: tuple[int, int], shares: tuple[slice, ...]) -> tuple:
     """A rank's replies of the shared target, those of the whole one with a cache; how a drafter fares by both."""
-    own = prompts(8)[shares[world.rank]]
-    until = {"max_new_tokens": 12, "eos_ids": (7,)}
+    return reply_with(
+        tiny_target(family, TargetMesh.make(world, *sizes)), tiny_target(family), family, prompts(8)[shares[world.rank]]
+    )
+
+
+def reply_to_all(world, family: str, sizes: tuple[int, int]) -> list[tuple]:
+    """`reply_together` for each way to share the prompts."""
     shared = tiny_target(family, TargetMesh.make(world, *sizes))
     whole = tiny_target(family)
+    return [reply_with(shared, whole, family, prompts(8)[shares[world.rank]]) for shares in UNEVEN.values()]
+
+
+def reply_with(shared: FrozenTarget, whole: FrozenTarget, family: str, own: list[list[int]]) -> tuple:
+    until = {"max_new_tokens": 12, "eos_ids": (7,)}
     assert shared.mesh.size > 1 and (shared.plan.shared or shared.plan.experts)
     replies = greedy_replies(shared, own, **until, max_tokens=60)
     expected = [greedy_decode(whole, prompt_ids, **until).token_ids for prompt_ids in own]
@@ -125,17 +135,17 @@ UNEVEN = {
 }
 
 
-@pytest.mark.parametrize("shares", UNEVEN.values(), ids=UNEVEN)
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [("llama", (2, 1)), ("qwen3_moe", (1, 2)), ("qwen3_moe", (2, 2)), ("qwen3_next", (2, 2))],
 )
-def test_ranks_that_share_a_target_get_its_replies_to_their_own_prompts(family, sizes, shares):
-    results = run_ranks(reply_together, 2, family, sizes, shares)
-    for replies, expected, fared, decoded in results:
-        assert replies == expected == [generation.token_ids for generation in fared]
-        assert fared == decoded or not decoded
-    assert sum(len(replies) for replies, *_ in results) == sum(len(prompts(8)[share]) for share in shares)
+def test_ranks_that_share_a_target_get_its_replies_to_their_own_prompts(family, sizes):
+    by_rank = run_ranks(reply_to_all, 2, family, sizes)
+    for name, results in zip(UNEVEN, zip(*by_rank, strict=True), strict=True):
+        for replies, expected, fared, decoded in results:
+            assert replies == expected == [generation.token_ids for generation in fared], name
+            assert fared == decoded or not decoded, name
+        assert sum(len(replies) for replies, *_ in results) == sum(len(prompts(8)[share]) for share in UNEVEN[name])
 
 
 def test_copies_of_a_shared_target_need_not_be_in_step():

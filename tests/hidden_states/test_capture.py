@@ -30,7 +30,7 @@ from engine.models.training_rows import allowed_rows, slots_of
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 from tests.captures import capture_config, run_capture
-from tests.distributed import run_ranks
+from tests.distributed import NUM_KILLS, run_ranks
 from tests.published import Weights, change_weights
 from tests.weights.test_quantised_checkpoint import to_fp8
 
@@ -65,7 +65,7 @@ def whole(tmp_path_factory, tiny_target, tiny_corpus) -> dict[str, bytes]:
     return files(store)
 
 
-def test_killed_twenty_times_it_still_leaves_the_same_store(whole, tmp_path, tiny_target, tiny_corpus):
+def test_killed_again_and_again_it_still_leaves_the_same_store(whole, tmp_path, tiny_target, tiny_corpus):
     config = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train)
     generator = random.Random(0)
     kills = 0
@@ -77,7 +77,7 @@ def test_killed_twenty_times_it_still_leaves_the_same_store(whole, tmp_path, tin
         store = tmp_path / "store"
         deadline = time.monotonic() + 60
         count = len(list(store.glob("shard-*"))) if store.exists() else 0
-        while kills < 20 and process.is_alive() and time.monotonic() < deadline:
+        while kills < NUM_KILLS and process.is_alive() and time.monotonic() < deadline:
             if store.exists() and len(list(store.glob("shard-*"))) > count and generator.random() < 0.3:
                 process.kill()
         process.join()
@@ -85,7 +85,7 @@ def test_killed_twenty_times_it_still_leaves_the_same_store(whole, tmp_path, tin
             break
         kills += 1
         seen.add(len(list(store.glob("*.safetensors"))))
-    assert kills == 20 and len(seen) > 5, "it was stopped at many places"
+    assert kills == NUM_KILLS and len(seen) > NUM_KILLS // 4, "it was stopped at many places"
     assert files(tmp_path / "store") == whole
 
 

@@ -48,8 +48,10 @@ def installed(tmp_path_factory) -> Path:
     return environment / "bin"
 
 
-def test_a_wheel_trains_and_exports_a_draft(installed, tmp_path):
+def test_a_wheel_trains_and_exports_a_draft(installed, tmp_path, tiny_corpus):
+    """For the embedded target; the embedded corpus is made of the Python that runs, and not of files of the wheel."""
     options = ["max_steps=2", "evaluation.num_prompts=0", "data.max_tokens=256", f"output_dir={tmp_path / 'run'}"]
+    options += [f"data.train={tiny_corpus.train}", f"data.held_out={tiny_corpus.held_out}", "draft.vocab_size=64"]
     trained = run([str(installed / "draftspeed"), "train", "--ds_config", "zero0", *options], tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert (tmp_path / "run" / "draft" / "model.safetensors").is_file()

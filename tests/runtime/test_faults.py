@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from engine.host.folder_lock import hold_folder
-from tests.distributed import launch, launch_and
+from tests.distributed import NUM_KILLS, launch, launch_and
 from tests.runtime.test_checkpoint import flip_a_bit
 from tests.test_trainer import arguments, metrics, run
 
-KILLS = int(os.environ.get("DRAFTSPEED_TEST_KILLS", "3"))  # CONTRIBUTING.md tells how to ask for more
 RANKS = 2
 OPTIONS = ("epochs=6", "checkpoint.every_steps=4", "evaluation.num_prompts=0", "parallel.hang_s=20")
 
@@ -42,11 +41,11 @@ def whole(tmp_path_factory, tiny_target, tiny_corpus) -> tuple[bytes, list[dict]
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(whole, tmp_path, tiny_target, tiny_corpus):
     """Before a checkpoint, while one is written, while the draft is exported: wherever one of the ranks is by then."""
     command = command_of(tmp_path, tiny_target, tiny_corpus, "checkpoint.resume=auto")
-    generator = random.Random(KILLS)
+    generator = random.Random(NUM_KILLS)
     num_steps = len(whole[1])
     num_effective = 0
-    for kill in range(KILLS):
-        after = num_steps * (kill + generator.random()) / KILLS
+    for kill in range(NUM_KILLS):
+        after = num_steps * (kill + generator.random()) / NUM_KILLS
         victim = generator.randrange(RANKS)
 
         def kill_one(processes, after=after, victim=victim) -> None:
@@ -61,7 +60,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(whole, tmp_pa
         ended = launch_and(kill_one, command, RANKS)
         assert ended.returncode in (0, 1, -9), ended.stderr
         num_effective += ended.returncode != 0
-    assert num_effective >= KILLS - 2, "the others came after the end of the run"
+    assert num_effective >= NUM_KILLS - 2, "the others came after the end of the run"
     run(command, RANKS)
     assert left_by(tmp_path) == whole
     assert not list(tmp_path.rglob("*.writing")) and len(list((tmp_path / "checkpoints").glob("step_*"))) == 2
