@@ -19,7 +19,7 @@ setup(
     package_data={
         "engine.data": ["chat_templates/*.jinja"],
         "engine.parallel": ["proofs.json"],
-        "launcher": ["recipes/*", "embedded/target/*"],
+        "launcher": ["recipes/*", "embedded/target/*", "slurm/*"],
         "ds_configs": ["*.json"],
     },
     entry_points={"console_scripts": ["draftspeed = launcher.cli:main"]},
@@ -35,6 +35,7 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "jinja2>=3.1",
+        "psutil>=5.9",
         "xxhash>=3.4",
     ],
     extras_require={

@@ -12,7 +12,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.config.recipe import load_config
 from engine.config.sections import Config, ConfigError
 from launcher.command import (
     check_inputs,
@@ -20,6 +19,7 @@ from launcher.command import (
     join_environment,
     make_parser,
     naming_source,
+    read_config,
     run_plugins,
     stopping_at_errors,
     with_paths,
@@ -47,7 +47,7 @@ def main() -> None:
     arguments = make_parser(__doc__).parse_intermixed_args()
     environment = join_environment()
     with stopping_at_errors(environment["rank"]), naming_source(arguments):
-        config = load_config(arguments.recipe, arguments.overrides)
+        config = read_config(arguments)
         store = check_files(config).absolute()
     corpus = store / "corpus"
     resolved = with_paths(config, corpus)

@@ -11,22 +11,27 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
 
 from engine.config.data_section import NAMED_TEMPLATES
-from engine.config.recipe import COMMAND_LINE, describe_options
+from engine.config.recipe import COMMAND_LINE, describe_options, load_config
 from engine.config.secret_values import hidden_in_text
 from engine.config.sections import AUTO, CHECKPOINTS, COLOCATED, EMBEDDED, Config, ConfigError
+from engine.host.processes import allow_many_files
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from engine.models.draft_method import DraftMethod
 
+Section = TypeVar("Section", bound="DataclassInstance")
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
 EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 # Environment variables that hold secrets, which must not appear in messages.
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "COMET_API_KEY", "WANDB_API_KEY")
+TRUST = "run Python code that the target's checkpoint ships; what the run's config.yaml says about it is not followed"
 SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure
 
 
@@ -85,6 +90,30 @@ def set_allocator() -> None:
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
+def read_config(arguments: argparse.Namespace) -> Config:
+    """Read the recipe and the overrides of a command line; `~` at the beginning of a path is the home folder.
+
+    Raises ConfigError as `load_config` does.
+    """
+    config = load_config(arguments.recipe, arguments.overrides)
+    target = _with_home(config.target, ("path", "store", "plugins"))
+    data = _with_home(config.data, ("train", "held_out", "template", "cache_dir"))
+    draft = _with_home(config.draft, ("config", "vocab_map"))
+    return replace(_with_home(config, ("output_dir",)), target=target, data=data, draft=draft)
+
+
+def _with_home(section: Section, names: Sequence[str]) -> Section:
+    """Return a section whose options of these names, paths or lists of paths, have `~` replaced."""
+    changed: dict[str, Any] = {}
+    for name in names:
+        value = getattr(section, name)
+        if isinstance(value, str) and value.startswith("~"):
+            changed[name] = os.path.expanduser(value)
+        elif isinstance(value, tuple):
+            changed[name] = tuple(os.path.expanduser(path) for path in value)
+    return replace(section, **changed)
+
+
 def order_launches(config: Config) -> None:
     """Let NCCL run operations of several communicators in the order in which the host issues them.
 
@@ -109,6 +138,7 @@ def join_environment() -> Environment:
     A process that was started without a launcher is a job with one rank.
     """
     set_allocator()
+    allow_many_files()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

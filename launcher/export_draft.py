@@ -9,6 +9,7 @@ propose.
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from engine.runtime.checkpoint import TAG, Checkpoint, Checkpoints
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.weight_files import find_weight_files, read_header
-from launcher.command import method_of_run, run_plugins
+from launcher.command import TRUST, method_of_run, run_plugins
 
 RECIPE = "config.yaml"
 EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
@@ -39,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="output_dir of the training run")
     parser.add_argument("--tag", help="checkpoint to export; default: the newest")
     parser.add_argument("--plugins", nargs="+", default=(), metavar="FILE", help="Python files that register its draft method")
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST)
     parser.add_argument("--output", type=Path, help="folder of the exported draft; default: the folder 'draft' in --run")
     return parser.parse_args()
 
@@ -106,10 +108,13 @@ def _embedding_candidates(section: TargetSection) -> list[tuple[str, Path]]:
     return [(name, path) for name, path in places if name.endswith(EMBEDDING_NAMES)]
 
 
-def export(run: Path, tag: str | None, output: Path | None, plugins: Sequence[str] = ()) -> tuple[str, Path]:
+def export(
+    run: Path, tag: str | None, output: Path | None, plugins: Sequence[str] = (), trust_remote_code: bool = False
+) -> tuple[str, Path]:
     """Export a checkpoint of `run` and return its tag and the folder written.
 
     plugins: Python files that register the run's draft method.
+    trust_remote_code: whether to run code of the target's checkpoint; the run may be someone else's.
     Raises ValueError if a file or the checkpoint is missing.
     """
     folder = output or run / DRAFT
@@ -118,6 +123,7 @@ def export(run: Path, tag: str | None, output: Path | None, plugins: Sequence[st
     check_replaceable(folder)
     run_plugins(plugins, "--plugins")
     recipe = load_config(run / RECIPE)
+    recipe = replace(recipe, target=replace(recipe.target, trust_remote_code=trust_remote_code))
     target = load_target_config(recipe.target)
     method = method_of_run(recipe, plugins)
     trained_with = load_vocab_facts(run / VOCAB).get("trained_with")
@@ -131,7 +137,7 @@ def export(run: Path, tag: str | None, output: Path | None, plugins: Sequence[st
 def main() -> None:
     arguments = parse_arguments()
     try:
-        tag, folder = export(arguments.run, arguments.tag, arguments.output, arguments.plugins)
+        tag, folder = export(arguments.run, arguments.tag, arguments.output, arguments.plugins, arguments.trust_remote_code)
     except (ValueError, OSError) as error:
         sys.exit(f"export_draft.py: {error}")
     print(f"Draft of {tag}, ready for SGLang: {folder}")

@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.recipe import load_config
 from engine.config.sections import Config
 from engine.data.corpus import read_documents
 from engine.data.dataset import Bad, UnusableData
@@ -31,7 +30,7 @@ from engine.data.segments import segments_of, write_segments
 from engine.data.templates import load_tokenizer
 from engine.hidden_states.sources import open_source
 from engine.host.files import write_json, write_text
-from engine.host.telemetry import Telemetry
+from engine.host.telemetry import Telemetry, visible
 from engine.models.method_registry import make_method
 from engine.parallel.mesh import World
 from engine.target.configuration import load_target_config
@@ -39,6 +38,7 @@ from launcher.command import (
     check_inputs,
     make_parser,
     naming_source,
+    read_config,
     run_plugins,
     stopping_at_errors,
     with_paths,
@@ -123,7 +123,9 @@ def sample(index: int, document: Document, tokenizer: PreTrainedTokenizerBase) -
 def show_samples(samples: Sequence[Sample], telemetry: Telemetry) -> None:
     for heading, runs in samples:
         telemetry.console.rule(heading)
-        telemetry.console.print(Text.assemble(*((text, "green" if is_assistant else "dim") for text, is_assistant in runs)))
+        telemetry.console.print(
+            Text.assemble(*((visible(text), "green" if is_assistant else "dim") for text, is_assistant in runs))
+        )
 
 
 def show_stats(stats: DatasetStats, telemetry: Telemetry) -> None:
@@ -153,7 +155,7 @@ def show_histogram(title: str, bins: Sequence[Bin], number: str, telemetry: Tele
 def main() -> None:
     arguments = parse_arguments()
     with stopping_at_errors(rank=0), naming_source(arguments):
-        config = load_config(arguments.recipe, arguments.overrides)
+        config = read_config(arguments)
         if config.target.store is None:
             check_inputs(config)
     with TemporaryDirectory() as folder, stopping_at_errors(rank=0):

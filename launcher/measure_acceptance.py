@@ -31,7 +31,7 @@ from engine.evaluation.report import acceptance_table
 from engine.hidden_states.sources import OnlineSource
 from engine.hidden_states.store_format import Manifest
 from engine.host.files import write_json
-from engine.host.telemetry import Telemetry
+from engine.host.telemetry import Telemetry, visible
 from engine.kernels import choose_kernels
 from engine.kernels.self_check import SelfCheck
 from engine.models.draft_folder import CONFIG, read_draft_config
@@ -41,6 +41,7 @@ from engine.parallel.mesh import World
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
 from launcher.command import (
+    TRUST,
     end_process,
     hint_of_plugins,
     join_environment,
@@ -76,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="Python files that register its draft method or its target's family",
     )
+    parser.add_argument("--trust_remote_code", action="store_true", help=TRUST)
     parser.add_argument("--json", type=Path, help="file to write the reports to")
     parser.add_argument("--show", action="store_true", help="print rank 0's replies, with accepted draft tokens in green")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
@@ -108,6 +110,7 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
         target = replace(target, path=captured.target, revision=captured.revision)
     if arguments.target:
         target = replace(target, path=arguments.target, revision=None, fp8_activations=False)
+    target = replace(target, trust_remote_code=arguments.trust_remote_code)
     if arguments.dtype:
         target = replace(target, dtype=arguments.dtype)
     if arguments.data:
@@ -150,14 +153,19 @@ def check_target(method: DraftMethod, draft: DraftConfig, section: TargetSection
     return draft.aux_layers
 
 
+def shown(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of tokens, without characters that a terminal would obey."""
+    return visible(decoded(token_ids, tokenizer))
+
+
 def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Return the reply as rich text, with accepted draft tokens in green."""
-    text = Text(decoded(generation.token_ids[:1], tokenizer))
+    text = Text(shown(generation.token_ids[:1], tokenizer))
     start = 1
     for num_accepted in generation.accepted_per_forward:
         end = start + num_accepted
-        text.append(decoded(generation.token_ids[start:end], tokenizer), style="green")
-        text.append(decoded(generation.token_ids[end : end + 1], tokenizer))
+        text.append(shown(generation.token_ids[start:end], tokenizer), style="green")
+        text.append(shown(generation.token_ids[end : end + 1], tokenizer))
         start = end + 1
     return text
 
@@ -190,7 +198,7 @@ def measure(
     def show(prompt: Prompt, generation: Generation) -> None:
         per_forward = (len(generation.token_ids) - 1) / max(1, generation.num_target_forwards)
         telemetry.console.rule(f"{prompt.source}: {per_forward:.2f} tokens per forward")
-        asked = Text(decoded(prompt.token_ids, tokenizer), style="dim")
+        asked = Text(shown(prompt.token_ids, tokenizer), style="dim")
         telemetry.console.print(asked, reply_text(generation, tokenizer), sep="\n")
 
     evaluator = AcceptanceEvaluator(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens)

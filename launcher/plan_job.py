@@ -27,7 +27,6 @@ from engine.config.ds_config import (
     load_ds_config,
     stage_advice,
 )
-from engine.config.recipe import load_config
 from engine.config.sections import SPLIT, Config, ConfigError
 from engine.host.files import write_json
 from engine.host.telemetry import Telemetry
@@ -49,6 +48,7 @@ from launcher.command import (
     check_target,
     make_parser,
     naming_source,
+    read_config,
     run_plugins,
     shipped_ds_config,
     stopping_at_errors,
@@ -301,7 +301,7 @@ def show_advice(planner: Planner, plan: JobPlan, arguments: argparse.Namespace, 
 def main() -> None:
     arguments = parse_arguments()
     with stopping_at_errors(rank=0), naming_source(arguments):
-        config = load_config(arguments.recipe, arguments.overrides)
+        config = read_config(arguments)
         check_target(config)
         if config.target.store is not None:
             problem = "a run that trains from a store loads no target; leave it out to plan the capture or an online run"

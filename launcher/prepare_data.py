@@ -21,12 +21,11 @@ sys.path.insert(0, str(ROOT))
 from rich import box
 from rich.table import Table
 
-from engine.config.recipe import load_config
 from engine.config.sections import Config, ConfigError
 from engine.conversations.prepare import HELD_OUT, TRAIN, prepare
 from engine.conversations.published_sets import SOURCES
 from engine.host.telemetry import SECONDS_BETWEEN_LINES, ProgressBar, Telemetry
-from launcher.command import make_parser, naming_source, stopping_at_errors
+from launcher.command import make_parser, naming_source, read_config, stopping_at_errors
 
 
 class OpenEnd:
@@ -84,7 +83,7 @@ def main() -> None:
         telemetry.console.print(named_sets())
         return
     with stopping_at_errors(rank=0), naming_source(arguments):
-        config = load_config(arguments.recipe, arguments.overrides)
+        config = read_config(arguments)
         check_sources(config)
     with stopping_at_errors(rank=0):
         report = prepare(config, partial(bar_over, telemetry))

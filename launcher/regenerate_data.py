@@ -14,11 +14,10 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.config.recipe import load_config
 from engine.config.sections import Config, ConfigError, RegenerateSection
 from engine.conversations.regenerate import Regeneration, partial_of
 from engine.host.telemetry import Telemetry
-from launcher.command import make_parser, naming_source, stopping_at_errors
+from launcher.command import make_parser, naming_source, read_config, stopping_at_errors
 
 
 def check_inputs(section: RegenerateSection) -> None:
@@ -80,7 +79,7 @@ def run(config: Config) -> None:
 def main() -> None:
     arguments = make_parser(__doc__, ("regenerate", "data")).parse_intermixed_args()
     with stopping_at_errors(rank=0), naming_source(arguments):
-        config = load_config(arguments.recipe, arguments.overrides)
+        config = read_config(arguments)
         check_inputs(config.regenerate)
         check_output(config.regenerate)
         check_servers(config.regenerate)

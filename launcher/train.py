@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.config.ds_config import accumulation_steps, compute_dtype, load_ds_config
-from engine.config.recipe import load_config
 from engine.config.sections import DRAFT_METHODS, Config, ConfigError
 from launcher.command import (
     check_inputs,
@@ -25,6 +24,7 @@ from launcher.command import (
     make_parser,
     naming_source,
     order_launches,
+    read_config,
     run_plugins,
     shipped_ds_config,
     stopping_at_errors,
@@ -73,11 +73,17 @@ def sides_of(config: Config, num_ranks: int) -> tuple[int, int] | None:
     return num_ranks - num_target, num_target
 
 
+def flags_of(config: Config) -> list[str]:
+    """Return the flags with which later commands may run code of others, as this run did."""
+    flags = ["--plugins", *config.target.plugins] if config.target.plugins else []
+    return [*flags, "--trust_remote_code"] if config.target.trust_remote_code else flags
+
+
 def main() -> None:
     arguments = parse_arguments()
     environment = join_environment()
     with stopping_at_errors(environment["rank"]), naming_source(arguments):
-        config = load_config(arguments.recipe, arguments.overrides)
+        config = read_config(arguments)
         ds_config = load_ds_config(arguments.ds_config)
         sides = sides_of(config, environment["size"])
         accumulation_steps(ds_config, environment["size"] if sides is None else sides[0])
@@ -122,7 +128,7 @@ def main() -> None:
             report = trainer.run()
             if world.is_main:
                 report.save()
-                report.show(trainer.telemetry.console, config.target.plugins, config.draft.method in DRAFT_METHODS)
+                report.show(trainer.telemetry.console, flags_of(config), config.draft.method in DRAFT_METHODS)
     job.leave()
     if lock is not None:
         lock.close()

@@ -50,6 +50,7 @@ from engine.data.dataset import (
 from engine.data.documents import Document, Documents, add_counts, document_checksum
 from engine.data.fingerprint import hash_of, tokenizer_hash
 from engine.data.templates import template_sources
+from engine.host.processes import end_with_parent
 
 WORTH_PROCESSES_BYTES = 16 << 20  # for less data, one process finishes before others have started
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -287,6 +288,7 @@ def rendered_chunks(scan: Scan, renderer: Renderer) -> Iterator[tuple[Chunk, Ren
 
 def _start_worker(pickled: bytes) -> None:
     global _render
+    end_with_parent()
     init_hf_modules()  # needed to unpickle tokenizers defined by remote code
     _render = pickle.loads(pickled)
 

@@ -38,10 +38,10 @@ class RunReport:
         content = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
         write_json(self.output_dir / SUMMARY, content)
 
-    def show(self, console: Console, plugins: Sequence[str] = (), is_shipped_method: bool = True) -> None:
+    def show(self, console: Console, flags: Sequence[str] = (), is_shipped_method: bool = True) -> None:
         """Print the results and the next commands.
 
-        plugins: those of the run. is_shipped_method: whether servers know the draft's architecture.
+        flags: that a command needs to measure the draft. is_shipped_method: whether servers know the draft's architecture.
         """
         if self.after is not None and self.after.num_prompts:
             named = {"untrained draft": self.before, "trained draft": self.after, "prompt lookup": self.prompt_lookup}
@@ -58,7 +58,7 @@ class RunReport:
         timed = self.after is None or self.after.num_prompts == 0 or self.after.tokens_per_s is not None
         # A target that was not timed may need all ranks.
         start = "python" if timed else "deepspeed"
-        option = " ".join(("", "--plugins", *plugins)) if plugins else ""
+        option = "".join(f" {flag}" for flag in flags)
         console.print(f"  {start} launcher/measure_acceptance.py --draft {self.output_dir / DRAFT} --show{option}")
         console.print(
             "  deepspeed launcher/train.py --ds_config ds_configs/zero2.json --recipe launcher/recipes/llama3.1-8b.yaml "

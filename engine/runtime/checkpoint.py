@@ -29,6 +29,7 @@ from engine.target.identity import what_changed
 TAG = re.compile(r"step_(\d+)")
 RUN = "run.json"
 LATEST = "latest"
+OF_DEEPSPEED = ("optimizer.", "zero_optimization.")  # beginnings of keys of DeepSpeed's file among the options
 SPARE_BYTES = 4 << 20  # that must stay free on the disk beside a checkpoint
 DataState = dict[str, Any]  # position in the data, from which a run resumes
 
@@ -85,7 +86,12 @@ class Checkpoint:
         # An option that did not exist when the checkpoint was written behaved as its default. A key of
         # DeepSpeed's file that an earlier version did not record is unknown.
         saved = {key: OPTIONS[key].default for key in current.keys() & OPTIONS.keys()} | dict(self.options)
-        changes = []
+        gone = [key for key in self.options if key not in current and key not in OPTIONS]
+        unknown = [key for key in gone if not key.startswith(OF_DEEPSPEED)]
+        if unknown:
+            problem = f"{self.place} was written by a newer version, which has the options {', '.join(unknown)}"
+            raise ValueError(f"{problem}. Resume it with that version")
+        changes = [f"{key} was {self.options[key]}, now unset" for key in gone]
         for key, value in current.items():
             if key in saved and saved[key] != value:
                 changes.append(f"{key} was {saved[key]}, now {value}")

@@ -1,0 +1,96 @@
+"""The real batch files on a real Slurm of two nodes, on loopback: preempted and requeued, and with a node for each side."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import ENVIRONMENT, ROOT
+from tests.test_trainer import arguments, metrics, run
+
+CLUSTER = Path(__file__).parent / "two_nodes.sh"
+SLURM = ROOT / "launcher" / "slurm"
+# The nodes of the test share two cores and have no GPU.
+SIZES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+OPTIONS = ("epochs=3", "evaluation.num_prompts=0")
+SECONDS_FOR_JOB = 150
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """The environment of Slurm's commands for a cluster of two nodes."""
+    if os.geteuid() != 0:
+        pytest.skip("Slurm's daemons need root")
+    folder = tmp_path_factory.mktemp("slurm")
+    started = subprocess.run(
+        ["bash", str(CLUSTER), "start", str(folder)], capture_output=True, text=True, timeout=300, check=False
+    )
+    if started.returncode:
+        pytest.skip(f"Slurm cannot be installed or started here: {started.stderr.strip()[-300:]}")
+    own = {"SLURM_CONF": str(folder / "slurm.conf"), "PYTHON": sys.executable, "DRAFTSPEED": str(ROOT)}
+    yield os.environ | ENVIRONMENT | own
+    subprocess.run(["bash", str(CLUSTER), "stop", str(folder)], check=True)
+
+
+def slurm(cluster: dict[str, str], *command: str) -> str:
+    return subprocess.run(command, env=cluster, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def without_prompts(command: list[str]) -> list[str]:
+    return [word for word in command if "num_prompts" not in word]
+
+
+def submit(cluster: dict[str, str], log: Path, command: list[str]) -> str:
+    return slurm(cluster, "sbatch", "--parsable", *SIZES, f"--output={log}", str(SLURM / "train.sbatch"), *command)
+
+
+def wait_for(cluster: dict[str, str], job: str, log: Path) -> None:
+    """Wait until a job has ended well. A requeued job would wait for two minutes before it begins."""
+    deadline_s = time.monotonic() + SECONDS_FOR_JOB
+    while (state := slurm(cluster, "squeue", "-h", "-j", job, "-o", "%T")) != "":
+        assert time.monotonic() < deadline_s, log.read_text()
+        if state == "PENDING":
+            slurm(cluster, "scontrol", "update", f"job={job}", "StartTime=now")
+        time.sleep(0.5)
+    assert "JobState=COMPLETED" in slurm(cluster, "scontrol", "show", "job", job), log.read_text()
+
+
+def test_a_preempted_job_on_two_nodes_ends_as_one_on_a_single_node(cluster, tmp_path, tiny_target, tiny_corpus):
+    alone = tmp_path / "alone"
+    run([*without_prompts(arguments(alone, tiny_target, tiny_corpus)), *OPTIONS], ranks=2)
+    folder = tmp_path / "preempted"
+    log = tmp_path / "log"
+    command = [*without_prompts(arguments(folder, tiny_target, tiny_corpus)), *OPTIONS]
+    job = submit(cluster, log, command[1:])
+    deadline_s = time.monotonic() + SECONDS_FOR_JOB
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 4:
+        assert time.monotonic() < deadline_s and slurm(cluster, "squeue", "-h", "-j", job), log.read_text()
+        time.sleep(0.02)
+    slurm(cluster, "scontrol", "requeue", job)
+    wait_for(cluster, job, log)
+    printed = log.read_text()
+    assert "stopped by SIGTERM after step" in printed and "resumed after step" in printed
+    assert metrics(folder) == metrics(alone)
+    weights = [(path / "draft" / "model.safetensors").read_bytes() for path in (folder, alone)]
+    assert weights[0] == weights[1]
+
+
+def test_target_and_draft_may_each_have_a_node(cluster, tmp_path, tiny_target, tiny_corpus):
+    alone = tmp_path / "alone"
+    run([*without_prompts(arguments(alone, tiny_target, tiny_corpus)), *OPTIONS, "overlap.placement=serial"])
+    folder = tmp_path / "split"
+    log = tmp_path / "log"
+    command = [*without_prompts(arguments(folder, tiny_target, tiny_corpus)), *OPTIONS]
+    job = submit(cluster, log, [*command[1:], "overlap.placement=split", "overlap.target_ranks=1"])
+    wait_for(cluster, job, log)
+    assert metrics(folder) == metrics(alone)
+
+
+@pytest.mark.parametrize("name", ["start_ranks.sh", "train.sbatch", "capture.sbatch"])
+def test_the_files_are_valid(name):
+    subprocess.run([shutil.which("bash"), "-n", str(SLURM / name)], check=True)
