@@ -5,8 +5,9 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,8 @@ from engine.batch import MicroBatch, PackedBatch
 from engine.config.ds_config import compute_dtype, ds_kept_on_resume, resolve_ds_config, stage_advice
 from engine.config.recipe import dump_config
 from engine.config.secret_values import without_secrets
-from engine.config.sections import CHECKPOINTS, DRAFT, Config
+from engine.config.sections import CHECKPOINTS, DRAFT, DRAFT_LAST, Config
+from engine.config.strict import as_yaml
 from engine.data.documents import Document
 from engine.data.fingerprint import tokenizer_hash
 from engine.data.packed_loader import PackedLoader
@@ -24,6 +26,7 @@ from engine.data.packing import collate
 from engine.data.templates import load_tokenizer, template_token_ids
 from engine.evaluation.acceptance import Prompt, check_prompts, read_prompts
 from engine.evaluation.evaluator import AcceptanceEvaluator
+from engine.evaluation.history import Evaluation, EvaluationHistory
 from engine.evaluation.remote_evaluator import RemoteEvaluator
 from engine.evaluation.report import RunReport
 from engine.hidden_states.micro_batches import MicroBatchMaker
@@ -35,50 +38,43 @@ from engine.host.telemetry import Telemetry
 from engine.kernels import Kernels, choose_kernels
 from engine.kernels.self_check import SelfCheck
 from engine.kernels.vocab_loss import LossPass
-from engine.models.draft_folder import CONFIG, VOCAB, WEIGHTS, check_replaceable, load_vocab_map, save_vocab_map
+from engine.models.draft_folder import (
+    CONFIG,
+    VOCAB,
+    WEIGHTS,
+    check_replaceable,
+    copy_draft_folder,
+    load_vocab_map,
+    save_vocab_map,
+)
 from engine.models.draft_method import DraftConfig, DraftMethod, DraftModel, DraftObjective, ServedDraft
 from engine.models.losses.loss_registry import make_loss
 from engine.models.method_registry import make_method
 from engine.models.normaliser import Normaliser
 from engine.models.vocab_map import VocabMap
 from engine.overlap.bridge import Bridge
-from engine.overlap.schedule import Schedule
+from engine.overlap.schedule import write_trace
+from engine.overlap.step_clock import StepClock
 from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.checkpoint import Checkpoint, Checkpoints, CheckpointWriter, check_finite_weights
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
 from engine.runtime.progress import Progress
-from engine.runtime.run_stop import RunStoppedError, StopAgreement
+from engine.runtime.run_stop import StopAgreement
 from engine.runtime.train_log import LogSettings, TrainLog
-from engine.runtime.training_schedule import DataState, Item, Training, Work, check_look_ahead, make_schedule
+from engine.runtime.training_loop import RunSpan, TrainingLoop
+from engine.runtime.training_schedule import Training, TrainingSchedules, check_look_ahead
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.quantised_checkpoint import check_fp8_activations
 
 TrainedDraft = ZeroDraft[DraftModel, DraftObjective]
+Evaluator = AcceptanceEvaluator | RemoteEvaluator
 TRACE = "trace.json"
 EXCERPT_TOKENS = 24
 # Relative to the largest logit: a few bf16 roundings. A wrong tensor causes errors near 1.
 RELOAD_TOLERANCE = 2**-5
-
-
-@dataclass(frozen=True)
-class RunSpan:
-    """Optimizer steps of a run.
-
-    done: those that an earlier run has taken. last: number of the last step.
-    checkpoint: from which it resumes; None = it begins.
-    """
-
-    done: int
-    last: int
-    checkpoint: Checkpoint | None = None
-
-    @property
-    def data_state(self) -> DataState | None:
-        """Position of the data after the steps that are done; None = the beginning."""
-        return None if self.checkpoint is None else self.checkpoint.data_state
 
 
 @dataclass(frozen=True)
@@ -168,10 +164,10 @@ class Trainer:
 
         zero = self.start_zero(draft, corpus, target, span)
         with self.telemetry.stage("Training"):
-            left_out = self.train(zero, corpus, target, span)
-            report = replace(report, left_out=tuple(left_out.values()))
+            left_out = self.train(zero, corpus, target, span, evaluator)
+            report = replace(report, left_out=left_out)
         with self.telemetry.stage("Exporting"):
-            exported = self.export(zero, corpus, target, span)
+            exported = self.final_draft(zero, corpus, target, span)
         if evaluator is not None:
             with self.telemetry.stage("Measuring acceptance after training"):
                 after = evaluator.measure_draft(exported.to(target.dtype))
@@ -186,9 +182,7 @@ class Trainer:
             return open_source(self.config, tokenizer, self.world, self.telemetry)
         return RemoteSource(self.config, tokenizer, self.world, self.telemetry, self.bridge)
 
-    def make_evaluator(
-        self, target: Target, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
-    ) -> AcceptanceEvaluator | RemoteEvaluator:
+    def make_evaluator(self, target: Target, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> Evaluator:
         """Return the evaluator of a target that can decode. Raises ValueError for another target."""
         if isinstance(target, RemoteTarget):
             return RemoteEvaluator(target, self.config.evaluation.num_prompts)
@@ -204,10 +198,10 @@ class Trainer:
 
         Raises ValueError if this run could not write its output there.
         """
-        draft = self.output_dir / DRAFT
-        self.world.decide(lambda: check_replaceable(draft))
-        if self.world.writes_output and not self.world.is_main:
-            check_replaceable(draft)
+        for draft in (self.output_dir / DRAFT, self.output_dir / DRAFT_LAST):
+            self.world.decide(partial(check_replaceable, draft))
+            if self.world.writes_output and not self.world.is_main:
+                check_replaceable(draft)
         if self.world.num_nodes == 1:
             return
         if self.world.shares_output:
@@ -215,9 +209,10 @@ class Trainer:
             return
         resume = self.config.checkpoint.resume
         if resume is not False:
+            asked = f"checkpoint.resume={as_yaml(resume)}"
             raise ValueError(
-                f"{self.output_dir} is not one folder on all {self.world.num_nodes} nodes, and checkpoint.resume={resume} "
-                "needs the files of every rank in one folder. Set output_dir to a folder that the nodes share"
+                f"{self.output_dir} is not one folder on all {self.world.num_nodes} nodes, and {asked} needs the files of "
+                "every rank in one folder. Set output_dir to a folder that the nodes share"
             )
         writes = "rank 0 writes the run's record, and every node the exported draft"
         self.telemetry.note(f"Output folder: not shared, so there are no checkpoints; {writes}")
@@ -328,71 +323,64 @@ class Trainer:
             save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB, corpus.vocab_facts)
         return zero
 
-    def train(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> dict[int, str]:
-        """Train to the last step.
+    def train(
+        self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan, evaluator: Evaluator | None
+    ) -> tuple[str, ...]:
+        """Train to the last step, or to the end of `evaluation.patience`.
 
         Returns why documents of any rank were left out, by the index of the document.
         Raises RunStoppedError, after a checkpoint was saved, if the run was asked to stop before.
         """
-        normalise = Normaliser(zero.objective, zero.forward, self.world)
         stops = self.config.target.non_finite == "stop"
         watch_settings = WatchSettings(target.aux_layers, corpus.name_of, stops, self.world.rank)
         watch = FaultWatch(watch_settings, self.telemetry.warn)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
-        agreement = StopAgreement(self.world, self.progress, self.output_dir)
-        writer = CheckpointWriter(self.checkpoints, zero, self.world, self.telemetry.warn)
+        clock = StepClock(self.world.device, self.config.overlap.traced)
+        history = EvaluationHistory(self.output_dir, span.done)
+        schedules = TrainingSchedules(self.training_facts(zero), corpus.loader, target, clock, self.telemetry.note)
         with (
             self.progress.training(),
-            self.schedule(zero, corpus, target, span) as schedule,
-            self.telemetry.progress(span.last, "steps") as progress,
-            TrainLog(settings, zero, self.world, watch, schedule.clock) as log,
+            self.telemetry.progress(span.last, "steps") as bar,
+            TrainLog(settings, zero, self.world, watch, clock) as log,
         ):
-            progress.start_at(span.done)
+            bar.start_at(span.done)
             log.restore(self.unlogged)
-            schedule.clock.on_part = self.progress.mark
-            for step in range(span.done + 1, span.last + 1):
-                self.progress.begin_step(step)
-                taken = schedule.take(step, zero.accumulation_steps)
-                micros = [micro for micro, _ in taken]
-                for micro, norms in zip(micros, normalise(micros), strict=True):
-                    log.count(step, zero.train(micro, norms, schedule.part), micro)
-                log.end_step(step)
-                schedule.end_step()
-                progress.move_to(step, log.line)
-                is_last = step == span.last or agreement.end_step()
-                if self.saves_after(step, is_last):
+            loop = TrainingLoop(
+                zero=zero,
+                world=self.world,
+                span=span,
+                normalise=Normaliser(zero.objective, zero.forward, self.world),
+                open_schedule=schedules.open,
+                log=log,
+                bar=bar,
+                progress=self.progress,
+                agreement=StopAgreement(self.world, self.progress, self.output_dir),
+                writer=CheckpointWriter(self.checkpoints, zero, self.world, self.telemetry.warn),
+                every_steps=self.config.checkpoint.every_steps,
+            )
+            for segment in span.segments(self.config.evaluation.every_steps):
+                if self.is_out_of_patience(history):
+                    self.telemetry.note(f"  ends early: {self.config.evaluation.patience} evaluations brought no better draft")
+                    break
+                loop.run(segment)
+                if evaluator is not None and self.config.evaluation.every_steps:
                     with self.progress.pause():
-                        log.flush()
-                        writer.save(step, data_state=taken[-1][1], metrics=log.state())
-                if is_last and step < span.last:
-                    self.stop_after(step, span.last, agreement, writer)
+                        self.evaluate(zero, corpus, target, evaluator, history, segment.last)
+                    if self.is_out_of_patience(history):
+                        loop.save(segment.last)
             with self.progress.pause():
-                writer.finish()
-        self.telemetry.note(f"  {writer.summary()}")
+                loop.writer.finish()
+        self.telemetry.note(f"  {loop.writer.summary()}")
         if self.config.overlap.traced is not None:
             events = target.calls.call("trace") if isinstance(target, RemoteTarget) else []
-            schedule.write_trace(self.output_dir / TRACE, events)
+            write_trace(self.output_dir / TRACE, clock, self.world, events)
         left_out: dict[int, str] = {}
         for own in self.world.gather(watch.left_out):
             left_out |= own
-        return dict(sorted(left_out.items()))
+        return tuple(problem for _, problem in sorted(left_out.items()))
 
-    def stop_after(self, step: int, last: int, agreement: StopAgreement, writer: CheckpointWriter) -> NoReturn:
-        """Raise RunStoppedError when the checkpoint is complete. Raises ValueError if it cannot be written."""
-        reason = agreement.reason()
-        if not self.saves_after(step, is_last=True):
-            raise ValueError(f"stopped by {reason} after step {step}, which is not saved, because this run has no checkpoints")
-        if not writer.finish():
-            raise ValueError(f"stopped by {reason} after step {step}, which could not be saved; the warning above says why")
-        raise RunStoppedError(step, last, reason)
-
-    def saves_after(self, step: int, is_last: bool) -> bool:
-        every = self.config.checkpoint.every_steps
-        return self.world.shares_output and every > 0 and (step % every == 0 or is_last)
-
-    def schedule(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> Schedule[Item, Work]:
-        """Return the schedule of the run's micro-batches."""
-        training = Training(
+    def training_facts(self, zero: TrainedDraft) -> Training:
+        return Training(
             config=self.config,
             ds_config=self.ds_config,
             world=self.world,
@@ -400,20 +388,55 @@ class Trainer:
             draft=zero.draft.config,
             dtype=zero.dtype,
             num_predictions=zero.objective.num_steps,
-            position=span.data_state,
-            first_step=span.done + 1,
-            num_steps=span.last - span.done,
         )
-        return make_schedule(training, corpus.loader, target, self.telemetry.note)
 
-    def export(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> ServedDraft:
-        """Export the draft, reload it on every rank and compare its logits with the trained ones.
+    def is_out_of_patience(self, history: EvaluationHistory) -> bool:
+        """Return whether `evaluation.patience` evaluations have brought no larger acceptance length."""
+        patience = self.config.evaluation.patience
+        return patience is not None and history.num_without_gain() >= patience
+
+    def evaluate(
+        self,
+        zero: TrainedDraft,
+        corpus: Corpus,
+        target: Target,
+        evaluator: Evaluator,
+        history: EvaluationHistory,
+        step: int,
+    ) -> None:
+        """Export the draft of a step to `draft_last`, measure it, and keep it as `draft` if it is the best so far."""
+        last = self.output_dir / DRAFT_LAST
+        exported = self.export(last, zero, corpus, target, step)
+        report = evaluator.measure_draft(exported.to(target.dtype))
+        is_best = history.add(Evaluation.of(step, report))
+        if self.world.writes_output:
+            if is_best:
+                copy_draft_folder(last, self.output_dir / DRAFT)
+            history.write()
+        self.world.barrier()
+        best = history.best
+        assert best is not None
+        chosen = "the best so far" if is_best else f"{best.acceptance_length:.2f} after step {best.step}"
+        self.telemetry.note(f"  step {step}: acceptance length {report.acceptance_length:.2f}, {chosen}")
+
+    def final_draft(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> ServedDraft:
+        """Return the draft in `draft`: the best of those that were evaluated during training, or the last one."""
+        folder = self.output_dir / DRAFT
+        if not self.config.evaluation.every_steps:
+            return self.export(folder, zero, corpus, target, span.last)
+        best = EvaluationHistory(self.output_dir, span.last).best
+        assert best is not None, "the last step is evaluated"
+        self.telemetry.note(f"  {folder}: the draft of step {best.step}; the last one is in {self.output_dir / DRAFT_LAST}")
+        embed_weight_VD = target.embedding.whole()
+        return self.method.load(folder, embed_weight_VD, zero.dtype, self.world.device, zero.draft.kernels)
+
+    def export(self, folder: Path, zero: TrainedDraft, corpus: Corpus, target: Target, step: int) -> ServedDraft:
+        """Export the draft of a step, reload it on every rank and compare its logits with the trained ones.
 
         Raises NonFiniteError, before an earlier draft is replaced, if a weight is not finite.
         Raises RuntimeError if the logits differ by more than `RELOAD_TOLERANCE`.
         """
-        check_finite_weights(zero, self.world, span.last)
-        folder = self.output_dir / DRAFT
+        check_finite_weights(zero, self.world, step)
         weights = zero.gathered_weights()
         embed_weight_VD = target.embedding.whole()
         if self.world.is_main:

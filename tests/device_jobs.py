@@ -158,6 +158,7 @@ def training_options(output: Path, target: Path, train: str, held_out: str) -> l
         "draft.vocab_size=48",
         "ttt.steps=2",
         "evaluation.num_prompts=2",
+        "checkpoint.every_steps=0",
         "evaluation.max_new_tokens=3",
         "max_steps=2",
     ]

@@ -37,6 +37,8 @@ TESTS_OF_NO_SINGLE_FILE = {
     "test_pairwise",
     "test_plugins",
     "test_recipes",
+    "test_faults",
+    "test_slurm",
 }
 
 

@@ -17,7 +17,7 @@ STORED = "stored"  # target.source: target.store
 EAGLE3 = "eagle3"
 DRAFT_METHODS = (EAGLE3,)
 LOSS_KINDS = ("kl", "lk_alpha", "lk_lambda", "total_variation", "jensen_shannon")
-CHECKPOINTS, DRAFT = "checkpoints", "draft"  # folders in a run's output_dir
+CHECKPOINTS, DRAFT, DRAFT_LAST = "checkpoints", "draft", "draft_last"  # folders in a run's output_dir
 
 
 @dataclass(frozen=True)
@@ -351,8 +351,20 @@ class CheckpointSection:
 
 @dataclass(frozen=True)
 class EvaluationSection:
-    """Speculative decoding on held-out prompts, before and after training."""
+    """Speculative decoding on held-out prompts: before, during and after training."""
 
+    every_steps: int = option(
+        0,
+        "optimizer steps between evaluations during training; the best draft is then exported; 0 = none during training",
+        unit="steps",
+        at_least=0,
+    )
+    patience: int | None = option(
+        None,
+        "evaluations without a larger acceptance length after which training ends early; null = never",
+        unit="evaluations",
+        at_least=1,
+    )
     num_prompts: int = option(24, "held-out prompts decoded; 0 = no evaluation", unit="prompts", at_least=0)
     max_new_tokens: int = option(64, "tokens generated per prompt", unit="tokens", at_least=1)
     draft_tokens: int = option(5, "tokens the draft proposes per target forward", unit="tokens", at_least=1)
@@ -421,6 +433,12 @@ class Config:
         if self.overlap.placement == SPLIT and self.target.store is not None:
             problem = "a store is written and read without ranks of their own for the target; use another placement"
             raise ConfigError(problem, key="overlap.placement", value=SPLIT)
+        if self.evaluation.every_steps and (self.target.store is not None or not self.evaluation.num_prompts):
+            problem = "needs held-out prompts and a target that decodes; set evaluation.num_prompts, and train without a store"
+            raise ConfigError(problem, key="evaluation.every_steps", value=self.evaluation.every_steps)
+        if self.evaluation.patience is not None and not self.evaluation.every_steps:
+            problem = "counts evaluations during training; set evaluation.every_steps too"
+            raise ConfigError(problem, key="evaluation.patience", value=self.evaluation.patience)
         if self.evaluation.num_prompts and not self.data.held_out and self.target.store is None:
             problem = (
                 f"evaluation.num_prompts = {self.evaluation.num_prompts} needs held-out prompts; name a file or set it to 0"

@@ -1,6 +1,7 @@
 """Acceptance length of a draft, measured by real speculative decoding on held-out prompts."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
@@ -37,6 +38,8 @@ class AcceptanceReport:
 
     acceptance_length: tokens emitted per target forward. The forward over the prompt and the token
     that it yields do not count.
+    confidence: half the width of its 95% confidence interval, from the spread over prompts; None
+    with fewer than two prompts.
     acceptance_per_depth: share of the drafted tokens at each depth that were accepted, among those
     whose predecessors were all accepted; None for a depth that was never reached.
     tokens_per_s, plain_tokens_per_s: generated tokens per second on one rank, with and without
@@ -52,6 +55,7 @@ class AcceptanceReport:
     num_prompts: int
     num_tokens: int
     mismatches: int | None
+    confidence: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
@@ -68,6 +72,8 @@ class AcceptanceCounts:
     when it reads the prompt.
     num_compared, mismatches, plain_tokens, plain_seconds: count only the prompts that were also
     decoded plainly.
+    squared_tokens, squared_forwards, tokens_by_forwards: sums of each prompt's tokens squared,
+    forwards squared, and their product.
     """
 
     reached_per_depth: tuple[int, ...]
@@ -80,6 +86,9 @@ class AcceptanceCounts:
     mismatches: int = 0
     plain_tokens: int = 0
     plain_seconds: float = 0.0
+    squared_tokens: int = 0
+    squared_forwards: int = 0
+    tokens_by_forwards: int = 0
 
     @classmethod
     def zero(cls, draft_tokens: int) -> "AcceptanceCounts":
@@ -94,12 +103,17 @@ class AcceptanceCounts:
             for depth in range(num_proposed):
                 reached[depth] += num_accepted >= depth
                 accepted[depth] += num_accepted > depth
+        num_tokens = len(generation.token_ids) - 1
+        num_forwards = generation.num_target_forwards
         return cls(
             tuple(reached),
             tuple(accepted),
             num_prompts=1,
-            num_tokens=len(generation.token_ids) - 1,
-            num_forwards=generation.num_target_forwards,
+            num_tokens=num_tokens,
+            num_forwards=num_forwards,
+            squared_tokens=num_tokens**2,
+            squared_forwards=num_forwards**2,
+            tokens_by_forwards=num_tokens * num_forwards,
             seconds=generation.seconds,
             num_compared=int(plain is not None),
             mismatches=int(plain is not None and plain.token_ids != generation.token_ids),
@@ -111,7 +125,7 @@ class AcceptanceCounts:
         return self.from_tensor(self.to_tensor() + other.to_tensor())
 
     def to_tensor(self) -> torch.Tensor:
-        """Return the counts as an fp64 tensor [2K + 8] that can be summed over ranks.
+        """Return the counts as an fp64 tensor [2K + 11] that can be summed over ranks.
 
         K is the number of drafted tokens. Counts below 2**53 are exact.
         """
@@ -131,6 +145,18 @@ class AcceptanceCounts:
             rest.append(number(value))
         return cls(tuple(per_depth[:draft_tokens]), tuple(per_depth[draft_tokens:]), *rest)
 
+    def confidence(self) -> float | None:
+        """Return half the width of the 95% confidence interval of the acceptance length, a ratio of sums over prompts.
+
+        Source: Cochran, Sampling Techniques, section 2.11 (large samples).
+        """
+        if self.num_prompts < 2 or not self.num_forwards:
+            return None
+        ratio = self.num_tokens / self.num_forwards
+        squares = self.squared_tokens - 2 * ratio * self.tokens_by_forwards + ratio**2 * self.squared_forwards
+        variance = max(0.0, squares) / (self.num_prompts - 1) * self.num_prompts / self.num_forwards**2
+        return 1.96 * math.sqrt(variance)
+
     def report(self) -> AcceptanceReport:
         """Return the ratios of the sums. Without any forward, the acceptance length is 1."""
         depths = zip(self.accepted_per_depth, self.reached_per_depth, strict=True)
@@ -142,6 +168,7 @@ class AcceptanceCounts:
             num_prompts=self.num_prompts,
             num_tokens=self.num_tokens,
             mismatches=self.mismatches if self.num_compared else None,
+            confidence=self.confidence(),
         )
 
 

@@ -89,7 +89,10 @@ def acceptance_table(reports: dict[str, AcceptanceReport]) -> Table:
         if report.tokens_per_s is not None and report.plain_tokens_per_s:
             speed = f"{report.tokens_per_s / report.plain_tokens_per_s:.2f}x"
         differs = "-" if report.mismatches is None else f"{report.mismatches} of {report.num_prompts}"
-        table.add_row(name, f"{report.acceptance_length:.2f}", depths, _rate(report.tokens_per_s), speed, differs)
+        length = f"{report.acceptance_length:.2f}"
+        if report.confidence is not None:
+            length += f" ±{report.confidence:.2f}"
+        table.add_row(name, length, depths, _rate(report.tokens_per_s), speed, differs)
     return table
 
 

@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.config.strict import parse_json, read_text
-from engine.host.files import write_json, write_tensors, writing
+from engine.host.files import write_json, write_tensors, write_whole, writing
 from engine.models.vocab_map import VocabMap
 
 WEIGHTS = "model.safetensors"
@@ -32,21 +33,40 @@ def write_draft_folder(folder: Path, tensors: dict[str, torch.Tensor], config: d
     drafts give equal bytes.
     Raises ValueError if `folder` holds anything but an exported draft.
     """
+
+    def write(place: Path) -> None:
+        write_tensors(place / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
+        write_json(place / CONFIG, config, sort_keys=True)
+
+    _replace(folder, write)
+
+
+def copy_draft_folder(source: Path, folder: Path) -> None:
+    """Copy an exported draft, replacing any earlier export in `folder`, with the errors of `write_draft_folder`."""
+
+    def write(place: Path) -> None:
+        for name in (WEIGHTS, CONFIG):
+            write_whole(place / name, partial(shutil.copyfile, source / name))
+
+    _replace(folder, write)
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+    """Replace an export as a whole. write: writes the files of the new one to a folder."""
     check_replaceable(folder)
-    partial, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
+    new, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
     with writing(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
         try:
-            write_tensors(partial / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
-            write_json(partial / CONFIG, config, sort_keys=True)
+            write(new)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
             raise
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
             os.replace(folder, previous)
-        os.replace(partial, folder)
+        os.replace(new, folder)
         shutil.rmtree(previous, ignore_errors=True)
 
 

@@ -115,6 +115,8 @@ class MeasuredPlacement:
     look-ahead for as many steps, and then with whichever was faster; with a look-ahead of 0, the
     target still runs on a stream of its own, but not ahead. The result of the run is the same in
     any case. If the memory would not suffice for both sides at once, the run stays serial.
+
+    chosen: the placement after these steps; None = not known yet.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class MeasuredPlacement:
         self._note = note
         self._memory = memory
         self._num_steps = 0
+        self.chosen: str | None = None
         self._began: TimeMark | None = None
         self._serial: list[tuple[TimeMark, TimeMark]] = []
         self._colocated: list[tuple[TimeMark, TimeMark]] = []
@@ -166,6 +169,7 @@ class MeasuredPlacement:
         problem = f"running both sides at once would need {missing / 2**30:,.1f} GiB more memory"
         self._note(f"  overlap: serial, because {problem}")
         self._num_steps = 2 * PHASE_STEPS
+        self.chosen = SERIAL
 
     def _decide(self) -> None:
         if self._world.device.type == "cuda":
@@ -175,8 +179,8 @@ class MeasuredPlacement:
         is_faster = self._world.decide(lambda: colocated_s < serial_s * (1 - LEAST_GAIN))
         if not is_faster:
             self._pipeline.set_limits(Limits(0))
-        chosen = COLOCATED if is_faster else SERIAL
-        self._note(f"  overlap: {chosen}; a step takes {serial_s:.3g} s serially and {colocated_s:.3g} s colocated")
+        self.chosen = COLOCATED if is_faster else SERIAL
+        self._note(f"  overlap: {self.chosen}; a step takes {serial_s:.3g} s serially and {colocated_s:.3g} s colocated")
 
 
 def _mean_s(steps: Sequence[tuple[TimeMark, TimeMark]]) -> float:

@@ -38,6 +38,16 @@ def gather_trace(clock: StepClock, rank: int, world: World) -> list[TraceEvent]:
     return [event for own in world.gather(clock.trace_events(rank)) for event in own]
 
 
+def write_trace(path: Path, clock: StepClock, world: World, others: Sequence[TraceEvent] = ()) -> None:
+    """Write the timeline of all ranks for ui.perfetto.dev; a collective.
+
+    others: events of ranks outside of this world.
+    """
+    events = [*others, *gather_trace(clock, world.rank, world)]
+    if world.is_main:
+        write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
 def limits_of(look_ahead: int, section: OverlapSection) -> Limits:
     """Return the limits of a look-ahead. look_ahead: micro-batches."""
     num_bytes = None if section.look_ahead_mb is None else section.look_ahead_mb << 20
@@ -107,13 +117,13 @@ class Schedule(Generic[Item, Work]):
         side: Side,
         section: OverlapSection,
         world: World,
+        clock: StepClock,
         note: Callable[[str], None],
     ) -> "Schedule[Item, Work]":
         """Return a schedule for a target that runs on the draft's ranks; nothing runs before the first `take`.
 
-        note: writes a line to the log.
+        clock: takes the times of this rank. note: writes a line to the log.
         """
-        clock = StepClock(world.device, section.traced)
         limits = limits_of(side.look_ahead, section)
         placement = side.placement
         if placement == AUTO and (side.look_ahead == 0 or not can_run_in_turns(side.num_ranks, world.device)):
@@ -148,6 +158,11 @@ class Schedule(Generic[Item, Work]):
             schedule._on_exit.enter_context(side.groups.calling(pipeline.pause))
         return schedule
 
+    @property
+    def chosen(self) -> str | None:
+        """The placement that the first steps have shown to be faster; None = not measured, or not yet."""
+        return None if self._measured is None else self._measured.chosen
+
     def __enter__(self) -> "Schedule[Item, Work]":
         if self._draft_stream is not None:
             self._on_exit.enter_context(_after_and_before(self._draft_stream))
@@ -177,12 +192,3 @@ class Schedule(Generic[Item, Work]):
             self._measured.end_step()
         if self._order is not None:
             self._order.compare(self._world)
-
-    def write_trace(self, path: Path, others: Sequence[TraceEvent] = ()) -> None:
-        """Write the timeline of all ranks for ui.perfetto.dev; a collective.
-
-        others: events of ranks outside of this world.
-        """
-        events = [*others, *gather_trace(self.clock, self._world.rank, self._world)]
-        if self._world.is_main:
-            write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

@@ -309,6 +309,8 @@ class CheckpointWriter:
 
     def finish(self) -> bool:
         """Wait until the last checkpoint is written; a collective. Returns whether it is complete, if there was one."""
+        if self.num_saved == 0:
+            return self._is_complete
         outcome = self._draft.files.finish()
         if outcome is not None:
             self._is_complete = self._world.decide(lambda: outcome.problem is None)  # rank 0 knows of all ranks

@@ -129,8 +129,6 @@ class TargetServer:
         stream: of the draft's loader. position: of the data, from which a run resumes; None = the beginning.
         Raises ValueError if these ranks read other documents.
         """
-        num_draft = self._bridge.sides.num_draft
-        self._loader = PackedLoader.of(self._documents, self._config, self._ds_config, rank=0, world_size=num_draft)
         self._loader.check_stream(stream, self._bridge.rank)
         if position is not None:
             self._loader.load_state(position)
@@ -160,6 +158,11 @@ class TargetServer:
     @property
     def _accumulation(self) -> int:
         return accumulation_steps(self._ds_config, self._bridge.sides.num_draft)
+
+    @cached_property
+    def _loader(self) -> PackedLoader:
+        num_draft = self._bridge.sides.num_draft
+        return PackedLoader.of(self._documents, self._config, self._ds_config, rank=0, world_size=num_draft)
 
     @cached_property
     def _documents(self) -> Documents:

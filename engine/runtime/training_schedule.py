@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +24,11 @@ from engine.overlap.split_pipeline import SplitPipeline
 from engine.overlap.step_clock import StepClock
 from engine.overlap.streams import size_of
 from engine.parallel.mesh import World
+from engine.runtime.checkpoint import DataState
 from engine.runtime.target_server import Served
+from engine.runtime.training_loop import Segment
 from engine.target.frozen import FrozenTarget
 
-DataState = dict[str, Any]  # position in the data, from which a run resumes
 Item = tuple[PackedBatch, DataState]
 Work = tuple[MicroBatch, DataState]  # a micro-batch, and the state for resuming after its step
 
@@ -36,8 +38,7 @@ class Training:
     """What a schedule needs to know of a run.
 
     ds_config: DeepSpeed's configuration. draft: of the draft. dtype: precision in which it computes.
-    num_predictions: its predictions per position. position: of the data, if the run resumes.
-    first_step, num_steps: steps of this run.
+    num_predictions: its predictions per position.
     """
 
     config: Config
@@ -47,32 +48,88 @@ class Training:
     draft: DraftConfig
     dtype: torch.dtype
     num_predictions: int
-    position: DataState | None
-    first_step: int
-    num_steps: int
 
 
-def make_schedule(
-    training: Training, loader: PackedLoader, target: Target, note: Callable[[str], None]
-) -> Schedule[Item, Work]:
-    """Return the schedule of a run's micro-batches. note: writes a line to the log."""
-    config = training.config
-    make = MicroBatchMaker(training.method, target, training.dtype, training.world.device)
-    if isinstance(target, RemoteTarget):
-        return _split_schedule(training, loader, make, target, note)
+class TrainingSchedules:
+    """Makes the schedule of each segment of a run."""
 
-    def prepare(item: Item) -> Work:
-        batch, data_state = item
-        return make(batch), data_state
+    def __init__(
+        self, training: Training, loader: PackedLoader, target: Target, clock: StepClock, note: Callable[[str], None]
+    ) -> None:
+        """Create it.
 
-    producer = Producer(micro_batches(loader, training.num_steps), prepare, _Sizes(training, make))
-    side = Side(config.placement, config.look_ahead, config.replica_size)
-    if isinstance(target, FrozenTarget):
-        side = replace(side, groups=target.layer_groups(config.overlap.layer_groups))
-    elif config.placement == AUTO:
-        # A plugin's target may issue collectives or depend on its thread.
-        side = replace(side, placement=SERIAL)
-    return Schedule.on_same_ranks(producer, side, config.overlap, training.world, note)
+        loader: stream of batches, at the position where the run begins. clock: takes the times of all segments.
+        note: writes a line to the log.
+        """
+        self._training = training
+        self._loader = loader
+        self._target = target
+        self._clock = clock
+        self._note = note
+        self._chosen: str | None = None
+        self._make = MicroBatchMaker(training.method, target, training.dtype, training.world.device)
+
+    @contextmanager
+    def open(self, segment: Segment, position: DataState | None) -> Iterator[Schedule[Item, Work]]:
+        """Context manager that gives the schedule of a segment. position: of the data before it; None = the beginning."""
+        if position is not None:
+            self._loader.load_state(position)
+        if isinstance(self._target, RemoteTarget):
+            schedule = self._split(segment, position, self._target)
+        else:
+            schedule = self._on_same_ranks(segment)
+        with schedule:
+            yield schedule
+        self._chosen = self._chosen or schedule.chosen
+
+    def _on_same_ranks(self, segment: Segment) -> Schedule[Item, Work]:
+        training = self._training
+        config = training.config
+
+        def prepare(item: Item) -> Work:
+            batch, data_state = item
+            return self._make(batch), data_state
+
+        producer = Producer(micro_batches(self._loader, segment.num_steps), prepare, _Sizes(training, self._make))
+        side = Side(self._chosen or config.placement, config.look_ahead, config.replica_size)
+        if isinstance(self._target, FrozenTarget):
+            side = replace(side, groups=self._target.layer_groups(config.overlap.layer_groups))
+        elif config.placement == AUTO:
+            # A plugin's target may issue collectives or depend on its thread.
+            side = replace(side, placement=SERIAL)
+        return Schedule.on_same_ranks(producer, side, config.overlap, training.world, self._clock, self._note)
+
+    def _split(self, segment: Segment, position: DataState | None, target: RemoteTarget) -> Schedule[Any, Work]:
+        """Return the schedule of a segment whose target runs on other ranks, and let these begin."""
+        training = self._training
+        config = training.config
+        bridge = target.calls.bridge
+        wire = _wire_format(config, training.draft, training.dtype, target.dtype)
+        device = training.world.device
+
+        def with_rows() -> Iterator[tuple[Rows, DataState]]:
+            for batch, data_state in micro_batches(self._loader, segment.num_steps):
+                yield self._make.rows(batch), data_state
+
+        def layout(item: tuple[Rows, DataState]) -> WireStates:
+            rows, _ = item
+            return wire.layout(rows.batch.num_tokens, len(rows.slots_N))
+
+        def finish(item: tuple[Rows, DataState], states: WireStates) -> Work:
+            rows, data_state = item
+            return self._make.finish(rows, wire.read(states, to_device(rows.slots_N, device))), data_state
+
+        target.calls.call("open_data", self._loader.stream, position)
+        target.calls.start("serve", Served(segment.first, segment.num_steps, wire))
+        look_ahead = bridge.sides.default_look_ahead
+        if config.overlap.look_ahead is not None:
+            look_ahead = max(config.overlap.look_ahead, bridge.sides.least_look_ahead)
+            if look_ahead != config.overlap.look_ahead:
+                because = "which the ranks of a copy of the target need to begin together"
+                self._note(f"  overlap: a look-ahead of {look_ahead}, {because}")
+        limits = limits_of(look_ahead, config.overlap)
+        pipeline = SplitPipeline(with_rows(), layout, finish, self._clock, limits, bridge, device)
+        return Schedule(pipeline, self._clock, training.world)
 
 
 def micro_batches(loader: PackedLoader, num_steps: int) -> Iterator[Item]:
@@ -123,36 +180,3 @@ class _Sizes:
             return self._largest
         batch, _ = item
         return MicroBatch.num_bytes(batch.num_tokens, int(batch.assistant_mask_T.sum()), self._widths)
-
-
-def _split_schedule(
-    training: Training, loader: PackedLoader, make: MicroBatchMaker, target: RemoteTarget, note: Callable[[str], None]
-) -> Schedule[Any, Work]:
-    """Return the schedule of a run whose target runs on other ranks, and let these begin."""
-    config = training.config
-    bridge = target.calls.bridge
-    wire = _wire_format(config, training.draft, training.dtype, target.dtype)
-    device = training.world.device
-
-    def with_rows() -> Iterator[tuple[Rows, DataState]]:
-        for batch, data_state in micro_batches(loader, training.num_steps):
-            yield make.rows(batch), data_state
-
-    def layout(item: tuple[Rows, DataState]) -> WireStates:
-        rows, _ = item
-        return wire.layout(rows.batch.num_tokens, len(rows.slots_N))
-
-    def finish(item: tuple[Rows, DataState], states: WireStates) -> Work:
-        rows, data_state = item
-        return make.finish(rows, wire.read(states, to_device(rows.slots_N, device))), data_state
-
-    target.calls.call("open_data", loader.stream, training.position)
-    target.calls.start("serve", Served(training.first_step, training.num_steps, wire))
-    clock = StepClock(device, config.overlap.traced)
-    look_ahead = bridge.sides.default_look_ahead
-    if config.overlap.look_ahead is not None:
-        look_ahead = max(config.overlap.look_ahead, bridge.sides.least_look_ahead)
-    pipeline = SplitPipeline(with_rows(), layout, finish, clock, limits_of(look_ahead, config.overlap), bridge, device)
-    if look_ahead != config.overlap.look_ahead and config.overlap.look_ahead is not None:
-        note(f"  overlap: a look-ahead of {look_ahead}, which the ranks of a copy of the target need to begin together")
-    return Schedule(pipeline, clock, training.world)

@@ -6,8 +6,8 @@ import pytest
 from engine.config.sections import Config, OverlapSection, TargetSection
 from engine.config.strict import ConfigError
 from engine.overlap.pipeline import Producer
-from engine.overlap.schedule import Schedule, Side
-from engine.overlap.step_clock import DRAFT_PARTS
+from engine.overlap.schedule import Schedule, Side, write_trace
+from engine.overlap.step_clock import DRAFT_PARTS, StepClock
 from engine.parallel.mesh import World
 
 STEPS = 4
@@ -17,7 +17,8 @@ def run(side: Side, section: OverlapSection, accumulation: int) -> tuple[Schedul
     """A run of four steps, and the micro-batches of each."""
     producer = Producer(range(STEPS * accumulation), lambda item: time.sleep(0.001) or item)
     taken = []
-    with Schedule.on_same_ranks(producer, side, section, World.alone(), lambda line: None) as schedule:
+    clock = StepClock(World.alone().device, section.traced)
+    with Schedule.on_same_ranks(producer, side, section, World.alone(), clock, lambda line: None) as schedule:
         for step in range(1, STEPS + 1):
             micros = schedule.take(step, accumulation)
             taken.append(micros)
@@ -42,7 +43,7 @@ def test_every_placement_gives_each_step_its_micro_batches(placement, num_ranks,
 
 def test_the_trace_has_both_sides_of_the_traced_steps(tmp_path):
     schedule, _ = run(Side("colocated", 1), OverlapSection(trace_steps=(2, 3)), accumulation=2)
-    schedule.write_trace(tmp_path / "trace.json")
+    write_trace(tmp_path / "trace.json", schedule.clock, World.alone())
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {event["tid"] for event in events} == {"target", "draft"}
     assert {event["args"]["step"] for event in events} == {2, 3}

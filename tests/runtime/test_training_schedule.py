@@ -16,9 +16,11 @@ from engine.models.method_registry import make_method
 from engine.models.normaliser import Normaliser
 from engine.models.vocab_map import VocabMap
 from engine.overlap import placement
+from engine.overlap.step_clock import StepClock
 from engine.parallel.mesh import TargetMesh, World
 from engine.parallel.zero import ZeroDraft
-from engine.runtime.training_schedule import Training, make_schedule
+from engine.runtime.training_loop import RunSpan
+from engine.runtime.training_schedule import Training, TrainingSchedules
 from engine.target.frozen import FrozenTarget
 from tests.distributed import run_ranks
 from tests.parallel.families import tiny_model
@@ -123,19 +125,21 @@ def losses_of(world: World, case: Case) -> list[float]:
         draft=draft_config,
         dtype=zero.dtype,
         num_predictions=zero.objective.num_steps,
-        position=None,
-        first_step=1,
-        num_steps=num_steps,
     )
     losses = []
-    with make_schedule(training, loader, target, lambda line: None) as schedule:
-        for step in range(1, num_steps + 1):
-            micros = [micro for micro, _ in schedule.take(step, case.accumulation)]
-            loss = torch.zeros(())
-            for micro, norms in zip(micros, normalise(micros), strict=True):
-                loss += zero.train(micro, norms, schedule.part).loss.detach()
-            schedule.end_step()
-            losses.append(world.sum(loss).item())
+    schedules = TrainingSchedules(training, loader, target, StepClock(world.device), lambda line: None)
+    position = None
+    for segment in RunSpan(0, num_steps).segments(every_steps=num_steps * 2 // 3):
+        with schedules.open(segment, position) as schedule:
+            for step in range(segment.first, segment.last + 1):
+                taken = schedule.take(step, case.accumulation)
+                micros = [micro for micro, _ in taken]
+                loss = torch.zeros(())
+                for micro, norms in zip(micros, normalise(micros), strict=True):
+                    loss += zero.train(micro, norms, schedule.part).loss.detach()
+                schedule.end_step()
+                losses.append(world.sum(loss).item())
+                position = taken[-1][1]
     return losses
 
 
