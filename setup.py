@@ -18,6 +18,7 @@ setup(
     packages=find_namespace_packages(include=["engine", "engine.*", "launcher", "launcher.*", "ds_configs"]),
     package_data={
         "engine.data": ["chat_templates/*.jinja"],
+        "engine.evaluation": ["*.css"],
         "engine.parallel": ["proofs.json"],
         "launcher": ["recipes/*", "embedded/target/*", "slurm/*"],
         "ds_configs": ["*.json"],

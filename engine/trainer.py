@@ -28,7 +28,8 @@ from engine.evaluation.acceptance import Prompt, check_prompts, read_prompts
 from engine.evaluation.evaluator import AcceptanceEvaluator
 from engine.evaluation.history import Evaluation, EvaluationHistory
 from engine.evaluation.remote_evaluator import RemoteEvaluator
-from engine.evaluation.report import RunReport
+from engine.evaluation.report import PAGE, RunReport
+from engine.evaluation.run_page import write_run_page
 from engine.hidden_states.micro_batches import MicroBatchMaker
 from engine.hidden_states.protocol import HiddenStateSource, Target
 from engine.hidden_states.remote_target import RemoteSource, RemoteTarget
@@ -364,7 +365,7 @@ class Trainer:
                     break
                 loop.run(segment)
                 if evaluator is not None and self.config.evaluation.every_steps:
-                    with self.progress.pause():
+                    with self.progress.pause(), log.pause():
                         self.evaluate(zero, corpus, target, evaluator, history, segment.last)
                     if self.is_out_of_patience(history):
                         loop.save(segment.last)
@@ -378,6 +379,11 @@ class Trainer:
         for own in self.world.gather(watch.left_out):
             left_out |= own
         return tuple(problem for _, problem in sorted(left_out.items()))
+
+    def write_page(self) -> None:
+        """Write the report of the run so far."""
+        if self.world.is_main:
+            write_run_page([self.output_dir], self.output_dir / PAGE)
 
     def training_facts(self, zero: TrainedDraft) -> Training:
         return Training(
@@ -413,6 +419,7 @@ class Trainer:
             if is_best:
                 copy_draft_folder(last, self.output_dir / DRAFT)
             history.write()
+        self.write_page()
         self.world.barrier()
         best = history.best
         assert best is not None

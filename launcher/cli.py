@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "train.py",
     "measure": "measure_acceptance.py",
     "export": "export_draft.py",
+    "report": "write_report.py",
 }
 
 

@@ -128,6 +128,7 @@ def main() -> None:
             report = trainer.run()
             if world.is_main:
                 report.save()
+                trainer.write_page()
                 report.show(trainer.telemetry.console, flags_of(config), config.draft.method in DRAFT_METHODS)
     job.leave()
     if lock is not None:

@@ -66,6 +66,7 @@ class PlainDraft(ZeroDraft):
     optimizer_name = "torch.optim.AdamW"
     accumulation_steps = 1
     num_skipped_steps = 0
+    grad_norm = None
     dtype = torch.bfloat16
 
     def forward(self, micro: MicroBatch, norms: LossNorms) -> DraftOutput:

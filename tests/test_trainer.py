@@ -34,7 +34,7 @@ from tests.parallel.families import tiny_model
 DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
 ENVIRONMENT = os.environ | ON_CPU
-TIMES = {"tokens_per_s", "step_s", "parts_s", "overlap_efficiency"}
+TIMES = {"tokens_per_s", "step_s", "parts_s", "overlap_efficiency", "memory_gib"}
 
 
 def arguments(output: Path, target: Path, corpus, *overrides: str) -> list[str]:

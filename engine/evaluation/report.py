@@ -12,6 +12,7 @@ from engine.config.sections import DRAFT
 from engine.evaluation.acceptance import AcceptanceReport
 from engine.host.files import write_json
 
+PAGE = "report.html"
 SUMMARY = "summary.json"
 
 
@@ -54,7 +55,7 @@ class RunReport:
                 f"Left out because the target's states are not finite: {len(self.left_out)} documents, listed in {SUMMARY}"
             )
         ready = "Draft, ready for SGLang" if is_shipped_method else "Draft"
-        console.print(f"{ready}: {self.output_dir / DRAFT}\n\nNext:")
+        console.print(f"{ready}: {self.output_dir / DRAFT}\nReport: {self.output_dir / PAGE}\n\nNext:")
         timed = self.after is None or self.after.num_prompts == 0 or self.after.tokens_per_s is not None
         # A target that was not timed may need all ranks.
         start = "python" if timed else "deepspeed"

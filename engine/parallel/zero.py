@@ -196,6 +196,14 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         """Optimizer steps that DeepSpeed has skipped because their gradient was not finite."""
         return self.engine.skipped_steps
 
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """Norm of the last step's gradient before clipping, a scalar that may be on the device; None = unknown."""
+        norm = self.engine.get_global_grad_norm()
+        if norm is None:
+            return None
+        return torch.as_tensor(norm, dtype=torch.float32).detach()
+
     @torch.no_grad()
     def has_finite_weights(self, world: World) -> bool:
         """Return whether every weight is finite on all ranks.

@@ -1,14 +1,16 @@
 """The log of a training run; metrics are read from the device one step late, without host sync."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from engine.batch import DraftOutput, MicroBatch
-from engine.host.pinned_copy import TimeMark
+from engine.host.pinned_copy import HostCopy, TimeMark
+from engine.host.processes import used_memory
 from engine.overlap.step_clock import TARGET_FORWARD, StepClock, draft_seconds, efficiency
 from engine.parallel.mesh import PendingSum, World
 from engine.parallel.zero import ZeroDraft
@@ -39,6 +41,8 @@ class _PendingLine:
     """A line of the log whose sums are still being copied to the host.
 
     num_steps: steps since the last line. loss_divisor: as in `StepMetrics.values`.
+    paused_s: time in which nothing was trained. grad_norm: of the last step; None = unknown.
+    memory_gib: of this rank.
     """
 
     step: int
@@ -48,6 +52,9 @@ class _PendingLine:
     sums: PendingSum
     began: TimeMark
     ended: TimeMark
+    paused_s: float
+    grad_norm: HostCopy | None
+    memory_gib: float
 
 
 class TrainLog:
@@ -71,6 +78,7 @@ class TrainLog:
         self._pending: _PendingLine | None = None
         self._last_step = settings.first_step
         self._last_mark = TimeMark(world.device)
+        self._paused_s = 0.0  # since the last line
         self.line = "loss ..."
 
     def __enter__(self) -> "TrainLog":
@@ -81,6 +89,13 @@ class TrainLog:
             self.flush()
         else:
             self._flush_what_arrives()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Context manager around work that is not training, whose time does not count as that of a step."""
+        began_s = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - began_s
 
     def state(self) -> Any:
         """Return what this rank has not logged yet, for a checkpoint; waits for the device."""
@@ -131,6 +146,7 @@ class TrainLog:
 
     def _start_line(self, step: int) -> _PendingLine:
         mark = TimeMark(self._world.device)
+        grad_norm = self._zero.grad_norm
         num_steps = step - self._last_step
         parts = 1
         if not self._zero.objective.is_normalised_globally:
@@ -143,20 +159,26 @@ class TrainLog:
             sums=self._metrics.start_read(self._world, self._clock.take_seconds()),
             began=self._last_mark,
             ended=mark,
+            paused_s=self._paused_s,
+            grad_norm=None if grad_norm is None else HostCopy(grad_norm),
+            memory_gib=used_memory(self._world.device) / 2**30,
         )
         self._last_step = step
         self._last_mark = mark
+        self._paused_s = 0.0
         return line
 
     def _write(self, pending: _PendingLine) -> None:
         sums = pending.sums.wait()
         metrics = self._metrics.values(sums, pending.loss_divisor)
-        interval_s = pending.ended.seconds_since(pending.began)
+        interval_s = pending.ended.seconds_since(pending.began) - pending.paused_s
         tokens_per_s = metrics["tokens"] / interval_s
         step_s = interval_s / pending.num_steps
         parts_s = self._metrics.seconds(sums, pending.num_steps * self._world.size)
         metrics |= {"step_s": step_s, "parts_s": parts_s, "overlap_efficiency": efficiency(parts_s, step_s)}
         metrics |= {"step": pending.step, "lr": pending.learning_rate, "tokens_per_s": tokens_per_s}
+        grad_norm = None if pending.grad_norm is None else pending.grad_norm.wait().item()
+        metrics |= {"grad_norm": grad_norm, "memory_gib": pending.memory_gib}
         self.line = _progress_line(metrics)
         if self._file is not None:
             self._file.write(metrics)

@@ -51,7 +51,7 @@ def zero() -> SimpleNamespace:
     COLLECTIVES.clear()
     ARRIVES[0] = True
     objective = SimpleNamespace(num_steps=2, step_weights=[1.0, 0.5], is_normalised_globally=False)
-    facts = {"learning_rate": 0.5, "accumulation_steps": 1, "num_skipped_steps": 0}
+    facts = {"learning_rate": 0.5, "accumulation_steps": 1, "num_skipped_steps": 0, "grad_norm": None}
     return SimpleNamespace(objective=objective, write_monitors=lambda values, step: None, **facts)
 
 

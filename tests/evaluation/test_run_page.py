@@ -1,0 +1,129 @@
+"""The report of a run: it holds what its folder holds, needs no network, and obeys nothing that a name contains."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from engine.evaluation.charts import Bar, Line, line_chart, number, stacked_bars
+from engine.evaluation.run_page import RunRecord, bottleneck, run_page, write_run_page
+
+PARTS = {
+    "data": 0.01,
+    "target_forward": 0.2,
+    "transfer": 0.0,
+    "wait_for_target": 0.02,
+    "draft_forward": 0.3,
+    "backward": 0.5,
+    "optimizer": 0.1,
+}
+
+
+def make_run(folder: Path, num_steps: int = 30, **summary: object) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text("target:\n  path: some/<model>\n")
+    lines = []
+    for step in range(1, num_steps + 1):
+        line = {"step": step, "loss": 9 / step, "loss_per_step": [1 / step] * 7, "accuracy_per_step": [0.1] * 7, "lr": 1e-4}
+        line |= {"tokens_per_s": 100.0, "step_s": 1.0, "parts_s": PARTS, "grad_norm": None if step == 3 else 2.0 * step}
+        lines.append(json.dumps(line | {"simulated_acceptance_length": 1.5, "overlap_efficiency": 0.5, "memory_gib": 2.0}))
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines) + '{"step": 31, "lo')
+    evaluation = {"step": 20, "acceptance_length": 2.25, "confidence": 0.125, "acceptance_per_depth": [0.5], "num_prompts": 4}
+    (folder / "evaluations.jsonl").write_text(json.dumps(evaluation) + "\n")
+    if summary:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+class Reader(HTMLParser):
+    """Collects the tags and the attributes of a page, and whether its tags are closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.counts: dict[str, int] = {}
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.attributes += attributes
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.attributes += attributes
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_page_is_whole_and_shows_what_the_run_has_left(tmp_path):
+    after = {"acceptance_length": 2.5, "confidence": 0.25, "acceptance_per_depth": [0.5, None], "num_prompts": 4}
+    folder = make_run(tmp_path / "a<b>", after=after, left_out=["doc 3"])
+    write_run_page([folder], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    read = Reader(page)
+    assert not read.open and read.counts["figure"] == 9 and read.counts["polyline"] == 1 + 3 + 3 + 2 + 4
+    assert "2.50 ± 0.25" in page and "step 20" in page and "1 documents were left out" in page
+    assert "some/&lt;model&gt;" in page and "a&lt;b&gt;" in page and "<b>some" not in page
+    links = [value for name, value in read.attributes if name in ("src", "href")]
+    assert not links and "http" not in page and "<script" not in page and "@import" not in page
+
+
+def test_a_run_that_has_just_begun_has_a_page_too(tmp_path):
+    folder = make_run(tmp_path / "run", num_steps=0)
+    (folder / "evaluations.jsonl").unlink()
+    page = run_page([RunRecord.read(folder)])
+    assert "No step has been logged yet" in page and not Reader(page).open
+    with pytest.raises(ValueError, match="is not the output_dir of a run"):
+        RunRecord.read(tmp_path)
+
+
+def test_two_runs_are_drawn_in_the_same_charts(tmp_path):
+    runs = [RunRecord.read(make_run(tmp_path / name, num_steps)) for name, num_steps in (("one", 30), ("two", 12))]
+    page = run_page(runs)
+    assert page.count("loss, one") == page.count("loss, two") > 0 and 'stroke-dasharray="6 4"' in page
+    assert Reader(page).counts["polyline"] == 2 * (1 + 3 + 3 + 2 + 4)
+
+
+def points_of(chart: str) -> list[tuple[float, float]]:
+    (places,) = re.findall(r'<polyline[^>]* points="([^"]*)"', chart)
+    return [tuple(map(float, place.split(","))) for place in places.split()]
+
+
+def test_a_line_is_drawn_to_scale():
+    points = points_of(line_chart("x", [Line("a", [0, 5, 10], [0.0, 1.0, 4.0])]))
+    assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=0.2)
+    assert points[0][1] - points[2][1] == pytest.approx(4 * (points[0][1] - points[1][1]), abs=0.5)
+    points = points_of(line_chart("x", [Line("a", [0, 1, 2, 3], [1.0, None, 10.0, 100.0])], log=True))
+    assert points[0][1] - points[1][1] == pytest.approx(points[1][1] - points[2][1], abs=0.2)
+    assert line_chart("x", [Line("a", [1], [None])]) == line_chart("x", []) == ""
+    assert len(points_of(line_chart("x", [Line("a", range(10_000), [float(i) for i in range(10_000)])]))) == 400
+
+
+def test_bars_share_a_scale():
+    bars = stacked_bars("x", [Bar("a", [("p", 3), ("q", 1)]), Bar("b", [("p", 2)])], "s")
+    widths = [float(width) for width in re.findall(r"width:([\d.]+)%", bars)]
+    assert widths == [75, 25, 50]
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (12345, "12,345"), (1.5, "1.5"), (0.0123, "0.0123"), (2e-5, "2.00e-05")])
+def test_numbers_are_short(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data": 0.5}, "data.cache_dir"),
+        ({"wait_for_target": 0.5}, "overlap.target_ranks"),
+        ({"target_forward": 0.4, "draft_forward": 0.2, "backward": 0.3}, "overlap.placement=colocated"),
+        ({}, "more ranks for the draft"),
+    ],
+)
+def test_what_a_step_waits_for_is_named_with_the_option_that_moves_it(changes, named):
+    assert named in bottleneck(PARTS | changes, 1.0)
