@@ -157,6 +157,8 @@ class Trainer:
             assert draft_config.aux_layers is not None  # `derive_config` fills them in
             target = source.load_target(draft_config.aux_layers)
         draft = self.method.new_draft(draft_config, kernels, target, corpus.vocab_map)
+        for line in self.method.notes:
+            self.telemetry.note(f"  {line}")
         evaluator = self.make_evaluator(target, tokenizer, prompts) if source.can_decode else None
         report = RunReport(self.output_dir, self.telemetry.stage_s, corpus.vocab_facts["coverage"])
         if evaluator is not None:

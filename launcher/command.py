@@ -98,7 +98,7 @@ def read_config(arguments: argparse.Namespace) -> Config:
     config = load_config(arguments.recipe, arguments.overrides)
     target = _with_home(config.target, ("path", "store", "plugins"))
     data = _with_home(config.data, ("train", "held_out", "template", "cache_dir"))
-    draft = _with_home(config.draft, ("config", "vocab_map"))
+    draft = _with_home(config.draft, ("config", "vocab_map", "init_from"))
     return replace(_with_home(config, ("output_dir",)), target=target, data=data, draft=draft)
 
 
@@ -275,6 +275,9 @@ def check_inputs(config: Config, reads_prompts: bool = False) -> None:
         for path in paths:
             if path not in (EMBEDDED, None) and not Path(path).is_file():
                 raise ConfigError(f"no such file; expected one below {Path.cwd()} or an absolute path", key=key, value=path)
+    start = config.draft.init_from
+    if start is not None and not Path(start).is_dir():
+        raise ConfigError("no such folder; expected the folder of an exported draft", key="draft.init_from", value=start)
     check_target(config)
 
 

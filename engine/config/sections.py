@@ -89,7 +89,7 @@ def divisors(number: int) -> list[int]:
 
 
 # Options of `draft` that do not belong to the shapes that `draft.config` sets.
-_NOT_SHAPES = ("method", "options", "config", "vocab_from", "vocab_map", "train_embedding_projection", "init_head")
+_NOT_SHAPES = ("method", "options", "config", "vocab_from", "vocab_map", "train_embedding_projection", "init_head", "init_from")
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,12 @@ class DraftSection:
     )
     init_head: Literal["target", "random"] = option(
         "target", "initial lm_head; target = the target's rows of the draft vocabulary; random = random weights"
+    )
+
+    init_from: str | None = option(
+        None,
+        "folder of an exported draft whose weights the draft starts from, written by this project, SpecForge, EAGLE or vLLM; "
+        "its shapes must be the same, its draft vocabulary may differ",
     )
 
     def __post_init__(self):

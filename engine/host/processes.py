@@ -5,9 +5,6 @@ import resource
 import signal
 import sys
 
-import psutil
-import torch
-
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -24,10 +21,3 @@ def allow_many_files() -> None:
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def used_memory(device: torch.device) -> int:
-    """Return the bytes that this process has used: the most that was allocated on a GPU, or the host memory it holds now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss

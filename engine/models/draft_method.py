@@ -172,6 +172,7 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
     title: name of the method in messages.
     unread: options of the recipe that the method does not read, by dotted key.
     recompute: activations that are recomputed in the backward pass, as in `ttt.recompute`.
+    notes: lines for the log about the draft that was made.
     """
 
     title: ClassVar[str]
@@ -184,6 +185,7 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
         """
         self.recipe = recipe
         self.recompute = "none"
+        self.notes: list[str] = []
         for key in self.unread:
             section, _, name = key.rpartition(".")
             value = getattr(getattr(recipe, section) if section else recipe, name)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from engine.batch import DraftOutput, to_device
@@ -18,6 +19,13 @@ from engine.parallel.mesh import PendingSum, World
 
 SCALARS = ("tokens", "left_out_documents")  # counted per micro-batch, not per TTT step
 COUNTS = ("num_loss_rows_S", "num_allowed_rows_S", "num_correct_S", "accepted_S")
+
+
+def used_memory(device: torch.device) -> int:
+    """Return the bytes that this process has used: the most allocated on a GPU, or the host memory that it holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 class StepMetrics:

@@ -10,12 +10,11 @@ from typing import Any
 
 from engine.batch import DraftOutput, MicroBatch
 from engine.host.pinned_copy import HostCopy, TimeMark
-from engine.host.processes import used_memory
 from engine.overlap.step_clock import TARGET_FORWARD, StepClock, draft_seconds, efficiency
 from engine.parallel.mesh import PendingSum, World
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.fault_watch import FaultWatch
-from engine.runtime.metrics import MetricsFile, StepMetrics
+from engine.runtime.metrics import MetricsFile, StepMetrics, used_memory
 
 METRICS = "metrics.jsonl"
 SECONDS_AFTER_ERROR = 2.0  # time that a failed run waits for metrics still being copied

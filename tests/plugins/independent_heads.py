@@ -208,6 +208,7 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
         "draft.num_key_value_heads",
         "draft.train_embedding_projection",
         "draft.init_head",
+        "draft.init_from",
         "ttt.steps",
         "ttt.compaction",
         "ttt.recompute",

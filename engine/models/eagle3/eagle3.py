@@ -25,6 +25,7 @@ from engine.models.eagle3.export import PROJECTION, export_draft, load_draft
 from engine.models.eagle3.flops import StepCounts, step_parts
 from engine.models.eagle3.initial_weights import start_from_target
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
+from engine.models.eagle3.warm_start import start_from_draft
 from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
 
@@ -68,6 +69,8 @@ class Eagle3(DraftMethod[Eagle3Config, Eagle3Draft]):
         else:
             start_from_target(draft, target.embedding.whole(), head_UD)
             draft.embed_projection.requires_grad_(section.train_embedding_projection)
+        if section.init_from is not None:
+            self.notes.append(start_from_draft(draft, Path(section.init_from), vocab_map))
         return draft
 
     def make_objective(self, target: TargetTables, vocab_map: VocabMap) -> TrainingTimeTest:
