@@ -309,7 +309,9 @@ class Trainer:
         )
         objective = self.method.make_objective(target, corpus.vocab_map)
         checkpoint = span.checkpoint
-        reshaped = checkpoint is not None and checkpoint.reshape(draft, self.world)
+        reshaped = checkpoint is not None and checkpoint.reshape(
+            draft, self.world, self.ds_config.get("zero_optimization", {}).get("stage", 0)
+        )
         num_weights = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
         zero: TrainedDraft = ZeroDraft(draft, objective, resolved, universal=reshaped)
         self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {span.last} steps")
@@ -318,7 +320,7 @@ class Trainer:
             self.telemetry.note(f"  {advice}")
         if checkpoint is not None:
             self.unlogged = checkpoint.load(zero, self.world)
-            how = ", written by another number of ranks" if reshaped else ""
+            how = ", converted from another number of ranks or ZeRO stage" if reshaped else ""
             self.telemetry.note(f"  resumed after step {span.done}{how}")
         if self.world.is_main:
             write_text(self.output_dir / "config.yaml", dump_config(self.config))

@@ -29,6 +29,8 @@ from engine.target.identity import what_changed
 TAG = re.compile(r"step_(\d+)")
 RUN = "run.json"
 LATEST = "latest"
+STAGE = "zero_optimization.stage"
+ALIKE_STAGES = {1, 2}  # whose checkpoints can be converted to one another; DeepSpeed's converter knows no other change
 OF_DEEPSPEED = ("optimizer.", "zero_optimization.")  # beginnings of keys of DeepSpeed's file among the options
 SPARE_BYTES = 4 << 20  # that must stay free on the disk beside a checkpoint
 DataState = dict[str, Any]  # position in the data, from which a run resumes
@@ -93,7 +95,8 @@ class Checkpoint:
             raise ValueError(f"{problem}. Resume it with that version")
         changes = [f"{key} was {self.options[key]}, now unset" for key in gone]
         for key, value in current.items():
-            if key in saved and saved[key] != value:
+            is_converted = key == STAGE and {saved.get(key), value} <= ALIKE_STAGES
+            if key in saved and saved[key] != value and not is_converted:
                 changes.append(f"{key} was {saved[key]}, now {value}")
         if changes:
             problem = f"{self.place} was trained with other options: {'; '.join(changes)}"
@@ -127,14 +130,15 @@ class Checkpoint:
             "another output_dir to train a shorter run"
         )
 
-    def reshape(self, draft: torch.nn.Module, world: World) -> bool:
-        """Convert the checkpoint if another number of ranks wrote it; a collective.
+    def reshape(self, draft: torch.nn.Module, world: World, stage: int | None = None) -> bool:
+        """Convert the checkpoint if another number of ranks or another ZeRO stage wrote it; a collective.
 
+        stage: of the run; None = that of the checkpoint.
         Frozen weights are copied from the checkpoint into the draft, because the converted form
         does not contain them. Returns whether a conversion was necessary.
         Raises ValueError if it cannot be converted.
         """
-        if not world.decide(lambda: self._convert(world.size)):
+        if not world.decide(lambda: self._convert(world.size, stage)):
             return False
         frozen = {name: parameter.data for name, parameter in draft.named_parameters() if not parameter.requires_grad}
         if frozen and world.is_main:
@@ -145,9 +149,10 @@ class Checkpoint:
             world.send_from_main(weight)
         return True
 
-    def _convert(self, num_ranks: int) -> bool:
-        """Convert the checkpoint for another number of ranks; returns whether this was necessary."""
-        if self.num_ranks == num_ranks or not is_sharded(self.folder, self.tag):
+    def _convert(self, num_ranks: int, stage: int | None) -> bool:
+        """Convert the checkpoint for another number of ranks or stage; returns whether this was necessary."""
+        is_same_stage = stage is None or self.options.get(STAGE, stage) == stage
+        if (self.num_ranks == num_ranks and is_same_stage) or not is_sharded(self.folder, self.tag):
             return False
         if not self.is_checked:
             raise ValueError(

@@ -22,7 +22,7 @@ from engine.host.files import WriteError
 from engine.models.normaliser import Normaliser
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, consolidated_weights, to_universal
-from engine.runtime.checkpoint import BrokenCheckpointError, Checkpoint, Checkpoints, CheckpointWriter
+from engine.runtime.checkpoint import STAGE, BrokenCheckpointError, Checkpoint, Checkpoints, CheckpointWriter
 from tests.distributed import run_ranks
 from tests.tiny import make_draft, make_micro, make_test
 from tests.training import FOLDER, zero_step
@@ -145,7 +145,7 @@ def start_shared(world: World, stage: str, seed: int, reshaped_from: Checkpoint 
     raw["gradient_accumulation_steps"], raw["bf16"]["enabled"] = 4 // world.size, False
     ds_config = resolve_ds_config(raw, world_size=world.size, total_steps=6, hidden_size=24)
     draft = make_draft(hidden_size=24, seed=seed)
-    universal = reshaped_from is not None and reshaped_from.reshape(draft, world)
+    universal = reshaped_from is not None and reshaped_from.reshape(draft, world, int(stage[-1]))
     return ZeroDraft(draft, make_test(), ds_config, universal)
 
 
@@ -164,7 +164,7 @@ def train_shared_and_save(world: World, folder: Path) -> dict[str, tuple[list[fl
     for stage in STAGES:
         zero = start_shared(world, stage, seed=0)
         train_shared(zero, world, range(3))
-        save(Checkpoints(folder / stage), zero, world, 3, {})
+        save(Checkpoints(folder / stage, options={STAGE: int(stage[-1])}), zero, world, 3, {})
         results[stage] = train_shared(zero, world, range(3, 6)), dict(zero.gathered_weights())
     return results
 
@@ -196,6 +196,25 @@ def test_a_run_goes_on_on_another_number_of_ranks(on_two_ranks, size):
         for name in weights:  # as the same sums in another order differ
             torch.testing.assert_close(own_weights[name], weights[name], rtol=1e-4, atol=1e-5)
         assert [path.name for path in (folder / stage).iterdir() if path.is_dir()] == ["step_3"], "nothing is left of rewriting"
+
+
+def resume_on_other_stages(world: World, folder: Path) -> dict[str, list[float]]:
+    losses = {}
+    for saved, stage in (("zero1", "zero2"), ("zero2", "zero1")):
+        checkpoint = world.decide(lambda saved=saved: found(Checkpoints(folder / saved)))
+        checkpoint.check_options({STAGE: int(stage[-1])})
+        zero = start_shared(world, stage, seed=7, reshaped_from=checkpoint)
+        checkpoint.load(zero, world)
+        losses[saved] = train_shared(zero, world, range(3, 6))
+    return losses
+
+
+def test_a_run_goes_on_under_another_stage_or_is_refused(on_two_ranks):
+    folder, uninterrupted = on_two_ranks
+    for saved, losses in run_ranks(resume_on_other_stages, 2, folder)[0].items():
+        assert losses == pytest.approx(uninterrupted[saved][0], rel=1e-6)
+    with pytest.raises(ValueError, match="zero_optimization.stage was 2, now 3"):
+        found(Checkpoints(folder / "zero2")).check_options({STAGE: 3})
 
 
 @pytest.fixture(scope="module")
