@@ -34,7 +34,7 @@ setup(
         "tokenizers>=0.22",
         "numpy>=2",
         "pyyaml>=6",
-        "rich>=13",
+        "rich>=14.1",
         "jinja2>=3.1",
         "psutil>=5.9",
         "xxhash>=3.4",

@@ -17,7 +17,7 @@ from engine.batch import MicroBatch, PackedBatch
 from engine.config.ds_config import compute_dtype, ds_kept_on_resume, resolve_ds_config, stage_advice
 from engine.config.recipe import dump_config
 from engine.config.secret_values import without_secrets
-from engine.config.sections import CHECKPOINTS, DRAFT, DRAFT_LAST, Config
+from engine.config.sections import CHECKPOINTS, DRAFT, DRAFT_LAST, Config, ConfigError
 from engine.config.strict import as_yaml
 from engine.data.documents import Document
 from engine.data.fingerprint import tokenizer_hash
@@ -26,10 +26,11 @@ from engine.data.packing import collate
 from engine.data.templates import load_tokenizer, template_token_ids
 from engine.evaluation.acceptance import Prompt, check_prompts, read_prompts
 from engine.evaluation.evaluator import AcceptanceEvaluator
-from engine.evaluation.history import Evaluation, EvaluationHistory
+from engine.evaluation.history import EvaluationHistory
 from engine.evaluation.remote_evaluator import RemoteEvaluator
-from engine.evaluation.report import PAGE, RunReport
+from engine.evaluation.report import PAGE, SUMMARY, RunReport
 from engine.evaluation.run_page import write_run_page
+from engine.hidden_states.finite import NonFiniteError
 from engine.hidden_states.micro_batches import MicroBatchMaker
 from engine.hidden_states.protocol import HiddenStateSource, Target
 from engine.hidden_states.remote_target import RemoteSource, RemoteTarget
@@ -44,7 +45,6 @@ from engine.models.draft_folder import (
     VOCAB,
     WEIGHTS,
     check_replaceable,
-    copy_draft_folder,
     load_vocab_map,
     save_vocab_map,
 )
@@ -61,10 +61,11 @@ from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.checkpoint import Checkpoint, Checkpoints, CheckpointWriter, check_finite_weights
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
+from engine.runtime.periodic_evaluation import PeriodicEvaluation
 from engine.runtime.progress import Progress
 from engine.runtime.run_stop import StopAgreement
 from engine.runtime.train_log import LogSettings, TrainLog
-from engine.runtime.training_loop import RunSpan, TrainingLoop
+from engine.runtime.training_loop import RunSpan, Segment, TrainingLoop
 from engine.runtime.training_schedule import Training, TrainingSchedules, check_look_ahead
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
@@ -140,6 +141,9 @@ class Trainer:
         target_config = load_target_config(section)
         check_fp8_activations(target_config, section)
         source = self.open_source(tokenizer)
+        if self.config.evaluation.every_steps and not source.can_decode:
+            problem = f"needs a target that decodes, and target.source={self.config.target.source} has none; set it to 0"
+            raise ConfigError(problem, key="evaluation.every_steps", value=self.config.evaluation.every_steps)
         self.checkpoints = replace(self.checkpoints, target_identity=source.target_identity)
         if checkpoint is not None:
             unknown = checkpoint.check_target(source.target_identity)
@@ -156,6 +160,9 @@ class Trainer:
         with self.telemetry.stage("Loading the target"):
             assert draft_config.aux_layers is not None  # `derive_config` fills them in
             target = source.load_target(draft_config.aux_layers)
+        if checkpoint is not None and self.config.draft.init_from is not None:
+            # The checkpoint holds the weights; the draft that the run began with may be gone.
+            self.method = make_method(replace(self.config, draft=replace(self.config.draft, init_from=None)))
         draft = self.method.new_draft(draft_config, kernels, target, corpus.vocab_map)
         for line in self.method.notes:
             self.telemetry.note(f"  {line}")
@@ -167,10 +174,11 @@ class Trainer:
 
         zero = self.start_zero(draft, corpus, target, span)
         with self.telemetry.stage("Training"):
-            left_out = self.train(zero, corpus, target, span, evaluator)
+            periodic = self.periodic_evaluation(zero, corpus, target, evaluator, span)
+            left_out = self.train(zero, corpus, target, span, periodic)
             report = replace(report, left_out=left_out)
         with self.telemetry.stage("Exporting"):
-            exported = self.final_draft(zero, corpus, target, span)
+            exported = self.final_draft(zero, corpus, target, span, periodic)
         if evaluator is not None:
             with self.telemetry.stage("Measuring acceptance after training"):
                 after = evaluator.measure_draft(exported.to(target.dtype))
@@ -323,13 +331,14 @@ class Trainer:
             how = ", converted from another number of ranks or ZeRO stage" if reshaped else ""
             self.telemetry.note(f"  resumed after step {span.done}{how}")
         if self.world.is_main:
+            (self.output_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier run that had ended
             write_text(self.output_dir / "config.yaml", dump_config(self.config))
             write_json(self.output_dir / "ds_config.json", without_secrets(resolved))
             save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB, corpus.vocab_facts)
         return zero
 
     def train(
-        self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan, evaluator: Evaluator | None
+        self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan, periodic: PeriodicEvaluation | None
     ) -> tuple[str, ...]:
         """Train to the last step, or to the end of `evaluation.patience`.
 
@@ -341,7 +350,6 @@ class Trainer:
         watch = FaultWatch(watch_settings, self.telemetry.warn)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
         clock = StepClock(self.world.device, self.config.overlap.traced)
-        history = EvaluationHistory(self.output_dir, span.done)
         schedules = TrainingSchedules(self.training_facts(zero), corpus.loader, target, clock, self.telemetry.note)
         with (
             self.progress.training(),
@@ -360,19 +368,19 @@ class Trainer:
                 bar=bar,
                 progress=self.progress,
                 agreement=StopAgreement(self.world, self.progress, self.output_dir),
-                writer=CheckpointWriter(self.checkpoints, zero, self.world, self.telemetry.warn),
+                writer=CheckpointWriter(
+                    self.checkpoints, zero, self.world, self.telemetry.warn, self.config.parallel.timeout_s / 2
+                ),
                 every_steps=self.config.checkpoint.every_steps,
             )
-            for segment in span.segments(self.config.evaluation.every_steps):
-                if self.is_out_of_patience(history):
-                    self.telemetry.note(f"  ends early: {self.config.evaluation.patience} evaluations brought no better draft")
-                    break
-                loop.run(segment)
-                if evaluator is not None and self.config.evaluation.every_steps:
-                    with self.progress.pause(), log.pause():
-                        self.evaluate(zero, corpus, target, evaluator, history, segment.last)
-                    if self.is_out_of_patience(history):
-                        loop.save(segment.last)
+            try:
+                if periodic is None:
+                    loop.run(Segment(span.done + 1, span.last))
+                else:
+                    self.train_and_evaluate(loop, periodic)
+            except NonFiniteError:
+                loop.writer.wait_until_complete()  # from which the user will resume
+                raise
             with self.progress.pause():
                 loop.writer.finish()
         self.telemetry.note(f"  {loop.writer.summary()}")
@@ -384,10 +392,30 @@ class Trainer:
             left_out |= own
         return tuple(problem for _, problem in sorted(left_out.items()))
 
+    def train_and_evaluate(self, loop: TrainingLoop, periodic: PeriodicEvaluation) -> None:
+        """Train to the last step, or until `evaluation.patience` ends the run, with an evaluation after each segment."""
+        span = loop.span
+        with loop.pause():
+            periodic.catch_up(span.done, span.last)
+        for segment in span.segments(self.config.evaluation.every_steps):
+            if periodic.is_out_of_patience:
+                self.telemetry.note(f"  ends early: {self.config.evaluation.patience} evaluations brought no better draft")
+                return
+            loop.run(segment)
+            loop.stop_if_asked(segment.last)
+            with loop.pause():
+                periodic.evaluate(segment.last)
+            if periodic.is_out_of_patience:
+                loop.save(segment.last)
+
     def write_page(self) -> None:
-        """Write the report of the run so far."""
-        if self.world.is_main:
+        """Write the report of the run so far. A page that cannot be written is a warning."""
+        if not self.world.is_main:
+            return
+        try:
             write_run_page([self.output_dir], self.output_dir / PAGE)
+        except (ValueError, OSError, ArithmeticError, LookupError, TypeError) as error:
+            self.telemetry.warn(f"  {PAGE} was not written: {type(error).__name__}: {error}")
 
     def training_facts(self, zero: TrainedDraft) -> Training:
         return Training(
@@ -400,42 +428,33 @@ class Trainer:
             num_predictions=zero.objective.num_steps,
         )
 
-    def is_out_of_patience(self, history: EvaluationHistory) -> bool:
-        """Return whether `evaluation.patience` evaluations have brought no larger acceptance length."""
-        patience = self.config.evaluation.patience
-        return patience is not None and history.num_without_gain() >= patience
+    def periodic_evaluation(
+        self, zero: TrainedDraft, corpus: Corpus, target: Target, evaluator: Evaluator | None, span: RunSpan
+    ) -> PeriodicEvaluation | None:
+        """Return the evaluation during training; None = the recipe asks for none."""
+        section = self.config.evaluation
+        if not section.every_steps or evaluator is None:
+            return None
+        read = partial(EvaluationHistory.read, self.output_dir, span.done, self.telemetry.warn)
+        return PeriodicEvaluation(
+            section=section,
+            output_dir=self.output_dir,
+            world=self.world,
+            history=self.world.decide(read),
+            export=lambda folder, step: self.export(folder, zero, corpus, target, step).to(target.dtype),
+            measure=evaluator.measure_draft,
+            note=self.telemetry.note,
+            write_page=self.write_page,
+        )
 
-    def evaluate(
-        self,
-        zero: TrainedDraft,
-        corpus: Corpus,
-        target: Target,
-        evaluator: Evaluator,
-        history: EvaluationHistory,
-        step: int,
-    ) -> None:
-        """Export the draft of a step to `draft_last`, measure it, and keep it as `draft` if it is the best so far."""
-        last = self.output_dir / DRAFT_LAST
-        exported = self.export(last, zero, corpus, target, step)
-        report = evaluator.measure_draft(exported.to(target.dtype))
-        is_best = history.add(Evaluation.of(step, report))
-        if self.world.writes_output:
-            if is_best:
-                copy_draft_folder(last, self.output_dir / DRAFT)
-            history.write()
-        self.write_page()
-        self.world.barrier()
-        best = history.best
-        assert best is not None
-        chosen = "the best so far" if is_best else f"{best.acceptance_length:.2f} after step {best.step}"
-        self.telemetry.note(f"  step {step}: acceptance length {report.acceptance_length:.2f}, {chosen}")
-
-    def final_draft(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> ServedDraft:
+    def final_draft(
+        self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan, periodic: PeriodicEvaluation | None
+    ) -> ServedDraft:
         """Return the draft in `draft`: the best of those that were evaluated during training, or the last one."""
         folder = self.output_dir / DRAFT
-        if not self.config.evaluation.every_steps:
+        if periodic is None:
             return self.export(folder, zero, corpus, target, span.last)
-        best = EvaluationHistory(self.output_dir, span.last).best
+        best = periodic.history.best
         assert best is not None, "the last step is evaluated"
         self.telemetry.note(f"  {folder}: the draft of step {best.step}; the last one is in {self.output_dir / DRAFT_LAST}")
         embed_weight_VD = target.embedding.whole()

@@ -56,7 +56,8 @@ def main() -> None:
     from engine.parallel.nodes import is_shared
     from launcher.job_ranks import join_job
 
-    job = join_job(environment, config.parallel, store)
+    with stopping_at_errors(environment["rank"]):
+        job = join_job(environment, config.parallel, store)
     world = job.world
 
     from engine.hidden_states.capture import Capture

@@ -276,7 +276,7 @@ def check_inputs(config: Config, reads_prompts: bool = False) -> None:
             if path not in (EMBEDDED, None) and not Path(path).is_file():
                 raise ConfigError(f"no such file; expected one below {Path.cwd()} or an absolute path", key=key, value=path)
     start = config.draft.init_from
-    if start is not None and not Path(start).is_dir():
+    if start is not None and not Path(start).is_dir() and config.checkpoint.resume is False:
         raise ConfigError("no such folder; expected the folder of an exported draft", key="draft.init_from", value=start)
     check_target(config)
 

@@ -19,7 +19,7 @@ from engine.parallel.mesh import World
 from engine.parallel.zero import connect, disconnect
 from engine.runtime.job_watch import ENDED, Job, JobWatch, end_at_once, open_watch
 from engine.runtime.progress import Progress
-from engine.runtime.run_stop import EXIT_CODE, RunStoppedError
+from engine.runtime.run_stop import RunStoppedError
 from engine.runtime.stacks import is_of_collective
 from launcher.command import Environment, end_process, error_message
 
@@ -79,9 +79,9 @@ class JoinedJob:
         if self.whole.rank == 0:
             with suppress(OSError):  # the launcher that reads it may have ended
                 print(f"{stopped}. To continue, run the same command with checkpoint.resume=true", flush=True)
-            self.watch.fail(str(stopped), EXIT_CODE)
+            self.watch.fail(str(stopped), stopped.code)
         self.watch.wait_for_cause(SECONDS_FOR_CAUSE)
-        end_at_once(EXIT_CODE)
+        end_at_once(stopped.code)
 
     def _end(self, text: str, cause: str) -> NoReturn:
         """Print a text and end the job because of an error of this rank."""
@@ -99,10 +99,16 @@ def join_job(environment: Environment, parallel: ParallelSection, folder: Path, 
     """Join the ranks of the job and begin to watch them; a collective.
 
     folder: where stacks are written if a rank hangs. sides: None = all ranks do the same work.
+    Raises ValueError if the ranks do not find each other.
     """
     whole = World(**environment)
     timeout_s = parallel.timeout_s
-    store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    try:
+        store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"rank {whole.rank} does not find the other ranks at {place}: {reason}") from error
     job = Job(
         rank=whole.rank,
         size=whole.size,

@@ -230,7 +230,8 @@ def main() -> None:
     if environment is not None and world.size > 1:
         from launcher.job_ranks import join_job
 
-        job = join_job(environment, run.parallel, arguments.draft)
+        with stopping_at_errors(world.rank):
+            job = join_job(environment, run.parallel, arguments.draft)
     with stopping_at_errors(world.rank) if job is None else job.ending_together():
         reports = measure(arguments, method, draft_config, run, world)
         if arguments.json and world.is_main:

@@ -105,7 +105,8 @@ def main() -> None:
 
     with stopping_at_errors(environment["rank"]), naming_source(arguments):
         check_colocated(config.placement, config.replica_size, World(**environment).device)
-    job = join_job(environment, config.parallel, output_dir, None if sides is None else Sides(*sides, config.replica_size))
+    with stopping_at_errors(environment["rank"]):
+        job = join_job(environment, config.parallel, output_dir, None if sides is None else Sides(*sides, config.replica_size))
 
     from engine.host.folder_lock import hold_folder
     from engine.parallel.nodes import is_shared

@@ -31,7 +31,6 @@ def main() -> None:
     with stopping_at_errors(rank=0):
         if len(arguments.runs) > 2:
             raise ValueError(f"{len(arguments.runs)} runs were named; a report shows one run or compares two")
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_run_page(arguments.runs, output)
     print(f"Report: {output}")
 

@@ -246,7 +246,7 @@ def test_a_run_goes_on_on_fewer_ranks_in_the_middle_of_an_epoch(tmp_path, tiny_t
     options = ("epochs=2", "checkpoint.every_steps=3")
     run(arguments(tmp_path, tiny_target, tiny_corpus, *options, "max_steps=3"), ranks=2)
     printed = run(arguments(tmp_path, tiny_target, tiny_corpus, *options, "checkpoint.resume=true"))
-    assert "resumed after step 3, written by another number of ranks" in printed
+    assert "resumed after step 3, converted from another number of ranks" in printed
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)) and len(lines) > 3
     assert "reloaded: largest logit difference 0.0e+00" in printed

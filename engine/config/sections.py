@@ -483,6 +483,7 @@ class Config:
         values = {f"{name}.{key}": x for name in ("draft", "ttt", "loss") for key, x in vars(getattr(self, name)).items()}
         for cost in ("ttt.compaction", "ttt.recompute", "loss.chunk_mb"):
             del values[cost]
+        del values["draft.init_from"]  # a checkpoint has its own weights
         of_target = ("aux_layers", "fp8_activations", "source")
         return {f"target.{name}": getattr(self.target, name) for name in of_target} | values
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -18,6 +19,20 @@ from engine.data.preformatted import Markers
 from engine.data.template_input import accepted_roles
 from engine.data.templates import ChatTemplate
 from engine.evaluation.decoding import Generation
+
+FEWEST_PROMPTS = 5  # with fewer, the spread over prompts says little
+
+
+def students_quantile(degrees: int) -> float:
+    """Return the 97.5% quantile of Student's distribution, to 0.3% from 4 degrees of freedom on.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    """
+    z = NormalDist().inv_cdf(0.975)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class AcceptanceReport:
     acceptance_length: tokens emitted per target forward. The forward over the prompt and the token
     that it yields do not count.
     confidence: half the width of its 95% confidence interval, from the spread over prompts; None
-    with fewer than two prompts.
+    with fewer than `FEWEST_PROMPTS`.
     acceptance_per_depth: share of the drafted tokens at each depth that were accepted, among those
     whose predecessors were all accepted; None for a depth that was never reached.
     tokens_per_s, plain_tokens_per_s: generated tokens per second on one rank, with and without
@@ -148,14 +163,14 @@ class AcceptanceCounts:
     def confidence(self) -> float | None:
         """Return half the width of the 95% confidence interval of the acceptance length, a ratio of sums over prompts.
 
-        Source: Cochran, Sampling Techniques, section 2.11 (large samples).
+        Source: Cochran, Sampling Techniques, section 2.11, with Student's quantile for the number of prompts.
         """
-        if self.num_prompts < 2 or not self.num_forwards:
+        if self.num_prompts < FEWEST_PROMPTS or not self.num_forwards:
             return None
         ratio = self.num_tokens / self.num_forwards
         squares = self.squared_tokens - 2 * ratio * self.tokens_by_forwards + ratio**2 * self.squared_forwards
         variance = max(0.0, squares) / (self.num_prompts - 1) * self.num_prompts / self.num_forwards**2
-        return 1.96 * math.sqrt(variance)
+        return students_quantile(self.num_prompts - 1) * math.sqrt(variance)
 
     def report(self) -> AcceptanceReport:
         """Return the ratios of the sums. Without any forward, the acceptance length is 1."""

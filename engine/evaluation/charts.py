@@ -100,20 +100,32 @@ class _Points:
 
     @classmethod
     def of(cls, line: Line, log: bool) -> "_Points":
-        stride = -(-len(line.steps) // MOST_POINTS) or 1
-        kept = range(0, len(line.steps), stride)
+        places = []
+        for index, value in enumerate(line.values):
+            if value is not None and math.isfinite(value) and (value > 0 or not log):
+                places.append((index, float(value)))
         points = []
         bands = {}
-        for index in kept:
-            value = line.values[index]
-            if value is None or not math.isfinite(value) or (log and value <= 0):
-                continue
+        for index, value in _thinned(places):
             step = float(line.steps[index])
-            points.append((step, float(value)))
+            points.append((step, value))
             half = None if line.half_widths is None else line.half_widths[index]
             if half is not None:
                 bands[step] = (value - half, value + half)
         return cls(line, points, bands)
+
+
+def _thinned(places: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return at most `MOST_POINTS` points: of each stretch of a longer line the lowest and the highest, and the last of all."""
+    if len(places) <= MOST_POINTS:
+        return list(places)
+    stride = -(-2 * len(places) // (MOST_POINTS - 1))
+    kept: list[tuple[int, float]] = []
+    for first in range(0, len(places), stride):
+        stretch = places[first : first + stride]
+        ends = {min(stretch, key=lambda place: place[1]), max(stretch, key=lambda place: place[1])}
+        kept += sorted(ends)
+    return kept if kept[-1] == places[-1] else [*kept, places[-1]]
 
 
 @dataclass(frozen=True)
@@ -130,8 +142,13 @@ class _Axis:
     def over(cls, values: Sequence[float], start: float, end: float, log: bool = False) -> "_Axis":
         low = min(values)
         high = max(values)
-        if low == high:
-            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        if low == high and log:
+            low = low / 2
+            high = high * 2
+        elif low == high:
+            margin = max(0.5, 0.01 * abs(low))
+            low = low - margin
+            high = high + margin
         return cls(low, high, start, end, log)
 
     def __call__(self, value: float) -> float:
@@ -150,15 +167,24 @@ class _Axis:
         first = math.ceil(self.low / step)
         return [index * step for index in range(first, math.floor(self.high / step) + 1)]
 
+    def label(self, tick: float) -> str:
+        """Return the text of a tick, with as many digits as tell it from its neighbours."""
+        ticks = self.ticks()
+        short = [number(other) for other in ticks]
+        if self.log or len(set(short)) == len(short) or len(ticks) < 2:
+            return number(tick)
+        digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0])))
+        return f"{tick:,.{digits}f}"
+
 
 def _grid(horizontal: _Axis, vertical: _Axis) -> str:
     parts = []
     for tick in vertical.ticks():
         y = vertical(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{vertical.label(tick)}</text>')
     for tick in horizontal.ticks():
-        parts.append(f'<text x="{horizontal(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(f'<text x="{horizontal(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{horizontal.label(tick)}</text>')
     return "".join(parts)
 
 

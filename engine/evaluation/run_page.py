@@ -3,7 +3,7 @@
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ STYLE = Path(__file__).with_name("run_page.css")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has left in its folder so far.
+    """The contents of a run's folder so far.
 
     metrics, evaluations: lines of the files. summary: None = the run has not ended. config: the recipe as text.
+    title: instead of the folder's name, where two runs have the same one.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class RunRecord:
     evaluations: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any] | None
     config: str
+    title: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
@@ -57,7 +59,13 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        return self.folder.name or str(self.folder)
+        return self.title or self.folder.name or str(self.folder)
+
+    @property
+    def reads_store(self) -> bool:
+        """Whether the run reads captured hidden states."""
+        target = (yaml.safe_load(self.config) or {}).get("target") or {}
+        return target.get("store") is not None
 
     def column(self, key: str, index: int | None = None) -> list[float | None]:
         """Return a value of every logged step. index: of a list."""
@@ -99,11 +107,13 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def write_run_page(folders: Sequence[Path], path: Path) -> None:
     """Write the report of one or two runs. Raises ValueError for a folder that is no run, and WriteError."""
     runs = [RunRecord.read(folder) for folder in folders]
-    write_text(path, run_page(runs))
+    write_text(path, run_page(runs), shared=True)  # the run and a user may write it at the same time
 
 
 def run_page(runs: Sequence[RunRecord]) -> str:
     """Return the page."""
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, title=str(run.folder)) for run in runs]
     title = html.escape(" and ".join(run.name for run in runs))
     body = [f"<h1>{title}</h1>"]
     body += [f'<p class="quiet">{html.escape(_subtitle(run))}</p>' for run in runs]
@@ -139,6 +149,8 @@ def _subtitle(run: RunRecord) -> str:
 def _tiles(run: RunRecord, runs: Sequence[RunRecord]) -> str:
     facts: list[tuple[str, str]] = []
     after = (run.summary or {}).get("after")
+    if after is not None and not after["num_prompts"]:
+        after = None
     best = max(run.evaluations, key=lambda line: line["acceptance_length"], default=None)
     measured = after or best
     if measured is not None:
@@ -201,7 +213,7 @@ def _charts(runs: Sequence[RunRecord]) -> list[str]:
         line_chart("Learning rate", lines("lr", "learning rate"), from_zero=True),
         line_chart("Gradient norm", lines("grad_norm", "gradient norm"), log=True),
         line_chart("Tokens per second", lines("tokens_per_s", "tokens/s"), from_zero=True),
-        line_chart("Memory per rank, GiB", lines("memory_gib", "memory"), from_zero=True),
+        line_chart("Memory of rank 0, GiB", lines("memory_gib", "memory"), from_zero=True),
     ]
 
 
@@ -224,21 +236,28 @@ def _step_time(runs: Sequence[RunRecord]) -> str:
         bars.append(Bar(f"step{own}", [*shown, ("rest", max(0.0, rest_s))]))
         target = [(name, parts_s[key]) for key, name in TARGET_PART_NAMES.items()]
         bars.append(Bar(f"target side{own}", target))
-        advice.append(f"<p>{html.escape(own.removeprefix(', '))} {html.escape(bottleneck(parts_s, step_s))}</p>")
+        sentence = bottleneck(parts_s, step_s, run.reads_store)
+        advice.append(f"<p>{html.escape(own.removeprefix(', '))} {html.escape(sentence)}</p>")
     chart = stacked_bars("Mean of the last tenth of the logged steps", bars, "s")
     return f"<h2>Where the time of a step goes</h2>{chart}{''.join(advice)}" if chart else ""
 
 
-def bottleneck(parts_s: Mapping[str, float], step_s: float) -> str:
-    """Return a sentence that names what a step waits for most, and the option that would change it."""
+def bottleneck(parts_s: Mapping[str, float], step_s: float, reads_store: bool = False) -> str:
+    """Return a sentence that names what a step waits for most, and the option that would change it.
+
+    parts_s: mean seconds of each part. reads_store: whether hidden states are read from a store.
+    """
     draft_s = parts_s["draft_forward"] + parts_s["backward"] + parts_s["optimizer"]
     target_s = parts_s["target_forward"]
-    if parts_s["data"] > 0.2 * step_s:
-        return "Reading the data takes a fifth of a step or more: put data.cache_dir or the store on a faster disk."
-    if parts_s["wait_for_target"] > 0.2 * step_s:
+    is_serial = target_s > 0.2 * step_s and target_s + draft_s <= 1.1 * step_s
+    is_waiting = parts_s["wait_for_target"] > 0.1 * step_s
+    reads_longest = parts_s["data"] > max(target_s, 0.2 * step_s)
+    if (is_waiting or is_serial) and (reads_longest or reads_store):
+        return "The draft waits for data: put the store or data.cache_dir on a faster disk, or raise overlap.look_ahead."
+    if is_waiting:
         ways = "give it more ranks (overlap.placement=split with a larger overlap.target_ranks), share it (parallel.tp_size)"
         return f"The draft waits for the target: {ways}, or capture its hidden states once if there are several epochs."
-    if target_s + draft_s > 0 and target_s + draft_s <= 1.1 * step_s and target_s > 0.2 * step_s:
+    if is_serial:
         return "Target and draft run one after the other: overlap.placement=colocated or split would hide the shorter one."
     return "The draft's own forward and backward are the longest part: more ranks for the draft shorten a step."
 
@@ -249,7 +268,7 @@ def _acceptance(runs: Sequence[RunRecord]) -> str:
     for run in runs:
         for key, name in (("before", "untrained draft"), ("after", "trained draft"), ("prompt_lookup", "prompt lookup")):
             report = (run.summary or {}).get(key)
-            if not report:
+            if not report or not report["num_prompts"]:
                 continue
             depths = " ".join("-" if share is None else f"{share:.0%}" for share in report["acceptance_per_depth"])
             confidence = report.get("confidence")

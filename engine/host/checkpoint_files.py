@@ -104,16 +104,14 @@ class CheckpointFiles:
 
     name = "background"
 
-    def __init__(self, rank: int, num_ranks: int, timeout_s: float, read: Callable[[Path, Any], Any]) -> None:
+    def __init__(self, rank: int, num_ranks: int, read: Callable[[Path, Any], Any]) -> None:
         """Create it.
 
-        timeout_s: how long rank 0 waits for the files of the other ranks.
         read: reads a file, with a device to map tensors to, and executes nothing in it.
         """
         self._read = read
         self._rank = rank
         self._num_ranks = num_ranks
-        self._timeout_s = timeout_s
         self._saved: dict[Path, Any] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._writing: Future[Outcome] | None = None
@@ -161,15 +159,16 @@ class CheckpointFiles:
         """Forget what was saved."""
         self._saved.clear()
 
-    def write(self, folder: Path, publish: Callable[[], None]) -> None:
+    def write(self, folder: Path, publish: Callable[[], None], timeout_s: float) -> None:
         """Begin to write what was saved to the folder of a checkpoint.
 
         publish: called on rank 0 when the checkpoint is complete.
+        timeout_s: how long rank 0 waits for the files of the other ranks.
         """
         assert self._writing is None, "a checkpoint at a time"
         saved = self._saved
         self._saved = {}
-        self._writing = self._thread.submit(self._write, saved, folder, publish)
+        self._writing = self._thread.submit(self._write, saved, folder, publish, timeout_s)
 
     @property
     def is_writing(self) -> bool:
@@ -183,13 +182,13 @@ class CheckpointFiles:
         self._writing = None
         return outcome
 
-    def _write(self, saved: Mapping[Path, Any], folder: Path, publish: Callable[[], None]) -> Outcome:
+    def _write(self, saved: Mapping[Path, Any], folder: Path, publish: Callable[[], None], timeout_s: float) -> Outcome:
         began_s = time.monotonic()
         problem = None
         try:
             self._write_files(saved, folder)
             if self._rank == 0:
-                self._complete(folder)
+                self._complete(folder, timeout_s)
                 publish()
         except (OSError, ValueError) as error:
             problem = str(error)
@@ -207,10 +206,10 @@ class CheckpointFiles:
                 raise
         write_json(folder / RECORD.format(self._rank), {"files": facts})
 
-    def _complete(self, folder: Path) -> None:
+    def _complete(self, folder: Path, timeout_s: float) -> None:
         """Write `complete.json` when all ranks have written their files. Raises OSError if one could not."""
         files: dict[str, Any] = {}
-        for record in self._records(folder):
+        for record in self._records(folder, timeout_s):
             if "problem" in record:
                 raise OSError(record["problem"])
             files |= record["files"]
@@ -221,13 +220,13 @@ class CheckpointFiles:
         for rank in range(self._num_ranks):
             (folder / RECORD.format(rank)).unlink(missing_ok=True)
 
-    def _records(self, folder: Path) -> Iterator[dict[str, Any]]:
-        deadline_s = time.monotonic() + self._timeout_s
+    def _records(self, folder: Path, timeout_s: float) -> Iterator[dict[str, Any]]:
+        deadline_s = time.monotonic() + timeout_s
         for rank in range(self._num_ranks):
             path = folder / RECORD.format(rank)
             while not path.exists():
                 if time.monotonic() > deadline_s:
-                    raise WriteError(folder, f"rank {rank} did not write its files within {self._timeout_s:.0f} s")
+                    raise WriteError(folder, f"rank {rank} did not write its files within {timeout_s:.0f} s")
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             yield json.loads(path.read_text(encoding="utf-8"))
 

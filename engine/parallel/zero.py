@@ -39,7 +39,6 @@ from engine.parallel.mesh import World
 from engine.parallel.objective import Objective
 
 UNIVERSAL = ".universal"  # appended to a checkpoint's tag
-SECONDS_FOR_FILES = 3600  # for which rank 0 waits for the files of other ranks
 
 
 def connect(world: World, timeout_s: int, cpu_threads: int, store: torch.distributed.Store | None = None) -> None:
@@ -131,7 +130,7 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
         self.engine.config = without_secrets(self.engine.config)  # saved in checkpoints
-        self.files = CheckpointFiles(self.engine.global_rank, self.engine.dp_world_size, SECONDS_FOR_FILES, read_plain)
+        self.files = CheckpointFiles(self.engine.global_rank, self.engine.dp_world_size, read_plain)
         self.engine.checkpoint_engine = self.files
         # DeepSpeed copies a script for its users next to each checkpoint; here export_draft.py does its work.
         self.engine._copy_recovery_script = lambda folder: None

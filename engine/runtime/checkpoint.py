@@ -32,6 +32,8 @@ LATEST = "latest"
 STAGE = "zero_optimization.stage"
 ALIKE_STAGES = {1, 2}  # whose checkpoints can be converted to one another; DeepSpeed's converter knows no other change
 OF_DEEPSPEED = ("optimizer.", "zero_optimization.")  # beginnings of keys of DeepSpeed's file among the options
+SECONDS_AFTER_ERROR = 60.0  # for which an error waits for the checkpoint that is being written
+SECONDS_BETWEEN_LOOKS = 0.05
 SPARE_BYTES = 4 << 20  # that must stay free on the disk beside a checkpoint
 DataState = dict[str, Any]  # position in the data, from which a run resumes
 
@@ -72,6 +74,8 @@ class Checkpoint:
             if problem is not None:
                 raise BrokenCheckpointError(f"{place}: {problem}")
         facts = _read_facts(place / RUN)
+        if facts.get("checksums") and not is_checked:
+            raise BrokenCheckpointError(f"{place}: it is not complete: it has no {COMPLETE}")
         if f"step_{facts['step']}" != tag:
             raise BrokenCheckpointError(f"{place / RUN} is damaged: it is of step {facts['step']}")
         options = facts["options"]
@@ -257,14 +261,27 @@ class CheckpointWriter:
     num_saved: checkpoints begun. longest_stall_s: longest time for which one has held up training.
     """
 
-    def __init__(self, checkpoints: Checkpoints, draft: ZeroDraft, world: World, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        draft: ZeroDraft,
+        world: World,
+        warn: Callable[[str], None],
+        timeout_s: float = 900.0,
+    ) -> None:
+        """Create a writer.
+
+        timeout_s: how long rank 0 waits for the files of other ranks; less than their collectives wait for rank 0.
+        """
         self._checkpoints = checkpoints
         self._draft = draft
         self._world = world
         self._warn = warn
+        self._timeout_s = timeout_s
         self.num_saved = 0
         self.longest_stall_s = 0.0
         self._is_complete = True  # the last checkpoint, or there was none
+        self._last: Path | None = None
 
     def save(self, step: int, data_state: DataState, metrics: Any = None) -> None:
         """Begin to write a checkpoint after optimizer step `step`; a collective.
@@ -287,7 +304,8 @@ class CheckpointWriter:
             self._is_complete = False
             self._warn_of(step, problem)
             return
-        self._draft.files.write(folder / tag, lambda: self._checkpoints.publish(step))
+        self._draft.files.write(folder / tag, lambda: self._checkpoints.publish(step), self._timeout_s)
+        self._last = folder / tag
         self.num_saved += 1
         self.longest_stall_s = max(self.longest_stall_s, time.perf_counter() - began_s)
 
@@ -296,7 +314,7 @@ class CheckpointWriter:
         folder = self._checkpoints.folder
         place = folder / f"step_{step}"
         facts = {"ranks": self._world.size, "step": step, "data": data_state, "options": dict(self._checkpoints.options)}
-        facts["target_identity"] = self._checkpoints.target_identity
+        facts |= {"target_identity": self._checkpoints.target_identity, "checksums": True}
         try:
             with writing(place):
                 # A run that was killed while saving may have left a part of this checkpoint.
@@ -322,6 +340,15 @@ class CheckpointWriter:
             if outcome.problem is not None:
                 self._warn_of(int(outcome.folder.name.removeprefix("step_")), outcome.problem)
         return self._is_complete
+
+    def wait_until_complete(self) -> None:
+        """Wait, for a while, until the last checkpoint is complete on all ranks, before an error ends the job."""
+        folder = self._last
+        deadline_s = time.monotonic() + SECONDS_AFTER_ERROR
+        while folder is not None and folder.exists() and not (folder / COMPLETE).exists():
+            if time.monotonic() > deadline_s:
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def summary(self) -> str:
         """Return a line for the log."""

@@ -32,6 +32,8 @@ SILENT_S = 120.0  # in other work, in which a library may keep Python's interpre
 SECONDS_FOR_RANK_0 = 2.0  # in which rank 0 may fail for the same reason, so that the reason is printed once
 SECONDS_FOR_STACKS = 3.0  # in which ranks answer where they are
 MOST_BYTES = 1 << 22  # of a message
+MOST_BYTES_OF_STRANGERS = 1 << 12  # before a connection has shown that it is a rank's
+SECONDS_TO_CONNECT = 120.0  # after which a rank that has not connected is missing
 MOST_NAMED = 8  # ranks in a message
 SECONDS_OF_ONE_SIGNAL = 5.0  # a terminal and a launcher may both pass on the same signal
 ENDED = 1  # exit code of a rank that the watch ends
@@ -90,13 +92,14 @@ class ProcessName:
 class Connection:
     """A socket to another rank, over which JSON objects travel, one per line.
 
-    is_closed: whether the other side has closed it.
+    is_closed: whether the other side has closed it. most_bytes: of a message that is taken.
     """
 
     def __init__(self, link: socket.socket) -> None:
         self.link = link
         self.link.settimeout(TICK_S)
         self.is_closed = False
+        self.most_bytes = MOST_BYTES
         self._heard_s = time.monotonic()
         self._received = b""
         self._sending = threading.Lock()
@@ -116,10 +119,10 @@ class Connection:
             data = b""
         *lines, self._received = (self._received + data).split(b"\n")
         self._heard_s = time.monotonic()
-        self.is_closed = not data or len(self._received) > MOST_BYTES
+        self.is_closed = not data or len(self._received) > self.most_bytes
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):  # not from a rank
             self.is_closed = True
             return []
         return [message for message in messages if isinstance(message, dict)]
@@ -128,6 +131,10 @@ class Connection:
     def silent_s(self) -> float:
         """Time since anything arrived."""
         return time.monotonic() - self._heard_s
+
+    def forgive(self) -> None:
+        """Begin to count the time without a message again."""
+        self._heard_s = time.monotonic()
 
 
 class JobWatch:
@@ -147,6 +154,7 @@ class JobWatch:
         self._signals: socket.socket | None = None
         self._wakeup: socket.socket | None = None
         self._signalled_s: float | None = None  # time of the first signal
+        self._taken: tuple[int, ...] = ()  # numbers of the signals that are requests
 
     def start(self) -> None:
         """Begin to watch."""
@@ -160,6 +168,7 @@ class JobWatch:
         self._signals, self._wakeup = socket.socketpair()
         self._signals.setblocking(False)
         self._wakeup.setblocking(False)
+        self._taken = tuple(int(number) for number in numbers)
         for number in numbers:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
@@ -196,18 +205,33 @@ class JobWatch:
         return self._is_over.is_set()
 
     def _run(self) -> None:
-        next_report_s = 0.0
+        try:
+            self._watch()
+        except Exception as error:  # a job without a watch would not be ended by what it watches for
+            self._write(f"rank {self.job.rank}: the watch over the job has failed: {type(error).__name__}: {error}")
+            end_at_once(ENDED)
+
+    def _watch(self) -> None:
+        next_report_s = time.monotonic()
         while not self._is_done():
             for key, _ in self._selector.select(TICK_S / 4):
                 key.data()
-            if time.monotonic() >= next_report_s:
+            late_s = time.monotonic() - next_report_s
+            if late_s > 3 * TICK_S:  # this process was stopped, perhaps with the whole job
+                self._forgive()
+            if late_s >= 0:
                 next_report_s = time.monotonic() + TICK_S
                 self._look_for_launchers()
                 self._report()
 
+    def _forgive(self) -> None:
+        """Begin to count the silence of other ranks again."""
+
     def _read_signals(self) -> None:
         assert self._signals is not None
         for number in self._signals.recv(64):
+            if number not in self._taken or self._is_over.is_set():
+                continue
             name = signal.Signals(number).name
             now_s = time.monotonic()
             if self._signalled_s is None:
@@ -282,6 +306,9 @@ class RankWatch(JobWatch):
             if not self._main_has_left and not self._is_over.is_set():
                 self._lose_main("has ended without a message: it was killed, or ran out of memory")
 
+    def _forgive(self) -> None:
+        self._main.forgive()
+
     def _lose_main(self, problem: str) -> NoReturn:
         if self.job.rank == 1 or self.job.local_rank == 0:
             self._write(f"rank 0 ({self._main_process}) {problem}. The job ends")
@@ -319,8 +346,11 @@ class MainWatch(JobWatch):
         self._failed_s = 0.0
         self._stacks: dict[int, Stacks] | None = None  # while they are collected
         self._asked_s = 0.0
+        self._began_s = time.monotonic()
         if store is not None:
-            self._listener = socket.create_server(("", 0), backlog=job.size)
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            self._listener = socket.create_server(("", 0), family=family, backlog=job.size, dualstack_ipv6=both)
             self._token = secrets.token_hex(16)
             address = [job.host, self._listener.getsockname()[1], self._token, vars(ProcessName.own(job.role))]
             store.set(KEY, json.dumps(address))
@@ -342,8 +372,12 @@ class MainWatch(JobWatch):
         return self._is_over.is_set() and all(peer.has_left for peer in self._peers)
 
     def _accept(self) -> None:
-        link, _ = self._listener.accept()
+        try:
+            link, _ = self._listener.accept()
+        except OSError:  # it has gone already
+            return
         peer = _Peer(Connection(link))
+        peer.connection.most_bytes = MOST_BYTES_OF_STRANGERS
         self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(peer))
 
     def _hear(self, peer: _Peer) -> None:
@@ -353,6 +387,7 @@ class MainWatch(JobWatch):
             elif message.get("token") == self._token:
                 peer.rank = int(message["rank"])
                 peer.process = ProcessName(**message["process"])
+                peer.connection.most_bytes = MOST_BYTES
                 self._peers.append(peer)
             else:
                 peer.connection.is_closed = True
@@ -361,6 +396,8 @@ class MainWatch(JobWatch):
             peer.connection.link.close()
             if peer.rank is not None and not peer.has_left:
                 peer.has_left = True
+                if self._is_over.is_set():  # it ends because this rank does
+                    return
                 self._end_job(self._failure or f"{peer.name} has ended without a message: it was killed, or ran out of memory")
 
     def _take(self, peer: _Peer, rank: int, message: dict[str, Any]) -> None:
@@ -381,13 +418,24 @@ class MainWatch(JobWatch):
             peer.is_stuck = message["is_stuck"]
 
     def _report(self) -> None:
+        if self._is_over.is_set():
+            return
         self._tell_all(alive=True)
+        missing = set(range(1, self.job.size)) - {peer.rank for peer in self._peers}
+        if missing and time.monotonic() - self._began_s > SECONDS_TO_CONNECT:
+            named = ", ".join(str(rank) for rank in sorted(missing)[:MOST_NAMED])
+            advice = "Allow connections on all ports between the nodes of the job"
+            self._end_job(f"{len(missing)} ranks have not connected to rank 0 ({named}). {advice}")
         if self._failure is not None and time.monotonic() - self._failed_s > SECONDS_FOR_RANK_0:
             self._end_job(self._failure)
         for peer in self._peers:
             if peer.connection.silent_s > self._limit_s(peer.in_steps) and not peer.has_left:
                 self._end_silent_rank(peer)
         self._look_for_hang()
+
+    def _forgive(self) -> None:
+        for peer in self._peers:
+            peer.connection.forgive()
 
     def _end_silent_rank(self, peer: _Peer) -> NoReturn:
         """End a job of which one rank is stopped."""

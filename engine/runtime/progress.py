@@ -44,7 +44,7 @@ class Progress:
         if threading.current_thread() is not threading.main_thread():
             return
         now_s = time.monotonic()
-        if self._is_limited:
+        if self.in_steps and self._num_steps > 1:  # the first step compiles kernels and creates communicators
             self._longest_s = max(self._longest_s, now_s - self._since_s)
         self._since_s = now_s
         self.part = part

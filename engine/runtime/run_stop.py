@@ -5,24 +5,27 @@ from pathlib import Path
 
 import torch
 
+from engine.batch import to_device
 from engine.parallel.mesh import PendingSum, World
 from engine.runtime.progress import Progress
 
 STOP = "STOP"  # file in the output folder; a run that finds it stops
+FILE_REASON = "the file"
 SECONDS_BETWEEN_LOOKS = 1.0
-EXIT_CODE = 75  # of a run that has stopped, is saved and can be resumed (EX_TEMPFAIL of sysexits.h)
+EXIT_CODE = 75  # of a run that was stopped by a signal, is saved and can be resumed (EX_TEMPFAIL of sysexits.h)
+EXIT_CODE_OF_FILE = 76  # of one that was stopped by the file; a scheduler shall not continue it by itself
 
 
 class RunStoppedError(Exception):
     """A run has stopped before its last step, because it was asked to, and is saved.
 
-    step: number of its last step. reason: what asked for it.
+    step: number of its last step. code: exit code of the job.
     """
 
     def __init__(self, step: int, last_step: int, reason: str) -> None:
         super().__init__(f"stopped by {reason} after step {step} of {last_step}, which is saved")
         self.step = step
-        self.reason = reason
+        self.code = EXIT_CODE_OF_FILE if reason.startswith(FILE_REASON) else EXIT_CODE
 
 
 class StopAgreement:
@@ -47,7 +50,7 @@ class StopAgreement:
         if self._world.size == 1:
             return is_asked
         pending = self._pending
-        flag = torch.tensor([int(is_asked)], dtype=torch.int32).to(self._world.device, non_blocking=True)
+        flag = to_device(torch.tensor([int(is_asked)], dtype=torch.int32), self._world.device)
         self._pending = self._world.start_sum(flag)
         return pending is not None and int(pending.wait()) > 0
 
@@ -63,4 +66,4 @@ class StopAgreement:
         if self._world.is_main and now_s - self._looked_s > SECONDS_BETWEEN_LOOKS:
             self._looked_s = now_s
             if self._file.exists():
-                self._progress.ask_to_stop(f"the file {self._file}")
+                self._progress.ask_to_stop(f"{FILE_REASON} {self._file}")

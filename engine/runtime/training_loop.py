@@ -1,7 +1,7 @@
 """The loop over optimizer steps: it takes micro-batches, trains, logs, saves, and stops if it is asked to."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -108,6 +108,19 @@ class TrainingLoop:
         schedule.end_step()
         self.bar.move_to(step, self.log.line)
         self.position = taken[-1][1]
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Context manager around work between segments that is not training."""
+        self.log.flush()
+        with self.progress.pause(), self.log.pause():
+            yield
+
+    def stop_if_asked(self, step: int) -> None:
+        """Raise RunStoppedError, after a checkpoint was saved, if a rank was asked to stop; a collective that waits."""
+        if self.world.any_rank([self.progress.stop_reason is not None])[0]:
+            self.save(step)
+            self._stop_after(step)
 
     def save(self, step: int) -> None:
         """Begin to write a checkpoint after a step, unless this was done or the run has none; a collective."""

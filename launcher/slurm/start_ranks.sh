@@ -11,11 +11,12 @@ set -euo pipefail
 STOPPED_AND_SAVED=75 # exit code, see docs/reliability.md
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export PYTHON=${PYTHON:-python}
-export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}      # below the ports that Linux gives out
+export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}} # srun does not take it from sbatch
 
 status=0
-# A rank that fails ends the others itself; --kill-on-bad-exit ends tasks that have not come so far.
-(cd "$root" && srun --kill-on-bad-exit=1 bash -c '
+# A rank that fails ends the others itself; --wait ends tasks that have not come so far.
+(cd "$root" && srun --kill-on-bad-exit=0 --wait=60 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
     export MASTER_ADDR=${MASTER_ADDR:-$SLURM_LAUNCH_NODE_IPADDR}

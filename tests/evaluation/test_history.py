@@ -1,32 +1,59 @@
 """Evaluations during training choose the draft that is exported, and may end the run."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
-from engine.evaluation.acceptance import AcceptanceCounts
+from engine.evaluation.acceptance import AcceptanceCounts, students_quantile
+from engine.evaluation.decoding import Generation
 from engine.evaluation.history import Evaluation, EvaluationHistory
 from engine.runtime.training_loop import RunSpan, Segment
 from tests.distributed import launch
 from tests.test_trainer import arguments, metrics, run
 
 
-def evaluation(step: int, length: float) -> Evaluation:
-    return Evaluation(step, length, 0.1, [0.5], 4)
+def evaluation(step: int, length: float, draft_tokens: int = 5) -> Evaluation:
+    return Evaluation(step, length, 0.1, [0.5], 4, draft_tokens, 64)
+
+
+def read(folder: Path, first_step: int, warnings: list[str] | None = None) -> EvaluationHistory:
+    return EvaluationHistory.read(folder, first_step, [].append if warnings is None else warnings.append)
 
 
 def test_the_earliest_of_the_best_is_kept_and_a_resumed_run_knows_those_before_its_checkpoint(tmp_path):
-    history = EvaluationHistory(tmp_path, 0)
-    assert [history.add(evaluation(step, length)) for step, length in ((2, 1.1), (4, 1.5), (6, 1.5), (8, 1.4))] == [
-        *(True, True, False, False)
-    ]
-    history.write()
+    history = EvaluationHistory()
+    lengths = ((2, 1.1), (4, 1.5), (6, 1.5), (8, 1.4))
+    assert [history.add(evaluation(step, length)) for step, length in lengths] == [True, True, False, False]
+    history.write(tmp_path)
     assert history.best.step == 4 and history.num_without_gain() == 2
-    resumed = EvaluationHistory(tmp_path, 6)
-    assert resumed.best.step == 4 and resumed.num_without_gain() == 1
+    resumed = read(tmp_path, 6)
+    assert resumed.best.step == 4 and resumed.num_without_gain() == 1 and resumed.has(6) and not resumed.has(8)
     assert resumed.add(evaluation(8, 1.6)) and resumed.num_without_gain() == 0
-    assert EvaluationHistory(tmp_path, 0).best is None, "a new run forgets those of an earlier one"
+    assert read(tmp_path, 0).best is None, "a new run forgets those of an earlier one"
+
+
+def test_after_steps_that_are_taken_again_the_next_draft_is_the_best(tmp_path):
+    """`draft` holds one of the steps that are taken again, and the best one before them is gone."""
+    history = EvaluationHistory()
+    for step, length in ((2, 1.5), (4, 1.8)):
+        history.add(evaluation(step, length))
+    history.write(tmp_path)
+    resumed = read(tmp_path, 2)
+    assert resumed.best is None and resumed.last.step == 2
+    assert resumed.add(evaluation(4, 1.4)) and resumed.best.step == 4
+    resumed.write(tmp_path)
+    assert [line["step"] for line in lines_of(tmp_path)] == [2, 4]
+
+
+def test_lengths_with_other_settings_are_not_compared(tmp_path):
+    history = EvaluationHistory()
+    history.add(evaluation(2, 2.5))
+    assert history.add(evaluation(4, 1.5, draft_tokens=2)) and history.best.step == 4
+    history.write(tmp_path)
+    warnings = []
+    assert read(tmp_path, 4, warnings).best.step == 4 and len(warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -43,36 +70,45 @@ def test_segments_end_at_evaluations(span, every, expected):
     assert list(span.segments(every)) == [Segment(*steps) for steps in expected]
 
 
-def test_the_confidence_interval_is_that_of_a_ratio_of_sums():
-    """Against prompts drawn again and again: 95 of 100 intervals hold the true ratio."""
-    import random
+def reply(generator: random.Random, num_forwards: int) -> Generation:
+    """A reply of which each forward accepted none, one or two of two drafted tokens, 1 on average."""
+    accepted = [generator.choice((0, 1, 2)) for _ in range(num_forwards)]
+    num_tokens = 1 + sum(count + 1 for count in accepted)
+    return Generation([0] * num_tokens, num_forwards, [2] * num_forwards, accepted, 0.0)
 
+
+@pytest.mark.parametrize("num_prompts", [6, 60])
+def test_the_confidence_interval_is_that_of_a_ratio_of_sums(num_prompts):
+    """Against prompts drawn again and again: 95 of 100 intervals hold the true ratio."""
     generator = random.Random(0)
     hits = 0
     for _ in range(400):
-        counts = AcceptanceCounts.zero(1)
-        for _ in range(60):
-            forwards = generator.randrange(10, 40)
-            tokens = sum(generator.choice((1, 2, 3)) for _ in range(forwards))
-            squares = {"squared_tokens": tokens**2, "squared_forwards": forwards**2, "tokens_by_forwards": tokens * forwards}
-            counts += AcceptanceCounts((0,), (0,), 1, tokens, forwards, **squares)
+        counts = AcceptanceCounts.zero(2)
+        for _ in range(num_prompts):
+            counts += AcceptanceCounts.of(reply(generator, generator.randrange(10, 40)), None, 2)
         report = counts.report()
         hits += abs(report.acceptance_length - 2) < report.confidence
-    assert 0.91 < hits / 400 < 0.985
-    assert AcceptanceCounts((0,), (0,), 1, 10, 5).report().confidence is None
+    assert 0.92 < hits / 400 < 0.98
+    assert AcceptanceCounts.of(reply(generator, 20), None, 2).report().confidence is None
+
+
+@pytest.mark.parametrize(("degrees", "expected"), [(4, 2.776), (5, 2.571), (10, 2.228), (23, 2.069), (100, 1.984)])
+def test_students_quantile_is_the_table_s(degrees, expected):
+    assert students_quantile(degrees) == pytest.approx(expected, rel=3e-3)
 
 
 def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("placement", ["auto", "split"])
+@pytest.mark.parametrize("placement", ["auto", "two ranks", "split"])
 def test_evaluating_during_training_changes_nothing_but_the_draft_that_is_kept(placement, tmp_path, tiny_target, tiny_corpus):
     options = ["max_steps=5"]
     ranks = 1
+    if placement != "auto":
+        ranks = 2
     if placement == "split":
         options += ["overlap.placement=split", "overlap.target_ranks=1"]
-        ranks = 2
     plain = tmp_path / "plain"
     run([*arguments(plain, tiny_target, tiny_corpus), *options], ranks)
     folder = tmp_path / "evaluated"
@@ -101,3 +137,12 @@ def test_a_run_ends_when_its_patience_does_and_stays_ended(tmp_path, tiny_target
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_6"
     again = launch([*command, "checkpoint.resume=true"])
     assert again.returncode == 0 and len(metrics(tmp_path)) == 6, again.stderr
+
+
+def test_an_evaluation_that_a_run_did_not_live_to_see_is_made_up(tmp_path, tiny_target, tiny_corpus):
+    """As after a kill between the checkpoint of a step and the end of its evaluation."""
+    command = [*arguments(tmp_path, tiny_target, tiny_corpus), "max_steps=4", "checkpoint.every_steps=2"]
+    run(command)
+    assert not (tmp_path / "evaluations.jsonl").exists()
+    printed = run([*command, "evaluation.every_steps=4", "checkpoint.resume=true"])
+    assert [line["step"] for line in lines_of(tmp_path)] == [4] and "the draft of step 4" in printed

@@ -102,7 +102,16 @@ def test_a_line_is_drawn_to_scale():
     points = points_of(line_chart("x", [Line("a", [0, 1, 2, 3], [1.0, None, 10.0, 100.0])], log=True))
     assert points[0][1] - points[1][1] == pytest.approx(points[1][1] - points[2][1], abs=0.2)
     assert line_chart("x", [Line("a", [1], [None])]) == line_chart("x", []) == ""
-    assert len(points_of(line_chart("x", [Line("a", range(10_000), [float(i) for i in range(10_000)])]))) == 400
+
+
+def test_a_long_line_is_thinned_out_but_keeps_its_peaks_and_its_end():
+    values = [1.0] * 10_000
+    values[4321] = 9.0
+    points = points_of(line_chart("x", [Line("a", range(10_000), values)]))
+    assert 150 < len(points) <= 400 and points[-1][0] == 508
+    assert min(y for _, y in points) == 12, "the peak is at the upper end"
+    chart = line_chart("x", [Line("a", [1, 2, 3], [5.001, 5.002, 5.004])])
+    assert "5.001" in chart and "5.002" in chart and line_chart("x", [Line("a", [1], [1e17])])
 
 
 def test_bars_share_a_scale():
@@ -119,7 +128,8 @@ def test_numbers_are_short(value, text):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"data": 0.5}, "data.cache_dir"),
+        ({"data": 0.5, "wait_for_target": 0.3}, "data.cache_dir"),
+        ({"data": 0.5}, "more ranks for the draft"),
         ({"wait_for_target": 0.5}, "overlap.target_ranks"),
         ({"target_forward": 0.4, "draft_forward": 0.2, "backward": 0.3}, "overlap.placement=colocated"),
         ({}, "more ranks for the draft"),
@@ -127,3 +137,5 @@ def test_numbers_are_short(value, text):
 )
 def test_what_a_step_waits_for_is_named_with_the_option_that_moves_it(changes, named):
     assert named in bottleneck(PARTS | changes, 1.0)
+    from_store = bottleneck(PARTS | changes, 1.0, reads_store=True)
+    assert "split" not in from_store and "capture" not in from_store

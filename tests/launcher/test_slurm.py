@@ -60,6 +60,14 @@ def wait_for(cluster: dict[str, str], job: str, log: Path) -> None:
     assert "JobState=COMPLETED" in slurm(cluster, "scontrol", "show", "job", job), log.read_text()
 
 
+def wait_for_steps(cluster: dict[str, str], job: str, folder: Path, log: Path) -> None:
+    """Wait until a job has taken a few steps."""
+    deadline_s = time.monotonic() + SECONDS_FOR_JOB
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 4:
+        assert time.monotonic() < deadline_s and slurm(cluster, "squeue", "-h", "-j", job), log.read_text()
+        time.sleep(0.02)
+
+
 def test_a_preempted_job_on_two_nodes_ends_as_one_on_a_single_node(cluster, tmp_path, tiny_target, tiny_corpus):
     alone = tmp_path / "alone"
     run([*without_prompts(arguments(alone, tiny_target, tiny_corpus)), *OPTIONS], ranks=2)
@@ -67,10 +75,7 @@ def test_a_preempted_job_on_two_nodes_ends_as_one_on_a_single_node(cluster, tmp_
     log = tmp_path / "log"
     command = [*without_prompts(arguments(folder, tiny_target, tiny_corpus)), *OPTIONS]
     job = submit(cluster, log, command[1:])
-    deadline_s = time.monotonic() + SECONDS_FOR_JOB
-    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 4:
-        assert time.monotonic() < deadline_s and slurm(cluster, "squeue", "-h", "-j", job), log.read_text()
-        time.sleep(0.02)
+    wait_for_steps(cluster, job, folder, log)
     slurm(cluster, "scontrol", "requeue", job)
     wait_for(cluster, job, log)
     printed = log.read_text()
@@ -78,6 +83,21 @@ def test_a_preempted_job_on_two_nodes_ends_as_one_on_a_single_node(cluster, tmp_
     assert metrics(folder) == metrics(alone)
     weights = [(path / "draft" / "model.safetensors").read_bytes() for path in (folder, alone)]
     assert weights[0] == weights[1]
+
+
+def test_a_job_that_gets_the_signal_before_its_time_limit_requeues_itself(cluster, tmp_path, tiny_target, tiny_corpus):
+    folder = tmp_path / "limited"
+    log = tmp_path / "log"
+    command = [*without_prompts(arguments(folder, tiny_target, tiny_corpus)), "epochs=40", "evaluation.num_prompts=0"]
+    job = submit(cluster, log, [*command[1:], "max_steps=400"])
+    wait_for_steps(cluster, job, folder, log)
+    slurm(cluster, "scancel", "--signal=USR1", job)
+    deadline_s = time.monotonic() + SECONDS_FOR_JOB
+    while slurm(cluster, "squeue", "-h", "-j", job, "-o", "%T") != "PENDING":
+        assert time.monotonic() < deadline_s and slurm(cluster, "squeue", "-h", "-j", job), log.read_text()
+        time.sleep(0.1)
+    assert "stopped by SIGUSR1 after step" in log.read_text() and "requeueing it" in log.read_text()
+    slurm(cluster, "scancel", job)
 
 
 def test_target_and_draft_may_each_have_a_node(cluster, tmp_path, tiny_target, tiny_corpus):

@@ -265,7 +265,7 @@ class PaperDraft:
 
     def __init__(self, is_finite: bool = True) -> None:
         self.is_finite = is_finite
-        self.files = CheckpointFiles(0, 1, 10, lambda path, device: torch.load(path, map_location=device, weights_only=True))
+        self.files = CheckpointFiles(0, 1, lambda path, device: torch.load(path, map_location=device, weights_only=True))
 
     def has_finite_weights(self, world: World) -> bool:
         return self.is_finite
@@ -407,7 +407,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("latest", ["step_3", "step_9", None, "../step_3"])
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage, latest):
-    """Whatever `latest` says, unless it names a checkpoint without a marker, as those of earlier versions are."""
+    """Whatever `latest` says."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (3, 9):
         save(checkpoints, PaperDraft(), ALONE, step, {"position": step})
@@ -416,12 +416,21 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, damage, latest):
         (tmp_path / "latest").unlink()
     else:
         (tmp_path / "latest").write_text(latest)
-    if damage == "no marker" and latest == "step_9":
-        assert found(checkpoints).step == 9 and not found(checkpoints).is_checked
-        return
     warnings = []
     assert found(checkpoints, warnings).data_state == {"position": 3}
     assert damage == "nothing" or (len(warnings) == 1 and "step_9" in warnings[0])
+
+
+def test_a_checkpoint_of_an_earlier_version_counts_if_latest_names_it(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, PaperDraft(), ALONE, 3, {})
+    (tmp_path / "step_3" / COMPLETE).unlink()
+    facts = json.loads((tmp_path / "step_3" / "run.json").read_text())
+    del facts["checksums"]
+    (tmp_path / "step_3" / "run.json").write_text(json.dumps(facts))
+    assert found(checkpoints).step == 3 and not found(checkpoints).is_checked
+    (tmp_path / "latest").unlink()
+    assert found(checkpoints) is None
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again_in_silence(tmp_path):
@@ -484,12 +493,12 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
         return whole(path, state)
 
     monkeypatch.setattr(checkpoint_files, "write_state", write_late)
-    files = CheckpointFiles(0, 1, 10, lambda path, device: torch.load(path, weights_only=True))
+    files = CheckpointFiles(0, 1, lambda path, device: torch.load(path, weights_only=True))
     weights = torch.zeros(7)
     shared = weights[2:5]
     (tmp_path / "step_1").mkdir()
     files.save({"weights": weights, "part": [shared, {"count": [1]}]}, str(tmp_path / "step_1" / "state.pt"))
-    files.write(tmp_path / "step_1", lambda: None)
+    files.write(tmp_path / "step_1", lambda: None, 10)
     weights += 1
     assert files.is_writing and checkpoint_files.problem_of(tmp_path / "step_1") is not None
     may_write.set()

@@ -54,7 +54,7 @@ _KEYS_OF_OTHER_METHODS = (
     "markov_rank",
     "num_medusa_heads",
 )
-_MUST_BE_FALSE = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual")
+MUST_BE_FALSE = ("attention_bias", "mlp_bias", "bias", "tie_word_embeddings", "norm_before_residual")
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def _read_draft_config(target: PreTrainedConfig, path: Path, aux_layers: tuple[i
     exported = parse_json(read_text(path), path)
     if not isinstance(exported, dict):
         raise ValueError(f"{path}: expected the object of a draft's config.json")
-    _check_architecture(exported, path)
+    check_architecture(exported, path)
     if aux_layers is not None or (exported.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") is None:
         layers = aux_layers or default_aux_layers(num_layers(target))
         exported["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
@@ -345,7 +345,7 @@ def _exported_rope(exported: dict[str, Any]) -> dict[str, Any]:
     return {"rope_type": old_name, "rope_theta": exported.get("rope_theta", 10000.0)} | rope
 
 
-def _check_architecture(exported: dict[str, Any], source: str | Path) -> None:
+def check_architecture(exported: dict[str, Any], source: str | Path) -> None:
     """Raise ValueError unless the config belongs to an EAGLE-3 draft with Llama layers.
 
     The message names what was found.
@@ -375,7 +375,7 @@ def _check_architecture(exported: dict[str, Any], source: str | Path) -> None:
 
 
 def _check_is_eagle3(exported: dict[str, Any], source: str | Path) -> None:
-    _check_architecture(exported, source)
+    check_architecture(exported, source)
     required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
     missing = [key for key in required if exported.get(key) is None]
     if missing:
@@ -383,7 +383,7 @@ def _check_is_eagle3(exported: dict[str, Any], source: str | Path) -> None:
     odd = [key for key in required if type(exported[key]) is not int]
     if odd:
         raise ValueError(f"{source} has {odd[0]}={exported[odd[0]]!r}; it must be a whole number")
-    for key in _MUST_BE_FALSE:
+    for key in MUST_BE_FALSE:
         if exported.get(key):
             raise ValueError(f"{source} has {key}=true, which an EAGLE-3 draft here cannot represent; it must be false")
     if exported.get("partial_rotary_factor", 1.0) != 1.0:

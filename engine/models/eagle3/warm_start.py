@@ -1,20 +1,23 @@
 """Start a draft from the weights of another EAGLE-3 draft, whichever program trained it."""
 
-import json
+import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from engine.config.strict import parse_json, read_text
 from engine.models.draft_folder import CONFIG, WEIGHTS
 from engine.models.eagle3.draft import Eagle3Draft
+from engine.models.eagle3.draft_config import MUST_BE_FALSE, check_architecture
 from engine.models.vocab_map import VocabMap
 
 PICKLED = "pytorch_model.bin"  # as the official EAGLE repository publishes drafts
+# Facts that two drafts must share although their weights have the same shapes.
+SAME = ("head_dim", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "hidden_act", "norm_output")
 PREFIXES = ("module.", "model.", "draft_model.")  # that other programs put before names
 HEAD = "lm_head.weight"
-FROM_TARGET = ("embed_projection.weight",)  # not in exported drafts; it starts from the target
 NOT_LEARNED = ("embed_tokens.weight", "d2t", "t2d")
 
 
@@ -26,9 +29,14 @@ def start_from_draft(draft: Eagle3Draft, folder: Path, vocab_map: VocabMap) -> s
     folder: holds model.safetensors or pytorch_model.bin, and config.json if there is one.
     Raises ValueError if the other draft has other shapes, layers or auxiliary layers.
     """
+    if draft.embed_projection is not None:
+        problem = (
+            "needs a draft as wide as its target: a narrower one reads embeddings that another draft has projected its own way"
+        )
+        raise ValueError(f"draft.init_from = {folder} {problem}")
     weights = {_own_name(name, draft): tensor for name, tensor in _read(folder).items()}
-    _check_aux_layers(folder, draft)
-    own = {name: parameter for name, parameter in draft.named_parameters() if name not in FROM_TARGET}
+    _check_config(folder, draft)
+    own = dict(draft.named_parameters())
     known_U, head_VD = _head_by_token(weights, own[HEAD], vocab_map, folder)
     expected = {name: tuple(parameter.shape) for name, parameter in own.items() if name != HEAD}
     found = {name: tuple(weight.shape) for name, weight in weights.items() if name not in (HEAD, *NOT_LEARNED)}
@@ -62,18 +70,40 @@ def _read(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         from safetensors.torch import load_file
 
-        return load_file(folder / WEIGHTS)
+        try:
+            return load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"draft.init_from: {folder / WEIGHTS} is damaged ({error})") from error
     if (folder / PICKLED).is_file():
-        return torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"draft.init_from: {folder / PICKLED} is damaged or holds more than tensors ({reason})") from error
     raise ValueError(f"draft.init_from = {folder} holds neither {WEIGHTS} nor {PICKLED}; name the folder of an exported draft")
 
 
-def _check_aux_layers(folder: Path, draft: Eagle3Draft) -> None:
-    """Raise ValueError if the other draft was trained on other layers of the target."""
+def _check_config(folder: Path, draft: Eagle3Draft) -> None:
+    """Raise ValueError if the other draft computes something else with weights of the same shapes.
+
+    A folder without a config is taken to fit.
+    """
     path = folder / CONFIG
     if not path.is_file():
         return
-    config: Any = json.loads(path.read_text(encoding="utf-8"))
+    config = parse_json(read_text(path), path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected the object of a draft's config.json")
+    check_architecture(config, path)
+    for key in MUST_BE_FALSE:
+        if config.get(key):
+            raise ValueError(f"{path} has {key}=true, which an EAGLE-3 draft here cannot represent")
+    for key in SAME:
+        found = config.get(key)
+        own_value = getattr(draft.config, key)
+        if found is not None and found != own_value:
+            problem = f"draft.init_from = {folder} has {key}={found!r}, and this draft has {own_value!r}"
+            raise ValueError(f"{problem}; give both the same value, with draft.{key} or a draft.config")
     layers = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     own = draft.config.aux_layers
     if layers is not None and own is not None and tuple(layers) != tuple(own):

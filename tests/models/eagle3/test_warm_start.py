@@ -81,16 +81,29 @@ def test_what_does_not_fit_is_named(other, tmp_path):
     folder, _ = other
     with pytest.raises(ValueError, match="holds neither model.safetensors nor pytorch_model.bin"):
         start_from_draft(make_draft(), tmp_path, OWN)
-    with pytest.raises(ValueError, match=r"lm_head of width 32, expected width 24"):
+    with pytest.raises(ValueError, match="needs a draft as wide as its target"):
         start_from_draft(make_draft(hidden_size=24), folder, OWN)
     with pytest.raises(ValueError, match="fc_norm.0.weight is missing"):
         start_from_draft(Eagle3Draft(replace(make_draft().config, fc_norm=True)), folder, OWN)
     with pytest.raises(ValueError, match="another vocabulary than 40 tokens"):
         start_from_draft(make_draft(), folder, VocabMap.most_frequent(torch.arange(40), 40))
     config = json.loads((folder / "config.json").read_text())
+    for key, value in (("norm_before_residual", True), ("norm_output", True), ("architectures", ["LlamaForCausalLM2"])):
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=key):
+            start_from_draft(make_draft(), folder, OWN)
     config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [0, 1, 2]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"reads the target's layers \[0, 1, 2\], .*set target.aux_layers=\[0, 1, 2\]"):
+        start_from_draft(make_draft(), folder, OWN)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_damaged_file_is_one_clear_error(name, other):
+    folder, _ = other
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
         start_from_draft(make_draft(), folder, OWN)
 
 

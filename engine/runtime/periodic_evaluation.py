@@ -1,0 +1,68 @@
+"""Evaluation of the draft during training: the best one is kept, and a run may end early."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config.sections import DRAFT, DRAFT_LAST, EvaluationSection
+from engine.evaluation.acceptance import AcceptanceReport
+from engine.evaluation.history import Evaluation, EvaluationHistory
+from engine.models.draft_folder import copy_draft_folder
+from engine.models.draft_method import ServedDraft
+from engine.parallel.mesh import World
+
+
+@dataclass
+class PeriodicEvaluation:
+    """Exports, measures and compares drafts; every method is a collective.
+
+    export: writes the draft of a step to a folder and loads it again.
+    measure: returns its acceptance, the same on every rank. note, warn: write a line to the log.
+    write_page: writes the report of the run so far, on rank 0.
+    """
+
+    section: EvaluationSection
+    output_dir: Path
+    world: World
+    history: EvaluationHistory
+    export: Callable[[Path, int], ServedDraft]
+    measure: Callable[[ServedDraft], AcceptanceReport]
+    note: Callable[[str], None]
+    write_page: Callable[[], None]
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether `evaluation.patience` evaluations have brought no larger acceptance length."""
+        patience = self.section.patience
+        return patience is not None and self.history.num_without_gain() >= patience
+
+    def catch_up(self, step: int, last_step: int) -> None:
+        """Make up for the evaluation of a step after which an earlier run was saved and ended. step: 0 = none."""
+        best = self.history.best
+        if best is not None and best == self.history.last and self.history.holds_last:
+            self._keep_last()  # the earlier run may have ended before it had copied the draft
+        is_due = step > 0 and (step % self.section.every_steps == 0 or step == last_step)
+        if is_due and not self.history.has(step):
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        """Export the draft of a step to `draft_last`, measure it, and keep it as `draft` if it is the best so far."""
+        exported = self.export(self.output_dir / DRAFT_LAST, step)
+        report = self.measure(exported)
+        is_best = self.history.add(Evaluation.of(step, report, self.section))
+        if self.world.is_main:
+            self.history.write(self.output_dir)
+        if is_best:
+            self._keep_last()
+        self.write_page()
+        self.world.barrier()
+        best = self.history.best
+        assert best is not None, "one was just added"
+        compared = "the best so far" if is_best else f"{best.acceptance_length:.2f} after step {best.step}"
+        self.note(f"  step {step}: acceptance length {report.acceptance_length:.2f}, {compared}")
+
+    def _keep_last(self) -> None:
+        last = self.output_dir / DRAFT_LAST
+        if self.world.writes_output and last.is_dir():
+            copy_draft_folder(last, self.output_dir / DRAFT)
+        self.world.barrier()
