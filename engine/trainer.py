@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import MicroBatch, PackedBatch
-from engine.config.ds_config import compute_dtype, ds_kept_on_resume, resolve_ds_config, stage_advice
+from engine.config.ds_config import compute_dtype, drops_bad_gradients, ds_kept_on_resume, resolve_ds_config, stage_advice
 from engine.config.recipe import dump_config
 from engine.config.secret_values import without_secrets
 from engine.config.sections import CHECKPOINTS, DRAFT, DRAFT_LAST, Config, ConfigError
@@ -60,7 +60,7 @@ from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.checkpoint import Checkpoint, Checkpoints, CheckpointWriter, check_finite_weights
-from engine.runtime.fault_watch import FaultWatch, WatchSettings
+from engine.runtime.fault_watch import BAD_STEPS, FaultWatch, WatchSettings
 from engine.runtime.periodic_evaluation import PeriodicEvaluation
 from engine.runtime.progress import Progress
 from engine.runtime.run_stop import StopAgreement
@@ -112,6 +112,9 @@ class Trainer:
         bridge: connection to the ranks that run the target, if these are others.
         progress: what this rank does, for the watch over the job; None = nobody watches.
         """
+        if config.checkpoint.on_bad_step == "skip" and not drops_bad_gradients(ds_config):
+            problem = "needs ZeRO stage 1 or above, or bf16, with which DeepSpeed drops a gradient that is not finite"
+            raise ConfigError(problem, key="checkpoint.on_bad_step", value="skip")
         self.bridge = bridge
         self.progress = progress or Progress()
         self.config = config
@@ -346,7 +349,14 @@ class Trainer:
         Raises RunStoppedError, after a checkpoint was saved, if the run was asked to stop before.
         """
         stops = self.config.target.non_finite == "stop"
-        watch_settings = WatchSettings(target.aux_layers, corpus.name_of, stops, self.world.rank)
+        watch_settings = WatchSettings(
+            aux_layers=target.aux_layers,
+            name_of=corpus.name_of,
+            stops=stops,
+            skips=self.config.checkpoint.on_bad_step == "skip",
+            folder=self.output_dir / BAD_STEPS,
+            rank=self.world.rank,
+        )
         watch = FaultWatch(watch_settings, self.telemetry.warn)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
         clock = StepClock(self.world.device, self.config.overlap.traced)

@@ -23,6 +23,7 @@ COMMANDS = {
     "measure": "measure_acceptance.py",
     "export": "export_draft.py",
     "report": "write_report.py",
+    "replay": "replay_batch.py",
 }
 
 

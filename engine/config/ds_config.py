@@ -154,6 +154,14 @@ def default_stage_config(num_weights: int) -> str:
     return SMALL_DRAFT_CONFIG if num_weights < SMALL_DRAFT_WEIGHTS else LARGE_DRAFT_CONFIG
 
 
+def drops_bad_gradients(ds: dict[str, Any]) -> bool:
+    """Return whether DeepSpeed drops gradients that are not finite, as it does except in fp32 at stage 0."""
+    checks_bf16 = ds.get("bf16", {}).get("check_grad_overflow", True)
+    if compute_dtype(ds) == "bfloat16":
+        return bool(checks_bf16)
+    return compute_dtype(ds) == "float16" or ds.get("zero_optimization", {}).get("stage", 0) > 0
+
+
 def ds_kept_on_resume(ds: dict[str, Any]) -> dict[str, Any]:
     """Return the values of DeepSpeed's file that a resumed run must not change, by dotted key.
 

@@ -352,6 +352,11 @@ class CheckpointSection:
     resume: Literal[False, True, "auto"] = option(
         False, "true = continue from the newest complete checkpoint of output_dir; auto = or begin a new run if there is none"
     )
+    on_bad_step: Literal["stop", "skip"] = option(
+        "stop",
+        "what follows a step whose loss is not finite: stop = the run ends; skip = its gradient is dropped, and the run "
+        "continues; in both cases the documents of the step are listed in output_dir/bad_steps",
+    )
     keep: int = option(2, "number of newest checkpoints to keep; older ones are deleted", unit="checkpoints", at_least=1)
 
 

@@ -4,10 +4,12 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 WIDTH, HEIGHT = 520, 240  # of a chart, in units of its view box
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 28  # margins
 MOST_POINTS = 400  # of a line; a longer one is thinned out
+FEW_POINTS = 100  # a line of more has its running mean drawn over it
 NUM_TICKS = 5
 DASHES = ("", "6 4")  # of the runs that a chart compares
 
@@ -80,7 +82,7 @@ def number(value: float) -> str:
     """Return a number with three significant digits, without an exponent where it would be short."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
-    if 1e-3 <= abs(value) < 1e6:
+    if 1e-4 <= abs(value) < 1e6:
         digits = max(0, 2 - math.floor(math.log10(abs(value))))
         text = f"{value:,.{digits}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
@@ -91,11 +93,12 @@ def number(value: float) -> str:
 class _Points:
     """The points of a line that can be drawn.
 
-    bands: low and high end of the band, by step.
+    smooth: their running mean, if they are many; [] = none. bands: low and high end of the band, by step.
     """
 
     line: Line
     points: list[tuple[float, float]]
+    smooth: list[tuple[float, float]]
     bands: dict[float, tuple[float, float]]
 
     @classmethod
@@ -112,7 +115,23 @@ class _Points:
             half = None if line.half_widths is None else line.half_widths[index]
             if half is not None:
                 bands[step] = (value - half, value + half)
-        return cls(line, points, bands)
+        smooth = []
+        if len(places) > FEW_POINTS and line.half_widths is None:
+            means = _running_mean([value for _, value in places], len(places) // FEW_POINTS)
+            evenly = range(0, len(places), max(1, len(places) // FEW_POINTS))
+            smooth = [(float(line.steps[places[index][0]]), means[index]) for index in evenly]
+        return cls(line, points, smooth, bands)
+
+
+def _running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Return for each value the mean over it and `reach` values on either side."""
+    sums = [0.0, *accumulate(values)]
+    means = []
+    for index in range(len(values)):
+        first = max(0, index - reach)
+        end = min(len(values), index + reach + 1)
+        means.append((sums[end] - sums[first]) / (end - first))
+    return means
 
 
 def _thinned(places: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -163,7 +182,7 @@ class _Axis:
             return [self.low * (self.high / self.low) ** (index / (NUM_TICKS - 1)) for index in range(NUM_TICKS)]
         rough = (self.high - self.low) / (NUM_TICKS - 1)
         power = 10 ** math.floor(math.log10(rough))
-        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+        step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda candidate: abs(math.log(candidate / rough)))
         first = math.ceil(self.low / step)
         return [index * step for index in range(first, math.floor(self.high / step) + 1)]
 
@@ -195,9 +214,11 @@ def _line(drawn: _Points, horizontal: _Axis, vertical: _Axis) -> str:
         upper = [f"{horizontal(step):.1f},{vertical(high):.1f}" for step, (_, high) in drawn.bands.items()]
         lower = [f"{horizontal(step):.1f},{vertical(low):.1f}" for step, (low, _) in reversed(drawn.bands.items())]
         parts.append(f'<polygon class="band s{line.colour % 8}" points="{" ".join(upper + lower)}"/>')
-    places = " ".join(f"{horizontal(x):.1f},{vertical(y):.1f}" for x, y in drawn.points)
     dash = DASHES[line.run % len(DASHES)]
-    parts.append(f'<polyline class="s{line.colour % 8}" stroke-dasharray="{dash}" points="{places}"/>')
+    for points, look in ((drawn.points, "faint" if drawn.smooth else ""), (drawn.smooth, "")):
+        if points:
+            places = " ".join(f"{horizontal(x):.1f},{vertical(y):.1f}" for x, y in points)
+            parts.append(f'<polyline class="s{line.colour % 8} {look}" stroke-dasharray="{dash}" points="{places}"/>')
     if drawn.points:
         x, y = drawn.points[-1]
         shown = f"{html.escape(line.name)}: {number(y)} at step {x:,.0f}"

@@ -5,17 +5,23 @@ stops, depending on the recipe. A non-finite loss of the draft always stops the 
 weights would become non-finite too.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from engine.batch import DraftOutput, MicroBatch
 from engine.hidden_states.finite import MAX_NAMED, NonFiniteError, check_share, fault_of, place_names
+from engine.host.files import write_json
 from engine.host.pinned_copy import HostCopy
 
 # Consecutive optimizer steps that DeepSpeed may skip. fp16 needs some to find its loss scale.
 MAX_SKIPPED = 50
+MAX_LISTED = 100  # bad steps whose documents are listed
+RECENT = 64  # micro-batches whose documents are remembered
+BAD_STEPS = "bad_steps"  # folder of the lists
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,15 @@ class WatchSettings:
     aux_layers: the target's auxiliary layers.
     name_of: returns the name of a document, given its index among the loaded documents.
     stops: whether a document with non-finite states ends the run.
-    rank: rank of this process.
+    skips: whether the run goes on after a step whose loss is not finite.
+    folder: where the documents of bad steps are listed. rank: rank of this process.
     """
 
     aux_layers: tuple[int, ...]
     name_of: Callable[[int], str]
     stops: bool
+    skips: bool
+    folder: Path
     rank: int = 0
 
 
@@ -38,7 +47,7 @@ class WatchSettings:
 class _Seen:
     """A micro-batch whose flags are being copied to the host.
 
-    flags: one flag per document and place, then one flag for the loss.
+    flags: one flag per document and place, unless the states were not checked, then one flag for the loss.
     """
 
     step: int
@@ -59,6 +68,8 @@ class FaultWatch:
         self._queue: list[_Seen] = []
         self._seen_documents: set[int] = set()
         self._num_skipped = self._num_skipped_in_a_row = 0
+        self._num_listed = 0
+        self._recent: deque[_Seen] = deque(maxlen=RECENT)  # the last micro-batches, which a bad step may consist of
         self.left_out: dict[int, str] = {}
 
     def add(self, step: int, output: DraftOutput, micro: MicroBatch) -> None:
@@ -67,11 +78,12 @@ class FaultWatch:
         `read` evaluates them later.
         """
         flags = [~output.loss_S.detach().isfinite().all().reshape(1)]
-        document_ids: Sequence[int] = ()
+        document_ids = micro.batch.document_ids or range(len(micro.batch.host_lengths))
         if micro.faults is not None:
             flags.insert(0, micro.faults.by_place.flatten())
-            document_ids = micro.batch.document_ids or range(len(micro.batch.host_lengths))
-        self._queue.append(_Seen(step, document_ids, HostCopy(torch.cat(flags))))
+        seen = _Seen(step, document_ids, HostCopy(torch.cat(flags)))
+        self._queue.append(seen)
+        self._recent.append(seen)
 
     def read(self, until_step: int) -> None:
         """Read the flags of all steps up to `until_step`.
@@ -83,12 +95,40 @@ class FaultWatch:
             *by_place, is_loss_bad = seen.flags.wait().tolist()
             self._name_documents(seen, by_place)
             if is_loss_bad:
-                raise NonFiniteError(
-                    f"step {seen.step}: the draft's loss is not finite, although the target's states are finite. Training "
-                    "has stopped, and the current weights were not saved. Resume from the newest checkpoint "
-                    "(checkpoint.resume=true), or start again, with a lower learning rate (optimizer.params.lr), "
-                    "gradient_clipping, or bf16 instead of fp16"
-                )
+                self._judge_loss(seen)
+
+    def _judge_loss(self, seen: "_Seen") -> None:
+        """List the documents of a micro-batch whose loss is not finite, and end the run if it does not skip such steps."""
+        problem = f"step {seen.step}: the draft's loss is not finite, although the target's states are finite"
+        place = self._list(seen.step, "the draft's loss is not finite")
+        if self._settings.skips:
+            self._warn_of_step(f"{problem}; its gradient is dropped{place}")
+            return
+        raise NonFiniteError(
+            f"{problem}{place}. Training has stopped, and the current weights were not saved. Resume from the newest "
+            "checkpoint (checkpoint.resume=true), or start again, with a lower learning rate (optimizer.params.lr), "
+            "gradient_clipping, bf16 instead of fp16, or checkpoint.on_bad_step=skip"
+        )
+
+    def _warn_of_step(self, problem: str) -> None:
+        if self._num_listed <= MAX_NAMED:
+            self._warn(f"  rank {self._settings.rank}: {problem}")
+
+    def _list(self, step: int, reason: str) -> str:
+        """List this rank's documents of a bad step in a file; returns words that name it, for a message."""
+        self._num_listed += 1
+        if self._num_listed > MAX_LISTED:
+            return ""
+        indices = [index for seen in self._recent if seen.step == step for index in seen.document_ids]
+        documents = [{"index": index, "name": self._settings.name_of(index)} for index in indices]
+        path = self._settings.folder / f"step_{step}_rank_{self._settings.rank}.json"
+        facts = {"step": step, "rank": self._settings.rank, "reason": reason, "documents": documents}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, facts)
+        except OSError:  # the list is a help, and the run has a more important message
+            return ""
+        return f"; {path} lists its {len(documents)} documents, for launcher/replay_batch.py"
 
     def count_skipped(self, step: int, num_skipped: int) -> None:
         """Warn about a step that DeepSpeed skipped because its gradient was not finite.
@@ -102,6 +142,7 @@ class FaultWatch:
         self._num_skipped = num_skipped
         self._num_skipped_in_a_row += 1
         problem = f"step {step}: the gradient is not finite, so the weights were not changed"
+        self._list(step, "the gradient is not finite")
         if self._settings.rank == 0 and self._num_skipped_in_a_row <= MAX_NAMED:
             self._warn(f"  {problem}")
         if self._num_skipped_in_a_row == MAX_SKIPPED:
@@ -109,6 +150,8 @@ class FaultWatch:
 
     def _name_documents(self, seen: _Seen, by_place: list[bool]) -> None:
         num_places = len(self._places)
+        if not by_place:  # the states were not checked
+            return
         for index, document in enumerate(seen.document_ids):
             self._seen_documents.add(document)
             faults = by_place[index * num_places : (index + 1) * num_places]

@@ -91,7 +91,7 @@ def test_two_runs_are_drawn_in_the_same_charts(tmp_path):
 
 
 def points_of(chart: str) -> list[tuple[float, float]]:
-    (places,) = re.findall(r'<polyline[^>]* points="([^"]*)"', chart)
+    places, *_ = re.findall(r'<polyline[^>]* points="([^"]*)"', chart)
     return [tuple(map(float, place.split(","))) for place in places.split()]
 
 
@@ -110,6 +110,9 @@ def test_a_long_line_is_thinned_out_but_keeps_its_peaks_and_its_end():
     points = points_of(line_chart("x", [Line("a", range(10_000), values)]))
     assert 150 < len(points) <= 400 and points[-1][0] == 508
     assert min(y for _, y in points) == 12, "the peak is at the upper end"
+    smooth = re.findall(r'<polyline[^>]* points="([^"]*)"', line_chart("x", [Line("a", range(1000), [0.0, 1.0] * 500)]))[1]
+    heights = [float(place.split(",")[1]) for place in smooth.split()]
+    assert max(heights) - min(heights) < 12, "a running mean of zeros and ones is about a half"
     chart = line_chart("x", [Line("a", [1, 2, 3], [5.001, 5.002, 5.004])])
     assert "5.001" in chart and "5.002" in chart and line_chart("x", [Line("a", [1], [1e17])])
 

@@ -1,18 +1,22 @@
 """What is not finite is named once, a step late, and ends the run where it must."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from engine.batch import DraftOutput, MicroBatch
 from engine.hidden_states.finite import MAX_NAMED, NonFiniteError, without_faulty_documents
+from engine.runtime.bad_step import BadStep
 from engine.runtime.fault_watch import MAX_SKIPPED, FaultWatch, WatchSettings
 from tests.runtime.test_metrics import FIRST
 from tests.tasks import Task, make_documents
 
 BAD = replace(FIRST, loss_S=torch.tensor([1.0, float("nan")]))
-SETTINGS = WatchSettings((0, 1, 3), name_of=lambda index: f"train.jsonl:{index}", stops=False)
+SETTINGS = WatchSettings(
+    (0, 1, 3), lambda index: f"train.jsonl:{index}", stops=False, skips=False, folder=Path("/proc/cannot_be_written")
+)
 
 
 def micro_of(document_ids: tuple[int, ...], bad: tuple[int, ...]) -> MicroBatch:
@@ -58,6 +62,23 @@ def test_a_loss_of_the_draft_that_is_not_finite_ends_the_run_by_the_number_of_it
     watched.read(until_step=7)
     with pytest.raises(NonFiniteError, match="step 8: the draft's loss is not finite"):
         watched.read(until_step=8)
+
+
+def test_a_bad_step_is_listed_with_its_documents_and_may_be_skipped(tmp_path):
+    watched, warnings = watch(replace(SETTINGS, skips=True, folder=tmp_path / "bad_steps", rank=3))
+    watched.add(7, FIRST, micro_of((1, 5), bad=()))
+    watched.add(8, FIRST, micro_of((2,), bad=()))
+    watched.add(8, BAD, micro_of((9, 4), bad=()))
+    watched.read(until_step=8)
+    assert len(warnings) == 1 and "rank 3: step 8" in warnings[0] and "its gradient is dropped" in warnings[0]
+    listed = BadStep.read(tmp_path / "bad_steps" / "step_8_rank_3.json")
+    assert (listed.step, listed.rank) == (8, 3)
+    assert listed.documents == [(index, f"train.jsonl:{index}") for index in (2, 9, 4)]
+    watched.count_skipped(8, 1)
+    assert BadStep.read(tmp_path / "bad_steps" / "step_8_rank_3.json").reason == "the gradient is not finite"
+    (tmp_path / "bad_steps" / "other.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not the list of a bad step"):
+        BadStep.read(tmp_path / "bad_steps" / "other.json")
 
 
 def test_a_target_that_is_broken_for_most_documents_ends_the_run():

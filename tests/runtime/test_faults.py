@@ -133,3 +133,41 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole, tmp_path, tiny_ta
         assert left_by(folder) == whole
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+POISON = """
+from engine.hidden_states import micro_batches
+
+whole = micro_batches.MicroBatchMaker.finish
+
+def finish(self, rows, output):
+    micro = whole(self, rows, output)
+    if rows.batch.document_ids and {document} in rows.batch.document_ids:
+        start = micro.batch.cu_seqlens[list(rows.batch.document_ids).index({document})]
+        micro.embed_TD[start : start + 5] = float("nan")
+    return micro
+
+micro_batches.MicroBatchMaker.finish = finish
+"""
+
+
+def test_a_bad_step_is_skipped_or_stops_and_its_documents_can_be_replayed(tmp_path, tiny_target, tiny_corpus):
+    plugin = tmp_path / "poison.py"
+    plugin.write_text(POISON.format(document=7))
+    folder = tmp_path / "skipping"
+    options = [f"target.plugins=[{plugin}]", "checkpoint.on_bad_step=skip"]
+    ended = launch(command_of(folder, tiny_target, tiny_corpus, *options), RANKS)
+    assert ended.returncode == 0, ended.stderr
+    lists = sorted((folder / "bad_steps").iterdir())
+    assert (
+        len([path for path in lists if "loss" in path.read_text()]) <= len(lists) and "its gradient is dropped" in ended.stderr
+    )
+    bad = next(path for path in lists if '"index": 7,' in path.read_text())
+    replayed = launch(["launcher/replay_batch.py", str(folder), str(bad), "--plugins", str(plugin)])
+    assert replayed.returncode == 0, replayed.stderr
+    assert "1 of" in replayed.stdout and "documents are bad alone" in replayed.stdout, replayed.stdout
+    stopping = tmp_path / "stopping"
+    ended = launch(command_of(stopping, tiny_target, tiny_corpus, options[0]), RANKS)
+    assert ended.returncode == 1 and "the draft's loss is not finite" in ended.stderr
+    assert "for launcher/replay_batch.py" in ended.stderr and list((stopping / "bad_steps").iterdir())
+    assert not (stopping / "draft").exists()

@@ -38,7 +38,7 @@ class CountingWorld(World):
         return LateSum(values, arrives=ARRIVES[0])
 
 
-WATCH = WatchSettings((0, 1, 3), name_of=lambda index: f"document {index}", stops=False)
+WATCH = WatchSettings((0, 1, 3), lambda index: f"document {index}", stops=False, skips=False, folder=Path("nowhere"))
 WARNINGS: list[str] = []
 COLLECTIVES: list[int] = []
 ARRIVES = [True]
