@@ -26,7 +26,7 @@ from tests.models.eagle3.test_unroll import SHAPES, draft_with, gradients
 from tests.pairwise import pairwise
 from tests.paths import PATHS
 from tests.pipelines import prepared
-from tests.tasks import MASKS, Task, make_documents
+from tests.tasks import Task, make_documents
 
 CPU = torch.device("cpu")
 VOCAB_MAP = VocabMap.most_frequent(torch.arange(64), 40)
@@ -103,7 +103,12 @@ def test_packed_documents_through_target_and_draft_are_one_document_at_a_time(ta
         torch.testing.assert_close(sum(apart), together, rtol=1e-4, atol=1e-5)
 
 
-@pairwise(indirect=["path"], path=PATHS, mask=MASKS, shape=["one layer", "two layers, normed output"])
+@pairwise(
+    indirect=["path"],
+    path=PATHS,
+    mask=["random", "two replies", "all", "none"],
+    shape=["one layer", "two layers, normed output"],
+)
 def test_packed_documents_on_every_path_are_one_document_at_a_time_on_the_plain_one(path, mask, shape):
     """The plain one runs all rows through the specification. Either may be 2e-5 from float64, see test_ttt.py."""
     plain = draft_with(**SHAPES[shape])

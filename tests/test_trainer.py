@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -131,32 +130,6 @@ def test_a_folder_of_the_users_is_not_replaced(tmp_path, tiny_target, tiny_corpu
     stopped = launch(arguments(tmp_path, tiny_target, tiny_corpus))
     assert stopped.returncode != 0 and "is no exported draft" in stopped.stderr
     assert (tmp_path / "draft" / "letter.txt").read_text() == "dear reader"
-
-
-def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path, tiny_target, tiny_corpus):
-    options = ("epochs=3", "checkpoint.every_steps=10", "checkpoint.resume=auto")
-    whole = tmp_path / "whole"
-    killed = tmp_path / "killed"
-    run(arguments(whole, tiny_target, tiny_corpus, *options))
-
-    command = arguments(killed, tiny_target, tiny_corpus, *options)
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "latest").exists():
-        assert time.monotonic() < deadline, "no checkpoint in two minutes"
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "draft").exists()
-    assert "resumed after step" in run(command)
-
-    assert metrics(killed) == metrics(whole)
-    fresh = launch([*command[:-1], "checkpoint.resume=false"])
-    assert fresh.returncode != 0 and "checkpoint.resume=true" in fresh.stderr, "an earlier run's checkpoints are not mixed up"
-    assert (killed / "draft" / "model.safetensors").read_bytes() == (whole / "draft" / "model.safetensors").read_bytes()
 
 
 def test_deepspeeds_own_monitors_get_the_metrics(tmp_path, tiny_target, tiny_corpus):

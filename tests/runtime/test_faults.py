@@ -99,6 +99,10 @@ def test_a_folder_that_another_run_writes_is_refused_by_name(half, tmp_path, tin
     folder = tmp_path / "run"
     shutil.copytree(half, folder)
     before = (folder / "metrics.jsonl").read_bytes()
+    fresh = launch(command_of(folder, tiny_target, tiny_corpus), RANKS)
+    assert fresh.returncode == 1 and "set checkpoint.resume=true" in fresh.stderr, (
+        "an earlier run's checkpoints are not mixed up"
+    )
     with hold_folder(folder):
         ended = launch(command_of(folder, tiny_target, tiny_corpus, "checkpoint.resume=auto"), RANKS)
     assert ended.returncode == 1 and ended.stderr.count(f"is being written by process {os.getpid()} on") == 1
