@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import MicroBatch, PackedBatch
-from engine.config.ds_config import compute_dtype, drops_bad_gradients, ds_kept_on_resume, resolve_ds_config, stage_advice
+from engine.config.ds_config import (
+    compute_dtype,
+    drops_bad_gradients,
+    ds_kept_on_resume,
+    resolve_ds_config,
+    schedule_facts,
+    stage_advice,
+)
 from engine.config.recipe import dump_config
 from engine.config.secret_values import without_secrets
 from engine.config.sections import CHECKPOINTS, DRAFT, DRAFT_LAST, Config, ConfigError
@@ -318,6 +325,7 @@ class Trainer:
             total_steps=span.last,
             hidden_size=draft.config.hidden_size,
         )
+        self.checkpoints = replace(self.checkpoints, schedule=schedule_facts(resolved))
         objective = self.method.make_objective(target, corpus.vocab_map)
         checkpoint = span.checkpoint
         reshaped = checkpoint is not None and checkpoint.reshape(
@@ -333,6 +341,9 @@ class Trainer:
             self.unlogged = checkpoint.load(zero, self.world)
             how = ", converted from another number of ranks or ZeRO stage" if reshaped else ""
             self.telemetry.note(f"  resumed after step {span.done}{how}")
+            changed = checkpoint.changed_schedule(self.checkpoints.schedule)
+            if changed is not None:
+                self.telemetry.note(f"  {changed}")
         if self.world.is_main:
             (self.output_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier run that had ended
             write_text(self.output_dir / "config.yaml", dump_config(self.config))

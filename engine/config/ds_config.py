@@ -162,6 +162,13 @@ def drops_bad_gradients(ds: dict[str, Any]) -> bool:
     return compute_dtype(ds) == "float16" or ds.get("zero_optimization", {}).get("stage", 0) > 0
 
 
+def schedule_facts(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return what the learning rate of every step follows from, by dotted key. resolved: the resolved configuration."""
+    scheduler = resolved.get("scheduler", {})
+    facts = {"optimizer.params.lr": resolved["optimizer"]["params"]["lr"], "scheduler.type": scheduler.get("type")}
+    return facts | {f"scheduler.params.{name}": value for name, value in scheduler.get("params", {}).items()}
+
+
 def ds_kept_on_resume(ds: dict[str, Any]) -> dict[str, Any]:
     """Return the values of DeepSpeed's file that a resumed run must not change, by dotted key.
 

@@ -49,6 +49,7 @@ class Checkpoint:
     num_ranks: that wrote it. step: optimizer steps before it. data_state: position of the data.
     options: values that a resumed run must have in common with the run that saved, by dotted name.
     target_identity: hashes of the target's config and weights; None = unknown.
+    schedule: what the learning rate of every step follows from; None = unknown.
     is_checked: whether its files were compared with their checksums.
     """
 
@@ -60,6 +61,7 @@ class Checkpoint:
     options: Mapping[str, Any]
     target_identity: str | None
     is_checked: bool
+    schedule: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path, tag: str) -> "Checkpoint":
@@ -80,7 +82,8 @@ class Checkpoint:
             raise BrokenCheckpointError(f"{place / RUN} is damaged: it is of step {facts['step']}")
         options = facts["options"]
         identity = facts.get("target_identity")
-        return cls(folder, tag, facts["ranks"], facts["step"], facts["data"], options, identity, is_checked)
+        schedule = facts.get("schedule")
+        return cls(folder, tag, facts["ranks"], facts["step"], facts["data"], options, identity, is_checked, schedule)
 
     @property
     def place(self) -> Path:
@@ -105,6 +108,12 @@ class Checkpoint:
         if changes:
             problem = f"{self.place} was trained with other options: {'; '.join(changes)}"
             raise ValueError(f"{problem}. Restore them, or start a new run in another output_dir")
+
+    def changed_schedule(self, schedule: Mapping[str, Any]) -> str | None:
+        """Return a note that the learning rate of later steps follows from other values than before, or None."""
+        saved = self.schedule or {}
+        changes = [f"{key} was {saved[key]}, now {value}" for key, value in schedule.items() if saved.get(key, value) != value]
+        return f"the learning rate continues on another curve: {'; '.join(changes)}" if changes else None
 
     def check_target(self, identity: str | None) -> str | None:
         """Compare the target of the checkpoint with a run's.
@@ -210,13 +219,14 @@ def _read_facts(path: Path) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one run, in `folder`, each under the tag `step_N`.
 
-    keep: number of checkpoints to keep. options, target_identity: of the run, as in `Checkpoint`.
+    keep: number of checkpoints to keep. options, target_identity, schedule: of the run, as in `Checkpoint`.
     """
 
     folder: Path
     keep: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
     target_identity: str | None = None
+    schedule: Mapping[str, Any] = field(default_factory=dict)
 
     def find(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Return the newest complete checkpoint, or None if no checkpoint was ever complete.
@@ -315,6 +325,7 @@ class CheckpointWriter:
         place = folder / f"step_{step}"
         facts = {"ranks": self._world.size, "step": step, "data": data_state, "options": dict(self._checkpoints.options)}
         facts |= {"target_identity": self._checkpoints.target_identity, "checksums": True}
+        facts["schedule"] = dict(self._checkpoints.schedule)
         try:
             with writing(place):
                 # A run that was killed while saving may have left a part of this checkpoint.

@@ -385,6 +385,16 @@ def test_other_options_are_refused_by_name(tmp_path):
     checkpoint.check_options(options | {"optimizer.params.betas": [0.9, 0.95]})  # a key of DeepSpeed's that was not recorded
 
 
+def test_another_curve_of_the_learning_rate_is_said(tmp_path):
+    schedule = {"optimizer.params.lr": 1e-4, "last step": 100}
+    save(Checkpoints(tmp_path, schedule=schedule), PaperDraft(), ALONE, 4, {})
+    checkpoint = found(Checkpoints(tmp_path))
+    assert checkpoint.changed_schedule(schedule) is None
+    changed = checkpoint.changed_schedule(schedule | {"last step": 200})
+    assert changed.endswith("on another curve: last step was 100, now 200")
+    assert replace(checkpoint, schedule=None).changed_schedule(schedule) is None
+
+
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
