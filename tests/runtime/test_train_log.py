@@ -42,7 +42,8 @@ WATCH = WatchSettings((0, 1, 3), lambda index: f"document {index}", stops=False,
 WARNINGS: list[str] = []
 COLLECTIVES: list[int] = []
 ARRIVES = [True]
-MICRO = SimpleNamespace(num_tokens=10, num_left_out=0, faults=None)
+BATCH = SimpleNamespace(document_ids=(0,), host_lengths=(10,))
+MICRO = SimpleNamespace(num_tokens=10, num_left_out=0, faults=None, batch=BATCH)
 
 
 @pytest.fixture
