@@ -368,7 +368,7 @@ class Trainer:
             folder=self.output_dir / BAD_STEPS,
             rank=self.world.rank,
         )
-        watch = FaultWatch(watch_settings, self.telemetry.warn)
+        watch = FaultWatch(watch_settings, self.telemetry.warn, zero.num_skipped_steps)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
         clock = StepClock(self.world.device, self.config.overlap.traced)
         schedules = TrainingSchedules(self.training_facts(zero), corpus.loader, target, clock, self.telemetry.note)
@@ -405,6 +405,8 @@ class Trainer:
             with self.progress.pause():
                 loop.writer.finish()
         self.telemetry.note(f"  {loop.writer.summary()}")
+        if isinstance(target, FrozenTarget) and log.split_ratio is not None:
+            self.telemetry.note(f"  overlap.placement=split would balance with {log.split_ratio}")
         if self.config.overlap.traced is not None:
             events = target.calls.call("trace") if isinstance(target, RemoteTarget) else []
             write_trace(self.output_dir / TRACE, clock, self.world, events)

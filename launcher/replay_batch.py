@@ -66,6 +66,10 @@ def replay(arguments: argparse.Namespace, telemetry: Telemetry) -> list[Replayed
     config = config_of(arguments.run, arguments.trust_remote_code)
     run_plugins(arguments.plugins, "--plugins")
     world = World.alone()
+    found = None if arguments.tag else Checkpoints(arguments.run / CHECKPOINTS).find(telemetry.warn)
+    tag = arguments.tag or (None if found is None else found.tag)
+    if tag is not None:  # its weights replace those that the run began with
+        config = replace(config, draft=replace(config.draft, init_from=None))
     method = method_of_run(config, arguments.plugins)
     tokenizer = load_tokenizer(config.target, config.data)
     source = open_source(config, tokenizer, world, telemetry)
@@ -78,8 +82,6 @@ def replay(arguments: argparse.Namespace, telemetry: Telemetry) -> list[Replayed
     dtype = getattr(torch, compute_dtype(ds_config))
     kernels = choose_kernels(config.kernels, world.device, dtype, draft_config.head_dim, Kernels(recompute=method.recompute))
     draft = method.new_draft(draft_config, kernels, target, vocab_map)
-    found = None if arguments.tag else Checkpoints(arguments.run / CHECKPOINTS).find(telemetry.warn)
-    tag = arguments.tag or (None if found is None else found.tag)
     if tag is not None:
         draft.load_state_dict(consolidated_weights(arguments.run / CHECKPOINTS, tag))
     telemetry.note(

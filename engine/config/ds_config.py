@@ -159,7 +159,9 @@ def drops_bad_gradients(ds: dict[str, Any]) -> bool:
     checks_bf16 = ds.get("bf16", {}).get("check_grad_overflow", True)
     if compute_dtype(ds) == "bfloat16":
         return bool(checks_bf16)
-    return compute_dtype(ds) == "float16" or ds.get("zero_optimization", {}).get("stage", 0) > 0
+    zero = ds.get("zero_optimization", {})
+    checks_norm = zero.get("stage", 0) == 3 or zero.get("compute_grad_norm", True)
+    return compute_dtype(ds) == "float16" or (zero.get("stage", 0) > 0 and checks_norm)
 
 
 def schedule_facts(resolved: dict[str, Any]) -> dict[str, Any]:

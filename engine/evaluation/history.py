@@ -18,7 +18,9 @@ class Evaluation:
     """The acceptance that was measured after an optimizer step. Fields as in `AcceptanceReport`.
 
     draft_tokens, max_new_tokens: of the evaluation section; lengths under other settings are not comparable.
+    draft_sha256: checksum of the draft's weights.
     is_kept: whether the draft was the best so far, and therefore became the one in `draft`.
+    is_gone: whether it is no longer compared with later ones.
     """
 
     step: int
@@ -28,10 +30,12 @@ class Evaluation:
     num_prompts: int
     draft_tokens: int
     max_new_tokens: int
+    draft_sha256: str = ""
     is_kept: bool = False
+    is_gone: bool = False
 
     @classmethod
-    def of(cls, step: int, report: AcceptanceReport, section: EvaluationSection) -> "Evaluation":
+    def of(cls, step: int, report: AcceptanceReport, section: EvaluationSection, draft_sha256: str) -> "Evaluation":
         return cls(
             step=step,
             acceptance_length=report.acceptance_length,
@@ -40,6 +44,7 @@ class Evaluation:
             num_prompts=report.num_prompts,
             draft_tokens=section.draft_tokens,
             max_new_tokens=section.max_new_tokens,
+            draft_sha256=draft_sha256,
         )
 
     def settings(self) -> tuple[int, int, int]:
@@ -53,12 +58,10 @@ class EvaluationHistory:
     The best draft is the one with the largest acceptance length, and the earliest of equal ones.
     evaluations: those whose drafts can be compared. earlier: those of which `draft` no longer holds
     the best, because a later draft, of steps that are taken again, has replaced it.
-    holds_last: whether `draft_last` is the draft of the last evaluation.
     """
 
     evaluations: list[Evaluation] = field(default_factory=list)
     earlier: list[Evaluation] = field(default_factory=list)
-    holds_last: bool = True
 
     @classmethod
     def read(cls, output_dir: Path, first_step: int, warn: Callable[[str], None]) -> "EvaluationHistory":
@@ -73,13 +76,15 @@ class EvaluationHistory:
         for line in path.read_text(encoding="utf-8").splitlines():
             known: dict[str, Any] = json.loads(line)
             found.append(Evaluation(**known))
-        kept = [evaluation for evaluation in found if evaluation.step <= first_step]
+        before = [evaluation for evaluation in found if evaluation.step <= first_step]
+        gone = [evaluation for evaluation in before if evaluation.is_gone]
+        kept = [evaluation for evaluation in before if not evaluation.is_gone]
         comparable = [evaluation for evaluation in kept if evaluation.settings() == kept[-1].settings()]
         if len(comparable) < len(kept):
             warn(f"  {len(kept) - len(comparable)} evaluations with other settings are not compared with later ones")
+            gone += [evaluation for evaluation in kept if evaluation not in comparable]
         is_replaced = any(evaluation.is_kept for evaluation in found if evaluation.step > first_step)
-        holds_last = len(kept) == len(found)
-        return cls([], comparable, holds_last) if is_replaced else cls(comparable, [], holds_last)
+        return cls([], gone + comparable) if is_replaced else cls(comparable, gone)
 
     @property
     def best(self) -> Evaluation | None:
@@ -107,7 +112,8 @@ class EvaluationHistory:
 
     def write(self, output_dir: Path) -> None:
         """Write all evaluations. Raises WriteError."""
-        lines = [json.dumps(asdict(evaluation)) for evaluation in self.earlier + self.evaluations]
+        earlier = [replace(evaluation, is_gone=True) for evaluation in self.earlier]
+        lines = [json.dumps(asdict(evaluation)) for evaluation in earlier + self.evaluations]
         write_text(output_dir / EVALUATIONS, "".join(f"{line}\n" for line in lines))
 
     def num_without_gain(self) -> int:

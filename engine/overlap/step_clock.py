@@ -147,6 +147,20 @@ def draft_seconds(seconds: Mapping[str, float]) -> float:
     return sum(seconds[part] for part in DRAFT_PARTS)
 
 
+def split_ratio(seconds: Mapping[str, float]) -> str | None:
+    """Return the ratio of ranks at which the two sides would take the same time on ranks of their own, or None.
+
+    seconds: time of each part per step, with target and draft on the same ranks.
+    """
+    target_s = seconds[TARGET_FORWARD]
+    draft_s = draft_seconds(seconds)
+    if min(target_s, draft_s) <= 0:
+        return None
+    if draft_s >= target_s:
+        return f"1 rank for the target to {draft_s / target_s:.1f} for the draft"
+    return f"{target_s / draft_s:.1f} ranks for the target to 1 for the draft"
+
+
 def efficiency(seconds: Mapping[str, float], step_s: float) -> float:
     """Return which share of the shorter side's time is hidden behind the longer side.
 

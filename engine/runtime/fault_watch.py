@@ -20,7 +20,6 @@ from engine.host.pinned_copy import HostCopy
 # Consecutive optimizer steps that DeepSpeed may skip. fp16 needs some to find its loss scale.
 MAX_SKIPPED = 50
 MAX_LISTED = 100  # bad steps whose documents are listed
-RECENT = 64  # micro-batches whose documents are remembered
 BAD_STEPS = "bad_steps"  # folder of the lists
 
 
@@ -61,15 +60,17 @@ class FaultWatch:
     left_out: what was found, by the document's index among the loaded documents.
     """
 
-    def __init__(self, settings: WatchSettings, warn: Callable[[str], None]) -> None:
+    def __init__(self, settings: WatchSettings, warn: Callable[[str], None], num_skipped: int = 0) -> None:
+        """Create a detector. num_skipped: steps that DeepSpeed has skipped before, in an earlier run."""
         self._settings = settings
         self._warn = warn
         self._places = place_names(settings.aux_layers)
         self._queue: list[_Seen] = []
         self._seen_documents: set[int] = set()
-        self._num_skipped = self._num_skipped_in_a_row = 0
+        self._num_skipped = num_skipped
+        self._num_skipped_in_a_row = 0
         self._num_listed = 0
-        self._recent: deque[_Seen] = deque(maxlen=RECENT)  # the last micro-batches, which a bad step may consist of
+        self._recent: deque[_Seen] = deque()  # micro-batches of this step and the one before
         self.left_out: dict[int, str] = {}
 
     def add(self, step: int, output: DraftOutput, micro: MicroBatch) -> None:
@@ -84,6 +85,8 @@ class FaultWatch:
         seen = _Seen(step, document_ids, HostCopy(torch.cat(flags)))
         self._queue.append(seen)
         self._recent.append(seen)
+        while self._recent[0].step < step - 1:
+            self._recent.popleft()
 
     def read(self, until_step: int) -> None:
         """Read the flags of all steps up to `until_step`.

@@ -33,7 +33,6 @@ SECONDS_FOR_RANK_0 = 2.0  # in which rank 0 may fail for the same reason, so tha
 SECONDS_FOR_STACKS = 3.0  # in which ranks answer where they are
 MOST_BYTES = 1 << 22  # of a message
 MOST_BYTES_OF_STRANGERS = 1 << 12  # before a connection has shown that it is a rank's
-SECONDS_TO_CONNECT = 120.0  # after which a rank that has not connected is missing
 MOST_NAMED = 8  # ranks in a message
 SECONDS_OF_ONE_SIGNAL = 5.0  # a terminal and a launcher may both pass on the same signal
 ENDED = 1  # exit code of a rank that the watch ends
@@ -338,8 +337,12 @@ class _Peer:
 class MainWatch(JobWatch):
     """The watch of rank 0, which hears all other ranks and decides when the job must end."""
 
-    def __init__(self, job: Job, progress: Progress, store: distributed.Store | None) -> None:
-        """Listen for the other ranks. store: in which they find the address; None = there are no others."""
+    def __init__(self, job: Job, progress: Progress, store: distributed.Store | None, timeout_s: float) -> None:
+        """Listen for the other ranks.
+
+        store: in which they find the address; None = there are no others.
+        timeout_s: after which a rank that has not connected is missing.
+        """
         super().__init__(job, progress)
         self._peers: list[_Peer] = []
         self._failure: str | None = None  # the first error that another rank has reported
@@ -347,6 +350,7 @@ class MainWatch(JobWatch):
         self._stacks: dict[int, Stacks] | None = None  # while they are collected
         self._asked_s = 0.0
         self._began_s = time.monotonic()
+        self._timeout_s = timeout_s
         if store is not None:
             both = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if both else socket.AF_INET
@@ -422,7 +426,7 @@ class MainWatch(JobWatch):
             return
         self._tell_all(alive=True)
         missing = set(range(1, self.job.size)) - {peer.rank for peer in self._peers}
-        if missing and time.monotonic() - self._began_s > SECONDS_TO_CONNECT:
+        if missing and time.monotonic() - self._began_s > self._timeout_s:
             named = ", ".join(str(rank) for rank in sorted(missing)[:MOST_NAMED])
             advice = "Allow connections on all ports between the nodes of the job"
             self._end_job(f"{len(missing)} ranks have not connected to rank 0 ({named}). {advice}")
@@ -491,7 +495,7 @@ def open_watch(job: Job, progress: Progress, store: distributed.Store | None, ti
     Raises ValueError if rank 0 cannot be reached.
     """
     if job.rank == 0:
-        return MainWatch(job, progress, store if job.size > 1 else None)
+        return MainWatch(job, progress, store if job.size > 1 else None, timeout_s)
     assert store is not None
     return RankWatch(job, progress, store, timeout_s)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from engine.config.sections import DRAFT, DRAFT_LAST, EvaluationSection
 from engine.evaluation.acceptance import AcceptanceReport
 from engine.evaluation.history import Evaluation, EvaluationHistory
-from engine.models.draft_folder import copy_draft_folder
+from engine.host.checkpoint_files import facts_of
+from engine.models.draft_folder import WEIGHTS, copy_draft_folder
 from engine.models.draft_method import ServedDraft
 from engine.parallel.mesh import World
 
@@ -39,7 +40,7 @@ class PeriodicEvaluation:
     def catch_up(self, step: int, last_step: int) -> None:
         """Make up for the evaluation of a step after which an earlier run was saved and ended. step: 0 = none."""
         best = self.history.best
-        if best is not None and best == self.history.last and self.history.holds_last:
+        if best is not None and best == self.history.last and best.draft_sha256 == self._last_sha256():
             self._keep_last()  # the earlier run may have ended before it had copied the draft
         is_due = step > 0 and (step % self.section.every_steps == 0 or step == last_step)
         if is_due and not self.history.has(step):
@@ -49,7 +50,7 @@ class PeriodicEvaluation:
         """Export the draft of a step to `draft_last`, measure it, and keep it as `draft` if it is the best so far."""
         exported = self.export(self.output_dir / DRAFT_LAST, step)
         report = self.measure(exported)
-        is_best = self.history.add(Evaluation.of(step, report, self.section))
+        is_best = self.history.add(Evaluation.of(step, report, self.section, self._last_sha256()))
         if self.world.is_main:
             self.history.write(self.output_dir)
         if is_best:
@@ -60,6 +61,11 @@ class PeriodicEvaluation:
         assert best is not None, "one was just added"
         compared = "the best so far" if is_best else f"{best.acceptance_length:.2f} after step {best.step}"
         self.note(f"  step {step}: acceptance length {report.acceptance_length:.2f}, {compared}")
+
+    def _last_sha256(self) -> str:
+        """Return the checksum of the weights in `draft_last`, or "" if there are none."""
+        weights = self.output_dir / DRAFT_LAST / WEIGHTS
+        return self.world.decide(lambda: facts_of(weights).sha256 if weights.is_file() else "")
 
     def _keep_last(self) -> None:
         last = self.output_dir / DRAFT_LAST

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.batch import DraftOutput, MicroBatch
 from engine.host.pinned_copy import HostCopy, TimeMark
-from engine.overlap.step_clock import TARGET_FORWARD, StepClock, draft_seconds, efficiency
+from engine.overlap.step_clock import TARGET_FORWARD, StepClock, draft_seconds, efficiency, split_ratio
 from engine.parallel.mesh import PendingSum, World
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.fault_watch import FaultWatch
@@ -79,6 +79,7 @@ class TrainLog:
         self._last_mark = TimeMark(world.device)
         self._paused_s = 0.0  # since the last line
         self.line = "loss ..."
+        self.split_ratio: str | None = None  # of the last line, see `split_ratio`
 
     def __enter__(self) -> "TrainLog":
         return self
@@ -174,6 +175,7 @@ class TrainLog:
         tokens_per_s = metrics["tokens"] / interval_s
         step_s = interval_s / pending.num_steps
         parts_s = self._metrics.seconds(sums, pending.num_steps * self._world.size)
+        self.split_ratio = split_ratio(parts_s) or self.split_ratio
         metrics |= {"step_s": step_s, "parts_s": parts_s, "overlap_efficiency": efficiency(parts_s, step_s)}
         metrics |= {"step": pending.step, "lr": pending.learning_rate, "tokens_per_s": tokens_per_s}
         grad_norm = None if pending.grad_norm is None else pending.grad_norm.wait().item()

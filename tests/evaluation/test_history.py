@@ -45,6 +45,8 @@ def test_after_steps_that_are_taken_again_the_next_draft_is_the_best(tmp_path):
     assert resumed.add(evaluation(4, 1.4)) and resumed.best.step == 4
     resumed.write(tmp_path)
     assert [line["step"] for line in lines_of(tmp_path)] == [2, 4]
+    again = read(tmp_path, 4)
+    assert again.best.step == 4 and [evaluation.step for evaluation in again.earlier] == [2], "step 2 does not come back"
 
 
 def test_lengths_with_other_settings_are_not_compared(tmp_path):
@@ -52,6 +54,8 @@ def test_lengths_with_other_settings_are_not_compared(tmp_path):
     history.add(evaluation(2, 2.5))
     assert history.add(evaluation(4, 1.5, draft_tokens=2)) and history.best.step == 4
     history.write(tmp_path)
+    assert read(tmp_path, 4).best.step == 4
+    EvaluationHistory([evaluation(2, 2.5), evaluation(4, 1.5, draft_tokens=2)]).write(tmp_path)
     warnings = []
     assert read(tmp_path, 4, warnings).best.step == 4 and len(warnings) == 1
 

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from engine.overlap.step_clock import DRAFT_FORWARD, PARTS, TARGET_FORWARD, StepClock, efficiency
+from engine.overlap.step_clock import DRAFT_FORWARD, PARTS, TARGET_FORWARD, StepClock, efficiency, split_ratio
 
 CPU = torch.device("cpu")
 
@@ -82,3 +82,10 @@ def test_a_clock_that_nobody_reads_keeps_few_spans():
         with clock.host_span("data"):
             pass
     assert len(clock._pending) <= 512 and clock.take_seconds()[TARGET_FORWARD] > 0
+
+
+def test_the_ratio_of_a_split_balances_both_sides():
+    seconds = dict.fromkeys(PARTS, 0.0) | {"target_forward": 2.0, "draft_forward": 1.0, "backward": 2.5, "optimizer": 0.5}
+    assert split_ratio(seconds) == "1 rank for the target to 2.0 for the draft"
+    assert split_ratio(seconds | {"target_forward": 6.0}) == "1.5 ranks for the target to 1 for the draft"
+    assert split_ratio(seconds | {"target_forward": 0.0}) is None

@@ -73,8 +73,13 @@ def test_a_bad_step_is_listed_with_its_documents_and_may_be_skipped(tmp_path):
     assert len(warnings) == 1 and "rank 3: step 8" in warnings[0] and "its gradient is dropped" in warnings[0]
     listed = BadStep.read(tmp_path / "bad_steps" / "step_8_rank_3.json")
     assert (listed.step, listed.rank) == (8, 3)
+    for _ in range(200):
+        watched.add(9, FIRST, micro_of((1,), bad=()))
     assert listed.documents == [(index, f"train.jsonl:{index}") for index in (2, 9, 4)]
     watched.count_skipped(8, 1)
+    resumed = FaultWatch(SETTINGS, warnings.append, num_skipped=3)
+    resumed.count_skipped(9, 3)
+    assert len(warnings) == 1, "a resumed run has the skipped steps of the earlier one"
     assert BadStep.read(tmp_path / "bad_steps" / "step_8_rank_3.json").reason == "the gradient is not finite"
     (tmp_path / "bad_steps" / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="is not the list of a bad step"):
