@@ -64,6 +64,12 @@ def metrics(output: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
+def num_logged(output: Path) -> int:
+    """Lines of metrics so far, of a run that may be writing one."""
+    path = output / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 @pytest.mark.parametrize("launcher", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
 def test_two_ranks_train_export_and_measure(launcher, tmp_path, tiny_target, tiny_corpus):
     command = [*launcher, *arguments(tmp_path, tiny_target, tiny_corpus)]

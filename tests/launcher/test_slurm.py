@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import ENVIRONMENT, ROOT
-from tests.test_trainer import arguments, metrics, run
+from tests.test_trainer import arguments, metrics, num_logged, run
 
 CLUSTER = Path(__file__).parent / "two_nodes.sh"
 SLURM = ROOT / "launcher" / "slurm"
@@ -63,7 +63,7 @@ def wait_for(cluster: dict[str, str], job: str, log: Path) -> None:
 def wait_for_steps(cluster: dict[str, str], job: str, folder: Path, log: Path) -> None:
     """Wait until a job has taken a few steps."""
     deadline_s = time.monotonic() + SECONDS_FOR_JOB
-    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 4:
+    while num_logged(folder) < 4:
         assert time.monotonic() < deadline_s and slurm(cluster, "squeue", "-h", "-j", job), log.read_text()
         time.sleep(0.02)
 

@@ -15,7 +15,7 @@ import pytest
 from engine.host.folder_lock import hold_folder
 from tests.distributed import NUM_KILLS, launch, launch_and
 from tests.runtime.test_checkpoint import flip_a_bit
-from tests.test_trainer import arguments, metrics, run
+from tests.test_trainer import arguments, metrics, num_logged, run
 
 RANKS = 2
 OPTIONS = ("epochs=6", "checkpoint.every_steps=4", "evaluation.num_prompts=0", "parallel.hang_s=20")
@@ -50,7 +50,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(whole, tmp_pa
 
         def kill_one(processes, after=after, victim=victim) -> None:
             deadline_s = time.monotonic() + 60
-            while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) <= after:
+            while num_logged(tmp_path) <= after:
                 if time.monotonic() > deadline_s or not processes[victim].is_alive():
                     return
                 time.sleep(0.002)
