@@ -52,7 +52,6 @@ def main() -> None:
     corpus = store / "corpus"
     resolved = with_paths(config, corpus)
 
-    from engine.host.folder_lock import hold_folder
     from engine.parallel.nodes import is_shared
     from launcher.job_ranks import join_job
 
@@ -62,11 +61,10 @@ def main() -> None:
 
     from engine.hidden_states.capture import Capture
 
-    with job.ending_together(), naming_source(arguments):
+    with job.ending_together(), job.holding(store), naming_source(arguments):
         if not is_shared(store, world):
             problem = f"target.store = {config.target.store} is not one folder on all {world.num_nodes} nodes"
             raise ValueError(f"{problem}; name one on a file system that they share")
-        lock = hold_folder(store) if job.whole.rank == 0 else None  # held until this process ends
         run_plugins(config.target.plugins)
         capture = Capture(resolved, world)
         if world.is_main:
@@ -76,8 +74,6 @@ def main() -> None:
         if world.is_main:
             capture.telemetry.note(report.summary())
     job.leave()
-    if lock is not None:
-        lock.close()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Section = TypeVar("Section", bound="DataclassInstance")
 ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "config.yaml"  # in a run's folder
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
 EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -88,6 +89,17 @@ def set_allocator() -> None:
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+def check_run(run: Path) -> None:
+    """Raise ValueError if `run` is not the output folder of a training run."""
+    from engine.models.draft_folder import VOCAB  # it imports torch
+
+    if not run.is_dir():
+        raise ValueError(f"{run} is no folder; expected the output_dir of a training run")
+    for name in (RECIPE, VOCAB):
+        if not (run / name).is_file():
+            raise ValueError(f"{run} is not the output_dir of a training run: it has no {name}; train.py writes it there")
 
 
 def read_config(arguments: argparse.Namespace) -> Config:

@@ -27,9 +27,8 @@ from engine.runtime.checkpoint import TAG, Checkpoint, Checkpoints
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.weight_files import find_weight_files, read_header
-from launcher.command import TRUST, method_of_run, run_plugins
+from launcher.command import RECIPE, TRUST, check_run, method_of_run, run_plugins
 
-RECIPE = "config.yaml"
 EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 
 
@@ -43,15 +42,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST)
     parser.add_argument("--output", type=Path, help="folder of the exported draft; default: the folder 'draft' in --run")
     return parser.parse_args()
-
-
-def check_run(run: Path) -> None:
-    """Raise ValueError if `run` is not the output folder of a training run."""
-    if not run.is_dir():
-        raise ValueError(f"{run} is no folder; expected the output_dir of a training run")
-    for name in (RECIPE, VOCAB):
-        if not (run / name).is_file():
-            raise ValueError(f"{run} is not the output_dir of a training run: it has no {name}; train.py writes it there")
 
 
 def choose_tag(folder: Path, wanted: str | None) -> str:

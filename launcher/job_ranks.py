@@ -14,6 +14,7 @@ from typing import NoReturn
 from torch import distributed
 
 from engine.config.sections import ParallelSection
+from engine.host.folder_lock import hold_folder
 from engine.overlap.bridge import Bridge, OtherSideError, Sides, join_sides
 from engine.parallel.mesh import World
 from engine.parallel.zero import connect, disconnect
@@ -46,6 +47,15 @@ class JoinedJob:
         """Whether this rank runs the target for other ranks."""
         return self.bridge is not None and self.bridge.sides.is_target(self.whole.rank)
 
+    @contextmanager
+    def holding(self, folder: Path) -> Iterator[None]:
+        """Context manager in which no other job writes a folder. Raises ValueError that names the job that does."""
+        if self.whole.rank != 0:
+            yield
+            return
+        with hold_folder(folder):
+            yield
+
     def wait_for_other_side(self) -> None:
         """Wait until all ranks of the job are here, if it has two sides."""
         if self.bridge is not None:
@@ -68,7 +78,7 @@ class JoinedJob:
         except OtherSideError as error:
             self.watch.wait_for_cause(SECONDS_FOR_CAUSE)
             self._end(f"rank {rank}: {error_message(error)}", error_message(error))
-        except Exception as error:
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
             if is_of_collective(error):
                 self.watch.wait_for_cause(SECONDS_FOR_CAUSE)
             self._end(traceback.format_exc(), f"{type(error).__name__}: {error_message(error)}")

@@ -33,7 +33,7 @@ from engine.parallel.zero import consolidated_weights
 from engine.runtime.bad_step import BadStep, Replay, Replayed
 from engine.runtime.checkpoint import Checkpoints
 from engine.target.configuration import load_target_config
-from launcher.command import TRUST, method_of_run, run_plugins, stopping_at_errors, user_cache
+from launcher.command import RECIPE, TRUST, check_run, method_of_run, run_plugins, stopping_at_errors, user_cache
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,10 +51,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def config_of(run: Path, trust_remote_code: bool) -> Config:
     """Return the recipe of a run for one rank. Raises ValueError if the folder is no run."""
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{run} is not the output_dir of a run: it has no config.yaml")
-    config = load_config(path)
+    check_run(run)
+    config = load_config(run / RECIPE)
     target = replace(config.target, trust_remote_code=trust_remote_code)
     data = replace(config.data, cache_dir=config.data.cache_dir or str(user_cache()))
     return replace(config, target=target, data=data, parallel=ParallelSection())

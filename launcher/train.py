@@ -108,13 +108,11 @@ def main() -> None:
     with stopping_at_errors(environment["rank"]):
         job = join_job(environment, config.parallel, output_dir, None if sides is None else Sides(*sides, config.replica_size))
 
-    from engine.host.folder_lock import hold_folder
     from engine.parallel.nodes import is_shared
     from engine.runtime.target_server import TargetServer
     from engine.trainer import Trainer
 
-    with job.ending_together(), naming_source(arguments):
-        lock = hold_folder(output_dir) if job.whole.rank == 0 else None  # held until this process ends
+    with job.ending_together(), job.holding(output_dir), naming_source(arguments):
         run_plugins(config.target.plugins)
         if job.bridge is not None and job.is_target:
             job.wait_for_other_side()
@@ -132,8 +130,6 @@ def main() -> None:
                 trainer.write_page()
                 report.show(trainer.telemetry.console, flags_of(config), config.draft.method in DRAFT_METHODS)
     job.leave()
-    if lock is not None:
-        lock.close()
 
 
 if __name__ == "__main__":

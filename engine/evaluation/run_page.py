@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
+from engine.config.sections import METRICS
 from engine.evaluation.charts import Bar, Line, line_chart, number, stacked_bars
 from engine.evaluation.history import EVALUATIONS
 from engine.evaluation.report import SUMMARY
 from engine.host.files import write_text
 
-METRICS = "metrics.jsonl"
 SHOWN_TTT_STEPS = (0, 2, 6)  # TTT steps whose accuracy is drawn: the 1st, 3rd and 7th
 AVERAGED = 0.1  # share of the last logged steps that the table and the bars average over
 PART_NAMES = {
@@ -151,12 +151,11 @@ def _tiles(run: RunRecord, runs: Sequence[RunRecord]) -> str:
     after = (run.summary or {}).get("after")
     if after is not None and not after["num_prompts"]:
         after = None
-    best = max(run.evaluations, key=lambda line: line["acceptance_length"], default=None)
+    comparable = [line for line in run.evaluations if not line.get("is_gone")]
+    best = max(comparable, key=lambda line: line["acceptance_length"], default=None)
     measured = after or best
     if measured is not None:
-        confidence = measured.get("confidence")
-        spread = "" if confidence is None else f" ± {confidence:.2f}"
-        facts.append(("acceptance length", f"{measured['acceptance_length']:.2f}{spread}"))
+        facts.append(("acceptance length", _length(measured)))
         if best is not None:
             facts.append(("best draft", f"step {best['step']:,}"))
     names = {
@@ -174,6 +173,13 @@ def _tiles(run: RunRecord, runs: Sequence[RunRecord]) -> str:
     tiles = "".join(f"<div>{html.escape(name)}<b>{html.escape(value)}</b></div>" for name, value in facts)
     heading = f"<h2>{html.escape(run.name)}</h2>" if len(runs) > 1 else ""
     return f'{heading}<div class="tiles">{tiles}</div>' if tiles else ""
+
+
+def _length(report: Mapping[str, Any]) -> str:
+    """Return an acceptance length with its confidence interval."""
+    confidence = report.get("confidence")
+    spread = "" if confidence is None else f" ± {confidence:.2f}"
+    return f"{report['acceptance_length']:.2f}{spread}"
 
 
 def _charts(runs: Sequence[RunRecord]) -> list[str]:
@@ -271,13 +277,10 @@ def _acceptance(runs: Sequence[RunRecord]) -> str:
             if not report or not report["num_prompts"]:
                 continue
             depths = " ".join("-" if share is None else f"{share:.0%}" for share in report["acceptance_per_depth"])
-            confidence = report.get("confidence")
-            spread = "" if confidence is None else f" ± {confidence:.2f}"
             speed = "-"
             if report.get("tokens_per_s") and report.get("plain_tokens_per_s"):
                 speed = f"{report['tokens_per_s'] / report['plain_tokens_per_s']:.2f}x"
-            length = f"{report['acceptance_length']:.2f}{spread}"
-            cells = [name + _suffix(run, runs), length, depths, speed, str(report["num_prompts"])]
+            cells = [name + _suffix(run, runs), _length(report), depths, speed, str(report["num_prompts"])]
             rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     if not rows:
         return ""

@@ -89,13 +89,9 @@ def num_bytes_of(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of writing a checkpoint.
-
-    seconds: from the first byte to the last. problem: why it was not written; None = it is complete.
-    """
+    """The result of writing a checkpoint. problem: why it was not written; None = it is complete."""
 
     folder: Path
-    seconds: float
     problem: str | None = None
 
 
@@ -183,7 +179,6 @@ class CheckpointFiles:
         return outcome
 
     def _write(self, saved: Mapping[Path, Any], folder: Path, publish: Callable[[], None], timeout_s: float) -> Outcome:
-        began_s = time.monotonic()
         problem = None
         try:
             self._write_files(saved, folder)
@@ -193,7 +188,7 @@ class CheckpointFiles:
         except (OSError, ValueError) as error:
             problem = str(error)
             self._report(folder, problem)
-        return Outcome(folder, time.monotonic() - began_s, problem)
+        return Outcome(folder, problem)
 
     def _write_files(self, saved: Mapping[Path, Any], folder: Path) -> None:
         facts = {}

@@ -52,7 +52,7 @@ class Sides:
         return self.num_draft if self.is_target(rank) else 0
 
     def role_of(self, rank: int) -> str:
-        """Return the side of a rank and its number there, such as "target rank 0"."""
+        """Return the side of a rank and its number on this side, such as "target rank 0"."""
         side = "target" if self.is_target(rank) else "draft"
         return f"{side} rank {rank - self.first_of(rank)}"
 

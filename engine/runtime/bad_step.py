@@ -12,6 +12,7 @@ from engine.data.documents import Documents
 from engine.data.packing import collate
 from engine.hidden_states.finite import place_names
 from engine.hidden_states.micro_batches import MicroBatchMaker
+from engine.host.files import write_json
 from engine.models.draft_method import DraftModel, DraftObjective
 from engine.models.normaliser import Normaliser
 from engine.parallel.mesh import World
@@ -28,6 +29,12 @@ class BadStep:
     rank: int
     reason: str
     documents: list[tuple[int, str]]
+
+    def write(self, path: Path) -> None:
+        """Write the list of the step. Raises OSError."""
+        documents = [{"index": index, "name": name} for index, name in self.documents]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"step": self.step, "rank": self.rank, "reason": self.reason, "documents": documents})
 
     @classmethod
     def read(cls, path: Path) -> "BadStep":

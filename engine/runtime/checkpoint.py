@@ -20,7 +20,7 @@ import torch
 
 from engine.config.sections import OPTIONS
 from engine.hidden_states.finite import NonFiniteError
-from engine.host.checkpoint_files import COMPLETE, problem_of
+from engine.host.checkpoint_files import COMPLETE, SECONDS_BETWEEN_LOOKS, problem_of
 from engine.host.files import write_json, write_text, writing
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, consolidated_weights, is_sharded, remove_universal, to_universal
@@ -33,8 +33,7 @@ STAGE = "zero_optimization.stage"
 ALIKE_STAGES = {1, 2}  # whose checkpoints can be converted to one another; DeepSpeed's converter knows no other change
 OF_DEEPSPEED = ("optimizer.", "zero_optimization.")  # beginnings of keys of DeepSpeed's file among the options
 SECONDS_AFTER_ERROR = 8.0  # for which an error waits for the checkpoint that is being written; well below parallel.hang_s
-SECONDS_BETWEEN_LOOKS = 0.05
-SPARE_BYTES = 4 << 20  # that must stay free on the disk beside a checkpoint
+SPARE_BYTES = 4 << 20  # that must stay free on the disk in addition to a checkpoint
 DataState = dict[str, Any]  # position in the data, from which a run resumes
 
 
@@ -70,14 +69,13 @@ class Checkpoint:
         Raises BrokenCheckpointError.
         """
         place = folder / tag
+        facts = _read_facts(place / RUN)
         is_checked = (place / COMPLETE).exists()
-        if is_checked or _latest_tag(folder) != tag:
+        is_old = not facts.get("checksums") and _latest_tag(folder) == tag
+        if is_checked or not is_old:
             problem = problem_of(place)
             if problem is not None:
                 raise BrokenCheckpointError(f"{place}: {problem}")
-        facts = _read_facts(place / RUN)
-        if facts.get("checksums") and not is_checked:
-            raise BrokenCheckpointError(f"{place}: it is not complete: it has no {COMPLETE}")
         if f"step_{facts['step']}" != tag:
             raise BrokenCheckpointError(f"{place / RUN} is damaged: it is of step {facts['step']}")
         options = facts["options"]

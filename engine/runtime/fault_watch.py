@@ -14,8 +14,8 @@ import torch
 
 from engine.batch import DraftOutput, MicroBatch
 from engine.hidden_states.finite import MAX_NAMED, NonFiniteError, check_share, fault_of, place_names
-from engine.host.files import write_json
 from engine.host.pinned_copy import HostCopy
+from engine.runtime.bad_step import BadStep
 
 # Consecutive optimizer steps that DeepSpeed may skip. fp16 needs some to find its loss scale.
 MAX_SKIPPED = 50
@@ -123,12 +123,10 @@ class FaultWatch:
         if self._num_listed > MAX_LISTED:
             return ""
         indices = [index for seen in self._recent if seen.step == step for index in seen.document_ids]
-        documents = [{"index": index, "name": self._settings.name_of(index)} for index in indices]
+        documents = [(index, self._settings.name_of(index)) for index in indices]
         path = self._settings.folder / f"step_{step}_rank_{self._settings.rank}.json"
-        facts = {"step": step, "rank": self._settings.rank, "reason": reason, "documents": documents}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, facts)
+            BadStep(step, self._settings.rank, reason, documents).write(path)
         except OSError:  # the list is a help, and the run has a more important message
             return ""
         return f"; {path} lists its {len(documents)} documents, for launcher/replay_batch.py"

@@ -32,7 +32,7 @@ SILENT_S = 120.0  # in other work, in which a library may keep Python's interpre
 SECONDS_FOR_RANK_0 = 2.0  # in which rank 0 may fail for the same reason, so that the reason is printed once
 SECONDS_FOR_STACKS = 3.0  # in which ranks answer where they are
 MOST_BYTES = 1 << 22  # of a message
-MOST_BYTES_OF_STRANGERS = 1 << 12  # before a connection has shown that it is a rank's
+MOST_BYTES_UNVERIFIED = 1 << 12  # of a message before a connection has sent the token of the job
 MOST_NAMED = 8  # ranks in a message
 SECONDS_OF_ONE_SIGNAL = 5.0  # a terminal and a launcher may both pass on the same signal
 ENDED = 1  # exit code of a rank that the watch ends
@@ -131,7 +131,7 @@ class Connection:
         """Time since anything arrived."""
         return time.monotonic() - self._heard_s
 
-    def forgive(self) -> None:
+    def restart_silence(self) -> None:
         """Begin to count the time without a message again."""
         self._heard_s = time.monotonic()
 
@@ -217,13 +217,13 @@ class JobWatch:
                 key.data()
             late_s = time.monotonic() - next_report_s
             if late_s > 3 * TICK_S:  # this process was stopped, perhaps with the whole job
-                self._forgive()
+                self._restart_silence()
             if late_s >= 0:
                 next_report_s = time.monotonic() + TICK_S
                 self._look_for_launchers()
                 self._report()
 
-    def _forgive(self) -> None:
+    def _restart_silence(self) -> None:
         """Begin to count the silence of other ranks again."""
 
     def _read_signals(self) -> None:
@@ -305,8 +305,8 @@ class RankWatch(JobWatch):
             if not self._main_has_left and not self._is_over.is_set():
                 self._lose_main("has ended without a message: it was killed, or ran out of memory")
 
-    def _forgive(self) -> None:
-        self._main.forgive()
+    def _restart_silence(self) -> None:
+        self._main.restart_silence()
 
     def _lose_main(self, problem: str) -> NoReturn:
         if self.job.rank == 1 or self.job.local_rank == 0:
@@ -381,7 +381,7 @@ class MainWatch(JobWatch):
         except OSError:  # it has gone already
             return
         peer = _Peer(Connection(link))
-        peer.connection.most_bytes = MOST_BYTES_OF_STRANGERS
+        peer.connection.most_bytes = MOST_BYTES_UNVERIFIED
         self._selector.register(link, selectors.EVENT_READ, lambda: self._hear(peer))
 
     def _hear(self, peer: _Peer) -> None:
@@ -437,9 +437,9 @@ class MainWatch(JobWatch):
                 self._end_silent_rank(peer)
         self._look_for_hang()
 
-    def _forgive(self) -> None:
+    def _restart_silence(self) -> None:
         for peer in self._peers:
-            peer.connection.forgive()
+            peer.connection.restart_silence()
 
     def _end_silent_rank(self, peer: _Peer) -> NoReturn:
         """End a job of which one rank is stopped."""

@@ -18,7 +18,7 @@ class PeriodicEvaluation:
     """Exports, measures and compares drafts; every method is a collective.
 
     export: writes the draft of a step to a folder and loads it again.
-    measure: returns its acceptance, the same on every rank. note, warn: write a line to the log.
+    measure: returns its acceptance, the same on every rank. note: writes a line to the log.
     write_page: writes the report of the run so far, on rank 0.
     """
 
@@ -38,7 +38,7 @@ class PeriodicEvaluation:
         return patience is not None and self.history.num_without_gain() >= patience
 
     def catch_up(self, step: int, last_step: int) -> None:
-        """Make up for the evaluation of a step after which an earlier run was saved and ended. step: 0 = none."""
+        """Evaluate a step that an earlier run has saved but not evaluated. step: the last one of that run; 0 = none."""
         best = self.history.best
         if best is not None and best == self.history.last and best.draft_sha256 == self._last_sha256():
             self._keep_last()  # the earlier run may have ended before it had copied the draft

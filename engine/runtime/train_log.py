@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from engine.batch import DraftOutput, MicroBatch
+from engine.config.sections import METRICS
 from engine.host.pinned_copy import HostCopy, TimeMark
 from engine.overlap.step_clock import TARGET_FORWARD, StepClock, draft_seconds, efficiency, split_ratio
 from engine.parallel.mesh import PendingSum, World
@@ -16,7 +17,6 @@ from engine.parallel.zero import ZeroDraft
 from engine.runtime.fault_watch import FaultWatch
 from engine.runtime.metrics import MetricsFile, StepMetrics, used_memory
 
-METRICS = "metrics.jsonl"
 SECONDS_AFTER_ERROR = 2.0  # time that a failed run waits for metrics still being copied
 SECONDS_BETWEEN_LOOKS = 0.01
 

@@ -93,7 +93,8 @@ class TrainingLoop:
                 self._step(step, schedule)
                 is_last = step == self.span.last
                 is_asked = not is_last and self.agreement.end_step()
-                if self.is_saved and (step % self.every_steps == 0 or is_last or is_asked):
+                is_due = self.every_steps > 0 and step % self.every_steps == 0
+                if is_due or is_last or is_asked:
                     self.save(step)
                 if is_asked:
                     self._stop_after(step)
