@@ -24,8 +24,9 @@ from engine.config.ds_config import (
 )
 from engine.config.recipe import dump_config
 from engine.config.secret_values import without_secrets
-from engine.config.sections import CHECKPOINTS, DRAFT, DRAFT_LAST, Config, ConfigError
+from engine.config.sections import ACCEPTANCE, CHECKPOINTS, DRAFT, DRAFT_LAST, Config, ConfigError
 from engine.config.strict import as_yaml
+from engine.data.corpus import read_held_out
 from engine.data.documents import Document
 from engine.data.fingerprint import tokenizer_hash
 from engine.data.packed_loader import PackedLoader
@@ -38,6 +39,7 @@ from engine.evaluation.remote_evaluator import RemoteEvaluator
 from engine.evaluation.report import PAGE, SUMMARY, RunReport
 from engine.evaluation.run_page import write_run_page
 from engine.hidden_states.finite import NonFiniteError
+from engine.hidden_states.held_out_data import HeldOutData
 from engine.hidden_states.micro_batches import MicroBatchMaker
 from engine.hidden_states.protocol import HiddenStateSource, Target
 from engine.hidden_states.remote_target import RemoteSource, RemoteTarget
@@ -68,11 +70,12 @@ from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.checkpoint import Checkpoint, Checkpoints, CheckpointWriter, check_finite_weights
 from engine.runtime.fault_watch import BAD_STEPS, FaultWatch, WatchSettings
+from engine.runtime.held_out_loss import HeldOutLoss
 from engine.runtime.periodic_evaluation import PeriodicEvaluation
 from engine.runtime.progress import Progress
 from engine.runtime.run_stop import StopAgreement
 from engine.runtime.train_log import LogSettings, TrainLog
-from engine.runtime.training_loop import RunSpan, Segment, TrainingLoop
+from engine.runtime.training_loop import Annealing, RunSpan, Segment, TrainingLoop
 from engine.runtime.training_schedule import Training, TrainingSchedules, check_look_ahead
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
@@ -151,9 +154,7 @@ class Trainer:
         target_config = load_target_config(section)
         check_fp8_activations(target_config, section)
         source = self.open_source(tokenizer)
-        if self.config.evaluation.every_steps and not source.can_decode:
-            problem = f"needs a target that decodes, and target.source={self.config.target.source} has none; set it to 0"
-            raise ConfigError(problem, key="evaluation.every_steps", value=self.config.evaluation.every_steps)
+        self.check_evaluation(source)
         self.checkpoints = replace(self.checkpoints, target_identity=source.target_identity)
         if checkpoint is not None:
             unknown = checkpoint.check_target(source.target_identity)
@@ -167,6 +168,7 @@ class Trainer:
             corpus = self.read_corpus(source, tokenizer, draft_config)
             span = self.resume(corpus.loader, checkpoint)
             prompts = self.read_prompts(tokenizer, draft_config.vocab_size) if source.can_decode else []
+            held_out = self.read_held_out(source, tokenizer)
         with self.telemetry.stage("Loading the target"):
             assert draft_config.aux_layers is not None  # `derive_config` fills them in
             target = source.load_target(draft_config.aux_layers)
@@ -184,7 +186,7 @@ class Trainer:
 
         zero = self.start_zero(draft, corpus, target, span)
         with self.telemetry.stage("Training"):
-            periodic = self.periodic_evaluation(zero, corpus, target, evaluator, span)
+            periodic = self.periodic_evaluation(zero, corpus, target, evaluator, held_out, span)
             left_out = self.train(zero, corpus, target, span, periodic)
             report = replace(report, left_out=left_out)
         with self.telemetry.stage("Exporting"):
@@ -213,6 +215,14 @@ class Trainer:
         section = self.config.evaluation
         max_tokens = self.config.data.max_tokens
         return AcceptanceEvaluator(section, target, tokenizer, prompts, self.world, self.telemetry, max_tokens)
+
+    def check_evaluation(self, source: HiddenStateSource) -> None:
+        """Raise ConfigError if the source of hidden states cannot serve the evaluation that the recipe asks for."""
+        section = self.config.evaluation
+        if not section.every_steps or source.can_decode or section.store is not None:
+            return
+        problem = f"needs a target that decodes, and target.source={self.config.target.source} has none; set it to 0"
+        raise ConfigError(problem, key="evaluation.every_steps", value=section.every_steps)
 
     def check_output(self) -> None:
         """Check the output folder, and print whether the nodes share it.
@@ -286,6 +296,24 @@ class Trainer:
         check_prompts(prompts, vocab_size)
         return prompts
 
+    def read_held_out(self, source: HiddenStateSource, tokenizer: PreTrainedTokenizerBase) -> HeldOutData | None:
+        """Return the held-out conversations of evaluations during training; None = their loss is not measured.
+
+        Raises ValueError if there are none that can be used, and `evaluation.best_by` needs them.
+        """
+        section = self.config.evaluation
+        if not section.every_steps or not section.num_documents:
+            return None
+        try:
+            if section.store is not None:
+                return HeldOutData.stored(self.config, source, self.world, self.telemetry)
+            return HeldOutData(read_held_out(self.config, tokenizer, self.world))
+        except ValueError as error:
+            if section.best_by != ACCEPTANCE:
+                raise
+            self.telemetry.note(f"  the held-out loss is not measured: {error}")
+            return None
+
     def resume(self, loader: PackedLoader, checkpoint: Checkpoint | None) -> RunSpan:
         """Move the loader to a checkpoint's position and return the optimizer steps of this run.
 
@@ -325,7 +353,8 @@ class Trainer:
             total_steps=span.last,
             hidden_size=draft.config.hidden_size,
         )
-        self.checkpoints = replace(self.checkpoints, schedule=schedule_facts(resolved))
+        schedule = schedule_facts(resolved) | {"anneal_steps": self.config.anneal_steps}
+        self.checkpoints = replace(self.checkpoints, schedule=schedule)
         objective = self.method.make_objective(target, corpus.vocab_map)
         checkpoint = span.checkpoint
         reshaped = checkpoint is not None and checkpoint.reshape(
@@ -393,12 +422,13 @@ class Trainer:
                     self.checkpoints, zero, self.world, self.telemetry.warn, self.config.parallel.timeout_s / 2
                 ),
                 every_steps=self.config.checkpoint.every_steps,
+                annealing=Annealing(span.last, self.config.anneal_steps),
             )
             try:
-                if periodic is None:
-                    loop.run(Segment(span.done + 1, span.last))
-                else:
+                if periodic is not None:
                     self.train_and_evaluate(loop, periodic)
+                elif span.done < span.last:
+                    loop.run(Segment(span.done + 1, span.last))
             except NonFiniteError:
                 loop.writer.wait_until_complete()  # from which the user will resume
                 raise
@@ -417,19 +447,19 @@ class Trainer:
 
     def train_and_evaluate(self, loop: TrainingLoop, periodic: PeriodicEvaluation) -> None:
         """Train to the last step, or until `evaluation.patience` ends the run, with an evaluation after each segment."""
-        span = loop.span
+        step = loop.span.done
         with loop.pause():
-            periodic.catch_up(span.done, span.last)
-        for segment in span.segments(self.config.evaluation.every_steps):
-            if periodic.is_out_of_patience:
-                self.telemetry.note(f"  ends early: {self.config.evaluation.patience} evaluations brought no better draft")
-                return
+            periodic.catch_up(step)
+        while step < periodic.end_step:
+            loop.annealing = replace(loop.annealing, last=periodic.end_step)
+            segment = Segment.after(step, self.config.evaluation.every_steps, periodic.end_step)
             loop.run(segment)
-            loop.stop_if_asked(segment.last)
+            step = segment.last
+            loop.stop_if_asked(step)
             with loop.pause():
-                periodic.evaluate(segment.last)
-            if periodic.is_out_of_patience:
-                loop.save(segment.last)
+                is_best = periodic.evaluate(step)
+            if is_best or step == periodic.end_step:
+                loop.save(step)
 
     def write_page(self) -> None:
         """Write the report of the run so far. A page that cannot be written is a warning."""
@@ -452,20 +482,33 @@ class Trainer:
         )
 
     def periodic_evaluation(
-        self, zero: TrainedDraft, corpus: Corpus, target: Target, evaluator: Evaluator | None, span: RunSpan
+        self,
+        zero: TrainedDraft,
+        corpus: Corpus,
+        target: Target,
+        evaluator: Evaluator | None,
+        held_out: HeldOutData | None,
+        span: RunSpan,
     ) -> PeriodicEvaluation | None:
         """Return the evaluation during training; None = the recipe asks for none."""
         section = self.config.evaluation
-        if not section.every_steps or evaluator is None:
+        if not section.every_steps:
             return None
+        held_out_loss = None
+        if held_out is not None:
+            its_target = held_out.target or target
+            held_out_loss = HeldOutLoss(zero, self.training_facts(zero), held_out.documents, its_target, self.telemetry)
         read = partial(EvaluationHistory.read, self.output_dir, span.done, self.telemetry.warn)
         return PeriodicEvaluation(
             section=section,
             output_dir=self.output_dir,
             world=self.world,
             history=self.world.decide(read),
+            last_step=span.last,
+            anneal_steps=self.config.anneal_steps,
             export=lambda folder, step: self.export(folder, zero, corpus, target, step).to(target.dtype),
-            measure=evaluator.measure_draft,
+            measure=None if evaluator is None else evaluator.measure_draft,
+            measure_held_out=None if held_out_loss is None else held_out_loss.measure,
             note=self.telemetry.note,
             write_page=self.write_page,
         )

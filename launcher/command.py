@@ -208,7 +208,9 @@ def with_paths(config: Config, corpus: Path) -> Config:
     if template is not None and template not in NAMED_TEMPLATES:
         template = str(Path(template).absolute())
     data = replace(config.data, template=template, cache_dir=str(cache_dir), train=train, held_out=held_out)
-    return replace(config, target=replace(config.target, path=path, store=store), data=data)
+    held_out_store = config.evaluation.store and str(Path(config.evaluation.store).absolute())
+    evaluation = replace(config.evaluation, store=held_out_store)
+    return replace(config, target=replace(config.target, path=path, store=store), data=data, evaluation=evaluation)
 
 
 def run_plugins(paths: Sequence[str], option: str = "target.plugins") -> None:

@@ -50,9 +50,10 @@ def check_files(config: Config) -> None:
     store = config.target.store
     if store is None:
         check_inputs(config, reads_prompts=True)
-    elif not Path(store).is_dir():
-        problem = "no such folder; write one with launcher/capture_hidden_states.py"
-        raise ConfigError(problem, key="target.store", value=store)
+    for key, folder in {"target.store": store, "evaluation.store": config.evaluation.store}.items():
+        if folder is not None and not Path(folder).is_dir():
+            problem = "no such folder; write one with launcher/capture_hidden_states.py"
+            raise ConfigError(problem, key=key, value=folder)
     check_output(config)
 
 

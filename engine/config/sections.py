@@ -361,9 +361,12 @@ class CheckpointSection:
     keep: int = option(2, "number of newest checkpoints to keep; older ones are deleted", unit="checkpoints", at_least=1)
 
 
+ACCEPTANCE, LOSS, SIMULATED_ACCEPTANCE = "acceptance", "loss", "simulated_acceptance"  # evaluation.best_by
+
+
 @dataclass(frozen=True)
 class EvaluationSection:
-    """Speculative decoding on held-out prompts: before, during and after training."""
+    """Acceptance and loss on held-out conversations, before, during and after training."""
 
     every_steps: int = option(
         0,
@@ -371,11 +374,28 @@ class EvaluationSection:
         unit="steps",
         at_least=0,
     )
+    best_by: Literal["acceptance", "loss", "simulated_acceptance"] = option(
+        ACCEPTANCE,
+        "what makes a draft the best during training: acceptance = largest acceptance length on held-out prompts; "
+        "loss = smallest loss on held-out conversations; simulated_acceptance = largest simulated acceptance length on them",
+    )
     patience: int | None = option(
         None,
-        "evaluations without a larger acceptance length after which training ends early; null = never",
+        "evaluations without a better draft after which training ends early; null = never",
         unit="evaluations",
         at_least=1,
+    )
+    num_documents: int = option(
+        64,
+        "held-out conversations whose loss, accuracy and acceptance rates are measured with each evaluation during training; "
+        "0 = none",
+        unit="documents",
+        at_least=0,
+    )
+    store: str | None = option(
+        None,
+        "folder with hidden states of held-out conversations, captured as those of target.store; for a run that reads "
+        "target.store",
     )
     num_prompts: int = option(24, "held-out prompts decoded; 0 = no evaluation", unit="prompts", at_least=0)
     max_new_tokens: int = option(64, "tokens generated per prompt", unit="tokens", at_least=1)
@@ -415,6 +435,13 @@ class Config:
     max_steps: int | None = option(
         None, "optimizer steps after which training ends; null = all steps of the epochs", at_least=1
     )
+    anneal_steps: int = option(
+        0,
+        "last optimizer steps, also of a run that evaluation.patience ends, in which the learning rate of the DeepSpeed file's "
+        "schedule falls linearly to almost 0; with WarmupLR this is a warmup-stable-decay schedule",
+        unit="steps",
+        at_least=0,
+    )
     log_every_steps: int = option(1, "optimizer steps between lines of metrics.jsonl", unit="steps", at_least=1)
 
     def __post_init__(self):
@@ -445,16 +472,39 @@ class Config:
         if self.overlap.placement == SPLIT and self.target.store is not None:
             problem = "a store is written and read without ranks of their own for the target; use another placement"
             raise ConfigError(problem, key="overlap.placement", value=SPLIT)
-        if self.evaluation.every_steps and (self.target.store is not None or not self.evaluation.num_prompts):
-            problem = "needs held-out prompts and a target that decodes; set evaluation.num_prompts, and train without a store"
-            raise ConfigError(problem, key="evaluation.every_steps", value=self.evaluation.every_steps)
-        if self.evaluation.patience is not None and not self.evaluation.every_steps:
-            problem = "counts evaluations during training; set evaluation.every_steps too"
-            raise ConfigError(problem, key="evaluation.patience", value=self.evaluation.patience)
+        self._check_evaluation()
         if self.evaluation.num_prompts and not self.data.held_out and self.target.store is None:
             problem = (
                 f"evaluation.num_prompts = {self.evaluation.num_prompts} needs held-out prompts; name a file or set it to 0"
             )
+            raise ConfigError(problem, key="data.held_out", value=self.data.held_out)
+
+    def _check_evaluation(self) -> None:
+        """Raise ConfigError if an evaluation during training could not measure what it is asked for."""
+        section = self.evaluation
+        reads_store = self.target.store is not None
+        if section.store is not None and not reads_store:
+            problem = "belongs to a run that reads target.store; where the target runs, name conversations in data.held_out"
+            raise ConfigError(problem, key="evaluation.store", value=section.store)
+        if section.patience is not None and not section.every_steps:
+            problem = "counts evaluations during training; set evaluation.every_steps too"
+            raise ConfigError(problem, key="evaluation.patience", value=section.patience)
+        if not section.every_steps:
+            return
+        if section.best_by == ACCEPTANCE and reads_store:
+            problem = "needs a target that decodes, and target.store has none; use loss with evaluation.store"
+            raise ConfigError(problem, key="evaluation.best_by", value=section.best_by)
+        if section.best_by == ACCEPTANCE and not section.num_prompts:
+            problem = "needs held-out prompts; set evaluation.num_prompts, or use loss"
+            raise ConfigError(problem, key="evaluation.best_by", value=section.best_by)
+        if section.best_by != ACCEPTANCE and not section.num_documents:
+            problem = "needs held-out conversations; set evaluation.num_documents"
+            raise ConfigError(problem, key="evaluation.best_by", value=section.best_by)
+        if section.best_by != ACCEPTANCE and reads_store and section.store is None:
+            problem = "needs the hidden states of held-out conversations; capture them too, and set evaluation.store"
+            raise ConfigError(problem, key="evaluation.best_by", value=section.best_by)
+        if section.best_by != ACCEPTANCE and not reads_store and not self.data.held_out:
+            problem = f"evaluation.best_by={section.best_by} needs held-out conversations; name a file"
             raise ConfigError(problem, key="data.held_out", value=self.data.held_out)
 
     def _check_shipped(self, key: str, value: str, shipped: tuple[str, ...]) -> None:

@@ -1,12 +1,13 @@
 """Read a run's conversations, with a progress bar and a printed summary."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from engine.config.sections import DataSection
+from engine.config.sections import Config, DataSection
 from engine.data.dataset import DataReport, load_documents
-from engine.data.documents import Documents
+from engine.data.documents import Documents, first_documents
 from engine.data.tokenised import tokenise
 from engine.host.telemetry import Telemetry
 from engine.parallel.mesh import World
@@ -34,3 +35,13 @@ def read_documents(
             documents, report = tokenise(section.train, tokenizer, section, builds=builds, on_progress=show)
     telemetry.note(report.summary())
     return documents, report
+
+
+def read_held_out(config: Config, tokenizer: PreTrainedTokenizerBase, world: World) -> Documents:
+    """Return the first `evaluation.num_documents` documents of `data.held_out`.
+
+    Conversations that cannot be used are left out. Raises ValueError if none can be used.
+    """
+    section = replace(config.data, train=config.data.held_out, held_out=(), max_bad_share=1.0)
+    documents, _ = read_documents(section, tokenizer, world, Telemetry(speaks=False))
+    return first_documents(documents, config.evaluation.num_documents)

@@ -151,3 +151,10 @@ def add_counts(counts: np.ndarray, document: Document) -> np.ndarray:
         counts, more = more, counts
     counts[: len(more)] += more
     return counts
+
+
+def first_documents(documents: Documents, count: int) -> Documents:
+    """Return the first `count` documents, or all if there are fewer; their indices stay the same."""
+    if len(documents) <= count:
+        return documents
+    return DocumentList([documents[index] for index in range(count)], documents.paths)

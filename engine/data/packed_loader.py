@@ -87,6 +87,28 @@ class PackedLoader:
             balance_steps=config.data.balance_steps,
         )
 
+    @classmethod
+    def held_out(
+        cls, documents: Documents, config: Config, ds_config: dict[str, Any], rank: int, world_size: int
+    ) -> "PackedLoader":
+        """Return a loader that yields each document once, in steps of one micro-batch per rank."""
+        return cls(
+            documents,
+            max_tokens=config.data.max_tokens,
+            packs_per_batch=micro_batch_size(ds_config, world_size),
+            rank=rank,
+            world_size=world_size,
+            accumulation_steps=1,
+            seed=0,
+            epochs=1,
+            balance_steps=0,
+        )
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of a rank in one step."""
+        return self._accumulation_steps
+
     def check_stream(self, expected: dict[str, int], rank: int) -> None:
         """Raise ValueError if rank 0 reads other data. expected: the `stream` of rank 0. rank: this rank, for the message."""
         if expected != self.stream:

@@ -1,13 +1,15 @@
 """Evaluations during a run: which draft is the best so far, and since when no draft has been better."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engine.config.sections import EvaluationSection
+from engine.config.sections import ACCEPTANCE, LOSS, SIMULATED_ACCEPTANCE, EvaluationSection
 from engine.evaluation.acceptance import AcceptanceReport
+from engine.evaluation.held_out import HeldOutReport
 from engine.host.files import write_text
 
 EVALUATIONS = "evaluations.jsonl"
@@ -15,16 +17,19 @@ EVALUATIONS = "evaluations.jsonl"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The acceptance that was measured after an optimizer step. Fields as in `AcceptanceReport`.
+    """What was measured after an optimizer step.
 
-    draft_tokens, max_new_tokens: of the evaluation section; lengths under other settings are not comparable.
+    acceptance_length, confidence, acceptance_per_depth, num_prompts: as in `AcceptanceReport`; None
+    and 0 if nothing was decoded.
+    draft_tokens, max_new_tokens, best_by: of the evaluation section; under other settings results are not comparable.
+    held_out_*: as in `HeldOutReport`; None if there were no held-out conversations.
     draft_sha256: checksum of the draft's weights.
     is_kept: whether the draft was the best so far, and therefore became the one in `draft`.
     is_gone: whether it is no longer compared with later ones.
     """
 
     step: int
-    acceptance_length: float
+    acceptance_length: float | None
     confidence: float | None
     acceptance_per_depth: list[float | None]
     num_prompts: int
@@ -33,29 +38,100 @@ class Evaluation:
     draft_sha256: str = ""
     is_kept: bool = False
     is_gone: bool = False
+    best_by: str = ACCEPTANCE
+    held_out_loss: float | None = None
+    held_out_loss_confidence: float | None = None
+    held_out_loss_per_step: list[float] | None = None
+    held_out_accuracy_per_step: list[float] | None = None
+    held_out_acceptance_length: float | None = None
+    held_out_acceptance_length_confidence: float | None = None
+    held_out_documents: int = 0
 
     @classmethod
-    def of(cls, step: int, report: AcceptanceReport, section: EvaluationSection, draft_sha256: str) -> "Evaluation":
-        return cls(
+    def of(
+        cls,
+        step: int,
+        decoded: AcceptanceReport | None,
+        held_out: HeldOutReport | None,
+        section: EvaluationSection,
+        draft_sha256: str,
+    ) -> "Evaluation":
+        """Return the evaluation of a step. decoded, held_out: results; None = not measured."""
+        evaluation = cls(
             step=step,
-            acceptance_length=report.acceptance_length,
-            confidence=report.confidence,
-            acceptance_per_depth=report.acceptance_per_depth,
-            num_prompts=report.num_prompts,
+            acceptance_length=None,
+            confidence=None,
+            acceptance_per_depth=[],
+            num_prompts=0,
             draft_tokens=section.draft_tokens,
             max_new_tokens=section.max_new_tokens,
             draft_sha256=draft_sha256,
+            best_by=section.best_by,
         )
+        if decoded is not None and decoded.num_prompts:
+            evaluation = replace(
+                evaluation,
+                acceptance_length=decoded.acceptance_length,
+                confidence=decoded.confidence,
+                acceptance_per_depth=decoded.acceptance_per_depth,
+                num_prompts=decoded.num_prompts,
+            )
+        if held_out is not None:
+            evaluation = replace(
+                evaluation,
+                held_out_loss=held_out.loss,
+                held_out_loss_confidence=held_out.loss_confidence,
+                held_out_loss_per_step=held_out.loss_per_step,
+                held_out_accuracy_per_step=held_out.accuracy_per_step,
+                held_out_acceptance_length=held_out.acceptance_length,
+                held_out_acceptance_length_confidence=held_out.acceptance_length_confidence,
+                held_out_documents=held_out.num_documents,
+            )
+        return evaluation
 
-    def settings(self) -> tuple[int, int, int]:
-        return self.num_prompts, self.draft_tokens, self.max_new_tokens
+    @property
+    def score(self) -> float:
+        """The number by which drafts are compared; larger is better.
+
+        Raises ValueError if it was not measured.
+        """
+        values = {
+            ACCEPTANCE: self.acceptance_length,
+            LOSS: self.held_out_loss,
+            SIMULATED_ACCEPTANCE: self.held_out_acceptance_length,
+        }
+        value = values[self.best_by]
+        if value is None:
+            raise ValueError(f"the evaluation of step {self.step} has nothing for evaluation.best_by={self.best_by}")
+        return -value if self.best_by == LOSS else value
+
+    def settings(self) -> tuple[Any, ...]:
+        """Return what must be equal for two scores to be comparable."""
+        if self.best_by == ACCEPTANCE:
+            return self.best_by, self.num_prompts, self.draft_tokens, self.max_new_tokens
+        return self.best_by, self.held_out_documents
+
+    def describe(self) -> str:
+        """Return the results in words, for the log."""
+        parts = [f"step {self.step}"]
+        if self.acceptance_length is not None:
+            parts.append(f"acceptance length {self.acceptance_length:.2f}")
+        if self.held_out_loss is not None:
+            parts.append(f"held-out loss {self.held_out_loss:.3f}")
+            parts.append(f"simulated acceptance length {self.held_out_acceptance_length:.2f}")
+        return ", ".join(parts)
+
+    def describe_score(self) -> str:
+        """Return the compared number in words, for the log."""
+        digits = 3 if self.best_by == LOSS else 2
+        return f"{abs(self.score):.{digits}f} after step {self.step}"
 
 
 @dataclass
 class EvaluationHistory:
     """The evaluations of a run, in order.
 
-    The best draft is the one with the largest acceptance length, and the earliest of equal ones.
+    The best draft is the one with the largest score, and the earliest of equal ones.
     evaluations: those whose drafts can be compared. earlier: those of which `draft` no longer holds
     the best, because a later draft, of steps that are taken again, has replaced it.
     """
@@ -89,7 +165,7 @@ class EvaluationHistory:
     @property
     def best(self) -> Evaluation | None:
         """The best evaluation, or None if there is none."""
-        return max(self.evaluations, key=lambda evaluation: evaluation.acceptance_length, default=None)
+        return max(self.evaluations, key=lambda evaluation: evaluation.score, default=None)
 
     @property
     def last(self) -> Evaluation | None:
@@ -105,8 +181,7 @@ class EvaluationHistory:
         comparable = [other for other in self.evaluations if other.settings() == evaluation.settings()]
         gone = [other for other in self.evaluations if other.settings() != evaluation.settings()]
         self.earlier += gone
-        best = max((other.acceptance_length for other in comparable), default=0.0)
-        is_best = evaluation.acceptance_length > best
+        is_best = all(evaluation.score > other.score for other in comparable)
         self.evaluations = [*comparable, replace(evaluation, is_kept=is_best)]
         return is_best
 
@@ -116,7 +191,15 @@ class EvaluationHistory:
         lines = [json.dumps(asdict(evaluation)) for evaluation in earlier + self.evaluations]
         write_text(output_dir / EVALUATIONS, "".join(f"{line}\n" for line in lines))
 
-    def num_without_gain(self) -> int:
-        """Return the number of evaluations since the best one."""
-        best = self.best
-        return 0 if best is None else len(self.evaluations) - 1 - self.evaluations.index(best)
+    def first_without_gain(self, patience: int) -> int | None:
+        """Return the step of the first evaluation that is the `patience`-th one in a row without a better draft, or None."""
+        best_score = -math.inf
+        num_without_gain = 0
+        for evaluation in self.evaluations:
+            num_without_gain += 1
+            if evaluation.score > best_score:
+                best_score = evaluation.score
+                num_without_gain = 0
+            if num_without_gain == patience:
+                return evaluation.step
+        return None

@@ -144,6 +144,7 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
                 deepspeed.zero.register_external_parameter(module, parameter)
             _leave_hooks_to(module, self.engine.optimizer.parameter_offload)
         self.learning_rate = self.engine.get_lr()[0]  # of the last optimizer step
+        self.rate_factor = 1.0  # the learning rate of the next step is that of the schedule times this
 
     @property
     def optimizer_name(self) -> str:
@@ -185,10 +186,28 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
             loss = loss * (self.engine.dp_world_size * self.accumulation_steps)
         with part("backward"):
             self.engine.backward(loss)
-        self.learning_rate = self.engine.get_lr()[0]
+        self.learning_rate = self.engine.get_lr()[0] * self.rate_factor
         with part("optimizer"):
-            self.engine.step()
+            self._step()
         return output
+
+    def _step(self) -> None:
+        """Take the optimizer step, if all micro-batches are accumulated, with the learning rate times `rate_factor`."""
+        groups = self.engine.optimizer.param_groups
+        scheduled = [group["lr"] for group in groups]
+        position = self._schedule_position
+        for group, rate in zip(groups, scheduled, strict=True):
+            group["lr"] = rate * self.rate_factor
+        self.engine.step()
+        if self._schedule_position == position:  # otherwise the schedule has set the rates of the next step
+            for group, rate in zip(groups, scheduled, strict=True):
+                group["lr"] = rate
+
+    @property
+    def _schedule_position(self) -> int | None:
+        """Steps that the schedule of the learning rate has taken; None = there is no schedule."""
+        schedule = self.engine.lr_scheduler
+        return None if schedule is None else schedule.last_batch_iteration
 
     @property
     def num_skipped_steps(self) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine.config.sections import DRAFT, DRAFT_LAST, EvaluationSection
 from engine.evaluation.acceptance import AcceptanceReport
+from engine.evaluation.held_out import HeldOutReport
 from engine.evaluation.history import Evaluation, EvaluationHistory
 from engine.host.checkpoint_files import facts_of
 from engine.models.draft_folder import WEIGHTS, copy_draft_folder
@@ -17,8 +18,11 @@ from engine.parallel.mesh import World
 class PeriodicEvaluation:
     """Exports, measures and compares drafts; every method is a collective.
 
+    last_step: of the run, unless it ends early. anneal_steps: by which an early end follows its decision.
     export: writes the draft of a step to a folder and loads it again.
-    measure: returns its acceptance, the same on every rank. note: writes a line to the log.
+    measure: returns its acceptance, the same on every rank; None = the target does not decode.
+    measure_held_out: returns the loss of the current weights on held-out conversations; None = there are none.
+    note: writes a line to the log.
     write_page: writes the report of the run so far, on rank 0.
     """
 
@@ -26,31 +30,43 @@ class PeriodicEvaluation:
     output_dir: Path
     world: World
     history: EvaluationHistory
+    last_step: int
+    anneal_steps: int
     export: Callable[[Path, int], ServedDraft]
-    measure: Callable[[ServedDraft], AcceptanceReport]
+    measure: Callable[[ServedDraft], AcceptanceReport] | None
+    measure_held_out: Callable[[], HeldOutReport] | None
     note: Callable[[str], None]
     write_page: Callable[[], None]
 
     @property
-    def is_out_of_patience(self) -> bool:
-        """Whether `evaluation.patience` evaluations have brought no larger acceptance length."""
+    def end_step(self) -> int:
+        """Last step of the run, as the evaluations so far decide."""
         patience = self.section.patience
-        return patience is not None and self.history.num_without_gain() >= patience
+        out_of_patience = None if patience is None else self.history.first_without_gain(patience)
+        if out_of_patience is None:
+            return self.last_step
+        return min(self.last_step, out_of_patience + self.anneal_steps)
 
-    def catch_up(self, step: int, last_step: int) -> None:
+    def catch_up(self, step: int) -> None:
         """Evaluate a step that an earlier run has saved but not evaluated. step: the last one of that run; 0 = none."""
         best = self.history.best
         if best is not None and best == self.history.last and best.draft_sha256 == self._last_sha256():
             self._keep_last()  # the earlier run may have ended before it had copied the draft
-        is_due = step > 0 and (step % self.section.every_steps == 0 or step == last_step)
+        is_due = step > 0 and (step % self.section.every_steps == 0 or step == self.end_step)
         if is_due and not self.history.has(step):
             self.evaluate(step)
 
-    def evaluate(self, step: int) -> None:
-        """Export the draft of a step to `draft_last`, measure it, and keep it as `draft` if it is the best so far."""
+    def evaluate(self, step: int) -> bool:
+        """Export the draft of a step to `draft_last`, measure it, and keep it as `draft` if it is the best so far.
+
+        Returns whether it is.
+        """
         exported = self.export(self.output_dir / DRAFT_LAST, step)
-        report = self.measure(exported)
-        is_best = self.history.add(Evaluation.of(step, report, self.section, self._last_sha256()))
+        decoded = None if self.measure is None else self.measure(exported)
+        held_out = None if self.measure_held_out is None else self.measure_held_out()
+        evaluation = Evaluation.of(step, decoded, held_out, self.section, self._last_sha256())
+        end_before = self.end_step
+        is_best = self.history.add(evaluation)
         if self.world.is_main:
             self.history.write(self.output_dir)
         if is_best:
@@ -59,8 +75,12 @@ class PeriodicEvaluation:
         self.world.barrier()
         best = self.history.best
         assert best is not None, "one was just added"
-        compared = "the best so far" if is_best else f"{best.acceptance_length:.2f} after step {best.step}"
-        self.note(f"  step {step}: acceptance length {report.acceptance_length:.2f}, {compared}")
+        compared = "the best so far" if is_best else f"the best so far is {best.describe_score()}"
+        self.note(f"  {evaluation.describe()}: {compared}")
+        if self.end_step < end_before:
+            because = f"{self.section.patience} evaluations brought no better draft"
+            self.note(f"  ends early, after step {self.end_step}: {because}")
+        return is_best
 
     def _last_sha256(self) -> str:
         """Return the checksum of the weights in `draft_last`, or "" if there are none."""

@@ -11,10 +11,8 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from engine.batch import PackedBatch, TargetOutput
-from engine.config.ds_config import accumulation_steps
 from engine.config.sections import Config
-from engine.data.corpus import read_documents
-from engine.data.documents import Documents
+from engine.data.corpus import read_documents, read_held_out
 from engine.data.packed_loader import PackedLoader
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import AcceptanceReport, read_prompts
@@ -40,12 +38,13 @@ from engine.weights.quantised_checkpoint import check_fp8_activations
 class Served:
     """Steps for which the target's ranks prepare micro-batches.
 
-    first_step: number of the first one.
+    first_step: number of the first one. is_held_out: whether the batches are held-out conversations.
     """
 
     first_step: int
     num_steps: int
     wire: WireFormat
+    is_held_out: bool = False
 
 
 class TargetServer:
@@ -123,16 +122,18 @@ class TargetServer:
         self._target.join_other_forwards()
         return output
 
-    def open_data(self, stream: dict[str, int], position: dict[str, Any] | None) -> None:
+    def open_data(self, stream: dict[str, int], position: dict[str, Any] | None, is_held_out: bool) -> None:
         """Read the documents, before the draft's ranks begin to wait for batches.
 
         stream: of the draft's loader. position: of the data, from which a run resumes; None = the beginning.
+        is_held_out: whether the documents are held-out conversations.
         Raises ValueError if these ranks read other documents.
         """
-        self._loader.check_stream(stream, self._bridge.rank)
+        loader = self._held_out_loader if is_held_out else self._loader
+        loader.check_stream(stream, self._bridge.rank)
         if position is not None:
-            self._loader.load_state(position)
-        _ = self._loader.num_steps  # packs the epochs, which takes time
+            loader.load_state(position)
+        _ = loader.num_steps  # packs the epochs, which takes time
 
     def serve(self, served: Served) -> None:
         """Prepare and send this rank's share of the micro-batches of a run, after `open_data`."""
@@ -148,26 +149,27 @@ class TargetServer:
 
     def _batches(self, served: Served) -> Iterator[tuple[int, int, PackedBatch]]:
         """Yield draft rank, index and documents of each micro-batch that this rank prepares."""
-        own = self._bridge.sides.batches_of(self._world.rank, served.num_steps * self._accumulation)
+        loader = self._held_out_loader if served.is_held_out else self._loader
+        accumulation = loader.accumulation_steps
+        own = self._bridge.sides.batches_of(self._world.rank, served.num_steps * accumulation)
         for draft_rank, index in own:
-            step = index // self._accumulation
+            step = index // accumulation
             self._clock.step = served.first_step + step
             self._progress.begin_step(self._clock.step)
-            yield draft_rank, index, self._loader.micro_batch(step, index % self._accumulation, draft_rank)
-
-    @property
-    def _accumulation(self) -> int:
-        return accumulation_steps(self._ds_config, self._bridge.sides.num_draft)
+            yield draft_rank, index, loader.micro_batch(step, index % accumulation, draft_rank)
 
     @cached_property
     def _loader(self) -> PackedLoader:
+        silent = Telemetry(speaks=False)  # the draft's ranks describe the same conversations
+        documents = read_documents(self._config.data, self._tokenizer, self._world, silent)[0]
         num_draft = self._bridge.sides.num_draft
-        return PackedLoader.of(self._documents, self._config, self._ds_config, rank=0, world_size=num_draft)
+        return PackedLoader.of(documents, self._config, self._ds_config, rank=0, world_size=num_draft)
 
     @cached_property
-    def _documents(self) -> Documents:
-        silent = Telemetry(speaks=False)  # the draft's ranks describe the same conversations
-        return read_documents(self._config.data, self._tokenizer, self._world, silent)[0]
+    def _held_out_loader(self) -> PackedLoader:
+        documents = read_held_out(self._config, self._tokenizer, self._world)
+        num_draft = self._bridge.sides.num_draft
+        return PackedLoader.held_out(documents, self._config, self._ds_config, rank=0, world_size=num_draft)
 
     @cached_property
     def _evaluator(self) -> AcceptanceEvaluator:

@@ -33,16 +33,6 @@ class RunSpan:
         """Position of the data after the steps that are done; None = the beginning."""
         return None if self.checkpoint is None else self.checkpoint.data_state
 
-    def segments(self, every_steps: int) -> Iterator["Segment"]:
-        """Yield consecutive parts of the run that end at multiples of `every_steps`; 0 = the whole run."""
-        first = self.done + 1
-        while first <= self.last:
-            last = self.last
-            if every_steps:
-                last = min(last, -(-first // every_steps) * every_steps)
-            yield Segment(first, last)
-            first = last + 1
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -55,6 +45,27 @@ class Segment:
     def num_steps(self) -> int:
         return self.last - self.first + 1
 
+    @classmethod
+    def after(cls, step: int, every_steps: int, last: int) -> "Segment":
+        """Return the steps after `step` up to the next multiple of `every_steps`, or to the step `last`."""
+        first = step + 1
+        return cls(first, min(last, -(-first // every_steps) * every_steps))
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """The end of a run, in which the learning rate falls linearly.
+
+    last: last step of the run. num_steps: steps in which it falls; 0 = it does not.
+    """
+
+    last: int
+    num_steps: int
+
+    def factor(self, step: int) -> float:
+        """Return what the learning rate of a step is multiplied with: 1 before the end, and 1 / (num_steps + 1) at the end."""
+        return min(1.0, (self.last + 1 - step) / (self.num_steps + 1))
+
 
 @dataclass
 class TrainingLoop:
@@ -62,7 +73,7 @@ class TrainingLoop:
 
     open_schedule: returns the schedule of a segment's micro-batches, given the position of the data
     before it. is_saved: whether the run writes checkpoints. every_steps: optimizer steps between them.
-    position: of the data after the last step.
+    annealing: of the learning rate. position: of the data after the last step.
     """
 
     zero: ZeroDraft
@@ -76,6 +87,7 @@ class TrainingLoop:
     agreement: StopAgreement
     writer: CheckpointWriter
     every_steps: int
+    annealing: Annealing
 
     def __post_init__(self) -> None:
         self.position = self.span.data_state
@@ -103,6 +115,7 @@ class TrainingLoop:
         self.progress.begin_step(step)
         taken = schedule.take(step, self.zero.accumulation_steps)
         micros = [micro for micro, _ in taken]
+        self.zero.rate_factor = self.annealing.factor(step)
         for micro, norms in zip(micros, self.normalise(micros), strict=True):
             self.log.count(step, self.zero.train(micro, norms, schedule.part), micro)
         self.log.end_step(step)

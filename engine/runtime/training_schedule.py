@@ -54,18 +54,25 @@ class TrainingSchedules:
     """Makes the schedule of each segment of a run."""
 
     def __init__(
-        self, training: Training, loader: PackedLoader, target: Target, clock: StepClock, note: Callable[[str], None]
+        self,
+        training: Training,
+        loader: PackedLoader,
+        target: Target,
+        clock: StepClock,
+        note: Callable[[str], None],
+        is_held_out: bool = False,
     ) -> None:
         """Create it.
 
         loader: stream of batches, at the position where the run begins. clock: takes the times of all segments.
-        note: writes a line to the log.
+        note: writes a line to the log. is_held_out: whether the batches are held-out conversations.
         """
         self._training = training
         self._loader = loader
         self._target = target
         self._clock = clock
         self._note = note
+        self._is_held_out = is_held_out
         self._chosen: str | None = None
         self._make = MicroBatchMaker(training.method, target, training.dtype, training.world.device)
 
@@ -119,8 +126,8 @@ class TrainingSchedules:
             rows, data_state = item
             return self._make.finish(rows, wire.read(states, to_device(rows.slots_N, device))), data_state
 
-        target.calls.call("open_data", self._loader.stream, position)
-        target.calls.start("serve", Served(segment.first, segment.num_steps, wire))
+        target.calls.call("open_data", self._loader.stream, position, self._is_held_out)
+        target.calls.start("serve", Served(segment.first, segment.num_steps, wire, self._is_held_out))
         look_ahead = bridge.sides.default_look_ahead
         if config.overlap.look_ahead is not None:
             look_ahead = max(config.overlap.look_ahead, bridge.sides.least_look_ahead)

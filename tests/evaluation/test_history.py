@@ -9,9 +9,10 @@ import pytest
 from engine.evaluation.acceptance import AcceptanceCounts, students_quantile
 from engine.evaluation.decoding import Generation
 from engine.evaluation.history import Evaluation, EvaluationHistory
-from engine.runtime.training_loop import RunSpan, Segment
+from engine.runtime.training_loop import Annealing, Segment
 from tests.distributed import launch
 from tests.test_trainer import arguments, metrics, run
+from tests.tiny_target import TinyCorpus
 
 
 def evaluation(step: int, length: float, draft_tokens: int = 5) -> Evaluation:
@@ -27,10 +28,11 @@ def test_the_earliest_of_the_best_is_kept_and_a_resumed_run_knows_those_before_i
     lengths = ((2, 1.1), (4, 1.5), (6, 1.5), (8, 1.4))
     assert [history.add(evaluation(step, length)) for step, length in lengths] == [True, True, False, False]
     history.write(tmp_path)
-    assert history.best.step == 4 and history.num_without_gain() == 2
+    assert history.best.step == 4 and history.first_without_gain(2) == 8 and history.first_without_gain(3) is None
     resumed = read(tmp_path, 6)
-    assert resumed.best.step == 4 and resumed.num_without_gain() == 1 and resumed.has(6) and not resumed.has(8)
-    assert resumed.add(evaluation(8, 1.6)) and resumed.num_without_gain() == 0
+    assert resumed.best.step == 4 and resumed.first_without_gain(1) == 6 and resumed.has(6) and not resumed.has(8)
+    assert resumed.add(evaluation(8, 1.6)) and resumed.first_without_gain(2) is None
+    assert resumed.first_without_gain(1) == 6, "that the run was to end is not forgotten when a later draft is better"
     assert read(tmp_path, 0).best is None, "a new run forgets those of an earlier one"
 
 
@@ -60,18 +62,14 @@ def test_lengths_with_other_settings_are_not_compared(tmp_path):
     assert read(tmp_path, 4, warnings).best.step == 4 and len(warnings) == 1
 
 
-@pytest.mark.parametrize(
-    ("span", "every", "expected"),
-    [
-        (RunSpan(0, 7), 0, [(1, 7)]),
-        (RunSpan(0, 7), 3, [(1, 3), (4, 6), (7, 7)]),
-        (RunSpan(4, 7), 3, [(5, 6), (7, 7)]),
-        (RunSpan(3, 6), 3, [(4, 6)]),
-        (RunSpan(6, 6), 3, []),
-    ],
-)
-def test_segments_end_at_evaluations(span, every, expected):
-    assert list(span.segments(every)) == [Segment(*steps) for steps in expected]
+@pytest.mark.parametrize(("step", "last", "expected"), [(0, 7, (1, 3)), (4, 7, (5, 6)), (3, 6, (4, 6)), (6, 7, (7, 7))])
+def test_a_segment_ends_at_an_evaluation_or_at_the_end(step, last, expected):
+    assert Segment.after(step, 3, last) == Segment(*expected)
+
+
+def test_the_learning_rate_falls_at_the_end_only():
+    assert [Annealing(10, 3).factor(step) for step in (1, 7, 8, 9, 10)] == [1, 1, 0.75, 0.5, 0.25]
+    assert Annealing(10, 0).factor(10) == 1
 
 
 def reply(generator: random.Random, num_forwards: int) -> Generation:
@@ -105,6 +103,9 @@ def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
+HELD_OUT_LOSSES: dict[str, list[float]] = {}
+
+
 @pytest.mark.parametrize("placement", ["auto", "two ranks", "split"])
 def test_evaluating_during_training_changes_nothing_but_the_draft_that_is_kept(placement, tmp_path, tiny_target, tiny_corpus):
     options = ["max_steps=5"]
@@ -122,25 +123,43 @@ def test_evaluating_during_training_changes_nothing_but_the_draft_that_is_kept(p
     assert [line["step"] for line in lines_of(folder)] == [2, 4, 5]
     last = (folder / "draft_last" / "model.safetensors").read_bytes()
     assert last == (plain / "draft" / "model.safetensors").read_bytes()
+    assert [line["held_out_documents"] for line in lines_of(folder)] == [4] * 3, printed
+    HELD_OUT_LOSSES[placement] = [line["held_out_loss"] for line in lines_of(folder)]
     best = max(lines_of(folder), key=lambda line: line["acceptance_length"])
     assert f"the draft of step {best['step']}" in printed
     after = json.loads((folder / "summary.json").read_text())["after"]
     assert after["acceptance_length"] == best["acceptance_length"]
+    if placement == "split":
+        assert HELD_OUT_LOSSES["split"] == pytest.approx(HELD_OUT_LOSSES["auto"], rel=1e-6)
 
 
 def test_a_run_ends_when_its_patience_does_and_stays_ended(tmp_path, tiny_target, tiny_corpus):
-    """With a learning rate of nothing no draft is better than the first."""
-    command = [*arguments(tmp_path, tiny_target, tiny_corpus), "epochs=4", "evaluation.every_steps=2", "evaluation.patience=2"]
+    """With a learning rate of nothing no draft is better than the first, and the held-out loss of the training data is that
+    of training."""
+    train = tmp_path / "train.jsonl"
+    train.write_bytes(Path(tiny_corpus.held_out).read_bytes())
+    corpus = TinyCorpus(str(train), tiny_corpus.held_out)
+    command = [*arguments(tmp_path, tiny_target, corpus), "epochs=12", "evaluation.every_steps=2", "evaluation.patience=2"]
+    command[command.index("data.max_tokens=40")] = "data.max_tokens=4096"
+    command += ["evaluation.best_by=loss", "anneal_steps=3"]
     frozen = json.loads(Path("ds_configs/zero3.json").read_text())
     frozen["optimizer"]["params"]["lr"] = 1e-12
+    frozen["scheduler"] = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-12, "warmup_num_steps": 2}}
     (tmp_path / "ds.json").write_text(json.dumps(frozen))
     command[command.index("ds_configs/zero3.json")] = str(tmp_path / "ds.json")
     printed = run(command)
-    assert "ends early: 2 evaluations brought no better draft" in printed
-    assert [line["step"] for line in lines_of(tmp_path)] == [2, 4, 6]
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_6"
+    assert "ends early, after step 9: 2 evaluations brought no better draft" in printed
+    assert [line["step"] for line in lines_of(tmp_path)] == [2, 4, 6, 8, 9]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_9"
+    rates = [line["lr"] for line in metrics(tmp_path)]
+    assert rates[5:] == pytest.approx([1e-12, 0.75e-12, 0.5e-12, 0.25e-12])
+    for line in lines_of(tmp_path):
+        trained = metrics(tmp_path)[line["step"] - 1]
+        assert line["held_out_loss"] == pytest.approx(trained["loss"], rel=1e-6)
+        assert line["held_out_accuracy_per_step"] == pytest.approx(trained["accuracy_per_step"])
+        assert line["held_out_acceptance_length"] == pytest.approx(trained["simulated_acceptance_length"], rel=1e-6)
     again = launch([*command, "checkpoint.resume=true"])
-    assert again.returncode == 0 and len(metrics(tmp_path)) == 6, again.stderr
+    assert again.returncode == 0 and len(metrics(tmp_path)) == 9, again.stderr
 
 
 def test_an_evaluation_that_a_run_did_not_live_to_see_is_made_up(tmp_path, tiny_target, tiny_corpus):

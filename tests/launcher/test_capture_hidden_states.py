@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from engine.hidden_states.store_reader import open_store
 from tests.distributed import ONE_THREAD, launch
+from tests.evaluation.test_history import lines_of as evaluations
 from tests.test_trainer import ENVIRONMENT, ROOT, arguments, metrics, run
 
 
@@ -38,15 +39,19 @@ def test_a_target_that_ranks_share_captures_the_same(tmp_path, tiny_target, tiny
 
 def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus):
     target = shutil.copytree(tiny_target, tmp_path / "target")
-    online = arguments(tmp_path / "online", target, tiny_corpus, "max_steps=6")
+    evaluating = ["evaluation.every_steps=3", "evaluation.best_by=loss"]
+    online = arguments(tmp_path / "online", target, tiny_corpus, "max_steps=6", *evaluating)
     run(online)
+    held_out = tmp_path / "held_out"
+    run(capture(held_out, target, tiny_corpus.held_out))
     printed = run(capture(tmp_path / "store", target, tiny_corpus.train), ranks=2)
     assert (
         "40 documents, 600 tokens" in printed and "KiB per token" in printed and f"target.store={tmp_path / 'store'}" in printed
     )
     (target / "model.safetensors").unlink()  # nobody needs it any more
     offline = [f"target.store={tmp_path / 'store'}", f"output_dir={tmp_path / 'offline'}", "data.max_tokens=40", ONE_THREAD]
-    options = ["draft.vocab_size=48", "ttt.steps=3", "max_steps=6", "data.train=gone.jsonl"]
+    options = ["draft.vocab_size=48", "ttt.steps=3", "max_steps=6", "data.train=gone.jsonl", *evaluating]
+    options.append(f"evaluation.store={held_out}")
     printed = run(["launcher/train.py", "--ds_config", "ds_configs/zero3.json", *offline, *options])
     assert "the target itself is not loaded" in printed
     ours = metrics(tmp_path / "offline")
@@ -54,6 +59,11 @@ def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus)
     assert len(ours) == 6
     for line, expected in zip(ours, theirs, strict=True):
         assert line["loss_per_step"] == pytest.approx(expected["loss_per_step"], rel=1e-4)
+    ours, theirs = (evaluations(tmp_path / name) for name in ("offline", "online"))
+    assert [line["step"] for line in ours] == [3, 6]
+    for line, expected in zip(ours, theirs, strict=True):
+        assert line["held_out_loss_per_step"] == pytest.approx(expected["held_out_loss_per_step"], rel=1e-4)
+        assert line["acceptance_length"] is None
     exported, expected = (load_file(tmp_path / name / "draft" / "model.safetensors") for name in ("offline", "online"))
     for name, tensor in exported.items():
         assert (tensor.float() - expected[name].float()).norm() <= 1e-2 * expected[name].float().norm(), name

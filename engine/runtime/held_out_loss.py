@@ -1,0 +1,75 @@
+"""Measurement of the draft's loss on held-out conversations, with the target wherever training has it."""
+
+from dataclasses import replace
+
+import torch
+
+from engine.batch import MicroBatch
+from engine.config.sections import SERIAL, SPLIT, OverlapSection
+from engine.data.documents import Documents
+from engine.data.packed_loader import PackedLoader
+from engine.evaluation.held_out import HeldOutReport, batch_sums, held_out_report
+from engine.hidden_states.protocol import Target
+from engine.host.telemetry import Telemetry
+from engine.models.normaliser import Normaliser
+from engine.overlap.step_clock import StepClock
+from engine.parallel.zero import ZeroDraft
+from engine.runtime.training_loop import Segment
+from engine.runtime.training_schedule import Training, TrainingSchedules
+
+
+class HeldOutLoss:
+    """Runs target and draft over packed held-out documents, without gradients.
+
+    The batches are divided over the ranks as those of training are. Target and draft run one after
+    the other, except where the target has ranks of its own.
+    """
+
+    def __init__(self, zero: ZeroDraft, training: Training, documents: Documents, target: Target, telemetry: Telemetry) -> None:
+        """Prepare the measurement.
+
+        documents: held-out documents. target: gives their hidden states.
+        """
+        self._zero = zero
+        self._world = training.world
+        self._num_documents = len(documents)
+        self._telemetry = telemetry
+        config = training.config
+        self._loader = PackedLoader.held_out(documents, config, training.ds_config, self._world.rank, self._world.size)
+        if config.placement != SPLIT:
+            config = replace(config, overlap=OverlapSection(placement=SERIAL))
+        self._schedules = TrainingSchedules(
+            replace(training, config=config),
+            self._loader,
+            target,
+            StepClock(self._world.device),
+            telemetry.note,
+            is_held_out=True,
+        )
+        self._normalise = Normaliser(zero.objective, zero.forward, self._world)
+
+    @torch.no_grad()
+    def measure(self) -> HeldOutReport:
+        """Return the results of the current weights, the same on every rank; a collective.
+
+        Raises ValueError if the documents have no assistant tokens to predict.
+        """
+        num_steps = self._loader.num_steps
+        own = []
+        with (
+            self._schedules.open(Segment(1, num_steps), None) as schedule,
+            self._telemetry.progress(num_steps, "batches") as progress,
+        ):
+            for step in range(1, num_steps + 1):
+                ((micro, _),) = schedule.take(step, 1)
+                own.append(self._sums(micro))
+                schedule.end_step()
+                progress.advance("batches of held-out conversations")
+        sums_BX = torch.cat([sums.reshape(num_steps, -1) for sums in self._world.gather(torch.stack(own).cpu())])
+        return held_out_report(sums_BX, self._zero.objective.step_weights, self._num_documents)
+
+    def _sums(self, micro: MicroBatch) -> torch.Tensor:
+        (norms,) = self._normalise([micro])
+        output = self._zero.forward(micro, norms)
+        is_global = self._zero.objective.is_normalised_globally
+        return batch_sums(output, norms.slots, micro.num_slots if is_global else micro.num_tokens)
