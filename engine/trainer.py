@@ -418,9 +418,7 @@ class Trainer:
                 bar=bar,
                 progress=self.progress,
                 agreement=StopAgreement(self.world, self.progress, self.output_dir),
-                writer=CheckpointWriter(
-                    self.checkpoints, zero, self.world, self.telemetry.warn, self.config.parallel.timeout_s / 2
-                ),
+                writer=self.checkpoint_writer(zero, corpus, target, periodic),
                 every_steps=self.config.checkpoint.every_steps,
                 annealing=Annealing(span.last, self.config.anneal_steps),
             )
@@ -444,6 +442,23 @@ class Trainer:
         for own in self.world.gather(watch.left_out):
             left_out |= own
         return tuple(problem for _, problem in sorted(left_out.items()))
+
+    def checkpoint_writer(
+        self, zero: TrainedDraft, corpus: Corpus, target: Target, periodic: PeriodicEvaluation | None
+    ) -> CheckpointWriter:
+        """Return the writer of the run's checkpoints; a collective."""
+        checkpoints = self.checkpoints
+        if periodic is not None:
+            checkpoints = replace(checkpoints, best_step=periodic.best_step)
+        export = None
+        if self.config.checkpoint.export and self.config.checkpoint.every_steps:
+            draft_config = zero.draft.config
+            embed_weight_VD = target.embedding.whole().cpu() if self.method.ships_embedding(draft_config) else None
+            export = partial(
+                self.method.export, config=draft_config, vocab_map=corpus.vocab_map, embed_weight_VD=embed_weight_VD
+            )
+        timeout_s = self.config.parallel.timeout_s / 2
+        return CheckpointWriter(checkpoints, zero, self.world, self.telemetry.warn, timeout_s, export)
 
     def train_and_evaluate(self, loop: TrainingLoop, periodic: PeriodicEvaluation) -> None:
         """Train to the last step, or until `evaluation.patience` ends the run, with an evaluation after each segment."""

@@ -358,7 +358,13 @@ class CheckpointSection:
         "what follows a step whose loss is not finite: stop = the run ends; skip = its gradient is dropped, and the run "
         "continues; in both cases the documents of the step are listed in output_dir/bad_steps",
     )
-    keep: int = option(2, "number of newest checkpoints to keep; older ones are deleted", unit="checkpoints", at_least=1)
+    keep: int = option(
+        2,
+        "number of newest checkpoints to keep, in addition to that of the best draft by evaluation.best_by; others are deleted",
+        unit="checkpoints",
+        at_least=1,
+    )
+    export: bool = option(False, "write the draft in the format of servers next to each checkpoint, in its folder 'draft'")
 
 
 ACCEPTANCE, LOSS, SIMULATED_ACCEPTANCE = "acceptance", "loss", "simulated_acceptance"  # evaluation.best_by

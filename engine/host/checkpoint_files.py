@@ -155,16 +155,17 @@ class CheckpointFiles:
         """Forget what was saved."""
         self._saved.clear()
 
-    def write(self, folder: Path, publish: Callable[[], None], timeout_s: float) -> None:
+    def write(self, folder: Path, publish: Callable[[], None], timeout_s: float, add: Callable[[], None] | None = None) -> None:
         """Begin to write what was saved to the folder of a checkpoint.
 
         publish: called on rank 0 when the checkpoint is complete.
         timeout_s: how long rank 0 waits for the files of the other ranks.
+        add: writes further files to the folder, on rank 0.
         """
         assert self._writing is None, "a checkpoint at a time"
         saved = self._saved
         self._saved = {}
-        self._writing = self._thread.submit(self._write, saved, folder, publish, timeout_s)
+        self._writing = self._thread.submit(self._write, saved, folder, publish, timeout_s, add)
 
     @property
     def is_writing(self) -> bool:
@@ -178,11 +179,20 @@ class CheckpointFiles:
         self._writing = None
         return outcome
 
-    def _write(self, saved: Mapping[Path, Any], folder: Path, publish: Callable[[], None], timeout_s: float) -> Outcome:
+    def _write(
+        self,
+        saved: Mapping[Path, Any],
+        folder: Path,
+        publish: Callable[[], None],
+        timeout_s: float,
+        add: Callable[[], None] | None,
+    ) -> Outcome:
         problem = None
         try:
             self._write_files(saved, folder)
             if self._rank == 0:
+                if add is not None:
+                    add()
                 self._complete(folder, timeout_s)
                 publish()
         except (OSError, ValueError) as error:
@@ -208,9 +218,10 @@ class CheckpointFiles:
             if "problem" in record:
                 raise OSError(record["problem"])
             files |= record["files"]
-        for path in folder.iterdir():
-            if path.name not in files and path.is_file() and not path.name.startswith("written_"):
-                files[path.name] = vars(facts_of(path))
+        for path in folder.rglob("*"):
+            name = str(path.relative_to(folder))
+            if name not in files and path.is_file() and not name.startswith("written_"):
+                files[name] = vars(facts_of(path))
         write_json(folder / COMPLETE, {"files": files})
         for rank in range(self._num_ranks):
             (folder / RECORD.format(rank)).unlink(missing_ok=True)
@@ -268,15 +279,16 @@ def problem_of(folder: Path) -> str | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{COMPLETE} is damaged ({error})"
     with ThreadPoolExecutor(READERS) as pool:
-        problems = pool.map(lambda name: _problem_of_file(folder / name, expected[name]), expected)
+        problems = pool.map(lambda name: _problem_of_file(folder, name, expected[name]), expected)
     return next((problem for problem in problems if problem is not None), None)
 
 
-def _problem_of_file(path: Path, expected: FileFacts) -> str | None:
+def _problem_of_file(folder: Path, name: str, expected: FileFacts) -> str | None:
+    path = folder / name
     try:
         num_bytes = path.stat().st_size
         if num_bytes != expected.num_bytes:
-            return f"{path.name} has {num_bytes} bytes instead of {expected.num_bytes}"
-        return None if facts_of(path) == expected else f"the contents of {path.name} have changed"
+            return f"{name} has {num_bytes} bytes instead of {expected.num_bytes}"
+        return None if facts_of(path) == expected else f"the contents of {name} have changed"
     except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
+        return f"{name} cannot be read ({error.strerror})"

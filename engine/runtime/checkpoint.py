@@ -12,15 +12,16 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from engine.config.sections import OPTIONS
+from engine.config.sections import DRAFT, OPTIONS
 from engine.hidden_states.finite import NonFiniteError
-from engine.host.checkpoint_files import COMPLETE, SECONDS_BETWEEN_LOOKS, problem_of
+from engine.host.checkpoint_files import COMPLETE, SECONDS_BETWEEN_LOOKS, num_bytes_of, problem_of
 from engine.host.files import write_json, write_text, writing
 from engine.parallel.mesh import World
 from engine.parallel.zero import ZeroDraft, consolidated_weights, is_sharded, remove_universal, to_universal
@@ -35,6 +36,7 @@ OF_DEEPSPEED = ("optimizer.", "zero_optimization.")  # beginnings of keys of Dee
 SECONDS_AFTER_ERROR = 8.0  # for which an error waits for the checkpoint that is being written; well below parallel.hang_s
 SPARE_BYTES = 4 << 20  # that must stay free on the disk in addition to a checkpoint
 DataState = dict[str, Any]  # position in the data, from which a run resumes
+Export = Callable[[Path, list[tuple[str, torch.Tensor]]], None]  # writes a draft folder from names and weights
 
 
 class BrokenCheckpointError(ValueError):
@@ -217,7 +219,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one run, in `folder`, each under the tag `step_N`.
 
-    keep: number of checkpoints to keep. options, target_identity, schedule: of the run, as in `Checkpoint`.
+    keep: number of newest checkpoints to keep. options, target_identity, schedule: of the run, as in `Checkpoint`.
+    best_step: returns the step of the best draft, whose checkpoint is kept too; None = unknown.
     """
 
     folder: Path
@@ -225,6 +228,7 @@ class Checkpoints:
     options: Mapping[str, Any] = field(default_factory=dict)
     target_identity: str | None = None
     schedule: Mapping[str, Any] = field(default_factory=dict)
+    best_step: Callable[[], int | None] = lambda: None
 
     def find(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """Return the newest complete checkpoint, or None if no checkpoint was ever complete.
@@ -257,8 +261,10 @@ class Checkpoints:
     def publish(self, step: int) -> None:
         """Name a complete checkpoint in `latest`, which DeepSpeed's tools read, and delete old ones."""
         write_text(self.folder / LATEST, f"step_{step}")
+        best_step = self.best_step()
         for old in [other for other in self._steps() if other <= step][: -self.keep]:
-            shutil.rmtree(self.folder / f"step_{old}", ignore_errors=True)
+            if old != best_step:
+                shutil.rmtree(self.folder / f"step_{old}", ignore_errors=True)
 
 
 class CheckpointWriter:
@@ -276,16 +282,19 @@ class CheckpointWriter:
         world: World,
         warn: Callable[[str], None],
         timeout_s: float = 900.0,
+        export: Export | None = None,
     ) -> None:
         """Create a writer.
 
         timeout_s: how long rank 0 waits for the files of other ranks; less than their collectives wait for rank 0.
+        export: writes the draft in the format of servers next to each checkpoint; None = not written.
         """
         self._checkpoints = checkpoints
         self._draft = draft
         self._world = world
         self._warn = warn
         self._timeout_s = timeout_s
+        self._export = export
         self.num_saved = 0
         self.longest_stall_s = 0.0
         self._is_complete = True  # the last checkpoint, or there was none
@@ -305,14 +314,17 @@ class CheckpointWriter:
         states = self._world.gather((_rng_state(self._world), metrics))
         client_state = {"rng": [rng for rng, _ in states], "metrics": [own for _, own in states]}
         self._draft.save(folder, tag, client_state)
-        num_bytes = int(self._world.sum(torch.tensor([self._draft.files.num_bytes], device=self._world.device)).item())
+        weights = [] if self._export is None else list(self._draft.gathered_weights())
+        own_bytes = self._draft.files.num_bytes + num_bytes_of([weight for _, weight in weights])
+        num_bytes = int(self._world.sum(torch.tensor([own_bytes], device=self._world.device)).item())
         problem = self._world.decide(lambda: self._prepare(step, data_state, num_bytes))
         if problem is not None:
             self._draft.files.discard()
             self._is_complete = False
             self._warn_of(step, problem)
             return
-        self._draft.files.write(folder / tag, lambda: self._checkpoints.publish(step), self._timeout_s)
+        add = None if self._export is None else partial(self._export, folder / tag / DRAFT, weights)
+        self._draft.files.write(folder / tag, lambda: self._checkpoints.publish(step), self._timeout_s, add)
         self._last = folder / tag
         self.num_saved += 1
         self.longest_stall_s = max(self.longest_stall_s, time.perf_counter() - began_s)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from engine.batch import MicroBatch
-from engine.config.sections import SERIAL, SPLIT, OverlapSection
+from engine.config.sections import SPLIT, OverlapSection
 from engine.data.documents import Documents
 from engine.data.packed_loader import PackedLoader
 from engine.evaluation.held_out import HeldOutReport, batch_sums, held_out_report
@@ -37,7 +37,7 @@ class HeldOutLoss:
         config = training.config
         self._loader = PackedLoader.held_out(documents, config, training.ds_config, self._world.rank, self._world.size)
         if config.placement != SPLIT:
-            config = replace(config, overlap=OverlapSection(placement=SERIAL))
+            config = replace(config, overlap=OverlapSection(placement="serial"))
         self._schedules = TrainingSchedules(
             replace(training, config=config),
             self._loader,

@@ -47,6 +47,11 @@ class PeriodicEvaluation:
             return self.last_step
         return min(self.last_step, out_of_patience + self.anneal_steps)
 
+    def best_step(self) -> int | None:
+        """Return the step of the best draft so far, or None if there is none."""
+        best = self.history.best
+        return None if best is None else best.step
+
     def catch_up(self, step: int) -> None:
         """Evaluate a step that an earlier run has saved but not evaluated. step: the last one of that run; 0 = none."""
         best = self.history.best

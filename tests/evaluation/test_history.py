@@ -9,6 +9,7 @@ import pytest
 from engine.evaluation.acceptance import AcceptanceCounts, students_quantile
 from engine.evaluation.decoding import Generation
 from engine.evaluation.history import Evaluation, EvaluationHistory
+from engine.host.checkpoint_files import problem_of
 from engine.runtime.training_loop import Annealing, Segment
 from tests.distributed import launch
 from tests.test_trainer import arguments, metrics, run
@@ -142,6 +143,7 @@ def test_a_run_ends_when_its_patience_does_and_stays_ended(tmp_path, tiny_target
     command = [*arguments(tmp_path, tiny_target, corpus), "epochs=12", "evaluation.every_steps=2", "evaluation.patience=2"]
     command[command.index("data.max_tokens=40")] = "data.max_tokens=4096"
     command += ["evaluation.best_by=loss", "anneal_steps=3"]
+    command += ["checkpoint.every_steps=3", "checkpoint.keep=1", "checkpoint.export=true"]
     frozen = json.loads(Path("ds_configs/zero3.json").read_text())
     frozen["optimizer"]["params"]["lr"] = 1e-12
     frozen["scheduler"] = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-12, "warmup_num_steps": 2}}
@@ -153,6 +155,12 @@ def test_a_run_ends_when_its_patience_does_and_stays_ended(tmp_path, tiny_target
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_9"
     rates = [line["lr"] for line in metrics(tmp_path)]
     assert rates[5:] == pytest.approx([1e-12, 0.75e-12, 0.5e-12, 0.25e-12])
+    checkpoints = {name: tmp_path / "checkpoints" / name for name in ("step_2", "step_9")}
+    assert {path.name for path in (tmp_path / "checkpoints").glob("step_*")} == set(checkpoints), "the best and the newest"
+    for checkpoint, draft in zip(checkpoints.values(), ("draft", "draft_last"), strict=True):
+        weights = checkpoint / "draft" / "model.safetensors"
+        assert weights.read_bytes() == (tmp_path / draft / "model.safetensors").read_bytes()
+        assert problem_of(checkpoint) is None
     for line in lines_of(tmp_path):
         trained = metrics(tmp_path)[line["step"] - 1]
         assert line["held_out_loss"] == pytest.approx(trained["loss"], rel=1e-6)
@@ -160,6 +168,10 @@ def test_a_run_ends_when_its_patience_does_and_stays_ended(tmp_path, tiny_target
         assert line["held_out_acceptance_length"] == pytest.approx(trained["simulated_acceptance_length"], rel=1e-6)
     again = launch([*command, "checkpoint.resume=true"])
     assert again.returncode == 0 and len(metrics(tmp_path)) == 9, again.stderr
+    with (checkpoints["step_2"] / "draft" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    assert problem_of(checkpoints["step_2"]) == "the contents of draft/model.safetensors have changed"
 
 
 def test_an_evaluation_that_a_run_did_not_live_to_see_is_made_up(tmp_path, tiny_target, tiny_corpus):
