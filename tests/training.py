@@ -20,6 +20,7 @@ from tests.tiny import make_draft, make_micro, make_test
 
 FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 LR = 3e-3
+MUON_LR = 0.01
 CLIP = 0.5
 RANKS = 2
 
@@ -43,6 +44,7 @@ class Job:
     bf16: bool = False
     recompute: str = "none"
     sgd: bool = False
+    muon: bool = False
     empty: tuple[tuple[int, int], ...] = ()
 
     def test(self) -> TrainingTimeTest:
@@ -60,6 +62,10 @@ class Job:
         raw["optimizer"]["params"]["lr"] = LR
         if raw["zero_optimization"]["stage"] == 3:
             raw["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        if self.muon:
+            del raw["gradient_clipping"]
+            raw["optimizer"] = {"type": "Muon", "params": {"lr": LR, "betas": [0.9, 0.95], "muon_lr": MUON_LR}}
+            raw["zero_optimization"]["reduce_scatter"] = False
         resolved = resolve_ds_config(raw, world_size=RANKS, total_steps=self.num_steps, hidden_size=32)
         if self.sgd:
             resolved |= {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_allow_untested_optimizer": True}
@@ -100,15 +106,23 @@ def plain_run(job: Job) -> tuple[list[float], dict[str, torch.Tensor]]:
     test = job.test()
     losses = []
     parameters = list(draft.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
-    if not job.sgd:
-        optimizer = torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(parameters, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)]
+    if job.sgd:
+        optimizers = [torch.optim.SGD(parameters, lr=1.0)]
+    if job.muon:
+        named = dict(draft.named_parameters())
+        inner = [name for name, weight in named.items() if weight.ndim == 2 and not name.startswith(("embed", "lm_head"))]
+        matrices = [named.pop(name) for name in inner]
+        others = list(named.values())
+        optimizers = [torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.0)]
+        optimizers.append(torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0))
     for step in range(job.num_steps):
         loss = plain_loss(draft, test, job.global_micros(step))
-        optimizer.zero_grad()
+        draft.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, float("inf") if job.sgd else CLIP)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(parameters, float("inf") if job.sgd or job.muon else CLIP)
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
     return losses, {name: weight.detach() for name, weight in draft.named_parameters()}
 

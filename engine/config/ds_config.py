@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from engine.config.ds_keys import DS_KEYS, REFUSED, REQUIRED_BY_SCHEDULER, SCHEDULERS, STAGE3
+from engine.config.ds_keys import DS_KEYS, OF_MUON, RATES, REFUSED, REQUIRED_BY_SCHEDULER, SCHEDULERS, STAGE3
 from engine.config.secret_values import HIDDEN
 from engine.config.sections import OPTIONS, SECTIONS
 from engine.config.strict import ConfigError, checked, dotted_keys, parse_json, read_text, type_name, unknown_key
@@ -14,6 +14,9 @@ DEFAULT_LR_WIDTH = 4096
 WARMUP_SHARE = 0.015
 # Defaults of DeepSpeed's own AdamW. Torch's AdamW would decay weights when the file sets no decay.
 OPTIMIZER_DEFAULTS = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+MUON = "Muon"
+# Of the matrices. DeepSpeed would take the learning rate of AdamW, which is much too small for Muon's updates.
+MUON_DEFAULTS = {"muon_lr": 0.02, "momentum": 0.95, "torch_adam": True}
 AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
 # Below this many weights a draft's training states fit on every rank at stages 1 and 2 (16 bytes
 # per weight on one rank), and the host work of stage 3 noticeably lengthens a step.
@@ -59,7 +62,12 @@ def resolve_ds_config(raw: dict[str, Any], *, world_size: int, total_steps: int,
     """
     resolved = copy.deepcopy(raw)
     resolved[MICRO], resolved[ACCUMULATION] = _solve_batch(raw, world_size)
-    resolved["optimizer"]["params"] = {**OPTIMIZER_DEFAULTS, **resolved["optimizer"].get("params", {})}
+    defaults: dict[str, Any] = dict(OPTIMIZER_DEFAULTS)
+    if resolved["optimizer"]["type"] == MUON:
+        defaults |= MUON_DEFAULTS
+        # DeepSpeed clips at 1.0 if the file says nothing, which would shrink the orthogonalised update to this norm.
+        resolved.setdefault("gradient_clipping", 0.0)
+    resolved["optimizer"]["params"] = {**defaults, **resolved["optimizer"].get("params", {})}
     values = (DEFAULT_LR * DEFAULT_LR_WIDTH / hidden_size, max(2, total_steps), max(1, round(WARMUP_SHARE * total_steps)))
     for key, value in zip(AUTO_KEYS, values, strict=True):
         section, _, name = key.split(".")
@@ -180,7 +188,8 @@ def ds_kept_on_resume(ds: dict[str, Any]) -> dict[str, Any]:
     optimizer = ds.get("optimizer", {})
     params = optimizer.get("params", {})
     values = {"optimizer.type": optimizer.get("type")}
-    values |= {f"optimizer.params.{name}": params.get(name) for name in ("betas", "eps", "weight_decay")}
+    kept_params = ("betas", "eps", "weight_decay", "momentum", "ns_method")
+    values |= {f"optimizer.params.{name}": params.get(name) for name in kept_params}
     return kept | {key: value for key, value in values.items() if value is not None}
 
 
@@ -203,6 +212,7 @@ def _check_contradictions(raw: dict[str, Any]) -> None:
     if raw.get("bf16", {}).get("enabled") and raw.get("fp16", {}).get("enabled"):
         raise ConfigError("bf16.enabled is true too; keep one precision", key="fp16.enabled", value=True)
     _check_optimizer(raw.get("optimizer", {}))
+    _check_muon(raw)
     _check_scheduler(raw.get("scheduler"))
     _check_zero(raw.get("zero_optimization", {}))
     if raw.get("zero_optimization", {}).get("stage", 0) == 0:
@@ -216,6 +226,34 @@ def _check_optimizer(optimizer: dict[str, Any]) -> None:
     betas = optimizer.get("params", {}).get("betas", (0.9, 0.95))
     if len(betas) != 2:
         raise ConfigError("expected two numbers", key="optimizer.params.betas", value=betas)
+    for name in OF_MUON:
+        if optimizer["type"] != MUON and name in optimizer.get("params", {}):
+            problem = f"belongs to optimizer.type=Muon, and the type is {optimizer['type']}; delete it"
+            raise ConfigError(problem, key=f"optimizer.params.{name}", value=optimizer["params"][name])
+
+
+def _check_muon(raw: dict[str, Any]) -> None:
+    """Raise ConfigError for what DeepSpeed's Muon cannot do, or does differently than without it."""
+    if raw["optimizer"]["type"] != MUON:
+        return
+    zero = raw.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage == 0 and compute_dtype(raw) != "float32":
+        problem = "runs at stage 0 in fp32 only; raise zero_optimization.stage to 1 or 2"
+        raise ConfigError(problem, key="optimizer.type", value=MUON)
+    if stage == 3 and zero.get("reduce_scatter", True):
+        problem = "is needed by Muon at stage 3, which orthogonalises whole gradients; use stage 2, or set it to false"
+        raise ConfigError(problem, key="zero_optimization.reduce_scatter", value=True)
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        problem = "DraftSpeed runs Muon without offloading; delete zero_optimization.offload_optimizer"
+        raise ConfigError(problem, key="optimizer.type", value=MUON)
+    if raw.get("gradient_clipping", 0.0):
+        problem = "with Muon, DeepSpeed clips the orthogonalised update instead of the gradient; delete it"
+        raise ConfigError(problem, key="gradient_clipping", value=raw["gradient_clipping"])
+    for name, value in raw.get("scheduler", {}).get("params", {}).items():
+        if name in RATES and value != 0 and not (isinstance(value, list) and len(value) == 2):
+            problem = "sets both rates of Muon; give two numbers, those of the matrices and of the rest, or use WarmupCosineLR"
+            raise ConfigError(problem, key=f"scheduler.params.{name}", value=value)
 
 
 def _check_scheduler(scheduler: dict[str, Any] | None) -> None:

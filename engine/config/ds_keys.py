@@ -104,15 +104,19 @@ FP16 = {
 }
 
 OPTIMIZER = {
-    "type": Literal["AdamW"],
+    "type": Literal["AdamW", "Muon"],
     "params": {
         "lr": AMOUNT,
         "betas": tuple[SHARE, ...],
         "eps": AMOUNT,
         "weight_decay": AMOUNT,
         "torch_adam": bool,
+        "muon_lr": AMOUNT,
+        "momentum": SHARE,
+        "ns_method": Literal["gram", "standard"],
     },
 }
+OF_MUON = ("muon_lr", "momentum", "ns_method")
 
 WARMUP = {"warmup_num_steps": COUNT, "warmup_type": WARMUP_TYPE, "last_batch_iteration": int}
 SCHEDULERS: dict[str, dict[str, Any]] = {
@@ -142,6 +146,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
         "last_batch_iteration": int,
     },
 }
+# Parameters of schedulers that set learning rates of their own.
+RATES = [name for params in SCHEDULERS.values() for name, kind in params.items() if kind == LR]
 REQUIRED_BY_SCHEDULER = {
     "WarmupLR": ("warmup_max_lr",),
     "WarmupDecayLR": ("total_num_steps", "warmup_max_lr"),
@@ -275,7 +281,9 @@ REFUSED = {
     "checkpoint.load_universal": "the recipe's checkpoint.resume rewrites checkpoints for other numbers of ranks; delete it",
     "checkpoint.use_node_local_storage": "a checkpoint is one folder that every rank reads; delete it and share output_dir",
     "checkpoint.writer.decoupled": "a save must be complete before the next step, or a killed run cannot resume; delete it",
-    "optimizer.legacy_fusion": "belongs to optimizers other than AdamW; delete it",
+    "optimizer.legacy_fusion": "belongs to optimizers other than AdamW and Muon; delete it",
+    "optimizer.params.adam_lr": "of Muon's AdamW part is optimizer.params.lr here; rename it",
+    "optimizer.params.per_head_muon": "needs attention whose heads DeepSpeed recognises, which a draft's are not; delete it",
     "optimizer.params.adam_w_mode": "AdamW always decays weights apart from the gradient; delete it",
     "optimizer.params.max_grad_norm": "DeepSpeed refuses it here; write gradient_clipping at the top level",
     "zero_optimization.cpu_offload": 'deprecated; write "offload_optimizer": {"device": "cpu"}',

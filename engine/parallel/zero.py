@@ -127,6 +127,9 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         if universal:
             ds_config = ds_config | {"checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
         module = _ObjectiveModule(draft, objective)
+        if ds_config["optimizer"]["type"] == "Muon" and not torch.cuda.is_available():
+            # DeepSpeed compiles its Muon; on a CPU this takes longer than it saves.
+            torch.compiler.set_stance("force_eager")
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
         self.engine.config = without_secrets(self.engine.config)  # saved in checkpoints

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from engine.config.ds_config import MUON
 from engine.config.sections import DRAFT, OPTIONS
 from engine.hidden_states.finite import NonFiniteError
 from engine.host.checkpoint_files import COMPLETE, SECONDS_BETWEEN_LOOKS, num_bytes_of, problem_of
@@ -167,6 +168,10 @@ class Checkpoint:
         is_same_stage = stage is None or self.options.get(STAGE, stage) == stage
         if (self.num_ranks == num_ranks and is_same_stage) or not is_sharded(self.folder, self.tag):
             return False
+        if self.options.get("optimizer.type") == MUON:
+            problem = "holds Muon's momentum, which DeepSpeed cannot convert"
+            same = f"{self.num_ranks} ranks and ZeRO stage {self.options.get(STAGE)}"
+            raise ValueError(f"{self.place} {problem}. Resume it on {same}, as it was written")
         if not self.is_checked:
             raise ValueError(
                 f"{self.place} has no checksums, so it is not rewritten for {num_ranks} ranks. Resume it once on "

@@ -16,7 +16,7 @@ from engine.config.ds_config import (
     resolve_ds_config,
     stage_advice,
 )
-from engine.config.ds_keys import DS_HOMES, DS_KEYS, OPTIMIZER, REFUSED, REQUIRED_BY_SCHEDULER, SCHEDULERS
+from engine.config.ds_keys import DS_HOMES, DS_KEYS, OF_MUON, OPTIMIZER, REFUSED, REQUIRED_BY_SCHEDULER, SCHEDULERS
 from engine.config.sections import SECTIONS
 from engine.config.strict import ConfigError, dotted_keys, read_as
 
@@ -63,9 +63,21 @@ REFUSED_FILES = [
     ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}}}, ["optimizer.params.lr = '1e-4'", "expected float >= 0"]),
     ({"optimizer": {"type": "AdamW", "parms": {}}}, ["optimizer.parms = {}", "'optimizer.params'"]),
     ({"comms_logger": {"prof_ops": "all_reduce"}}, ["comms_logger.prof_ops = all_reduce", "expected list of str"]),
-    ({"optimizer": {"type": "Adam", "params": {}}}, ["optimizer.type = Adam", "expected AdamW", "'AdamW'"]),
+    ({"optimizer": {"type": "Adam", "params": {}}}, ["optimizer.type = Adam", "expected AdamW | Muon", "'AdamW'"]),
     ({"optimizer": {"params": {"lr": 1}}}, ["optimizer.type", "is missing"]),
     ({"optimizer": {**ADAMW, "params": {"betas": [0.9]}}}, ["optimizer.params.betas = [0.9]", "two"]),
+    ({"optimizer": {**ADAMW, "params": {"muon_lr": 0.02}}}, ["optimizer.params.muon_lr = 0.02", "optimizer.type=Muon"]),
+    ({"optimizer": {"type": "Muon"}, "gradient_clipping": 0.5}, ["gradient_clipping = 0.5", "Muon"]),
+    ({"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 3}}, ["reduce_scatter = true", "stage 2"]),
+    ({"optimizer": {"type": "Muon"}, "bf16": {"enabled": True}}, ["optimizer.type = Muon", "stage 0"]),
+    (
+        {
+            "optimizer": {"type": "Muon"},
+            "zero_optimization": {"stage": 1},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01}},
+        },
+        ["scheduler.params.warmup_max_lr = 0.01", "two numbers"],
+    ),
     ({"optimizer": {**ADAMW, "params": {"max_grad_norm": 1.0}}}, ["optimizer.params.max_grad_norm", "gradient_clipping"]),
     ({"scheduler": {"type": "WarmupCosine"}}, ["scheduler.type = WarmupCosine", "'WarmupCosineLR'"]),
     ({"scheduler": {"params": {}}}, ["scheduler.type", "is missing", "WarmupCosineLR"]),
@@ -255,7 +267,8 @@ def test_scheduler_parameters_are_those_of_deepspeeds_schedulers():
 def test_optimizer_parameters_are_those_of_torchs_adamw():
     from torch.optim import AdamW
 
-    assert set(OPTIMIZER["params"]) - {"torch_adam"} <= set(inspect.signature(AdamW).parameters)
+    of_adam = set(OPTIMIZER["params"]) - {"torch_adam", *OF_MUON}
+    assert of_adam <= set(inspect.signature(AdamW).parameters)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

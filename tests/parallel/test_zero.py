@@ -27,6 +27,7 @@ FP32 += [Job("zero3", recompute=what, num_steps=6) for what in ("mlp", "step")]
 BF16 = [Job(config, bf16=True) for config in STAGES + OFFLOADS]
 GRADIENT = [replace(job, sgd=True, num_steps=1) for job in ACCUMULATED]
 SPARSE = [Job(config, kind=kind, num_steps=6, empty=EMPTY) for config, kind in product(STAGES, ("kl", "lk_lambda"))]
+MUON = [Job(config, muon=True, accumulation=2, num_steps=8) for config in STAGES]
 COUNTED = [
     Job("zero3", kind=kind, ttt_steps=steps, bf16=bf16, num_steps=4, accumulation=2, empty=((1, 0), (2, 1)))
     for kind, steps, bf16 in [("kl", 1, False), ("kl", 3, False), ("kl", 7, False), ("kl", 7, True), ("lk_lambda", 7, False)]
@@ -57,7 +58,7 @@ def count_run(world: World, job: Job) -> list[Issued]:
 
 
 def every_run(world: World) -> dict[Job, tuple | list[Issued]]:
-    runs = {job: zero_run(world, job) for job in (*FP32, *BF16, *GRADIENT, *SPARSE)}
+    runs = {job: zero_run(world, job) for job in (*FP32, *BF16, *GRADIENT, *SPARSE, *MUON)}
     return runs | {job: count_run(world, job) for job in COUNTED}
 
 
@@ -117,6 +118,15 @@ def test_bf16_stays_within_rounding_of_fp32(runs, job):
 def test_gradient_has_the_scale_of_the_global_batch(runs, job):
     """Under SGD a weight's change is its gradient. DeepSpeed's mean is undone for `slots` and kept for `positions`."""
     assert drift(runs[job][1], plain_run(job)[1]) < 1e-5
+
+
+@pytest.mark.parametrize("job", MUON, ids=name)
+def test_muon_learns_what_torch_s_muon_learns(runs, job):
+    """Both orthogonalise in half precision, by other formulas."""
+    losses, weights = runs[job]
+    expected, expected_weights = plain_run(job)
+    assert relative(losses, expected) < 2**-10 and drift(weights, expected_weights) < 2**-6
+    assert relative(losses, runs[MUON[0]][0]) < 1e-5 and drift(weights, runs[MUON[0]][1]) < 1e-4
 
 
 @pytest.mark.parametrize("job", SPARSE, ids=name)

@@ -28,13 +28,25 @@ from tests.tiny import make_draft, make_micro, make_test
 from tests.training import FOLDER, zero_step
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
+RUNS = (*STAGES, "zero2 muon", "zero3 muon")
 ALONE = World.alone()
 Weights = dict[str, torch.Tensor]
 
 
+def ds_config_of(run: str) -> dict[str, Any]:
+    """The shipped configuration of a stage; a name that ends with "muon" has this optimizer."""
+    stage, _, optimizer = run.partition(" ")
+    raw = load_ds_config(FOLDER / f"{stage}.json")
+    if optimizer:
+        del raw["gradient_clipping"]
+        raw["optimizer"] = {"type": "Muon", "params": {}}
+        raw["zero_optimization"]["reduce_scatter"] = False
+    return raw
+
+
 def start(world: World, stage: str, seed: int, total_steps: int = 6) -> ZeroDraft:
     """A new run: a draft with a frozen projection, the shipped configuration in bf16 with its schedule, its own RNG a rank."""
-    raw = load_ds_config(FOLDER / f"{stage}.json")
+    raw = ds_config_of(stage)
     raw["gradient_accumulation_steps"] = 2
     ds_config = resolve_ds_config(raw, world_size=world.size, total_steps=total_steps, hidden_size=24)
     zero = ZeroDraft(make_draft(hidden_size=24, seed=seed), make_test(), ds_config)
@@ -66,7 +78,7 @@ def train(zero: ZeroDraft, world: World, num_steps: int) -> list[float]:
 def train_and_save(world: World, folder: Path) -> dict[str, tuple[list[float], Weights, Weights]]:
     """For each stage, losses and weights of six steps, and the weights of another run that is saved after three."""
     results = {}
-    for stage in STAGES:
+    for stage in RUNS:
         whole = start(world, stage, seed=0)
         losses = train(whole, world, 6)
         weights = dict(whole.gathered_weights())
@@ -80,7 +92,7 @@ def train_and_save(world: World, folder: Path) -> dict[str, tuple[list[float], W
 def resume_and_train(world: World, folder: Path) -> dict[str, tuple[tuple[int, dict], list[float], Weights]]:
     """For each stage, what three more steps of a new process give that began with another draft and another RNG."""
     results = {}
-    for stage in STAGES:
+    for stage in RUNS:
         zero = start(world, stage, seed=7)
         checkpoint = world.decide(lambda stage=stage: found(Checkpoints(folder / stage)))
         checkpoint.load(zero, world)
@@ -141,11 +153,11 @@ def test_a_run_that_ends_before_its_checkpoint_is_refused(tmp_path):
 
 def start_shared(world: World, stage: str, seed: int, reshaped_from: Checkpoint | None = None) -> ZeroDraft:
     """A run whose global batch is the same four micro-batches on one, two and four ranks."""
-    raw = load_ds_config(FOLDER / f"{stage}.json")
+    raw = ds_config_of(stage)
     raw["gradient_accumulation_steps"], raw["bf16"]["enabled"] = 4 // world.size, False
     ds_config = resolve_ds_config(raw, world_size=world.size, total_steps=6, hidden_size=24)
     draft = make_draft(hidden_size=24, seed=seed)
-    universal = reshaped_from is not None and reshaped_from.reshape(draft, world, int(stage[-1]))
+    universal = reshaped_from is not None and reshaped_from.reshape(draft, world, int(stage[4]))
     return ZeroDraft(draft, make_test(), ds_config, universal)
 
 
@@ -215,6 +227,9 @@ def test_a_run_goes_on_under_another_stage_or_is_refused(on_two_ranks):
         assert losses == pytest.approx(uninterrupted[saved][0], rel=1e-6)
     with pytest.raises(ValueError, match="zero_optimization.stage was 2, now 3"):
         found(Checkpoints(folder / "zero2")).check_options({STAGE: 3})
+    of_muon = replace(found(Checkpoints(folder / "zero2")), options={"optimizer.type": "Muon", STAGE: 2})
+    with pytest.raises(ValueError, match="Muon's momentum.* on 2 ranks and ZeRO stage 2"):
+        of_muon.reshape(make_draft(), ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +245,14 @@ def saved(folder) -> dict[str, tuple[list[float], Weights, Weights]]:
 @pytest.fixture(scope="module")
 def resumed(saved, folder) -> dict[str, tuple[tuple[int, dict], list[float], Weights]]:
     """Resumed beside a later checkpoint that a kill cut short: its first file is there, others and its name are not."""
-    for stage in STAGES:
+    for stage in RUNS:
         (folder / stage / "step_6").mkdir()
         part = sorted((folder / stage / "step_3").glob("*.pt"))[0]
         shutil.copy(part, folder / stage / "step_6")
     return run_ranks(resume_and_train, 2, folder)[0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", RUNS)
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved, resumed, stage):
     losses, weights, _ = saved[stage]
     position, resumed_losses, resumed_weights = resumed[stage]
@@ -247,7 +262,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(saved, resumed, stage)
     assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", RUNS)
 def test_consolidated_weights_are_the_gathered_ones_in_fp32(saved, folder, capfd, stage):
     assert not torch.distributed.is_initialized()
     gathered = saved[stage][2]
