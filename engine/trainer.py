@@ -68,6 +68,7 @@ from engine.overlap.step_clock import StepClock
 from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
+from engine.parallel.zero_checkpoint import CheckpointForm
 from engine.runtime.checkpoint import Checkpoint, Checkpoints, CheckpointWriter, check_finite_weights
 from engine.runtime.fault_watch import BAD_STEPS, FaultWatch, WatchSettings
 from engine.runtime.held_out_loss import HeldOutLoss
@@ -357,18 +358,19 @@ class Trainer:
         self.checkpoints = replace(self.checkpoints, schedule=schedule)
         objective = self.method.make_objective(target, corpus.vocab_map)
         checkpoint = span.checkpoint
-        reshaped = checkpoint is not None and checkpoint.reshape(
-            draft, self.world, self.ds_config.get("zero_optimization", {}).get("stage", 0)
-        )
+        form = CheckpointForm.OWN
+        if checkpoint is not None:
+            stage = self.ds_config.get("zero_optimization", {}).get("stage", 0)
+            form = checkpoint.reshape(draft, self.world, stage)
         num_weights = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
-        zero: TrainedDraft = ZeroDraft(draft, objective, resolved, universal=reshaped)
+        zero: TrainedDraft = ZeroDraft(draft, objective, resolved, form)
         self.telemetry.note(f"  optimizer: {zero.optimizer_name}, {span.last} steps")
         advice = stage_advice(self.ds_config, num_weights)
         if advice is not None:
             self.telemetry.note(f"  {advice}")
         if checkpoint is not None:
             self.unlogged = checkpoint.load(zero, self.world)
-            how = ", converted from another number of ranks or ZeRO stage" if reshaped else ""
+            how = "" if form == CheckpointForm.OWN else ", converted from another number of ranks or ZeRO stage"
             self.telemetry.note(f"  resumed after step {span.done}{how}")
             changed = checkpoint.changed_schedule(self.checkpoints.schedule)
             if changed is not None:

@@ -22,7 +22,7 @@ from engine.config.sections import CHECKPOINTS, DRAFT, TargetSection
 from engine.host.checkpoint_files import COMPLETE
 from engine.models.draft_folder import VOCAB, check_replaceable, load_vocab_facts, load_vocab_map
 from engine.models.draft_method import DraftConfig
-from engine.parallel.zero import consolidated_weights
+from engine.parallel.zero_checkpoint import consolidated_weights
 from engine.runtime.checkpoint import TAG, Checkpoint, Checkpoints
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget

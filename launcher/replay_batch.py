@@ -29,7 +29,7 @@ from engine.host.telemetry import Telemetry, visible
 from engine.kernels import Kernels, choose_kernels
 from engine.models.draft_folder import VOCAB, load_vocab_map
 from engine.parallel.mesh import World
-from engine.parallel.zero import consolidated_weights
+from engine.parallel.zero_checkpoint import consolidated_weights
 from engine.runtime.bad_step import BadStep, Replay, Replayed
 from engine.runtime.checkpoint import Checkpoints
 from engine.target.configuration import load_target_config

@@ -1,4 +1,4 @@
-"""ZeRO for the draft, through DeepSpeed. This is the only file that imports DeepSpeed.
+"""ZeRO for the draft, through DeepSpeed. Only this file and `zero_checkpoint.py` import DeepSpeed.
 
 The whole training-time test is one forward of one module. A weight is therefore gathered at most
 once in the forward pass and once in the backward pass, and its gradient is reduced once, regardless
@@ -6,15 +6,8 @@ of the number of TTT steps that use it.
 """
 
 import contextlib
-import glob
-import io
 import logging
 import os
-import pickle
-import shutil
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -23,12 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import deepspeed
-import numpy as np
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import nn
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
@@ -37,8 +25,7 @@ from engine.host.checkpoint_files import CheckpointFiles
 from engine.host.freed_memory import keep_freed_memory
 from engine.parallel.mesh import World
 from engine.parallel.objective import Objective
-
-UNIVERSAL = ".universal"  # appended to a checkpoint's tag
+from engine.parallel.zero_checkpoint import UNIVERSAL, CheckpointForm, load_states, plain_path, read_plain
 
 
 def connect(world: World, timeout_s: int, cpu_threads: int, store: torch.distributed.Store | None = None) -> None:
@@ -74,18 +61,6 @@ def disconnect() -> None:
     torch.distributed.destroy_process_group()
 
 
-# What DeepSpeed and earlier versions keep in checkpoints besides tensors and plain values.
-SAFE_CLASSES: list[Any] = [
-    fragment_address,
-    LossScaler,
-    DynamicLossScaler,
-    ZeroStageEnum,
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.uint32)),
-    (np.empty(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
-]
-
 Part = Callable[[str], AbstractContextManager[None]]
 
 
@@ -115,16 +90,17 @@ class _ObjectiveModule(nn.Module):
 class ZeroDraft(Generic[DraftT, ObjectiveT]):
     """The draft under DeepSpeed: forward, backward and optimizer step of micro-batches, checkpoints and gathered weights."""
 
-    def __init__(self, draft: DraftT, objective: ObjectiveT, ds_config: dict[str, Any], universal: bool = False) -> None:
+    def __init__(
+        self, draft: DraftT, objective: ObjectiveT, ds_config: dict[str, Any], form: CheckpointForm = CheckpointForm.OWN
+    ) -> None:
         """Initialise DeepSpeed for the draft.
 
-        ds_config: a resolved DeepSpeed configuration, passed on unchanged.
-        universal: whether `load` reads the output of `to_universal`.
+        ds_config: a resolved DeepSpeed configuration, passed on unchanged. form: of the checkpoint that `load` reads.
         """
         self.draft = draft
         self.objective = objective
-        self._universal = universal
-        if universal:
+        self._form = form
+        if form == CheckpointForm.UNIVERSAL:
             ds_config = ds_config | {"checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
         module = _ObjectiveModule(draft, objective)
         if ds_config["optimizer"]["type"] == "Muon" and not torch.cuda.is_available():
@@ -259,11 +235,18 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         Raises ValueError if the checkpoint is incomplete.
         """
         rates = [group["lr"] for group in self.engine.optimizer.param_groups]
+        if self._form == CheckpointForm.STATES:
+            client_state = load_states(self.engine, folder, tag)
+        else:
+            client_state = self._load(folder, tag + UNIVERSAL * (self._form == CheckpointForm.UNIVERSAL))
+        self._set_rates(rates)
+        return client_state
+
+    def _load(self, folder: Path, tag: str) -> dict[str, Any]:
         with plain_path(folder) as plain:
-            path, client_state = self.engine.load_checkpoint(str(plain), tag=tag + UNIVERSAL * self._universal)
+            path, client_state = self.engine.load_checkpoint(str(plain), tag=tag)
         if path is None:
             raise ValueError(f"{folder / tag} is not a complete checkpoint; delete it or set checkpoint.resume=false")
-        self._set_rates(rates)
         return client_state
 
     def _set_rates(self, configured: list[float]) -> None:
@@ -361,75 +344,3 @@ def _forget_steps(optimizer: torch.optim.Optimizer) -> None:
     optimizer.state.clear()
     for group in optimizer.param_groups:
         group.pop("step", None)
-
-
-@contextlib.contextmanager
-def plain_path(folder: Path) -> Iterator[Path]:
-    """Context manager that gives a path to a folder which DeepSpeed can use as a pattern for `glob`."""
-    if glob.escape(str(folder)) == str(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as place:
-        link = Path(place, "checkpoints")
-        link.symlink_to(folder.absolute(), target_is_directory=True)
-        yield link
-
-
-def read_plain(path: Path, map_location: Any = None) -> Any:
-    """Read a file of a checkpoint; nothing in it is executed.
-
-    Raises ValueError if it holds other things than data, or is damaged.
-    """
-    with torch.serialization.safe_globals(SAFE_CLASSES):
-        try:
-            return torch.load(path, map_location=map_location, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is damaged or holds more than data: {str(error).splitlines()[0]}") from error
-
-
-def is_sharded(folder: Path, tag: str) -> bool:
-    """Return whether a checkpoint has one part per rank, as with ZeRO stages above 0."""
-    return any((folder / tag).glob("*_optim_states.pt"))
-
-
-def to_universal(folder: Path, tag: str) -> None:
-    """Convert a sharded checkpoint to a universal one, which any number of ranks can load.
-
-    It is written next to the checkpoint. Raises ValueError if the conversion fails.
-    """
-    remove_universal(folder, tag)
-    for path in sorted((folder / tag).glob("*.pt")):
-        read_plain(path, "meta")  # the converter would execute what it finds
-    paths = ("--input_folder", str(folder / tag), "--output_folder", str(folder / (tag + UNIVERSAL)))
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *paths, "--inject_missing_state"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        remove_universal(folder, tag)
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise ValueError(f"{folder / tag} cannot be rewritten for another number of ranks: {last}")
-
-
-def remove_universal(folder: Path, tag: str) -> None:
-    """Remove the output of `to_universal`, if there is any."""
-    shutil.rmtree(folder / (tag + UNIVERSAL), ignore_errors=True)
-    (folder / "latest_universal").unlink(missing_ok=True)
-
-
-def consolidated_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
-    """Return the whole weights of a checkpoint of any ZeRO stage, in fp32.
-
-    The names are those of the draft's parameters. Needs no process group. Raises FileNotFoundError
-    if the checkpoint is incomplete.
-    """
-    whole = folder / tag / "mp_rank_00_model_states.pt"
-    weights: dict[str, torch.Tensor] = {}
-    for path in sorted((folder / tag).glob("*.pt")):
-        read_plain(path, "meta")  # DeepSpeed would execute what it finds
-    if whole.exists():  # below stage 3: weights in compute precision, including frozen ones
-        weights |= read_plain(whole, "cpu")["module"]
-    # Above stage 0, the optimizer holds the weights in fp32, in shards.
-    if not whole.exists() or any(whole.parent.glob("*_optim_states.pt")):
-        silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-        with silent[0], silent[1], plain_path(folder) as plain:
-            weights |= get_fp32_state_dict_from_zero_checkpoint(str(plain), tag)
-    return {name.removeprefix("draft."): weight.float() for name, weight in weights.items()}

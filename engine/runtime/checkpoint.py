@@ -25,14 +25,16 @@ from engine.hidden_states.finite import NonFiniteError
 from engine.host.checkpoint_files import COMPLETE, SECONDS_BETWEEN_LOOKS, num_bytes_of, problem_of
 from engine.host.files import write_json, write_text, writing
 from engine.parallel.mesh import World
-from engine.parallel.zero import ZeroDraft, consolidated_weights, is_sharded, remove_universal, to_universal
+from engine.parallel.zero import ZeroDraft
+from engine.parallel.zero_checkpoint import CheckpointForm, consolidated_weights, is_sharded, remove_universal, to_universal
 from engine.target.identity import what_changed
 
 TAG = re.compile(r"step_(\d+)")
 RUN = "run.json"
 LATEST = "latest"
 STAGE = "zero_optimization.stage"
-ALIKE_STAGES = {1, 2}  # whose checkpoints can be converted to one another; DeepSpeed's converter knows no other change
+SHARDED_STAGES = {1, 2, 3}  # whose checkpoints can be converted to one another
+ALIKE_STAGES = {1, 2}  # which DeepSpeed itself reads from one universal form
 OF_DEEPSPEED = ("optimizer.", "zero_optimization.")  # beginnings of keys of DeepSpeed's file among the options
 SECONDS_AFTER_ERROR = 8.0  # for which an error waits for the checkpoint that is being written; well below parallel.hang_s
 SPARE_BYTES = 4 << 20  # that must stay free on the disk in addition to a checkpoint
@@ -103,7 +105,7 @@ class Checkpoint:
             raise ValueError(f"{problem}. Resume it with that version")
         changes = [f"{key} was {self.options[key]}, now unset" for key in gone]
         for key, value in current.items():
-            is_converted = key == STAGE and {saved.get(key), value} <= ALIKE_STAGES
+            is_converted = key == STAGE and {saved.get(key), value} <= SHARDED_STAGES
             if key in saved and saved[key] != value and not is_converted:
                 changes.append(f"{key} was {saved[key]}, now {value}")
         if changes:
@@ -144,30 +146,34 @@ class Checkpoint:
             "another output_dir to train a shorter run"
         )
 
-    def reshape(self, draft: torch.nn.Module, world: World, stage: int | None = None) -> bool:
+    def reshape(self, draft: torch.nn.Module, world: World, stage: int | None = None) -> CheckpointForm:
         """Convert the checkpoint if another number of ranks or another ZeRO stage wrote it; a collective.
 
         stage: of the run; None = that of the checkpoint.
-        Frozen weights are copied from the checkpoint into the draft, because the converted form
-        does not contain them. Returns whether a conversion was necessary.
-        Raises ValueError if it cannot be converted.
+        Weights that the converted form does not restore are copied from the checkpoint into the draft.
+        Returns the form from which `load` is to read it. Raises ValueError if it cannot be converted.
         """
-        if not world.decide(lambda: self._convert(world.size, stage)):
-            return False
-        frozen = {name: parameter.data for name, parameter in draft.named_parameters() if not parameter.requires_grad}
-        if frozen and world.is_main:
+        form = world.decide(lambda: self._convert(world.size, stage))
+        if form == CheckpointForm.OWN:
+            return form
+        copied = {}
+        for name, parameter in draft.named_parameters():
+            if form == CheckpointForm.STATES or not parameter.requires_grad:
+                copied[name] = parameter.data
+        if copied and world.is_main:
             weights = consolidated_weights(self.folder, self.tag)
-            for name, weight in frozen.items():
+            for name, weight in copied.items():
                 weight.copy_(weights[name])
-        for weight in frozen.values():
+        for weight in copied.values():
             world.send_from_main(weight)
-        return True
+        return form
 
-    def _convert(self, num_ranks: int, stage: int | None) -> bool:
-        """Convert the checkpoint for another number of ranks or stage; returns whether this was necessary."""
-        is_same_stage = stage is None or self.options.get(STAGE, stage) == stage
+    def _convert(self, num_ranks: int, stage: int | None) -> CheckpointForm:
+        """Convert the checkpoint for another number of ranks or stage, if this is necessary."""
+        saved_stage = self.options.get(STAGE, stage)
+        is_same_stage = stage is None or saved_stage == stage
         if (self.num_ranks == num_ranks and is_same_stage) or not is_sharded(self.folder, self.tag):
-            return False
+            return CheckpointForm.OWN
         if self.options.get("optimizer.type") == MUON:
             problem = "holds Muon's momentum, which DeepSpeed cannot convert"
             same = f"{self.num_ranks} ranks and ZeRO stage {self.options.get(STAGE)}"
@@ -178,7 +184,8 @@ class Checkpoint:
                 f"{self.num_ranks} ranks, which writes a checkpoint that has some"
             )
         to_universal(self.folder, self.tag)
-        return True
+        is_alike = is_same_stage or {saved_stage, stage} <= ALIKE_STAGES
+        return CheckpointForm.UNIVERSAL if is_alike else CheckpointForm.STATES
 
     def load(self, draft: ZeroDraft, world: World) -> list[Any]:
         """Restore the checkpoint and return the metrics state of every rank that wrote it; a collective.
