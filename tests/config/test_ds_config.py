@@ -281,12 +281,15 @@ def test_every_shipped_file_loads_and_deepspeed_takes_it(path):
     assert resolved["scheduler"]["params"]["total_num_steps"] == 200
     assert resolved["scheduler"]["params"]["warmup_num_steps"] == 3
     assert raw["scheduler"]["params"]["total_num_steps"] == "auto", "the file as read is left alone"
-    assert raw["bf16"]["enabled"] and raw["gradient_clipping"] == 0.5 and resolved["optimizer"]["params"]["lr"] == 1e-4
+    assert raw["bf16"]["enabled"] and resolved["optimizer"]["params"]["lr"] == 1e-4
+    is_muon = raw["optimizer"]["type"] == "Muon"
+    assert resolved["gradient_clipping"] == (0.0 if is_muon else 0.5) and is_muon == path.stem.endswith("muon")
     assert ("offload" in path.stem) == ("offload_optimizer" in raw["zero_optimization"])
 
 
-def test_the_shipped_files_cover_stages_0_to_3_and_offload():
-    assert [path.stem for path in SHIPPED] == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+def test_the_shipped_files_cover_stages_0_to_3_offload_and_muon():
+    stages = ["zero0", "zero1", "zero2", "zero2_muon", "zero2_offload", "zero3", "zero3_offload"]
+    assert sorted(path.stem for path in SHIPPED) == stages
 
 
 def test_numbers_written_with_an_exponent_are_whole_where_deepspeed_takes_whole_ones(tmp_path):
