@@ -24,7 +24,7 @@ from engine.config.ds_config import (
 )
 from engine.config.recipe import dump_config
 from engine.config.secret_values import without_secrets
-from engine.config.sections import ACCEPTANCE, CHECKPOINTS, DRAFT, DRAFT_LAST, Config, ConfigError
+from engine.config.sections import ACCEPTANCE, BAD_STEPS, CHECKPOINTS, DRAFT, DRAFT_LAST, Config, ConfigError
 from engine.config.strict import as_yaml
 from engine.data.corpus import read_held_out
 from engine.data.documents import Document
@@ -38,6 +38,8 @@ from engine.evaluation.history import EvaluationHistory
 from engine.evaluation.remote_evaluator import RemoteEvaluator
 from engine.evaluation.report import PAGE, SUMMARY, RunReport
 from engine.evaluation.run_page import write_run_page
+from engine.evaluation.run_record import WORK
+from engine.evaluation.samples import SAMPLES, write_samples
 from engine.hidden_states.finite import NonFiniteError
 from engine.hidden_states.held_out_data import HeldOutData
 from engine.hidden_states.micro_batches import MicroBatchMaker
@@ -70,11 +72,12 @@ from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
 from engine.parallel.zero_checkpoint import CheckpointForm
 from engine.runtime.checkpoint import Checkpoint, Checkpoints, CheckpointWriter, check_finite_weights
-from engine.runtime.fault_watch import BAD_STEPS, FaultWatch, WatchSettings
+from engine.runtime.fault_watch import FaultWatch, WatchSettings
 from engine.runtime.held_out_loss import HeldOutLoss
 from engine.runtime.periodic_evaluation import PeriodicEvaluation
 from engine.runtime.progress import Progress
 from engine.runtime.run_stop import StopAgreement
+from engine.runtime.step_work import StepWork
 from engine.runtime.train_log import LogSettings, TrainLog
 from engine.runtime.training_loop import Annealing, RunSpan, Segment, TrainingLoop
 from engine.runtime.training_schedule import Training, TrainingSchedules, check_look_ahead
@@ -186,6 +189,7 @@ class Trainer:
                 report = replace(report, before=evaluator.measure_draft(self.served(draft, corpus.vocab_map, target)))
 
         zero = self.start_zero(draft, corpus, target, span)
+        self.write_work(zero, corpus, target, span)
         with self.telemetry.stage("Training"):
             periodic = self.periodic_evaluation(zero, corpus, target, evaluator, held_out, span)
             left_out = self.train(zero, corpus, target, span, periodic)
@@ -195,6 +199,8 @@ class Trainer:
         if evaluator is not None:
             with self.telemetry.stage("Measuring acceptance after training"):
                 after = evaluator.measure_draft(exported.to(target.dtype))
+                best_step = None if periodic is None else periodic.best_step()
+                self.write_samples(evaluator, best_step or span.last)
                 report = replace(report, after=after, prompt_lookup=evaluator.measure_prompt_lookup())
         if isinstance(target, RemoteTarget):
             target.calls.start("end")
@@ -377,6 +383,8 @@ class Trainer:
                 self.telemetry.note(f"  {changed}")
         if self.world.is_main:
             (self.output_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier run that had ended
+            for name in (SAMPLES, WORK) if checkpoint is None else ():
+                (self.output_dir / name).unlink(missing_ok=True)
             write_text(self.output_dir / "config.yaml", dump_config(self.config))
             write_json(self.output_dir / "ds_config.json", without_secrets(resolved))
             save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB, corpus.vocab_facts)
@@ -478,6 +486,27 @@ class Trainer:
             if is_best or step == periodic.end_step:
                 loop.save(step)
 
+    def write_work(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> None:
+        """Write the work of a step for the report, on rank 0. A failure is a warning."""
+        if not self.world.is_main or span.done == span.last:
+            return
+        target_ranks = 0 if self.bridge is None else self.bridge.sides.num_target
+        runs_target = isinstance(target, FrozenTarget | RemoteTarget)
+        try:
+            work = StepWork.of(self.training_facts(zero), corpus.loader, target_ranks, runs_target)
+            work.write(self.output_dir / WORK)
+        except Exception as error:  # a draft method of a plugin may count wrongly, which must not end the run
+            self.telemetry.warn(f"  {WORK} was not written: {type(error).__name__}: {error}")
+
+    def write_samples(self, evaluator: Evaluator | None, step: int) -> None:
+        """Write replies of the draft that was measured last, on rank 0. A failure is a warning. step: of the draft."""
+        if evaluator is None or not self.world.is_main:
+            return
+        try:
+            write_samples(self.output_dir / SAMPLES, evaluator.samples, step)
+        except OSError as error:
+            self.telemetry.warn(f"  {error}")
+
     def write_page(self) -> None:
         """Write the report of the run so far. A page that cannot be written is a warning."""
         if not self.world.is_main:
@@ -525,6 +554,7 @@ class Trainer:
             anneal_steps=self.config.anneal_steps,
             export=lambda folder, step: self.export(folder, zero, corpus, target, step).to(target.dtype),
             measure=None if evaluator is None else evaluator.measure_draft,
+            keep_samples=partial(self.write_samples, evaluator),
             measure_held_out=None if held_out_loss is None else held_out_loss.measure,
             note=self.telemetry.note,
             write_page=self.write_page,

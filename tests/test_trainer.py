@@ -87,6 +87,13 @@ def test_two_ranks_train_export_and_measure(launcher, tmp_path, tiny_target, tin
     assert json.loads((tmp_path / "ds_config.json").read_text())["scheduler"]["params"]["total_num_steps"] == len(lines)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["after"]["num_prompts"] == 2 and summary["after"]["mismatches"] == 0
+    (sample,) = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]  # of rank 0's prompt
+    assert sample["step"] == len(lines) and sample["num_tokens"] == len(sample["tokens"]) == len(sample["depths"])
+    assert sample["depths"].count(0) in (sample["num_forwards"], sample["num_forwards"] + 1), "one per forward, and the first"
+    work = json.loads((tmp_path / "work.json").read_text())
+    assert work["draft_ranks"] == 2 and {piece["part"] for piece in work["pieces"]} >= {"target_forward", "backward"}
+    page = (tmp_path / "report.html").read_text()
+    assert "Replies to held-out prompts" in page and "its peak, and the least time, are unknown" in page
 
 
 def test_without_a_recipe_it_trains_for_the_embedded_target(tmp_path):

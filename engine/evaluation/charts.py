@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 WIDTH, HEIGHT = 520, 240  # of a chart, in units of its view box
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 28  # margins
+LEFT, RIGHT, TOP, BOTTOM = 52, 22, 12, 28  # margins
 MOST_POINTS = 400  # of a line; a longer one is thinned out
 FEW_POINTS = 100  # a line of more has its running mean drawn over it
 NUM_TICKS = 5
+MOST_DECADES = 7  # that are labelled on an axis of decades
 DASHES = ("", "6 4")  # of the runs that a chart compares
 
 
@@ -20,6 +21,7 @@ class Line:
 
     colour: number of the colour, from 0. run: number of the run that it belongs to.
     half_widths: half the width of a band around each value; None = no band.
+    marked: whether each point has a mark, as where they are few. is_joined: whether a line joins the points.
     """
 
     name: str
@@ -28,6 +30,8 @@ class Line:
     colour: int = 0
     run: int = 0
     half_widths: Sequence[float | None] | None = None
+    marked: bool = False
+    is_joined: bool = True
 
 
 def line_chart(title: str, lines: Sequence[Line], log: bool = False, from_zero: bool = False) -> str:
@@ -78,6 +82,69 @@ def stacked_bars(title: str, bars: Sequence[Bar], unit: str) -> str:
     return f"<figure><figcaption>{html.escape(title)}{swatches}</figcaption>{''.join(rows)}</figure>"
 
 
+@dataclass(frozen=True)
+class Roof:
+    """The limit of a device: products of a dtype at flops_per_s, memory at bytes_per_s."""
+
+    dtype: str
+    flops_per_s: float
+    bytes_per_s: float
+
+    @property
+    def ridge(self) -> float:
+        """FLOPs per byte from which on compute is the limit."""
+        return self.flops_per_s / self.bytes_per_s
+
+    def at(self, intensity: float) -> float:
+        """Return the largest possible FLOP/s for a number of FLOPs per byte."""
+        return min(self.flops_per_s, intensity * self.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class RoofPoint:
+    """A measured part. intensity: FLOPs per byte. rate: achieved FLOP/s. colour: number of the colour, from 0."""
+
+    name: str
+    intensity: float
+    rate: float
+    colour: int
+
+
+def roofline_chart(title: str, points: Sequence[RoofPoint], roofs: Sequence[Roof]) -> str:
+    """Return a chart of achieved rate over intensity, both logarithmic, or "" without points or roofs.
+
+    A thin line joins each point to the lowest roof above its intensity.
+    """
+    if not points or not roofs:
+        return ""
+    intensities = [point.intensity for point in points]
+    low, high = min(intensities), max(intensities)
+    ridges = [roof.ridge for roof in roofs]
+    horizontal = _Axis.of_decades(min(low / 2, *(ridge / 10 for ridge in ridges)), 2 * max(high, *ridges), LEFT, WIDTH - RIGHT)
+    rates = [point.rate for point in points]
+    lowest = min(rates + [roof.at(horizontal.low) for roof in roofs])
+    highest = max(rates + [roof.flops_per_s for roof in roofs])
+    vertical = _Axis.of_decades(lowest, highest, HEIGHT - BOTTOM, TOP)
+    parts = [_grid(horizontal, vertical)]
+    for roof in roofs:
+        corners = (horizontal.low, roof.ridge, horizontal.high)
+        places = " ".join(f"{horizontal(corner):.1f},{vertical(roof.at(corner)):.1f}" for corner in corners)
+        parts.append(f'<polyline class="roof" points="{places}"><title>{html.escape(roof.dtype)}</title></polyline>')
+    for point in points:
+        x = horizontal(point.intensity)
+        y = vertical(point.rate)
+        above = vertical(min(roof.at(point.intensity) for roof in roofs))
+        colour = point.colour % 8
+        shown = f"{html.escape(point.name)}: {number(point.rate)} FLOP/s at {number(point.intensity)} FLOP/byte"
+        parts.append(f'<line class="gap" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{above:.1f}"/>')
+        parts.append(f'<circle class="s{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{shown}</title></circle>')
+    label = html.escape(title)
+    keys = "".join(f'<span class="key k{point.colour % 8}">{html.escape(point.name)}</span>' for point in points)
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    axes = '<span class="quiet">across: FLOP per byte of memory traffic, up: FLOP/s</span>'
+    return f'<figure class="roofline"><figcaption>{label}{keys}</figcaption>{svg}<figcaption>{axes}</figcaption></figure>'
+
+
 def number(value: float) -> str:
     """Return a number with three significant digits, without an exponent where it would be short."""
     if value == 0 or not math.isfinite(value):
@@ -87,6 +154,14 @@ def number(value: float) -> str:
         text = f"{value:,.{digits}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
     return f"{value:.2e}"
+
+
+def with_prefix(value: float, unit: str = "") -> str:
+    """Return a number with three digits and a decimal prefix, such as 12.3 TFLOP/s."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 0.9995 * 10**power:
+            return f"{value / 10**power:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -109,14 +184,14 @@ class _Points:
                 places.append((index, float(value)))
         points = []
         bands = {}
-        for index, value in _thinned(places):
+        for index, value in _thinned(places, FEW_POINTS if line.marked else MOST_POINTS):
             step = float(line.steps[index])
             points.append((step, value))
             half = None if line.half_widths is None else line.half_widths[index]
             if half is not None:
                 bands[step] = (value - half, value + half)
         smooth = []
-        if len(places) > FEW_POINTS and line.half_widths is None:
+        if len(places) > FEW_POINTS and not line.marked:
             means = _running_mean([value for _, value in places], len(places) // FEW_POINTS)
             evenly = range(0, len(places), max(1, len(places) // FEW_POINTS))
             smooth = [(float(line.steps[places[index][0]]), means[index]) for index in evenly]
@@ -134,11 +209,11 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
     return means
 
 
-def _thinned(places: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return at most `MOST_POINTS` points: of each stretch of a longer line the lowest and the highest, and the last of all."""
-    if len(places) <= MOST_POINTS:
+def _thinned(places: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
+    """Return at most `most` points: of each stretch of a longer line the lowest and the highest, and the last of all."""
+    if len(places) <= most:
         return list(places)
-    stride = -(-2 * len(places) // (MOST_POINTS - 1))
+    stride = -(-2 * len(places) // (most - 1))
     kept: list[tuple[int, float]] = []
     for first in range(0, len(places), stride):
         stretch = places[first : first + stride]
@@ -156,6 +231,14 @@ class _Axis:
     start: float
     end: float
     log: bool = False
+    decades: bool = False
+
+    @classmethod
+    def of_decades(cls, low: float, high: float, start: float, end: float) -> "_Axis":
+        """Return a logarithmic axis that begins and ends at powers of ten."""
+        first = math.floor(math.log10(low))
+        last = max(first + 1, math.ceil(math.log10(high)))
+        return cls(10.0**first, 10.0**last, start, end, log=True, decades=True)
 
     @classmethod
     def over(cls, values: Sequence[float], start: float, end: float, log: bool = False) -> "_Axis":
@@ -178,6 +261,11 @@ class _Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
+        if self.decades:
+            first = round(math.log10(self.low))
+            last = round(math.log10(self.high))
+            stride = -(-(last - first) // MOST_DECADES)
+            return [10.0**power for power in range(first, last + 1, stride)]
         if self.log:
             return [self.low * (self.high / self.low) ** (index / (NUM_TICKS - 1)) for index in range(NUM_TICKS)]
         rough = (self.high - self.low) / (NUM_TICKS - 1)
@@ -188,10 +276,13 @@ class _Axis:
 
     def label(self, tick: float) -> str:
         """Return the text of a tick, with as many digits as tell it from its neighbours."""
+        if self.decades:
+            return with_prefix(tick)
         ticks = self.ticks()
         short = [number(other) for other in ticks]
         if self.log or len(set(short)) == len(short) or len(ticks) < 2:
-            return number(tick)
+            text = number(tick)
+            return f"{tick:.3g}" if "e" in text else text
         digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0])))
         return f"{tick:,.{digits}f}"
 
@@ -216,14 +307,14 @@ def _line(drawn: _Points, horizontal: _Axis, vertical: _Axis) -> str:
         parts.append(f'<polygon class="band s{line.colour % 8}" points="{" ".join(upper + lower)}"/>')
     dash = DASHES[line.run % len(DASHES)]
     for points, look in ((drawn.points, "faint" if drawn.smooth else ""), (drawn.smooth, "")):
-        if points:
+        if points and line.is_joined:
             places = " ".join(f"{horizontal(x):.1f},{vertical(y):.1f}" for x, y in points)
             parts.append(f'<polyline class="s{line.colour % 8} {look}" stroke-dasharray="{dash}" points="{places}"/>')
-    if drawn.points:
-        x, y = drawn.points[-1]
+    for x, y in drawn.points if line.marked else drawn.points[-1:]:
         shown = f"{html.escape(line.name)}: {number(y)} at step {x:,.0f}"
         place = f'cx="{horizontal(x):.1f}" cy="{vertical(y):.1f}" r="3"'
-        parts.append(f'<circle class="s{line.colour % 8}" {place}><title>{shown}</title></circle>')
+        look = "" if line.is_joined else " hollow"
+        parts.append(f'<circle class="s{line.colour % 8}{look}" {place}><title>{shown}</title></circle>')
     return "".join(parts)
 
 
@@ -232,6 +323,8 @@ def _legend(lines: Sequence[Line]) -> str:
         return ""
     keys = []
     for line in lines:
-        dashed = " dashed" if DASHES[line.run % len(DASHES)] else ""
-        keys.append(f'<span class="key k{line.colour % 8}{dashed}">{html.escape(line.name)}</span>')
+        look = " dashed" if DASHES[line.run % len(DASHES)] else ""
+        if not line.is_joined:
+            look = " dots"
+        keys.append(f'<span class="key k{line.colour % 8}{look}">{html.escape(line.name)}</span>')
     return "".join(keys)

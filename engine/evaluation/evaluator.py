@@ -5,7 +5,7 @@ Both a training run and `measure_acceptance.py` use it.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from itertools import compress
+from itertools import compress, count
 from typing import TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from engine.evaluation.decoding import (
     speculative_decode,
 )
 from engine.evaluation.replay import batched_replies, greedy_replies, packed, replay
+from engine.evaluation.samples import Sample, evenly_spread
 from engine.hidden_states.finite import fault_of, find_faults, place_names
 from engine.host.telemetry import Telemetry
 from engine.models.draft_method import ServedDraft
@@ -59,22 +60,38 @@ class AcceptanceEvaluator:
         self._target = target
         self._world = world
         self._telemetry = telemetry
+        self._tokenizer = tokenizer
         self._eos_ids = eos_ids(target.model, tokenizer)
         self._prompts = prompts[world.rank :: world.size]
         self._max_tokens = max_tokens
         self._uses_cache = target.mesh.size == 1 and rolls_back(target)
         self._batch_size = section.prompts_per_batch or BATCH_SIZE[target.device.type]
         self._replays = not self._uses_cache or self._batch_size > 1
+        self._kept: list[tuple[Prompt, Generation]] = []  # some of the draft measured last
 
     def measure_draft(self, draft: ServedDraft, on_reply: OnReply | None = None) -> AcceptanceReport:
         """Measure acceptance with a draft.
 
         on_reply: called with each of this rank's prompts and its generation.
         """
+        self._kept = []
+        indices = count()
+
+        def keep(prompt: Prompt, generation: Generation) -> None:
+            if next(indices) in evenly_spread(len(self._prompts)):
+                self._kept.append((prompt, generation))
+            if on_reply is not None:
+                on_reply(prompt, generation)
+
         if self._replays:
             drafters = draft.propose_along(self._replies, self._section.draft_tokens, self._max_tokens)
-            return self._measure(self._replayed(drafters), "with the draft", on_reply)
-        return self._measure(self._decoded(draft.drafter), "with the draft", on_reply)
+            return self._measure(self._replayed(drafters), "with the draft", keep)
+        return self._measure(self._decoded(draft.drafter), "with the draft", keep)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """Replies of the draft measured last to a few of this rank's prompts."""
+        return [Sample.of(prompt, generation, self._tokenizer) for prompt, generation in self._kept]
 
     def measure_prompt_lookup(self) -> AcceptanceReport:
         """Measure acceptance with prompt lookup, the baseline without a draft."""

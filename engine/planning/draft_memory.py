@@ -95,5 +95,12 @@ class Sharing:
         part = FULL * self._part(count)
         return part if fused or self.stage == 0 else part * (1 + MOMENTS)
 
+    def step_traffic(self, count: int) -> int:
+        """Return the bytes that an Adam step moves on a rank at least.
+
+        States are read and written, gradients are read, and weights are written in the compute precision.
+        """
+        return 2 * self.optimizer(count) + (self.gradient_itemsize + self.itemsize) * self._part(count)
+
     def _part(self, count: int) -> int:
         return -(-count // self.num_ranks) if self.stage else count

@@ -96,6 +96,22 @@ class TargetCost:
         of_heads = forward.num_pairs * sum(map(self.pair_flops, self._attentions()))
         return 2 * forward.num_tokens * self.num_active_weights + of_heads + 2 * forward.num_slots * width * vocab_size
 
+    def least_bytes(self, forward: Forward, num_aux: int) -> int:
+        """Return the bytes of memory traffic of a forward per rank, at least.
+
+        Each weight is read once, of the embedding only the rows that are looked up, and the output
+        for the draft is written once. States between layers are not counted.
+        num_aux: auxiliary layers that are captured.
+        """
+        head = self.model.get_output_embeddings().weight
+        embedding = self.model.get_input_embeddings().weight
+        weights = self.weight_bytes
+        if head is not embedding:
+            tables = [(name, weight) for name, weight in self.decoder.named_parameters() if weight is embedding]
+            weights -= sum(self._held_bytes(name, weight) for name, weight in tables)
+        looked_up = forward.num_tokens * self.config.hidden_size * self.itemsize
+        return weights + looked_up + self.output_bytes(forward, num_aux)
+
     def traffic(self, forward: Forward) -> dict[str, int]:
         """Return the bytes that a rank sends per forward, by collective."""
         tokens_bytes = forward.num_tokens * self.config.hidden_size * self.itemsize

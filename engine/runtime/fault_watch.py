@@ -20,7 +20,6 @@ from engine.runtime.bad_step import BadStep
 # Consecutive optimizer steps that DeepSpeed may skip. fp16 needs some to find its loss scale.
 MAX_SKIPPED = 50
 MAX_LISTED = 100  # bad steps whose documents are listed
-BAD_STEPS = "bad_steps"  # folder of the lists
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class PeriodicEvaluation:
     last_step: of the run, unless it ends early. anneal_steps: by which an early end follows its decision.
     export: writes the draft of a step to a folder and loads it again.
     measure: returns its acceptance, the same on every rank; None = the target does not decode.
+    keep_samples: writes some of the replies that were measured, given the step.
     measure_held_out: returns the loss of the current weights on held-out conversations; None = there are none.
     note: writes a line to the log.
     write_page: writes the report of the run so far, on rank 0.
@@ -34,6 +35,7 @@ class PeriodicEvaluation:
     anneal_steps: int
     export: Callable[[Path, int], ServedDraft]
     measure: Callable[[ServedDraft], AcceptanceReport] | None
+    keep_samples: Callable[[int], None]
     measure_held_out: Callable[[], HeldOutReport] | None
     note: Callable[[str], None]
     write_page: Callable[[], None]
@@ -68,6 +70,7 @@ class PeriodicEvaluation:
         """
         exported = self.export(self.output_dir / DRAFT_LAST, step)
         decoded = None if self.measure is None else self.measure(exported)
+        self.keep_samples(step)
         held_out = None if self.measure_held_out is None else self.measure_held_out()
         evaluation = Evaluation.of(step, decoded, held_out, self.section, self._last_sha256())
         end_before = self.end_step

@@ -17,6 +17,7 @@ from engine.data.packed_loader import PackedLoader
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import AcceptanceReport, read_prompts
 from engine.evaluation.evaluator import AcceptanceEvaluator
+from engine.evaluation.samples import Sample
 from engine.hidden_states.remote_target import PATIENCE, SourceFacts, TargetFacts
 from engine.hidden_states.sources import OnlineSource
 from engine.hidden_states.wire import WireFormat, WireStates
@@ -179,12 +180,11 @@ class TargetServer:
             config.evaluation, self._target, self._tokenizer, prompts, self._world, self._telemetry, config.data.max_tokens
         )
 
-    def measure_draft(self, written: bytes | None) -> AcceptanceReport:
-        """Measure a draft. written: None = there are no prompts to measure it on."""
-        if written is None:
-            return self._evaluator.measure_prompt_lookup()
+    def measure_draft(self, written: bytes) -> tuple[AcceptanceReport, list[Sample]]:
+        """Measure a draft; return its report and some of its replies."""
         draft: ServedDraft = torch.load(io.BytesIO(written), map_location=self._world.device, weights_only=False)
-        return self._evaluator.measure_draft(draft)
+        report = self._evaluator.measure_draft(draft)
+        return report, self._evaluator.samples
 
     def measure_prompt_lookup(self) -> AcceptanceReport:
         return self._evaluator.measure_prompt_lookup()

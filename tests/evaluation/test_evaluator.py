@@ -15,7 +15,7 @@ from tests.distributed import run_ranks
 from tests.drafters import prompts, random_draft, tiny_target
 
 SECTION = EvaluationSection(num_prompts=5, max_new_tokens=12, draft_tokens=3)
-TOKENIZER = SimpleNamespace(eos_token_id=7)
+TOKENIZER = SimpleNamespace(eos_token_id=7, decode=lambda ids, **options: "".join(f" {token_id}" for token_id in ids))
 PROMPTS = [Prompt(f"file:{number}", prompt_ids) for number, prompt_ids in enumerate(prompts(5))]
 
 
@@ -33,6 +33,25 @@ def test_ranks_that_share_the_target_report_what_one_reports_alone(count):
     for reports in run_ranks(measure, 2, "llama", 2, count):
         assert reports == [replace(report, **untimed) for report in alone]
     assert all(report.num_prompts == count and report.mismatches == (0 if count else None) for report in alone)
+
+
+def test_samples_are_the_replies_whose_acceptance_was_measured(monkeypatch):
+    shown = []
+    for batch_size in (1, 5):
+        monkeypatch.setitem(BATCH_SIZE, "cpu", batch_size)
+        target = tiny_target("llama")
+        held_out = AcceptanceEvaluator(SECTION, target, TOKENIZER, PROMPTS, World.alone(), Telemetry(speaks=False), 50)
+        assert held_out.samples == []
+        replies = []
+        held_out.measure_draft(random_draft(target), lambda prompt, reply, replies=replies: replies.append(reply))
+        samples = held_out.samples
+        held_out.measure_prompt_lookup()
+        assert held_out.samples == samples, "they are those of the draft"
+        for sample, prompt, reply in zip(samples, PROMPTS[:4], replies[:4], strict=True):
+            assert sample.source == prompt.source and sample.tokens == [f" {token_id}" for token_id in reply.token_ids]
+            assert sum(depth > 0 for depth in sample.depths) == sum(reply.accepted_per_forward)
+        shown.append(samples)
+    assert shown[0] == shown[1] and len(shown[0]) == 4
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])

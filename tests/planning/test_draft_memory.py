@@ -53,6 +53,8 @@ def test_an_offloaded_optimizer_takes_nothing_of_the_device():
     assert sharing.optimizer(10**6) == 0 and sharing.step(10**6, fused=True) == 0
     kept = Sharing.of(load_ds_config(FOLDER / "zero3.json"), 4)
     assert kept.optimizer(10**6) == 12 * 10**6 // 4
+    # master weights and moments twice; gradients and weights in the precisions that the file names
+    assert kept.step_traffic(10**6) == (2 * 12 + kept.gradient_itemsize + kept.itemsize) * 10**6 // 4
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "step"])

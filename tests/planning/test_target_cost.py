@@ -85,6 +85,19 @@ def test_weights_that_stay_quantised_are_counted_so(layout, tmp_path):
     assert (quantised is None) == (layout == "dequantised")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_forward_reads_each_weight_once_and_of_the_embedding_only_rows(tied):
+    config = tiny_config("llama")
+    config.tie_word_embeddings = tied
+    planned = TargetCost(without_weights(config, TargetSection(), torch.device("cpu")), ALONE)
+    model = tiny_model("llama")
+    layers = sum(weight.nbytes for name, weight in model.model.named_parameters() if "embed_tokens" not in name)
+    row = 4 * config.hidden_size  # fp32
+    written = (len(AUX_LAYERS) * TOKENS + TOKENS + len(SLOTS)) * row
+    head = model.lm_head.weight.nbytes  # which a tied model reads as a whole too
+    assert planned.least_bytes(forward(), len(AUX_LAYERS)) == layers + head + TOKENS * row + written
+
+
 def causal_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
     """Of PyTorch's attention on a CPU, which its counter does not know: scores and outputs of the keys that are not masked."""
     batch_size, heads, length, width = query_shape
