@@ -13,6 +13,7 @@ from engine.config.strict import did_you_mean
 
 FOLDER = Path(__file__).parent
 COMMANDS = {
+    "check": "check_setup.py",
     "prepare": "prepare_data.py",
     "regenerate": "regenerate_data.py",
     "inspect": "inspect_data.py",

@@ -24,6 +24,7 @@ LAYERS = (
     "conversations",
     "runtime",
     "trainer",
+    "setup_checks",
 )
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 TESTS_OF_NO_SINGLE_FILE = {

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -536,8 +536,19 @@ def _is_one_of(process: psutil.Process, names: Sequence[str]) -> bool:
     return any(name in part for part in process.cmdline()[:4] for name in names)
 
 
+_last_actions: list[Callable[[], None]] = []
+
+
+def before_end(action: Callable[[], None]) -> None:
+    """Let `end_at_once` call a function first, such as one that removes a temporary folder; its errors are ignored."""
+    _last_actions.append(action)
+
+
 def end_at_once(code: int) -> NoReturn:
-    """End this process and those that it has started, without exit functions."""
+    """End this process and those that it has started, without exit functions but those of `before_end`."""
+    for action in _last_actions:
+        with suppress(Exception):
+            action()
     with suppress(psutil.Error):
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):

@@ -1,0 +1,228 @@
+"""Bandwidth and latency of collectives between ranks, as bus bandwidth.
+
+The bus bandwidth of n ranks is the size of a collective divided by its time, times a factor after
+which it equals the speed of the slowest link, whatever n is:
+
+    all-reduce                2 (n - 1) / n    size = bytes of each rank's tensor
+    all-gather, all-to-all      (n - 1) / n    size = bytes that each rank has received, its own included
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+from engine.parallel.mesh import World
+from engine.setup_checks.finding import Finding, ok, warning
+from engine.setup_checks.rank_facts import RankFacts, names_of
+
+ALL_REDUCE, ALL_GATHER, ALL_TO_ALL = "all-reduce", "all-gather", "all-to-all"
+OPERATIONS = (ALL_REDUCE, ALL_GATHER, ALL_TO_ALL)
+WITHIN, ACROSS, WHOLE = "within a node", "across nodes", "all ranks"
+KIB, MIB = 1 << 10, 1 << 20
+SIZES = {"cpu": (4 * KIB, 256 * KIB, 16 * MIB), "cuda": (4 * KIB, MIB, 16 * MIB, 256 * MIB)}
+SECONDS_PER_SIZE = 0.1  # of repetitions
+MOST_REPETITIONS = 50
+MOST_SECONDS = 2.0  # of one collective; sizes that would take longer are left out
+FREE_SHARE = 4  # a size takes at most this part of the free memory
+# Bus bandwidth in GB/s below which the exchange of gradients holds up training: that of a GPU on PCIe without direct
+# access to its neighbours, of a network of 25 Gbit/s, and of a network of 1 Gbit/s for ranks on CPUs.
+LEAST_GB_PER_S = {("cuda", WITHIN): 5.0, ("cuda", ACROSS): 2.0, ("cpu", WITHIN): 0.1, ("cpu", ACROSS): 0.1}
+OUTLIER = 2.0  # a node this many times as slow as the median is named
+GRADIENT_BYTES = 840_000_000  # of a draft of 0.42 billion weights in bf16, as for a target of 8 billion
+NETWORK_FIX = (
+    "Choose the network with NCCL_SOCKET_IFNAME and NCCL_IB_HCA (docs/multi_node.md); NCCL_DEBUG=INFO shows which one is in use"
+)
+NODE_FIX = "Look at `nvidia-smi topo -m` for how the GPUs are connected, and at NCCL_DEBUG=INFO for how NCCL connects them"
+CPU_FIX = "Choose the network with GLOO_SOCKET_IFNAME (docs/multi_node.md)"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Groups of ranks that communicate at the same time.
+
+    name: `WITHIN`, `ACROSS` or `WHOLE`. groups: the ranks of each group. num_ranks: ranks of each group.
+    """
+
+    name: str
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.groups[0])
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """The time of one collective of one size.
+
+    scope: name of the groups that communicated. num_ranks: of each group. num_bytes: size, as defined above.
+    seconds_of_groups: the slowest rank's time in each group.
+    """
+
+    operation: str
+    scope: str
+    num_ranks: int
+    num_bytes: int
+    seconds_of_groups: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        return max(self.seconds_of_groups)
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bus bandwidth of the slowest group, in 1e9 bytes per second."""
+        return self.num_bytes / self.seconds * bus_factor(self.operation, self.num_ranks) / 1e9
+
+
+def bus_factor(operation: str, num_ranks: int) -> float:
+    """Return the bus bandwidth divided by size per time."""
+    share = (num_ranks - 1) / num_ranks
+    return 2 * share if operation == ALL_REDUCE else share
+
+
+def scopes_of(size: int, local_size: int) -> list[Scope]:
+    """Return the groups to measure: all ranks, and with several nodes also those within nodes and across nodes."""
+    every_rank = range(size)
+    num_nodes = -(-size // local_size)
+    if size == 1:
+        return []
+    whole = tuple(every_rank)
+    if num_nodes == 1:
+        return [Scope(WITHIN, (whole,))]
+    if local_size == 1:
+        return [Scope(ACROSS, (whole,))]
+    nodes = tuple(tuple(every_rank[first : first + local_size]) for first in range(0, size, local_size))
+    across = tuple(tuple(every_rank[local_rank::local_size]) for local_rank in range(local_size))
+    return [Scope(WHOLE, (whole,)), Scope(WITHIN, nodes), Scope(ACROSS, across)]
+
+
+def measure_scope(
+    world: World, scope: Scope, free_bytes: int, timeout_s: float, busy: Callable[[str], None]
+) -> list[LinkSpeed]:
+    """Measure all collectives of a scope; a collective of all ranks.
+
+    free_bytes: memory that every rank has. busy: shows a text.
+    """
+    group = None
+    number = 0
+    timeout = timedelta(seconds=timeout_s)
+    for index, ranks in enumerate(scope.groups):
+        made = distributed.new_group(list(ranks), timeout)
+        if world.rank in ranks:
+            group = made
+            number = index
+    assert group is not None, "every rank is in one group"
+    sizes = [size for size in SIZES[world.device.type] if FREE_SHARE * size <= free_bytes]
+    speeds = []
+    for operation in OPERATIONS:
+        previous: LinkSpeed | None = None
+        for num_bytes in sizes:
+            if previous is not None and previous.seconds * num_bytes / previous.num_bytes > MOST_SECONDS:
+                break
+            busy(f"{operation} {scope.name}, {size_text(num_bytes)}")
+            collective, actual_bytes = _collective(operation, num_bytes, scope.num_ranks, world.device, group)
+            own_seconds = _time(collective, world)
+            by_group: dict[int, float] = {}
+            for index, seconds in world.gather((number, own_seconds)):
+                by_group[index] = max(seconds, by_group.get(index, 0.0))
+            times = tuple(seconds for _, seconds in sorted(by_group.items()))
+            previous = LinkSpeed(operation, scope.name, scope.num_ranks, actual_bytes, times)
+            speeds.append(previous)
+    return speeds
+
+
+def _collective(
+    operation: str, num_bytes: int, num_ranks: int, device: torch.device, group: distributed.ProcessGroup
+) -> tuple[Callable[[], object], int]:
+    """Return a collective of about `num_bytes`, and its exact size in bytes."""
+    length = max(1, num_bytes // 4 // num_ranks)
+    whole = torch.zeros(length * num_ranks, dtype=torch.float32, device=device)
+    if operation == ALL_REDUCE:
+        return lambda: distributed.all_reduce(whole, group=group), whole.nbytes
+    if operation == ALL_GATHER:
+        part = whole[:length].clone()
+        return lambda: distributed.all_gather_into_tensor(whole, part, group=group), whole.nbytes
+    sent = torch.zeros_like(whole)
+    return lambda: distributed.all_to_all_single(whole, sent, group=group), whole.nbytes
+
+
+def _time(collective: Callable[[], object], world: World) -> float:
+    """Return the mean time of a collective on this rank, in seconds; a collective of all ranks."""
+    _run(collective, 1, world)  # connects the ranks
+    slowest = torch.tensor([_run(collective, 1, world)], dtype=torch.float64, device=world.device)
+    repetitions = _repetitions(world, slowest)
+    return _run(collective, repetitions, world) / repetitions
+
+
+def _repetitions(world: World, seconds: Tensor) -> int:
+    """Return how often to repeat a collective, the same on all ranks."""
+    distributed.all_reduce(seconds, op=distributed.ReduceOp.MAX)
+    wanted = int(SECONDS_PER_SIZE / max(seconds.item(), 1e-6))
+    return min(max(wanted, 1), MOST_REPETITIONS)
+
+
+def _run(collective: Callable[[], object], repetitions: int, world: World) -> float:
+    """Return the seconds of some repetitions, which all ranks begin together."""
+    world.barrier()
+    _wait(world.device)
+    began_s = time.perf_counter()
+    for _ in range(repetitions):
+        collective()
+    _wait(world.device)
+    return time.perf_counter() - began_s
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def judge_links(speeds: Sequence[LinkSpeed], device_type: str, ranks: Sequence[RankFacts], scope: Scope) -> list[Finding]:
+    """Return a finding per collective of one scope. speeds: those of the scope."""
+    findings = []
+    for operation in OPERATIONS:
+        of_one = [speed for speed in speeds if speed.operation == operation]
+        if of_one:
+            findings.append(_judge_operation(of_one, device_type, ranks, scope))
+    return findings
+
+
+def _judge_operation(speeds: Sequence[LinkSpeed], device_type: str, ranks: Sequence[RankFacts], scope: Scope) -> Finding:
+    smallest = speeds[0]
+    largest = speeds[-1]
+    rates = ", ".join(f"{speed.gb_per_s:.3g} GB/s at {size_text(speed.num_bytes)}" for speed in reversed(speeds[1:]))
+    shape = f"{largest.num_ranks} ranks {scope.name}" if scope.name != WHOLE else f"all {largest.num_ranks} ranks"
+    text = f"{shape}: {rates or 'bandwidth was not measured'}; latency {smallest.seconds * 1e6:,.0f} us"
+    median = statistics.median(largest.seconds_of_groups)
+    slow = [index for index, seconds in enumerate(largest.seconds_of_groups) if seconds > OUTLIER * median]
+    if slow and scope.name == WITHIN:
+        members = [rank for rank in ranks if any(rank.rank in scope.groups[index] for index in slow)]
+        text = f"{text}; {names_of(members)} took {largest.seconds / median:.1f} times as long as other nodes"
+        return warning(
+            largest.operation, text, "Compare this node with the others (`nvidia-smi topo -m`, `nvidia-smi -q -d CLOCK,POWER`)"
+        )
+    least = LEAST_GB_PER_S[device_type, WITHIN if scope.name == WITHIN else ACROSS]
+    if len(speeds) > 1 and largest.gb_per_s < least:
+        gradient_s = GRADIENT_BYTES * bus_factor(ALL_REDUCE, largest.num_ranks) / largest.gb_per_s / 1e9
+        text = f"{text}; at this speed the gradients of a draft for an 8B target take {gradient_s:.2g} s per step"
+        return warning(largest.operation, text, _fix_of(device_type, scope))
+    return ok(largest.operation, text)
+
+
+def _fix_of(device_type: str, scope: Scope) -> str:
+    if device_type == "cpu":
+        return CPU_FIX
+    return NODE_FIX if scope.name == WITHIN else NETWORK_FIX
+
+
+def size_text(num_bytes: int) -> str:
+    """Return a size as text, such as `16 MiB`; sizes are rounded, since they are divided by the number of ranks."""
+    if num_bytes >= MIB // 2:
+        return f"{num_bytes / MIB:.0f} MiB"
+    return f"{num_bytes / KIB:.0f} KiB"

@@ -1,0 +1,81 @@
+"""The whole command on real ranks: what it prints, and that nothing is left of it."""
+
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.setup_checks.check_list import TEMPORARY
+from engine.setup_checks.trial_run import TRAIN
+from tests.distributed import launch, launch_and
+
+COMMAND = "launcher/check_setup.py"
+
+
+def temporary_folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"))
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[set[Path]]:
+    """Temporary folders of other commands; a test that leaves one of its own fails."""
+    others = temporary_folders()
+    yield others
+    assert temporary_folders() <= others
+
+
+def test_two_ranks_are_ready_and_print_one_object(tmp_path, nothing_left):
+    folder = tmp_path / "outputs"
+    ended = launch([COMMAND, "--json", "--folder", str(folder)], ranks=2)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    report = json.loads(ended.stdout)
+    assert report["status"] == "ready" and report["num_problems"] == 0 and report["summary"].startswith("ready")
+    names = {finding["name"] for finding in report["findings"]}
+    assert names >= {
+        "Python",
+        "torch",
+        "/dev/shm",
+        "ranks",
+        "all-reduce",
+        "all-to-all",
+        "disk speed",
+        "models",
+        "kernels",
+        "training",
+    }
+    assert [rank["rank"] for rank in report["facts"]["ranks"]] == [0, 1]
+    assert all(link["bus_gb_per_s"] > 0 for link in report["facts"]["links"])
+    assert len(report["facts"]["training"]) == 2 and report["facts"]["training"][1]["loss"] > 0
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem_and_the_other_checks_run(tmp_path, nothing_left):
+    file = tmp_path / "file"
+    file.touch()
+    ended = launch([COMMAND, "--folder", str(file / "outputs"), "--ds_config", "zero0"])
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+    lines = [line.split() for line in ended.stdout.splitlines()]
+    (problem,) = [line for line in lines if line[0] == "problem"]
+    assert problem[1] == "disk" and "cannot be written" in " ".join(problem)
+    assert ["ok", "training"] in [line[:2] for line in lines]
+    assert ended.stdout.splitlines()[-1].startswith("not ready: 1 problem")
+
+
+def test_a_check_that_is_interrupted_leaves_no_files_and_says_so(tmp_path, nothing_left):
+    def interrupt(processes: list[Any]) -> None:
+        deadline_s = time.monotonic() + 60
+        while not any((folder / "run" / TRAIN).exists() for folder in temporary_folders() - nothing_left):
+            assert time.monotonic() < deadline_s and processes[0].is_alive()
+            time.sleep(0.01)
+        os.kill(processes[1].pid, signal.SIGTERM)
+
+    ended = launch_and(interrupt, [COMMAND, "--folder", str(tmp_path)], ranks=2)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert "ended by SIGTERM" in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith("not ready: 1 problem")

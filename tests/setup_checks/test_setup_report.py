@@ -1,0 +1,42 @@
+"""Findings are printed at once, and checks that take too long end with a summary."""
+
+import threading
+
+from engine.setup_checks.finding import ok, warning
+from engine.setup_checks.setup_report import SetupReport
+
+
+def test_findings_appear_at_once_and_the_summary_once(capsys):
+    report = SetupReport(speaks=True, as_json=False)
+    report.begin("Disk")
+    report.add(ok("disk space", "90 GiB free"), warning("disk speed", "writes 20 MB/s", "Use another disk"))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "Disk" and printed[1].split() == ["ok", "disk", "space", "90", "GiB", "free"]
+    assert printed[3].split() == ["to", "fix", "Use", "another", "disk"]
+    report.finish()
+    report.finish()
+    report.interrupt()
+    assert capsys.readouterr().out.startswith("ready, with 1 warning (") and report.exit_code == 0
+
+
+def test_other_ranks_do_not_print(capsys):
+    report = SetupReport(speaks=False, as_json=False)
+    report.add(ok("disk space", "90 GiB free"))
+    report.finish()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_check_that_takes_too_long_is_a_problem_and_ends_the_job(capsys):
+    report = SetupReport(speaks=True, as_json=False)
+    report.begin("Links")
+    has_ended = threading.Event()
+    with report.limit(0.05, "Look at the network", lambda text: has_ended.set()):
+        report.busy("all-reduce across nodes, 16 MiB")
+        assert has_ended.wait(5)
+    with report.limit(5, "Look at the network", lambda text: has_ended.clear()):
+        pass
+    report.interrupt()
+    assert has_ended.is_set() and report.exit_code == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert "did not end within 0 s: all-reduce across nodes" in printed[1]
+    assert printed[-1].startswith("not ready: 1 problem")
