@@ -121,9 +121,9 @@ def measure_scope(
     sizes = [size for size in SIZES[world.device.type] if FREE_SHARE * size <= free_bytes]
     speeds = []
     for operation in OPERATIONS:
-        previous: LinkSpeed | None = None
+        of_one: list[LinkSpeed] = []
         for num_bytes in sizes:
-            if previous is not None and previous.seconds * num_bytes / previous.num_bytes > MOST_SECONDS:
+            if predicted_seconds(of_one, num_bytes) > MOST_SECONDS:
                 break
             busy(f"{operation} {scope.name}, {size_text(num_bytes)}")
             collective, actual_bytes = _collective(operation, num_bytes, scope.num_ranks, world.device, group)
@@ -132,9 +132,21 @@ def measure_scope(
             for index, seconds in world.gather((number, own_seconds)):
                 by_group[index] = max(seconds, by_group.get(index, 0.0))
             times = tuple(seconds for _, seconds in sorted(by_group.items()))
-            previous = LinkSpeed(operation, scope.name, scope.num_ranks, actual_bytes, times)
-            speeds.append(previous)
+            of_one.append(LinkSpeed(operation, scope.name, scope.num_ranks, actual_bytes, times))
+        speeds += of_one
     return speeds
+
+
+def predicted_seconds(measured: Sequence[LinkSpeed], num_bytes: int) -> float:
+    """Return the time of a larger collective, from smaller ones; 0 if none was measured.
+
+    The first is so small that its time is the latency, which does not grow with the size.
+    """
+    if not measured:
+        return 0.0
+    latency_s = measured[0].seconds
+    last = measured[-1]
+    return latency_s + max(0.0, last.seconds - latency_s) * num_bytes / last.num_bytes
 
 
 def _collective(

@@ -16,6 +16,7 @@ from engine.setup_checks.link_speed import (
     Scope,
     judge_links,
     measure_scope,
+    predicted_seconds,
     scopes_of,
 )
 from tests.distributed import run_ranks
@@ -42,6 +43,13 @@ def test_ranks_are_grouped_within_and_across_nodes():
     assert scopes_of(8, 4)[2].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
     assert [scope.name for scope in scopes_of(2, 2)] == [WITHIN] and [scope.name for scope in scopes_of(2, 1)] == [ACROSS]
     assert not scopes_of(1, 1)
+
+
+def test_latency_does_not_count_as_bandwidth():
+    small = LinkSpeed(ALL_REDUCE, WITHIN, 2, 4 << 10, (0.05,))
+    large = LinkSpeed(ALL_REDUCE, WITHIN, 2, 1 << 20, (0.15,))
+    assert predicted_seconds([], 1 << 30) == 0 and predicted_seconds([small], 1 << 30) == 0.05
+    assert predicted_seconds([small, large], 16 << 20) == pytest.approx(0.05 + 16 * 0.1)
 
 
 def test_slow_links_and_slow_nodes_are_warnings():
