@@ -556,6 +556,7 @@ class Trainer:
             measure=None if evaluator is None else evaluator.measure_draft,
             keep_samples=partial(self.write_samples, evaluator),
             measure_held_out=None if held_out_loss is None else held_out_loss.measure,
+            monitor=partial(zero.write_monitors, group="evaluation"),
             note=self.telemetry.note,
             write_page=self.write_page,
         )

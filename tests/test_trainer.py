@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -150,14 +151,20 @@ def test_deepspeeds_own_monitors_get_the_metrics(tmp_path, tiny_target, tiny_cor
     for monitor in ("csv_monitor", "tensorboard"):
         ds_config[monitor] = {"enabled": True, "output_path": str(tmp_path / monitor), "job_name": "draft"}
     (tmp_path / "ds.json").write_text(json.dumps(ds_config))
-    command = arguments(tmp_path / "run", tiny_target, tiny_corpus, "max_steps=2")
+    options = ["max_steps=2", "evaluation.every_steps=1", "checkpoint.every_steps=1"]
+    command = arguments(tmp_path / "run", tiny_target, tiny_corpus, *options)
     command[2] = str(tmp_path / "ds.json")
     run(command)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_2")  # the last step is taken and evaluated again
+    run([*command, "checkpoint.resume=true"])
     expected = pytest.approx([line["loss"] for line in metrics(tmp_path / "run")], rel=1e-5)
     (written,) = (tmp_path / "csv_monitor" / "draft").glob("*train_loss.csv")
     assert [float(line.split(",")[1]) for line in written.read_text().splitlines()[1:]] == expected
     events = EventAccumulator(str(tmp_path / "tensorboard" / "draft")).Reload()
     assert [event.value for event in events.Scalars("train/loss")] == expected
+    evaluations = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    losses = [line["held_out_loss"] for line in evaluations]
+    assert [event.value for event in events.Scalars("evaluation/held_out_loss")] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,15 @@ class Evaluation:
             raise ValueError(f"the evaluation of step {self.step} has nothing for evaluation.best_by={self.best_by}")
         return -value if self.best_by == LOSS else value
 
+    def scalars(self) -> dict[str, float]:
+        """Return the results for monitors, by name."""
+        named = {
+            "acceptance_length": self.acceptance_length,
+            "held_out_loss": self.held_out_loss,
+            "held_out_acceptance_length": self.held_out_acceptance_length,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
     def settings(self) -> tuple[Any, ...]:
         """Return what must be equal for two scores to be comparable."""
         if self.best_by == ACCEPTANCE:
@@ -134,10 +143,12 @@ class EvaluationHistory:
     The best draft is the one with the largest score, and the earliest of equal ones.
     evaluations: those whose drafts can be compared. earlier: those of which `draft` no longer holds
     the best, because a later draft, of steps that are taken again, has replaced it.
+    last_step: of the last evaluation of an earlier run, which may be after its checkpoint.
     """
 
     evaluations: list[Evaluation] = field(default_factory=list)
     earlier: list[Evaluation] = field(default_factory=list)
+    last_step: int = 0
 
     @classmethod
     def read(cls, output_dir: Path, first_step: int, warn: Callable[[str], None]) -> "EvaluationHistory":
@@ -160,7 +171,8 @@ class EvaluationHistory:
             warn(f"  {len(kept) - len(comparable)} evaluations with other settings are not compared with later ones")
             gone += [evaluation for evaluation in kept if evaluation not in comparable]
         is_replaced = any(evaluation.is_kept for evaluation in found if evaluation.step > first_step)
-        return cls([], gone + comparable) if is_replaced else cls(comparable, gone)
+        last_step = max((evaluation.step for evaluation in found), default=0)
+        return cls([], gone + comparable, last_step) if is_replaced else cls(comparable, gone, last_step)
 
     @property
     def best(self) -> Evaluation | None:

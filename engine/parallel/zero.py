@@ -215,10 +215,10 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         is_bad = not torch.cat(largest).isfinite().all()
         return not world.any_rank([is_bad])[0]
 
-    def write_monitors(self, values: dict[str, float], step: int) -> None:
-        """Write values to the monitors that the DeepSpeed configuration enables."""
+    def write_monitors(self, values: dict[str, float], step: int, group: str = "train") -> None:
+        """Write values to the monitors that the DeepSpeed configuration enables, each under `group/name`."""
         if self.engine.monitor.enabled:
-            self.engine.monitor.write_events([(f"train/{name}", value, step) for name, value in values.items()])
+            self.engine.monitor.write_events([(f"{group}/{name}", value, step) for name, value in values.items()])
 
     def save(self, folder: Path, tag: str, client_state: dict[str, Any]) -> None:
         """Copy the state of a checkpoint to the host, from where `files.write` writes it to `folder / tag`.

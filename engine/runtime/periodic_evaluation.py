@@ -23,7 +23,7 @@ class PeriodicEvaluation:
     measure: returns its acceptance, the same on every rank; None = the target does not decode.
     keep_samples: writes some of the replies that were measured, given the step.
     measure_held_out: returns the loss of the current weights on held-out conversations; None = there are none.
-    note: writes a line to the log.
+    monitor: writes numbers to the monitors, given the step. note: writes a line to the log.
     write_page: writes the report of the run so far, on rank 0.
     """
 
@@ -37,6 +37,7 @@ class PeriodicEvaluation:
     measure: Callable[[ServedDraft], AcceptanceReport] | None
     keep_samples: Callable[[int], None]
     measure_held_out: Callable[[], HeldOutReport] | None
+    monitor: Callable[[dict[str, float], int], None]
     note: Callable[[str], None]
     write_page: Callable[[], None]
 
@@ -77,6 +78,8 @@ class PeriodicEvaluation:
         is_best = self.history.add(evaluation)
         if self.world.is_main:
             self.history.write(self.output_dir)
+            if step > self.history.last_step:  # monitors have earlier steps already
+                self.monitor(evaluation.scalars(), step)
         if is_best:
             self._keep_last()
         self.write_page()
