@@ -40,7 +40,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
-        "gpu": ["accelerate>=1.1", "liger-kernel>=0.8.5,<0.9"],
+        "gpu": ["accelerate>=1.1", "liger-kernel>=0.8.5,<0.9", "nvidia-ml-py>=12.535"],
         "data": DATA,
         "dev": [
             *DATA,

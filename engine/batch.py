@@ -142,6 +142,7 @@ class MicroBatch:
     embed_TD: [T, D], rows of the target's embedding table; D is the target's hidden size.
     allowed_ST: bool [S, T], result of `allowed_rows`.
     faults: documents that are left out; None if the hidden states were not checked.
+    peak_s: seconds that its FLOPs would take at the peak rate of the device; None = unknown.
     """
 
     batch: PackedBatch
@@ -149,6 +150,7 @@ class MicroBatch:
     embed_TD: torch.Tensor
     allowed_ST: torch.Tensor
     faults: StateFaults | None = None
+    peak_s: float | None = None
 
     @property
     def num_tokens(self) -> int | torch.Tensor:

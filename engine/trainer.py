@@ -47,6 +47,7 @@ from engine.hidden_states.protocol import HiddenStateSource, Target
 from engine.hidden_states.remote_target import RemoteSource, RemoteTarget
 from engine.hidden_states.sources import open_source
 from engine.host.files import write_json, write_text
+from engine.host.hardware import HardwareSampler
 from engine.host.telemetry import Telemetry
 from engine.kernels import Kernels, choose_kernels
 from engine.kernels.self_check import SelfCheck
@@ -77,6 +78,7 @@ from engine.runtime.held_out_loss import HeldOutLoss
 from engine.runtime.periodic_evaluation import PeriodicEvaluation
 from engine.runtime.progress import Progress
 from engine.runtime.run_stop import StopAgreement
+from engine.runtime.run_warnings import RunWarnings
 from engine.runtime.step_work import StepWork
 from engine.runtime.train_log import LogSettings, TrainLog
 from engine.runtime.training_loop import Annealing, RunSpan, Segment, TrainingLoop
@@ -410,11 +412,16 @@ class Trainer:
         watch = FaultWatch(watch_settings, self.telemetry.warn, zero.num_skipped_steps)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
         clock = StepClock(self.world.device, self.config.overlap.traced)
-        schedules = TrainingSchedules(self.training_facts(zero), corpus.loader, target, clock, self.telemetry.note)
+        note = self.telemetry.note
+        warnings = RunWarnings(
+            self.output_dir, self.world, span.done, self.telemetry.warn, self.config.target.store is not None
+        )
+        schedules = TrainingSchedules(self.training_facts(zero), corpus.loader, target, clock, note)
         with (
+            HardwareSampler.open(self.world.device, self.world.local_rank, note) as hardware,
             self.progress.training(),
             self.telemetry.progress(span.last, "steps") as bar,
-            TrainLog(settings, zero, self.world, watch, clock) as log,
+            TrainLog(settings, zero, self.world, watch, clock, hardware, warnings) as log,
         ):
             bar.start_at(span.done)
             log.restore(self.unlogged)

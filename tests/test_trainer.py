@@ -34,7 +34,9 @@ from tests.parallel.families import tiny_model
 DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
 ENVIRONMENT = os.environ | ON_CPU
-TIMES = {"tokens_per_s", "step_s", "parts_s", "overlap_efficiency", "memory_gib"}
+HARDWARE = {"gpu_utilization", "gpu_memory_gib", "gpu_power_w", "gpu_temperature_c", "gpu_clock_mhz", "pcie_gb_per_s"}
+HARDWARE |= {"nvlink_gb_per_s", "cpu_utilization", "host_memory_gib", "joules_per_million_tokens", "mfu"}
+TIMES = HARDWARE | {"tokens_per_s", "step_s", "parts_s", "overlap_efficiency", "memory_gib"}
 
 
 def arguments(output: Path, target: Path, corpus, *overrides: str) -> list[str]:
@@ -86,6 +88,9 @@ def test_two_ranks_train_export_and_measure(launcher, tmp_path, tiny_target, tin
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert json.loads((tmp_path / "ds_config.json").read_text())["scheduler"]["params"]["total_num_steps"] == len(lines)
+    measured = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(line) > HARDWARE and line["mfu"] is line["gpu_power_w"] is None for line in measured)
+    assert all(line["host_memory_gib"] > 0 for line in measured)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["after"]["num_prompts"] == 2 and summary["after"]["mismatches"] == 0
     (sample,) = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]  # of rank 0's prompt

@@ -132,7 +132,8 @@ def warnings_section(run: RunRecord, runs: Sequence[RunRecord]) -> str:
     bad_steps = list(_bad_steps(run.folder / BAD_STEPS))
     name = f"{counted(len(bad_steps), 'list')} of steps with a loss or a gradient that was not finite"
     parts.append(_listed(name, bad_steps))
-    texts = [_warning_text(line) for line in run.warnings]
+    latest = {(line.get("name"), line.get("rank")): line for line in run.warnings}  # a later line has a later count
+    texts = [_warning_text(line) for line in latest.values()]
     parts.append(_listed(counted(len(texts), "warning"), texts))
     shown = "".join(part for part in parts if part)
     heading = f"<h2>Warnings{of_run(run, runs)}</h2>" if shown and len(runs) > 1 else ""
@@ -154,7 +155,9 @@ def _warning_text(line: object) -> str:
     step = finite(line.get("step"))
     place = "" if step is None else f"step {step:,.0f}: "
     name = line.get("name")
-    return f"{place}{line.get('text', '')}" + (f" ({name})" if name else "")
+    count = finite(line.get("count"))
+    times = "" if count is None or count < 2 else f", {count:,.0f} times"
+    return f"{place}{line.get('text', '')}" + (f" ({name}{times})" if name else "")
 
 
 def _bad_steps(folder: Path) -> Iterator[str]:

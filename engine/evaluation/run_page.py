@@ -1,7 +1,7 @@
 """The report of a run, or of two, as one self-contained HTML page."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from engine.evaluation.page_samples import samples_section
 from engine.evaluation.run_record import CONFIG, RunRecord, column
 from engine.host.files import write_text
 from engine.host.telemetry import visible
+from engine.overlap.bottleneck import bottleneck
 
 SHOWN_TTT_STEPS = (0, 2, 6)  # TTT steps whose accuracy is drawn: the 1st, 3rd and 7th
 PART_NAMES = {
@@ -182,23 +183,3 @@ def _step_time(runs: Sequence[RunRecord]) -> str:
         advice.append(f"<p>{escaped(named)}</p>")
     chart = stacked_bars("Mean of the last tenth of the logged steps", bars, "s")
     return f"<h2>Where the time of a step goes</h2>{chart}{''.join(advice)}" if chart else ""
-
-
-def bottleneck(parts_s: Mapping[str, float], step_s: float, reads_store: bool = False) -> str:
-    """Return a sentence that names what a step waits for most, and the option that would change it.
-
-    parts_s: mean seconds of each part. reads_store: whether hidden states are read from a store.
-    """
-    draft_s = parts_s["draft_forward"] + parts_s["backward"] + parts_s["optimizer"]
-    target_s = parts_s["target_forward"]
-    is_serial = target_s > 0.2 * step_s and target_s + draft_s <= 1.1 * step_s
-    is_waiting = parts_s["wait_for_target"] > 0.1 * step_s
-    reads_longest = parts_s["data"] > max(target_s, 0.2 * step_s)
-    if (is_waiting or is_serial) and (reads_longest or reads_store):
-        return "The draft waits for data: put the store or data.cache_dir on a faster disk, or raise overlap.look_ahead."
-    if is_waiting:
-        ways = "give it more ranks (overlap.placement=split with a larger overlap.target_ranks), share it (parallel.tp_size)"
-        return f"The draft waits for the target: {ways}, or capture its hidden states once if there are several epochs."
-    if is_serial:
-        return "Target and draft run one after the other: overlap.placement=colocated or split would hide the shorter one."
-    return "The draft's own forward and backward are the longest part: more ranks for the draft shorten a step."

@@ -183,7 +183,7 @@ def _create_states(optimizer: Any, stage: int) -> None:
 def _load_weight(parameter: torch.nn.Parameter, folder: Path) -> None:
     """Restore a weight and its optimizer state from their files, which hold them whole and perhaps padded."""
     is_partitioned = hasattr(parameter, "ds_shape")  # at stage 3
-    shape: torch.Size = parameter.ds_shape if is_partitioned else parameter.shape
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     for key in (WEIGHT, *ADAM_STATES):
         stored = read_plain(folder / f"{key}.pt", "cpu")
         flat = (stored["param"] if isinstance(stored, dict) else stored).flatten()[: shape.numel()]

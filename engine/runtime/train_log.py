@@ -8,14 +8,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from engine.batch import DraftOutput, MicroBatch
 from engine.config.sections import METRICS
+from engine.evaluation.run_page import SHOWN_TTT_STEPS
+from engine.host.hardware import HardwareReading, HardwareSampler
 from engine.host.pinned_copy import HostCopy, TimeMark
-from engine.overlap.step_clock import TARGET_FORWARD, StepClock, draft_seconds, efficiency, split_ratio
+from engine.overlap.bottleneck import time_shares
+from engine.overlap.step_clock import StepClock, efficiency, split_ratio
 from engine.parallel.mesh import PendingSum, World
 from engine.parallel.zero import ZeroDraft
 from engine.runtime.fault_watch import FaultWatch
 from engine.runtime.metrics import MetricsFile, StepMetrics, used_memory
+from engine.runtime.run_warnings import LoggedInterval, RunWarnings
 
 SECONDS_AFTER_ERROR = 2.0  # time that a failed run waits for metrics still being copied
 SECONDS_BETWEEN_LOOKS = 0.01
@@ -41,7 +47,7 @@ class _PendingLine:
 
     num_steps: steps since the last line. loss_divisor: as in `StepMetrics.values`.
     paused_s: time in which nothing was trained. grad_norm: of the last step; None = unknown.
-    memory_gib: of this rank.
+    memory_gib, reading: of this rank.
     """
 
     step: int
@@ -54,6 +60,7 @@ class _PendingLine:
     paused_s: float
     grad_norm: HostCopy | None
     memory_gib: float
+    reading: HardwareReading
 
 
 class TrainLog:
@@ -64,12 +71,23 @@ class TrainLog:
     written; other ranks may never send theirs.
     """
 
-    def __init__(self, settings: LogSettings, zero: ZeroDraft, world: World, watch: FaultWatch, clock: StepClock) -> None:
+    def __init__(
+        self,
+        settings: LogSettings,
+        zero: ZeroDraft,
+        world: World,
+        watch: FaultWatch,
+        clock: StepClock,
+        hardware: HardwareSampler,
+        warnings: RunWarnings,
+    ) -> None:
         self._settings = settings
         self._zero = zero
         self._world = world
         self._watch = watch
         self._clock = clock
+        self._hardware = hardware
+        self._warnings = warnings
         self._metrics = StepMetrics(zero.objective.num_steps, zero.objective.step_weights, world.device)
         self._file: MetricsFile | None = None
         if world.is_main:
@@ -85,34 +103,44 @@ class TrainLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self.flush()
-        else:
-            self._flush_what_arrives()
+        try:
+            if error is None:
+                self.flush()
+            else:
+                self._flush_what_arrives()
+        finally:
+            self._warnings.close()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Context manager around work that is not training, whose time does not count as that of a step."""
         began_s = time.perf_counter()
-        yield
+        with self._hardware.pause():
+            yield
         self._paused_s += time.perf_counter() - began_s
 
     def state(self) -> Any:
         """Return what this rank has not logged yet, for a checkpoint; waits for the device."""
-        return {"last_step": self._last_step, "sums": self._metrics.sums.cpu()}
+        self._metrics.measure({"joules": self._hardware.take_joules(), **self._clock.take_seconds()})
+        now = TimeMark(self._world.device)
+        sums = self._metrics.state()
+        seconds = now.seconds_since(self._last_mark) - self._paused_s
+        return {"last_step": self._last_step, "sums": sums, "seconds": seconds}
 
     def restore(self, states: Sequence[Any]) -> None:
         """Continue with what the ranks of an earlier run had not logged, in any number of them."""
         if not states:
             return
         self._last_step = states[0]["last_step"]
+        self._paused_s = -states[0].get("seconds", 0.0)  # of steps that the earlier run has taken
         if self._world.is_main:  # sums over ranks may begin on any of them
             for state in states:
-                self._metrics.sums += state["sums"].to(self._metrics.sums.device)
+                self._metrics.restore(state["sums"])
 
     def count(self, step: int, output: DraftOutput, micro: MicroBatch) -> None:
         """Add one micro-batch of a step, without a host sync."""
         self._metrics.add(output, micro.num_tokens, micro.num_left_out)
+        self._metrics.measure({"peak_s": micro.peak_s})
         self._watch.add(step, output, micro)
 
     def end_step(self, step: int) -> None:
@@ -151,17 +179,20 @@ class TrainLog:
         parts = 1
         if not self._zero.objective.is_normalised_globally:
             parts = self._world.size * self._zero.accumulation_steps
+        reading = self._hardware.take()
+        self._metrics.measure({"joules": reading.joules, **self._clock.take_seconds()})
         line = _PendingLine(
             step=step,
             learning_rate=self._zero.learning_rate,
             loss_divisor=num_steps * parts,
             num_steps=num_steps,
-            sums=self._metrics.start_read(self._world, self._clock.take_seconds()),
+            sums=self._metrics.start_read(self._world),
             began=self._last_mark,
             ended=mark,
             paused_s=self._paused_s,
             grad_norm=None if grad_norm is None else HostCopy(grad_norm),
             memory_gib=used_memory(self._world.device) / 2**30,
+            reading=reading,
         )
         self._last_step = step
         self._last_mark = mark
@@ -180,12 +211,24 @@ class TrainLog:
         metrics |= {"step": pending.step, "lr": pending.learning_rate, "tokens_per_s": tokens_per_s}
         grad_norm = None if pending.grad_norm is None else pending.grad_norm.wait().item()
         metrics |= {"grad_norm": grad_norm, "memory_gib": pending.memory_gib}
+        metrics |= pending.reading.metrics() | self._rates(sums, metrics["tokens"], interval_s)
         self.line = _progress_line(metrics)
         if self._file is not None:
             self._file.write(metrics)
             scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
             if pending.step > self._file.last_step:  # monitors have earlier steps already, with the same values
                 self._zero.write_monitors(scalars, pending.step)
+        self._warnings.add(pending.step, LoggedInterval(interval_s, step_s, parts_s, pending.reading))
+
+    def _rates(self, sums: torch.Tensor, num_tokens: int, interval_s: float) -> dict[str, float | None]:
+        """Return what all ranks together have used of energy and of their peak FLOP/s; None = unknown."""
+        on_host = self._metrics.on_host(sums)
+        joules = on_host["joules"]
+        peak_s = on_host["peak_s"]
+        return {
+            "joules_per_million_tokens": None if joules is None or not num_tokens else joules / num_tokens * 1e6,
+            "mfu": None if peak_s is None else peak_s / (interval_s * self._world.size),
+        }
 
     def _flush_what_arrives(self) -> None:
         """Write the pending line if its sums arrive within `SECONDS_AFTER_ERROR`."""
@@ -198,7 +241,24 @@ class TrainLog:
 
 
 def _progress_line(metrics: dict[str, Any]) -> str:
-    accuracy = " ".join(f"{share:.0%}" for share in metrics["accuracy_per_step"])
-    parts_s = metrics["parts_s"]
-    sides = f"target {parts_s[TARGET_FORWARD]:.2g} s, draft {draft_seconds(parts_s):.2g} s of {metrics['step_s']:.2g} s"
-    return f"loss {metrics['loss']:.3f}  accuracy {accuracy}  {metrics['tokens_per_s']:,.0f} tokens/s  {sides}"
+    per_step = metrics["accuracy_per_step"]
+    accuracy = " ".join(f"{per_step[step]:.0%}" for step in SHOWN_TTT_STEPS if step < len(per_step))
+    parts = [
+        f"loss {metrics['loss']:.3f}",
+        f"accuracy {accuracy}",
+        f"acceptance {metrics['simulated_acceptance_length']:.2f}",
+        f"{metrics['tokens_per_s']:,.0f} tokens/s",
+        _time_line(metrics),
+        f"{metrics['memory_gib']:.1f} GiB",
+    ]
+    if metrics["mfu"] is not None:
+        parts.insert(4, f"MFU {metrics['mfu']:.0%}")
+    return "  ".join(parts)
+
+
+def _time_line(metrics: dict[str, Any]) -> str:
+    """Return the shares of a step's time; that of a target that runs at the same time comes last."""
+    shares = time_shares(metrics["parts_s"], metrics["step_s"])
+    target = f"target {shares.target:.0%}"
+    draft_side = f"draft {shares.draft:.0%}, waiting {shares.waiting:.0%}, rest {shares.rest:.0%}"
+    return f"{draft_side}, overlapped by {target}" if shares.overlaps else f"{target}, {draft_side}"

@@ -16,6 +16,7 @@ from engine.hidden_states.micro_batches import MicroBatchMaker, Rows
 from engine.hidden_states.protocol import Target
 from engine.hidden_states.remote_target import RemoteTarget
 from engine.hidden_states.wire import WireFormat, WireStates
+from engine.models.costs import peak_of
 from engine.models.draft_method import DraftConfig, DraftMethod
 from engine.overlap.bridge import Sides
 from engine.overlap.pipeline import Producer
@@ -25,6 +26,7 @@ from engine.overlap.step_clock import StepClock
 from engine.overlap.streams import size_of
 from engine.parallel.mesh import World
 from engine.runtime.checkpoint import DataState
+from engine.runtime.model_flops import PeakSeconds, TargetRates
 from engine.runtime.target_server import Served
 from engine.runtime.training_loop import Segment
 from engine.target.frozen import FrozenTarget
@@ -74,7 +76,8 @@ class TrainingSchedules:
         self._note = note
         self._is_held_out = is_held_out
         self._chosen: str | None = None
-        self._make = MicroBatchMaker(training.method, target, training.dtype, training.world.device)
+        peak_seconds = _peak_seconds(training, target, note)
+        self._make = MicroBatchMaker(training.method, target, training.dtype, training.world.device, peak_seconds)
 
     @contextmanager
     def open(self, segment: Segment, position: DataState | None) -> Iterator[Schedule[Item, Work]]:
@@ -137,6 +140,29 @@ class TrainingSchedules:
         limits = limits_of(look_ahead, config.overlap)
         pipeline = SplitPipeline(with_rows(), layout, finish, self._clock, limits, bridge, device)
         return Schedule(pipeline, self._clock, training.world)
+
+
+def _peak_seconds(training: Training, target: Target, note: Callable[[str], None]) -> PeakSeconds | None:
+    """Return what counts the work of a micro-batch; None if the peak rates of the device are unknown.
+
+    note: writes a line to the log.
+    """
+    device = training.world.device
+    try:
+        rates = peak_of(device).flops_per_s
+    except ValueError:
+        return None
+    if training.dtype not in rates:
+        return None
+    rate = rates[training.dtype]
+    if not isinstance(target, FrozenTarget):  # it runs on other ranks, or was captured
+        return PeakSeconds(training.method, training.draft, rate)
+    try:
+        of_target = TargetRates.read(training.config.target, device)
+    except Exception as error:  # families without a formula; the run needs none
+        note(f"  no MFU: the FLOPs of the target are unknown ({type(error).__name__}: {error})")
+        return None
+    return PeakSeconds(training.method, training.draft, rate, of_target, rates.get(target.dtype, rate))
 
 
 def micro_batches(loader: PackedLoader, num_steps: int) -> Iterator[Item]:

@@ -34,11 +34,8 @@ class TwinWorld:
         return Sum(values * 2)
 
 
-NO_TIME = dict.fromkeys(PARTS, 0.0)
-
-
 def read(metrics: StepMetrics, world, loss_divisor: int) -> dict:
-    return metrics.values(metrics.start_read(world, NO_TIME).wait(), loss_divisor)
+    return metrics.values(metrics.start_read(world).wait(), loss_divisor)
 
 
 def output(
@@ -71,7 +68,7 @@ def test_metrics_are_ratios_of_sums_over_micro_batches_and_ranks(world, ranks):
 def test_reading_starts_anew():
     metrics = StepMetrics(2, [1.0, 0.5], CPU)
     metrics.add(FIRST, num_tokens=30)
-    first = metrics.start_read(ALONE, NO_TIME)
+    first = metrics.start_read(ALONE)
     metrics.add(SECOND, num_tokens=12)
     again = StepMetrics(2, [1.0, 0.5], CPU)
     again.add(SECOND, num_tokens=12)
@@ -105,9 +102,35 @@ def test_seconds_are_means_over_steps_and_ranks():
     metrics = StepMetrics(2, [1.0, 0.5], CPU)
     metrics.add(FIRST, num_tokens=30)
     seconds = {part: float(place) for place, part in enumerate(PARTS)}
-    sums = metrics.start_read(TwinWorld(), seconds).wait()
+    metrics.measure(seconds)
+    sums = metrics.start_read(TwinWorld()).wait()
     assert metrics.seconds(sums, divisor=2 * 4) == {part: second / 4 for part, second in seconds.items()}
     assert metrics.values(sums, loss_divisor=1)["tokens"] == 60
+
+
+def test_measurements_are_summed_and_unknown_if_they_are_so_on_one_rank():
+    metrics = StepMetrics(2, [1.0, 0.5], CPU)
+    metrics.measure({"joules": 3.0, "peak_s": 0.5})
+    metrics.measure({"joules": 4.0, "peak_s": None})
+    sums = metrics.start_read(TwinWorld()).wait()
+    assert metrics.on_host(sums) == {"joules": 14.0, "peak_s": None}
+    assert metrics.on_host(metrics.start_read(TwinWorld()).wait()) == {"joules": 0.0, "peak_s": 0.0}
+
+
+def test_what_is_not_logged_goes_on_from_a_checkpoint_also_of_an_earlier_version():
+    metrics = StepMetrics(2, [1.0, 0.5], CPU)
+    metrics.add(FIRST, num_tokens=30)
+    metrics.measure({"joules": 3.0, "data": 2.0})
+    state = metrics.state()
+    earlier = torch.cat([state[:12], torch.zeros(len(PARTS))])  # had no joules, and zeros for the parts
+    for sums, joules, data_s in ((state, 4.0, 2.0), (earlier, 1.0, 0.0)):
+        resumed = StepMetrics(2, [1.0, 0.5], CPU)
+        resumed.restore(sums)
+        resumed.add(SECOND, num_tokens=12)
+        resumed.measure({"joules": 1.0})
+        read = resumed.start_read(ALONE).wait()
+        assert resumed.values(read, 1)["tokens"] == 42
+        assert resumed.on_host(read)["joules"] == joules and resumed.seconds(read, 1)["data"] == data_s
 
 
 def test_counting_keeps_no_graph_alive():

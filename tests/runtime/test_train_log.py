@@ -2,16 +2,20 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine.overlap.step_clock import DRAFT_FORWARD, TARGET_FORWARD, StepClock
+from engine.host.hardware import HardwareReading, HardwareSampler
+from engine.host.nvml_gpu import POWER
+from engine.overlap.step_clock import DRAFT_FORWARD, PARTS, TARGET_FORWARD, WAIT, StepClock
 from engine.parallel.mesh import World
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
-from engine.runtime.train_log import LogSettings, TrainLog
+from engine.runtime.run_warnings import RunWarnings
+from engine.runtime.train_log import LogSettings, TrainLog, _progress_line
 from tests.runtime.test_metrics import FIRST, SECOND
 
 
@@ -43,7 +47,7 @@ WARNINGS: list[str] = []
 COLLECTIVES: list[int] = []
 ARRIVES = [True]
 BATCH = SimpleNamespace(document_ids=(0,), host_lengths=(10,))
-MICRO = SimpleNamespace(num_tokens=10, num_left_out=0, faults=None, batch=BATCH)
+MICRO = SimpleNamespace(num_tokens=10, num_left_out=0, faults=None, batch=BATCH, peak_s=0.001)
 
 
 @pytest.fixture
@@ -53,15 +57,41 @@ def zero() -> SimpleNamespace:
     ARRIVES[0] = True
     objective = SimpleNamespace(num_steps=2, step_weights=[1.0, 0.5], is_normalised_globally=False)
     facts = {"learning_rate": 0.5, "accumulation_steps": 1, "num_skipped_steps": 0, "grad_norm": None}
-    return SimpleNamespace(objective=objective, write_monitors=lambda values, step: None, **facts)
+    monitored: list[dict] = []
+    return SimpleNamespace(
+        objective=objective, monitored=monitored, write_monitors=lambda values, step: monitored.append(values), **facts
+    )
+
+
+class Hardware(HardwareSampler):
+    """Uses 500 joules from one call to the next."""
+
+    def take(self) -> HardwareReading:
+        return replace(super().take(), joules=500.0, mean={POWER: 250.0})
+
+    def take_joules(self) -> float:
+        return 500.0
 
 
 def open_log(
-    folder: Path, zero: SimpleNamespace, every_steps: int = 1, num_steps: int = 5, clock: StepClock | None = None
+    folder: Path,
+    zero: SimpleNamespace,
+    every_steps: int = 1,
+    num_steps: int = 5,
+    clock: StepClock | None = None,
+    first_step: int = 0,
+    hardware: HardwareSampler | None = None,
 ) -> TrainLog:
-    settings = LogSettings(folder, every_steps, 0, num_steps)
-    watch = FaultWatch(WATCH, WARNINGS.append)
-    return TrainLog(settings, zero, CountingWorld(0, 1, 0, 1), watch, clock or StepClock(torch.device("cpu")))
+    world = CountingWorld(0, 1, 0, 1)
+    return TrainLog(
+        LogSettings(folder, every_steps, first_step, num_steps),
+        zero,
+        world,
+        FaultWatch(WATCH, WARNINGS.append),
+        clock or StepClock(torch.device("cpu")),
+        hardware or HardwareSampler(),
+        RunWarnings(folder, world, first_step, WARNINGS.append),
+    )
 
 
 def lines(folder: Path) -> list[dict]:
@@ -105,6 +135,63 @@ def test_a_line_accounts_for_the_time_of_its_steps(tmp_path, zero):
     assert parts_s[TARGET_FORWARD] >= 0.01 and parts_s[DRAFT_FORWARD] >= 0.01
     assert sum(parts_s.values()) <= line["step_s"]
     assert line["overlap_efficiency"] <= 0, "one after the other"
+
+
+def test_a_line_has_the_energy_and_the_utilisation_of_its_steps(tmp_path, zero):
+    with open_log(tmp_path, zero, every_steps=2, num_steps=3, hardware=Hardware()) as log:
+        for step in (1, 2, 3):
+            time.sleep(0.01)
+            log.count(step, FIRST, MICRO)
+            log.end_step(step)
+    two, one = lines(tmp_path)
+    assert two["joules_per_million_tokens"] == 500 / 20 * 1e6 and one["joules_per_million_tokens"] == 500 / 10 * 1e6
+    assert two["mfu"] == pytest.approx(0.001 / two["step_s"]) and 0 < one["mfu"] < 0.1
+    assert one["gpu_power_w"] == 250 and one["gpu_utilization"] is None
+    assert "MFU" in log.line and "acceptance " in log.line
+
+
+def test_monitors_get_no_unknown_values(tmp_path, zero):
+    with open_log(tmp_path, zero, num_steps=1) as log:
+        log.count(1, FIRST, SimpleNamespace(**vars(MICRO) | {"peak_s": None}))
+        log.end_step(1)
+    (line,) = lines(tmp_path)
+    (values,) = zero.monitored
+    assert line["mfu"] is line["joules_per_million_tokens"] is line["gpu_power_w"] is None and "non_finite" not in line
+    assert "loss" in values and all(isinstance(value, float) for value in values.values())
+    assert not {"mfu", "gpu_power_w"} & set(values) and "MFU" not in log.line
+
+
+def test_a_resumed_line_counts_what_was_done_before_the_checkpoint(tmp_path, zero):
+    clock = StepClock(torch.device("cpu"))
+    with open_log(tmp_path, zero, every_steps=4, num_steps=8, clock=clock, hardware=Hardware()) as log:
+        with clock.span(DRAFT_FORWARD):
+            time.sleep(0.05)
+        log.count(1, FIRST, MICRO)
+        log.end_step(1)
+        state = log.state()
+    with open_log(tmp_path, zero, every_steps=2, num_steps=8, first_step=1, hardware=Hardware()) as log:
+        log.restore([state])
+        log.count(2, FIRST, MICRO)
+        log.end_step(2)
+    (line,) = lines(tmp_path)
+    assert line["joules_per_million_tokens"] == 1000 / 20 * 1e6
+    assert line["mfu"] == pytest.approx(0.001 / line["step_s"])
+    assert line["step_s"] >= 0.025 and line["parts_s"][DRAFT_FORWARD] >= 0.025
+
+
+@pytest.mark.parametrize(
+    ("parts_s", "shown"),
+    [
+        ({TARGET_FORWARD: 0.4, DRAFT_FORWARD: 0.5}, "target 40%, draft 50%, waiting 0%, rest 10%"),
+        ({TARGET_FORWARD: 0.9, WAIT: 0.3, DRAFT_FORWARD: 0.6}, "draft 60%, waiting 30%, rest 10%, overlapped by target 90%"),
+    ],
+)
+def test_the_progress_line_is_short(parts_s, shown):
+    metrics = {"loss": 1.5, "accuracy_per_step": [0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.05], "simulated_acceptance_length": 2.25}
+    metrics |= {"tokens_per_s": 12345.6, "step_s": 1.0, "memory_gib": 3.25, "mfu": 0.314}
+    metrics["parts_s"] = dict.fromkeys(PARTS, 0.0) | parts_s
+    line = _progress_line(metrics)
+    assert line == f"loss 1.500  accuracy 50% 30% 5%  acceptance 2.25  12,346 tokens/s  MFU 31%  {shown}  3.2 GiB"
 
 
 def test_a_flush_leaves_nothing_behind_for_a_checkpoint_to_miss(tmp_path, zero):
