@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.config.sections import BAD_STEPS, CHECKPOINTS, DRAFT, DRAFT_LAST, METRICS
 from engine.evaluation.page_parts import escaped, of_run, seconds_text, table, warning
@@ -132,8 +133,7 @@ def warnings_section(run: RunRecord, runs: Sequence[RunRecord]) -> str:
     bad_steps = list(_bad_steps(run.folder / BAD_STEPS))
     name = f"{counted(len(bad_steps), 'list')} of steps with a loss or a gradient that was not finite"
     parts.append(_listed(name, bad_steps))
-    latest = {(line.get("name"), line.get("rank")): line for line in run.warnings}  # a later line has a later count
-    texts = [_warning_text(line) for line in latest.values()]
+    texts = [_warning_text(line) for line in _latest(run.warnings)]
     parts.append(_listed(counted(len(texts), "warning"), texts))
     shown = "".join(part for part in parts if part)
     heading = f"<h2>Warnings{of_run(run, runs)}</h2>" if shown and len(runs) > 1 else ""
@@ -148,6 +148,12 @@ def _listed(name: str, texts: Sequence[str]) -> str:
     items = "".join(f"<li>{escaped(text)}</li>" for text in shown)
     which = f"; the last {MOST_ROWS}" if len(texts) > MOST_ROWS else ""
     return f'<details class="warning" open><summary>{name}{which}</summary><ul>{items}</ul></details>'
+
+
+def _latest(warnings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the warnings without those of which a later line of the same rank has a later count."""
+    last = {(line.get("name"), line.get("rank")): line for line in warnings}
+    return [line for line in warnings if "count" not in line or line is last[line.get("name"), line.get("rank")]]
 
 
 def _warning_text(line: object) -> str:
