@@ -72,7 +72,7 @@ from engine.parallel.mesh import World
 from engine.parallel.nodes import copy_from_main
 from engine.parallel.zero import ZeroDraft
 from engine.parallel.zero_checkpoint import CheckpointForm
-from engine.runtime.checkpoint import Checkpoint, Checkpoints, CheckpointWriter, check_finite_weights
+from engine.runtime.checkpoint import Checkpoint, Checkpoints, CheckpointWriter, DraftExport, check_finite_weights
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
 from engine.runtime.held_out_loss import HeldOutLoss
 from engine.runtime.periodic_evaluation import PeriodicEvaluation
@@ -315,13 +315,20 @@ class Trainer:
             return None
         try:
             if section.store is not None:
-                return HeldOutData.stored(self.config, source, self.world, self.telemetry)
-            return HeldOutData(read_held_out(self.config, tokenizer, self.world))
+                held_out = HeldOutData.stored(self.config, source, self.world, self.telemetry)
+            else:
+                held_out = HeldOutData(read_held_out(self.config, tokenizer, self.world))
+            num_assistant = int(held_out.documents.assistant_tokens.sum())
+            if not num_assistant:
+                raise ValueError("the held-out conversations have no assistant tokens to predict")
         except ValueError as error:
             if section.best_by != ACCEPTANCE:
                 raise
             self.telemetry.note(f"  the held-out loss is not measured: {error}")
             return None
+        num_documents = len(held_out.documents)
+        self.telemetry.note(f"  held-out loss: {num_documents:,} documents, {num_assistant:,} assistant tokens")
+        return held_out
 
     def resume(self, loader: PackedLoader, checkpoint: Checkpoint | None) -> RunSpan:
         """Move the loader to a checkpoint's position and return the optimizer steps of this run.
@@ -363,6 +370,8 @@ class Trainer:
             hidden_size=draft.config.hidden_size,
         )
         schedule = schedule_facts(resolved) | {"anneal_steps": self.config.anneal_steps}
+        if self.config.anneal_steps:
+            schedule["last step"] = span.last
         self.checkpoints = replace(self.checkpoints, schedule=schedule)
         objective = self.method.make_objective(target, corpus.vocab_map)
         checkpoint = span.checkpoint
@@ -470,9 +479,13 @@ class Trainer:
         export = None
         if self.config.checkpoint.export and self.config.checkpoint.every_steps:
             draft_config = zero.draft.config
-            embed_weight_VD = target.embedding.whole().cpu() if self.method.ships_embedding(draft_config) else None
-            export = partial(
-                self.method.export, config=draft_config, vocab_map=corpus.vocab_map, embed_weight_VD=embed_weight_VD
+            embed_weight_VD = target.embedding.whole() if self.method.ships_embedding(draft_config) else None
+            if embed_weight_VD is not None and self.world.is_main:
+                embed_weight_VD = embed_weight_VD.cpu()  # written in the background
+            further_bytes = draft_config.vocab_size * draft_config.hidden_size * zero.dtype.itemsize
+            export = DraftExport(
+                partial(self.method.export, config=draft_config, vocab_map=corpus.vocab_map, embed_weight_VD=embed_weight_VD),
+                0 if embed_weight_VD is None else further_bytes,
             )
         timeout_s = self.config.parallel.timeout_s / 2
         return CheckpointWriter(checkpoints, zero, self.world, self.telemetry.warn, timeout_s, export)
@@ -492,6 +505,7 @@ class Trainer:
                 is_best = periodic.evaluate(step)
             if is_best or step == periodic.end_step:
                 loop.save(step)
+        loop.log.finish(step)
 
     def write_work(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> None:
         """Write the work of a step for the report, on rank 0. A failure is a warning."""
@@ -549,9 +563,9 @@ class Trainer:
             return None
         held_out_loss = None
         if held_out is not None:
-            its_target = held_out.target or target
-            held_out_loss = HeldOutLoss(zero, self.training_facts(zero), held_out.documents, its_target, self.telemetry)
-        read = partial(EvaluationHistory.read, self.output_dir, span.done, self.telemetry.warn)
+            states_from = held_out.target or target
+            held_out_loss = HeldOutLoss(zero, self.training_facts(zero), held_out.documents, states_from, self.telemetry)
+        read = partial(EvaluationHistory.read, self.output_dir, span.done, section, self.telemetry.warn)
         return PeriodicEvaluation(
             section=section,
             output_dir=self.output_dir,
@@ -562,7 +576,7 @@ class Trainer:
             export=lambda folder, step: self.export(folder, zero, corpus, target, step).to(target.dtype),
             measure=None if evaluator is None else evaluator.measure_draft,
             keep_samples=partial(self.write_samples, evaluator),
-            measure_held_out=None if held_out_loss is None else held_out_loss.measure,
+            held_out=held_out_loss,
             monitor=partial(zero.write_monitors, group="evaluation"),
             note=self.telemetry.note,
             write_page=self.write_page,

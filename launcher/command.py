@@ -111,7 +111,8 @@ def read_config(arguments: argparse.Namespace) -> Config:
     target = _with_home(config.target, ("path", "store", "plugins"))
     data = _with_home(config.data, ("train", "held_out", "template", "cache_dir"))
     draft = _with_home(config.draft, ("config", "vocab_map", "init_from"))
-    return replace(_with_home(config, ("output_dir",)), target=target, data=data, draft=draft)
+    evaluation = _with_home(config.evaluation, ("store",))
+    return replace(_with_home(config, ("output_dir",)), target=target, data=data, draft=draft, evaluation=evaluation)
 
 
 def _with_home(section: Section, names: Sequence[str]) -> Section:

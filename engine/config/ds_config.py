@@ -15,7 +15,7 @@ WARMUP_SHARE = 0.015
 # Defaults of DeepSpeed's own AdamW. Torch's AdamW would decay weights when the file sets no decay.
 OPTIMIZER_DEFAULTS = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 MUON = "Muon"
-# Of the matrices. DeepSpeed would take the learning rate of AdamW, which is much too small for Muon's updates.
+# `muon_lr` is the rate of the matrices. Without it DeepSpeed would take `lr`, which is much too small for Muon's updates.
 MUON_DEFAULTS = {"muon_lr": 0.02, "momentum": 0.95, "torch_adam": True}
 AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
 # Below this many weights a draft's training states fit on every rank at stages 1 and 2 (16 bytes
@@ -175,7 +175,9 @@ def drops_bad_gradients(ds: dict[str, Any]) -> bool:
 def schedule_facts(resolved: dict[str, Any]) -> dict[str, Any]:
     """Return what the learning rate of every step follows from, by dotted key. resolved: the resolved configuration."""
     scheduler = resolved.get("scheduler", {})
-    facts = {"optimizer.params.lr": resolved["optimizer"]["params"]["lr"], "scheduler.type": scheduler.get("type")}
+    params = resolved["optimizer"]["params"]
+    facts = {f"optimizer.params.{name}": params[name] for name in ("lr", "muon_lr") if name in params}
+    facts["scheduler.type"] = scheduler.get("type")
     return facts | {f"scheduler.params.{name}": value for name, value in scheduler.get("params", {}).items()}
 
 
@@ -242,7 +244,7 @@ def _check_muon(raw: dict[str, Any]) -> None:
         problem = "runs at stage 0 in fp32 only; raise zero_optimization.stage to 1 or 2"
         raise ConfigError(problem, key="optimizer.type", value=MUON)
     if stage == 3 and zero.get("reduce_scatter", True):
-        problem = "is needed by Muon at stage 3, which orthogonalises whole gradients; use stage 2, or set it to false"
+        problem = "must be false with Muon at stage 3, which orthogonalises whole gradients; set it, or use stage 2"
         raise ConfigError(problem, key="zero_optimization.reduce_scatter", value=True)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         problem = "DraftSpeed runs Muon without offloading; delete zero_optimization.offload_optimizer"

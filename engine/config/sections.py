@@ -404,7 +404,7 @@ class EvaluationSection:
         "folder with hidden states of held-out conversations, captured as those of target.store; for a run that reads "
         "target.store",
     )
-    num_prompts: int = option(24, "held-out prompts decoded; 0 = no evaluation", unit="prompts", at_least=0)
+    num_prompts: int = option(24, "held-out prompts decoded; 0 = no acceptance is measured", unit="prompts", at_least=0)
     max_new_tokens: int = option(64, "tokens generated per prompt", unit="tokens", at_least=1)
     draft_tokens: int = option(5, "tokens the draft proposes per target forward", unit="tokens", at_least=1)
     prompts_per_batch: int | None = option(
@@ -493,9 +493,14 @@ class Config:
         if section.store is not None and not reads_store:
             problem = "belongs to a run that reads target.store; where the target runs, name conversations in data.held_out"
             raise ConfigError(problem, key="evaluation.store", value=section.store)
-        if section.patience is not None and not section.every_steps:
-            problem = "counts evaluations during training; set evaluation.every_steps too"
-            raise ConfigError(problem, key="evaluation.patience", value=section.patience)
+        if self.max_steps is not None and self.anneal_steps >= self.max_steps:
+            problem = f"leaves no step at the full learning rate, since max_steps is {self.max_steps}"
+            raise ConfigError(problem, key="anneal_steps", value=self.anneal_steps)
+        for name in ("patience", "store", "best_by"):
+            value = getattr(section, name)
+            if value != OPTIONS[f"evaluation.{name}"].default and not section.every_steps:
+                problem = "is about evaluations during training; set evaluation.every_steps too"
+                raise ConfigError(problem, key=f"evaluation.{name}", value=value)
         if not section.every_steps:
             return
         if section.best_by == ACCEPTANCE and reads_store:

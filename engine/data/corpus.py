@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections import Config, DataSection
 from engine.data.dataset import DataReport, load_documents
-from engine.data.documents import Documents, first_documents
+from engine.data.documents import Documents, chosen_documents, evenly_spread
 from engine.data.tokenised import tokenise
 from engine.host.telemetry import Telemetry
 from engine.parallel.mesh import World
@@ -38,10 +38,26 @@ def read_documents(
 
 
 def read_held_out(config: Config, tokenizer: PreTrainedTokenizerBase, world: World) -> Documents:
-    """Return the first `evaluation.num_documents` documents of `data.held_out`.
+    """Return `evaluation.num_documents` documents of `data.held_out`, evenly spread; a collective.
 
-    Conversations that cannot be used are left out. Raises ValueError if none can be used.
+    Conversations that cannot be used are left out. Raises ValueError on all ranks if none can be
+    used, or if a node cannot read them.
     """
     section = replace(config.data, train=config.data.held_out, held_out=(), max_bad_share=1.0)
-    documents, _ = read_documents(section, tokenizer, world, Telemetry(speaks=False))
-    return first_documents(documents, config.evaluation.num_documents)
+
+    def read() -> Documents:
+        return read_documents(section, tokenizer, world, Telemetry(speaks=False))[0]
+
+    documents = None
+    problem = None
+    if world.local_rank == 0:  # the others of its node read what it has tokenised
+        try:
+            documents = read()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problems = [found for found in world.gather(problem) if found is not None]
+    if problems:
+        raise ValueError(problems[0])
+    if documents is None:
+        documents = read()
+    return chosen_documents(documents, evenly_spread(len(documents), config.evaluation.num_documents))

@@ -153,8 +153,12 @@ def add_counts(counts: np.ndarray, document: Document) -> np.ndarray:
     return counts
 
 
-def first_documents(documents: Documents, count: int) -> Documents:
-    """Return the first `count` documents, or all if there are fewer; their indices stay the same."""
-    if len(documents) <= count:
-        return documents
-    return DocumentList([documents[index] for index in range(count)], documents.paths)
+def evenly_spread(num_documents: int, count: int) -> list[int]:
+    """Return `count` indices of documents, evenly spread, or all if there are fewer."""
+    count = min(count, num_documents)
+    return [index * num_documents // count for index in range(count)]
+
+
+def chosen_documents(documents: Documents, indices: Sequence[int]) -> Documents:
+    """Return the documents of some indices, in memory."""
+    return DocumentList([documents[index] for index in indices], documents.paths)

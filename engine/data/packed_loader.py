@@ -109,10 +109,13 @@ class PackedLoader:
         """Micro-batches of a rank in one step."""
         return self._accumulation_steps
 
-    def check_stream(self, expected: dict[str, int], rank: int) -> None:
-        """Raise ValueError if rank 0 reads other data. expected: the `stream` of rank 0. rank: this rank, for the message."""
+    def check_stream(self, expected: dict[str, int], rank: int, kind: str = "training") -> None:
+        """Raise ValueError if rank 0 reads other data.
+
+        expected: the `stream` of rank 0. rank: this rank, and kind: of the data, for the message.
+        """
         if expected != self.stream:
-            problem = f"rank {rank} reads other training data than rank 0"
+            problem = f"rank {rank} reads other {kind} data than rank 0"
             raise ValueError(f"{problem}: {self.stream}, expected {expected}. Give every node the same files")
 
     @property

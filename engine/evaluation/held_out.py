@@ -1,8 +1,7 @@
 """The draft's loss on held-out conversations: sums over packed batches, and what follows from them."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,14 +10,16 @@ from engine.batch import DraftOutput
 from engine.evaluation.acceptance import FEWEST_PROMPTS, students_quantile
 
 PER_STEP = 4  # sums per prediction: loss, allowed rows, correct rows, acceptance rates
+ALLOWED = 1  # index of the allowed rows among them
 
 
 @dataclass(frozen=True)
 class HeldOutReport:
     """Results on held-out conversations, with the loss and the rates of training.
 
-    loss: weighted sum over the predictions. loss_per_step, accuracy_per_step,
-    acceptance_rate_per_step: of each prediction.
+    loss: weighted sum over the predictions. With the KL loss it is that of training, as if all
+    documents were one batch; other losses are means over batches, weighted by their slots.
+    loss_per_step, accuracy_per_step, acceptance_rate_per_step: of each prediction.
     acceptance_length: simulated, 1 + a0 + a0 * a1 + ... of the acceptance rates.
     loss_confidence, acceptance_length_confidence: half the width of the 95% confidence interval,
     from the spread over packed batches; None with fewer than `FEWEST_PROMPTS`.
@@ -33,10 +34,6 @@ class HeldOutReport:
     acceptance_length_confidence: float | None
     num_documents: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, for JSON."""
-        return asdict(self)
-
 
 def batch_sums(output: DraftOutput, divisor: Tensor, num_normalised: int | Tensor) -> Tensor:
     """Return the sums of one batch, fp64 [4 S + 1], from which `held_out_report` computes everything.
@@ -49,16 +46,16 @@ def batch_sums(output: DraftOutput, divisor: Tensor, num_normalised: int | Tenso
     return torch.cat([*(row.double() for row in rows), share])
 
 
-def held_out_report(sums_BX: Tensor, step_weights: list[float], num_documents: int) -> HeldOutReport:
-    """Return the results of all batches.
+def held_out_report(sums_BX: Tensor, step_weights: list[float], num_documents: int) -> HeldOutReport | None:
+    """Return the results of all batches, or None if no batch has a row that the mask allows.
 
     sums_BX: fp64 [batches, 4 S + 1] on the host, results of `batch_sums`.
     step_weights: weight of each prediction in the loss.
-    Raises ValueError if no batch has a position to predict.
     """
-    sums_BX = sums_BX[sums_BX[:, -1] > 0]
+    num_rows_B = sums_BX[:, :-1].view(len(sums_BX), PER_STEP, -1)[:, ALLOWED].sum(1)
+    sums_BX = sums_BX[num_rows_B > 0]  # the last step is filled with documents that carry no loss
     if not len(sums_BX):
-        raise ValueError("the held-out conversations have no assistant tokens to predict; name others in data.held_out")
+        return None
     weights_S = torch.tensor(step_weights, dtype=torch.float64)
     loss_S, accuracy_S, rate_S = _means(sums_BX.sum(0))
 

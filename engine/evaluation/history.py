@@ -22,7 +22,7 @@ class Evaluation:
     acceptance_length, confidence, acceptance_per_depth, num_prompts: as in `AcceptanceReport`; None
     and 0 if nothing was decoded.
     draft_tokens, max_new_tokens, best_by: of the evaluation section; under other settings results are not comparable.
-    held_out_*: as in `HeldOutReport`; None if there were no held-out conversations.
+    held_out_*: as in `HeldOutReport`, and the checksum of the documents; None if there were no held-out conversations.
     draft_sha256: checksum of the draft's weights.
     is_kept: whether the draft was the best so far, and therefore became the one in `draft`.
     is_gone: whether it is no longer compared with later ones.
@@ -46,6 +46,7 @@ class Evaluation:
     held_out_acceptance_length: float | None = None
     held_out_acceptance_length_confidence: float | None = None
     held_out_documents: int = 0
+    held_out_checksum: int = 0
 
     @classmethod
     def of(
@@ -55,8 +56,12 @@ class Evaluation:
         held_out: HeldOutReport | None,
         section: EvaluationSection,
         draft_sha256: str,
+        held_out_checksum: int = 0,
     ) -> "Evaluation":
-        """Return the evaluation of a step. decoded, held_out: results; None = not measured."""
+        """Return the evaluation of a step.
+
+        decoded, held_out: results; None = not measured. held_out_checksum: of the held-out documents.
+        """
         evaluation = cls(
             step=step,
             acceptance_length=None,
@@ -86,6 +91,7 @@ class Evaluation:
                 held_out_acceptance_length=held_out.acceptance_length,
                 held_out_acceptance_length_confidence=held_out.acceptance_length_confidence,
                 held_out_documents=held_out.num_documents,
+                held_out_checksum=held_out_checksum,
             )
         return evaluation
 
@@ -118,7 +124,14 @@ class Evaluation:
         """Return what must be equal for two scores to be comparable."""
         if self.best_by == ACCEPTANCE:
             return self.best_by, self.num_prompts, self.draft_tokens, self.max_new_tokens
-        return self.best_by, self.held_out_documents
+        return self.best_by, self.held_out_documents, self.held_out_checksum
+
+    def is_under(self, section: EvaluationSection) -> bool:
+        """Return whether the evaluation can be compared with those under the settings of a recipe."""
+        if self.best_by != section.best_by:
+            return False
+        lengths = (self.draft_tokens, self.max_new_tokens)
+        return self.best_by != ACCEPTANCE or lengths == (section.draft_tokens, section.max_new_tokens)
 
     def describe(self) -> str:
         """Return the results in words, for the log."""
@@ -151,10 +164,13 @@ class EvaluationHistory:
     last_step: int = 0
 
     @classmethod
-    def read(cls, output_dir: Path, first_step: int, warn: Callable[[str], None]) -> "EvaluationHistory":
-        """Read the evaluations of an earlier run up to its checkpoint. first_step: steps already taken by it.
+    def read(
+        cls, output_dir: Path, first_step: int, section: EvaluationSection, warn: Callable[[str], None]
+    ) -> "EvaluationHistory":
+        """Read the evaluations of an earlier run up to its checkpoint.
 
-        Evaluations with other settings than the last one are left out with a warning.
+        first_step: steps already taken by it. section: settings of this run.
+        Evaluations with other settings than this run's or than the last one are left out with a warning.
         """
         path = output_dir / EVALUATIONS
         if not first_step or not path.exists():
@@ -166,7 +182,8 @@ class EvaluationHistory:
         before = [evaluation for evaluation in found if evaluation.step <= first_step]
         gone = [evaluation for evaluation in before if evaluation.is_gone]
         kept = [evaluation for evaluation in before if not evaluation.is_gone]
-        comparable = [evaluation for evaluation in kept if evaluation.settings() == kept[-1].settings()]
+        alike = [evaluation for evaluation in kept if evaluation.is_under(section)]
+        comparable = [evaluation for evaluation in alike if evaluation.settings() == alike[-1].settings()]
         if len(comparable) < len(kept):
             warn(f"  {len(kept) - len(comparable)} evaluations with other settings are not compared with later ones")
             gone += [evaluation for evaluation in kept if evaluation not in comparable]
@@ -204,10 +221,15 @@ class EvaluationHistory:
         write_text(output_dir / EVALUATIONS, "".join(f"{line}\n" for line in lines))
 
     def first_without_gain(self, patience: int) -> int | None:
-        """Return the step of the first evaluation that is the `patience`-th one in a row without a better draft, or None."""
+        """Return the step of the first evaluation that is the `patience`-th one in a row without a better draft, or None.
+
+        Earlier evaluations with the settings of the last one count, also if their best draft is gone.
+        """
         best_score = -math.inf
         num_without_gain = 0
-        for evaluation in self.evaluations:
+        last = self.last
+        every = self.earlier + self.evaluations
+        for evaluation in [one for one in every if last is not None and one.settings() == last.settings()]:
             num_without_gain += 1
             if evaluation.score > best_score:
                 best_score = evaluation.score

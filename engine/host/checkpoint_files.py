@@ -89,10 +89,14 @@ def num_bytes_of(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of writing a checkpoint. problem: why it was not written; None = it is complete."""
+    """The result of writing a checkpoint.
+
+    problem: why it was not written; None = it is complete. warning: what else could not be written.
+    """
 
     folder: Path
     problem: str | None = None
+    warning: str | None = None
 
 
 class CheckpointFiles:
@@ -187,18 +191,18 @@ class CheckpointFiles:
         timeout_s: float,
         add: Callable[[], None] | None,
     ) -> Outcome:
-        problem = None
+        warning = None
         try:
             self._write_files(saved, folder)
             if self._rank == 0:
-                if add is not None:
-                    add()
+                warning = None if add is None else _problem_of_call(add)
                 self._complete(folder, timeout_s)
-                publish()
         except (OSError, ValueError) as error:
-            problem = str(error)
-            self._report(folder, problem)
-        return Outcome(folder, problem)
+            self._report(folder, str(error))
+            return Outcome(folder, str(error))
+        if self._rank == 0:
+            warning = _problem_of_call(publish) or warning
+        return Outcome(folder, None, warning)
 
     def _write_files(self, saved: Mapping[Path, Any], folder: Path) -> None:
         facts = {}
@@ -243,6 +247,15 @@ class CheckpointFiles:
             return
         with suppress(OSError):
             write_json(folder / RECORD.format(self._rank), {"problem": f"rank {self._rank}: {problem}"})
+
+
+def _problem_of_call(function: Callable[[], None]) -> str | None:
+    """Call a function that writes files and return why it failed, or None."""
+    try:
+        function()
+    except Exception as error:  # a plugin may raise anything, and the checkpoint is more important
+        return str(error) or type(error).__name__
+    return None
 
 
 def write_state(path: Path, state: Any) -> FileFacts:

@@ -100,7 +100,7 @@ def to_universal(folder: Path, tag: str) -> None:
     if done.returncode:
         remove_universal(folder, tag)
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise ValueError(f"{folder / tag} cannot be rewritten for another number of ranks: {last}")
+        raise ValueError(f"{folder / tag} cannot be converted for another number of ranks or ZeRO stage: {last}")
 
 
 def remove_universal(folder: Path, tag: str) -> None:
@@ -147,6 +147,9 @@ def load_states(engine: Any, folder: Path, tag: str) -> dict[str, Any]:
     engine.skipped_steps = state["skipped_steps"]
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    if engine.fp16_enabled():
+        path = min((folder / tag).glob("*_optim_states.pt"))
+        engine.optimizer.loss_scaler = read_plain(path, "cpu")["optimizer_state_dict"]["loss_scaler"]
     num_steps = engine.global_steps - engine.skipped_steps
     inner = engine.optimizer.optimizer
     for holder in (*inner.state.values(), *inner.param_groups):  # apex counts steps per group
@@ -160,9 +163,9 @@ def _create_states(optimizer: Any, stage: int) -> None:
 
     Raises ValueError for states on NVMe.
     """
-    if getattr(optimizer, "swap_optimizer", False):
-        problem = "a checkpoint of another ZeRO stage cannot be loaded with zero_optimization.offload_optimizer.device=nvme"
-        raise ValueError(f"{problem}; resume it once without offloading")
+    if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "partial_offload", 1.0) not in (0.0, 1.0):
+        problem = "a checkpoint of another ZeRO stage cannot be loaded with offload_optimizer.device=nvme, or a ratio below 1"
+        raise ValueError(f"{problem}; resume it once without this")
     groups = optimizer.optimizer.param_groups
     if stage == 3:
         groups = [
@@ -172,9 +175,10 @@ def _create_states(optimizer: Any, stage: int) -> None:
     for group, weight in zip(groups, weights, strict=True):
         kept = {"params": group["params"], "lr": group["lr"]}
         group |= {"params": [weight], "lr": 0.0}
+        gradient = weight.grad  # of an offloaded weight, into which DeepSpeed will write
         weight.grad = torch.zeros_like(weight)
         optimizer.optimizer.step()
-        weight.grad = None
+        weight.grad = gradient
         group |= kept
     if stage < 3:
         optimizer._lazy_init_hp_params_optimizer_state()

@@ -39,7 +39,17 @@ OF_DEEPSPEED = ("optimizer.", "zero_optimization.")  # beginnings of keys of Dee
 SECONDS_AFTER_ERROR = 8.0  # for which an error waits for the checkpoint that is being written; well below parallel.hang_s
 SPARE_BYTES = 4 << 20  # that must stay free on the disk in addition to a checkpoint
 DataState = dict[str, Any]  # position in the data, from which a run resumes
-Export = Callable[[Path, list[tuple[str, torch.Tensor]]], None]  # writes a draft folder from names and weights
+
+
+@dataclass(frozen=True)
+class DraftExport:
+    """The export of a draft next to a checkpoint.
+
+    write: writes a draft folder from names and weights. further_bytes: that it writes besides the weights.
+    """
+
+    write: Callable[[Path, list[tuple[str, torch.Tensor]]], None]
+    further_bytes: int
 
 
 class BrokenCheckpointError(ValueError):
@@ -105,7 +115,7 @@ class Checkpoint:
             raise ValueError(f"{problem}. Resume it with that version")
         changes = [f"{key} was {self.options[key]}, now unset" for key in gone]
         for key, value in current.items():
-            is_converted = key == STAGE and {saved.get(key), value} <= SHARDED_STAGES
+            is_converted = key == STAGE and {saved.get(key), value} <= SHARDED_STAGES and saved.get("optimizer.type") != MUON
             if key in saved and saved[key] != value and not is_converted:
                 changes.append(f"{key} was {saved[key]}, now {value}")
         if changes:
@@ -179,10 +189,9 @@ class Checkpoint:
             same = f"{self.num_ranks} ranks and ZeRO stage {self.options.get(STAGE)}"
             raise ValueError(f"{self.place} {problem}. Resume it on {same}, as it was written")
         if not self.is_checked:
-            raise ValueError(
-                f"{self.place} has no checksums, so it is not rewritten for {num_ranks} ranks. Resume it once on "
-                f"{self.num_ranks} ranks, which writes a checkpoint that has some"
-            )
+            problem = f"{self.place} has no checksums, so it is not converted for {num_ranks} ranks and ZeRO stage {stage}"
+            as_written = f"{self.num_ranks} ranks and stage {saved_stage}"
+            raise ValueError(f"{problem}. Resume it once on {as_written}, which writes a checkpoint that has some")
         to_universal(self.folder, self.tag)
         is_alike = is_same_stage or {saved_stage, stage} <= ALIKE_STAGES
         return CheckpointForm.UNIVERSAL if is_alike else CheckpointForm.STATES
@@ -294,7 +303,7 @@ class CheckpointWriter:
         world: World,
         warn: Callable[[str], None],
         timeout_s: float = 900.0,
-        export: Export | None = None,
+        export: DraftExport | None = None,
     ) -> None:
         """Create a writer.
 
@@ -328,6 +337,8 @@ class CheckpointWriter:
         self._draft.save(folder, tag, client_state)
         weights = [] if self._export is None else list(self._draft.gathered_weights())
         own_bytes = self._draft.files.num_bytes + num_bytes_of([weight for _, weight in weights])
+        if self._export is not None and self._world.is_main:
+            own_bytes += self._export.further_bytes
         num_bytes = int(self._world.sum(torch.tensor([own_bytes], device=self._world.device)).item())
         problem = self._world.decide(lambda: self._prepare(step, data_state, num_bytes))
         if problem is not None:
@@ -335,7 +346,7 @@ class CheckpointWriter:
             self._is_complete = False
             self._warn_of(step, problem)
             return
-        add = None if self._export is None else partial(self._export, folder / tag / DRAFT, weights)
+        add = None if self._export is None else partial(self._export.write, folder / tag / DRAFT, weights)
         self._draft.files.write(folder / tag, lambda: self._checkpoints.publish(step), self._timeout_s, add)
         self._last = folder / tag
         self.num_saved += 1
@@ -370,8 +381,11 @@ class CheckpointWriter:
         outcome = self._draft.files.finish()
         if outcome is not None:
             self._is_complete = self._world.decide(lambda: outcome.problem is None)  # rank 0 knows of all ranks
+            step = int(outcome.folder.name.removeprefix("step_"))
             if outcome.problem is not None:
-                self._warn_of(int(outcome.folder.name.removeprefix("step_")), outcome.problem)
+                self._warn_of(step, outcome.problem)
+            elif outcome.warning is not None and self._world.is_main:
+                self._warn(f"  the checkpoint of step {step} is complete, but not all that belongs to it: {outcome.warning}")
         return self._is_complete
 
     def wait_until_complete(self) -> None:

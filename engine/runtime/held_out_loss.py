@@ -38,6 +38,7 @@ class HeldOutLoss:
         self._loader = PackedLoader.held_out(documents, config, training.ds_config, self._world.rank, self._world.size)
         if config.placement != SPLIT:
             config = replace(config, overlap=OverlapSection(placement="serial"))
+        self._loader.check_stream(self._world.decide(lambda: self._loader.stream), self._world.rank, "held-out")
         self._schedules = TrainingSchedules(
             replace(training, config=config),
             self._loader,
@@ -49,13 +50,15 @@ class HeldOutLoss:
         self._normalise = Normaliser(zero.objective, zero.forward, self._world)
 
     @torch.no_grad()
-    def measure(self) -> HeldOutReport:
+    def measure(self) -> HeldOutReport | None:
         """Return the results of the current weights, the same on every rank; a collective.
 
-        Raises ValueError if the documents have no assistant tokens to predict.
+        Returns None if there is nothing to predict: no row is allowed by the mask, or the states of
+        all documents are not finite.
         """
         num_steps = self._loader.num_steps
         own = []
+        num_left_out = 0
         with (
             self._schedules.open(Segment(1, num_steps), None) as schedule,
             self._telemetry.progress(num_steps, "batches") as progress,
@@ -63,10 +66,19 @@ class HeldOutLoss:
             for step in range(1, num_steps + 1):
                 ((micro, _),) = schedule.take(step, 1)
                 own.append(self._sums(micro))
+                num_left_out += int(micro.num_left_out)
                 schedule.end_step()
                 progress.advance("batches of held-out conversations")
         sums_BX = torch.cat([sums.reshape(num_steps, -1) for sums in self._world.gather(torch.stack(own).cpu())])
-        return held_out_report(sums_BX, self._zero.objective.step_weights, self._num_documents)
+        num_left_out = sum(self._world.gather(num_left_out))
+        if num_left_out:
+            self._telemetry.note(f"  {num_left_out} held-out documents are left out: the target's states are not finite")
+        return held_out_report(sums_BX, self._zero.objective.step_weights, self._num_documents - num_left_out)
+
+    @property
+    def checksum(self) -> int:
+        """Checksum of the documents."""
+        return self._loader.stream["checksum"]
 
     def _sums(self, micro: MicroBatch) -> torch.Tensor:
         (norms,) = self._normalise([micro])

@@ -6,23 +6,23 @@ from pathlib import Path
 
 from engine.config.sections import DRAFT, DRAFT_LAST, EvaluationSection
 from engine.evaluation.acceptance import AcceptanceReport
-from engine.evaluation.held_out import HeldOutReport
 from engine.evaluation.history import Evaluation, EvaluationHistory
 from engine.host.checkpoint_files import facts_of
 from engine.models.draft_folder import WEIGHTS, copy_draft_folder
 from engine.models.draft_method import ServedDraft
 from engine.parallel.mesh import World
+from engine.runtime.held_out_loss import HeldOutLoss
 
 
 @dataclass
 class PeriodicEvaluation:
     """Exports, measures and compares drafts; every method is a collective.
 
-    last_step: of the run, unless it ends early. anneal_steps: by which an early end follows its decision.
+    last_step: of the run, unless it ends early. anneal_steps: steps between the evaluation that ends a run early, and its end.
     export: writes the draft of a step to a folder and loads it again.
     measure: returns its acceptance, the same on every rank; None = the target does not decode.
     keep_samples: writes some of the replies that were measured, given the step.
-    measure_held_out: returns the loss of the current weights on held-out conversations; None = there are none.
+    held_out: measures the loss on held-out conversations; None = there are none.
     monitor: writes numbers to the monitors, given the step. note: writes a line to the log.
     write_page: writes the report of the run so far, on rank 0.
     """
@@ -36,7 +36,7 @@ class PeriodicEvaluation:
     export: Callable[[Path, int], ServedDraft]
     measure: Callable[[ServedDraft], AcceptanceReport] | None
     keep_samples: Callable[[int], None]
-    measure_held_out: Callable[[], HeldOutReport] | None
+    held_out: HeldOutLoss | None
     monitor: Callable[[dict[str, float], int], None]
     note: Callable[[str], None]
     write_page: Callable[[], None]
@@ -63,6 +63,8 @@ class PeriodicEvaluation:
         is_due = step > 0 and (step % self.section.every_steps == 0 or step == self.end_step)
         if is_due and not self.history.has(step):
             self.evaluate(step)
+        elif self.end_step < self.last_step:
+            self.note(f"  ends after step {max(step, self.end_step)}: {self._why_it_ends}")
 
     def evaluate(self, step: int) -> bool:
         """Export the draft of a step to `draft_last`, measure it, and keep it as `draft` if it is the best so far.
@@ -72,8 +74,9 @@ class PeriodicEvaluation:
         exported = self.export(self.output_dir / DRAFT_LAST, step)
         decoded = None if self.measure is None else self.measure(exported)
         self.keep_samples(step)
-        held_out = None if self.measure_held_out is None else self.measure_held_out()
-        evaluation = Evaluation.of(step, decoded, held_out, self.section, self._last_sha256())
+        held_out = None if self.held_out is None else self.held_out.measure()
+        checksum = 0 if self.held_out is None else self.held_out.checksum
+        evaluation = Evaluation.of(step, decoded, held_out, self.section, self._last_sha256(), checksum)
         end_before = self.end_step
         is_best = self.history.add(evaluation)
         if self.world.is_main:
@@ -89,9 +92,12 @@ class PeriodicEvaluation:
         compared = "the best so far" if is_best else f"the best so far is {best.describe_score()}"
         self.note(f"  {evaluation.describe()}: {compared}")
         if self.end_step < end_before:
-            because = f"{self.section.patience} evaluations brought no better draft"
-            self.note(f"  ends early, after step {self.end_step}: {because}")
+            self.note(f"  ends early, after step {self.end_step}: {self._why_it_ends}")
         return is_best
+
+    @property
+    def _why_it_ends(self) -> str:
+        return f"{self.section.patience} evaluations brought no better draft"
 
     def _last_sha256(self) -> str:
         """Return the checksum of the weights in `draft_last`, or "" if there are none."""

@@ -131,7 +131,7 @@ class TargetServer:
         Raises ValueError if these ranks read other documents.
         """
         loader = self._held_out_loader if is_held_out else self._loader
-        loader.check_stream(stream, self._bridge.rank)
+        loader.check_stream(stream, self._bridge.rank, "held-out" if is_held_out else "training")
         if position is not None:
             loader.load_state(position)
         _ = loader.num_steps  # packs the epochs, which takes time
@@ -143,20 +143,22 @@ class TargetServer:
             slots_N = self._method.slots(self._method.allowed_rows(batch))
             return served.wire.write(self._target(batch, slots_N))
 
-        self._clock.on_part = self._progress.mark
+        # The timeline of a trace holds training steps only.
+        clock = StepClock(self._world.device) if served.is_held_out else self._clock
+        clock.on_part = self._progress.mark
         with self._progress.training():
-            send_batches(self._batches(served), states, self._bridge, self._clock, self._world.device)
+            send_batches(self._batches(served, clock), states, self._bridge, clock, self._world.device)
             self._target.join_other_forwards()
 
-    def _batches(self, served: Served) -> Iterator[tuple[int, int, PackedBatch]]:
+    def _batches(self, served: Served, clock: StepClock) -> Iterator[tuple[int, int, PackedBatch]]:
         """Yield draft rank, index and documents of each micro-batch that this rank prepares."""
         loader = self._held_out_loader if served.is_held_out else self._loader
         accumulation = loader.accumulation_steps
         own = self._bridge.sides.batches_of(self._world.rank, served.num_steps * accumulation)
         for draft_rank, index in own:
             step = index // accumulation
-            self._clock.step = served.first_step + step
-            self._progress.begin_step(self._clock.step)
+            clock.step = served.first_step + step
+            self._progress.begin_step(clock.step)
             yield draft_rank, index, loader.micro_batch(step, index % accumulation, draft_rank)
 
     @cached_property

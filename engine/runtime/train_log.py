@@ -158,6 +158,13 @@ class TrainLog:
         if is_last:
             self.flush()
 
+    def finish(self, step: int) -> None:
+        """Log the steps up to the last one of a run that has ended early; a collective."""
+        if self._last_step < step:
+            self._write_pending()
+            self._pending = self._start_line(step)
+        self.flush()
+
     def flush(self) -> None:
         """Write the metrics of all finished steps and check them for faults; waits for the device.
 

@@ -4,6 +4,7 @@ import sys
 import types
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ BF16 = [Job(config, bf16=True) for config in STAGES + OFFLOADS]
 GRADIENT = [replace(job, sgd=True, num_steps=1) for job in ACCUMULATED]
 SPARSE = [Job(config, kind=kind, num_steps=6, empty=EMPTY) for config, kind in product(STAGES, ("kl", "lk_lambda"))]
 MUON = [Job(config, muon=True, accumulation=2, num_steps=8) for config in STAGES]
+HALVED = [replace(job, normaliser="slots") for job in GRADIENT if job.normaliser == "slots"]
 COUNTED = [
     Job("zero3", kind=kind, ttt_steps=steps, bf16=bf16, num_steps=4, accumulation=2, empty=((1, 0), (2, 1)))
     for kind, steps, bf16 in [("kl", 1, False), ("kl", 3, False), ("kl", 7, False), ("kl", 7, True), ("lk_lambda", 7, False)]
@@ -57,9 +59,20 @@ def count_run(world: World, job: Job) -> list[Issued]:
     return steps
 
 
-def every_run(world: World) -> dict[Job, tuple | list[Issued]]:
+def half_run(world: World, job: Job) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights after a step at half the learning rate, and the rates of the next step."""
+    zero = ZeroDraft(job.draft(), job.test(), job.ds_config())
+    zero.rate_factor = 0.5
+    normalise = Normaliser(zero.objective, zero.forward, world)
+    zero_step(zero, normalise, world, job.micros(0, world.rank))
+    assert zero.learning_rate == 0.5
+    return dict(zero.gathered_weights()), [group["lr"] for group in zero.engine.optimizer.param_groups]
+
+
+def every_run(world: World) -> dict[Any, Any]:
     runs = {job: zero_run(world, job) for job in (*FP32, *BF16, *GRADIENT, *SPARSE, *MUON)}
-    return runs | {job: count_run(world, job) for job in COUNTED}
+    halved = {("half", job): half_run(world, job) for job in HALVED}
+    return runs | halved | {job: count_run(world, job) for job in COUNTED}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +85,7 @@ def by_rank() -> list[dict]:
 def runs(by_rank) -> dict[Job, tuple[list[float], dict[str, torch.Tensor]]]:
     """Losses of every job, the same on both ranks, and the weights that rank 0 gathered."""
     first, second = by_rank
-    assert all(first[job][0] == second[job][0] for job in first if job not in COUNTED)
+    assert all(first[job][0] == second[job][0] for job in first if job not in COUNTED and isinstance(job, Job))
     return first
 
 
@@ -127,6 +140,15 @@ def test_muon_learns_what_torch_s_muon_learns(runs, job):
     expected, expected_weights = plain_run(job)
     assert relative(losses, expected) < 2**-10 and drift(weights, expected_weights) < 2**-6
     assert relative(losses, runs[MUON[0]][0]) < 1e-5 and drift(weights, runs[MUON[0]][1]) < 1e-4
+
+
+@pytest.mark.parametrize("job", HALVED, ids=name)
+def test_a_step_at_half_the_rate_goes_half_the_way_and_the_next_has_the_whole_rate(runs, job):
+    """Over two accumulated micro-batches, at each of which DeepSpeed's `step` is called."""
+    weights, rates = runs["half", job]
+    start = dict(make_draft().named_parameters())
+    halfway = {key: (start[key].detach() + runs[job][1][key]) / 2 for key in weights}
+    assert drift(weights, halfway) < 1e-5 and rates == [1.0] * len(rates)
 
 
 @pytest.mark.parametrize("job", SPARSE, ids=name)

@@ -211,14 +211,14 @@ def test_a_run_goes_on_on_another_number_of_ranks(on_two_ranks, size):
         assert [path.name for path in (folder / stage).iterdir() if path.is_dir()] == ["step_3"], "nothing is left of rewriting"
 
 
-OTHER_STAGES = (("zero1", "zero2"), ("zero2", "zero1"), ("zero2", "zero3"), ("zero3", "zero1"))
+OTHER_STAGES = (("zero1", "zero2"), ("zero2", "zero1"), ("zero2", "zero3"), ("zero3", "zero1"), ("zero3", "zero2_offload"))
 
 
 def resume_on_other_stages(world: World, folder: Path) -> dict[tuple[str, str], list[float]]:
     losses = {}
     for saved, stage in OTHER_STAGES:
         checkpoint = world.decide(lambda saved=saved: found(Checkpoints(folder / saved)))
-        checkpoint.check_options({STAGE: int(stage[-1])})
+        checkpoint.check_options({STAGE: int(stage[4])})
         zero = start_shared(world, stage, seed=7, reshaped_from=checkpoint)
         checkpoint.load(zero, world)
         losses[saved, stage] = train_shared(zero, world, range(3, 6))
@@ -233,6 +233,8 @@ def test_a_run_goes_on_under_another_stage_or_is_refused(on_two_ranks):
     with pytest.raises(ValueError, match="zero_optimization.stage was 2, now 0"):
         found(Checkpoints(folder / "zero2")).check_options({STAGE: 0})
     of_muon = replace(found(Checkpoints(folder / "zero2")), options={"optimizer.type": "Muon", STAGE: 2})
+    with pytest.raises(ValueError, match="zero_optimization.stage was 2, now 3"):
+        of_muon.check_options({"optimizer.type": "Muon", STAGE: 3})
     with pytest.raises(ValueError, match="Muon's momentum.* on 2 ranks and ZeRO stage 2"):
         of_muon.reshape(make_draft(), ALONE)
 
@@ -363,16 +365,16 @@ def test_every_generator_is_restored(tmp_path):
     assert numbers == [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(3)]
 
 
-def test_a_checkpoint_that_cannot_be_rewritten_is_one_clear_error(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_converted_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(World, "decide", lambda world, decision: decision())  # rank 0, without the other three
     save(Checkpoints(tmp_path), PaperDraft(), ALONE, 4, {})
     checkpoint = found(Checkpoints(tmp_path))
     torch.save({}, tmp_path / "step_4" / "zero_optim_states.pt")
-    with pytest.raises(ValueError, match=r"step_4 cannot be rewritten for another number of ranks: "):
+    with pytest.raises(ValueError, match=r"step_4 cannot be converted for another number of ranks or ZeRO stage: "):
         checkpoint.reshape(make_draft(), replace(ALONE, size=4))
     assert tags(Checkpoints(tmp_path)) == ["step_4"]
     old = replace(checkpoint, is_checked=False)
-    with pytest.raises(ValueError, match=r"step_4 has no checksums, so it is not rewritten for 4 ranks"):
+    with pytest.raises(ValueError, match=r"step_4 has no checksums, so it is not converted for 4 ranks"):
         old.reshape(make_draft(), replace(ALONE, size=4))
 
 
