@@ -20,7 +20,7 @@ setup(
         "engine.data": ["chat_templates/*.jinja"],
         "engine.evaluation": ["*.css"],
         "engine.parallel": ["proofs.json"],
-        "launcher": ["recipes/*", "embedded/target/*", "slurm/*"],
+        "launcher": ["recipes/*", "embedded/target/*", "slurm/*", "kubernetes/*"],
         "ds_configs": ["*.json"],
     },
     entry_points={"console_scripts": ["draftspeed = launcher.cli:main"]},
@@ -44,6 +44,7 @@ setup(
         "data": DATA,
         "dev": [
             *DATA,
+            "jsonschema>=4.23",
             "mypy>=2.4",
             "pytest>=8",
             "pytest-xdist>=3.6",
