@@ -33,10 +33,10 @@ from engine.config.sections import AHEAD_OF_STORE, TttSection
 from engine.data.documents import Document
 from engine.data.packed_loader import PackedLoader
 from engine.data.packing import collate
-from engine.hidden_states.store_format import MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, plan_shards
+from engine.hidden_states.store_format import HEAD, MANIFEST, TARGET_FOLDER, Contents, Layout, Manifest, plan_shards
 from engine.hidden_states.store_reader import open_store
 from engine.hidden_states.store_writer import Piece, ShardFile, StoredTensors, StoreWriter
-from engine.hidden_states.stored_target import HEAD, StoredTarget
+from engine.hidden_states.stored_target import StoredTarget
 from engine.host.freed_memory import keep_freed_memory
 from engine.models.training_rows import allowed_rows, slots_of
 from tests.pipelines import prepared
@@ -97,6 +97,7 @@ def finish(folder: Path, manifest: Manifest) -> None:
     """Write the files that, together with the shards, make a complete store."""
     text = manifest.to_json()
     (folder / TARGET_FOLDER).mkdir()
+    (folder / TARGET_FOLDER / "config.json").write_text("{}", encoding="utf-8")
     head = {"embed": torch.zeros(1000, HIDDEN).bfloat16()}
     save_file(head, folder / TARGET_FOLDER / HEAD, metadata={"head": json.dumps({"scale": 1.0, "soft_cap": None})})
     (folder / MANIFEST).write_text(text, encoding="utf-8")

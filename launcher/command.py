@@ -262,14 +262,18 @@ def with_store(config: Config) -> Config:
 
     The store has the target's config, its tokenizer and the captured auxiliary layers. Auxiliary
     layers that the configuration sets are kept. Without `target.store` the configuration is
-    returned unchanged. Raises ValueError if `target.store` is not a store.
+    returned unchanged. Raises ValueError if `target.store` is not a store, or if its config or
+    tokenizer is missing or was altered.
     """
     if config.target.store is None:
         return config
     from engine.hidden_states.store_format import TARGET_FOLDER, Manifest  # it imports torch
+    from engine.hidden_states.target_files import check_small_files
 
     store = Path(config.target.store)
-    layers = config.target.aux_layers or Manifest.read(store).contents.aux_layers
+    manifest = Manifest.read(store)
+    check_small_files(store, manifest.target_files)
+    layers = config.target.aux_layers or manifest.contents.aux_layers
     target = replace(config.target, path=str(store / TARGET_FOLDER), revision=None, aux_layers=layers)
     try:
         return replace(config, target=target)

@@ -16,6 +16,7 @@ from rich.table import Table
 from engine.hidden_states.store_format import Manifest, StoreError
 from engine.hidden_states.store_reader import MappedShard
 from engine.hidden_states.store_upkeep import check_store, merge_stores
+from engine.hidden_states.target_files import problems_of_files
 from engine.host.telemetry import Telemetry
 
 
@@ -60,7 +61,10 @@ def inspect(folder: Path, quick: bool, telemetry: Telemetry) -> bool:
     if quick:
         for shard in manifest.shards:
             MappedShard(folder, manifest.contents, shard)
-        return True
+        problems = problems_of_files(folder, manifest.target_files, reads=False)
+        for problem in problems:
+            telemetry.note(f"  {problem}")
+        return not problems
     with telemetry.progress(manifest.num_bytes, "bytes") as progress:
         check = check_store(folder, lambda done: progress.move_to(done, "bytes"))
     for problem in check.problems:
@@ -68,6 +72,11 @@ def inspect(folder: Path, quick: bool, telemetry: Telemetry) -> bool:
     if check.missing:
         telemetry.note(f"  {check.missing} shards have not been captured yet; run the same capture again")
     telemetry.note(f"  {check.seen} of {len(manifest.shards)} shards are whole, every byte as written")
+    num_recorded = len(manifest.target_files)
+    if num_recorded:
+        telemetry.note(f"  the target's files were compared with {num_recorded} checksums")
+    if check.unrecorded:
+        telemetry.note(f"  without a checksum in the manifest, so not compared: {', '.join(check.unrecorded)}")
     return not check.problems and not check.missing
 
 

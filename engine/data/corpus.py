@@ -32,7 +32,9 @@ def read_documents(
             documents, report = load_documents(section.train, tokenizer, section, on_progress=show)
         else:
             builds = world.local_rank == 0
-            documents, report = tokenise(section.train, tokenizer, section, builds=builds, on_progress=show)
+            documents, report = tokenise(
+                section.train, tokenizer, section, builds=builds, on_progress=show, warn=telemetry.warn
+            )
     telemetry.note(report.summary())
     return documents, report
 

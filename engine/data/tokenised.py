@@ -4,7 +4,8 @@ An entry is built once, by several worker processes, and memory-mapped by every 
 run. It is a folder whose name is a hash of the conversations' bytes, the tokenizer, the template,
 the options and the code of this package. One process per machine builds it, under a lock that other
 machines and runs respect. The other ranks wait for the folder to appear, not in a collective. The
-folder gets its final name once it is complete.
+folder gets its final name once it is complete. Every process that opens an entry reads it once and
+compares it with its checksums; a damaged entry is built again.
 """
 
 import fcntl
@@ -16,7 +17,7 @@ import shutil
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -60,6 +61,8 @@ NOT_RENDERING = {"corpus.py", "dataset_stats.py", "dataset_stats_page.py"}  # th
 IDS = "input_ids.int32"
 MASK = "assistant_mask.bool"
 ARRAYS = "arrays.npz"
+HASHED = (IDS, MASK, ARRAYS)  # files whose XXH3-64 the report has
+BLOCK_BYTES = 1 << 20  # read at once, small enough for the processor's cache
 
 _render: Renderer  # set in each worker process
 
@@ -99,6 +102,21 @@ class TokenisedDocuments(Documents):
         turn_ends = tuple(self._ends[first:last].tolist())
         file, line = self._places[index].tolist()
         return Document(self._ids[start:stop], self._mask[start:stop], turn_ends, place=(file, line))
+
+
+class DamagedEntry(ValueError):
+    """A cache entry that cannot be read, or with a file whose contents are not those that were written."""
+
+
+def file_hash(path: Path) -> str:
+    """Return the XXH3-64 of a file's contents, 16 hexadecimal digits."""
+    digest = xxhash.xxh3_64()
+    block = bytearray(BLOCK_BYTES)
+    view = memoryview(block)
+    with path.open("rb", buffering=0) as file:
+        while num_bytes := file.readinto(block):
+            digest.update(view[:num_bytes])
+    return digest.hexdigest()
 
 
 class Writer:
@@ -151,7 +169,8 @@ class Writer:
             places=np.array(self._places, dtype=np.int64).reshape(-1, 2),
             largest_token_id=np.array(self._largest_token_id, dtype=np.int64),
         )
-        facts = {"paths": list(paths), "report": asdict(report)}
+        hashes = {name: file_hash(self._folder / name) for name in HASHED}
+        facts = {"paths": list(paths), "report": asdict(report), "xxh3_64": hashes}
         (self._folder / REPORT).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
@@ -162,18 +181,19 @@ def tokenise(
     *,
     builds: bool,
     on_progress: Progress | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> tuple[TokenisedDocuments, DataReport]:
     """Return documents and report from `section.cache_dir`, building the entry if needed.
 
     The result is that of `load_documents`, which also describes the ValueErrors raised.
     builds: whether this process may build the entry; other processes wait until it exists.
-    on_progress: see `load_documents`.
+    on_progress: see `load_documents`. warn: called before a damaged entry is built again.
     """
     assert section.cache_dir is not None, "without data.cache_dir, conversations are read by `load_documents`"
     check_template(tokenizer)
     scan = Scan.of(paths)
     entry = Path(section.cache_dir) / entry_name(scan, tokenizer, section)
-    found = open_entry(entry, paths)
+    found = _open_undamaged(entry, paths, warn if builds else lambda text: None)
     if found is None and builds:
         found = _build_once(entry, paths, scan, Renderer(tokenizer, section), on_progress)
     elif found is None:
@@ -197,15 +217,24 @@ def entry_name(scan: Scan, tokenizer: PreTrainedTokenizerBase, section: DataSect
 
 
 def open_entry(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, DataReport] | None:
-    """Open a cache entry; return its documents and report, or None if it is missing or incomplete.
+    """Open a cache entry; return its documents and report, or None if there is none.
 
+    All of its files are read once and compared with their hashes.
     paths: current paths of the files. They replace those of the time of the build in the report.
+    Raises DamagedEntry if the entry cannot be read, or names the first file that was altered.
     """
+    if not entry.is_dir():
+        return None
     try:
         facts = json.loads((entry / REPORT).read_text(encoding="utf-8"))
+        altered = [name for name in HASHED if file_hash(entry / name) != facts["xxh3_64"][name]]
+        if altered:
+            raise DamagedEntry(f"{entry / altered[0]} was altered after it was written")
         documents = TokenisedDocuments(entry, paths)
-    except (OSError, ValueError, LookupError, EOFError, BadZipFile):
-        return None
+    except DamagedEntry:
+        raise
+    except (OSError, ValueError, LookupError, EOFError, BadZipFile) as error:
+        raise DamagedEntry(f"{entry} cannot be read ({type(error).__name__}: {error})") from error
     named = dict(zip(facts["paths"], paths, strict=True))
     report = facts["report"]
 
@@ -218,6 +247,17 @@ def open_entry(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, D
     return documents, DataReport(**report)
 
 
+def _open_undamaged(
+    entry: Path, paths: Sequence[str], warn: Callable[[str], None]
+) -> tuple[TokenisedDocuments, DataReport] | None:
+    """Open a cache entry; return None, after a warning, if it is damaged, as if it were missing."""
+    try:
+        return open_entry(entry, paths)
+    except DamagedEntry as error:
+        warn(f"  {error}; the conversations are tokenised again. Check the disk of data.cache_dir if this repeats")
+        return None
+
+
 def _build_once(
     entry: Path, paths: Sequence[str], scan: Scan, renderer: Renderer, on_progress: Progress | None
 ) -> tuple[TokenisedDocuments, DataReport]:
@@ -228,7 +268,7 @@ def _build_once(
     advice = "free some space, or name another folder in data.cache_dir"
     try:
         with _locked(entry):
-            found = open_entry(entry, paths)
+            found = _open_undamaged(entry, paths, lambda text: None)  # the caller has warned
             if found is None:
                 _build(entry, paths, scan, renderer, on_progress)
                 found = open_entry(entry, paths)
@@ -303,7 +343,7 @@ def _await(entry: Path, paths: Sequence[str]) -> tuple[TokenisedDocuments, DataR
     Raises ValueError if no process builds it for SECONDS_WITHOUT_SIGN seconds.
     """
     last_sign = time.monotonic()
-    while (found := open_entry(entry, paths)) is None:
+    while (found := _open_undamaged(entry, paths, lambda text: None)) is None:
         if any(entry.parent.glob(f"{entry.name}.partial-*")) and not _is_free(entry):
             last_sign = time.monotonic()
         if time.monotonic() - last_sign > SECONDS_WITHOUT_SIGN:

@@ -22,6 +22,7 @@ from engine.data.templates import load_tokenizer
 from engine.hidden_states.finite import MAX_NAMED, NonFiniteError, check_share, fault_of, place_names
 from engine.hidden_states.sources import OnlineSource
 from engine.hidden_states.store_format import (
+    HEAD,
     MANIFEST,
     TARGET_FOLDER,
     Contents,
@@ -41,7 +42,9 @@ from engine.hidden_states.store_writer import (
     StoredTensors,
     StoreWriter,
 )
-from engine.hidden_states.stored_target import HEAD, save_head
+from engine.hidden_states.stored_target import save_head
+from engine.hidden_states.target_files import is_as_written, sha256_of_files
+from engine.host.checkpoint_files import facts_of
 from engine.host.files import DISK_FULL, PARTIAL, write_text, writing
 from engine.host.telemetry import Telemetry
 from engine.models.draft_method import DraftMethod
@@ -121,11 +124,11 @@ class Capture:
             self.check_disk(manifest, missing)
         self.world.barrier()  # until every rank has made the same plan from the same folder
         if self.world.is_main:
-            self.begin(manifest, tokenizer, target_config)
+            manifest = self.begin(manifest, tokenizer, target_config)
         self.world.barrier()
         with self.telemetry.stage("Loading the target"):
             target = source.load_target(contents.aux_layers)
-            self.keep_head(target)
+            manifest = self.keep_head(manifest, target)
         started = time.perf_counter()
         with self.telemetry.stage("Capturing"):
             new_bytes = self.capture(target, documents, manifest.contents, missing[self.world.rank :: self.world.size])
@@ -212,27 +215,39 @@ class Capture:
                 f"{problem}; free some space, name another disk, or set store.dtype=float8_e4m3, which takes half of bfloat16"
             )
 
-    def begin(self, manifest: Manifest, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> None:
-        """Write the plan, and the target's config and tokenizer, to the folder of the store."""
+    def begin(self, manifest: Manifest, tokenizer: PreTrainedTokenizerBase, target_config: PreTrainedConfig) -> Manifest:
+        """Write the plan, and the target's config and tokenizer, to the folder of the store.
+
+        Returns the manifest with the checksums of the target's files.
+        """
         with writing(self.folder):
             (self.folder / TARGET_FOLDER).mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(f"*{PARTIAL}"):
                 leftover.unlink()
             target_config.save_pretrained(self.folder / TARGET_FOLDER)
             tokenizer.save_pretrained(self.folder / TARGET_FOLDER)
-        if not (self.folder / MANIFEST).exists():
-            self.write_manifest(manifest)
+        target_files = sha256_of_files(self.folder)
+        if HEAD in manifest.target_files:
+            target_files[HEAD] = manifest.target_files[HEAD]
+        manifest = replace(manifest, target_files=target_files)
+        self.write_manifest(manifest)
+        return manifest
 
-    def keep_head(self, target: FrozenTarget) -> None:
+    def keep_head(self, manifest: Manifest, target: FrozenTarget) -> Manifest:
         """Write the target's head and embedding from rank 0; a collective if ranks share the head.
 
-        A shared head is gathered only within this call.
+        A head that an earlier run wrote is kept if it still has its checksum. A shared head is
+        gathered only within this call. Returns the manifest with the checksum of the head.
         """
         path = self.folder / TARGET_FOLDER / HEAD
         head = target.whole_head()
         embed_weight_VD = None if target.is_tied else target.embedding.whole()
-        if self.world.is_main and not path.is_file():
-            save_head(path, head, embed_weight_VD)
+        if not self.world.is_main or is_as_written(self.folder, HEAD, manifest.target_files):
+            return manifest
+        save_head(path, head, embed_weight_VD)
+        manifest = replace(manifest, target_files={**manifest.target_files, HEAD: facts_of(path).sha256})
+        self.write_manifest(manifest)
+        return manifest
 
     def write_manifest(self, manifest: Manifest) -> None:
         write_text(self.folder / MANIFEST, manifest.to_json())

@@ -12,9 +12,9 @@ Shapes: T tokens, N slots, n documents of a shard; A auxiliary layers of D featu
 import json
 import math
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from engine.host.files import is_plain_name
 
 MANIFEST = "manifest.json"
 TARGET_FOLDER = "target"
+HEAD = "head.safetensors"  # in TARGET_FOLDER
 VERSION = 1
 SUFFIX = ".safetensors"
 NO_CHECKSUM = "0" * 16
@@ -134,11 +135,14 @@ class Manifest:
     """The manifest of a store.
 
     corpus_checksum: checksum of all token ids and masks, in order.
+    target_files: SHA-256 of each file of TARGET_FOLDER, by its path in it. Manifests written before
+    these were recorded lack them.
     """
 
     contents: Contents
     corpus_checksum: str
     shards: tuple[Shard, ...]
+    target_files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
@@ -158,10 +162,15 @@ class Manifest:
         return sum(Layout.of(self.contents, shard).num_bytes for shard in self.shards)
 
     def to_json(self) -> str:
-        head = {"format": "draftspeed hidden states", "version": VERSION, "corpus_checksum": self.corpus_checksum}
-        return (
-            json.dumps(head | {"contents": asdict(self.contents), "shards": [asdict(s) for s in self.shards]}, indent=1) + "\n"
-        )
+        values = {
+            "format": "draftspeed hidden states",
+            "version": VERSION,
+            "corpus_checksum": self.corpus_checksum,
+            "contents": asdict(self.contents),
+            "target_files": dict(self.target_files),
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        return json.dumps(values, indent=1) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -174,7 +183,9 @@ class Manifest:
             contents = values["contents"] | {"aux_layers": tuple(values["contents"]["aux_layers"])}
             shards = tuple(_shard(shard) for shard in values["shards"])
             _check_shards(shards, path)
-            return cls(Contents(**contents), values["corpus_checksum"], shards)
+            target_files = values.get("target_files", {})
+            _check_target_files(target_files, path)
+            return cls(Contents(**contents), values["corpus_checksum"], shards, target_files)
         except FileNotFoundError as error:
             raise StoreError(
                 f"{folder} is not a store: it has no {MANIFEST}; write one with launcher/capture_hidden_states.py"
@@ -206,6 +217,16 @@ def _check_shards(shards: Sequence[Shard], path: Path) -> None:
             raise StoreError(f"{problem}; it was altered, so restore it or capture again into another folder")
     if len(set(names)) < len(names):
         raise StoreError(f"{path} names a shard twice; it was altered, so restore it or capture again into another folder")
+
+
+def _check_target_files(target_files: Any, path: Path) -> None:
+    """Raise StoreError unless these are checksums by the path of a file inside the target's folder."""
+    is_mapping = isinstance(target_files, dict)
+    names = list(target_files) if is_mapping else []
+    is_inside = all(name and all(map(is_plain_name, PurePosixPath(name).parts)) for name in names)
+    if not is_mapping or not is_inside or not all(isinstance(target_files[name], str) for name in names):
+        problem = f"{path} names files of its target {target_files!r}, expected a SHA-256 for each file of {TARGET_FOLDER}/"
+        raise StoreError(f"{problem}; the manifest was altered, so restore it or capture again into another folder")
 
 
 @dataclass(frozen=True)

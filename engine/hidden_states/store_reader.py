@@ -2,6 +2,7 @@
 
 import mmap
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -23,6 +24,8 @@ from engine.hidden_states.store_format import (
     document_checksum,
 )
 from engine.hidden_states.store_writer import shard_checksum
+from engine.hidden_states.target_files import check_small_files
+from engine.host.mapped_files import MappedFile
 
 MEND = "copy it again, or delete it and run the capture again"
 
@@ -32,7 +35,10 @@ NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.float32: np.float32
 
 
 class MappedShard:
-    """A memory-mapped shard, of which only the requested rows are read."""
+    """A memory-mapped shard, of which only the requested rows are read.
+
+    Its file is opened again if too many others were read since.
+    """
 
     def __init__(self, folder: Path, contents: Contents, shard: Shard) -> None:
         """Map a shard's file and check its header.
@@ -43,19 +49,23 @@ class MappedShard:
         self.path = folder / shard.name
         self.shard = shard
         self.layout = Layout.of(contents, shard)
-        try:
-            size = self.path.stat().st_size
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.path}: the shard is missing; {MEND}") from error
-        if size != self.layout.num_bytes:
-            raise StoreError(f"{self.path}: expected {self.layout.num_bytes:,} bytes, found {size:,}; {MEND}")
-        with self.path.open("rb") as file:
-            self._mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._bytes = np.frombuffer(self._mmap, dtype=np.uint8)
+        self._file = MappedFile(self.path)
         self.checksum = self._check_header()
 
+    def _mapping(self) -> mmap.mmap:
+        """Return the mapping of the file. Raises StoreError, naming the file, if it is missing or cut off."""
+        try:
+            mapping = self._file.mapping
+        except FileNotFoundError as error:
+            raise StoreError(f"{self.path}: the shard is missing; {MEND}") from error
+        except ValueError as error:  # an empty file cannot be mapped
+            raise StoreError(f"{self.path}: expected {self.layout.num_bytes:,} bytes, found 0; {MEND}") from error
+        if len(mapping) != self.layout.num_bytes:
+            raise StoreError(f"{self.path}: expected {self.layout.num_bytes:,} bytes, found {len(mapping):,}; {MEND}")
+        return mapping
+
     def _check_header(self) -> str:
-        header = bytes(self._bytes[: self.layout.header_bytes])
+        header = self._mapping()[: self.layout.header_bytes]
         at = self.layout.header(NO_CHECKSUM).index(b'"checksum":"') + len('"checksum":"')
         checksum = header[at : at + 16].decode("ascii", "replace")
         if header != self.layout.header(checksum):
@@ -72,7 +82,8 @@ class MappedShard:
         """
         place = self.layout.places[name]
         end = place.shape[0] if end is None else end
-        data = self._bytes[place.offset + first * place.row_bytes : place.offset + end * place.row_bytes]
+        num_bytes = (end - first) * place.row_bytes
+        data = np.frombuffer(self._mapping(), np.uint8, num_bytes, place.offset + first * place.row_bytes)
         data = data.view(NUMPY.get(place.dtype, np.uint8))
         return data.reshape(end - first, place.row_bytes // data.itemsize) if len(place.shape) > 1 else data
 
@@ -105,7 +116,8 @@ class MappedShard:
         return None
 
     def document(self, index: int) -> Document:
-        ids, mask = (self.rows(name, *self.span(name, index)) for name in ("input_ids", "assistant_mask"))
+        # Copies, because a document that is kept would keep the file open.
+        ids, mask = (np.array(self.rows(name, *self.span(name, index))) for name in ("input_ids", "assistant_mask"))
         return Document(ids, mask, turn_ends=())
 
     def slots(self, index: int) -> np.ndarray:
@@ -124,7 +136,7 @@ class MappedShard:
             start = (place.offset + first * place.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
             length = place.offset + end * place.row_bytes - start
             if length > 0:
-                self._mmap.madvise(mmap.MADV_WILLNEED, start, length)
+                self._mapping().madvise(mmap.MADV_WILLNEED, start, length)
 
     def verify(self, index: int) -> None:
         """Raise StoreError if a document's bytes are not those that were written."""
@@ -202,12 +214,14 @@ class OpenStore:
     """A store that was opened for training.
 
     problems: what is wrong with each shard that was left out.
+    target_files: SHA-256 of each file of the target's folder; see `Manifest`.
     """
 
     folder: Path
     contents: Contents
     documents: StoredDocuments
     problems: tuple[str, ...]
+    target_files: Mapping[str, str]
 
     @property
     def trained_with(self) -> dict[str, str]:
@@ -230,10 +244,12 @@ def open_store(folder: Path, skip_bad: bool) -> OpenStore:
     """Open a store for training.
 
     skip_bad: leave out shards that are missing, cut off or altered.
-    Raises StoreError if no shard can be read. Without `skip_bad`, also raises StoreError if the
-    capture is not complete or a shard is bad.
+    Raises StoreError if no shard can be read, or if the target's config or tokenizer is missing or
+    was altered. Without `skip_bad`, also raises StoreError if the capture is not complete or a
+    shard is bad.
     """
     manifest = Manifest.read(folder)
+    check_small_files(folder, manifest.target_files)
     if not manifest.is_complete and not skip_bad:
         there = sum((folder / shard.name).is_file() for shard in manifest.shards)
         problem = f"{folder / MANIFEST}: the capture is not complete, {there} of {len(manifest.shards)} shards exist"
@@ -249,4 +265,4 @@ def open_store(folder: Path, skip_bad: bool) -> OpenStore:
             problems.append(str(error))
     if not mapped:
         raise StoreError("\n".join([f"{folder}: no shard can be read", *problems[:5]]))
-    return OpenStore(folder, manifest.contents, StoredDocuments(tuple(mapped)), tuple(problems))
+    return OpenStore(folder, manifest.contents, StoredDocuments(tuple(mapped)), tuple(problems), manifest.target_files)

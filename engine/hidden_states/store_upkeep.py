@@ -10,6 +10,7 @@ import xxhash
 
 from engine.hidden_states.store_format import MANIFEST, SUFFIX, TARGET_FOLDER, Manifest, Shard, StoreError
 from engine.hidden_states.store_reader import MappedShard
+from engine.hidden_states.target_files import names_of_files, problems_of_files
 from engine.host.files import PARTIAL, sync, write_text, writing
 
 MAX_NAMED = 10  # documents that are named per shard
@@ -20,7 +21,8 @@ OnProgress = Callable[[int], None]
 class StoreCheck:
     """The result of checking a store.
 
-    problems: one line per bad shard; empty if all is well.
+    problems: one line per bad shard, and per missing or altered file of the target.
+    unrecorded: files of the target whose checksum the manifest does not have.
     missing: number of shards that the capture has not written yet.
     seen: number of shards of which every byte was read and found correct.
     """
@@ -29,6 +31,7 @@ class StoreCheck:
     problems: tuple[str, ...]
     missing: int
     seen: int
+    unrecorded: tuple[str, ...] = ()
 
 
 def check_store(folder: Path, on_progress: OnProgress = lambda num_bytes: None) -> StoreCheck:
@@ -38,7 +41,7 @@ def check_store(folder: Path, on_progress: OnProgress = lambda num_bytes: None) 
     Raises StoreError if the manifest cannot be read.
     """
     manifest = Manifest.read(folder)
-    problems = []
+    problems: list[str] = []
     missing = 0
     done = 0
     for shard in manifest.shards:
@@ -54,7 +57,10 @@ def check_store(folder: Path, on_progress: OnProgress = lambda num_bytes: None) 
             on_progress(done)
         except StoreError as error:
             problems.append(str(error))
-    return StoreCheck(manifest, tuple(problems), missing, len(manifest.shards) - missing - len(problems))
+    seen = len(manifest.shards) - missing - len(problems)
+    of_target = problems_of_files(folder, manifest.target_files)
+    unrecorded = [name for name in names_of_files(folder) if name not in manifest.target_files]
+    return StoreCheck(manifest, (*problems, *of_target), missing, seen, tuple(unrecorded))
 
 
 def _check_finite(mapped: MappedShard) -> None:
@@ -88,8 +94,10 @@ def merge_stores(folders: Sequence[Path], into: Path) -> Merge:
     """Merge the shards of several stores into a new store; the given stores do not change.
 
     Shards are hard-linked, or copied if they are on another disk.
+    The target's files are those of the first store.
     Raises StoreError, before anything is written, if `into` exists, if a capture is not complete,
-    or if the contents of the stores differ.
+    if the contents of the stores differ, or if a file of the first store's target is missing or was
+    altered.
     """
     if into.exists():
         raise StoreError(f"{into} exists; name a folder that does not")
@@ -106,6 +114,9 @@ def merge_stores(folders: Sequence[Path], into: Path) -> Merge:
             raise StoreError(f"{problem}; only stores of the same contents can be merged")
         if not manifest.is_complete:
             raise StoreError(f"{folder}: the capture is not complete; run it again to continue it, then merge")
+    of_target = problems_of_files(folders[0], manifests[0].target_files)
+    if of_target:
+        raise StoreError(of_target[0])
     chosen: list[tuple[MappedShard, Shard]] = []
     checksums: set[str] = set()
     documents: dict[int, int] = {}
@@ -122,7 +133,7 @@ def merge_stores(folders: Sequence[Path], into: Path) -> Merge:
                 documents[digest] = documents.get(digest, 0) + 1
     corpus = xxhash.xxh3_64("".join(manifest.corpus_checksum for manifest in manifests).encode()).hexdigest()
     contents = expected if None not in identities else replace(expected, target_identity=None)
-    merged = Manifest(contents, corpus, tuple(shard for _, shard in chosen))
+    merged = Manifest(contents, corpus, tuple(shard for _, shard in chosen), manifests[0].target_files)
     _write_merged(folders[0], chosen, merged, into)
     doubled_shards = sum(len(manifest.shards) for manifest in manifests) - len(chosen)
     return Merge(merged, doubled_shards, sum(count - 1 for count in documents.values()))

@@ -13,13 +13,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.batch import PackedBatch, TargetOutput, to_device
-from engine.hidden_states.store_format import DTYPES, TARGET_FOLDER, StoreError, from_stored
+from engine.hidden_states.store_format import DTYPES, HEAD, TARGET_FOLDER, StoreError, from_stored
 from engine.hidden_states.store_reader import MappedShard, OpenStore
+from engine.hidden_states.target_files import check_file
 from engine.host.files import write_tensors
 from engine.target.embedding import SharedEmbedding, TargetEmbedding
 from engine.target.head import TargetHead
 
-HEAD = "head.safetensors"
 READERS = 4
 
 
@@ -61,7 +61,7 @@ class StoredTarget:
     """
 
     def __init__(self, store: OpenStore, device: torch.device) -> None:
-        """Load the embedding. Raises StoreError if the store lacks the embedding and head."""
+        """Load the embedding. Raises StoreError if the file of embedding and head is missing or was altered."""
         self.documents = store.documents
         self.aux_layers = store.contents.aux_layers
         self._dtype = DTYPES[store.contents.dtype]
@@ -69,8 +69,7 @@ class StoredTarget:
         self._pins = device.type == "cuda"
         self._head_path = store.folder / TARGET_FOLDER / HEAD
         self._verified: set[tuple[Path, int]] = set()
-        if not self._head_path.is_file():
-            raise StoreError(f"{self._head_path} is missing; run the capture again, which writes it")
+        check_file(store.folder, HEAD, store.target_files)
         with safe_open(self._head_path, "pt", device=str(device)) as file:
             self.embedding: TargetEmbedding | SharedEmbedding = TargetEmbedding(file.get_tensor("embed"))
         self.dtype = self.embedding.weight_VD.dtype

@@ -131,14 +131,46 @@ def test_too_many_bad_samples_stop_a_run_without_losing_the_work(paths, section,
     assert len(tokenise(paths, tokenizer, section, builds=False)[0]) > 0
 
 
-def test_an_entry_that_is_not_whole_is_made_again(paths, section):
+def without_end(data: bytes) -> bytes:
+    return data[:-7]
+
+
+def with_a_changed_bit(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "name, harmed",
+    [
+        *((name, harmed) for name in tokenised.HASHED for harmed in (without_end, with_a_changed_bit)),
+        (tokenised.REPORT, without_end),
+    ],
+)
+def test_a_damaged_entry_is_made_again_with_a_warning(paths, section, name, harmed):
     tokenizer = make_tokenizer(NAME)
-    documents, _ = tokenise(paths, tokenizer, section, builds=True)
+    warnings = []
+    tokenise(paths, tokenizer, section, builds=True, warn=warnings.append)
+    assert not warnings, "an entry that was not there is not damaged"
     (entry,) = entries(section)
-    for name in (IDS, tokenised.MASK, tokenised.ARRAYS, tokenised.REPORT):
-        path = Path(section.cache_dir, entry, name)
-        path.write_bytes(path.read_bytes()[:-7])
-        assert_same(tokenise(paths, tokenizer, section, builds=True)[0], load_documents(paths, tokenizer, section)[0])
+    path = Path(section.cache_dir, entry, name)
+    path.write_bytes(harmed(path.read_bytes()))
+    documents, _ = tokenise(paths, tokenizer, section, builds=True, warn=warnings.append)
+    assert_same(documents, load_documents(paths, tokenizer, section)[0])
+    (warning,) = warnings
+    assert str(path.parent) in warning and "tokenised again" in warning
+    assert_same(tokenise(paths, tokenizer, section, builds=False)[0], documents)
+
+
+def test_a_rank_that_does_not_build_waits_for_a_damaged_entry_to_be_replaced(paths, section, monkeypatch):
+    tokenizer = make_tokenizer(NAME)
+    tokenise(paths, tokenizer, section, builds=True)
+    (entry,) = entries(section)
+    path = Path(section.cache_dir, entry, IDS)
+    path.write_bytes(with_a_changed_bit(path.read_bytes()))
+    monkeypatch.setattr(tokenised, "SECONDS_WITHOUT_SIGN", 0.1)
+    with pytest.raises(ValueError, match="no process is building"):
+        tokenise(paths, tokenizer, section, builds=False)
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_nothing(paths, section, monkeypatch):

@@ -99,8 +99,10 @@ def test_any_number_of_ranks_leaves_the_same_store_and_may_continue_anothers(who
     assert files(tmp_path / "store") == whole
     for path in list((tmp_path / "store").glob("*.safetensors"))[::2]:
         path.unlink()
+    head = tmp_path / "store" / "target" / "head.safetensors"
+    head.write_bytes(head.read_bytes()[:-1] + b"?")
     run_capture(config)
-    assert files(tmp_path / "store") == whole
+    assert files(tmp_path / "store") == whole, "also the head, which was damaged"
     assert run_capture(config).new_bytes == 0
 
 

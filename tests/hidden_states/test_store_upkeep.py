@@ -11,6 +11,8 @@ import pytest
 from engine.hidden_states.store_format import MANIFEST, StoreError
 from engine.hidden_states.store_reader import open_store
 from engine.hidden_states.store_upkeep import check_store, merge_stores
+from engine.host.telemetry import Telemetry
+from launcher.inspect_store import inspect
 from tests.captures import capture_config, run_capture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,13 +45,44 @@ def test_every_harmed_shard_is_named(parts, tmp_path):
     assert check.seen == len(check.manifest.shards) - 3
 
 
+def test_altered_missing_and_unrecorded_files_of_the_target_are_named(parts, tmp_path):
+    store = shutil.copytree(parts[0], tmp_path / "store")
+    head = store / "target" / "head.safetensors"
+    data = head.read_bytes()
+    head.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    (store / "target" / "tokenizer_config.json").unlink()
+    (store / "target" / "added.json").write_text("{}")
+    check = check_store(store)
+    assert check.seen == len(check.manifest.shards) and check.unrecorded == ("added.json",)
+    named = ("head.safetensors was altered", "tokenizer_config.json is missing")
+    assert [words in problem for words, problem in zip(named, check.problems, strict=True)] == [True] * 2
+    with pytest.raises(StoreError, match=r"head\.safetensors was altered"):
+        merge_stores([store, parts[1]], tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
+def test_inspection_says_what_it_could_not_compare(parts, tmp_path, capsys):
+    store = shutil.copytree(parts[0], tmp_path / "store")
+    manifest = json.loads((store / MANIFEST).read_text())
+    del manifest["target_files"]
+    (store / MANIFEST).write_text(json.dumps(manifest))
+    assert inspect(store, False, Telemetry(speaks=True)) and inspect(store, True, Telemetry(speaks=True))
+    shown = capsys.readouterr().out
+    assert "without a checksum in the manifest" in shown and "head.safetensors" in shown
+    (store / "target" / "head.safetensors").unlink()
+    for quick in (False, True):
+        assert not inspect(store, quick, Telemetry(speaks=True))
+        assert "head.safetensors is missing" in capsys.readouterr().out
+
+
 def test_a_merged_store_has_all_documents_and_keeps_its_parts(parts, tmp_path):
     merge = merge_stores(parts, tmp_path / "both")
     assert (merge.doubled_shards, merge.doubled_documents) == (0, 0)
     documents = [open_store(folder, skip_bad=False).documents for folder in (*parts, tmp_path / "both")]
     apart = [document.input_ids.tolist() for documents in documents[:2] for document in documents]
     assert [document.input_ids.tolist() for document in documents[2]] == apart
-    assert not check_store(tmp_path / "both").problems and not check_store(parts[0]).problems
+    merged = check_store(tmp_path / "both")
+    assert not merged.problems and not merged.unrecorded and not check_store(parts[0]).problems
     again = merge_stores([tmp_path / "both", parts[1]], tmp_path / "again")
     doubled = len(check_store(parts[1]).manifest.shards)
     assert again.doubled_shards == doubled and again.manifest.num_documents == merge.manifest.num_documents
@@ -91,6 +124,7 @@ def test_the_command_shows_checks_and_merges(parts, tmp_path):
     assert merged.returncode == 0 and "44 documents" in merged.stdout
     shown = run(tmp_path / "both")
     assert shown.returncode == 0 and "every byte as written" in shown.stdout and "(0, 1, 3)" in shown.stdout
+    assert "compared with" in shown.stdout and "without a checksum" not in shown.stdout
     shard = sorted((tmp_path / "both").glob("*.safetensors"))[0]
     shard.unlink()
     shard.write_bytes(b"short")
