@@ -417,6 +417,7 @@ class Trainer:
             skips=self.config.checkpoint.on_bad_step == "skip",
             folder=self.output_dir / BAD_STEPS,
             rank=self.world.rank,
+            searches_scale=zero.dtype == torch.float16,
         )
         watch = FaultWatch(watch_settings, self.telemetry.warn, zero.num_skipped_steps)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)

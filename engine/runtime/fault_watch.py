@@ -5,6 +5,8 @@ stops, depending on the recipe. A non-finite loss of the draft always stops the 
 weights would become non-finite too.
 """
 
+import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,10 @@ from engine.runtime.bad_step import BadStep
 # Consecutive optimizer steps that DeepSpeed may skip. fp16 needs some to find its loss scale.
 MAX_SKIPPED = 50
 MAX_LISTED = 100  # bad steps whose documents are listed
+# A gradient's norm varies by a factor of two or three between steps; ten times the median is an accident.
+SPIKE = 10.0
+SPIKE_WINDOW = 50  # norms that the median is taken over
+FEWEST_NORMS = 20  # before which no norm is judged
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class WatchSettings:
     name_of: returns the name of a document, given its index among the loaded documents.
     stops: whether a document with non-finite states ends the run.
     skips: whether the run goes on after a step whose loss is not finite.
+    searches_scale: whether DeepSpeed skips steps to find the loss scale of fp16, which is no fault.
     folder: where the documents of bad steps are listed. rank: rank of this process.
     """
 
@@ -39,6 +46,7 @@ class WatchSettings:
     skips: bool
     folder: Path
     rank: int = 0
+    searches_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ class FaultWatch:
         self._num_skipped_in_a_row = 0
         self._num_listed = 0
         self._recent: deque[_Seen] = deque()  # micro-batches of this step and the one before
+        self._norms: deque[float] = deque(maxlen=SPIKE_WINDOW)  # of gradients
+        self._is_spike = False
         self.left_out: dict[int, str] = {}
 
     def add(self, step: int, output: DraftOutput, micro: MicroBatch) -> None:
@@ -142,11 +152,30 @@ class FaultWatch:
         self._num_skipped = num_skipped
         self._num_skipped_in_a_row += 1
         problem = f"step {step}: the gradient is not finite, so the weights were not changed"
-        self._list(step, "the gradient is not finite")
-        if self._settings.rank == 0 and self._num_skipped_in_a_row <= MAX_NAMED:
-            self._warn(f"  {problem}")
+        if not self._settings.searches_scale:
+            self._list(step, "the gradient is not finite")
+            if self._settings.rank == 0 and self._num_skipped_in_a_row <= MAX_NAMED:
+                self._warn(f"  {problem}")
         if self._num_skipped_in_a_row == MAX_SKIPPED:
             raise NonFiniteError(f"{problem}, as in the {MAX_SKIPPED - 1} steps before it; lower the learning rate")
+
+    def judge_grad_norm(self, step: int, norm: float) -> None:
+        """Warn if the norm of a step's gradient is far above those of the steps before it, and list the step's documents.
+
+        norm: of the gradient of all ranks, before clipping. Called at the end of the next step at the latest.
+        """
+        if not math.isfinite(norm):
+            return
+        was_spike = self._is_spike
+        median = statistics.median(self._norms) if len(self._norms) >= FEWEST_NORMS else math.inf
+        self._is_spike = norm > SPIKE * median
+        self._norms.append(norm)
+        if not self._is_spike or was_spike:
+            return
+        problem = f"the norm of the gradient is {norm:.3g}, {norm / median:.0f} times the median of the steps before"
+        place = self._list(step, problem)
+        if self._settings.rank == 0:
+            self._warn_of_step(f"step {step}: {problem}{place}")
 
     def _name_documents(self, seen: _Seen, by_place: list[bool]) -> None:
         num_places = len(self._places)

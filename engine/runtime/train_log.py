@@ -219,6 +219,8 @@ class TrainLog:
         grad_norm = None if pending.grad_norm is None else pending.grad_norm.wait().item()
         metrics |= {"grad_norm": grad_norm, "memory_gib": pending.memory_gib}
         metrics |= pending.reading.metrics() | self._rates(sums, metrics["tokens"], interval_s)
+        if grad_norm is not None:
+            self._watch.judge_grad_norm(pending.step, grad_norm)
         self.line = _progress_line(metrics)
         if self._file is not None:
             self._file.write(metrics)

@@ -117,3 +117,30 @@ def test_steps_that_deepspeed_leaves_out_are_named_and_too_many_in_a_row_end_the
     with pytest.raises(NonFiniteError, match=f"as in the {MAX_SKIPPED - 1} steps before it"):
         for step in range(4, 200):
             watched.count_skipped(step, step - 2)
+
+
+def test_a_spike_of_the_gradient_is_named_once_with_its_documents(tmp_path):
+    watched, warnings = watch(replace(SETTINGS, folder=tmp_path))
+    norms = [1.0 + 0.1 * (step % 5) for step in range(30)] + [40.0, 45.0, 1.2, float("nan"), 50.0]
+    for step in range(len(norms)):
+        watched.add(step, FIRST, micro_of((step,), bad=()))
+        if step:
+            watched.judge_grad_norm(step - 1, norms[step - 1])
+    assert len(warnings) == 1 and "step 30: the norm of the gradient is 40, 33 times the median" in warnings[0]
+    (listed,) = tmp_path.glob("*.json")
+    assert BadStep.read(listed).documents == [(30, "train.jsonl:30")]
+    watched.judge_grad_norm(34, norms[34])
+    assert len(warnings) == 2, "a new spike after a normal step"
+    early, warnings = watch()
+    for step, norm in enumerate((1.0, 1.0, 100.0)):
+        early.judge_grad_norm(step, norm)
+    assert not warnings, "too few steps to judge"
+
+
+def test_steps_skipped_in_search_of_a_loss_scale_are_no_faults_until_they_do_not_end(tmp_path):
+    watched, warnings = watch(replace(SETTINGS, folder=tmp_path, searches_scale=True))
+    for step in range(1, MAX_SKIPPED):
+        watched.count_skipped(step, step)
+    assert not warnings and not list(tmp_path.iterdir())
+    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+        watched.count_skipped(MAX_SKIPPED, MAX_SKIPPED)
