@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from engine.host.energy import CpuEnergy, EnergyMeter, PowerIntegral
+from engine.host.memory_limit import read_memory_limit
 from engine.host.nvml_gpu import CLOCK, MEMORY, NVLINK, PCIE, POWER, TEMPERATURE, UTILIZATION, Figures, GpuUnknownError, NvmlGpu
 
 PERIOD_S = 1.0
@@ -22,7 +23,7 @@ SECONDS_TO_END = 2.0  # for the thread, which may be in a call of the driver
 CPU = "cpu_utilization"  # of the machine, 0 to 1
 OWN_CPUS = "own_cpus"  # processors that this process keeps busy
 HOST_MEMORY = "host_memory_bytes"
-HOST_MEMORY_SHARE = "host_memory_share"  # of the machine's memory, 0 to 1
+HOST_MEMORY_SHARE = "host_memory_share"  # of the memory of the machine, or of the limit of the container or job, 0 to 1
 SWAP = "swap_bytes_per_s"  # in and out
 THREAD = "hardware-sampler"
 
@@ -89,9 +90,8 @@ class HostReader:
 
     def read(self) -> Figures:
         """Return the memory now, and the other figures since the last call. Raises OSError or psutil.Error."""
-        memory = psutil.virtual_memory()
-        used = memory.total - memory.available
-        figures: Figures = {HOST_MEMORY: used, HOST_MEMORY_SHARE: used / memory.total}
+        used_bytes, total_bytes = _memory()
+        figures: Figures = {HOST_MEMORY: used_bytes, HOST_MEMORY_SHARE: used_bytes / total_bytes}
         now = self._counters()
         seconds, total_s, idle_s, own_s, swapped = (new - old for new, old in zip(now, self._last, strict=True))
         if seconds < SHORTEST_S:
@@ -103,6 +103,15 @@ class HostReader:
         if self._counts_swap:
             figures[SWAP] = max(0.0, swapped) / seconds
         return figures
+
+
+def _memory() -> tuple[int, int]:
+    """Return used and total memory in bytes: of the container or job if it may use less than the machine has."""
+    machine = psutil.virtual_memory()
+    limit = read_memory_limit()
+    if limit is not None and limit.limit_bytes < machine.total:
+        return limit.used_bytes, limit.limit_bytes
+    return machine.total - machine.available, machine.total
 
 
 def _counts_swap() -> bool:

@@ -76,7 +76,8 @@ def judge_memory(interval: LoggedInterval) -> dict[str, str]:
     share = interval.reading.maximum.get(HOST_MEMORY_SHARE, 0.0)
     if share <= FULL_MEMORY:
         return {}
-    text = f"{share:.0%} of the machine's memory is in use, and a process that needs more will be killed"
+    limit = "the memory that this machine or job may use"
+    text = f"{share:.0%} of {limit} is taken, and a process that needs more will be killed"
     return {HOST_MEMORY: f"{text}; end other processes, or use fewer ranks per machine or a smaller overlap.look_ahead"}
 
 

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from engine.host import hardware
-from engine.host.hardware import HOST_MEMORY_SHARE, OWN_CPUS, SWAP, THREAD, HardwareReading, HardwareSampler, HostReader
+from engine.host.hardware import (
+    HOST_MEMORY,
+    HOST_MEMORY_SHARE,
+    OWN_CPUS,
+    SWAP,
+    THREAD,
+    HardwareReading,
+    HardwareSampler,
+    HostReader,
+)
+from engine.host.memory_limit import MemoryLimit
 from engine.host.nvml_gpu import CLOCK, POWER, NvmlGpu
 from tests.host.test_nvml_gpu import UUIDS, FakeNvml
 
@@ -138,3 +148,13 @@ def test_swapping_is_a_rate_and_a_system_that_does_not_count_it_has_none(monkeyp
     assert SWAP not in reader.read()
     monkeypatch.setattr(psutil, "virtual_memory", fails)
     assert CLOCK not in HardwareSampler(host=reader).take().mean
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "share"), [(None, 400, 0.4), (MemoryLimit(500, 490), 490, 0.98), (MemoryLimit(5000, 900), 400, 0.4)]
+)
+def test_the_limit_of_a_job_below_the_memory_of_its_machine_counts(monkeypatch, limit, used, share):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1000, available=600))
+    monkeypatch.setattr(hardware, "read_memory_limit", lambda: limit)
+    figures = HostReader().read()
+    assert figures[HOST_MEMORY] == used and figures[HOST_MEMORY_SHARE] == pytest.approx(share)
