@@ -34,6 +34,7 @@ SECONDS_FOR_STACKS = 3.0  # in which ranks answer where they are
 MOST_BYTES = 1 << 22  # of a message
 MOST_BYTES_UNVERIFIED = 1 << 12  # of a message before a connection has sent the token of the job
 MOST_NAMED = 8  # ranks in a message
+SECONDS_OF_LAST_ACTIONS = 2.0  # for the functions of `before_end`, and for each last line, which may have no reader
 SECONDS_OF_ONE_SIGNAL = 5.0  # a terminal and a launcher may both pass on the same signal
 ENDED = 1  # exit code of a rank that the watch ends
 KEY = "job_watch"  # of the address of rank 0 in the store
@@ -43,7 +44,7 @@ RUNNERS = ("bin/deepspeed", "deepspeed.launcher.runner")
 
 @dataclass(frozen=True)
 class Job:
-    """What a watch needs to know of the job.
+    """Facts about the job that a watch needs.
 
     rank, size, local_rank: of this process, in the whole job. command: name of the command, for messages.
     host: address of rank 0. stacks_folder: where stacks are written if a rank hangs.
@@ -250,9 +251,12 @@ class JobWatch:
         return SILENT_IN_STEPS_S if in_steps else SILENT_S
 
     def _write(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # the launcher that reads it may have ended
-            sys.stderr.write(f"{self.job.command}: {text}\n")
-            sys.stderr.flush()
+        def write() -> None:
+            with suppress(OSError, ValueError):  # the launcher that reads it may have ended
+                sys.stderr.write(f"{self.job.command}: {text}\n")
+                sys.stderr.flush()
+
+        _run_briefly(write)
 
 
 class RankWatch(JobWatch):
@@ -540,20 +544,42 @@ _last_actions: list[Callable[[], None]] = []
 
 
 def before_end(action: Callable[[], None]) -> None:
-    """Let `end_at_once` call a function first, such as one that removes a temporary folder; its errors are ignored."""
+    """Let `end_at_once` call a function first, such as one that removes a temporary folder; its errors are ignored.
+
+    It is called in a thread. The process ends after `SECONDS_OF_LAST_ACTIONS`, whether or not it has returned.
+    """
     _last_actions.append(action)
 
 
 def end_at_once(code: int) -> NoReturn:
     """End this process and those that it has started, without exit functions but those of `before_end`."""
-    for action in _last_actions:
-        with suppress(Exception):
-            action()
+    _run_briefly(_run_last_actions)
     with suppress(psutil.Error):
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 child.kill()
+    _run_briefly(_flush)
+    os._exit(code)
+
+
+def _run_last_actions() -> None:
+    for action in _last_actions:
+        with suppress(Exception):
+            action()
+
+
+def _flush() -> None:
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)
+
+
+def _run_briefly(function: Callable[[], None]) -> None:
+    """Run a function in a thread, and wait `SECONDS_OF_LAST_ACTIONS` for it at most."""
+    thread = threading.Thread(target=function, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # Python is ending, or the system allows no more threads
+        function()
+    else:
+        thread.join(SECONDS_OF_LAST_ACTIONS)

@@ -1,12 +1,17 @@
 """A rank that fails, is killed, stops or hangs ends the whole job soon, and is named; run through the real launcher."""
 
+import multiprocessing
+import os
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from engine.runtime import job_watch
+from engine.runtime.progress import Progress
 from engine.runtime.run_stop import EXIT_CODE, EXIT_CODE_OF_FILE
 from tests.distributed import ROOT, launch
 from tests.test_trainer import DEEPSPEED, ENVIRONMENT, arguments, metrics, num_logged, run
@@ -125,3 +130,28 @@ def test_ranks_do_not_outlive_their_launcher(killed, tmp_path, tiny_target, tiny
         runner.wait()
     assert set(Path("/dev/shm").iterdir()) <= shared_memory
     assert (tmp_path / "checkpoints" / "latest").exists(), "the run stopped as it does after a signal"
+
+
+def end_while_the_main_thread_cannot_write(marker: Path) -> None:
+    """End this process from another thread, while the main thread holds a lock and writes to a full pipe."""
+    job_watch.SECONDS_OF_LAST_ACTIONS = 0.2
+    _, writing = os.pipe()
+    for number in (1, 2):
+        os.dup2(writing, number)
+    lock = threading.RLock()
+    job_watch.before_end(marker.touch)
+    job_watch.before_end(lambda: lock.acquire() and None)
+    watch = job_watch.MainWatch(job_watch.Job(0, 1, 0, "train.py", "", marker.parent), Progress(), None, 1.0)
+    threading.Timer(0.2, watch._end_job, ("out of luck", 7)).start()
+    with lock:
+        print("a" * (1 << 20), flush=True)
+
+
+def test_a_process_ends_although_nobody_reads_its_output(tmp_path):
+    marker = tmp_path / "removed"
+    process = multiprocessing.get_context("forkserver").Process(target=end_while_the_main_thread_cannot_write, args=(marker,))
+    process.start()
+    process.join(20)
+    code = process.exitcode
+    process.kill()
+    assert code == 7 and marker.exists()
