@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 # None of these imports a package that could be missing.
 from engine import __version__
-from engine.setup_checks.finding import Finding, first_line, plural, problem
+from engine.host.units import counted
+from engine.setup_checks.finding import Finding, first_line, problem
 from engine.setup_checks.required_packages import INSTALL, Requirements, installed_versions, judge_installed, python
 from engine.setup_checks.setup_report import SetupReport
 
@@ -129,7 +130,7 @@ def meet_ranks(
     """
     from engine.setup_checks import rank_arrival
     from engine.setup_checks.machine import has_devices, judge_machines
-    from engine.setup_checks.software import judge_software
+    from engine.setup_checks.software import judge_copies, judge_software
 
     own = own_facts(environment, requirements)
     size = environment["size"]
@@ -149,14 +150,14 @@ def meet_ranks(
         if not goes_on:
             sys.exit(1)
         return [own], store
-    arrived = rank_arrival.collect_facts(store, own, size, timeout_s, report.busy)
+    arrived, unreadable = rank_arrival.collect_facts(store, own, size, timeout_s, report.busy)
     report.facts["ranks"] = [asdict(facts) for facts in arrived]
     report.begin("Versions")
-    report.add(*judge_software(arrived, requirements))
+    report.add(*judge_software(arrived, requirements), *judge_copies(own, unreadable))
     report.begin("Devices")
     report.add(*judge_machines(arrived))
     report.begin("Ranks")
-    report.add(rank_arrival.judge_arrival(arrived, size, timeout_s, f"{host}, port {port}"))
+    report.add(rank_arrival.judge_arrival([*arrived, *unreadable], size, timeout_s, f"{host}, port {port}"))
     can_go_on = len(arrived) == size and has_devices(arrived)
     rank_arrival.let_go_on(store, can_go_on)
     if not can_go_on:
@@ -214,7 +215,7 @@ def main() -> int:
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
     report = SetupReport(speaks=rank == 0, as_json=arguments.json)
-    report.note(f"DraftSpeed {__version__}: checking {size} {plural('rank', size)}")
+    report.note(f"DraftSpeed {__version__}: checking {counted(size, 'rank')}")
     requirements = Requirements.read(ROOT / "setup.py")
     environment = join_and_import(report, requirements)
 

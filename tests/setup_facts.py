@@ -3,16 +3,16 @@
 from dataclasses import replace
 from typing import Any
 
+from engine.host.units import GIB
 from engine.setup_checks.machine_facts import GpuFacts, MachineFacts
 from engine.setup_checks.rank_facts import RankFacts
 from engine.setup_checks.software_facts import SoftwareFacts
 
-GIB = 1 << 30
 GPU = GpuFacts("NVIDIA H100 80GB HBM3", "", 80 * GIB, 79 * GIB)
 VERSIONS = {"torch": "2.13.0+cu130", "deepspeed": "0.19.8", "transformers": "5.23.0", "numpy": "2.4.6"}
 SOFTWARE = SoftwareFacts(
     python="3.12.3",
-    versions=VERSIONS | {"triton": "3.9.0", "liger-kernel": "0.8.5"},
+    versions=VERSIONS | {"triton": "3.9.0", "liger-kernel": "0.8.5", "nvidia-ml-py": "13.580.82"},
     draftspeed="0.1.0",
     source="0123456789ab",
     cuda="13.0",

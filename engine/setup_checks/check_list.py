@@ -14,7 +14,7 @@ from engine.setup_checks.disk_speed import DiskFacts, existing, judge_disk, meas
 from engine.setup_checks.finding import ok
 from engine.setup_checks.hub_cache import HubFacts, judge_hub
 from engine.setup_checks.kernel_results import check_all_kernels, judge_kernels
-from engine.setup_checks.link_speed import LinkSpeed, judge_links, measure_scope, scopes_of
+from engine.setup_checks.link_speed import LinkSpeed, free_bytes_of, judge_links, judge_memory, measure_scope, scopes_of
 from engine.setup_checks.rank_facts import RankFacts
 from engine.setup_checks.setup_report import SetupReport
 from engine.setup_checks.trial_run import judge_trial, run_trial
@@ -31,7 +31,7 @@ SLOW_FIX = "If this may be slow, raise --timeout_s; otherwise look at the disks 
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """What the checks need besides the ranks.
+    """Settings of the checks, and the facts that they use.
 
     own: facts of this rank. everyone: facts of all ranks, on rank 0; others have none.
     folder: whose disk is measured. ds_config: DeepSpeed's configuration of the training step, as loaded.
@@ -59,7 +59,10 @@ class CheckList:
     """The checks after the ranks have joined."""
 
     def __init__(self, world: World, report: SetupReport, settings: CheckSettings, temporary: Path) -> None:
-        """Create it. temporary: an empty folder, or one that this node does not have yet; the caller removes it."""
+        """Create the checks.
+
+        temporary: folder for their files, which is empty or does not exist on this node yet; the caller removes it.
+        """
         self.world = world
         self.report = report
         self.settings = settings
@@ -86,10 +89,15 @@ class CheckList:
     def check_links(self) -> None:
         """Measure collectives between the ranks."""
         scopes = scopes_of(self.world.size, self.world.local_size)
-        machine = self.settings.own.machine
-        own_free = machine.free_memory_bytes // self.world.local_size if machine.gpu is None else machine.gpu.free_bytes
-        free_bytes = min(self.world.gather(own_free))
+        ranks = self.world.decide(lambda: self.settings.everyone)
+        free_bytes = min(free_bytes_of(rank) for rank in ranks)
+        lack = judge_memory(ranks, self.world.device.type)
         measured: list[LinkSpeed] = []
+        if not scopes:
+            self.report.add(ok("links", "one rank, so there is nothing to measure"))
+        elif lack is not None:
+            self.report.add(lack)
+            scopes = []
 
         timeout_s = self.settings.timeout_s
         for scope in scopes:
@@ -97,10 +105,11 @@ class CheckList:
                 speeds = measure_scope(self.world, scope, free_bytes, group_timeout_s(timeout_s), self.report.busy)
             measured += speeds
             if self.world.is_main:
-                self.report.add(*judge_links(speeds, self.world.device.type, self.settings.everyone, scope))
-        if not scopes:
-            self.report.add(ok("links", "one rank, so there is nothing to measure"))
-        facts = [asdict(speed) | {"seconds": speed.seconds, "bus_gb_per_s": speed.gb_per_s} for speed in measured]
+                self.report.add(*judge_links(speeds, self.world.device.type, ranks, scope))
+        facts = []
+        for speed in measured:
+            rates = {"bus_gb_per_s": speed.gb_per_s, "node_gb_per_s": speed.node_gb_per_s}
+            facts.append(asdict(speed) | {"seconds": speed.seconds} | rates)
         self.report.facts["links"] = facts
 
     def check_disk(self) -> None:

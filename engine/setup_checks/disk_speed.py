@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.host.files import DISK_FULL
+from engine.host.units import GIB, size_text
 from engine.setup_checks.finding import Finding, ok, problem, warning
 
-GIB = 1 << 30
 BLOCK_BYTES = 4 << 20
 BLOCKS_PER_SYNC = 8
 MOST_BYTES = 256 << 20
@@ -119,8 +119,8 @@ def judge_disk(nodes: Sequence[DiskFacts], folder: Path, is_shared: bool | None)
 def _judge_space(nodes: Sequence[DiskFacts], folder: Path) -> Finding:
     least = min(nodes, key=lambda node: node.free_bytes or 0)
     free_bytes = least.free_bytes or 0
-    text = f"{free_bytes / GIB:,.1f} GiB free in {folder} on {least.host}"
-    needed = f"a checkpoint of a draft for an 8B target takes about {CHECKPOINT_BYTES / GIB:.1f} GiB, and two are kept"
+    text = f"{size_text(free_bytes)} free in {folder} on {least.host}"
+    needed = f"a checkpoint of a draft for an 8B target takes about {size_text(CHECKPOINT_BYTES)}, and two are kept"
     fix = "Free some space, or name a folder on a larger disk (--folder here, output_dir in a run)"
     if free_bytes < LEAST_FREE_BYTES:
         return problem("disk space", f"{text}; {needed}", fix)
@@ -132,7 +132,7 @@ def _judge_space(nodes: Sequence[DiskFacts], folder: Path) -> Finding:
 def _judge_speed(nodes: Sequence[DiskFacts]) -> Finding:
     slowest = min(nodes, key=lambda node: node.write_mb_per_s or 0.0)
     write_mb_per_s = slowest.write_mb_per_s or 0.0
-    read_mb_per_s = min(node.read_mb_per_s or 0.0 for node in nodes)
+    read_mb_per_s = slowest.read_mb_per_s or 0.0
     text = f"writes {write_mb_per_s:,.0f} MB/s, reads {read_mb_per_s:,.0f} MB/s on {slowest.host}"
     if write_mb_per_s >= LEAST_MB_PER_S:
         return ok("disk speed", text)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.host.units import counted
+
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 LONGEST_LINE = 200  # characters
 
@@ -46,15 +48,10 @@ def verdict(findings: Sequence[Finding]) -> str:
     num_problems = count(findings, PROBLEM)
     num_warnings = count(findings, WARNING)
     if num_problems:
-        return f"not ready: {num_problems} {plural('problem', num_problems)}"
+        return f"not ready: {counted(num_problems, 'problem')}"
     if num_warnings:
-        return f"ready, with {num_warnings} {plural('warning', num_warnings)}"
+        return f"ready, with {counted(num_warnings, 'warning')}"
     return "ready"
-
-
-def plural(noun: str, number: int) -> str:
-    """Return a regular noun in the form that a number takes."""
-    return noun if number == 1 else f"{noun}s"
 
 
 def first_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Whether models can be downloaded from the hub, or must be there already."""
+"""Check of whether models can be downloaded from the hub."""
 
 import os
 import tempfile

@@ -5,6 +5,9 @@ which it equals the speed of the slowest link, whatever n is:
 
     all-reduce                2 (n - 1) / n    size = bytes of each rank's tensor
     all-gather, all-to-all      (n - 1) / n    size = bytes that each rank has received, its own included
+
+Groups across nodes communicate at the same time, one per rank of a node, and may share a network card.
+They are therefore judged by the sum of their bandwidths, the bandwidth of a node.
 """
 
 import statistics
@@ -16,28 +19,32 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
+from engine.host.units import KIB, MIB, size_text
 from engine.parallel.mesh import World
 from engine.setup_checks.finding import Finding, ok, warning
 from engine.setup_checks.rank_facts import RankFacts, names_of
 
 ALL_REDUCE, ALL_GATHER, ALL_TO_ALL = "all-reduce", "all-gather", "all-to-all"
 OPERATIONS = (ALL_REDUCE, ALL_GATHER, ALL_TO_ALL)
+OF_EVERY_STEP = (ALL_REDUCE, ALL_GATHER)  # exchange gradients and weights of a draft
 WITHIN, ACROSS, WHOLE = "within a node", "across nodes", "all ranks"
-KIB, MIB = 1 << 10, 1 << 20
 SIZES = {"cpu": (4 * KIB, 256 * KIB, 16 * MIB), "cuda": (4 * KIB, MIB, 16 * MIB, 256 * MIB)}
 SECONDS_PER_SIZE = 0.1  # of repetitions
 MOST_REPETITIONS = 50
 MOST_SECONDS = 2.0  # of one collective; sizes that would take longer are left out
 FREE_SHARE = 4  # a size takes at most this part of the free memory
-# Bus bandwidth in GB/s below which the exchange of gradients holds up training: that of a GPU on PCIe without direct
-# access to its neighbours, of a network of 25 Gbit/s, and of a network of 1 Gbit/s for ranks on CPUs.
+# Bandwidth in GB/s of a rank within a node, or of a node in the network, below which the exchange of gradients and weights
+# holds up training: that of a GPU on PCIe without direct access to its neighbours, of a network of 25 Gbit/s, and of a
+# network of 1 Gbit/s for ranks on CPUs.
 LEAST_GB_PER_S = {("cuda", WITHIN): 5.0, ("cuda", ACROSS): 2.0, ("cpu", WITHIN): 0.1, ("cpu", ACROSS): 0.1}
-OUTLIER = 2.0  # a node this many times as slow as the median is named
+OUTLIER = 2.0  # a node this many times as slow as the median is named; of two nodes the faster one is the median
 GRADIENT_BYTES = 840_000_000  # of a draft of 0.42 billion weights in bf16, as for a target of 8 billion
 NETWORK_FIX = (
     "Choose the network with NCCL_SOCKET_IFNAME and NCCL_IB_HCA (docs/multi_node.md); NCCL_DEBUG=INFO shows which one is in use"
 )
 NODE_FIX = "Look at `nvidia-smi topo -m` for how the GPUs are connected, and at NCCL_DEBUG=INFO for how NCCL connects them"
+MEMORY_FIX = "Run `nvidia-smi` there, and end the processes that hold the memory"
+OUTLIER_FIX = "Compare this node with the others (`nvidia-smi topo -m`, `nvidia-smi -q -d CLOCK,POWER`)"
 CPU_FIX = "Choose the network with GLOO_SOCKET_IFNAME (docs/multi_node.md)"
 
 
@@ -54,6 +61,11 @@ class Scope:
     @property
     def num_ranks(self) -> int:
         return len(self.groups[0])
+
+    @property
+    def has_all_ranks(self) -> bool:
+        """Whether there is one group, of all ranks."""
+        return len(self.groups) == 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,11 @@ class LinkSpeed:
         """Bus bandwidth of the slowest group, in 1e9 bytes per second."""
         return self.num_bytes / self.seconds * bus_factor(self.operation, self.num_ranks) / 1e9
 
+    @property
+    def node_gb_per_s(self) -> float:
+        """Bandwidth of a node, in 1e9 bytes per second: the sum over the groups if each of them has a rank of every node."""
+        return self.gb_per_s * len(self.seconds_of_groups) if self.scope == ACROSS else self.gb_per_s
+
 
 def bus_factor(operation: str, num_ranks: int) -> float:
     """Return the bus bandwidth divided by size per time."""
@@ -102,6 +119,26 @@ def scopes_of(size: int, local_size: int) -> list[Scope]:
     return [Scope(WHOLE, (whole,)), Scope(WITHIN, nodes), Scope(ACROSS, across)]
 
 
+def free_bytes_of(rank: RankFacts) -> int:
+    """Return the memory that is free on the device of a rank; 0 if it cannot be read."""
+    machine = rank.machine
+    return machine.free_memory_bytes // rank.local_size if machine.gpu is None else machine.gpu.free_bytes
+
+
+def fitting_sizes(device_type: str, free_bytes: int) -> list[int]:
+    """Return the sizes to measure if every rank has `free_bytes` of memory."""
+    return [size for size in SIZES[device_type] if FREE_SHARE * size <= free_bytes]
+
+
+def judge_memory(ranks: Sequence[RankFacts], device_type: str) -> Finding | None:
+    """Return the finding that links cannot be measured, because of ranks without memory; None = they can be."""
+    without = [rank for rank in ranks if not fitting_sizes(device_type, free_bytes_of(rank))]
+    if not without:
+        return None
+    text = f"not measured: {names_of(without)} have no free memory, or it cannot be read"
+    return warning("links", text, MEMORY_FIX)
+
+
 def measure_scope(
     world: World, scope: Scope, free_bytes: int, timeout_s: float, busy: Callable[[str], None]
 ) -> list[LinkSpeed]:
@@ -118,11 +155,10 @@ def measure_scope(
             group = made
             number = index
     assert group is not None, "every rank is in one group"
-    sizes = [size for size in SIZES[world.device.type] if FREE_SHARE * size <= free_bytes]
     speeds = []
     for operation in OPERATIONS:
         of_one: list[LinkSpeed] = []
-        for num_bytes in sizes:
+        for num_bytes in fitting_sizes(world.device.type, free_bytes):
             if predicted_seconds(of_one, num_bytes) > MOST_SECONDS:
                 break
             busy(f"{operation} {scope.name}, {size_text(num_bytes)}")
@@ -134,6 +170,7 @@ def measure_scope(
             times = tuple(seconds for _, seconds in sorted(by_group.items()))
             of_one.append(LinkSpeed(operation, scope.name, scope.num_ranks, actual_bytes, times))
         speeds += of_one
+    distributed.destroy_process_group(group)  # whose buffers take memory of the device
     return speeds
 
 
@@ -206,35 +243,42 @@ def judge_links(speeds: Sequence[LinkSpeed], device_type: str, ranks: Sequence[R
 
 
 def _judge_operation(speeds: Sequence[LinkSpeed], device_type: str, ranks: Sequence[RankFacts], scope: Scope) -> Finding:
-    smallest = speeds[0]
+    """Return the finding on one collective. speeds: by size, the smallest first."""
+    operation = speeds[0].operation
     largest = speeds[-1]
-    rates = ", ".join(f"{speed.gb_per_s:.3g} GB/s at {size_text(speed.num_bytes)}" for speed in reversed(speeds[1:]))
-    shape = f"{largest.num_ranks} ranks {scope.name}" if scope.name != WHOLE else f"all {largest.num_ranks} ranks"
-    text = f"{shape}: {rates or 'bandwidth was not measured'}; latency {smallest.seconds * 1e6:,.0f} us"
-    median = statistics.median(largest.seconds_of_groups)
-    slow = [index for index, seconds in enumerate(largest.seconds_of_groups) if seconds > OUTLIER * median]
+    text = _figures(speeds, scope)
+    median_s = statistics.median_low(largest.seconds_of_groups)
+    slow = [index for index, seconds in enumerate(largest.seconds_of_groups) if seconds > OUTLIER * median_s]
     if slow and scope.name == WITHIN:
         members = [rank for rank in ranks if any(rank.rank in scope.groups[index] for index in slow)]
-        text = f"{text}; {names_of(members)} took {largest.seconds / median:.1f} times as long as other nodes"
-        return warning(
-            largest.operation, text, "Compare this node with the others (`nvidia-smi topo -m`, `nvidia-smi -q -d CLOCK,POWER`)"
-        )
+        text = f"{text}; {names_of(members)} took {largest.seconds / median_s:.1f} times as long as other nodes"
+        return warning(operation, text, OUTLIER_FIX)
+    if len(speeds) == 1:
+        return warning(operation, text, _fix_of(device_type, scope))
     least = LEAST_GB_PER_S[device_type, WITHIN if scope.name == WITHIN else ACROSS]
-    if len(speeds) > 1 and largest.gb_per_s < least:
+    if operation not in OF_EVERY_STEP or largest.node_gb_per_s >= least:
+        return ok(operation, text)
+    text = f"{text}; less than {least:g} GB/s holds up training"
+    if operation == ALL_REDUCE and scope.has_all_ranks:
         gradient_s = GRADIENT_BYTES * bus_factor(ALL_REDUCE, largest.num_ranks) / largest.gb_per_s / 1e9
-        text = f"{text}; at this speed the gradients of a draft for an 8B target take {gradient_s:.2g} s per step"
-        return warning(largest.operation, text, _fix_of(device_type, scope))
-    return ok(largest.operation, text)
+        text = f"{text}: the gradients of a draft for an 8B target take {gradient_s:.2g} s per step"
+    return warning(operation, text, _fix_of(device_type, scope))
+
+
+def _figures(speeds: Sequence[LinkSpeed], scope: Scope) -> str:
+    """Return the figures of one collective as text."""
+    largest = speeds[-1]
+    shape = f"{largest.num_ranks} ranks {scope.name}" if scope.name != WHOLE else f"all {largest.num_ranks} ranks"
+    is_shared = scope.name == ACROSS and not scope.has_all_ranks
+    if is_shared:
+        shape = f"{shape}, {len(scope.groups)} groups at the same time"
+    rates = ", ".join(f"{speed.gb_per_s:.3g} GB/s at {size_text(speed.num_bytes)}" for speed in reversed(speeds[1:]))
+    if rates and is_shared:
+        rates = f"{rates} per group, {largest.node_gb_per_s:.3g} GB/s per node"
+    return f"{shape}: {rates or 'bandwidth was not measured'}; latency {speeds[0].seconds * 1e6:,.0f} us"
 
 
 def _fix_of(device_type: str, scope: Scope) -> str:
     if device_type == "cpu":
         return CPU_FIX
     return NODE_FIX if scope.name == WITHIN else NETWORK_FIX
-
-
-def size_text(num_bytes: int) -> str:
-    """Return a size as text, such as `16 MiB`; sizes are rounded, since they are divided by the number of ranks."""
-    if num_bytes >= MIB // 2:
-        return f"{num_bytes / MIB:.0f} MiB"
-    return f"{num_bytes / KIB:.0f} KiB"

@@ -3,11 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from engine.setup_checks.finding import Finding, ok, plural, problem, warning
+from engine.host.units import GIB, MIB, counted, size_text
+from engine.setup_checks.finding import Finding, ok, problem, warning
 from engine.setup_checks.rank_facts import RankFacts, by_value, names_of
 
-GIB = 1 << 30
-MIB = 1 << 20
 MOST_USED = 0.5  # share of a GPU's memory which other processes may hold before training is unlikely to fit
 LITTLE_USED = 0.1  # share that this process, the driver and a desktop may hold
 LEAST_CORES_ON_GPU = 2.0  # one issues kernels, one reads data and writes checkpoints
@@ -54,7 +53,7 @@ def _judge_number_of_gpus(ranks: Sequence[RankFacts]) -> Finding:
     counts = " or ".join(str(number) for number, _ in each)
     unused = [rank for rank in ranks if rank.machine.num_gpus > rank.local_size]
     if unused:
-        text = f"{counts} per node, and {unused[0].local_size} {plural('rank', unused[0].local_size)} on {names_of(unused)}"
+        text = f"{counts} per node, and {counted(unused[0].local_size, 'rank')} on {names_of(unused)}"
         return warning("GPUs", text, "Start one rank per GPU, or hide the GPUs that this job shall not use")
     return ok("GPUs", f"{counts} per node")
 
@@ -88,7 +87,7 @@ def _judge_gpu_memory(ranks: Sequence[RankFacts]) -> list[Finding]:
         if gpu is None:
             continue
         used = 1 - gpu.free_bytes / gpu.total_bytes
-        text = f"{gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free"
+        text = f"{size_text(gpu.free_bytes)} of {size_text(gpu.total_bytes)} free"
         if least is None or used > least[0]:
             least = (used, text)
         if used > LITTLE_USED:
@@ -134,14 +133,15 @@ def _judge_memory(ranks: Sequence[RankFacts], on_gpu: bool) -> Finding:
         return rank.machine.free_memory_bytes / rank.local_size
 
     least = min(ranks, key=per_rank)
-    text = f"{gib(least.machine.free_memory_bytes)} of {gib(least.machine.memory_bytes)} free, {gib(per_rank(least))} per rank"
+    free = f"{size_text(least.machine.free_memory_bytes)} of {size_text(least.machine.memory_bytes)} free"
+    text = f"{free}, {size_text(per_rank(least))} per rank"
     short = [rank for rank in ranks if per_rank(rank) < wanted]
     if not short:
         return ok("host memory", f"at least {text}")
     named = f"{text}, on {names_of(short)}"
     if per_rank(least) < LEAST_MEMORY_BYTES:
         return problem("host memory", named, fix)
-    return warning("host memory", f"{named}; {gib(wanted)} per rank leave room for checkpoints", fix)
+    return warning("host memory", f"{named}; {size_text(wanted)} per rank leave room for checkpoints", fix)
 
 
 def _judge_shared_memory(ranks: Sequence[RankFacts], on_gpu: bool) -> Finding:
@@ -154,10 +154,10 @@ def _judge_shared_memory(ranks: Sequence[RankFacts], on_gpu: bool) -> Finding:
         return rank.machine.free_shm_bytes or 0
 
     least = min(ranks, key=free)
-    text = f"{gib(free(least))} of {gib(least.machine.shm_bytes or 0)} free"
+    text = f"{size_text(free(least))} of {size_text(least.machine.shm_bytes or 0)} free"
     lacks = [rank for rank in ranks if rank.local_size > 1 and free(rank) < LEAST_SHM_BYTES * rank.local_size]
     if lacks and on_gpu:
-        needed = f"{LEAST_SHM_BYTES // MIB} MiB for each of {lacks[0].local_size} ranks"
+        needed = f"{size_text(LEAST_SHM_BYTES)} for each of {lacks[0].local_size} ranks"
         return problem("/dev/shm", f"{text} on {names_of(lacks)}; NCCL needs about {needed}", fix)
     small = [rank for rank in ranks if free(rank) < WANTED_SHM_BYTES]
     if small:
@@ -178,8 +178,8 @@ def _judge_locked_memory(ranks: Sequence[RankFacts]) -> Finding:
     with_infiniband = [rank for rank in ranks if rank.machine.has_infiniband]
     limit, few = _below(with_infiniband, lambda rank: rank.machine.locked_bytes, LEAST_LOCKED_BYTES)
     if not few:
-        return ok("locked memory", "unlimited" if limit is None else f"at most {gib(limit)}")
-    text = f"at most {(limit or 0) / MIB:,.1f} MiB on {names_of(few)}, which have InfiniBand"
+        return ok("locked memory", "unlimited" if limit is None else f"at most {size_text(limit)}")
+    text = f"at most {size_text(limit or 0)} on {names_of(few)}, which have InfiniBand"
     fix = (
         "Set memlock to unlimited (limits.conf, --ulimit memlock=-1 of Docker, PropagateResourceLimitsExcept=MEMLOCK of Slurm)"
     )
@@ -193,8 +193,3 @@ def _below(
     limits = [(limit_of(rank), rank) for rank in ranks]
     numbers = [limit for limit, _ in limits if limit is not None]
     return min(numbers, default=None), [rank for limit, rank in limits if limit is not None and limit < wanted]
-
-
-def gib(num_bytes: float) -> str:
-    """Return a size as text, such as `1.5 GiB`."""
-    return f"{num_bytes / GIB:,.1f} GiB"

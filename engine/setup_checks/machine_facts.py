@@ -8,11 +8,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from engine.host.memory_limit import CGROUP, read_memory_limit
+
 SHARED_MEMORY = Path("/dev/shm")
 INFINIBAND = Path("/dev/infiniband")
-CGROUP = Path("/sys/fs/cgroup")
-CGROUP_1_MEMORY = CGROUP / "memory"
-UNLIMITED_BYTES = 1 << 60  # larger limits of a container are none
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class MachineFacts:
 
     num_gpus: GPUs that the rank sees. gpu: the one that it would use; None = it has none.
     cores: numbers of the cores on which it may run. cpu_quota: cores that the container may use; None = all.
-    free_memory_bytes: host memory that the rank's machine or container has left.
+    free_memory_bytes: host memory that the rank's machine, container or job has left.
     shm_bytes, free_shm_bytes: of /dev/shm; None = there is none. open_files, locked_bytes: limits; None = unlimited.
     """
 
@@ -93,27 +92,13 @@ def _shared_memory() -> tuple[int | None, int | None]:
 
 
 def _host_memory() -> tuple[int, int]:
-    """Return total and free host memory in bytes; those of the container if it may use less than the machine has."""
+    """Return total and free host memory in bytes; those of the container or job if it may use less than the machine has."""
     machine = psutil.virtual_memory()
-    limit_bytes, used_bytes = _container_memory()
-    if limit_bytes is None:
+    limit = read_memory_limit()
+    if limit is None:
         return machine.total, machine.available
-    return min(machine.total, limit_bytes), min(machine.available, max(0, limit_bytes - used_bytes))
-
-
-def _container_memory() -> tuple[int | None, int]:
-    """Return the memory that the container may use and what it uses, in bytes; a limit of None = there is none.
-
-    Cached file contents, which the kernel gives up when memory runs short, do not count as used.
-    """
-    for folder, names, cached in (
-        (CGROUP, ("memory.max", "memory.current"), "inactive_file"),
-        (CGROUP_1_MEMORY, ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"),
-    ):
-        limit, used = (_number(folder / name) for name in names)
-        if limit is not None and used is not None and limit < UNLIMITED_BYTES:
-            return limit, max(0, used - _entry(folder / "memory.stat", cached))
-    return None, 0
+    left_bytes = max(0, limit.limit_bytes - limit.used_bytes)
+    return min(machine.total, limit.limit_bytes), min(machine.available, left_bytes)
 
 
 def _cpu_quota() -> float | None:
@@ -123,20 +108,3 @@ def _cpu_quota() -> float | None:
         return int(quota) / int(period)
     except (OSError, ValueError):  # no container, or the quota is "max"
         return None
-
-
-def _number(path: Path) -> int | None:
-    """Return the number in a file of the kernel; None = there is no file, or its text is "max"."""
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-
-
-def _entry(path: Path, name: str) -> int:
-    """Return the number of an entry of a file of the kernel, or 0."""
-    try:
-        pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
-        return next((int(value) for key, value in pairs if key == name), 0)
-    except (OSError, ValueError):
-        return 0

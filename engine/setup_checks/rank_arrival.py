@@ -5,13 +5,14 @@ writes whether all shall go on.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
-from engine.setup_checks.finding import Finding, ok, plural, problem
-from engine.setup_checks.rank_facts import RankFacts, names_of, numbers
+from engine.host.units import counted
+from engine.setup_checks.finding import Finding, ok, problem
+from engine.setup_checks.rank_facts import Located, RankFacts, UnreadableRank, load_facts, names_of, numbers
 
 PREFIX = "setup_checks"
 GO_ON = "go_on"
@@ -42,19 +43,26 @@ def open_store(host: str, port: int, size: int, is_server: bool, timeout_s: floa
     return PrefixStore(PREFIX, store)
 
 
-def collect_facts(store: Store, own: RankFacts, size: int, timeout_s: float, busy: Callable[[str], None]) -> list[RankFacts]:
-    """Return on rank 0 the facts of all ranks that came within `timeout_s`, by rank. busy: shows a text."""
-    arrived = {own.rank: own}
+def collect_facts(
+    store: Store, own: RankFacts, size: int, timeout_s: float, busy: Callable[[str], None]
+) -> tuple[list[RankFacts], list[UnreadableRank]]:
+    """Return on rank 0 the ranks that came within `timeout_s`, by rank: their facts, and those whose facts cannot be read.
+
+    busy: shows a text.
+    """
+    arrived: dict[int, RankFacts | UnreadableRank] = {own.rank: own}
     deadline_s = time.monotonic() + timeout_s
     while len(arrived) < size and time.monotonic() < deadline_s:
         waited_for = [rank for rank in range(size) if rank not in arrived]
         for rank in waited_for:
             if store.check([FACTS.format(rank)]):
-                arrived[rank] = RankFacts.loads(store.get(FACTS.format(rank)).decode())
+                arrived[rank] = load_facts(store.get(FACTS.format(rank)).decode(), rank)
         if len(arrived) < size:
             busy(f"{len(arrived)} of {size} ranks have come; waiting for {numbers(waited_for[:8])}")
             time.sleep(SECONDS_BETWEEN_LOOKS)
-    return [facts for _, facts in sorted(arrived.items())]
+    by_rank = [facts for _, facts in sorted(arrived.items())]
+    readable = [facts for facts in by_rank if isinstance(facts, RankFacts)]
+    return readable, [facts for facts in by_rank if isinstance(facts, UnreadableRank)]
 
 
 def send_facts(store: Store, own: RankFacts) -> None:
@@ -68,7 +76,7 @@ def let_go_on(store: Store, shall_go_on: bool) -> None:
 
 
 def shall_go_on(store: Store, timeout_s: float) -> bool:
-    """Wait for what rank 0 has told. Raises ValueError if it does not answer."""
+    """Return whether rank 0 lets the ranks form a process group; waits for its answer. Raises ValueError if there is none."""
     deadline_s = time.monotonic() + timeout_s + SECONDS_FOR_ANSWER
     try:
         while not store.check([GO_ON]):
@@ -80,12 +88,13 @@ def shall_go_on(store: Store, timeout_s: float) -> bool:
         raise ValueError("rank 0 came and has ended") from error
 
 
-def judge_arrival(arrived: list[RankFacts], size: int, timeout_s: float, place: str) -> Finding:
+def judge_arrival(arrived: Sequence[Located], size: int, timeout_s: float, place: str) -> Finding:
     """Return the finding on which ranks have come. place: where rank 0 waits for them, for the message."""
+    by_rank = sorted(arrived, key=lambda facts: facts.rank)
     missing = sorted(set(range(size)) - {facts.rank for facts in arrived})
     if not missing:
-        num_nodes = arrived[-1].node + 1
-        counts = f"{size} {plural('rank', size)} on {num_nodes} {plural('node', num_nodes)}"
-        return ok("ranks", f"{counts}: {names_of(arrived)}")
-    text = f"{numbers(missing)} of {size} did not come within {timeout_s:.0f} s; {names_of(arrived)} came"
+        num_nodes = by_rank[-1].node + 1
+        counts = f"{counted(size, 'rank')} on {counted(num_nodes, 'node')}"
+        return ok("ranks", f"{counts}: {names_of(by_rank)}")
+    text = f"{numbers(missing)} of {size} did not come within {timeout_s:.0f} s; {names_of(by_rank)} came"
     return problem("ranks", text, FIX.format(place=place))

@@ -56,7 +56,7 @@ def release(version: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What setup.py asks for.
+    """Versions of Python and of packages that setup.py asks for.
 
     python: allowed versions. packages: those that every installation needs. optional: those of all extras.
     """

@@ -17,10 +17,11 @@ STATUS_WIDTH = len(WARNING)
 COLOURS = {OK: "\x1b[32m", WARNING: "\x1b[33m", PROBLEM: "\x1b[31m"}
 NO_COLOUR = "\x1b[0m"
 SECONDS_BETWEEN_LINES = 5.0  # of progress, if there is no terminal
+SECONDS_FOR_OUTPUT = 1.0  # for a line that another thread is writing; its reader may have stopped
 
 
 class SetupReport:
-    """What all checks have found so far; rank 0 prints it.
+    """Findings of all checks so far, which rank 0 prints.
 
     findings: in the order in which they were made. facts: what was measured, by name, for JSON.
     check: the check that runs.
@@ -40,6 +41,7 @@ class SetupReport:
         self._speaks = speaks
         self._as_json = as_json
         self._is_finished = False
+        self._has_cause = False  # whether a finding says why the checks end early
         self._began_s = time.monotonic()
         self._progress_s = self._began_s  # time of the last line of progress
         self._shows_progress = False  # whether the terminal's current line is one of progress
@@ -107,7 +109,10 @@ class SetupReport:
 
         def expire() -> None:
             text = f"did not end within {seconds:.0f} s" + (f": {self._doing}" if self._doing else "")
-            self.add(problem(self.check, text, fix))
+            with self._lock_soon() as is_locked:
+                if is_locked:
+                    self._has_cause = True
+                    self.add(problem(self.check, text, fix))
             end(f"{self.check}: {text}")
 
         timer = threading.Timer(seconds, expire)
@@ -134,14 +139,27 @@ class SetupReport:
                 self._print(f"{verdict(self.findings)} ({seconds:.0f} s)", COLOURS[status])
 
     def interrupt(self) -> None:
-        """Print the summary of checks that were ended from outside; nothing if they had ended."""
-        with self._lock:
-            if self._is_finished:
+        """Print the summary of checks that were ended from outside.
+
+        Prints nothing if they had ended, or if another thread is still writing after `SECONDS_FOR_OUTPUT`.
+        """
+        with self._lock_soon() as is_locked:
+            if self._is_finished or not is_locked:
                 return
-            if not self.exit_code:
+            if not self._has_cause:
                 fix = "Remove the cause, which a message on standard error names, and run the command again"
                 self.add(problem(self.check, "was ended before it had finished", fix))
             self.finish()
+
+    @contextmanager
+    def _lock_soon(self) -> Iterator[bool]:
+        """Context manager that takes the lock if it becomes free within `SECONDS_FOR_OUTPUT`; yields whether it was."""
+        is_locked = self._lock.acquire(timeout=SECONDS_FOR_OUTPUT)
+        try:
+            yield is_locked
+        finally:
+            if is_locked:
+                self._lock.release()
 
     def _as_object(self, seconds: float) -> dict[str, Any]:
         return {

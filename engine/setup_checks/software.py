@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 
 from engine.setup_checks.finding import Finding, ok, problem, warning
-from engine.setup_checks.rank_facts import RankFacts, by_value, names_of
+from engine.setup_checks.rank_facts import RankFacts, UnreadableRank, by_value, names_of
 from engine.setup_checks.required_packages import INSTALL, Requirement, Requirements
 from engine.setup_checks.software_facts import SoftwareFacts
 
@@ -12,6 +12,15 @@ NAMED = ("torch", "deepspeed", "transformers")  # required packages with a line 
 NCCL_OF_COLOCATED = Requirement("NCCL", ">=2.26")
 SAME_EVERYWHERE = "Install the same versions on every node, or install DraftSpeed once on a file system that all nodes share"
 GPU_EXTRAS = "Run `pip install -e '.[gpu]'`"
+NVML = "nvidia-ml-py"  # which changes no result
+OPTIONAL_ON_GPU = {  # what follows if a package is missing, and how to fix it
+    "triton": (
+        "attention and loss run in plain PyTorch, which is slower",
+        "Install a build of torch for CUDA, which brings Triton",
+    ),
+    "liger-kernel": ("norms run in plain PyTorch, which is slower", GPU_EXTRAS),
+    NVML: ("metrics.jsonl has no figures of the GPU", GPU_EXTRAS),
+}
 
 
 def judge_software(ranks: Sequence[RankFacts], requirements: Requirements) -> list[Finding]:
@@ -30,6 +39,18 @@ def judge_software(ranks: Sequence[RankFacts], requirements: Requirements) -> li
     findings += _judge_cuda(ranks)
     findings += _judge_optional(facts, requirements)
     return findings + _judge_differences(ranks)
+
+
+def judge_copies(own: RankFacts, unreadable: Sequence[UnreadableRank]) -> list[Finding]:
+    """Return a finding for each copy of DraftSpeed whose facts that of rank 0 cannot read. own: facts of rank 0."""
+    copies: dict[str, list[UnreadableRank]] = {}
+    for rank in unreadable:
+        copies.setdefault(f"{rank.draftspeed}, source {rank.source}", []).append(rank)
+    here = f"{own.software.draftspeed}, source {own.software.source} on {names_of([own])}"
+    return [
+        problem("DraftSpeed", f"differs: {here}; {copy} on {names_of(ranks)}, whose facts cannot be read here", SAME_EVERYWHERE)
+        for copy, ranks in copies.items()
+    ]
 
 
 def _judge_python(ranks: Sequence[RankFacts], requirements: Requirements) -> Finding:
@@ -83,17 +104,15 @@ def _judge_cuda(ranks: Sequence[RankFacts]) -> list[Finding]:
 def _judge_optional(facts: SoftwareFacts, requirements: Requirements) -> list[Finding]:
     """Return findings on packages without which training works."""
     findings = []
-    for name in ("triton", "liger-kernel"):
+    for name, (consequence, fix) in OPTIONAL_ON_GPU.items():
         version = facts.versions.get(name)
         wanted = requirements.optional_versions(name)
         if version is None and not facts.sees_gpu:
             findings.append(ok(name, "not installed; used on GPUs only"))
         elif version is None:
-            slower = "attention and loss run in plain PyTorch" if name == "triton" else "norms run in plain PyTorch"
-            fix = GPU_EXTRAS if name == "liger-kernel" else "Install a build of torch for CUDA, which brings Triton"
-            findings.append(warning(name, f"is not installed, so {slower}, which is slower", fix))
+            findings.append(warning(name, f"is not installed, so {consequence}", fix))
         elif facts.sees_gpu and not wanted.allows(version):
-            fix = GPU_EXTRAS if name == "liger-kernel" else f"Run `{INSTALL}`"
+            fix = f"Run `{INSTALL}`" if name == "triton" else GPU_EXTRAS
             findings.append(warning(name, f"{version}; needs {wanted.versions}", fix))
         else:
             findings.append(ok(name, version))
@@ -117,7 +136,7 @@ def _judge_apex(facts: SoftwareFacts) -> Finding:
 
 def _judge_differences(ranks: Sequence[RankFacts]) -> list[Finding]:
     """Return a finding for each version that is not the same on all ranks."""
-    names = sorted({name for rank in ranks for name in rank.software.versions})
+    names = sorted({name for rank in ranks for name in rank.software.versions} - {NVML})
     findings = []
     compared: list[tuple[str, Callable[[SoftwareFacts], Hashable]]] = [
         ("Python", lambda facts: facts.python),
@@ -136,6 +155,9 @@ def _judge_differences(ranks: Sequence[RankFacts]) -> list[Finding]:
     drivers = _difference(ranks, lambda facts: facts.driver)
     if drivers:
         findings.append(warning("driver", drivers, "Install the same driver on all nodes"))
+    nvml = _difference(ranks, lambda facts: facts.versions.get(NVML))
+    if nvml:
+        findings.append(warning(NVML, nvml, SAME_EVERYWHERE))
     return findings
 
 

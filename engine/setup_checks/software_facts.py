@@ -12,7 +12,7 @@ from engine.kernels.flash import available_flash
 from engine.parallel.zero import apex_fused_adam
 from engine.setup_checks.required_packages import Requirements, installed_versions, python
 
-OPTIONAL = ("triton", "flash-attn", "liger-kernel", "apex")
+OPTIONAL = ("triton", "flash-attn", "liger-kernel", "nvidia-ml-py", "apex")
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 

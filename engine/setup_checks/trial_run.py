@@ -20,6 +20,7 @@ from engine.config.sections import (
 )
 from engine.host.files import write_text
 from engine.host.telemetry import Telemetry
+from engine.host.units import counted
 from engine.parallel.mesh import World
 from engine.setup_checks.finding import Finding, ok, problem
 from engine.trainer import Trainer
@@ -94,5 +95,5 @@ def judge_trial(steps: Sequence[TrialStep], num_ranks: int) -> Finding:
         text = f"the losses of {NUM_STEPS} steps should be finite, and are {losses}"
         return problem("training", text, "Run `python -m torch.utils.collect_env` and report its output with this line")
     times = f"the first step took {steps[0].seconds:.2g} s, the second {steps[-1].seconds:.2g} s"
-    ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+    ranks = counted(num_ranks, "rank")
     return ok("training", f"two steps on {ranks}, losses {finite[0]:.3f} and {finite[-1]:.3f}; {times}; exported and reloaded")

@@ -55,19 +55,10 @@ def test_two_ranks_are_ready_and_print_one_object(tmp_path, nothing_left):
     assert not folder.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_a_problem_and_the_other_checks_run(tmp_path, nothing_left):
+def test_an_interrupted_check_names_all_problems_and_leaves_no_files(tmp_path, nothing_left):
     file = tmp_path / "file"
     file.touch()
-    ended = launch([COMMAND, "--folder", str(file / "outputs"), "--ds_config", "zero0"])
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
-    lines = [line.split() for line in ended.stdout.splitlines()]
-    (problem,) = [line for line in lines if line[0] == "problem"]
-    assert problem[1] == "disk" and "cannot be written" in " ".join(problem)
-    assert ["ok", "training"] in [line[:2] for line in lines]
-    assert ended.stdout.splitlines()[-1].startswith("not ready: 1 problem")
 
-
-def test_a_check_that_is_interrupted_leaves_no_files_and_says_so(tmp_path, nothing_left):
     def interrupt(processes: list[Any]) -> None:
         deadline_s = time.monotonic() + 60
         while not any((folder / "run" / TRAIN).exists() for folder in temporary_folders() - nothing_left):
@@ -75,7 +66,12 @@ def test_a_check_that_is_interrupted_leaves_no_files_and_says_so(tmp_path, nothi
             time.sleep(0.01)
         os.kill(processes[1].pid, signal.SIGTERM)
 
-    ended = launch_and(interrupt, [COMMAND, "--folder", str(tmp_path)], ranks=2)
+    ended = launch_and(interrupt, [COMMAND, "--folder", str(file / "outputs"), "--ds_config", "zero0"], ranks=2)
     assert ended.returncode == 128 + signal.SIGTERM
     assert "ended by SIGTERM" in ended.stderr and "Traceback" not in ended.stderr
-    assert ended.stdout.splitlines()[-1].startswith("not ready: 1 problem")
+    lines = [line.split() for line in ended.stdout.splitlines()]
+    disk, training = [" ".join(line) for line in lines if line[0] == "problem"]
+    assert disk.startswith("problem disk ") and "cannot be written" in disk
+    assert training.startswith("problem Training was ended before it had finished")
+    assert ["ok", "kernels"] in [line[:2] for line in lines], "checks after the problem run"
+    assert ended.stdout.splitlines()[-1].startswith("not ready: 2 problems")

@@ -24,9 +24,9 @@ def test_a_fast_shared_disk_is_ready():
 @pytest.mark.parametrize(
     ("node", "name", "status", "text"),
     [
-        (DiskFacts("node1", 1 << 40, 20.0, 900.0), "disk speed", "warning", "writes 20 MB/s"),
-        (DiskFacts("node1", 1 << 29, 900.0, 900.0), "disk space", "problem", "0.5 GiB free"),
-        (DiskFacts("node1", 10 << 30, 900.0, 900.0), "disk space", "warning", "10.0 GiB free"),
+        (DiskFacts("node1", 1 << 40, 20.0, 3000.0), "disk speed", "warning", "writes 20 MB/s, reads 3,000 MB/s on node1"),
+        (DiskFacts("node1", 1 << 29, 900.0, 900.0), "disk space", "problem", "512 MiB free"),
+        (DiskFacts("node1", 10 << 30, 900.0, 900.0), "disk space", "warning", "10 GiB free"),
         (DiskFacts("node1", error="Read-only file system"), "disk", "problem", "/runs cannot be written on node1: Read-only"),
     ],
 )

@@ -2,10 +2,9 @@
 
 import pytest
 
+from engine.host.units import GIB, MIB
 from engine.setup_checks.machine import cores_of, has_devices, judge_machines
-from tests.setup_facts import GIB, GPU, make_ranks, with_machine
-
-MIB = 1 << 20
+from tests.setup_facts import GPU, make_ranks, with_machine
 
 
 def worse(ranks) -> dict[str, str]:
@@ -37,19 +36,19 @@ def test_a_machine_without_gpus_is_ready_too():
             "GPU kind",
             "NVIDIA A100 on node1 (rank 6)",
         ),
-        ({"gpu": GPU.__class__(GPU.name, "a", 80 * GIB, 20 * GIB)}, "GPU memory", "problem 20.0 GiB of 80.0 GiB free on node1"),
-        ({"gpu": GPU.__class__(GPU.name, "a", 80 * GIB, 60 * GIB)}, "GPU memory", "warning 60.0 GiB of 80.0 GiB free on node1"),
+        ({"gpu": GPU.__class__(GPU.name, "a", 80 * GIB, 20 * GIB)}, "GPU memory", "problem 20 GiB of 80 GiB free on node1"),
+        ({"gpu": GPU.__class__(GPU.name, "a", 80 * GIB, 60 * GIB)}, "GPU memory", "warning 60 GiB of 80 GiB free on node1"),
         (
             {"free_memory_bytes": 2 * GIB},
             "host memory",
-            "problem 2.0 GiB of 512.0 GiB free, 0.5 GiB per rank, on node1 (rank 6)",
+            "problem 2 GiB of 512 GiB free, 512 MiB per rank, on node1 (rank 6)",
         ),
         ({"free_memory_bytes": 8 * GIB}, "host memory", "warning"),
-        ({"free_shm_bytes": 64 * MIB}, "/dev/shm", "problem 0.1 GiB of 256.0 GiB free on node1 (rank 6); NCCL needs"),
-        ({"free_shm_bytes": 512 * MIB}, "/dev/shm", "warning 0.5 GiB"),
+        ({"free_shm_bytes": 64 * MIB}, "/dev/shm", "problem 64 MiB of 256 GiB free on node1 (rank 6); NCCL needs"),
+        ({"free_shm_bytes": 512 * MIB}, "/dev/shm", "warning 512 MiB"),
         ({"shm_bytes": None, "free_shm_bytes": None}, "/dev/shm", "problem does not exist on node1 (rank 6)"),
         ({"open_files": 1024}, "open files", "warning at most 1,024 on node1 (rank 6)"),
-        ({"has_infiniband": True, "locked_bytes": 64 << 10}, "locked memory", "problem at most 0.1 MiB on node1 (rank 6)"),
+        ({"has_infiniband": True, "locked_bytes": 64 << 10}, "locked memory", "problem at most 64 KiB on node1 (rank 6)"),
         ({"cpu_quota": 2.0}, "CPU cores", "warning 0.5 per rank on node1 (rank 6)"),
     ],
 )

@@ -1,29 +1,35 @@
-"""Facts about the machine that runs the tests."""
+"""Facts about the machine that runs the tests, which a container may limit."""
 
-import os
+from types import SimpleNamespace
 
-import torch
+import psutil
+import pytest
 
+from engine.host.memory_limit import MemoryLimit
 from engine.setup_checks import machine_facts
 from engine.setup_checks.machine_facts import MachineFacts
 
 
-def test_own_facts_are_plausible():
+@pytest.mark.parametrize(
+    ("limit", "total", "free"),
+    [
+        (None, 1000, 600),
+        (MemoryLimit(500, 450), 500, 50),
+        (MemoryLimit(900, 100), 900, 600),
+        (MemoryLimit(2000, 500), 1000, 600),
+        (MemoryLimit(500, 510), 500, 0),
+    ],
+)
+def test_free_memory_is_what_both_the_machine_and_the_limit_leave(monkeypatch, limit, total, free):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=1000, available=600))
+    monkeypatch.setattr(machine_facts, "read_memory_limit", lambda: limit)
     own = MachineFacts.own(local_rank=0)
-    assert set(own.cores) == os.sched_getaffinity(0)
-    assert 0 < own.free_memory_bytes <= own.memory_bytes
-    assert (own.gpu is not None) == torch.cuda.is_available()
+    assert (own.memory_bytes, own.free_memory_bytes) == (total, free)
 
 
-def test_the_limit_of_a_container_counts_and_its_cache_is_free(tmp_path, monkeypatch):
+def test_the_processors_of_a_container_are_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(machine_facts, "CGROUP", tmp_path)
     (tmp_path / "cpu.max").write_text("150000 100000\n")
-    (tmp_path / "memory.max").write_text(f"{1 << 20}\n")
-    (tmp_path / "memory.current").write_text(f"{900 << 10}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {400 << 10}\n")
-    own = MachineFacts.own(local_rank=0)
-    assert (own.memory_bytes, own.free_memory_bytes, own.cpu_quota) == (1 << 20, 524 << 10, 1.5)
-    (tmp_path / "memory.max").write_text("max\n")
+    assert MachineFacts.own(local_rank=0).cpu_quota == 1.5
     (tmp_path / "cpu.max").write_text("max 100000\n")
-    own = MachineFacts.own(local_rank=0)
-    assert own.memory_bytes > 1 << 20 and own.cpu_quota is None
+    assert MachineFacts.own(local_rank=0).cpu_quota is None

@@ -1,8 +1,10 @@
 """Findings are printed at once, and checks that take too long end with a summary."""
 
 import threading
+import time
 
-from engine.setup_checks.finding import ok, warning
+from engine.setup_checks import setup_report
+from engine.setup_checks.finding import ok, problem, warning
 from engine.setup_checks.setup_report import SetupReport
 
 
@@ -40,3 +42,29 @@ def test_a_check_that_takes_too_long_is_a_problem_and_ends_the_job(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert "did not end within 0 s: all-reduce across nodes" in printed[1]
     assert printed[-1].startswith("not ready: 1 problem")
+
+
+def test_an_interrupted_check_is_a_problem_next_to_others(capsys):
+    report = SetupReport(speaks=True, as_json=False)
+    report.add(problem("disk", "cannot be written", "Use another disk"))
+    report.begin("Training")
+    report.interrupt()
+    assert [finding.name for finding in report.findings] == ["disk", "Training"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("not ready: 2 problems")
+
+
+def test_output_that_nobody_reads_does_not_delay_the_end(monkeypatch):
+    monkeypatch.setattr(setup_report, "SECONDS_FOR_OUTPUT", 0.05)
+    report = SetupReport(speaks=True, as_json=False)
+    is_read = threading.Event()
+    has_ended = threading.Event()
+    monkeypatch.setattr(report, "_write", lambda text: is_read.wait(20))
+    writer = threading.Thread(target=report.note, args=("a line",))
+    writer.start()
+    began_s = time.monotonic()
+    with report.limit(0.05, "Look at the network", lambda text: has_ended.set()):
+        assert has_ended.wait(5)
+    report.interrupt()
+    assert time.monotonic() - began_s < 5 and not report.findings
+    is_read.set()
+    writer.join()
