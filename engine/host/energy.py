@@ -6,6 +6,7 @@ from pathlib import Path
 
 RAPL = Path("/sys/class/powercap")  # Linux's folder of the counters of Intel's and AMD's processors
 MOST_EXTRAPOLATED_S = 5.0  # after the last reading
+LONGEST_UNREAD_S = 10.0  # after which the energy is unknown
 
 
 class EnergyMeter:
@@ -40,8 +41,8 @@ class EnergyMeter:
         self._read_at_s = now_s
 
     def total(self, now_s: float) -> float | None:
-        """Return the joules used until now; None = the counter has never been read."""
-        if self._counter_j is None:
+        """Return the joules used until now; None = the counter was not read in the last `LONGEST_UNREAD_S`."""
+        if self._counter_j is None or now_s - self._read_at_s > LONGEST_UNREAD_S:
             return None
         since_s = min(MOST_EXTRAPOLATED_S, max(0.0, now_s - self._read_at_s))
         self._largest_j = max(self._largest_j, self._joules + self._power_w * since_s)

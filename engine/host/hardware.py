@@ -25,6 +25,9 @@ OWN_CPUS = "own_cpus"  # processors that this process keeps busy
 HOST_MEMORY = "host_memory_bytes"
 HOST_MEMORY_SHARE = "host_memory_share"  # of the memory of the machine, or of the limit of the container or job, 0 to 1
 SWAP = "swap_bytes_per_s"  # in and out
+# Keys of `metrics.jsonl` for figures that have another unit, and hence another name, there.
+METRIC_NAMES = {MEMORY: "gpu_memory_gib", PCIE: "pcie_gb_per_s", NVLINK: "nvlink_gb_per_s"}
+JOULES = "joules_per_million_tokens"
 THREAD = "hardware-sampler"
 
 
@@ -161,9 +164,9 @@ class _Sums:
 
 
 class HardwareSampler:
-    """Reads the hardware in a thread of its own, from `__enter__` to `__exit__`, and sums up what it reads.
+    """Reads the hardware in a thread of its own, from `__enter__` to `__exit__`, and sums up the samples.
 
-    Nothing of it raises an error: what cannot be read is unknown. Without anything to read there is no thread.
+    It raises no error: a figure that cannot be read is unknown. Without any source of figures there is no thread.
     """
 
     def __init__(
@@ -171,17 +174,17 @@ class HardwareSampler:
         gpu: NvmlGpu | None = None,
         host: HostReader | None = None,
         cpu_energy: CpuEnergy | None = None,
-        uses_no_energy: bool = False,
+        is_counted_elsewhere: bool = False,
     ) -> None:
         """Create it, and read once.
 
         gpu, host, cpu_energy: what is read. cpu_energy is that of a machine without GPUs.
-        uses_no_energy: whether another rank accounts for the energy that this one uses.
+        is_counted_elsewhere: whether another rank accounts for the energy that this one uses.
         """
         self._gpu = gpu
         self._host = host
         self._cpu_energy = cpu_energy
-        self._uses_no_energy = uses_no_energy
+        self._is_counted_elsewhere = is_counted_elsewhere
         self._lock = threading.Lock()
         self._is_over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -191,7 +194,7 @@ class HardwareSampler:
         self._sums = _Sums()
         self._latest: Figures = {}
         self._is_paused = False
-        self._taken_j = 0.0
+        self._taken_j: float | None = 0.0  # None = the energy was unknown at the last call
         self._sample()
 
     @classmethod
@@ -207,14 +210,17 @@ class HardwareSampler:
             with suppress(OSError, psutil.Error):
                 host = HostReader()
         if device.type != "cuda":
-            return cls(None, host, CpuEnergy.find() if is_first else None, uses_no_energy=not is_first)
+            return cls(None, host, CpuEnergy.find() if is_first else None, is_counted_elsewhere=not is_first)
         gpu = None
         try:
             gpu = NvmlGpu.open(_uuid_of(device))
         except GpuUnknownError as error:
             note(f"  no figures of the GPU: {error}")
         if gpu is not None and gpu.missing:
-            note(f"  figures that this GPU or its driver does not give: {', '.join(gpu.missing)}")
+            missing = [METRIC_NAMES.get(name, name) for name in gpu.missing]
+            if POWER in gpu.missing and gpu.joules() is None:
+                missing.append(JOULES)
+            note(f"  figures that this GPU or its driver does not give: {', '.join(missing)}")
         return cls(gpu, host)
 
     def __enter__(self) -> "HardwareSampler":
@@ -255,20 +261,22 @@ class HardwareSampler:
         with self._lock:
             self._is_paused = False
             after_j = self._joules()
-            if before_j is not None and after_j is not None:
+            if before_j is None or after_j is None or self._taken_j is None:
+                self._taken_j = None
+            else:
                 self._taken_j += after_j - before_j
 
     def _joules(self) -> float | None:
-        """Return the joules since the beginning."""
-        return 0.0 if self._uses_no_energy else self._meter.total(time.monotonic())
+        """Return the joules since the beginning; None = unknown."""
+        return 0.0 if self._is_counted_elsewhere else self._meter.total(time.monotonic())
 
     def _take_joules(self) -> float | None:
         total_j = self._joules()
-        if total_j is None:
-            return None
-        joules = total_j - self._taken_j
+        before_j = self._taken_j
         self._taken_j = total_j
-        return joules
+        if total_j is None or before_j is None:
+            return None
+        return total_j - before_j
 
     def _run(self) -> None:
         """Sample until the end; the body of the thread."""

@@ -13,9 +13,10 @@ ALL_LINKS = 2**32 - 1  # scope of a field that is summed over all NVLinks
 KIB = 1024
 GPU_IDLE = 0x1
 SETTINGS = 0x2 | 0x100  # clocks that a user or a display has set
+POWER_LIMIT = "power limit"
 # Bits of the reasons why a GPU's clock is below its maximum, as NVIDIA's header names them.
 SLOWDOWNS = {
-    0x4: "power limit",
+    0x4: POWER_LIMIT,
     0x8: "hardware slowdown",
     0x10: "sync boost",
     0x20: "temperature",

@@ -4,6 +4,7 @@ Rank 0 prints everything; the other ranks print warnings only.
 """
 
 import re
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,13 @@ class Telemetry:
     def warn(self, text: str) -> None:
         """Print a line to standard error, on any rank."""
         Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="yellow", markup=False)
+
+    def note_of_node(self, text: str, local_rank: int) -> None:
+        """Print a line about a node: on rank 0 a note, on the first rank of another node a warning with its host name."""
+        if not self.console.quiet:
+            self.note(text)
+        elif local_rank == 0:
+            self.warn(f"  {socket.gethostname()}: {text.strip()}")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -83,3 +83,16 @@ def test_a_run_resumed_at_its_end_has_nothing_left_to_do():
     with telemetry_to(file).progress(5, "steps") as progress:
         progress.start_at(5)
     assert file.getvalue() == ""
+
+
+def test_a_line_about_a_node_is_printed_by_its_first_rank(monkeypatch):
+    monkeypatch.setattr("engine.host.telemetry.socket.gethostname", lambda: "node5")
+    file = io.StringIO()
+    telemetry_to(file).note_of_node("  no figures", local_rank=0)
+    assert file.getvalue() == "  no figures\n"
+    warned: list[str] = []
+    for local_rank in (0, 1):
+        silent = telemetry_to(io.StringIO(), speaks=False)
+        monkeypatch.setattr(silent, "warn", warned.append)
+        silent.note_of_node("  no figures", local_rank)
+    assert warned == ["  node5: no figures"]
