@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
 from engine.config.data_section import NAMED_TEMPLATES
 from engine.config.recipe import COMMAND_LINE, describe_options, load_config
 from engine.config.secret_values import hidden_in_text
-from engine.config.sections import AUTO, CHECKPOINTS, COLOCATED, EMBEDDED, Config, ConfigError
+from engine.config.sections import AUTO, CHECKPOINTS, COLOCATED, EMBEDDED, RECIPE, Config, ConfigError
 from engine.host.processes import allow_many_files
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Section = TypeVar("Section", bound="DataclassInstance")
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = "config.yaml"  # in a run's folder
 DEFAULT_RECIPE = ROOT / "launcher" / "recipes" / "embedded.yaml"
 EMBEDDED_TARGET = ROOT / "launcher" / "embedded" / "target"
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")

@@ -18,7 +18,7 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config.recipe import load_config
-from engine.config.sections import CHECKPOINTS, DRAFT, TargetSection
+from engine.config.sections import CHECKPOINTS, DRAFT, RECIPE, TargetSection
 from engine.host.checkpoint_files import COMPLETE
 from engine.models.draft_folder import VOCAB, check_replaceable, load_vocab_facts, load_vocab_map
 from engine.models.draft_method import DraftConfig
@@ -27,7 +27,7 @@ from engine.runtime.checkpoint import TAG, Checkpoint, Checkpoints
 from engine.target.configuration import load_target_config
 from engine.target.frozen import FrozenTarget
 from engine.weights.weight_files import find_weight_files, read_header
-from launcher.command import RECIPE, TRUST, check_run, method_of_run, run_plugins
+from launcher.command import TRUST, check_run, method_of_run, run_plugins
 
 EMBEDDING_NAMES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
 

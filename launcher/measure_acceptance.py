@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config.recipe import load_config
-from engine.config.sections import Config, EvaluationSection, TargetSection
+from engine.config.sections import RECIPE, Config, EvaluationSection, TargetSection
 from engine.data.segments import decoded
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import AcceptanceReport, Prompt, check_prompts, held_out_prompts
@@ -95,7 +95,7 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
 
     Raises ValueError if neither gives the target or the prompts.
     """
-    path = arguments.draft.resolve().parent / "config.yaml"
+    path = arguments.draft.resolve().parent / RECIPE
     if path.is_file():
         run = load_config(path)
     elif arguments.target and arguments.data:

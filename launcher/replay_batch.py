@@ -19,7 +19,7 @@ import torch
 
 from engine.config.ds_config import compute_dtype
 from engine.config.recipe import load_config
-from engine.config.sections import CHECKPOINTS, Config, ParallelSection
+from engine.config.sections import CHECKPOINTS, RECIPE, Config, ParallelSection
 from engine.config.strict import parse_json, read_text
 from engine.data.fingerprint import tokenizer_hash
 from engine.data.templates import load_tokenizer
@@ -33,7 +33,7 @@ from engine.parallel.zero_checkpoint import consolidated_weights
 from engine.runtime.bad_step import BadStep, Replay, Replayed
 from engine.runtime.checkpoint import Checkpoints
 from engine.target.configuration import load_target_config
-from launcher.command import RECIPE, TRUST, check_run, method_of_run, run_plugins, stopping_at_errors, user_cache
+from launcher.command import TRUST, check_run, method_of_run, run_plugins, stopping_at_errors, user_cache
 
 
 def parse_arguments() -> argparse.Namespace:

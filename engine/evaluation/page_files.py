@@ -2,18 +2,19 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from engine.config.sections import BAD_STEPS, CHECKPOINTS, DRAFT, DRAFT_LAST, METRICS
 from engine.evaluation.page_parts import escaped, of_run, seconds_text, table, warning
 from engine.evaluation.report import SUMMARY
-from engine.evaluation.run_record import RunRecord, counted, finite
+from engine.evaluation.run_record import Line, RunRecord, counted, finite
 from engine.host.checkpoint_files import COMPLETE
 
+Entry = TypeVar("Entry")
 STEP = re.compile(r"step_(\d+)")
 MOST_ROWS = 50  # of checkpoints, warnings or bad steps that are shown
 
@@ -38,10 +39,13 @@ def files_section(run: RunRecord, runs: Sequence[RunRecord]) -> str:
     checkpoints = sorted(_checkpoints(run.folder / CHECKPOINTS), key=lambda found: found.step or 0, reverse=True)
     drafts = list(_drafts(run))
     ended_s = _end(run)
+    end = "the last logged step" if run.summary is None else "the end"
     rows = []
     for found in [*drafts, *checkpoints[:MOST_ROWS]]:
         step = "unknown" if found.step is None else f"{found.step:,}"
-        rows.append((found.name, step, _size(found.num_bytes), _age(found.written_s, ended_s), found.problem or "complete"))
+        rows.append(
+            (found.name, step, _size(found.num_bytes), _age(found.written_s, ended_s, end), found.problem or "complete")
+        )
     shown = table(("folder", "step", "size", "written", "state, by names and sizes of files"), rows)
     if not shown:
         return ""
@@ -92,9 +96,14 @@ def _drafts(run: RunRecord) -> Iterator[StoredFiles]:
     for name, known in steps.items():
         path = run.folder / name
         if path.is_dir():
-            newest_s = max((inner.stat().st_mtime for inner in path.iterdir()), default=path.stat().st_mtime)
-            problem = None if any(path.glob("*.safetensors")) else "no weights"
-            yield StoredFiles(name, int(known[-1]) if known else None, _bytes_in(path), newest_s, problem)
+            with suppress(FileNotFoundError):  # the run may replace the draft meanwhile
+                yield _draft(path, int(known[-1]) if known else None)
+
+
+def _draft(path: Path, step: int | None) -> StoredFiles:
+    newest_s = max((inner.stat().st_mtime for inner in path.iterdir()), default=path.stat().st_mtime)
+    problem = None if any(path.glob("*.safetensors")) else "no weights"
+    return StoredFiles(path.name, step, _bytes_in(path), newest_s, problem)
 
 
 def _bytes_in(folder: Path) -> int:
@@ -110,11 +119,12 @@ def _end(run: RunRecord) -> float | None:
     return None
 
 
-def _age(written_s: float, ended_s: float | None) -> str:
+def _age(written_s: float, ended_s: float | None, end: str) -> str:
+    """Return when files were written. end: name of the moment `ended_s`."""
     if ended_s is None:
         return "-"
     before_s = ended_s - written_s
-    return f"{seconds_text(before_s)} before the end" if before_s >= 1 else "at the end"
+    return f"{seconds_text(before_s)} before {end}" if before_s >= 1 else f"at {end}"
 
 
 def _size(num_bytes: int) -> str:
@@ -122,7 +132,7 @@ def _size(num_bytes: int) -> str:
 
 
 def warnings_section(run: RunRecord, runs: Sequence[RunRecord]) -> str:
-    """Return what a reader has to know first: files that cannot be read, documents left out, bad steps, warnings."""
+    """Return the list of problems: files that cannot be read, documents left out, bad steps, warnings."""
     parts = [warning(note) for note in run.notes]
     left_out = (run.summary or {}).get("left_out") or []
     if left_out:
@@ -130,54 +140,67 @@ def warnings_section(run: RunRecord, runs: Sequence[RunRecord]) -> str:
         parts.append(warning(f"Left out: {counted(len(left_out), 'document')}, {because}."))
     if any(line.get("non_finite") for line in run.metrics):
         parts.append(warning("Some metrics were not finite."))
-    bad_steps = list(_bad_steps(run.folder / BAD_STEPS))
+    bad_steps = _bad_steps(run.folder / BAD_STEPS)
     name = f"{counted(len(bad_steps), 'list')} of steps with a loss or a gradient that was not finite"
-    parts.append(_listed(name, bad_steps))
-    texts = [_warning_text(line) for line in _latest(run.warnings)]
-    parts.append(_listed(counted(len(texts), "warning"), texts))
+    parts.append(_listed(name, bad_steps, _bad_step_text))
+    warnings = _by_name(run.warnings)
+    parts.append(_listed(counted(len(warnings), "warning"), warnings, _warning_text))
     shown = "".join(part for part in parts if part)
     heading = f"<h2>Warnings{of_run(run, runs)}</h2>" if shown and len(runs) > 1 else ""
     return heading + shown
 
 
-def _listed(name: str, texts: Sequence[str]) -> str:
-    """Return a list of the newest texts, or "" if there are none. name: what is counted."""
-    if not texts:
+def _listed(name: str, entries: Sequence[Entry], text_of: Callable[[Entry], str]) -> str:
+    """Return a list of the newest entries, or "" if there are none.
+
+    name: number and kind of all entries. text_of: returns the text of an entry that is shown.
+    """
+    if not entries:
         return ""
-    shown = texts[-MOST_ROWS:]
-    items = "".join(f"<li>{escaped(text)}</li>" for text in shown)
-    which = f"; the last {MOST_ROWS}" if len(texts) > MOST_ROWS else ""
+    shown = entries[-MOST_ROWS:]
+    items = "".join(f"<li>{escaped(text_of(entry))}</li>" for entry in shown)
+    which = f"; the last {MOST_ROWS}" if len(entries) > MOST_ROWS else ""
     return f'<details class="warning" open><summary>{name}{which}</summary><ul>{items}</ul></details>'
 
 
-def _latest(warnings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the warnings without those of which a later line of the same rank has a later count."""
-    last = {(line.get("name"), line.get("rank")): line for line in warnings}
-    return [line for line in warnings if "count" not in line or line is last[line.get("name"), line.get("rank")]]
+def _by_name(warnings: Sequence[Line]) -> list[list[Line]]:
+    """Return the warnings, those of one name on several ranks together; lines without a rank stay alone."""
+    groups: dict[int | str, list[Line]] = {}
+    for number, line in enumerate(warnings):
+        key = number if line.get("rank") is None else str(line.get("name"))
+        groups.setdefault(key, []).append(line)
+    return list(groups.values())
 
 
-def _warning_text(line: object) -> str:
-    assert isinstance(line, dict)
-    step = finite(line.get("step"))
+def _warning_text(lines: Sequence[Line]) -> str:
+    """Return the text of a warning, with the figures of the rank that had it first."""
+    first = lines[0]
+    step = finite(first.get("step"))
     place = "" if step is None else f"step {step:,.0f}: "
-    name = line.get("name")
-    count = finite(line.get("count"))
-    times = "" if count is None or count < 2 else f", {count:,.0f} times"
-    return f"{place}{line.get('text', '')}" + (f" ({name}{times})" if name else "")
+    name = first.get("name")
+    counts = [finite(line.get("count")) or 1.0 for line in lines]
+    up_to = "up to " if len(set(counts)) > 1 else ""
+    times = f", {up_to}{max(counts):,.0f} times" if max(counts) >= 2 else ""
+    ranks = f", on {len(lines):,} ranks" if len(lines) > 1 else ""
+    return f"{place}{first.get('text', '')}" + (f" ({name}{times}{ranks})" if name else "")
 
 
-def _bad_steps(folder: Path) -> Iterator[str]:
-    """Yield a sentence per list of a bad step, in the order of the steps."""
+def _bad_steps(folder: Path) -> list[tuple[int, Path]]:
+    """Return step and path of each list of a bad step, in the order of the steps."""
     paths = folder.glob("step_*.json") if folder.is_dir() else ()
     places = []
     for path in paths:
         found = STEP.match(path.name)
         if found is not None:
             places.append((int(found[1]), path))
-    for step, path in sorted(places):
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            detail = f"rank {facts['rank']}: {facts['reason']}; {counted(len(facts['documents']), 'document')}"
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            detail = "the list cannot be read"
-        yield f"step {step:,}, {detail} ({BAD_STEPS}/{path.name})"
+    return sorted(places)
+
+
+def _bad_step_text(place: tuple[int, Path]) -> str:
+    step, path = place
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        detail = f"rank {facts['rank']}: {facts['reason']}; {counted(len(facts['documents']), 'document')}"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        detail = "the list cannot be read"
+    return f"step {step:,}, {detail} ({BAD_STEPS}/{path.name})"

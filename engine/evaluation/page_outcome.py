@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.config.sections import SPLIT
 from engine.evaluation.charts import number
 from engine.evaluation.page_parts import escaped, length_text, suffix, table
 from engine.evaluation.run_record import RunRecord, column, finite
@@ -12,11 +13,16 @@ from engine.evaluation.run_record import RunRecord, column, finite
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over the last logged steps. more_is_better: None = neither direction is better."""
+    """A mean over the last logged steps.
+
+    more_is_better: None = neither direction is better.
+    of_draft_ranks: whether it covers only the ranks that train the draft, whatever else the job runs.
+    """
 
     key: str
     name: str
     more_is_better: bool | None
+    of_draft_ranks: bool = False
 
 
 FIGURES = (
@@ -25,10 +31,11 @@ FIGURES = (
     Figure("tokens_per_s", "tokens/s", True),
     Figure("step_s", "seconds per step", False),
     Figure("overlap_efficiency", "overlap efficiency", True),
-    Figure("mfu", "model FLOPs utilization", True),
+    Figure("mfu", "model FLOPs utilization", True, of_draft_ranks=True),
     Figure("memory_gib", "memory, GiB", False),
-    Figure("joules_per_million_tokens", "joules per million tokens", False),
+    Figure("joules_per_million_tokens", "joules per million tokens", False, of_draft_ranks=True),
 )
+NO_VERDICT = "no verdict: the placements or the numbers of ranks differ"
 REPORTS = {"before": "untrained draft", "after": "trained draft", "prompt_lookup": "prompt lookup"}
 
 
@@ -68,11 +75,22 @@ def comparison(runs: Sequence[RunRecord]) -> str:
         rows.append(_acceptance_row(one.measured, two.measured))
     held_out = Figure("held_out_loss", "held-out loss", False)
     rows += _figure_rows(held_out, last_held_out_loss(one), last_held_out_loss(two))
+    is_comparable = _ranks(one) == _ranks(two)
     for figure in FIGURES:
-        rows += _figure_rows(figure, one.mean(figure.key), two.mean(figure.key))
+        found = _figure_rows(figure, one.mean(figure.key), two.mean(figure.key))
+        if figure.of_draft_ranks and not is_comparable:
+            found = [(*row[:-1], NO_VERDICT) for row in found]
+        rows += found
     compared = table(("", one.name, two.name, "difference", ""), rows)
     what = "Means over the last tenth of the logged steps; acceptance length and held-out loss as measured last."
     return f'<h2>Difference of the two runs</h2><p class="quiet">{what}</p>{compared}' if compared else ""
+
+
+def _ranks(run: RunRecord) -> tuple[Any, ...]:
+    """Return what the figures of the draft's ranks depend on: placement of the target, and numbers of ranks."""
+    work = run.work or {}
+    is_split = run.option("overlap", "placement") == SPLIT
+    return is_split, run.reads_store, work.get("draft_ranks"), work.get("target_ranks")
 
 
 def _acceptance_row(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[str, ...]:

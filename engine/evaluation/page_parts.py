@@ -6,7 +6,17 @@ from typing import Any
 
 from engine.evaluation.run_record import RunRecord, finite
 from engine.host.telemetry import visible
+from engine.overlap.step_clock import BACKWARD, DATA, DRAFT_FORWARD, OPTIMIZER, TARGET_FORWARD, TRANSFER, WAIT
 
+PART_NAMES = {
+    DATA: "reading data",
+    TARGET_FORWARD: "target forward",
+    TRANSFER: "transfer",
+    WAIT: "waiting for the target",
+    DRAFT_FORWARD: "draft forward",
+    BACKWARD: "draft backward",
+    OPTIMIZER: "optimizer",
+}
 LONGEST_TEXT = 1000  # characters of a text from a file that are shown
 # Errors of a section that was made from files with unexpected contents.
 UNEXPECTED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RecursionError)

@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 
+from engine.config.sections import COLOCATED
 from engine.evaluation.charts import Roof, RoofPoint, number, roofline_chart, with_prefix
-from engine.evaluation.page_parts import escaped, of_run, seconds_text, table
+from engine.evaluation.page_parts import PART_NAMES, escaped, of_run, seconds_text, table
 from engine.evaluation.run_record import RunRecord
 from engine.models.costs import PEAKS, HardwarePeak
+from engine.overlap.step_clock import DRAFT_PARTS, OPTIMIZER, TARGET_FORWARD
 
-PART_NAMES = {
-    "target_forward": "target forward",
-    "draft_forward": "draft forward",
-    "backward": "draft backward",
-    "optimizer": "optimizer",
-}
+COUNTED_PARTS = (TARGET_FORWARD, *DRAFT_PARTS)
 NEAR = 2.0  # a part that takes less than this many times its least time is near the limit of its device
 LARGER = "train_micro_batch_size_per_gpu, data.max_tokens"
 UNKNOWN = "-"
+OVERLAPPED = (
+    "Target and draft run at the same time on this device, so the measured time of a part includes time in which the other "
+    "side slows it down: compare the step with its least time, not the parts."
+)
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,13 @@ class Piece:
     @classmethod
     def of(cls, facts: Mapping[str, Any], peak: HardwarePeak | None) -> "Piece":
         dtype = str(facts["dtype"])
-        flops_per_s = None if peak is None else peak.flops_per_s.get(getattr(torch, dtype, torch.bool))
         return cls(
             part=str(facts["part"]),
             name=str(facts["name"]),
             flops=float(facts["flops"]),
             bytes=float(facts["bytes"]),
             dtype=dtype,
-            peak_flops=flops_per_s,
+            peak_flops=_peak_flops(peak, dtype),
             bytes_per_s=None if peak is None else peak.bytes_per_s,
         )
 
@@ -65,6 +65,11 @@ class Piece:
         if self.compute_s is None or self.traffic_s is None:
             return None
         return max(self.compute_s, self.traffic_s)
+
+
+def _peak_flops(peak: HardwarePeak | None, dtype: str) -> float | None:
+    """Return the peak rate for products in a dtype, given its name; None = unknown."""
+    return None if peak is None else peak.flops_per_s.get(getattr(torch, dtype, torch.bool))
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def roofline_section(run: RunRecord, runs: Sequence[RunRecord]) -> str:
     if step_s and floor_s is not None:
         ratio = f"{step_s / floor_s:.2f} times"
         sentences.append(f"A step takes {seconds_text(step_s)}, {ratio} its least time of {seconds_text(floor_s)}.")
-    advice = largest_gap(parts)
+    advice = OVERLAPPED if run.placement == COLOCATED else largest_gap(parts)
     sentences += [advice] if advice is not None else []
     text = "".join(f"<p>{escaped(sentence)}</p>" for sentence in sentences)
     shown = len(HEADINGS) if peak is not None else NUM_MEASURED
@@ -149,10 +154,10 @@ def roofline_section(run: RunRecord, runs: Sequence[RunRecord]) -> str:
 
 
 def measured_parts(work: Mapping[str, Any], parts_s: Mapping[str, float], peak: HardwarePeak | None) -> list[Part]:
-    """Return the parts of a step with their work, in the order of `PART_NAMES`."""
+    """Return the parts of a step with their work, in the order of `COUNTED_PARTS`."""
     pieces = [Piece.of(facts, peak) for facts in work["pieces"]]
     parts = []
-    for key in PART_NAMES:
+    for key in COUNTED_PARTS:
         own = [piece for piece in pieces if piece.part == key]
         if own:
             parts.append(Part(key, tuple(own), parts_s.get(key)))
@@ -162,12 +167,12 @@ def measured_parts(work: Mapping[str, Any], parts_s: Mapping[str, float], peak: 
 def step_floor_s(work: Mapping[str, Any], parts: Sequence[Part]) -> float | None:
     """Return the least time of a step: of both sides in turn, or of the longer side if each has devices of its own."""
     floors = {part.key: part.floor_s for part in parts}
-    target_s = floors.pop("target_forward", 0.0)
+    target_s = floors.pop(TARGET_FORWARD, 0.0)
     known = [floor for floor in floors.values() if floor is not None]
     if target_s is None or len(known) < len(floors) or not known:
         return None
     if work["target_ranks"]:
-        return max(sum(known), target_s * work["draft_ranks"] / work["target_ranks"])
+        return max(sum(known), target_s)
     return sum(known) + target_s
 
 
@@ -180,7 +185,7 @@ def largest_gap(parts: Sequence[Part]) -> str | None:
     assert part.measured_s is not None and part.floor_s is not None
     ratio = part.measured_s / part.floor_s
     found = f"The {part.name} exceeds its least time by most: it takes {ratio:.2f} times as long, and is bound by {part.bound}"
-    if part.key == "optimizer":
+    if part.key == OPTIMIZER:
         return f"{found}. A higher ZeRO stage divides it over ranks, and gradient_accumulation_steps makes it rarer."
     if ratio < NEAR:
         return f"{found}. This is near the device's limit; more ranks shorten a step."
@@ -200,7 +205,7 @@ def _what_was_counted(work: Mapping[str, Any], peak: HardwarePeak | None) -> str
     dtypes = dict.fromkeys(str(facts["dtype"]) for facts in work["pieces"] if facts["flops"])
     rates = []
     for dtype in dtypes:
-        rate = peak.flops_per_s.get(getattr(torch, dtype, torch.bool))
+        rate = _peak_flops(peak, dtype)
         rates.append(f"{'unknown' if rate is None else with_prefix(rate, 'FLOP/s')} in {dtype}")
     return f"{counted} {peak.name}, from its datasheet: {', '.join(rates)}, {with_prefix(peak.bytes_per_s, 'B/s')}."
 

@@ -6,25 +6,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from engine.config.sections import RECIPE, SHOWN_TTT_STEPS
 from engine.evaluation.charts import Bar, Line, line_chart, stacked_bars
 from engine.evaluation.page_files import files_section, warnings_section
 from engine.evaluation.page_outcome import acceptance, comparison, tiles
-from engine.evaluation.page_parts import escaped, guarded, of_run, suffix
+from engine.evaluation.page_parts import PART_NAMES, escaped, guarded, of_run, suffix
 from engine.evaluation.page_roofline import roofline_section
 from engine.evaluation.page_samples import samples_section
-from engine.evaluation.run_record import CONFIG, RunRecord, column
+from engine.evaluation.run_record import RunRecord, column
 from engine.host.files import write_text
 from engine.host.telemetry import visible
 from engine.overlap.bottleneck import bottleneck
+from engine.overlap.step_clock import DRAFT_PARTS, PARTS, TARGET_PARTS, WAIT
 
-SHOWN_TTT_STEPS = (0, 2, 6)  # TTT steps whose accuracy is drawn: the 1st, 3rd and 7th
-PART_NAMES = {
-    "draft_forward": "draft forward",
-    "backward": "backward",
-    "optimizer": "optimizer",
-    "wait_for_target": "waiting for the target",
-}
-TARGET_PART_NAMES = {"data": "reading data", "target_forward": "target forward", "transfer": "transfer"}
 HELD_OUT_COLOUR = 1
 STYLE = Path(__file__).with_name("run_page.css")
 LONGEST_CONFIG = 100_000  # characters that are shown
@@ -78,7 +72,7 @@ def _subtitle(run: RunRecord) -> str:
 
 def _configuration(run: RunRecord, runs: Sequence[RunRecord]) -> str:
     config = html.escape(visible(run.config[:LONGEST_CONFIG]))
-    shown = f"<details><summary>{CONFIG}</summary><pre>{config}</pre></details>"
+    shown = f"<details><summary>{RECIPE}</summary><pre>{config}</pre></details>"
     return f"<h2>Configuration{of_run(run, runs)}</h2>{shown}"
 
 
@@ -170,15 +164,15 @@ def _step_time(runs: Sequence[RunRecord]) -> str:
     for run in runs:
         parts_s = run.mean_parts()
         step_s = run.mean("step_s")
-        if step_s is None or not parts_s.keys() >= {*PART_NAMES, *TARGET_PART_NAMES}:
+        if step_s is None or not parts_s.keys() >= set(PARTS):
             continue
-        shown = [(name, parts_s[key]) for key, name in PART_NAMES.items()]
+        shown = [(PART_NAMES[key], parts_s[key]) for key in (*DRAFT_PARTS, WAIT)]
         rest_s = step_s - sum(value for _, value in shown)
         own = suffix(run, runs)
         bars.append(Bar(f"step{own}", [*shown, ("rest", max(0.0, rest_s))]))
-        target = [(name, parts_s[key]) for key, name in TARGET_PART_NAMES.items()]
+        target = [(PART_NAMES[key], parts_s[key]) for key in TARGET_PARTS]
         bars.append(Bar(f"target side{own}", target))
-        sentence = bottleneck(parts_s, step_s, run.reads_store)
+        sentence = bottleneck(parts_s, step_s, run.reads_store, run.placement)
         named = f"{run.name}: {sentence}" if len(runs) > 1 else sentence
         advice.append(f"<p>{escaped(named)}</p>")
     chart = stacked_bars("Mean of the last tenth of the logged steps", bars, "s")

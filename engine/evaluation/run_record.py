@@ -1,4 +1,4 @@
-"""What a run has left in its folder, as its report reads it: files may be missing, cut off or edited by hand."""
+"""Contents of a run's folder for its report; files may be missing, cut off or edited by hand."""
 
 import json
 import math
@@ -10,15 +10,13 @@ from typing import Any
 
 import yaml
 
-from engine.config.sections import METRICS
+from engine.config.sections import METRICS, RECIPE, WARNINGS
 from engine.evaluation.history import EVALUATIONS
 from engine.evaluation.report import SUMMARY
 from engine.evaluation.samples import SAMPLES
 
 AVERAGED = 0.1  # share of the last logged steps that tables and bars average over
-WARNINGS = "warnings.jsonl"
 WORK = "work.json"
-CONFIG = "config.yaml"
 Line = Mapping[str, Any]
 
 
@@ -62,9 +60,9 @@ class RunRecord:
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
         """Read a run's folder; what cannot be read is left out with a note. Raises ValueError if it is no run's folder."""
-        config = folder / CONFIG
+        config = folder / RECIPE
         if not config.is_file():
-            raise ValueError(f"{folder} is not the output_dir of a run: it has no {CONFIG}")
+            raise ValueError(f"{folder} is not the output_dir of a run: it has no {RECIPE}")
         reader = _Reader(folder)
         return cls(
             folder=folder,
@@ -74,7 +72,7 @@ class RunRecord:
             warnings=reader.lines(WARNINGS),
             summary=reader.facts(SUMMARY),
             work=reader.facts(WORK),
-            config=reader.text(CONFIG) or "",
+            config=reader.text(RECIPE) or "",
             notes=tuple(reader.notes),
         )
 
@@ -100,6 +98,12 @@ class RunRecord:
     def reads_store(self) -> bool:
         """Whether the run reads captured hidden states."""
         return self.option("target", "store") is not None
+
+    @property
+    def placement(self) -> str | None:
+        """Where micro-batches were prepared at the last logged step, as in `Schedule.placement`; None = unknown."""
+        placement = self.metrics[-1].get("placement") if self.metrics else None
+        return placement if isinstance(placement, str) else None
 
     def column(self, key: str, index: int | None = None) -> list[float | None]:
         """Return a value of every logged step. index: of a list."""

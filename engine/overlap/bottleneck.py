@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from engine.config.sections import COLOCATED, SERIAL, SPLIT
 from engine.overlap.step_clock import DATA, TARGET_FORWARD, TRANSFER, WAIT, draft_seconds
 
 # What a step waits for most.
@@ -46,23 +47,39 @@ class TimeShares:
     overlaps: bool
 
 
-def time_shares(parts_s: Mapping[str, float], step_s: float) -> TimeShares:
-    """Return the shares of a step's time. parts_s: mean seconds of each part. step_s: of a step, above 0."""
+def _overlaps(placement: str | None) -> bool | None:
+    """Return whether the target runs at the same time as the draft; None = the placement does not say."""
+    if placement in (COLOCATED, SPLIT):
+        return True
+    return False if placement == SERIAL else None
+
+
+def time_shares(parts_s: Mapping[str, float], step_s: float, placement: str | None = None) -> TimeShares:
+    """Return the shares of a step's time.
+
+    parts_s: mean seconds of each part. step_s: of a step, above 0.
+    placement: `serial`, `colocated`, `split` or `stored`; None = unknown, and judged by the sum of the parts.
+    """
     target = parts_s[TARGET_FORWARD] / step_s
     draft = draft_seconds(parts_s) / step_s
     reading = parts_s[DATA] / step_s
     waiting = parts_s[WAIT] / step_s
-    overlaps = target + reading + parts_s[TRANSFER] / step_s + waiting + draft > MEASURING_ERROR
+    overlaps = _overlaps(placement)
+    if overlaps is None:
+        overlaps = target + reading + parts_s[TRANSFER] / step_s + waiting + draft > MEASURING_ERROR
     if not overlaps:  # nothing is read ahead
         waiting += reading
     exposed = 0.0 if overlaps else target
     return TimeShares(target, draft, waiting, max(0.0, 1 - draft - waiting - exposed), overlaps)
 
 
-def find_bottleneck(parts_s: Mapping[str, float], step_s: float, reads_store: bool = False) -> str:
+def find_bottleneck(
+    parts_s: Mapping[str, float], step_s: float, reads_store: bool = False, placement: str | None = None
+) -> str:
     """Return what a step waits for most, a key of `ADVICE`.
 
     parts_s: mean seconds of each part. reads_store: whether hidden states are read from a store.
+    placement: as in `time_shares`.
     """
     data_s = parts_s[DATA]
     target_s = parts_s[TARGET_FORWARD]
@@ -70,7 +87,10 @@ def find_bottleneck(parts_s: Mapping[str, float], step_s: float, reads_store: bo
     reads_longest = data_s > max(target_s, LONG_PREPARATION * step_s)
     prepared_s = target_s + data_s if reads_longest else target_s
     is_long = prepared_s > LONG_PREPARATION * step_s
-    is_serial = is_long and prepared_s + draft_seconds(parts_s) <= MEASURING_ERROR * step_s
+    overlaps = _overlaps(placement)
+    if overlaps is None:
+        overlaps = prepared_s + draft_seconds(parts_s) > MEASURING_ERROR * step_s
+    is_serial = is_long and not overlaps
     if (is_waiting or is_serial) and (reads_longest or reads_store):
         return WAITS_FOR_DATA
     if is_waiting:
@@ -78,6 +98,6 @@ def find_bottleneck(parts_s: Mapping[str, float], step_s: float, reads_store: bo
     return ONE_AFTER_THE_OTHER if is_serial else DRAFT_ITSELF
 
 
-def bottleneck(parts_s: Mapping[str, float], step_s: float, reads_store: bool = False) -> str:
+def bottleneck(parts_s: Mapping[str, float], step_s: float, reads_store: bool = False, placement: str | None = None) -> str:
     """Return a sentence that names what a step waits for most, and the option that would change it."""
-    return ADVICE[find_bottleneck(parts_s, step_s, reads_store)]
+    return ADVICE[find_bottleneck(parts_s, step_s, reads_store, placement)]

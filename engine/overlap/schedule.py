@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol
 
 import torch
 
-from engine.config.sections import AUTO, COLOCATED, SERIAL, OverlapSection
+from engine.config.sections import AUTO, COLOCATED, SERIAL, STORED, OverlapSection
 from engine.host.files import write_text
 from engine.overlap.collective_order import CollectiveOrder
 from engine.overlap.look_ahead import Limits
@@ -74,12 +74,14 @@ class Side:
     placement: `serial`, `colocated` or `auto`. look_ahead: micro-batches.
     num_ranks: ranks that prepare a micro-batch together, with collectives if there are several.
     groups: parts of its work; None = it does not pause.
+    reads_store: whether it reads hidden states that were captured earlier.
     """
 
     placement: str
     look_ahead: int
     num_ranks: int = 1
     groups: Groups | None = None
+    reads_store: bool = False
 
 
 class Schedule(Generic[Item, Work]):
@@ -96,9 +98,11 @@ class Schedule(Generic[Item, Work]):
         measured: MeasuredPlacement | None = None,
         order: CollectiveOrder | None = None,
         draft_stream: torch.cuda.Stream | None = None,
+        placement: str | None = None,
     ) -> None:
         """Create a schedule.
 
+        placement: `serial`, `colocated`, `split` or `stored`; None = `measured` chooses it.
         measured: chooses the placement. order: of this rank's collectives, if it is checked.
         draft_stream: on which the draft runs; None = the current stream.
         """
@@ -108,6 +112,7 @@ class Schedule(Generic[Item, Work]):
         self._measured = measured
         self._order = order
         self._draft_stream = draft_stream
+        self._placement = placement
         self._on_exit = ExitStack()
 
     @classmethod
@@ -153,7 +158,10 @@ class Schedule(Generic[Item, Work]):
         draft_stream = None
         if section.priority == "draft" and world.device.type == "cuda":
             draft_stream = torch.cuda.Stream(world.device, priority=HIGH)
-        schedule = cls(pipeline, clock, world, measured, order, draft_stream)
+        known = None if measured is not None else placement
+        if side.reads_store:
+            known = STORED
+        schedule = cls(pipeline, clock, world, measured, order, draft_stream, known)
         if side.groups is not None and side.num_ranks > 1 and placement != SERIAL:
             schedule._on_exit.enter_context(side.groups.calling(pipeline.pause))
         return schedule
@@ -162,6 +170,11 @@ class Schedule(Generic[Item, Work]):
     def chosen(self) -> str | None:
         """The placement that the first steps have shown to be faster; None = not measured, or not yet."""
         return None if self._measured is None else self._measured.chosen
+
+    @property
+    def placement(self) -> str | None:
+        """Where micro-batches are prepared: `serial`, `colocated`, `split` or `stored`; None = not chosen yet."""
+        return self._placement or self.chosen
 
     def __enter__(self) -> "Schedule[Item, Work]":
         if self._draft_stream is not None:

@@ -58,6 +58,11 @@ def test_a_checkpoint_is_judged_by_the_names_and_sizes_of_its_files(folder):
 
 def test_drafts_have_the_steps_of_their_evaluations(folder):
     (folder / "draft").mkdir()
+    os.utime(folder / "draft", (0, 0))
+    (folder / "summary.json").rename(folder / "kept.json")
+    assert rows(folder)["draft"][2].endswith("before the last logged step")
+    (folder / "kept.json").rename(folder / "summary.json")
+    assert rows(folder)["draft"][2].endswith("before the end")
     assert rows(folder)["draft"][0] == "8" and rows(folder)["draft"][-1] == "no weights"
     (folder / "draft" / "model.safetensors").write_bytes(b"x")
     (folder / "draft_last").mkdir()
@@ -65,6 +70,31 @@ def test_drafts_have_the_steps_of_their_evaluations(folder):
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = rows(folder)
     assert (found["draft"][0], found["draft_last"][0], found["draft"][-1]) == ("4", "6", "complete")
+
+
+def test_a_draft_that_is_replaced_meanwhile_costs_only_its_row(folder, monkeypatch):
+    (folder / "draft").mkdir()
+    (folder / "draft" / "model.safetensors").symlink_to(folder / "gone")  # in the list of names, and not there
+    assert list(rows(folder)) == ["checkpoints/step_4"]
+
+
+def test_equal_warnings_of_several_ranks_are_one_entry(folder):
+    lines = [{"step": 3, "name": "throttling", "rank": rank, "count": 2 + rank, "text": f"at {rank}"} for rank in range(8)]
+    (folder / "warnings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = RunRecord.read(folder)
+    shown = warnings_section(run, [run])
+    assert re.findall(r"<li>(.*?)</li>", shown) == ["step 3: at 0 (throttling, up to 9 times, on 8 ranks)"]
+
+
+def test_only_the_bad_steps_that_are_shown_are_read(folder, monkeypatch):
+    (folder / "bad_steps").mkdir()
+    for step in range(MOST_ROWS + 10):
+        (folder / "bad_steps" / f"step_{step}_rank_0.json").write_text("{}")
+    run = RunRecord.read(folder)
+    read: list[str] = []
+    monkeypatch.setattr("engine.evaluation.page_files._bad_step_text", lambda place: read.append(str(place)) or "bad")
+    shown = warnings_section(run, [run])
+    assert len(read) == MOST_ROWS and f"{MOST_ROWS + 10} lists" in shown
 
 
 def test_warnings_and_bad_steps_are_listed_in_order(folder):

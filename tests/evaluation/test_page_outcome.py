@@ -1,6 +1,7 @@
 """The main figures of runs, and the difference of two."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,22 @@ def test_the_difference_is_in_percent_and_says_which_run_is_better():
         "model FLOPs utilization": ["0.4", "0.3", "-25.0%", "worse"],
     }
     assert comparison([one]) == comparison([run_with("a"), run_with("b")]) == ""
+
+
+def test_figures_of_the_drafts_ranks_are_not_judged_if_the_target_runs_elsewhere():
+    one = run_with("a", mfu=0.4, joules_per_million_tokens=9.0, loss=2.0)
+    two = run_with("b", mfu=0.3, joules_per_million_tokens=5.0, loss=1.0)
+    name = "joules per million tokens"
+    assert differences(one, two)[name][-1] == "better"
+    others = [
+        replace(two, config="overlap: {placement: split}"),
+        replace(two, config="target: {store: /s}"),
+        replace(two, work={"draft_ranks": 4, "target_ranks": 0}),
+    ]
+    for other in others:
+        found = differences(one, other)
+        assert found[name][-1].startswith("no verdict") and found["model FLOPs utilization"][-1].startswith("no verdict")
+        assert found["loss"][-1] == "better"
 
 
 def measured(length: float, confidence: float | None) -> RunRecord:

@@ -30,6 +30,15 @@ def test_the_shares_of_a_step_add_up():
     assert overlapped.draft + overlapped.waiting + overlapped.rest == pytest.approx(1)
 
 
+def test_a_known_placement_is_not_guessed():
+    short = parts(target_forward=0.4, draft_forward=0.3, backward=0.2)
+    assert find_bottleneck(short, 1.0) == find_bottleneck(short, 1.0, placement="stored") == ONE_AFTER_THE_OTHER
+    assert find_bottleneck(short, 1.0, placement="split") == DRAFT_ITSELF
+    assert time_shares(short, 1.0, "colocated").overlaps and not time_shares(short, 1.0, "stored").overlaps
+    assert find_bottleneck(OVERLAPPED | {"wait_for_target": 0.0}, 1.0, placement="serial") == ONE_AFTER_THE_OTHER
+    assert not time_shares(OVERLAPPED, 1.0, "serial").overlaps
+
+
 @pytest.mark.parametrize(
     ("seconds", "reads_store", "expected"),
     [
