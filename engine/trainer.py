@@ -5,7 +5,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from engine.config.ds_config import (
 )
 from engine.config.recipe import dump_config
 from engine.config.secret_values import without_secrets
-from engine.config.sections import ACCEPTANCE, BAD_STEPS, CHECKPOINTS, DRAFT, DRAFT_LAST, Config, ConfigError
+from engine.config.sections import ACCEPTANCE, BAD_STEPS, CHECKPOINTS, DRAFT, DRAFT_LAST, RECIPE, Config, ConfigError
 from engine.config.strict import as_yaml
 from engine.data.corpus import read_held_out
 from engine.data.documents import Document
@@ -75,6 +75,7 @@ from engine.parallel.zero_checkpoint import CheckpointForm
 from engine.runtime.checkpoint import Checkpoint, Checkpoints, CheckpointWriter, DraftExport, check_finite_weights
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
 from engine.runtime.held_out_loss import HeldOutLoss
+from engine.runtime.model_flops import ELSEWHERE, CountedTarget
 from engine.runtime.periodic_evaluation import PeriodicEvaluation
 from engine.runtime.progress import Progress
 from engine.runtime.run_stop import StopAgreement
@@ -140,6 +141,7 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         kept = config.kept_on_resume | ds_kept_on_resume(ds_config)
         self.checkpoints = Checkpoints(self.output_dir / CHECKPOINTS, config.checkpoint.keep, kept)
+        self.count_target: Callable[[], CountedTarget] = partial(CountedTarget, None, ELSEWHERE)
         self.unlogged: list[Any] = []  # metrics of every rank that a resumed run has yet to log
         self.telemetry = Telemetry(speaks=world.is_main)
         if not world.is_main:
@@ -178,6 +180,7 @@ class Trainer:
         with self.telemetry.stage("Loading the target"):
             assert draft_config.aux_layers is not None  # `derive_config` fills them in
             target = source.load_target(draft_config.aux_layers)
+            self.count_target = self.counter_of(target)
         if checkpoint is not None and self.config.draft.init_from is not None:
             # The checkpoint holds the weights; the draft that the run began with may be gone.
             self.method = make_method(replace(self.config, draft=replace(self.config.draft, init_from=None)))
@@ -191,7 +194,7 @@ class Trainer:
                 report = replace(report, before=evaluator.measure_draft(self.served(draft, corpus.vocab_map, target)))
 
         zero = self.start_zero(draft, corpus, target, span)
-        self.write_work(zero, corpus, target, span)
+        self.write_work(zero, corpus, span)
         with self.telemetry.stage("Training"):
             periodic = self.periodic_evaluation(zero, corpus, target, evaluator, held_out, span)
             left_out = self.train(zero, corpus, target, span, periodic)
@@ -213,6 +216,18 @@ class Trainer:
         if self.bridge is None:
             return open_source(self.config, tokenizer, self.world, self.telemetry)
         return RemoteSource(self.config, tokenizer, self.world, self.telemetry, self.bridge)
+
+    def counter_of(self, target: Target) -> Callable[[], CountedTarget]:
+        """Return a function that counts the target's work, at most once per process; a collective.
+
+        Ranks that run the target do this, because a model without weights may need code of the checkpoint.
+        """
+        if isinstance(target, RemoteTarget):
+            counted: CountedTarget = target.calls.call("count_target")
+            return lambda: counted
+        if isinstance(target, FrozenTarget):
+            return cache(partial(CountedTarget.read, self.config, self.world.device, len(target.aux_layers)))
+        return partial(CountedTarget, None, ELSEWHERE)
 
     def make_evaluator(self, target: Target, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> Evaluator:
         """Return the evaluator of a target that can decode. Raises ValueError for another target."""
@@ -396,7 +411,7 @@ class Trainer:
             (self.output_dir / SUMMARY).unlink(missing_ok=True)  # of an earlier run that had ended
             for name in (SAMPLES, WORK) if checkpoint is None else ():
                 (self.output_dir / name).unlink(missing_ok=True)
-            write_text(self.output_dir / "config.yaml", dump_config(self.config))
+            write_text(self.output_dir / RECIPE, dump_config(self.config))
             write_json(self.output_dir / "ds_config.json", without_secrets(resolved))
             save_vocab_map(corpus.vocab_map, self.output_dir / VOCAB, corpus.vocab_facts)
         return zero
@@ -423,12 +438,13 @@ class Trainer:
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
         clock = StepClock(self.world.device, self.config.overlap.traced)
         note = self.telemetry.note
+        note_of_node = partial(self.telemetry.note_of_node, local_rank=self.world.local_rank)
         warnings = RunWarnings(
             self.output_dir, self.world, span.done, self.telemetry.warn, self.config.target.store is not None
         )
         schedules = TrainingSchedules(self.training_facts(zero), corpus.loader, target, clock, note)
         with (
-            HardwareSampler.open(self.world.device, self.world.local_rank, note) as hardware,
+            HardwareSampler.open(self.world.device, self.world.local_rank, note_of_node) as hardware,
             self.progress.training(),
             self.telemetry.progress(span.last, "steps") as bar,
             TrainLog(settings, zero, self.world, watch, clock, hardware, warnings) as log,
@@ -508,14 +524,13 @@ class Trainer:
                 loop.save(step)
         loop.log.finish(step)
 
-    def write_work(self, zero: TrainedDraft, corpus: Corpus, target: Target, span: RunSpan) -> None:
+    def write_work(self, zero: TrainedDraft, corpus: Corpus, span: RunSpan) -> None:
         """Write the work of a step for the report, on rank 0. A failure is a warning."""
         if not self.world.is_main or span.done == span.last:
             return
         target_ranks = 0 if self.bridge is None else self.bridge.sides.num_target
-        runs_target = isinstance(target, FrozenTarget | RemoteTarget)
         try:
-            work = StepWork.of(self.training_facts(zero), corpus.loader, target_ranks, runs_target)
+            work = StepWork.of(self.training_facts(zero), corpus.loader, target_ranks)
             work.write(self.output_dir / WORK)
         except Exception as error:  # a draft method of a plugin may count wrongly, which must not end the run
             self.telemetry.warn(f"  {WORK} was not written: {type(error).__name__}: {error}")
@@ -526,8 +541,8 @@ class Trainer:
             return
         try:
             write_samples(self.output_dir / SAMPLES, evaluator.samples, step)
-        except OSError as error:
-            self.telemetry.warn(f"  {error}")
+        except Exception as error:  # the tokenizer may be code of the checkpoint
+            self.telemetry.warn(f"  {SAMPLES} was not written: {type(error).__name__}: {error}")
 
     def write_page(self) -> None:
         """Write the report of the run so far. A page that cannot be written is a warning."""
@@ -547,6 +562,7 @@ class Trainer:
             draft=zero.draft.config,
             dtype=zero.dtype,
             num_predictions=zero.objective.num_steps,
+            count_target=self.count_target,
         )
 
     def periodic_evaluation(

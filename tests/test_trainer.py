@@ -36,7 +36,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 ENVIRONMENT = os.environ | ON_CPU
 HARDWARE = {"gpu_utilization", "gpu_memory_gib", "gpu_power_w", "gpu_temperature_c", "gpu_clock_mhz", "pcie_gb_per_s"}
 HARDWARE |= {"nvlink_gb_per_s", "cpu_utilization", "host_memory_gib", "joules_per_million_tokens", "mfu"}
-TIMES = HARDWARE | {"tokens_per_s", "step_s", "parts_s", "overlap_efficiency", "memory_gib"}
+TIMES = HARDWARE | {"tokens_per_s", "step_s", "parts_s", "overlap_efficiency", "memory_gib", "placement"}
 
 
 def arguments(output: Path, target: Path, corpus, *overrides: str) -> list[str]:

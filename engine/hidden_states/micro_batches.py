@@ -34,7 +34,7 @@ class MicroBatchMaker:
         target: Target,
         dtype: torch.dtype,
         device: torch.device,
-        peak_seconds: Callable[[PackedBatch, torch.Tensor], float] | None = None,
+        peak_seconds: Callable[[PackedBatch, torch.Tensor], float | None] | None = None,
     ) -> None:
         """Create it.
 

@@ -9,22 +9,16 @@ import torch
 
 from engine.batch import PackedBatch
 from engine.config.ds_config import accumulation_steps
-from engine.config.sections import Config
 from engine.data.packed_loader import PackedLoader
 from engine.host.files import write_json
 from engine.models.costs import Cost
 from engine.models.draft_method import DraftCounts
 from engine.overlap.step_clock import BACKWARD, DRAFT_FORWARD, OPTIMIZER, TARGET_FORWARD
-from engine.parallel.mesh import Group, TargetMesh
 from engine.planning.draft_memory import Sharing
-from engine.planning.target_cost import Forward, TargetCost
+from engine.runtime.model_flops import TargetRates
 from engine.runtime.training_schedule import Training
-from engine.target.configuration import load_target_config
-from engine.target.structure import without_weights
-from engine.weights.quantised_checkpoint import StaysQuantised, forget_quantisation
 
 COUNTED_BATCHES = 8  # micro-batches that the work is averaged over
-FP8 = "float8_e4m3fn"
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class StepWork:
     device: name of a rank's device. draft_ranks: ranks that train the draft. target_ranks: ranks of
     their own that run the target; 0 = those of the draft run it.
     accumulation: micro-batches per step. tokens: per micro-batch. counted_batches: micro-batches that were averaged.
-    pieces: without the target if it does not run in this job or is unknown, for the reason in `without_target`.
+    pieces: without the target if the job does not run it or it cannot be counted, for the reason in `without_target`.
     """
 
     device: str
@@ -62,11 +56,11 @@ class StepWork:
     without_target: str | None
 
     @classmethod
-    def of(cls, training: Training, loader: PackedLoader, target_ranks: int, runs_target: bool) -> "StepWork":
+    def of(cls, training: Training, loader: PackedLoader, target_ranks: int) -> "StepWork":
         """Count the work from the first micro-batches of rank 0; runs on the host only.
 
         loader: at the position where the run begins; at least one step must be left.
-        target_ranks: as in the fields. runs_target: whether the job runs the target.
+        target_ranks: as in the fields.
         """
         accumulation = accumulation_steps(training.ds_config, training.world.size)
         num_batches = min(COUNTED_BATCHES, accumulation * loader.num_steps)
@@ -74,12 +68,9 @@ class StepWork:
         batches = [loader.micro_batch(step, index, training.world.rank) for step, index in places]
         counted = [_counts(training, batch) for batch in batches]
         pieces = list(_draft_pieces(training, counted, accumulation))
-        without_target = None if runs_target else "this job does not run the target"
-        if runs_target:
-            try:
-                pieces.append(_target_piece(training, counted, accumulation))
-            except Exception as error:  # a family that only its own code can build must not end the run
-                without_target = f"its work cannot be counted ({type(error).__name__}: {error})"
+        target = training.count_target()
+        if target.rates is not None:
+            pieces.append(_target_piece(target.rates, counted, accumulation, target_ranks, training.world.size))
         device = training.world.device
         return cls(
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -89,7 +80,7 @@ class StepWork:
             tokens=sum(counts.num_tokens for counts in counted) / num_batches,
             counted_batches=num_batches,
             pieces=tuple(pieces),
-            without_target=without_target,
+            without_target=target.problem,
         )
 
     def write(self, path: Path) -> None:
@@ -125,28 +116,16 @@ def _draft_pieces(training: Training, counted: Sequence[DraftCounts], accumulati
         yield PieceOfWork(OPTIMIZER, "optimizer", 0, moved, "float32")
 
 
-def _target_piece(training: Training, counted: Sequence[DraftCounts], accumulation: int) -> PieceOfWork:
-    """Return the target's forward passes. Raises an error of any kind for a target that cannot be built without weights."""
-    config = training.config
-    cost = _target_cost(config, training.world.device)
+def _target_piece(
+    rates: TargetRates, counted: Sequence[DraftCounts], accumulation: int, target_ranks: int, draft_ranks: int
+) -> PieceOfWork:
+    """Return the target's forward passes on one rank that runs it."""
     per_step = accumulation / len(counted)
-    flops = 0.0
-    num_bytes = 0
-    for counts in counted:
-        forward = Forward(counts.num_tokens, counts.num_slots, counts.prefix_pairs)
-        flops += cost.flops(forward)
-        num_bytes += cost.least_bytes(forward, len(training.draft.aux_layers or ()))
-    dtype = FP8 if config.target.fp8_activations else _name_of(cost.model.dtype)
-    return PieceOfWork(TARGET_FORWARD, "target", flops * per_step, num_bytes * per_step, dtype)
-
-
-def _target_cost(config: Config, device: torch.device) -> TargetCost:
-    target_config = load_target_config(config.target)
-    quantised = StaysQuantised.of(target_config, config.target.keep_quantised, config.target.fp8_activations)
-    forget_quantisation(target_config)
-    model = without_weights(target_config, config.target, device)
-    mesh = TargetMesh(Group(config.parallel.tp_size, 0), Group(config.parallel.ep_size, 0))
-    return TargetCost(model, mesh, quantised)
+    if target_ranks:  # they prepare the micro-batches of all draft ranks
+        per_step *= draft_ranks / target_ranks
+    flops = sum(rates.flops(counts) for counts in counted)
+    num_bytes = sum(rates.num_bytes(counts) for counts in counted)
+    return PieceOfWork(TARGET_FORWARD, "target", flops * per_step, num_bytes * per_step, rates.dtype)
 
 
 def _name_of(dtype: torch.dtype) -> str:

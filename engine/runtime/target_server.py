@@ -29,6 +29,7 @@ from engine.overlap.schedule import gather_trace
 from engine.overlap.split_pipeline import send_batches
 from engine.overlap.step_clock import StepClock, TraceEvent
 from engine.parallel.mesh import World
+from engine.runtime.model_flops import CountedTarget
 from engine.runtime.progress import Progress
 from engine.target.frozen import FrozenTarget
 from engine.target.head import TargetHead
@@ -80,6 +81,7 @@ class TargetServer:
         calls: dict[str, Callable[..., Any]] = {
             "source_facts": self.source_facts,
             "load": self.load,
+            "count_target": self.count_target,
             "head_rows": self.head_rows,
             "forward": self.forward,
             "open_data": self.open_data,
@@ -107,6 +109,12 @@ class TargetServer:
         check_fp8_activations(self._source.target_config, self._config.target)
         self._target: FrozenTarget = self._source.load_target(aux_layers)
         return TargetFacts(self._target.aux_layers, self._target.dtype, self._target.embedding.whole().cpu())
+
+    def count_target(self) -> CountedTarget | None:
+        """Return the work of the target for the report, on the first rank."""
+        if not self._world.is_main:
+            return None
+        return CountedTarget.read(self._config, self._world.device, len(self._target.aux_layers))
 
     def head_rows(self, target_ids_U: Tensor) -> TargetHead:
         head = self._target.head_rows(target_ids_U.to(self._world.device))
@@ -186,7 +194,17 @@ class TargetServer:
         """Measure a draft; return its report and some of its replies."""
         draft: ServedDraft = torch.load(io.BytesIO(written), map_location=self._world.device, weights_only=False)
         report = self._evaluator.measure_draft(draft)
-        return report, self._evaluator.samples
+        return report, self._samples()
+
+    def _samples(self) -> list[Sample]:
+        """Return replies to a few prompts of the first rank. A failure is a warning."""
+        if not self._world.is_main:
+            return []
+        try:
+            return self._evaluator.samples
+        except Exception as error:  # the tokenizer may be code of the checkpoint
+            self._telemetry.warn(f"  no replies for the report: {type(error).__name__}: {error}")
+            return []
 
     def measure_prompt_lookup(self) -> AcceptanceReport:
         return self._evaluator.measure_prompt_lookup()

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from engine.batch import DraftOutput, MicroBatch
-from engine.config.sections import METRICS
-from engine.evaluation.run_page import SHOWN_TTT_STEPS
+from engine.config.sections import METRICS, SHOWN_TTT_STEPS
 from engine.host.hardware import HardwareReading, HardwareSampler
 from engine.host.pinned_copy import HostCopy, TimeMark
 from engine.overlap.bottleneck import time_shares
@@ -47,7 +46,7 @@ class _PendingLine:
 
     num_steps: steps since the last line. loss_divisor: as in `StepMetrics.values`.
     paused_s: time in which nothing was trained. grad_norm: of the last step; None = unknown.
-    memory_gib, reading: of this rank.
+    memory_gib, reading: of this rank. placement: as in `Schedule.placement`, at this step.
     """
 
     step: int
@@ -61,6 +60,7 @@ class _PendingLine:
     grad_norm: HostCopy | None
     memory_gib: float
     reading: HardwareReading
+    placement: str | None
 
 
 class TrainLog:
@@ -69,6 +69,8 @@ class TrainLog:
     A step's metrics are read after the next step has been issued, at a flush, or at the end of the
     `with` block. After an error, metrics that arrive within `SECONDS_AFTER_ERROR` are still
     written; other ranks may never send theirs.
+
+    placement: of the schedule, as in `Schedule.placement`.
     """
 
     def __init__(
@@ -98,18 +100,17 @@ class TrainLog:
         self._paused_s = 0.0  # since the last line
         self.line = "loss ..."
         self.split_ratio: str | None = None  # of the last line, see `split_ratio`
+        self.placement: str | None = None
 
     def __enter__(self) -> "TrainLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if error is None:
-                self.flush()
-            else:
-                self._flush_what_arrives()
-        finally:
-            self._warnings.close()
+        if error is None:
+            self.flush()
+            self.write_warnings()
+        else:
+            self._flush_what_arrives()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -173,6 +174,10 @@ class TrainLog:
         self._write_pending()
         self._watch.read(until_step=self._settings.num_steps)
 
+    def write_warnings(self) -> None:
+        """Write the warnings of all ranks so far; a collective that waits."""
+        self._warnings.write()
+
     def _write_pending(self) -> None:
         pending = self._pending
         if pending is not None:
@@ -200,6 +205,7 @@ class TrainLog:
             grad_norm=None if grad_norm is None else HostCopy(grad_norm),
             memory_gib=used_memory(self._world.device) / 2**30,
             reading=reading,
+            placement=self.placement,
         )
         self._last_step = step
         self._last_mark = mark
@@ -215,6 +221,7 @@ class TrainLog:
         parts_s = self._metrics.seconds(sums, pending.num_steps * self._world.size)
         self.split_ratio = split_ratio(parts_s) or self.split_ratio
         metrics |= {"step_s": step_s, "parts_s": parts_s, "overlap_efficiency": efficiency(parts_s, step_s)}
+        metrics |= {"placement": pending.placement}
         metrics |= {"step": pending.step, "lr": pending.learning_rate, "tokens_per_s": tokens_per_s}
         grad_norm = None if pending.grad_norm is None else pending.grad_norm.wait().item()
         metrics |= {"grad_norm": grad_norm, "memory_gib": pending.memory_gib}
@@ -227,7 +234,7 @@ class TrainLog:
             scalars = {name: value for name, value in metrics.items() if isinstance(value, float)}
             if pending.step > self._file.last_step:  # monitors have earlier steps already, with the same values
                 self._zero.write_monitors(scalars, pending.step)
-        self._warnings.add(pending.step, LoggedInterval(interval_s, step_s, parts_s, pending.reading))
+        self._warnings.add(pending.step, LoggedInterval(interval_s, step_s, parts_s, pending.reading, pending.placement))
 
     def _rates(self, sums: torch.Tensor, num_tokens: int, interval_s: float) -> dict[str, float | None]:
         """Return what all ranks together have used of energy and of their peak FLOP/s; None = unknown."""
@@ -267,7 +274,7 @@ def _progress_line(metrics: dict[str, Any]) -> str:
 
 def _time_line(metrics: dict[str, Any]) -> str:
     """Return the shares of a step's time; that of a target that runs at the same time comes last."""
-    shares = time_shares(metrics["parts_s"], metrics["step_s"])
+    shares = time_shares(metrics["parts_s"], metrics["step_s"], metrics["placement"])
     target = f"target {shares.target:.0%}"
     draft_side = f"draft {shares.draft:.0%}, waiting {shares.waiting:.0%}, rest {shares.rest:.0%}"
     return f"{draft_side}, overlapped by {target}" if shares.overlaps else f"{target}, {draft_side}"

@@ -118,6 +118,7 @@ class TrainingLoop:
         self.zero.rate_factor = self.annealing.factor(step)
         for micro, norms in zip(micros, self.normalise(micros), strict=True):
             self.log.count(step, self.zero.train(micro, norms, schedule.part), micro)
+        self.log.placement = schedule.placement
         self.log.end_step(step)
         schedule.end_step()
         self.bar.move_to(step, self.log.line)
@@ -125,8 +126,9 @@ class TrainingLoop:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Context manager around work between segments that is not training."""
+        """Context manager around work between segments that is not training; its beginning is a collective."""
         self.log.flush()
+        self.log.write_warnings()
         with self.progress.pause(), self.log.pause():
             yield
 
@@ -144,6 +146,7 @@ class TrainingLoop:
         self._saved_step = step
         with self.progress.pause():
             self.log.flush()
+            self.log.write_warnings()  # a resumed run continues their counts
             self.writer.save(step, self.position, self.log.state())
 
     def _stop_after(self, step: int) -> NoReturn:

@@ -4,13 +4,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from engine.batch import MicroBatch, PackedBatch, to_device
 from engine.config.ds_config import compute_dtype, micro_batch_size
-from engine.config.sections import AUTO, SERIAL, Config, ConfigError
+from engine.config.sections import AUTO, SERIAL, SPLIT, Config, ConfigError
 from engine.data.packed_loader import PackedLoader
 from engine.hidden_states.micro_batches import MicroBatchMaker, Rows
 from engine.hidden_states.protocol import Target
@@ -26,7 +27,7 @@ from engine.overlap.step_clock import StepClock
 from engine.overlap.streams import size_of
 from engine.parallel.mesh import World
 from engine.runtime.checkpoint import DataState
-from engine.runtime.model_flops import PeakSeconds, TargetRates
+from engine.runtime.model_flops import ELSEWHERE, CountedTarget, PeakSeconds
 from engine.runtime.target_server import Served
 from engine.runtime.training_loop import Segment
 from engine.target.frozen import FrozenTarget
@@ -41,6 +42,7 @@ class Training:
 
     ds_config: DeepSpeed's configuration. draft: of the draft. dtype: precision in which it computes.
     num_predictions: its predictions per position.
+    count_target: returns the work of the target, which is counted at the first call.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Training:
     draft: DraftConfig
     dtype: torch.dtype
     num_predictions: int
+    count_target: Callable[[], CountedTarget] = partial(CountedTarget, None, ELSEWHERE)
 
 
 class TrainingSchedules:
@@ -76,7 +79,7 @@ class TrainingSchedules:
         self._note = note
         self._is_held_out = is_held_out
         self._chosen: str | None = None
-        peak_seconds = _peak_seconds(training, target, note)
+        peak_seconds = None if is_held_out else _peak_seconds(training, target, note)
         self._make = MicroBatchMaker(training.method, target, training.dtype, training.world.device, peak_seconds)
 
     @contextmanager
@@ -101,7 +104,8 @@ class TrainingSchedules:
             return self._make(batch), data_state
 
         producer = Producer(micro_batches(self._loader, segment.num_steps), prepare, _Sizes(training, self._make))
-        side = Side(self._chosen or config.placement, config.look_ahead, config.replica_size)
+        reads_store = config.target.store is not None
+        side = Side(self._chosen or config.placement, config.look_ahead, config.replica_size, reads_store=reads_store)
         if isinstance(self._target, FrozenTarget):
             side = replace(side, groups=self._target.layer_groups(config.overlap.layer_groups))
         elif config.placement == AUTO:
@@ -139,7 +143,7 @@ class TrainingSchedules:
                 self._note(f"  overlap: a look-ahead of {look_ahead}, {because}")
         limits = limits_of(look_ahead, config.overlap)
         pipeline = SplitPipeline(with_rows(), layout, finish, self._clock, limits, bridge, device)
-        return Schedule(pipeline, self._clock, training.world)
+        return Schedule(pipeline, self._clock, training.world, placement=SPLIT)
 
 
 def _peak_seconds(training: Training, target: Target, note: Callable[[str], None]) -> PeakSeconds | None:
@@ -156,13 +160,12 @@ def _peak_seconds(training: Training, target: Target, note: Callable[[str], None
         return None
     rate = rates[training.dtype]
     if not isinstance(target, FrozenTarget):  # it runs on other ranks, or was captured
-        return PeakSeconds(training.method, training.draft, rate)
-    try:
-        of_target = TargetRates.read(training.config.target, device)
-    except Exception as error:  # families without a formula; the run needs none
-        note(f"  no MFU: the FLOPs of the target are unknown ({type(error).__name__}: {error})")
+        return PeakSeconds(training.method, training.draft, rate, note)
+    counted = training.count_target()
+    if counted.rates is None:
+        note(f"  no MFU: the FLOPs of the target are unknown; {counted.problem}")
         return None
-    return PeakSeconds(training.method, training.draft, rate, of_target, rates.get(target.dtype, rate))
+    return PeakSeconds(training.method, training.draft, rate, note, counted.rates, rates.get(target.dtype, rate))
 
 
 def micro_batches(loader: PackedLoader, num_steps: int) -> Iterator[Item]:

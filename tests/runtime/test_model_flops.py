@@ -1,6 +1,7 @@
 """FLOPs of a micro-batch against a count by hand, and what becomes of them on devices with and without a datasheet."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from engine.models.method_registry import make_method
 from engine.parallel.mesh import ALONE, World
 from engine.planning.target_cost import TargetCost
 from engine.runtime import training_schedule
-from engine.runtime.model_flops import PeakSeconds, TargetRates
+from engine.runtime.model_flops import CountedTarget, PeakSeconds, TargetRates
 from engine.runtime.training_schedule import Training
 from engine.target.frozen import FrozenTarget
 from engine.target.structure import without_weights
@@ -70,10 +71,10 @@ def training() -> Training:
 def test_seconds_at_the_peak_are_those_of_a_count_by_hand(training):
     allowed_ST = training.method.allowed_rows(BATCH)
     assert allowed_ST.sum() == ROWS
-    draft_alone = PeakSeconds(training.method, training.draft, flops_per_s=100.0)
+    draft_alone = PeakSeconds(training.method, training.draft, 100.0, print)
     assert draft_alone(BATCH, allowed_ST) * 100 == pytest.approx(DRAFT_FLOPS)
-    rates = TargetRates.of(TargetCost(without_weights(LLAMA, TargetSection(), CPU), ALONE))
-    both = PeakSeconds(training.method, training.draft, 100.0, rates, 50.0)
+    rates = TargetRates.of(TargetCost(without_weights(LLAMA, TargetSection(), CPU), ALONE), 3)
+    both = PeakSeconds(training.method, training.draft, 100.0, print, rates, 50.0)
     assert both(BATCH, allowed_ST) == pytest.approx(DRAFT_FLOPS / 100 + TARGET_FLOPS / 50)
 
 
@@ -86,6 +87,7 @@ def test_the_target_counts_where_it_runs_and_devices_without_a_datasheet_do_not(
     h200 = PEAKS["NVIDIA H200"]
     monkeypatch.setattr(training_schedule, "peak_of", lambda device: h200)
     monkeypatch.setattr("engine.runtime.model_flops.load_target_config", lambda section: LLAMA)
+    training = replace(training, count_target=partial(CountedTarget.read, training.config, CPU, 3))
     allowed_ST = training.method.allowed_rows(BATCH)
     counted = [training_schedule._peak_seconds(training, target, notes.append) for target in (running, elsewhere)]
     seconds = [count(BATCH, allowed_ST) for count in counted]
@@ -101,3 +103,19 @@ def test_the_target_counts_where_it_runs_and_devices_without_a_datasheet_do_not(
     monkeypatch.setattr("engine.runtime.model_flops.load_target_config", fails)
     assert training_schedule._peak_seconds(training, running, notes.append) is None
     assert len(notes) == 1 and "no such family" in notes[0]
+
+
+def test_a_method_that_cannot_count_leaves_the_mfu_unknown_and_is_named_once(training, monkeypatch):
+    notes: list[str] = []
+    calls: list[PackedBatch] = []
+
+    def fails(batch, allowed_ST):
+        calls.append(batch)
+        raise ZeroDivisionError("no rows")
+
+    monkeypatch.setattr(training.method, "count_work", fails)
+    make = MicroBatchMaker(
+        training.method, None, torch.bfloat16, CPU, PeakSeconds(training.method, training.draft, 100.0, notes.append)
+    )
+    assert [make.rows(BATCH).peak_s, make.rows(BATCH).peak_s] == [None, None]
+    assert len(calls) == len(notes) == 1 and "ZeroDivisionError: no rows" in notes[0]

@@ -1,6 +1,7 @@
 """The work of a step is that of its micro-batches, and counting it leaves the run as it was."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from engine.data.packed_loader import PackedLoader
 from engine.models.method_registry import make_method
 from engine.parallel.mesh import ALONE, World
 from engine.planning.target_cost import Forward, TargetCost
+from engine.runtime.model_flops import CountedTarget
 from engine.runtime.step_work import StepWork
 from engine.runtime.training_schedule import Training
 from engine.target.configuration import load_target_config
@@ -35,7 +37,8 @@ def training(tiny_target) -> Training:
     ds_config = load_ds_config(ZERO2) | {"gradient_accumulation_steps": ACCUMULATION}
     method = make_method(config)
     draft = method.derive_config(load_target_config(config.target), (0, 1, 3))
-    return Training(config, ds_config, World.alone(), method, draft, torch.bfloat16, 3)
+    count_target = partial(CountedTarget.read, config, torch.device("cpu"), 3)
+    return Training(config, ds_config, World.alone(), method, draft, torch.bfloat16, 3, count_target)
 
 
 def loader_of(training: Training, num_documents: int = 40) -> PackedLoader:
@@ -57,7 +60,7 @@ def flops_by_part(work: StepWork) -> dict[str, float]:
 def test_it_is_the_mean_over_micro_batches_times_their_number_per_step(training):
     loader = loader_of(training)
     generator_state = torch.get_rng_state()
-    work = StepWork.of(training, loader, target_ranks=0, runs_target=True)
+    work = StepWork.of(training, loader, target_ranks=0)
     assert torch.equal(torch.get_rng_state(), generator_state)
     batches = [loader.micro_batch(*divmod(index, ACCUMULATION), 0) for index in range(work.counted_batches)]
     counted = [training.method.count_work(batch, training.method.allowed_rows(batch)) for batch in batches]
@@ -68,6 +71,11 @@ def test_it_is_the_mean_over_micro_batches_times_their_number_per_step(training)
     target = TargetCost(without_weights(load_target_config(section), section, torch.device("cpu")), ALONE)
     forwards = [Forward(counts.num_tokens, counts.num_slots, counts.prefix_pairs) for counts in counted]
     assert found["target_forward"] == pytest.approx(sum(map(target.flops, forwards)) * ACCUMULATION / len(counted))
+    (piece,) = [piece for piece in work.pieces if piece.part == "target_forward"]
+    least = sum(target.least_bytes(forward, 3) for forward in forwards)
+    assert piece.bytes == pytest.approx(least * ACCUMULATION / len(counted))
+    (of_two,) = [piece for piece in StepWork.of(training, loader, 2).pieces if piece.part == "target_forward"]
+    assert (of_two.flops, of_two.bytes) == pytest.approx((piece.flops / 2, piece.bytes / 2)), "each has half of the batches"
     assert work.tokens == pytest.approx(sum(batch.num_tokens for batch in batches) / 8) and work.device == "cpu"
     (optimizer,) = [piece for piece in work.pieces if piece.part == "optimizer"]
     assert optimizer.flops == 0 and optimizer.bytes > 24 * training.method.count_weights(training.draft)
@@ -76,13 +84,15 @@ def test_it_is_the_mean_over_micro_batches_times_their_number_per_step(training)
 
 
 def test_a_short_run_is_counted_without_batches_that_do_not_exist(training):
-    assert StepWork.of(training, loader_of(training, num_documents=4), 0, True).counted_batches == ACCUMULATION
+    assert StepWork.of(training, loader_of(training, num_documents=4), 0).counted_batches == ACCUMULATION
 
 
 def test_a_target_that_cannot_be_built_is_named_and_does_not_end_the_run(training, tmp_path):
     section = replace(training.config.target, path=str(tmp_path / "gone"))
-    elsewhere = replace(training, config=replace(training.config, target=section))
-    work = StepWork.of(elsewhere, loader_of(training), 2, True)
+    config = replace(training.config, target=section)
+    elsewhere = replace(training, count_target=partial(CountedTarget.read, config, torch.device("cpu"), 3))
+    work = StepWork.of(elsewhere, loader_of(training), 2)
     assert work.without_target is not None and "cannot be counted" in work.without_target
     assert "target_forward" not in flops_by_part(work) and flops_by_part(work)["backward"] > 0
-    assert StepWork.of(training, loader_of(training), 0, False).without_target == "this job does not run the target"
+    facts = {name: value for name, value in vars(training).items() if name != "count_target"}
+    assert StepWork.of(Training(**facts), loader_of(training), 0).without_target == "this job does not run the target"

@@ -104,11 +104,13 @@ def test_a_step_is_written_once_the_next_has_been_issued(tmp_path, zero):
         for step in range(1, 6):
             log.count(step, FIRST if step % 2 else SECOND, MICRO)
             zero.learning_rate = step / 10
+            log.placement = None if step == 1 else "serial"
             log.end_step(step)
             written.append([line["step"] for line in lines(tmp_path)])
     assert written == [[], [1], [1, 2], [1, 2, 3], [1, 2, 3, 4, 5]]
     assert [line["lr"] for line in lines(tmp_path)] == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert [line["loss"] for line in lines(tmp_path)] == [4.0, 1.0, 4.0, 1.0, 4.0]
+    assert [line["placement"] for line in lines(tmp_path)] == [None, *["serial"] * 4]
     assert len(COLLECTIVES) == 5, "one collective per logged step"
 
 
@@ -188,7 +190,7 @@ def test_a_resumed_line_counts_what_was_done_before_the_checkpoint(tmp_path, zer
 )
 def test_the_progress_line_is_short(parts_s, shown):
     metrics = {"loss": 1.5, "accuracy_per_step": [0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.05], "simulated_acceptance_length": 2.25}
-    metrics |= {"tokens_per_s": 12345.6, "step_s": 1.0, "memory_gib": 3.25, "mfu": 0.314}
+    metrics |= {"placement": None, "tokens_per_s": 12345.6, "step_s": 1.0, "memory_gib": 3.25, "mfu": 0.314}
     metrics["parts_s"] = dict.fromkeys(PARTS, 0.0) | parts_s
     line = _progress_line(metrics)
     assert line == f"loss 1.500  accuracy 50% 30% 5%  acceptance 2.25  12,346 tokens/s  MFU 31%  {shown}  3.2 GiB"
