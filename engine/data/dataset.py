@@ -4,7 +4,7 @@ Conversations that are cut, split or refused are counted and named in a report.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,13 +19,15 @@ from engine.data.chat import render, render_text, render_turns
 from engine.data.documents import Document, DocumentList
 from engine.data.messages import BadSample, Message, parse, read_messages, written_text
 from engine.data.preformatted import Markers
-from engine.data.reply_shape import UNVERIFIED
+from engine.data.reply_shape import QUESTION, UNVERIFIED, WORDS
 from engine.data.template_input import DEVELOPER_AS_SYSTEM, accepted_arguments, accepted_roles
+from engine.data.template_limits import exceeds_limits
 from engine.data.templates import ChatTemplate
 from engine.data.turns import LOST_THINKING
 
 MIN_TOKENS = 3  # row (0, 0) learns slot 1, which predicts token 2
 NAMED_SAMPLES = 5
+MAX_EXCEEDED = 10  # consecutive conversations for which the template exceeds its limits; each may take seconds
 SHOW_ALL = "launcher/inspect_data.py --bad FILE lists all"
 CHUNK_BYTES = 1 << 20
 
@@ -135,14 +137,27 @@ class Renderer:
     section: DataSection
 
     def __call__(self, chunk: Chunk) -> Rendered:
+        """Render the lines of a chunk.
+
+        Raises ValueError if the template exceeds its limits for `MAX_EXCEEDED` conversations in a row.
+        """
         rendered = Rendered()
+        num_exceeded = 0
         for number, line in chunk.lines():
             rendered.counts["samples"] += 1
             try:
                 documents = self.documents_of(line, rendered)
             except BadSample as error:
-                rendered.bad.append((chunk.file, number, error.reason, error.detail))
+                detail = error.detail
+                if exceeds_limits(error):
+                    num_exceeded += 1
+                    detail = f"{template_name(self.tokenizer, self.section.template)}: {detail}"
+                rendered.bad.append((chunk.file, number, error.reason, detail))
+                if num_exceeded == MAX_EXCEEDED:
+                    problem = f"{chunk.path}:{number}: {detail}"
+                    raise ValueError(f"{problem}. So it was for {MAX_EXCEEDED} conversations in a row") from error
                 continue
+            num_exceeded = 0
             longest = max(map(len, documents))
             if longest > self.section.max_tokens:
                 rendered.long.append((chunk.file, number, longest))
@@ -333,7 +348,7 @@ def load_documents(
     Raises ValueError if a file is missing, empty or without a usable conversation, if more samples
     are unusable than `section.max_bad_share` allows, or if the tokenizer has no chat template.
     """
-    check_template(tokenizer)
+    check_template(tokenizer, section.template_kwargs, section.template)
     scan = Scan.of(paths)
     documents = []
     tally = Tally(paths, scan, on_progress)
@@ -371,8 +386,20 @@ def fit(document: Document, max_tokens: int, policy: Literal["cut", "split"]) ->
         start = stop
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError if the tokenizer has no chat template, or several and no "default"."""
+def template_name(tokenizer: PreTrainedTokenizerBase, chosen: str | None) -> str:
+    """Return words that name the chat template, for messages. chosen: `data.template`."""
+    return f"the chat template of {tokenizer.name_or_path!r}" if chosen is None else f"data.template={chosen}"
+
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None, chosen: str | None = None
+) -> None:
+    """Raise ValueError if the tokenizer has no chat template that can be used.
+
+    It has none, or several and no "default", or one that exceeds its limits for a question and a
+    reply of a few words.
+    chosen: `data.template`.
+    """
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(sorted(tokenizer.chat_template))
         raise ValueError(
@@ -384,6 +411,13 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; name one in data.template, or put "
             "chat_template.jinja into its folder"
         )
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": WORDS}]
+    try:
+        ChatTemplate(tokenizer, template_kwargs or {}).text(messages)
+    except BadSample as error:
+        if exceeds_limits(error):
+            name = template_name(tokenizer, chosen)
+            raise ValueError(f"{name} cannot render even a short conversation: {error.detail}") from error
 
 
 def check_bad_share(report: DataReport, max_bad_share: float) -> None:

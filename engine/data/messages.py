@@ -14,6 +14,9 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 OPEN = "<think>"
 CLOSE = "</think>"
 
+# Errors of a template that uses up numbers, the stack or the memory.
+EXHAUSTION = (OverflowError, RecursionError, MemoryError)
+
 Message = dict[str, Any]
 
 
@@ -140,7 +143,7 @@ def on_sample(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call the template or the tokenizer on a sample. Raises BadSample if the call fails."""
     try:
         return call(*args, **kwargs)
-    except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, *EXHAUSTION) as error:
         raise BadSample("cannot be rendered", f"{type(error).__name__}: {error}") from error
 
 

@@ -27,7 +27,9 @@ from engine.data.reply_shape import (
     probe_of,
     shape_of,
 )
+from engine.data.template_limits import bound_chat_templates
 
+bound_chat_templates()  # before anything is rendered, in every process that renders
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TOOL = {
     "type": "function",

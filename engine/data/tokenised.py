@@ -190,7 +190,7 @@ def tokenise(
     on_progress: see `load_documents`. warn: called before a damaged entry is built again.
     """
     assert section.cache_dir is not None, "without data.cache_dir, conversations are read by `load_documents`"
-    check_template(tokenizer)
+    check_template(tokenizer, section.template_kwargs, section.template)
     scan = Scan.of(paths)
     entry = Path(section.cache_dir) / entry_name(scan, tokenizer, section)
     found = _open_undamaged(entry, paths, warn if builds else lambda text: None)

@@ -233,10 +233,10 @@ def held_out_prompts(
     turns before the first assistant turn.
     Conversations are skipped if they cannot be read, start with the assistant, or are refused by
     the chat template.
-    Raises ValueError for a missing file, files without any prompt, or a tokenizer without a chat
-    template.
+    Raises ValueError for a missing file, files without any prompt, or a tokenizer without a
+    usable chat template.
     """
-    check_template(tokenizer)
+    check_template(tokenizer, template_kwargs)
     openings = [opening for path in paths for opening in _openings(Path(path))]
     if not openings:
         raise ValueError(
