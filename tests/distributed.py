@@ -1,6 +1,5 @@
 """Run a function in several real processes that share a process group."""
 
-import gc
 import multiprocessing
 import os
 import runpy
@@ -30,11 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = "parallel.cpu_threads=1"
 
 # Every rank is forked from one server that has imported what the jobs need; else each rank would take seconds to import it.
-FAMILIES = ("deepseek_v3", "gpt_oss", "llama", "qwen3_moe", "qwen3_next")
-MODELS = [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
-# DeepSpeed imports the compiler of PyTorch, which takes seconds, only when it is given an optimizer.
-COMPILER = "deepspeed.runtime.zero.muon.original_muon"
-multiprocessing.set_forkserver_preload(["engine.trainer", "tests.parallel.family_matrix", COMPILER, *MODELS])
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
 
 
 def run_ranks(job: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
@@ -52,7 +47,6 @@ def _run_rank(rank: int, size: int, port: int, folder: Path, job: Callable[..., 
     from engine.parallel.zero import connect
 
     os.environ.update(_place(rank, size, port))
-    gc.freeze()  # what the server imported lives on; to look at it in each collection takes half a second
     world = World(rank=rank, size=size, local_rank=rank, local_size=size)
     connect(world, timeout_s=TIMEOUT_S, cpu_threads=1)
     torch.save(job(world, *arguments), folder / str(rank))
@@ -114,7 +108,6 @@ def _text(folder: str, stream: str, rank: int) -> str:
 
 
 def _run_script(rank: int, ranks: int, port: int, folder: Path, command: list[str], environment: dict[str, str]) -> None:
-    gc.freeze()  # see `_run_rank`
     os.setsid()  # so that its own processes can be ended with it
     os.environ.clear()
     os.environ.update({name: value for name, value in environment.items() if name not in _place(rank, ranks, port)})
