@@ -166,4 +166,4 @@ def test_nothing_waits_for_the_device(ancestors):
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_it_compiles_for_a_gpu_within_its_shared_memory(capability):
-    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled_for(capability, "ancestor_attention"))
+    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled_for(SHARED_BYTES, "ancestor_attention")[capability])
