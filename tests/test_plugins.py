@@ -1,5 +1,7 @@
 """Files outside the engine add a draft method, a loss and a source of hidden states, and the main job trains with them."""
 
+import builtins
+import inspect
 import json
 import subprocess
 from dataclasses import dataclass
@@ -44,12 +46,28 @@ def train(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def heads_run(tmp_path_factory) -> Path:
+def data(tmp_path_factory) -> list[str]:
+    """Options that train on what Python's types document, in the words of the embedded target; its whole corpus takes long."""
+    lines = []
+    for owner in (builtins, str, bytes, list, dict, set, int, float, bytearray, frozenset):
+        for name, member in vars(owner).items():
+            text = inspect.getdoc(member) or ""
+            turns = [("user", f"What does {owner.__name__}.{name} do?"), ("assistant", text[:600])]
+            if len(text) > 40:
+                lines.append(json.dumps({"conversations": [{"role": role, "content": said} for role, said in turns]}) + "\n")
+    folder = tmp_path_factory.mktemp("data")
+    for name, part in {"train": lines[::2] + lines[1::4], "held_out": lines[3::4]}.items():
+        (folder / name).write_text("".join(part), encoding="utf-8")
+    return [f"data.{name}={folder / name}" for name in ("train", "held_out")]
+
+
+@pytest.fixture(scope="module")
+def heads_run(tmp_path_factory, data) -> Path:
     """A run of the method with independent heads: zero-3, measured before and after training."""
     output = tmp_path_factory.mktemp("heads") / "run"
     measured = ["evaluation.num_prompts=4", "evaluation.max_new_tokens=24", "evaluation.draft_tokens=4"]
-    learning = ["--ds_config", "ds_configs/zero3.json", "max_steps=60", "checkpoint.every_steps=60"]
-    done = launch_script("train", f"output_dir={output}", *OF_HEADS, *measured, *learning)
+    learning = ["--ds_config", "ds_configs/zero3.json", "epochs=2", "max_steps=60", "checkpoint.every_steps=60"]
+    done = launch_script("train", f"output_dir={output}", *OF_HEADS, *data, *measured, *learning)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -85,10 +103,10 @@ def test_an_exported_draft_of_a_plugin_is_measured_and_exported_again(heads_run,
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (heads_run / "draft" / "model.safetensors").read_bytes()
 
 
-def test_a_store_of_one_layer_is_captured_for_a_method_and_trained_from(heads_run, tmp_path):
-    lines = (heads_run / "corpus" / "train.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "few.jsonl").write_text("".join(lines[:30]))
-    few = [*OF_HEADS, f"data.train={tmp_path / 'few.jsonl'}", "evaluation.num_prompts=0"]
+def test_a_store_of_one_layer_is_captured_for_a_method_and_trained_from(data, tmp_path):
+    lines = Path(data[0].partition("=")[2]).read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:30]), encoding="utf-8")
+    few = [*OF_HEADS, f"data.train={tmp_path / 'few.jsonl'}", data[1], "evaluation.num_prompts=0"]
     captured = launch_script("capture_hidden_states", *few, f"target.store={tmp_path / 'store'}")
     assert captured.returncode == 0, captured.stderr
     contents = json.loads((tmp_path / "store" / "manifest.json").read_text())["contents"]
@@ -154,15 +172,23 @@ def test_an_option_that_a_method_does_not_read_is_refused():
         make_method(load_config(None, ["draft.options={num_heads: 2}"]))
 
 
-def test_a_loss_and_a_source_of_a_plugin_train_a_draft(tmp_path):
-    options = ["data.max_tokens=256", "max_steps=6", "ttt.steps=2", "loss.kind=reverse_kl", "target.source=noisy", ONE_THREAD]
+def test_a_loss_and_a_source_of_a_plugin_train_a_draft(data, tmp_path):
+    options = [
+        *data,
+        "data.max_tokens=256",
+        "max_steps=6",
+        "ttt.steps=2",
+        "loss.kind=reverse_kl",
+        "target.source=noisy",
+        ONE_THREAD,
+    ]
     done = train(tmp_path / "run", f"target.plugins=[{PLUGIN}]", *options)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert (tmp_path / "run" / "draft" / "model.safetensors").is_file()
 
-    unknown = train(tmp_path / "other", f"target.plugins=[{PLUGIN}]", "target.source=nosy")
+    unknown = train(tmp_path / "other", *data, f"target.plugins=[{PLUGIN}]", "target.source=nosy")
     assert unknown.returncode != 0 and "target.source = nosy" in unknown.stderr and "did you mean 'noisy'?" in unknown.stderr
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ from engine.hidden_states.store_upkeep import check_store, merge_stores
 from engine.host.telemetry import Telemetry
 from launcher.inspect_store import inspect
 from tests.captures import capture_config, run_capture
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distributed import launch
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +115,7 @@ def test_stores_of_other_weights_are_not_merged_even_behind_one_that_names_none(
 
 def test_the_command_shows_checks_and_merges(parts, tmp_path):
     def run(*arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "launcher/inspect_store.py", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return launch(["launcher/inspect_store.py", *map(str, arguments)])
 
     merged = run(*parts, "--merge_into", tmp_path / "both")
     assert merged.returncode == 0 and "44 documents" in merged.stdout

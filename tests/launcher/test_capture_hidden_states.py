@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +13,14 @@ from safetensors.torch import load_file
 from engine.hidden_states.store_reader import open_store
 from tests.distributed import ONE_THREAD, launch
 from tests.evaluation.test_history import lines_of as evaluations
-from tests.test_trainer import ENVIRONMENT, ROOT, arguments, metrics, run
+from tests.test_trainer import arguments, metrics, run
+from tests.tiny_target import TinyCorpus
 
 
-def capture(store: Path, target: Path, train: str, *overrides: str) -> list[str]:
-    options = [f"target.store={store}", f"target.path={target}", "target.aux_layers=[0,1,3]", f"data.train={train}"]
+def capture(store: Path, target: Path, corpus: TinyCorpus, *overrides: str) -> list[str]:
+    """A capture; without held-out data, the embedded corpus would be written, which takes seconds."""
+    files = [f"data.train={corpus.train}", f"data.held_out={corpus.held_out}"]
+    options = [f"target.store={store}", f"target.path={target}", "target.aux_layers=[0,1,3]", *files]
     return ["launcher/capture_hidden_states.py", *options, "data.max_tokens=40", ONE_THREAD, *overrides]
 
 
@@ -27,7 +28,7 @@ def test_a_target_that_ranks_share_captures_the_same(tmp_path, tiny_target, tiny
     stores = []
     for name, options in (("alone", []), ("shared", ["parallel.tp_size=2"])):
         stores.append(tmp_path / name)
-        run([*capture(stores[-1], tiny_target, tiny_corpus.train), *options], ranks=2)
+        run([*capture(stores[-1], tiny_target, tiny_corpus), *options], ranks=2)
     alone, shared = (open_store(store, skip_bad=False).documents for store in stores)
     for one, other in zip(alone.shards, shared.shards, strict=True):
         assert one.shard.num_tokens == other.shard.num_tokens
@@ -43,15 +44,15 @@ def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus)
     online = arguments(tmp_path / "online", target, tiny_corpus, "max_steps=6", *evaluating)
     run(online)
     held_out = tmp_path / "held_out"
-    run(capture(held_out, target, tiny_corpus.held_out))
-    printed = run(capture(tmp_path / "store", target, tiny_corpus.train), ranks=2)
+    run(capture(held_out, target, TinyCorpus(train=tiny_corpus.held_out, held_out=tiny_corpus.train)))
+    printed = run(capture(tmp_path / "store", target, tiny_corpus), ranks=2)
     assert (
         "40 documents, 600 tokens" in printed and "KiB per token" in printed and f"target.store={tmp_path / 'store'}" in printed
     )
     (target / "model.safetensors").unlink()  # nobody needs it any more
     offline = [f"target.store={tmp_path / 'store'}", f"output_dir={tmp_path / 'offline'}", "data.max_tokens=40", ONE_THREAD]
     options = ["draft.vocab_size=48", "ttt.steps=3", "max_steps=6", "data.train=gone.jsonl", *evaluating]
-    options.append(f"evaluation.store={held_out}")
+    options += [f"evaluation.store={held_out}", f"data.held_out={tiny_corpus.held_out}"]
     printed = run(["launcher/train.py", "--ds_config", "ds_configs/zero3.json", *offline, *options])
     assert "the target itself is not loaded" in printed
     ours = metrics(tmp_path / "offline")
@@ -87,8 +88,7 @@ def test_offline_training_is_online_training(tmp_path, tiny_target, tiny_corpus)
 )
 def test_a_wrong_option_is_named_before_anything_is_loaded(overrides, problem, tmp_path):
     (tmp_path / "file").touch()
-    command = [sys.executable, "launcher/capture_hidden_states.py", *(text.format(tmp=tmp_path) for text in overrides)]
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    result = launch(["launcher/capture_hidden_states.py", *(text.format(tmp=tmp_path) for text in overrides)])
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert re.search(problem, result.stderr), result.stderr
 
@@ -101,9 +101,16 @@ def test_training_from_a_folder_that_is_no_store_ends_with_one_line(tmp_path):
 
 
 def test_the_draft_vocabulary_may_be_the_target_s_likeliest_tokens_or_an_earlier_run_s(tmp_path, tiny_target, tiny_corpus):
-    run(capture(tmp_path / "store", tiny_target, tiny_corpus.train))
+    run(capture(tmp_path / "store", tiny_target, tiny_corpus))
     train = ["launcher/train.py", "--ds_config", "ds_configs/zero3.json", f"target.store={tmp_path / 'store'}"]
-    train += ["data.max_tokens=40", "draft.vocab_size=20", "ttt.steps=2", "max_steps=1", ONE_THREAD]
+    train += [
+        "data.train=gone.jsonl",
+        f"data.held_out={tiny_corpus.held_out}",
+        "evaluation.num_prompts=0",
+        "data.max_tokens=40",
+        ONE_THREAD,
+    ]
+    train += ["draft.vocab_size=20", "ttt.steps=2", "max_steps=1"]
     printed = run([*train, "draft.vocab_from=argmax", f"output_dir={tmp_path / 'a'}"])
     assert "of the target's most likely" in printed
     counts_V = torch.from_numpy(open_store(tmp_path / "store", skip_bad=False).documents.count_argmax(64))

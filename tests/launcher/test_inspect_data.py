@@ -20,6 +20,7 @@ def test_it_shows_samples_figures_and_a_page(tiny_target, tiny_corpus, tmp_path)
         f"target.path={tiny_target}",
         "target.aux_layers=[0,1,3]",
         f"data.train={tiny_corpus.train}",
+        f"data.held_out={tiny_corpus.held_out}",
         "data.max_tokens=40",
     ]
     options = ["--samples", 2, "--html", tmp_path / "a" / "page.html", "--json", tmp_path / "b" / "facts.json"]
@@ -67,13 +68,14 @@ BAD_DATA = {
 }
 
 
-def test_ten_kinds_of_bad_data_are_each_named_by_line(tiny_target, tmp_path):
+def test_ten_kinds_of_bad_data_are_each_named_by_line(tiny_target, tiny_corpus, tmp_path):
     lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in BAD_DATA.values()]
     path = tmp_path / "chat.jsonl"
     path.write_bytes(b"\n".join([json.dumps({"conversations": [ASKED, SAID]}).encode(), *lines]) + b"\n")
     template = "{{ raise_exception('no tools') if tools }}" + AutoTokenizer.from_pretrained(tiny_target).chat_template
     (tmp_path / "mine.jinja").write_text(template)
-    options = [f"target.path={tiny_target}", "target.aux_layers=[0,1,3]", f"data.train={path}", "data.max_tokens=40"]
+    options = [f"target.path={tiny_target}", "target.aux_layers=[0,1,3]", "data.max_tokens=40"]
+    options += [f"data.train={path}", f"data.held_out={tiny_corpus.held_out}"]
     done = inspect(*options, "draft.vocab_size=48", f"data.template={tmp_path / 'mine.jinja'}", "--bad", tmp_path / "bad.txt")
     assert done.returncode == 0, done.stderr
     listed = (tmp_path / "bad.txt").read_text().splitlines()
