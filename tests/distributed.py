@@ -43,6 +43,14 @@ def run_ranks(job: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(size)]
 
 
+def start_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Start a function of a module's top level in a process that is forked as ranks are; returns the process."""
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+        process.start()
+    return process
+
+
 def _run_rank(rank: int, size: int, port: int, folder: Path, job: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     from engine.parallel.zero import connect
 

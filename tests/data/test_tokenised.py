@@ -1,6 +1,5 @@
 import datetime
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -15,6 +14,7 @@ from engine.data import tokenised
 from engine.data.dataset import Scan, load_documents
 from engine.data.tokenised import IDS, entry_name, tokenise
 from tests.data.chat_formats import chat, make_tokenizer
+from tests.distributed import start_process
 
 NAME = "qwen3"  # conversations of several turns become several documents
 
@@ -46,7 +46,7 @@ def entries(section):
     return sorted(path.name for path in Path(section.cache_dir).iterdir() if path.is_dir())
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_the_cache_gives_what_one_process_reads_into_memory(paths, section, workers, monkeypatch):
     monkeypatch.setattr(tokenised, "Scan", SmallChunks)
     tokenizer = make_tokenizer(NAME)
@@ -244,16 +244,11 @@ def build_slowly(paths, section, builds, seconds, result):
     Path(result).write_text(json.dumps([len(documents), documents.checksum, os.getpid()]))
 
 
-def start(*arguments):
-    process = multiprocessing.get_context("spawn").Process(target=build_slowly, args=arguments)
-    process.start()
-    return process
-
-
 def test_ranks_and_runs_that_come_together_make_an_entry_once(paths, section, tmp_path):
     results = [str(tmp_path / f"rank{rank}.json") for rank in range(4)]
     ranks = [
-        start(paths, section, builds, 0.05, result) for builds, result in zip((True, True, False, False), results, strict=True)
+        start_process(build_slowly, paths, section, builds, 0.05, result)
+        for builds, result in zip((True, True, False, False), results, strict=True)
     ]
     for rank in ranks:
         rank.join(60)
@@ -263,7 +258,7 @@ def test_ranks_and_runs_that_come_together_make_an_entry_once(paths, section, tm
 
 
 def test_a_killed_process_leaves_no_entry_and_no_lock(paths, section, tmp_path):
-    killed = start(paths, section, True, 0.2, str(tmp_path / "killed.json"))
+    killed = start_process(build_slowly, paths, section, True, 0.2, str(tmp_path / "killed.json"))
     while not list(Path(section.cache_dir).glob("*.partial-*/*")):
         assert killed.is_alive()
         time.sleep(0.05)

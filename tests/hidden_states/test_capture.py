@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -30,7 +29,7 @@ from engine.models.training_rows import allowed_rows, slots_of
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 from tests.captures import capture_config, run_capture
-from tests.distributed import NUM_KILLS, run_ranks
+from tests.distributed import NUM_KILLS, run_ranks, start_process
 from tests.published import Weights, change_weights
 from tests.weights.test_quantised_checkpoint import to_fp8
 
@@ -72,8 +71,7 @@ def test_killed_again_and_again_it_still_leaves_the_same_store(whole, tmp_path, 
     seen = set()
     while True:
         # before a shard is written, within one, between two: wherever the process is by then
-        process = multiprocessing.get_context("forkserver").Process(target=capture_slowly, args=(config,))
-        process.start()
+        process = start_process(capture_slowly, config)
         store = tmp_path / "store"
         deadline = time.monotonic() + 60
         count = len(list(store.glob("shard-*"))) if store.exists() else 0
