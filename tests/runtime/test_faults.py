@@ -18,7 +18,7 @@ from tests.runtime.test_checkpoint import flip_a_bit
 from tests.test_trainer import arguments, metrics, num_logged, run
 
 RANKS = 2
-OPTIONS = ("epochs=6", "checkpoint.every_steps=4", "evaluation.num_prompts=0", "parallel.hang_s=20")
+OPTIONS = ("epochs=3", "checkpoint.every_steps=4", "evaluation.num_prompts=0", "parallel.hang_s=20")
 
 
 def command_of(folder: Path, target: Path, corpus, *options: str) -> list[str]:

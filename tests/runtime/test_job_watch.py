@@ -84,31 +84,43 @@ SIGNAL = "os.kill(os.getpid(), signal.SIGTERM)"
 FILE = "Path({stop!r}).touch()"
 
 
+STOPPING = ("epochs=2", "parallel.hang_s=20")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_target, tiny_corpus) -> Path:
+    """The folder of a run that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    run([*arguments(folder, tiny_target, tiny_corpus), *STOPPING], ranks=2)
+    return folder
+
+
 @pytest.mark.parametrize("how", ["signal on rank 1", "file"])
-def test_a_run_that_is_asked_to_stop_is_saved_and_continues_as_if_it_had_not_stopped(how, tmp_path, tiny_target, tiny_corpus):
+def test_a_run_that_is_asked_to_stop_is_saved_and_continues_as_if_it_had_not_stopped(
+    how, whole, tmp_path, tiny_target, tiny_corpus
+):
     folder = tmp_path / "run"
-    whole = tmp_path / "whole"
     plugin = tmp_path / "stopping.py"
     fault = SIGNAL if how == "signal on rank 1" else FILE.format(stop=str(folder / "STOP"))
     plugin.write_text(FAULTY.format(step=3, rank=1, began=str(tmp_path / "began"), fault=f"{fault}; time.sleep(1.2)"))
-    options = ["epochs=2", "parallel.hang_s=20"]
-    stopped = launch([*arguments(folder, tiny_target, tiny_corpus), *options, f"target.plugins=[{plugin}]"], ranks=2)
+    stopped = launch([*arguments(folder, tiny_target, tiny_corpus), *STOPPING, f"target.plugins=[{plugin}]"], ranks=2)
     assert stopped.returncode == (EXIT_CODE if how != "file" else EXIT_CODE_OF_FILE), stopped.stderr
     assert "which is saved" in stopped.stdout and stopped.stderr.count("train.py") == 0
     num_steps = len(metrics(folder))
     assert 3 <= num_steps <= 5 and not (folder / "STOP").exists() and not (folder / "draft").exists()
-    run([*arguments(folder, tiny_target, tiny_corpus), *options, "checkpoint.resume=true"], ranks=2)
-    run([*arguments(whole, tiny_target, tiny_corpus), *options], ranks=2)
+    run([*arguments(folder, tiny_target, tiny_corpus), *STOPPING, "checkpoint.resume=true"], ranks=2)
     assert metrics(folder) == metrics(whole)
     weights = [(path / "draft" / "model.safetensors").read_bytes() for path in (folder, whole)]
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("killed", ["runner", "launcher"])
-def test_ranks_do_not_outlive_their_launcher(killed, tmp_path, tiny_target, tiny_corpus):
+@pytest.mark.parametrize(("killed", "num_ranks"), [("runner", 1), ("launcher", 2)])
+def test_ranks_do_not_outlive_their_launcher(killed, num_ranks, tmp_path, tiny_target, tiny_corpus):
     """Killed with SIGKILL, of which no launcher can tell its ranks."""
     shared_memory = set(Path("/dev/shm").iterdir())
-    command = [*DEEPSPEED, *arguments(tmp_path, tiny_target, tiny_corpus), "epochs=50"]
+    launcher_options = [str(num_ranks) if option == "2" else option for option in DEEPSPEED]
+    command = [*launcher_options, *arguments(tmp_path, tiny_target, tiny_corpus), "epochs=50", "evaluation.num_prompts=0"]
+    command = [option for option in command if option != "evaluation.num_prompts=2"]
     runner = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline_s = time.monotonic() + 120
@@ -118,7 +130,7 @@ def test_ranks_do_not_outlive_their_launcher(killed, tmp_path, tiny_target, tiny
         family = psutil.Process(runner.pid).children(recursive=True)
         launcher = next(process for process in family if "deepspeed.launcher.launch" in process.cmdline())
         ranks = [process for process in family if "launcher/train.py" in " ".join(process.cmdline()[:3])]
-        assert len(ranks) == 2
+        assert len(ranks) == num_ranks
         victim = psutil.Process(runner.pid) if killed == "runner" else launcher
         victim.kill()
         _, alive = psutil.wait_procs(ranks, timeout=SOON_S)
