@@ -24,6 +24,39 @@ if not torch.cuda.is_available():
     fast_interpreter.install()
 
 
+# Files that take longest, longest first; else a worker could begin one of them when the other has nothing left to do.
+SLOWEST = (
+    "test_trainer.py",
+    "launcher/test_slurm.py",
+    "launcher/test_capture_hidden_states.py",
+    "evaluation/test_replay.py",
+    "kernels/test_attention_tiles.py",
+    "kernels/test_ancestor_attention.py",
+    "runtime/test_job_watch.py",
+    "parallel/test_plan.py",
+    "data/test_tokenised.py",
+    "parallel/test_zero.py",
+    "runtime/test_training_schedule.py",
+    "test_golden.py",
+    "runtime/test_faults.py",
+    "runtime/test_checkpoint.py",
+    "test_plugins.py",
+    "launcher/test_cli.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep pytest-xdist from sorting files by their number of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    places = {folder / name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch) -> ComputePath:
     """One way to compute a training-time test; on a CPU plain PyTorch takes flash attention's place."""
