@@ -55,8 +55,9 @@ def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
     return ((value - expected).norm() / expected.norm()).item()
 
 
-# Triton's interpreter is slow: the paths of its kernels that differ in compaction or chunks alone take the first case. That
-# all paths agree on other losses and shapes is tested in test_equalities.py.
+# Triton's interpreter is slow: the paths of its kernels that differ in compaction or chunks alone take the first case. The
+# other losses meet the kernels on the paths that are left, and chunks on the plain ones; test_equalities.py has other rows
+# on all paths.
 ON_FIRST_CASE = ("triton, uncompacted", "triton, small chunks, recompute step", "flash, uncompacted")
 ON_PATHS = [(path, case) for path in PATHS for case in CASES if path not in ON_FIRST_CASE or case is CASES[0]]
 
