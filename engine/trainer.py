@@ -333,15 +333,13 @@ class Trainer:
                 held_out = HeldOutData.stored(self.config, source, self.world, self.telemetry)
             else:
                 held_out = HeldOutData(read_held_out(self.config, tokenizer, self.world))
-            num_assistant = int(held_out.documents.assistant_tokens.sum())
-            if not num_assistant:
-                raise ValueError("the held-out conversations have no assistant tokens to predict")
         except ValueError as error:
             if section.best_by != ACCEPTANCE:
                 raise
             self.telemetry.note(f"  the held-out loss is not measured: {error}")
             return None
         num_documents = len(held_out.documents)
+        num_assistant = int(held_out.documents.assistant_tokens.sum())
         self.telemetry.note(f"  held-out loss: {num_documents:,} documents, {num_assistant:,} assistant tokens")
         return held_out
 
@@ -432,7 +430,7 @@ class Trainer:
             skips=self.config.checkpoint.on_bad_step == "skip",
             folder=self.output_dir / BAD_STEPS,
             rank=self.world.rank,
-            searches_scale=zero.dtype == torch.float16,
+            searches_scale=zero.dtype == torch.float16 and not self.ds_config["fp16"].get("loss_scale"),
         )
         watch = FaultWatch(watch_settings, self.telemetry.warn, zero.num_skipped_steps)
         settings = LogSettings(self.output_dir, self.config.log_every_steps, span.done, span.last)
@@ -497,8 +495,8 @@ class Trainer:
         if self.config.checkpoint.export and self.config.checkpoint.every_steps:
             draft_config = zero.draft.config
             embed_weight_VD = target.embedding.whole() if self.method.ships_embedding(draft_config) else None
-            if embed_weight_VD is not None and self.world.is_main:
-                embed_weight_VD = embed_weight_VD.cpu()  # written in the background
+            if embed_weight_VD is not None:  # rank 0 writes it in the background
+                embed_weight_VD = embed_weight_VD.cpu() if self.world.is_main else None
             further_bytes = draft_config.vocab_size * draft_config.hidden_size * zero.dtype.itemsize
             export = DraftExport(
                 partial(self.method.export, config=draft_config, vocab_map=corpus.vocab_map, embed_weight_VD=embed_weight_VD),

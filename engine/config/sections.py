@@ -18,7 +18,7 @@ EAGLE3 = "eagle3"
 DRAFT_METHODS = (EAGLE3,)
 LOSS_KINDS = ("kl", "lk_alpha", "lk_lambda", "total_variation", "jensen_shannon")
 CHECKPOINTS, DRAFT, DRAFT_LAST = "checkpoints", "draft", "draft_last"  # folders in a run's output_dir
-BAD_STEPS = "bad_steps"  # folder of the lists of steps that were not finite
+BAD_STEPS = "bad_steps"  # folder of the lists of bad steps
 METRICS, WARNINGS, RECIPE = "metrics.jsonl", "warnings.jsonl", "config.yaml"  # files in it
 SHOWN_TTT_STEPS = (0, 2, 6)  # TTT steps whose accuracy is shown: the 1st, 3rd and 7th
 

@@ -50,16 +50,19 @@ def read_held_out(config: Config, tokenizer: PreTrainedTokenizerBase, world: Wor
     def read() -> Documents:
         return read_documents(section, tokenizer, world, Telemetry(speaks=False))[0]
 
-    documents = None
-    problem = None
-    if world.local_rank == 0:  # the others of its node read what it has tokenised
-        try:
-            documents = read()
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    problems = [found for found in world.gather(problem) if found is not None]
-    if problems:
-        raise ValueError(problems[0])
-    if documents is None:
-        documents = read()
-    return chosen_documents(documents, evenly_spread(len(documents), config.evaluation.num_documents))
+    chosen = None
+    for reads_now in (world.local_rank == 0, world.local_rank > 0):  # the first rank of a node tokenises for the others
+        problem = None
+        if reads_now:
+            try:
+                documents = read()
+                chosen = chosen_documents(documents, evenly_spread(len(documents), config.evaluation.num_documents))
+                if not chosen.assistant_tokens.any():
+                    problem = "the held-out conversations have no assistant tokens to predict"
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        problems = [found for found in world.gather(problem) if found is not None]
+        if problems:
+            raise ValueError(problems[0])
+    assert chosen is not None, "every rank has read"
+    return chosen

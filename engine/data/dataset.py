@@ -155,7 +155,7 @@ class Renderer:
                 rendered.bad.append((chunk.file, number, error.reason, detail))
                 if num_exceeded == MAX_EXCEEDED:
                     problem = f"{chunk.path}:{number}: {detail}"
-                    raise ValueError(f"{problem}. So it was for {MAX_EXCEEDED} conversations in a row") from error
+                    raise ValueError(f"{problem}. This happened for {MAX_EXCEEDED} conversations in a row") from error
                 continue
             num_exceeded = 0
             longest = max(map(len, documents))

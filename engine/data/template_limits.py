@@ -12,10 +12,13 @@ checked when it becomes part of the text.
 
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import jinja2
+import transformers
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame, optimizeconst
 from jinja2.runtime import Context
@@ -214,6 +217,13 @@ def bound_chat_templates() -> None:
 
     Transformers offers no other place for this, and rendering without it would have to repeat how it
     prepares messages and arguments.
+    Warns if this version of Transformers compiles templates in another way, without these limits.
     """
     vars(chat_template_utils)["ImmutableSandboxedEnvironment"] = BoundedEnvironment
-    chat_template_utils._compile_jinja_template.cache_clear()
+    compile_template = getattr(chat_template_utils, "_compile_jinja_template", None)
+    with suppress(AttributeError):
+        compile_template.cache_clear()  # type: ignore[union-attr]  # what was compiled before has no limits
+    compiled = None if compile_template is None else compile_template("{{ 1 }}")
+    if not isinstance(getattr(compiled, "environment", None), BoundedEnvironment):
+        problem = f"the limits on chat templates do not work with transformers {transformers.__version__}"
+        warnings.warn(f"{problem}; constraints.txt names a version with which they do", stacklevel=2)

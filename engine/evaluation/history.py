@@ -124,7 +124,7 @@ class Evaluation:
         """Return what must be equal for two scores to be comparable."""
         if self.best_by == ACCEPTANCE:
             return self.best_by, self.num_prompts, self.draft_tokens, self.max_new_tokens
-        return self.best_by, self.held_out_documents, self.held_out_checksum
+        return self.best_by, self.held_out_checksum
 
     def is_under(self, section: EvaluationSection) -> bool:
         """Return whether the evaluation can be compared with those under the settings of a recipe."""
@@ -228,8 +228,10 @@ class EvaluationHistory:
         best_score = -math.inf
         num_without_gain = 0
         last = self.last
-        every = self.earlier + self.evaluations
-        for evaluation in [one for one in every if last is not None and one.settings() == last.settings()]:
+        by_step = {evaluation.step: evaluation for evaluation in self.earlier + self.evaluations}  # a later one replaces
+        for evaluation in by_step.values():
+            if last is None or evaluation.settings() != last.settings():
+                continue
             num_without_gain += 1
             if evaluation.score > best_score:
                 best_score = evaluation.score

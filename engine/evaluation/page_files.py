@@ -141,7 +141,7 @@ def warnings_section(run: RunRecord, runs: Sequence[RunRecord]) -> str:
     if any(line.get("non_finite") for line in run.metrics):
         parts.append(warning("Some metrics were not finite."))
     bad_steps = _bad_steps(run.folder / BAD_STEPS)
-    name = f"{counted(len(bad_steps), 'list')} of steps with a loss or a gradient that was not finite"
+    name = f"{counted(len(bad_steps), 'list')} of bad steps (a loss or a gradient that was not finite, or a spike)"
     parts.append(_listed(name, bad_steps, _bad_step_text))
     warnings = _by_name(run.warnings)
     parts.append(_listed(counted(len(warnings), "warning"), warnings, _warning_text))

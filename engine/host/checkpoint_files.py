@@ -201,7 +201,8 @@ class CheckpointFiles:
             self._report(folder, str(error))
             return Outcome(folder, str(error))
         if self._rank == 0:
-            warning = _problem_of_call(publish) or warning
+            problems = (warning, _problem_of_call(publish))
+            warning = "; ".join(problem for problem in problems if problem is not None) or None
         return Outcome(folder, None, warning)
 
     def _write_files(self, saved: Mapping[Path, Any], folder: Path) -> None:

@@ -385,7 +385,8 @@ class CheckpointWriter:
             if outcome.problem is not None:
                 self._warn_of(step, outcome.problem)
             elif outcome.warning is not None and self._world.is_main:
-                self._warn(f"  the checkpoint of step {step} is complete, but not all that belongs to it: {outcome.warning}")
+                missing = "its draft or `latest` was not written"
+                self._warn(f"  the checkpoint of step {step} is complete, but {missing}: {outcome.warning}")
         return self._is_complete
 
     def wait_until_complete(self) -> None:

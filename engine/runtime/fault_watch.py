@@ -168,11 +168,11 @@ class FaultWatch:
             return
         was_spike = self._is_spike
         median = statistics.median(self._norms) if len(self._norms) >= FEWEST_NORMS else math.inf
-        self._is_spike = norm > SPIKE * median
+        self._is_spike = 0 < SPIKE * median < norm
         self._norms.append(norm)
         if not self._is_spike or was_spike:
             return
-        problem = f"the norm of the gradient is {norm:.3g}, {norm / median:.0f} times the median of the steps before"
+        problem = f"the norm of the gradient is {norm:.3g}, {norm / median:.0f} times the median of the logged steps before"
         place = self._list(step, problem)
         if self._settings.rank == 0:
             self._warn_of_step(f"step {step}: {problem}{place}")

@@ -127,6 +127,7 @@ class MetricsFile:
         """
         self.path = path
         kept, self.last_step = lines_until(path, first_step) if first_step and path.exists() else ([], 0)
+        self.last_kept_step = max((_step_of(line) or 0 for line in kept), default=0)
         write_whole(path, lambda place: place.write_bytes(b"".join(kept)))
 
     def write(self, metrics: dict[str, Any]) -> None:

@@ -129,10 +129,14 @@ class TrainLog:
         return {"last_step": self._last_step, "sums": sums, "seconds": seconds}
 
     def restore(self, states: Sequence[Any]) -> None:
-        """Continue with what the ranks of an earlier run had not logged, in any number of them."""
+        """Continue with what the ranks of an earlier run had not logged, in any number of them; a collective."""
         if not states:
             return
         self._last_step = states[0]["last_step"]
+        last_logged = self._world.decide(lambda: 0 if self._file is None else self._file.last_kept_step)
+        if last_logged > self._last_step:  # the earlier run had ended there, and has logged these steps after its checkpoint
+            self._last_step = last_logged
+            return
         self._paused_s = -states[0].get("seconds", 0.0)  # of steps that the earlier run has taken
         if self._world.is_main:  # sums over ranks may begin on any of them
             for state in states:

@@ -78,7 +78,10 @@ def test_an_early_end_that_was_decided_holds_after_steps_that_are_taken_again(tm
         history.add(evaluation(step, length))
     assert history.first_without_gain(2) == 6
     history.write(tmp_path)
-    assert read(tmp_path, 6).best is None and read(tmp_path, 6).first_without_gain(2) == 6
+    resumed = read(tmp_path, 6)
+    assert resumed.best is None and resumed.first_without_gain(2) == 6
+    assert not resumed.has(6) and resumed.add(evaluation(6, 1.3)), "it is evaluated again"
+    assert resumed.first_without_gain(2) == 6 and resumed.first_without_gain(3) is None, "and counts once"
 
 
 @pytest.mark.parametrize(("step", "last", "expected"), [(0, 7, (1, 3)), (4, 7, (5, 6)), (3, 6, (4, 6)), (6, 7, (7, 7))])
