@@ -68,7 +68,7 @@ def main() -> None:
         run_plugins(config.target.plugins)
         capture = Capture(resolved, world)
         if world.is_main:
-            write_embedded_corpus(config, corpus)
+            write_embedded_corpus(config.data.train, corpus)
         world.barrier()
         report = capture.run()
         if world.is_main:

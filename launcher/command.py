@@ -316,15 +316,15 @@ def check_output(config: Config) -> None:
         raise ConfigError(problem, key="output_dir", value=config.output_dir)
 
 
-def write_embedded_corpus(config: Config, corpus: Path) -> None:
-    """Create the parent folder of `corpus`; write the embedded corpus if the configuration uses it.
+def write_embedded_corpus(paths: Sequence[str], corpus: Path) -> None:
+    """Create the parent folder of `corpus`; write the embedded corpus if it is one of the files that a command reads.
 
-    Call it on rank 0 only.
+    paths: these files, as the recipe names them. Call it on rank 0 only.
     """
     from engine.data.cpython_corpus import write_corpus
 
     corpus.parent.mkdir(parents=True, exist_ok=True)
-    if EMBEDDED in config.data.train + config.data.held_out:
+    if EMBEDDED in paths:
         write_corpus(corpus)
 
 

@@ -163,7 +163,7 @@ def main() -> None:
         run_plugins(config.target.plugins)
         resolved = with_paths(config, corpus)
         if config.target.store is None:
-            write_embedded_corpus(config, corpus)
+            write_embedded_corpus(config.data.train, corpus)
         else:
             resolved = with_store(resolved)
         inspect(resolved, arguments, Telemetry(speaks=True))

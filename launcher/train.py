@@ -57,6 +57,15 @@ def check_files(config: Config) -> None:
     check_output(config)
 
 
+def conversations_of(config: Config) -> tuple[str, ...]:
+    """Return the conversation files that a run reads."""
+    if config.target.store is not None:
+        return ()
+    evaluation = config.evaluation
+    reads_held_out = evaluation.num_prompts or (evaluation.every_steps and evaluation.num_documents)
+    return config.data.train + config.data.held_out if reads_held_out else config.data.train
+
+
 def sides_of(config: Config, num_ranks: int) -> tuple[int, int] | None:
     """Return the numbers of ranks that train the draft and that run the target; None = the same ranks do both.
 
@@ -122,7 +131,7 @@ def main() -> None:
             world = replace(job.world, shares_output=is_shared(output_dir, job.world))
             trainer = Trainer(resolved, ds_config, world, job.bridge, job.watch.progress)
             if world.writes_output:
-                write_embedded_corpus(config, corpus)
+                write_embedded_corpus(conversations_of(config), corpus)
             world.barrier()
             job.wait_for_other_side()
             report = trainer.run()
