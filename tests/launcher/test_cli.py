@@ -57,6 +57,8 @@ def test_a_wheel_trains_and_exports_a_draft(installed, tmp_path, tiny_corpus):
     assert (tmp_path / "run" / "draft" / "model.safetensors").is_file()
     where = run([str(installed / "python"), "-c", "import engine; print(engine.__file__)"], tmp_path).stdout
     assert str(installed.parent) in where
+    shipped = {path.name for path in (Path(where.strip()).parents[1] / "launcher" / "kubernetes").iterdir()}
+    assert shipped >= {"train.yaml", "start_ranks.sh"}
 
 
 def test_the_command_lists_what_it_can_run(installed, tmp_path):
