@@ -480,6 +480,9 @@ class Config:
         if self.overlap.placement == SPLIT and self.target.store is not None:
             problem = "a store is written and read without ranks of their own for the target; use another placement"
             raise ConfigError(problem, key="overlap.placement", value=SPLIT)
+        if self.max_steps is not None and self.anneal_steps >= self.max_steps:
+            problem = f"leaves no step at the full learning rate, since max_steps is {self.max_steps}"
+            raise ConfigError(problem, key="anneal_steps", value=self.anneal_steps)
         self._check_evaluation()
         if self.evaluation.num_prompts and not self.data.held_out and self.target.store is None:
             problem = (
@@ -494,9 +497,6 @@ class Config:
         if section.store is not None and not reads_store:
             problem = "belongs to a run that reads target.store; where the target runs, name conversations in data.held_out"
             raise ConfigError(problem, key="evaluation.store", value=section.store)
-        if self.max_steps is not None and self.anneal_steps >= self.max_steps:
-            problem = f"leaves no step at the full learning rate, since max_steps is {self.max_steps}"
-            raise ConfigError(problem, key="anneal_steps", value=self.anneal_steps)
         for name in ("patience", "store", "best_by"):
             value = getattr(section, name)
             if value != OPTIONS[f"evaluation.{name}"].default and not section.every_steps:

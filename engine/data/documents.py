@@ -153,10 +153,10 @@ def add_counts(counts: np.ndarray, document: Document) -> np.ndarray:
     return counts
 
 
-def evenly_spread(num_documents: int, count: int) -> list[int]:
-    """Return `count` indices of documents, evenly spread, or all if there are fewer."""
-    count = min(count, num_documents)
-    return [index * num_documents // count for index in range(count)]
+def evenly_spread(size: int, count: int) -> list[int]:
+    """Return `count` indices below `size`, evenly spread, or all if there are fewer."""
+    count = min(count, size)
+    return [index * size // count for index in range(count)]
 
 
 def chosen_documents(documents: Documents, indices: Sequence[int]) -> Documents:

@@ -106,7 +106,7 @@ class PackedLoader:
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches of a rank in one step."""
+        """Micro-batches per rank and step."""
         return self._accumulation_steps
 
     def check_stream(self, expected: dict[str, int], rank: int, kind: str = "training") -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engine.config.sections import Config
 from engine.data.dataset import check_template
-from engine.data.documents import outside_vocabulary
+from engine.data.documents import evenly_spread, outside_vocabulary
 from engine.data.messages import BadSample, on_sample, parse, read_messages, written_text
 from engine.data.preformatted import Markers
 from engine.data.template_input import accepted_roles
@@ -246,7 +246,7 @@ def held_out_prompts(
     count = min(count, len(openings))
     prompts = []
     problem = None
-    for path, number, offset in (openings[index * len(openings) // count] for index in range(count)):
+    for path, number, offset in (openings[index] for index in evenly_spread(len(openings), count)):
         source = f"{path}:{number}"
         try:
             with path.open("rb") as file:

@@ -21,7 +21,7 @@ from engine.evaluation.decoding import (
     speculative_decode,
 )
 from engine.evaluation.replay import batched_replies, greedy_replies, packed, replay
-from engine.evaluation.samples import Sample, evenly_spread
+from engine.evaluation.samples import Sample, sampled_prompts
 from engine.hidden_states.finite import fault_of, find_faults, place_names
 from engine.host.telemetry import Telemetry
 from engine.models.draft_method import ServedDraft
@@ -78,7 +78,7 @@ class AcceptanceEvaluator:
         indices = count()
 
         def keep(prompt: Prompt, generation: Generation) -> None:
-            if next(indices) in evenly_spread(len(self._prompts)):
+            if next(indices) in sampled_prompts(len(self._prompts)):
                 self._kept.append((prompt, generation))
             if on_reply is not None:
                 on_reply(prompt, generation)

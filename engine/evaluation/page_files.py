@@ -11,8 +11,9 @@ from typing import TypeVar
 from engine.config.sections import BAD_STEPS, CHECKPOINTS, DRAFT, DRAFT_LAST, METRICS
 from engine.evaluation.page_parts import escaped, of_run, seconds_text, table, warning
 from engine.evaluation.report import SUMMARY
-from engine.evaluation.run_record import Line, RunRecord, counted, finite
+from engine.evaluation.run_record import Line, RunRecord, finite
 from engine.host.checkpoint_files import COMPLETE
+from engine.host.units import counted
 
 Entry = TypeVar("Entry")
 STEP = re.compile(r"step_(\d+)")

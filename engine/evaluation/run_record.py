@@ -14,6 +14,7 @@ from engine.config.sections import METRICS, RECIPE, WARNINGS
 from engine.evaluation.history import EVALUATIONS
 from engine.evaluation.report import SUMMARY
 from engine.evaluation.samples import SAMPLES
+from engine.host.units import counted
 
 AVERAGED = 0.1  # share of the last logged steps that tables and bars average over
 WORK = "work.json"
@@ -29,11 +30,6 @@ def finite(value: Any) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a number of things in words, such as `2 documents`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from engine.data.documents import evenly_spread
 from engine.data.segments import decoded
 from engine.evaluation.acceptance import Prompt
 from engine.evaluation.decoding import Generation
 from engine.host.files import write_text
 
 SAMPLES = "samples.jsonl"
-NUM_SAMPLES = 4  # prompts of a rank whose replies are kept
+NUM_SAMPLES = 4  # prompts per rank whose replies are kept
 MOST_TOKENS = 400  # of a reply that are kept
 PROMPT_TOKENS = 300  # at the end of a prompt that are kept
 UNDECODABLE = "\ufffd"  # stands in a text for bytes that are not a whole character
@@ -89,10 +90,9 @@ def token_texts(token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) ->
     return texts
 
 
-def evenly_spread(count: int) -> set[int]:
-    """Return up to `NUM_SAMPLES` indices below `count`, evenly spread."""
-    chosen = min(NUM_SAMPLES, count)
-    return {index * count // chosen for index in range(chosen)}
+def sampled_prompts(num_prompts: int) -> set[int]:
+    """Return the indices of the prompts whose replies are kept."""
+    return set(evenly_spread(num_prompts, NUM_SAMPLES))
 
 
 def write_samples(path: Path, samples: Sequence[Sample], step: int) -> None:

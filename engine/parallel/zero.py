@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
+from engine.config.ds_config import MUON
 from engine.config.secret_values import without_secrets
 from engine.host.checkpoint_files import CheckpointFiles
 from engine.host.freed_memory import keep_freed_memory
@@ -103,7 +104,7 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
         if form == CheckpointForm.UNIVERSAL:
             ds_config = ds_config | {"checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
         module = _ObjectiveModule(draft, objective)
-        if ds_config["optimizer"]["type"] == "Muon" and not torch.cuda.is_available():
+        if ds_config["optimizer"]["type"] == MUON and not torch.cuda.is_available():
             # DeepSpeed compiles its Muon; on a CPU this takes longer than it saves.
             torch.compiler.set_stance("force_eager")
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)

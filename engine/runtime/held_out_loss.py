@@ -58,7 +58,7 @@ class HeldOutLoss:
         """
         num_steps = self._loader.num_steps
         own = []
-        num_left_out = 0
+        num_left_out: int | torch.Tensor = 0  # on the device, so that no batch waits for it
         with (
             self._schedules.open(Segment(1, num_steps), None) as schedule,
             self._telemetry.progress(num_steps, "batches") as progress,
@@ -66,14 +66,15 @@ class HeldOutLoss:
             for step in range(1, num_steps + 1):
                 ((micro, _),) = schedule.take(step, 1)
                 own.append(self._sums(micro))
-                num_left_out += int(micro.num_left_out)
+                num_left_out = num_left_out + micro.num_left_out
                 schedule.end_step()
                 progress.advance("batches of held-out conversations")
-        sums_BX = torch.cat([sums.reshape(num_steps, -1) for sums in self._world.gather(torch.stack(own).cpu())])
-        num_left_out = sum(self._world.gather(num_left_out))
-        if num_left_out:
-            self._telemetry.note(f"  {num_left_out} held-out documents are left out: the target's states are not finite")
-        return held_out_report(sums_BX, self._zero.objective.step_weights, self._num_documents - num_left_out)
+        of_ranks = self._world.gather((torch.stack(own).cpu(), int(num_left_out)))
+        sums_BX = torch.cat([sums.reshape(num_steps, -1) for sums, _ in of_ranks])
+        left_out = sum(number for _, number in of_ranks)
+        if left_out:
+            self._telemetry.note(f"  {left_out} held-out documents are left out: the target's states are not finite")
+        return held_out_report(sums_BX, self._zero.objective.step_weights, self._num_documents - left_out)
 
     @property
     def checksum(self) -> int:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from engine.evaluation.acceptance import Prompt
 from engine.evaluation.decoding import Generation
-from engine.evaluation.samples import MOST_TOKENS, Sample, evenly_spread, token_depths, token_texts, write_samples
+from engine.evaluation.samples import MOST_TOKENS, Sample, sampled_prompts, token_depths, token_texts, write_samples
 
 
 def tokenizer_of(vocabulary: list[str], decoder) -> PreTrainedTokenizerFast:
@@ -56,7 +56,7 @@ def test_depths_count_from_one_after_each_token_of_the_target():
 
 @pytest.mark.parametrize(("count", "indices"), [(0, set()), (3, {0, 1, 2}), (80, {0, 20, 40, 60})])
 def test_samples_are_spread_over_the_prompts(count, indices):
-    assert evenly_spread(count) == indices
+    assert sampled_prompts(count) == indices
 
 
 def test_a_long_sample_is_cut_and_says_how_long_it_was(of_bytes, tmp_path):
