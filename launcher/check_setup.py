@@ -194,9 +194,10 @@ def check_joined_ranks(
         end=end,
     )
     temporary = make_temporary(job.world)
-    remove = partial(remove_temporary, temporary)
-    atexit.register(remove)
-    before_end(remove)
+    if job.world.local_rank == 0:  # another rank could remove it while this one still checks
+        remove = partial(remove_temporary, temporary)
+        atexit.register(remove)
+        before_end(remove)
     try:
         CheckList(job.world, report, settings, temporary).run()
     except Exception as error:

@@ -1,6 +1,7 @@
 """A target of a few thousand weights with its tokenizer and chat template, and conversations it can read; all from seeds."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,10 @@ if not torch.cuda.is_available():
 # Commands that the tests start keep tokenised conversations here, not in the user's cache; modules copy the environment early.
 CACHE = tempfile.TemporaryDirectory(prefix="draftspeed-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE.name
+
+# Of the many processes that the tests start, the first compiles what it imports, and the others read that.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 torch.set_num_threads(1)  # tests run side by side, on tensors so small that threads only wait for each other
 

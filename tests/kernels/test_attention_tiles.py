@@ -83,5 +83,5 @@ def test_another_tile_must_save_time_that_is_no_noise(times_s, expected):
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_the_largest_tiles_compile_within_the_shared_memory_of_its_gpu(capability):
     compiled = compiled_for(SHARED_BYTES, "attention_tiles")[capability]
-    assert len(compiled) >= 6
+    assert len(compiled) >= 3
     assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from engine.models.draft_folder import VOCAB
 from engine.setup_checks.check_list import TEMPORARY
-from engine.setup_checks.trial_run import TRAIN
 from tests.distributed import launch, launch_and
 
 COMMAND = "launcher/check_setup.py"
@@ -61,7 +61,7 @@ def test_an_interrupted_check_names_all_problems_and_leaves_no_files(tmp_path, n
 
     def interrupt(processes: list[Any]) -> None:
         deadline_s = time.monotonic() + 60
-        while not any((folder / "run" / TRAIN).exists() for folder in temporary_folders() - nothing_left):
+        while not any((folder / "run" / VOCAB).exists() for folder in temporary_folders() - nothing_left):
             assert time.monotonic() < deadline_s and processes[0].is_alive()
             time.sleep(0.01)
         os.kill(processes[1].pid, signal.SIGTERM)

@@ -12,7 +12,7 @@ from honesty import KneserNeyTrigram, judge, repeated_share  # noqa: E402 (a scr
 
 
 def test_the_embedded_target_is_honest():
-    judgement = judge(EMBEDDED / "target", num_documents=60, num_replies=24)
+    judgement = judge(EMBEDDED / "target", num_documents=30, num_replies=12)
     assert judgement.held_out_loss < judgement.trigram_loss - 0.5
     assert judgement.repeated_8_grams <= 0.10
     assert judgement.reply_tokens > 8

@@ -23,7 +23,7 @@ OFFLOADS = ("zero2_offload", "zero3_offload")
 # Rank 1 has no reply, then rank 0 documents of one token only, then neither rank anything to learn.
 EMPTY = ((0, 1), (1, 0), (2, 0), (2, 1), (3, 0), (3, 1))
 ACCUMULATED = [Job(config, accumulation=2, normaliser=how) for config, how in product(STAGES, ("slots", "positions"))]
-NUM_STEPS = 10  # batches come round every four steps
+NUM_STEPS = 8  # batches come round every four steps
 FP32 = [Job(config, num_steps=NUM_STEPS) for config in STAGES + OFFLOADS] + [replace(job, num_steps=6) for job in ACCUMULATED]
 FP32 += [Job("zero3", recompute=what, num_steps=6) for what in ("mlp", "step")]
 BF16 = [Job(config, bf16=True, num_steps=NUM_STEPS) for config in STAGES + OFFLOADS]

@@ -14,8 +14,7 @@ from tests.planning.measured import FOLDER, LOSS, RANKS, TOKENS, TTT, Training, 
 
 CASES = {
     "stage 3": Training(),
-    "little is said": Training(assistant_share=0.3),
-    "two layers": Training(assistant_share=0.5, num_layers=2),
+    "two layers, few assistant tokens": Training(assistant_share=0.3, num_layers=2),
     "mlp again": Training(stage=2, recompute="mlp"),
     "steps again": Training(stage=1, assistant_share=0.6, recompute="step"),
     "stage 0, fp32": Training(stage=0, bf16=False, assistant_share=0.5, num_layers=2, recompute="mlp"),

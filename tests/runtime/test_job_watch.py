@@ -49,10 +49,8 @@ REFUSE = "raise ValueError('an unusable value')"
 FAULTS = {
     "kill 0": (KILL, 0, "rank 0 (process", "has ended without a message"),
     "kill 1": (KILL, 1, "rank 1 (process", "has ended without a message"),
-    "stop 0": (STOP, 0, "rank 0 (process", "has not answered for"),
     "stop 2": (STOP, 2, "rank 2 (process", "has not answered for"),
     "hang 0": (HANG, 0, "the job waits for rank 0 (step 6", "parallel.hang_s"),
-    "hang 2": (HANG, 2, "the job waits for rank 2 (step 6", "parallel.hang_s"),
     "fail 0": (FAIL, 0, "RuntimeError: out of luck", "Traceback"),
     "fail 1": (FAIL, 1, "rank 1: RuntimeError: out of luck", "Traceback"),
     "refuse 1": (REFUSE, 1, "train.py: rank 1: an unusable value", ""),
@@ -133,7 +131,7 @@ def test_ranks_do_not_outlive_their_launcher(killed, num_ranks, tmp_path, tiny_t
         assert len(ranks) == num_ranks
         victim = psutil.Process(runner.pid) if killed == "runner" else launcher
         victim.kill()
-        _, alive = psutil.wait_procs(ranks, timeout=SOON_S)
+        _, alive = psutil.wait_procs(ranks, timeout=2 * SOON_S)  # they save a checkpoint
         assert not alive
     finally:
         for process in psutil.Process(runner.pid).children(recursive=True) if runner.poll() is None else ():
