@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config.recipe import load_config
 from engine.config.sections import RECIPE, Config, EvaluationSection, TargetSection
+from engine.config.tree_shape import TreeRule
 from engine.data.segments import decoded
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import AcceptanceReport, Prompt, check_prompts, held_out_prompts
@@ -63,7 +64,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target", help="Hugging Face folder or hub id of the target; default: the run's")
     parser.add_argument("--data", nargs="+", help="JSONL conversation files with prompts; default: the run's held-out files")
     parser.add_argument("--num_prompts", type=_positive, help="prompts decoded; default: the run's")
-    parser.add_argument("--draft_tokens", type=_positive, help="tokens proposed per target forward; default: the run's")
+    parser.add_argument(
+        "--num_steps", type=_positive, help="depth of the tokens drafted per target forward; default: the run's"
+    )
+    parser.add_argument("--topk", type=_positive, help="tokens drafted after each node; 1 = a chain; default: the run's")
+    parser.add_argument(
+        "--num_draft_tokens", type=_positive, help="tokens of a tree that a target forward reads; default: the run's"
+    )
+    parser.add_argument(
+        "--tree_rule",
+        choices=get_args(TreeRule),
+        help="keys that a node of a tree attends to in the draft: its ancestors', or as in SGLang; default: the run's",
+    )
     parser.add_argument("--max_new_tokens", type=_positive, help="tokens generated per prompt; default: the run's")
     parser.add_argument(
         "--dtype", choices=get_args(get_type_hints(TargetSection)["dtype"]), help="precision of the target; default: the run's"
@@ -116,10 +128,17 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
     if arguments.data:
         data = replace(data, held_out=tuple(arguments.data))
     default = EvaluationSection()
+    topk = arguments.topk or run.evaluation.topk
+    num_draft_tokens = arguments.num_draft_tokens
+    if num_draft_tokens is None and topk > 1:
+        num_draft_tokens = run.evaluation.num_draft_tokens
     evaluation = EvaluationSection(
         num_prompts=arguments.num_prompts or run.evaluation.num_prompts or default.num_prompts,
         max_new_tokens=arguments.max_new_tokens or run.evaluation.max_new_tokens,
-        draft_tokens=arguments.draft_tokens or run.evaluation.draft_tokens,
+        num_steps=arguments.num_steps or run.evaluation.num_steps,
+        topk=topk,
+        num_draft_tokens=num_draft_tokens,
+        tree_rule=arguments.tree_rule or run.evaluation.tree_rule,
     )
     shared = run.parallel if num_ranks > 1 else replace(run.parallel, tp_size=1, ep_size=1)
     parallel = replace(shared, tp_size=arguments.tp_size or shared.tp_size, ep_size=arguments.ep_size or shared.ep_size)

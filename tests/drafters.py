@@ -3,9 +3,10 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.models.eagle3.chain_drafter import ServedEagle3
+from engine.models.drafter import ROOT, TokenTree
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import Eagle3Config
+from engine.models.eagle3.served_draft import ServedEagle3
 from engine.models.vocab_map import VocabMap
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.target.frozen import FrozenTarget
@@ -82,9 +83,14 @@ def prompts(count: int) -> list[list[int]]:
 
 
 class Oracle:
-    """Drafts from a reply it was told, wrong at every token whose index satisfies `wrong`."""
+    """Drafts from a reply it was told, wrong at every token whose index satisfies `wrong`.
 
-    def __init__(self, prompt_ids: list[int], reply_ids: list[int], wrong=lambda index: False) -> None:
+    width: 1 for a chain; otherwise each token has siblings, and the told one is the last of them.
+    """
+
+    def __init__(self, prompt_ids: list[int], reply_ids: list[int], wrong=lambda index: False, depth=5, width=1) -> None:
+        self.depth = depth
+        self.width = width
         self.told = [(token_id + wrong(index)) % VOCAB for index, token_id in enumerate(reply_ids)]
         self.num_prompt = len(prompt_ids)
 
@@ -98,6 +104,13 @@ class Oracle:
         self.read_ids += token_ids
         self.read_aux.append(aux_QA)
 
-    def propose(self, count):
+    def propose(self):
         done = len(self.read_ids) - self.num_prompt
-        return self.told[done : done + count]
+        token_ids = []
+        parents = []
+        parent = ROOT
+        for told in self.told[done : done + self.depth]:
+            token_ids += [(told + sibling) % VOCAB for sibling in range(self.width - 1, -1, -1)]
+            parents += [parent] * self.width
+            parent = len(token_ids) - 1
+        return TokenTree(token_ids, parents)

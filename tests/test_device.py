@@ -39,9 +39,9 @@ DECODING = {
     ("engine/evaluation/evaluator.py", "_first_fault"): "whether the target is finite, once per prompt",
     ("engine/evaluation/replay.py", "__init__"): "prompts come from the host, once per batch",
     ("engine/evaluation/replay.py", "decode_one_token"): "tokens and states go to the host, once per forward",
-    ("engine/models/eagle3/chain_drafter.py", "_draft_from_all"): "tokens come from the host, once per batch of replies",
-    ("engine/models/eagle3/chain_drafter.py", "<genexpr>"): "tokens and states come from the host, as above",
-    ("engine/models/eagle3/chain_drafter.py", "propose_along"): "drafted tokens go to the host, once per batch of replies",
+    ("engine/models/eagle3/drafts_along.py", "_read_replies"): "tokens come from the host, once per batch of replies",
+    ("engine/models/eagle3/drafts_along.py", "<genexpr>"): "tokens and states come from the host, as above",
+    ("engine/models/eagle3/drafts_along.py", "propose_along"): "drafted tokens go to the host, once per batch of replies",
 }
 STORING = {
     ("engine/hidden_states/store_writer.py", "_left_out"): "a writing thread waits, and nobody waits for it",

@@ -12,12 +12,13 @@ import torch
 
 from engine.batch import LossNorms, MicroBatch, PackedBatch
 from engine.config.sections import DraftSection, LossSection, TargetSection, TttSection
-from engine.evaluation.decoding import greedy_decode, speculative_decode
+from engine.config.tree_shape import TreeShape
+from engine.evaluation.decoding import plain_decode, speculative_decode
 from engine.kernels import Kernels, reference
-from engine.models.eagle3.chain_drafter import ChainDrafter, ServedEagle3
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import derive_draft_config
 from engine.models.eagle3.export import export_draft, load_draft
+from engine.models.eagle3.served_draft import ServedEagle3
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.training_rows import allowed_rows, slots_of
 from engine.models.vocab_map import VocabMap
@@ -145,9 +146,9 @@ def test_a_trained_draft_exported_and_reloaded_decodes_the_same_and_decoding_is_
     in_engine = ServedEagle3(draft, VOCAB_MAP, draft.embed(target.embedding.whole()))
     for batch in packs((3,), (8,), (17,)):
         prompt_ids = batch.input_ids_T.tolist()
-        plain = greedy_decode(target, prompt_ids, 20, ())
+        plain = plain_decode(target, prompt_ids, 20, ())
         replies = [
-            speculative_decode(target, ChainDrafter(served), prompt_ids, max_new_tokens=20, draft_tokens=4, eos_ids=())
+            speculative_decode(target, served.drafter(TreeShape(3, 3, 7)), prompt_ids, max_new_tokens=20, eos_ids=())
             for served in (in_engine, reloaded)
         ]
         assert [reply.token_ids for reply in replies] == [plain.token_ids] * 2

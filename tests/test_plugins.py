@@ -65,7 +65,7 @@ def data(tmp_path_factory) -> list[str]:
 def heads_run(tmp_path_factory, data) -> Path:
     """A run of the method with independent heads: zero-3, measured before and after training."""
     output = tmp_path_factory.mktemp("heads") / "run"
-    measured = ["evaluation.num_prompts=4", "evaluation.max_new_tokens=24", "evaluation.draft_tokens=4"]
+    measured = ["evaluation.num_prompts=4", "evaluation.max_new_tokens=24", "evaluation.num_steps=4"]
     learning = ["--ds_config", "ds_configs/zero3.json", "epochs=2", "max_steps=60", "checkpoint.every_steps=60"]
     done = launch_script("train", f"output_dir={output}", *OF_HEADS, *data, *measured, *learning)
     assert done.returncode == 0, done.stderr

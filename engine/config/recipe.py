@@ -24,7 +24,7 @@ from engine.config.strict import (
 COMMAND_LINE = "command line"
 
 # Earlier names of options, which the config.yaml of an old run may hold.
-RENAMED = {"parallel.unproven": "parallel.allow_unverified"}
+RENAMED = {"parallel.unproven": "parallel.allow_unverified", "evaluation.draft_tokens": "evaluation.num_steps"}
 
 
 def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -129,5 +129,7 @@ def describe_options(sections: Sequence[str] = ()) -> str:
             lines += ["", titles.get(section, "At the top:")]
             group = section
         lines.append(f"  {key:{key_width}}  {kind:{type_width}}  {default:{default_width}}  {unit}".rstrip())
-        lines += textwrap.wrap(OPTIONS[key].metadata["text"], width=110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(
+            OPTIONS[key].metadata["text"], width=110, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+        )
     return "\n".join(lines[1:]) + "\n"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from engine.config.data_section import EMBEDDED, DataSection, PrepareSection, RegenerateSection
 from engine.config.strict import ConfigError, did_you_mean, option
+from engine.config.tree_shape import TreeRule, TreeShape
 
 ONLINE = "online"  # target.source: the running target
 STORED = "stored"  # target.source: target.store
@@ -407,13 +408,41 @@ class EvaluationSection:
     )
     num_prompts: int = option(24, "held-out prompts decoded; 0 = no acceptance is measured", unit="prompts", at_least=0)
     max_new_tokens: int = option(64, "tokens generated per prompt", unit="tokens", at_least=1)
-    draft_tokens: int = option(5, "tokens the draft proposes per target forward", unit="tokens", at_least=1)
+    num_steps: int = option(
+        5, "depth of the tokens that are drafted per target forward; SGLang's speculative-num-steps", unit="steps", at_least=1
+    )
+    topk: int = option(
+        1,
+        "tokens drafted after each node of a tree, and nodes read per level; SGLang's speculative-eagle-topk; 1 = a chain",
+        unit="tokens",
+        at_least=1,
+    )
+    num_draft_tokens: int | None = option(
+        None,
+        "tokens of a tree that a target forward reads, with the newest committed one; SGLang's speculative-num-draft-tokens; "
+        "null = num_steps + 1, for a chain",
+        unit="tokens",
+        at_least=2,
+    )
+    tree_rule: TreeRule = option(
+        "ancestors",
+        "keys that a node of a tree attends to in the draft; ancestors = those of its ancestors; sglang = those of its row at "
+        "earlier levels, as SGLang does",
+    )
     prompts_per_batch: int | None = option(
         None,
         "prompts decoded together; null = 32 on a GPU, 1 on a CPU; 1 decodes them one by one and also reports speeds",
         unit="prompts",
         at_least=1,
     )
+
+    def __post_init__(self):
+        _ = self.tree  # which checks the sizes
+
+    @property
+    def tree(self) -> TreeShape:
+        """The shape of what the draft proposes."""
+        return TreeShape(self.num_steps, self.topk, self.num_draft_tokens, self.tree_rule)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class AcceptanceReport:
     drafting, after the target has read the prompt; None if nothing was timed.
     mismatches: number of prompts whose tokens differ from plain greedy decoding; None if no prompt
     was decoded plainly.
+    num_forwards: target forwards after those over the prompts; None in reports of earlier versions.
     """
 
     acceptance_length: float
@@ -71,6 +72,7 @@ class AcceptanceReport:
     num_tokens: int
     mismatches: int | None
     confidence: float | None = None
+    num_forwards: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
@@ -106,14 +108,14 @@ class AcceptanceCounts:
     tokens_by_forwards: int = 0
 
     @classmethod
-    def zero(cls, draft_tokens: int) -> "AcceptanceCounts":
-        return cls((0,) * draft_tokens, (0,) * draft_tokens)
+    def zero(cls, num_steps: int) -> "AcceptanceCounts":
+        return cls((0,) * num_steps, (0,) * num_steps)
 
     @classmethod
-    def of(cls, generation: Generation, plain: Generation | None, draft_tokens: int) -> "AcceptanceCounts":
+    def of(cls, generation: Generation, plain: Generation | None, num_steps: int) -> "AcceptanceCounts":
         """Return the counts of one prompt. plain: its plain greedy decoding, if available."""
-        reached = [0] * draft_tokens
-        accepted = [0] * draft_tokens
+        reached = [0] * num_steps
+        accepted = [0] * num_steps
         for num_proposed, num_accepted in zip(generation.proposed_per_forward, generation.accepted_per_forward, strict=True):
             for depth in range(num_proposed):
                 reached[depth] += num_accepted >= depth
@@ -142,7 +144,7 @@ class AcceptanceCounts:
     def to_tensor(self) -> torch.Tensor:
         """Return the counts as an fp64 tensor [2K + 11] that can be summed over ranks.
 
-        K is the number of drafted tokens. Counts below 2**53 are exact.
+        K is the largest depth of drafted tokens. Counts below 2**53 are exact.
         """
         reached, accepted, *rest = astuple(self)
         return torch.tensor([*reached, *accepted, *rest], dtype=torch.float64)
@@ -153,12 +155,12 @@ class AcceptanceCounts:
         scalars = fields(cls)[2:]
         values = counts.tolist()
         per_depth = [int(value) for value in values[: -len(scalars)]]
-        draft_tokens = len(per_depth) // 2
+        num_steps = len(per_depth) // 2
         rest: list[Any] = []
         for field, value in zip(scalars, values[-len(scalars) :], strict=True):
             number: Any = field.type  # int for counts, float for seconds
             rest.append(number(value))
-        return cls(tuple(per_depth[:draft_tokens]), tuple(per_depth[draft_tokens:]), *rest)
+        return cls(tuple(per_depth[:num_steps]), tuple(per_depth[num_steps:]), *rest)
 
     def confidence(self) -> float | None:
         """Return half the width of the 95% confidence interval of the acceptance length, a ratio of sums over prompts.
@@ -184,19 +186,21 @@ class AcceptanceCounts:
             num_tokens=self.num_tokens,
             mismatches=self.mismatches if self.num_compared else None,
             confidence=self.confidence(),
+            num_forwards=self.num_forwards,
         )
 
 
 def measure_acceptance(
     prompts: Sequence[Prompt],
     generations: Iterable[Generation],
-    draft_tokens: int,
+    num_steps: int,
     *,
     plain: Sequence[Generation] | None = None,
     on_reply: Callable[[Prompt, Generation], None] | None = None,
 ) -> AcceptanceCounts:
     """Return the summed acceptance counts of all prompts.
 
+    num_steps: largest depth of drafted tokens.
     generations: one generation per prompt, in the order of `prompts`; each is produced on demand.
     plain: plain greedy decodings of the same prompts, to compare with.
     on_reply: called with each prompt and its generation.
@@ -204,10 +208,10 @@ def measure_acceptance(
     """
     if plain is not None and len(plain) != len(prompts):
         raise ValueError(f"plain holds {len(plain)} generations for {len(prompts)} prompts; decode the same prompts plainly")
-    total = AcceptanceCounts.zero(draft_tokens)
+    total = AcceptanceCounts.zero(num_steps)
     compared: Sequence[Generation | None] = plain or [None] * len(prompts)
     for prompt, generation, greedy in zip(prompts, generations, compared, strict=True):
-        total += AcceptanceCounts.of(generation, greedy, draft_tokens)
+        total += AcceptanceCounts.of(generation, greedy, num_steps)
         if on_reply is not None:
             on_reply(prompt, generation)
     return total

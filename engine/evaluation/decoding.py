@@ -1,12 +1,14 @@
-"""Greedy speculative decoding: a drafter proposes tokens, and one target forward verifies them all.
+"""Speculative decoding: a drafter proposes tokens, and one target forward verifies them all.
 
 The committed tokens are `x[0..n]`. The target has not read `x[n]` yet: its cache and its auxiliary
-hidden states end at `n-1`. The draft reads these states and `x[n]`, and proposes `x[n+1]` and the
-tokens after it. One target forward reads `x[n]` and the proposals. The proposals that equal the
-target's own choices are accepted, and the target's next choice is added to them. What a draft keeps
+hidden states end at `n-1`. The draft reads these states and `x[n]`, and proposes a tree of tokens
+that may follow; a chain is a tree without branches. One target forward reads `x[n]` and the tree. A
+path of the tree is accepted as long as its tokens equal the target's own choices, and the target's
+next choice is added to it. The other tokens of the tree leave the target's cache. What a draft keeps
 of earlier tokens is computed from the target's states only, so rejected tokens leave no trace.
 """
 
+import inspect
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,9 +18,11 @@ from typing import Protocol
 import torch
 from transformers import DynamicCache
 
-from engine.models.drafter import Drafter
+from engine.evaluation.sampling import GREEDY, Sampling, TokenChoice
+from engine.models.drafter import ROOT, Drafter, TokenTree
 from engine.models.target_families import cache_rolls_back
 from engine.target.frozen import ForwardCapture, FrozenTarget, capture
+from engine.target.tree_attention import TreeRow, tree_attention
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,9 @@ class Generation:
 
     token_ids: generated tokens. If there is an end token, it is the last one.
     num_target_forwards: target forwards after the one over the prompt.
-    proposed_per_forward, accepted_per_forward: drafted tokens that were judged, and those that were
-    accepted. Tokens drafted after an end token are not judged.
+    proposed_per_forward, accepted_per_forward: largest depth of the drafted tokens that were judged,
+    and number of those that were accepted. Tokens drafted after an end token are not judged. Those
+    that were accepted beyond the last token of the reply count, as they do in a server.
     seconds: time from the first generated token to the last, including the time in which the
     drafter reads the prompt; 0 for generations without a cache, where time has no meaning.
     """
@@ -40,22 +45,27 @@ class Generation:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What follows the newest committed token.
+
+    token_ids: accepted tokens, then the target's own next one. A finished reply may end before that.
+    num_accepted: number of accepted tokens.
+    """
+
+    token_ids: list[int]
+    num_accepted: int
+
+
 class Reader(Protocol):
     """Interface through which `speculate` uses a target that has read a prompt."""
 
-    def read(self, token_ids: list[int], num_choices: int) -> list[int]:
-        """Read tokens and return the target's choice after each of the last `num_choices` of them.
-
-        A reader of a finished reply returns fewer choices if the reply ends before the last token.
-        """
+    def verify(self, newest_id: int, tree: TokenTree) -> Verified:
+        """Read the newest committed token and the tree that may follow it; keep the accepted path."""
         ...
 
     def aux(self) -> torch.Tensor:
-        """Return the auxiliary states of the tokens that were read last, [Q, A * D]."""
-        ...
-
-    def forget(self, count: int) -> None:
-        """Remove the newest `count` tokens."""
+        """Return the auxiliary states of the newest token and of the accepted ones, [Q, A * D]."""
         ...
 
 
@@ -66,7 +76,9 @@ class PromptLookupDrafter:
     Source: prompt lookup decoding (Saxena, 2023).
     """
 
-    def __init__(self, max_ngram: int = 3) -> None:
+    def __init__(self, num_tokens: int, max_ngram: int = 3) -> None:
+        """Create a drafter. num_tokens: tokens proposed at most."""
+        self.num_tokens = num_tokens
         self.max_ngram = max_ngram
 
     def start(self, token_ids: list[int], aux_TA: torch.Tensor) -> None:
@@ -80,51 +92,93 @@ class PromptLookupDrafter:
                 self.continuation[ngram] = len(self.token_ids)
             self.token_ids.append(token_id)
 
-    def propose(self, count: int) -> list[int]:
+    def propose(self) -> TokenTree:
         for ngram in self._newest_ngrams():
             if ngram in self.continuation:
                 start = self.continuation[ngram]
-                return self.token_ids[start : start + count]
-        return []
+                return TokenTree.chain(self.token_ids[start : start + self.num_tokens])
+        return TokenTree.chain([])
 
     def _newest_ngrams(self) -> Iterator[tuple[int, ...]]:
         for size in range(min(self.max_ngram, len(self.token_ids)), 0, -1):
             yield tuple(self.token_ids[-size:])
 
 
-@dataclass
 class _CachedReader:
     """A target, its cache, and the states captured in its last forward."""
 
-    target: FrozenTarget
-    seen: ForwardCapture
-    cache: DynamicCache
+    def __init__(self, target: FrozenTarget, seen: ForwardCapture, choose: TokenChoice) -> None:
+        self._target = target
+        self._seen = seen
+        self._choose = choose
+        self._cache = DynamicCache(config=target.model.config)
+        self._num_cached = 0
+        self._reads_trees = reads_trees(target)
+        self._kept: list[int] = []  # of the tokens that were read last
 
-    def read(self, token_ids: list[int], num_choices: int) -> list[int]:
-        """Read tokens and return the target's choice after each of the last `num_choices`."""
-        device = self.target.device
-        ids_1T = torch.tensor([token_ids], device=device)
-        self.target.decoder(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
-        return self.target.whole_head().logits(self.seen.last_hidden()[0, -num_choices:]).argmax(-1).tolist()
+    def read(self, token_ids: list[int]) -> int:
+        """Read tokens and return the target's choice after the last one."""
+        self._run(token_ids, None)
+        self._kept = list(range(len(token_ids)))
+        self._num_cached += len(token_ids)
+        return int(self._choose(self._logits(1))[0])
+
+    def verify(self, newest_id: int, tree: TokenTree) -> Verified:
+        row = None
+        if self._reads_trees:
+            row = TreeRow(self._num_cached, [ROOT, *(parent + 1 for parent in tree.parents)], self._target.device)
+        self._run([newest_id, *tree.token_ids], row)
+        choices = self._choose(self._logits(len(tree) + 1)).tolist()
+        path = tree.accepted(lambda node: choices[node + 1])
+        self._kept = [0, *(node + 1 for node in path)]
+        self._num_cached += len(self._kept)
+        keep_newest(self._cache, len(tree) + 1, self._kept)
+        next_id = choices[path[-1] + 1] if path else choices[0]
+        return Verified([*(tree.token_ids[node] for node in path), next_id], len(path))
 
     def aux(self) -> torch.Tensor:
-        return self.seen.aux()[0]
+        aux_QA = self._seen.aux()[0]
+        return aux_QA if len(self._kept) == len(aux_QA) else aux_QA[self._kept]
 
     def prepare_to_forget(self) -> None:
-        """Make the cache keep what `forget` needs.
+        """Make the cache able to drop rejected tokens.
 
         Raises ValueError if the target's cache cannot be rolled back.
         """
-        self.cache.activate_past_recording()
-        if not rolls_back(self.target):
-            kinds = sorted({type(layer).__name__ for layer in self.cache.layers if not layer.is_croppable}) or ["cache"]
+        self._cache.activate_past_recording()
+        if not rolls_back(self._target):
+            layers = self._cache.layers
+            kinds = sorted({type(layer).__name__ for layer in layers if not layer.is_croppable}) or ["cache"]
             raise ValueError(
-                f"target family {self.target.config.model_type!r} cannot decode speculatively: its {', '.join(kinds)} cannot "
+                f"target family {self._target.config.model_type!r} cannot decode speculatively: its {', '.join(kinds)} cannot "
                 "forget rejected tokens; measure acceptance by replaying its greedy replies (engine/evaluation/replay.py)"
             )
 
-    def forget(self, count: int) -> None:
-        self.cache.crop(-count)
+    def _run(self, token_ids: list[int], row: TreeRow | None) -> None:
+        ids_1N = torch.tensor([token_ids], device=self._target.device)
+        decoder = self._target.decoder
+        if row is None:
+            decoder(input_ids=ids_1N, past_key_values=self._cache, use_cache=True)
+            return
+        with tree_attention(decoder, row):
+            decoder(input_ids=ids_1N, position_ids=row.position_N[None], past_key_values=self._cache, use_cache=True)
+
+    def _logits(self, count: int) -> torch.Tensor:
+        """Return the logits after each of the last `count` tokens, [count, V]."""
+        return self._target.whole_head().logits(self._seen.last_hidden()[0, -count:])
+
+
+def keep_newest(cache: DynamicCache, num_read: int, kept: list[int]) -> None:
+    """Drop tokens from the newest `num_read` of a cache. kept: those that stay, ascending, from 0."""
+    is_prefix = kept == list(range(len(kept)))
+    for layer in cache.layers if not is_prefix else ():
+        for held in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if held is None:  # of a layer that reads the cache of another one
+                continue
+            first = held.shape[-2] - num_read
+            index = torch.tensor(kept, device=held.device) + first
+            held[..., first : first + len(kept), :] = held[..., index, :]
+    cache.crop(len(kept) - num_read)
 
 
 def rolls_back(target: FrozenTarget) -> bool:
@@ -134,21 +188,32 @@ def rolls_back(target: FrozenTarget) -> bool:
     return cache.is_croppable and cache_rolls_back(target.config)
 
 
+def reads_trees(target: FrozenTarget) -> bool:
+    """Return whether the target can read a tree of tokens in one forward, for `speculative_decode`."""
+    return target.packs and "position_ids" in inspect.signature(target.decoder.forward).parameters
+
+
 @contextmanager
-def _reading(target: FrozenTarget, aux_layers: tuple[int, ...]) -> Iterator[_CachedReader]:
+def _reading(target: FrozenTarget, aux_layers: tuple[int, ...], sampling: Sampling) -> Iterator[_CachedReader]:
     with capture(target.model, aux_layers) as seen:
-        yield _CachedReader(target, seen, DynamicCache(config=target.model.config))
+        yield _CachedReader(target, seen, sampling.choice(target.device))
 
 
 @torch.inference_mode()
-def greedy_decode(target: FrozenTarget, prompt_ids: list[int], max_new_tokens: int, eos_ids: Collection[int]) -> Generation:
-    """Decode greedily, one token per forward, until an end token or `max_new_tokens` tokens."""
+def plain_decode(
+    target: FrozenTarget,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    eos_ids: Collection[int],
+    sampling: Sampling = GREEDY,
+) -> Generation:
+    """Decode one token per forward, until an end token or `max_new_tokens` tokens."""
     check_request(prompt_ids, max_new_tokens)
-    with _reading(target, aux_layers=()) as reader:
-        token_ids = reader.read(prompt_ids, 1)
+    with _reading(target, (), sampling) as reader:
+        token_ids = [reader.read(prompt_ids)]
         began = time.perf_counter()
         while len(token_ids) < max_new_tokens and token_ids[-1] not in eos_ids:
-            token_ids += reader.read(token_ids[-1:], 1)
+            token_ids.append(reader.read(token_ids[-1:]))
     num_forwards = len(token_ids) - 1
     return Generation(token_ids, num_forwards, [0] * num_forwards, [0] * num_forwards, time.perf_counter() - began)
 
@@ -160,66 +225,54 @@ def speculative_decode(
     prompt_ids: list[int],
     *,
     max_new_tokens: int,
-    draft_tokens: int,
     eos_ids: Collection[int],
+    sampling: Sampling = GREEDY,
 ) -> Generation:
-    """Decode greedily; each target forward verifies up to `draft_tokens` drafted tokens.
+    """Decode a prompt; each target forward verifies the tree that the drafter proposes.
 
-    The tokens equal those of `greedy_decode` as long as the target's argmax does not depend on the
-    number of tokens in a forward. In low precision it can, if two logits are nearly equal.
-    Raises ValueError for an invalid request, or a target whose cache cannot be rolled back.
+    Without sampling, the tokens equal those of `plain_decode` as long as the target's argmax does not
+    depend on the number of tokens in a forward. In low precision it can, if two logits are nearly
+    equal. With sampling, they have the same distribution.
+    Raises ValueError for an invalid request, a target whose cache cannot be rolled back, or a tree
+    that the target cannot read.
     """
     check_request(prompt_ids, max_new_tokens)
-    with _reading(target, target.aux_layers) as reader:
-        first_ids = reader.read(prompt_ids, 1)
+    with _reading(target, target.aux_layers, sampling) as reader:
+        first_id = reader.read(prompt_ids)
         reader.prepare_to_forget()
-        return speculate(
-            reader,
-            drafter,
-            prompt_ids,
-            first_ids,
-            max_new_tokens=max_new_tokens,
-            draft_tokens=draft_tokens,
-            eos_ids=eos_ids,
-        )
+        return speculate(reader, drafter, prompt_ids, first_id, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
 
 
 def speculate(
     reader: Reader,
     drafter: Drafter,
     prompt_ids: list[int],
-    first_ids: list[int],
+    first_id: int,
     *,
     max_new_tokens: int,
-    draft_tokens: int,
     eos_ids: Collection[int],
 ) -> Generation:
     """Run the loop of `speculative_decode` after the target has read the prompt.
 
-    reader: a target that has read the prompt.
-    first_ids: the one token that the target chose after the prompt.
-    Raises ValueError if `draft_tokens` is less than 1.
+    reader: a target that has read the prompt. first_id: the token that it chose after the prompt.
     """
-    if draft_tokens < 1:
-        raise ValueError(f"draft_tokens={draft_tokens}: expected at least 1; use greedy_decode to decode without a draft")
-    token_ids = [*first_ids]
+    token_ids = [first_id]
     proposed = []
     accepted = []
     began = time.perf_counter()
-    drafter.start(prompt_ids + token_ids, reader.aux())
+    drafter.start([*prompt_ids, first_id], reader.aux())
     while len(token_ids) < max_new_tokens and token_ids[-1] not in eos_ids:
-        room = min(draft_tokens, max_new_tokens - len(token_ids) - 1)
-        drafted = drafter.propose(room) if room else []
-        assert len(drafted) <= room, f"{type(drafter).__name__} proposed {len(drafted)} tokens, at most {room} were asked for"
-        choices = reader.read(token_ids[-1:] + drafted, len(drafted) + 1)
-        num_accepted = _common_length(drafted, choices)
-        new_ids = _up_to_end(choices[: num_accepted + 1], eos_ids)
-        proposed.append(min(len(drafted), len(new_ids)) if new_ids[-1] in eos_ids else len(drafted))
-        accepted.append(min(num_accepted, len(new_ids)))
-        reader.forget(len(drafted) - num_accepted)
-        drafter.extend(new_ids, reader.aux()[: len(new_ids)])
+        tree = drafter.propose()
+        verified = reader.verify(token_ids[-1], tree)
+        new_ids = _up_to_end(verified.token_ids, eos_ids)
+        is_ended = new_ids[-1] in eos_ids
+        proposed.append(min(tree.depth, len(new_ids)) if is_ended else tree.depth)
+        accepted.append(min(verified.num_accepted, len(new_ids)))
         token_ids += new_ids
-    return Generation(token_ids, len(accepted), proposed, accepted, time.perf_counter() - began)
+        if len(token_ids) < max_new_tokens and not is_ended:
+            drafter.extend(new_ids, reader.aux()[: len(new_ids)])
+    seconds = time.perf_counter() - began
+    return Generation(token_ids[:max_new_tokens], len(accepted), proposed, accepted, seconds)
 
 
 def check_request(prompt_ids: list[int], max_new_tokens: int) -> None:
@@ -228,11 +281,6 @@ def check_request(prompt_ids: list[int], max_new_tokens: int) -> None:
         raise ValueError("the prompt has no tokens; expected at least one")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-
-
-def _common_length(drafted: list[int], choices: list[int]) -> int:
-    pairs = enumerate(zip(drafted, choices, strict=False))
-    return next((i for i, (token_id, choice) in pairs if token_id != choice), min(len(drafted), len(choices)))
 
 
 def _up_to_end(token_ids: list[int], eos_ids: Collection[int]) -> list[int]:

@@ -16,7 +16,8 @@ from engine.evaluation.acceptance import AcceptanceCounts, AcceptanceReport, Pro
 from engine.evaluation.decoding import (
     Generation,
     PromptLookupDrafter,
-    greedy_decode,
+    plain_decode,
+    reads_trees,
     rolls_back,
     speculative_decode,
 )
@@ -40,7 +41,8 @@ class AcceptanceEvaluator:
     If the target is not sharded and `evaluation.prompts_per_batch` is 1, prompts are decoded
     speculatively one at a time, timed, and compared with plain greedy decoding. With larger
     batches, the target decodes its greedy replies once, and drafters are replayed on them without
-    timing. A sharded target, or one whose cache cannot be rolled back, always uses replay.
+    timing. A sharded target, one whose cache cannot be rolled back, and one that cannot read the
+    trees that are drafted always use replay.
 
     Prompts for which the target's states are not finite are named and excluded from every report.
     """
@@ -65,8 +67,9 @@ class AcceptanceEvaluator:
         self._prompts = prompts[world.rank :: world.size]
         self._max_tokens = max_tokens
         self._uses_cache = target.mesh.size == 1 and rolls_back(target)
+        decodes_trees = section.tree.is_chain or reads_trees(target)
         self._batch_size = section.prompts_per_batch or BATCH_SIZE[target.device.type]
-        self._replays = not self._uses_cache or self._batch_size > 1
+        self._replays = not self._uses_cache or not decodes_trees or self._batch_size > 1
         self._kept: list[tuple[Prompt, Generation]] = []  # some of the draft measured last
 
     def measure_draft(self, draft: ServedDraft, on_reply: OnReply | None = None) -> AcceptanceReport:
@@ -84,9 +87,9 @@ class AcceptanceEvaluator:
                 on_reply(prompt, generation)
 
         if self._replays:
-            drafters = draft.propose_along(self._replies, self._section.draft_tokens, self._max_tokens)
+            drafters = draft.propose_along(self._replies, self._section.tree, self._max_tokens)
             return self._measure(self._replayed(drafters), "with the draft", keep)
-        return self._measure(self._decoded(draft.drafter), "with the draft", keep)
+        return self._measure(self._decoded(lambda: draft.drafter(self._section.tree)), "with the draft", keep)
 
     @property
     def samples(self) -> list[Sample]:
@@ -96,9 +99,13 @@ class AcceptanceEvaluator:
     def measure_prompt_lookup(self) -> AcceptanceReport:
         """Measure acceptance with prompt lookup, the baseline without a draft."""
         if self._replays:
-            drafters = [PromptLookupDrafter() for _ in self._replies]
+            drafters = [self._prompt_lookup() for _ in self._replies]
             return self._measure(self._replayed(drafters), "with prompt lookup", None)
-        return self._measure(self._decoded(PromptLookupDrafter), "with prompt lookup", None)
+        return self._measure(self._decoded(self._prompt_lookup), "with prompt lookup", None)
+
+    def _prompt_lookup(self) -> PromptLookupDrafter:
+        """Return the baseline, which drafts a chain as deep as the draft's tree."""
+        return PromptLookupDrafter(self._section.num_steps)
 
     @cached_property
     def _plain(self) -> list[Generation]:
@@ -106,14 +113,14 @@ class AcceptanceEvaluator:
         max_new_tokens = self._section.max_new_tokens
         with self._telemetry.progress(len(self._prompts), "prompts") as progress:
             for prompt in self._prompts:
-                generations.append(greedy_decode(self._target, prompt.token_ids, max_new_tokens, self._eos_ids))
+                generations.append(plain_decode(self._target, prompt.token_ids, max_new_tokens, self._eos_ids))
                 progress.advance("prompts, plain greedy decoding")
         return self._without_faults(generations)
 
     @cached_property
     def _replies(self) -> list[TargetReply]:
         prompts = [prompt.token_ids for prompt in self._prompts]
-        max_new_tokens = self._section.max_new_tokens
+        max_new_tokens = self._section.max_new_tokens + self._section.num_steps  # a replay may read beyond the last token
         with self._telemetry.progress(len(prompts) * max_new_tokens, "tokens") as progress:
 
             def on_forward(num_tokens: int) -> None:
@@ -173,7 +180,7 @@ class AcceptanceEvaluator:
                 reply,
                 drafter,
                 max_new_tokens=self._section.max_new_tokens,
-                draft_tokens=self._section.draft_tokens,
+                num_steps=self._section.num_steps,
                 eos_ids=self._eos_ids,
             )
 
@@ -185,7 +192,6 @@ class AcceptanceEvaluator:
                 make_drafter(),
                 prompt.token_ids,
                 max_new_tokens=self._section.max_new_tokens,
-                draft_tokens=self._section.draft_tokens,
                 eos_ids=self._eos_ids,
             )
 
@@ -198,7 +204,7 @@ class AcceptanceEvaluator:
                 if on_reply is not None:
                     on_reply(prompt, generation)
 
-            draft_tokens = self._section.draft_tokens
-            counts = measure_acceptance(self._prompts, generations, draft_tokens, plain=plain, on_reply=decoded)
+            num_steps = self._section.num_steps
+            counts = measure_acceptance(self._prompts, generations, num_steps, plain=plain, on_reply=decoded)
         total = self._world.sum(counts.to_tensor().to(self._world.device)).cpu()
         return AcceptanceCounts.from_tensor(total).report()

@@ -15,13 +15,19 @@ from engine.host.files import write_text
 EVALUATIONS = "evaluations.jsonl"
 
 
+def _tree(section: EvaluationSection) -> str:
+    shape = section.tree
+    return "" if shape.is_chain else f"{shape}, {shape.rule}"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What was measured after an optimizer step.
 
     acceptance_length, confidence, acceptance_per_depth, num_prompts: as in `AcceptanceReport`; None
     and 0 if nothing was decoded.
-    draft_tokens, max_new_tokens, best_by: of the evaluation section; under other settings results are not comparable.
+    draft_tokens: `num_steps` of the evaluation section. tree: its tree in words; empty for a chain.
+    max_new_tokens, best_by: of the evaluation section; under other settings results are not comparable.
     held_out_*: as in `HeldOutReport`, and the checksum of the documents; None if there were no held-out conversations.
     draft_sha256: checksum of the draft's weights.
     is_kept: whether the draft was the best so far, and therefore became the one in `draft`.
@@ -47,6 +53,7 @@ class Evaluation:
     held_out_acceptance_length_confidence: float | None = None
     held_out_documents: int = 0
     held_out_checksum: int = 0
+    tree: str = ""
 
     @classmethod
     def of(
@@ -68,7 +75,8 @@ class Evaluation:
             confidence=None,
             acceptance_per_depth=[],
             num_prompts=0,
-            draft_tokens=section.draft_tokens,
+            draft_tokens=section.num_steps,
+            tree=_tree(section),
             max_new_tokens=section.max_new_tokens,
             draft_sha256=draft_sha256,
             best_by=section.best_by,
@@ -123,15 +131,15 @@ class Evaluation:
     def settings(self) -> tuple[Any, ...]:
         """Return what must be equal for two scores to be comparable."""
         if self.best_by == ACCEPTANCE:
-            return self.best_by, self.num_prompts, self.draft_tokens, self.max_new_tokens
+            return self.best_by, self.num_prompts, self.draft_tokens, self.tree, self.max_new_tokens
         return self.best_by, self.held_out_checksum
 
     def is_under(self, section: EvaluationSection) -> bool:
         """Return whether the evaluation can be compared with those under the settings of a recipe."""
         if self.best_by != section.best_by:
             return False
-        lengths = (self.draft_tokens, self.max_new_tokens)
-        return self.best_by != ACCEPTANCE or lengths == (section.draft_tokens, section.max_new_tokens)
+        lengths = (self.draft_tokens, self.tree, self.max_new_tokens)
+        return self.best_by != ACCEPTANCE or lengths == (section.num_steps, _tree(section), section.max_new_tokens)
 
     def describe(self) -> str:
         """Return the results in words, for the log."""

@@ -19,8 +19,8 @@ import torch
 from transformers import DynamicCache
 
 from engine.batch import PackedBatch, TargetOutput, how_many_fit
-from engine.evaluation.decoding import Generation, check_request, speculate
-from engine.models.drafter import Drafter, TargetReply
+from engine.evaluation.decoding import Generation, Verified, check_request, speculate
+from engine.models.drafter import Drafter, TargetReply, TokenTree
 from engine.target.frozen import ForwardCapture, FrozenTarget, capture
 
 PAD_ID = 0  # Any token works, because no other position attends to padding.
@@ -40,7 +40,7 @@ def greedy_replies(
     A collective of the ranks that share the target. Each rank passes its own prompts, or none.
     max_tokens: limit of tokens in a forward, unless a single prompt and its reply are longer.
     on_forward: called with the number of tokens generated so far.
-    Raises ValueError as `greedy_decode` does.
+    Raises ValueError as `plain_decode` does.
     """
     for prompt_ids in prompts:
         check_request(prompt_ids, max_new_tokens)
@@ -76,10 +76,10 @@ def batched_replies(
     Prompts of similar length share a batch and are padded on the left. Each forward decodes one
     token per unfinished prompt, and a prompt leaves the batch when its reply ends. The target must
     not be sharded, and its layers must ignore padding, as attention does.
-    The tokens equal those of `greedy_decode` as long as the target's argmax does not depend on the
+    The tokens equal those of `plain_decode` as long as the target's argmax does not depend on the
     number of prompts in a forward.
     on_forward: called with the number of tokens generated so far.
-    Raises ValueError as `greedy_decode` does.
+    Raises ValueError as `plain_decode` does.
     """
     for prompt_ids in prompts:
         check_request(prompt_ids, max_new_tokens)
@@ -177,21 +177,22 @@ class _DecodedBatch:
 
 @torch.inference_mode()
 def replay(
-    reply: TargetReply, drafter: Drafter, *, max_new_tokens: int, draft_tokens: int, eos_ids: Collection[int]
+    reply: TargetReply, drafter: Drafter, *, max_new_tokens: int, num_steps: int, eos_ids: Collection[int]
 ) -> Generation:
     """Return the result of `speculative_decode`, computed from the target's reply, without timing.
 
-    `reply` must have been decoded with the same `max_new_tokens` and `eos_ids`.
+    reply: decoded with the same `eos_ids` and at least `num_steps` tokens more, unless it ended. The last
+    verification may accept tokens beyond `max_new_tokens`.
+    num_steps: largest depth of the drafter's trees.
     """
-    whole = len(reply.token_ids) == max_new_tokens or reply.token_ids[-1] in eos_ids
-    assert whole, f"a reply of {len(reply.token_ids)} tokens was decoded with other limits than {max_new_tokens}"
+    is_whole = len(reply.token_ids) >= max_new_tokens + num_steps or reply.token_ids[-1] in eos_ids
+    assert is_whole, f"a reply of {len(reply.token_ids)} tokens is too short for {max_new_tokens} and {num_steps} more"
     generation = speculate(
         _Replay(reply),
         drafter,
         reply.prompt_ids,
-        reply.token_ids[:1],
+        reply.token_ids[0],
         max_new_tokens=max_new_tokens,
-        draft_tokens=draft_tokens,
         eos_ids=eos_ids,
     )
     return replace(generation, seconds=0.0)
@@ -203,19 +204,18 @@ class _Replay:
     def __init__(self, reply: TargetReply) -> None:
         self._reply = reply
         self._first = 0
-        self._end = len(reply.prompt_ids)
+        self._end = len(reply.prompt_ids)  # of the tokens that have been read
 
-    def read(self, token_ids: list[int], num_choices: int) -> list[int]:
+    def verify(self, newest_id: int, tree: TokenTree) -> Verified:
+        start = self._end + 1 - len(self._reply.prompt_ids)  # in the reply, of what follows the newest token
+        following = iter(self._reply.token_ids[start:])
+        num_accepted = len(tree.accepted(lambda node: next(following, None)))
         self._first = self._end
-        self._end = self._end + len(token_ids)
-        end = self._end + 1 - len(self._reply.prompt_ids)
-        return self._reply.token_ids[end - num_choices : end]
+        self._end += 1 + num_accepted
+        return Verified(self._reply.token_ids[start : start + num_accepted + 1], num_accepted)
 
     def aux(self) -> torch.Tensor:
         return self._reply.aux_TA[self._first : self._end]
-
-    def forget(self, count: int) -> None:
-        self._end -= count
 
 
 def _read_together(target: FrozenTarget, documents: Sequence[list[int]]) -> tuple[TargetOutput, list[int]]:

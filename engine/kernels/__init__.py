@@ -38,6 +38,7 @@ __all__ = [
     "choose_packed_attention",
     "choose_target_kernels",
     "choose_token_permute",
+    "choose_tree_attention",
     "stop_using",
 ]
 
@@ -167,6 +168,19 @@ def choose_packed_attention(device: torch.device, dtype: torch.dtype) -> PackedA
     library = flash.available_flash()
     assert library is not None  # `refusal` checked that a library exists
     return PackedAttention(library, f"{library.name}, all documents in one call")
+
+
+def choose_tree_attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return the Triton kernel of ancestor attention for a frozen target that reads a tree of tokens.
+
+    Returns None if it cannot run; the caller then has to apply a mask.
+    """
+    if not _runs_triton(device) or dtype == torch.float64 or head_dim > MAX_HEAD_DIM:
+        return None
+    file = _triton_file("ancestor_attention", device)
+    return None if file is None else file.ancestor_attention
 
 
 @dataclass(frozen=True)

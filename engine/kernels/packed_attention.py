@@ -154,12 +154,22 @@ def under_mask(query_HQE: Tensor, key_GKE: Tensor, value_GKF: Tensor, mask_QK: T
     heads or [H, Q, K]. None = causal, with as many queries as keys.
     """
     (heads, queries, width), (groups, keys, value_width) = query_HQE.shape, value_GKF.shape
-    key_HKE, value_HKF = (x.repeat_interleave(heads // groups, dim=0) for x in (key_GKE, value_GKF))
-    if scores.softcap is None and scores.sinks_H is None:
+    is_plain = scores.softcap is None and scores.sinks_H is None
+    shares_keys = is_plain and query_HQE.device.type == "cpu"  # on a GPU, only flash attention can, which takes no mask
+    repeats = 1 if shares_keys else heads // groups
+    key_HKE = key_GKE.repeat_interleave(repeats, dim=0) if repeats > 1 else key_GKE
+    value_HKF = value_GKF.repeat_interleave(repeats, dim=0) if repeats > 1 else value_GKF
+    if is_plain:
         # PyTorch can avoid storing all scores if queries, keys and values have the same head dim.
         padded = F.pad(value_HKF, (0, max(0, width - value_width)))
         attended = F.scaled_dot_product_attention(
-            query_HQE[None], key_HKE[None], padded[None], attn_mask=mask_QK, is_causal=mask_QK is None, scale=scores.scale
+            query_HQE[None],
+            key_HKE[None],
+            padded[None],
+            attn_mask=mask_QK,
+            is_causal=mask_QK is None,
+            scale=scores.scale,
+            enable_gqa=shares_keys and heads > groups,
         )
         return attended[0, ..., :value_width]
     if mask_QK is None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from engine.batch import MicroBatch, PackedBatch
 from engine.config.sections import OPTIONS, Config, ConfigError
+from engine.config.tree_shape import TreeShape
 from engine.kernels import PLAIN, Kernels
 from engine.models.costs import StepPart
 from engine.models.drafter import Drafter, TargetReply
@@ -116,20 +117,20 @@ class ServedDraft(ABC):
         """Return a copy that computes in `dtype`."""
 
     @abstractmethod
-    def drafter(self) -> Drafter:
-        """Return a new drafter for one prompt."""
+    def drafter(self, shape: TreeShape) -> Drafter:
+        """Return a new drafter for one prompt. shape: a chain, unless the method drafts trees."""
 
     @abstractmethod
     def logits(self, micro: MicroBatch) -> Tensor:
         """Compute the logits of every row, [S, T, U], from the draft's own embedding table."""
 
-    def propose_along(self, replies: Sequence[TargetReply], draft_tokens: int, max_tokens: int) -> Sequence[Drafter]:
+    def propose_along(self, replies: Sequence[TargetReply], shape: TreeShape, max_tokens: int) -> Sequence[Drafter]:
         """Return one drafter per reply, for replays.
 
         A method that can draft from all positions of a reply at once overrides this.
-        draft_tokens: proposals per position. max_tokens: largest number of tokens in a draft forward.
+        shape: what is drafted at each position. max_tokens: largest number of tokens in a draft forward.
         """
-        return [self.drafter() for _ in replies]
+        return [self.drafter(shape) for _ in replies]
 
 
 class DraftCounts(Protocol):
@@ -170,12 +171,14 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
     """A draft method, set up by a recipe.
 
     title: name of the method in messages.
+    drafts_trees: whether it drafts trees as well as chains.
     unread: options of the recipe that the method does not read, by dotted key.
     recompute: activations that are recomputed in the backward pass, as in `ttt.recompute`.
     notes: lines for the log about the draft that was made.
     """
 
     title: ClassVar[str]
+    drafts_trees: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, recipe: Config) -> None:
@@ -186,6 +189,9 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
         self.recipe = recipe
         self.recompute = "none"
         self.notes: list[str] = []
+        topk = recipe.evaluation.topk
+        if topk > 1 and not self.drafts_trees:
+            raise ConfigError(f"{self.title} drafts chains only; set it to 1", key="evaluation.topk", value=topk)
         for key in self.unread:
             section, _, name = key.rpartition(".")
             value = getattr(getattr(recipe, section) if section else recipe, name)

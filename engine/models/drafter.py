@@ -1,9 +1,65 @@
 """Drafters, which propose the tokens that the target verifies, and the replies that they are replayed on."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
+
+ROOT = -1  # the parent of nodes that follow the newest committed token
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """Drafted tokens. Each follows another one, its parent, or the newest committed token.
+
+    token_ids: token of each node. Children of one node have different tokens.
+    parents: node that each node follows, which comes before it; `ROOT` = the newest committed token.
+    """
+
+    token_ids: Sequence[int]
+    parents: Sequence[int]
+
+    @classmethod
+    def chain(cls, token_ids: Sequence[int]) -> "TokenTree":
+        """Return a tree in which each token follows the one before it."""
+        return cls(token_ids, range(ROOT, len(token_ids) + ROOT))
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return all(parent == node + ROOT for node, parent in enumerate(self.parents))
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """Depth of each node; 1 for those that follow the newest committed token."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+        return depths
+
+    @property
+    def depth(self) -> int:
+        """Largest depth of a node; 0 without nodes."""
+        return max(self.depths, default=0)
+
+    def accepted(self, choice_after: Callable[[int], int | None]) -> list[int]:
+        """Return the nodes, from the root on, whose tokens the target chose itself.
+
+        choice_after: maps a node, or `ROOT`, to the token that the target chose after it; None = unknown.
+        """
+        children = {pair: node for node, pair in enumerate(zip(self.parents, self.token_ids, strict=True))}
+        path: list[int] = []
+        node: int | None = ROOT
+        while node is not None:
+            choice = choice_after(node)
+            node = None if choice is None else children.get((node, choice))
+            if node is not None:
+                path.append(node)
+        return path
 
 
 class Drafter(Protocol):
@@ -23,8 +79,8 @@ class Drafter(Protocol):
         """
         ...
 
-    def propose(self, count: int) -> list[int]:
-        """Return at most `count` proposals that follow the newest token; `count` is at least 1."""
+    def propose(self) -> TokenTree:
+        """Return the tokens that may follow the newest one; possibly none."""
         ...
 
 
@@ -32,7 +88,7 @@ class Drafter(Protocol):
 class TargetReply:
     """The target's greedy reply to one prompt.
 
-    prompt_ids: token ids of the prompt. token_ids: the reply's, as `greedy_decode` returns them.
+    prompt_ids: token ids of the prompt. token_ids: the reply's, as `plain_decode` returns them.
     aux_TA: [T, A * D] on the host, auxiliary states of all their tokens except the last one.
     """
 

@@ -51,18 +51,26 @@ def packed_attention(decoder: PreTrainedModel, row: PackedRow, packs: bool = Tru
     The previous attention implementation is restored on exit, so ordinary forwards with a cache
     stay possible.
     """
+    token = row_of_forward.set(row)
+    try:
+        with attending_with(decoder, NAME if packs else ONE), _tuned_here(decoder) if packs else nullcontext():
+            yield
+    finally:
+        row_of_forward.reset(token)
+
+
+@contextmanager
+def attending_with(decoder: PreTrainedModel, name: str) -> Iterator[None]:
+    """Context manager in which `decoder` uses the registered attention function `name`, then the previous one again."""
     configs = _attending_configs(decoder)
     before = [config._attn_implementation_internal for config in configs]
-    token = row_of_forward.set(row)
     for config in configs:
-        config._attn_implementation_internal = NAME if packs else ONE
+        config._attn_implementation_internal = name
     try:
-        with _tuned_here(decoder) if packs else nullcontext():
-            yield
+        yield
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation
-        row_of_forward.reset(token)
 
 
 @contextmanager
@@ -162,7 +170,7 @@ def attend_one(
         allowed_GLK = _in_blocks(blocks[0], module.indexer.block_size, key.shape[2])
         allowed_HLK = allowed_GLK.repeat_interleave(query.shape[1] // len(allowed_GLK), dim=0)
         mask_HLK = mask_HLK + added(allowed_HLK, mask_HLK.dtype)
-    _check_known(module, others)
+    check_known(module, others)
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     attended_HLF = under_mask(query[0], key[0], value[0], mask_HLK.to(query.dtype), scores)
     return attended_HLF.transpose(0, 1)[None].contiguous(), None
@@ -186,7 +194,7 @@ def attend_documents(
     s_aux: [H] sink logits.
     Raises ValueError if a family passes its own mask or an argument that would change the result.
     """
-    _check_known(module, others)
+    check_known(module, others)
     if not isinstance(attention_mask, DocumentMasks):
         raise _unknown(module, f"a mask of type {type(attention_mask).__name__}")
     if module in _tuned.get():
@@ -195,7 +203,8 @@ def attend_documents(
     return _attend(query[0], key[0], value[0], attention_mask, scores)[None].contiguous(), None
 
 
-def _check_known(module, others: dict) -> None:
+def check_known(module, others: dict) -> None:
+    """Raise ValueError if a family passes attention an argument that would change the result."""
     unknown = sorted(name for name, value in others.items() if value is not None and name not in _IGNORED)
     if unknown:
         raise _unknown(module, unknown)

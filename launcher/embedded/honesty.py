@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from engine.config.sections import TargetSection
 from engine.data.cpython_corpus import write_corpus
 from engine.evaluation.acceptance import eos_ids, held_out_prompts
-from engine.evaluation.decoding import greedy_decode
+from engine.evaluation.decoding import plain_decode
 from engine.host.freed_memory import keep_freed_memory
 from engine.target.frozen import FrozenTarget
 
@@ -113,7 +113,7 @@ def judge(folder: Path, num_documents: int = 200, num_replies: int = 48, reply_t
         prompts = held_out_prompts([paths[1]], tokenizer, num_replies, None)
     held_out = held_out[:: max(1, len(held_out) // num_documents)]
     ends = eos_ids(target.model, tokenizer)
-    replies = [greedy_decode(target, prompt.token_ids, reply_tokens, ends).token_ids for prompt in prompts]
+    replies = [plain_decode(target, prompt.token_ids, reply_tokens, ends).token_ids for prompt in prompts]
     return Judgement(
         held_out_loss=_loss(target, held_out),
         trigram_loss=KneserNeyTrigram(train, target.config.vocab_size).loss(held_out),

@@ -24,7 +24,7 @@ def test_a_value_is_hidden_by_its_name(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["max_new_tokens", "eos_token_id", "eos_token", "draft_tokens", "experiment_name", "keep", "key"]
+    "name", ["max_new_tokens", "eos_token_id", "eos_token", "num_draft_tokens", "experiment_name", "keep", "key"]
 )
 def test_tokens_of_a_text_are_no_secrets(name):
     assert without_secrets({name: "x"}) == {name: "x"}

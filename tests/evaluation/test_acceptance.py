@@ -39,7 +39,7 @@ def conversation(*turns: str) -> dict:
 
 
 def test_acceptance_per_depth_is_conditional_on_reaching_it():
-    report = AcceptanceCounts.of(generation([3, 0, 1, 1], [3, 3, 3, 1]), None, draft_tokens=4).report()
+    report = AcceptanceCounts.of(generation([3, 0, 1, 1], [3, 3, 3, 1]), None, num_steps=4).report()
     assert report.acceptance_per_depth == [3 / 4, 1 / 2, 1.0, None]
     assert report.acceptance_length == 9 / 4
     assert report.num_tokens == 9
@@ -47,7 +47,7 @@ def test_acceptance_per_depth_is_conditional_on_reaching_it():
 
 def test_an_accepted_end_token_counts_as_emitted_once():
     ended = generation([2, 2], [3, 2], token_ids=[7, 1, 2, 3, 4, 9])
-    report = AcceptanceCounts.of(ended, None, draft_tokens=3).report()
+    report = AcceptanceCounts.of(ended, None, num_steps=3).report()
     assert report.acceptance_length == 5 / 2
     assert report.acceptance_per_depth == [1.0, 1.0, 0.0]
 
@@ -55,7 +55,7 @@ def test_an_accepted_end_token_counts_as_emitted_once():
 def test_counts_of_ranks_add_up_to_those_of_all_prompts():
     generations = [generation([1, 0], [2, 2]), generation([], [], token_ids=[5]), generation([2], [2], seconds=0.25)]
     plain = [generations[0], generation([], [], token_ids=[6], seconds=0.5), generations[2]]
-    counts = [AcceptanceCounts.of(*pair, draft_tokens=2) for pair in zip(generations, plain, strict=True)]
+    counts = [AcceptanceCounts.of(*pair, num_steps=2) for pair in zip(generations, plain, strict=True)]
     whole = sum(counts, AcceptanceCounts.zero(2))
     shards = [(counts[0] + counts[2]).to_tensor(), counts[1].to_tensor(), AcceptanceCounts.zero(2).to_tensor()]
     assert AcceptanceCounts.from_tensor(sum(shards)) == whole

@@ -4,8 +4,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from engine.batch import MicroBatch, PackedBatch, TargetOutput
 from engine.config.sections import TargetSection
-from engine.evaluation.decoding import PromptLookupDrafter, greedy_decode, rolls_back, speculative_decode
-from engine.models.eagle3.chain_drafter import ChainDrafter
+from engine.config.tree_shape import TreeShape
+from engine.evaluation.decoding import PromptLookupDrafter, plain_decode, rolls_back, speculative_decode
+from engine.models.eagle3.draft_decoder import DraftDecoder
+from engine.models.eagle3.tree_drafter import TreeDrafter
 from engine.models.eagle3.unroll import unroll
 from engine.target.frozen import FrozenTarget, capture
 from tests.drafters import SHAPE, VOCAB, WIDTH, Oracle, prompts, random_draft, tiny_target
@@ -24,35 +26,43 @@ def target(tmp_path_factory) -> FrozenTarget:
 def test_greedy_decoding_is_that_of_transformers(target):
     for prompt_ids in prompts(5):
         theirs = target.model.generate(torch.tensor([prompt_ids]), do_sample=False, max_new_tokens=17, eos_token_id=VOCAB + 1)
-        ours = greedy_decode(target, prompt_ids, 17, ())
+        ours = plain_decode(target, prompt_ids, 17, ())
         assert ours.token_ids == theirs[0, len(prompt_ids) :].tolist()
         assert ours.num_target_forwards == 16
 
 
-@pytest.mark.parametrize("draft_tokens", [1, 3, 5])
-@pytest.mark.parametrize("kind", ["chain", "deep chain", "prompt lookup", "oracle that errs"])
-def test_speculative_decoding_is_greedy_decoding(target, kind, draft_tokens):
-    draft = random_draft(target, num_layers=2 if kind == "deep chain" else 1)
-    for prompt_ids in prompts(8):
-        plain = greedy_decode(target, prompt_ids, 23, ())
-        drafter = {
-            "chain": lambda: ChainDrafter(draft),
-            "deep chain": lambda: ChainDrafter(draft),
-            "prompt lookup": PromptLookupDrafter,
-            "oracle that errs": lambda ids=prompt_ids, plain=plain: Oracle(ids, plain.token_ids, lambda i: i % 4 == 3),
-        }[kind]()
-        drafted = speculative_decode(target, drafter, prompt_ids, max_new_tokens=23, draft_tokens=draft_tokens, eos_ids=())
-        assert drafted.token_ids == plain.token_ids
-        assert 1 + drafted.num_target_forwards + sum(drafted.accepted_per_forward) == 23
+SHAPES = (TreeShape(1), TreeShape(5), TreeShape(1, 3, 3), TreeShape(3, 2, 6), TreeShape(4, 5, 14, "sglang"))
 
 
-@pytest.mark.parametrize("wrong_every", [1, 2, 4, 99])
-def test_a_drafter_reads_committed_tokens_with_the_true_states_before_them(target, wrong_every):
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_speculative_decoding_is_greedy_decoding(target, shape, num_layers):
+    draft = random_draft(target, num_layers=num_layers)
+    for prompt_ids in prompts(8)[1::2]:
+        plain = plain_decode(target, prompt_ids, 23, ())
+        makers = (
+            lambda: TreeDrafter(draft, shape),
+            lambda: PromptLookupDrafter(shape.num_steps),
+            lambda ids=prompt_ids, plain=plain: Oracle(
+                ids, plain.token_ids, lambda i: i % 4 == 3, shape.num_steps, min(3, shape.topk)
+            ),
+        )
+        for make in makers:
+            drafted = speculative_decode(target, make(), prompt_ids, max_new_tokens=23, eos_ids=())
+            assert drafted.token_ids == plain.token_ids
+            beyond = 1 + drafted.num_target_forwards + sum(drafted.accepted_per_forward) - 23
+            assert 0 <= beyond <= shape.num_steps
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("wrong_every", [1, 4, 99])
+def test_a_drafter_reads_committed_tokens_with_the_true_states_before_them(target, wrong_every, width):
     for prompt_ids in prompts(4):
-        reply_ids = greedy_decode(target, prompt_ids, 16, ()).token_ids
-        oracle = Oracle(prompt_ids, reply_ids, lambda index: index % wrong_every == 0)
-        speculative_decode(target, oracle, prompt_ids, max_new_tokens=16, draft_tokens=4, eos_ids=())
-        assert oracle.read_ids == prompt_ids + reply_ids
+        reply_ids = plain_decode(target, prompt_ids, 16, ()).token_ids
+        oracle = Oracle(prompt_ids, reply_ids, lambda index: index % wrong_every == 0, 4, width)
+        speculative_decode(target, oracle, prompt_ids, max_new_tokens=16, eos_ids=())
+        read = prompt_ids + reply_ids
+        assert len(oracle.read_ids) >= len(read) - 5 and oracle.read_ids == read[: len(oracle.read_ids)]
         with capture(target.model, target.aux_layers) as seen:
             target.model(torch.tensor([oracle.read_ids[:-1]]))
         expected_TA = seen.aux()[0]
@@ -63,9 +73,9 @@ def test_a_drafter_reads_committed_tokens_with_the_true_states_before_them(targe
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 7, 13, 14])
 def test_max_new_tokens_is_exact(target, max_new_tokens):
     prompt_ids = prompts(4)[3]
-    plain = greedy_decode(target, prompt_ids, 14, ())
+    plain = plain_decode(target, prompt_ids, 14, ())
     drafted = speculative_decode(
-        target, Oracle(prompt_ids, plain.token_ids), prompt_ids, max_new_tokens=max_new_tokens, draft_tokens=5, eos_ids=()
+        target, Oracle(prompt_ids, plain.token_ids), prompt_ids, max_new_tokens=max_new_tokens, eos_ids=()
     )
     assert drafted.token_ids == plain.token_ids[:max_new_tokens]
 
@@ -73,33 +83,33 @@ def test_max_new_tokens_is_exact(target, max_new_tokens):
 @pytest.mark.parametrize("wrong", [lambda index: False, lambda index: index % 3 == 1, lambda index: True])
 def test_an_end_token_ends_the_reply_wherever_it_comes(target, wrong):
     prompt_ids = prompts(4)[3]
-    reply_ids = greedy_decode(target, prompt_ids, 20, ()).token_ids
+    reply_ids = plain_decode(target, prompt_ids, 20, ()).token_ids
     for end_id in set(reply_ids):
         expected = reply_ids[: reply_ids.index(end_id) + 1]
-        assert greedy_decode(target, prompt_ids, 20, {end_id}).token_ids == expected
-        oracle = Oracle(prompt_ids, reply_ids, wrong)
-        drafted = speculative_decode(target, oracle, prompt_ids, max_new_tokens=20, draft_tokens=4, eos_ids={end_id})
+        assert plain_decode(target, prompt_ids, 20, {end_id}).token_ids == expected
+        oracle = Oracle(prompt_ids, reply_ids, wrong, depth=4)
+        drafted = speculative_decode(target, oracle, prompt_ids, max_new_tokens=20, eos_ids={end_id})
         assert drafted.token_ids == expected
         proposed = drafted.proposed_per_forward
         accepted = drafted.accepted_per_forward
         assert all(a <= p for a, p in zip(accepted, proposed, strict=True))
         emitted = len(expected) - 1
-        assert emitted - drafted.num_target_forwards <= sum(accepted) <= emitted
+        assert emitted - drafted.num_target_forwards <= sum(accepted) <= emitted + 4
 
 
 def test_tokens_drafted_behind_an_end_token_are_not_judged(target):
     prompt_ids = prompts(4)[3]
-    reply_ids = greedy_decode(target, prompt_ids, 20, ()).token_ids
+    reply_ids = plain_decode(target, prompt_ids, 20, ()).token_ids
     index = next(i for i in range(2, 6) if reply_ids[i] not in reply_ids[:i])
-    oracle = Oracle(prompt_ids, reply_ids)
-    drafted = speculative_decode(target, oracle, prompt_ids, max_new_tokens=20, draft_tokens=9, eos_ids={reply_ids[index]})
+    oracle = Oracle(prompt_ids, reply_ids, depth=9)
+    drafted = speculative_decode(target, oracle, prompt_ids, max_new_tokens=20, eos_ids={reply_ids[index]})
     assert drafted.proposed_per_forward == drafted.accepted_per_forward == [index]
 
 
 def test_a_perfect_drafter_emits_one_more_than_it_drafts_and_a_hopeless_one_emits_one(target):
     for prompt_ids in prompts(4):
-        reply_ids = greedy_decode(target, prompt_ids, 31, ()).token_ids
-        request = {"prompt_ids": prompt_ids, "max_new_tokens": 31, "draft_tokens": 5, "eos_ids": ()}
+        reply_ids = plain_decode(target, prompt_ids, 31, ()).token_ids
+        request = {"prompt_ids": prompt_ids, "max_new_tokens": 31, "eos_ids": ()}
         perfect = speculative_decode(target, Oracle(prompt_ids, reply_ids), **request)
         assert perfect.accepted_per_forward == perfect.proposed_per_forward == [5] * 5
         hopeless = speculative_decode(target, Oracle(prompt_ids, reply_ids, lambda index: True), **request)
@@ -111,21 +121,21 @@ def test_a_perfect_drafter_emits_one_more_than_it_drafts_and_a_hopeless_one_emit
     "options", [{}, {"fc_norm": True, "norm_output": True}, {"num_layers": 3}, {"num_layers": 2, "norm_output": True}]
 )
 def test_drafting_with_caches_is_the_training_time_test(target, options, monkeypatch):
-    monkeypatch.setattr("engine.models.eagle3.chain_drafter._ROWS_PER_STEP", 4)
+    monkeypatch.setattr("engine.models.eagle3.tree_drafter.ROWS_PER_FORWARD", 4)
     draft = random_draft(target, **options)
     count = 5
     ids = torch.randint(0, VOCAB, (19,), generator=torch.Generator().manual_seed(3))
     aux_TA = torch.randn(19, 3 * WIDTH, generator=torch.Generator().manual_seed(4))
     rows = []
-    step = draft.model.step
-    monkeypatch.setattr(draft.model, "step", lambda *arguments: rows.append(step(*arguments)) or rows[-1])
-    drafter = ChainDrafter(draft)
+    predict = DraftDecoder.predict
+    monkeypatch.setattr(DraftDecoder, "predict", lambda self, output_QD: rows.append(output_QD) or predict(self, output_QD))
+    drafter = TreeDrafter(draft, TreeShape(count))
     drafter.start(ids[:11].tolist(), aux_TA[:10])
     for known, end in ((11, 12), (12, 18), (18, 19)):
-        drafter.propose(count)
+        drafter.propose()
         drafter.extend(ids[known:end].tolist(), aux_TA[known - 1 : end - 1])
-    newest = rows[-1][0][-1]
-    drafted = drafter.propose(count)
+    rows.clear()
+    drafted = drafter.propose().token_ids
     monkeypatch.undo()
 
     all_ids = torch.cat((ids, torch.tensor(drafted)))
@@ -134,17 +144,17 @@ def test_drafting_with_caches_is_the_training_time_test(target, options, monkeyp
     garbage_QA = torch.full((1 + count, 3 * WIDTH), 9.0)
     features = TargetOutput(torch.cat((aux_TA[:18], garbage_QA)), none, none, none, none)
     outputs = unroll(draft.model, MicroBatch(batch, features, draft.embed(all_ids), none), count)
-    for served, trained in zip([newest, *(output for output, _ in rows[-count + 1 :])], outputs, strict=True):
+    for served, trained in zip(rows, outputs, strict=True):
         assert (served.reshape(-1) - trained[17]).abs().max() < 1e-5 * trained[17].abs().max()
-    assert drafted == [draft.propose_id(output[17:18]).item() for output in outputs]
+    assert drafted == [draft.best_id(draft.model.logits(output[17:18])).item() for output in outputs]
 
 
 def test_a_drafter_starts_anew_with_every_prompt(target):
-    drafter, (first, second) = ChainDrafter(random_draft(target)), prompts(6)[4:]
-    request = {"max_new_tokens": 12, "draft_tokens": 3, "eos_ids": ()}
+    drafter, (first, second) = TreeDrafter(random_draft(target), TreeShape(3)), prompts(6)[4:]
+    request = {"max_new_tokens": 12, "eos_ids": ()}
     speculative_decode(target, drafter, first, **request)
     again = speculative_decode(target, drafter, second, **request)
-    alone = speculative_decode(target, ChainDrafter(random_draft(target)), second, **request)
+    alone = speculative_decode(target, TreeDrafter(random_draft(target), TreeShape(3)), second, **request)
     assert again.accepted_per_forward == alone.accepted_per_forward
 
 
@@ -154,10 +164,12 @@ def test_sliding_window_caches_roll_back(window):
     config = AutoConfig.for_model("mistral", **SHAPE, sliding_window=window)
     target = FrozenTarget(AutoModelForCausalLM.from_config(config, dtype=torch.float32), (0, 1, 3))
     for prompt_ids in prompts(6):
-        plain = greedy_decode(target, prompt_ids, 20, ())
-        oracle = Oracle(prompt_ids, plain.token_ids, lambda index: index % 3 == 2)
-        drafted = speculative_decode(target, oracle, prompt_ids, max_new_tokens=20, draft_tokens=5, eos_ids=())
-        assert drafted.token_ids == plain.token_ids
+        plain = plain_decode(target, prompt_ids, 20, ())
+        for width in (1, 3):
+            oracle = Oracle(prompt_ids, plain.token_ids, lambda index: index % 3 == 2, width=width)
+            drafted = speculative_decode(target, oracle, prompt_ids, max_new_tokens=20, eos_ids=())
+            assert drafted.token_ids == plain.token_ids
+            assert drafted.num_target_forwards < 12
 
 
 def test_learned_positions_decode_too():
@@ -165,17 +177,17 @@ def test_learned_positions_decode_too():
     config = GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=5, n_head=4, n_positions=64, initializer_range=0.3)
     target = FrozenTarget(AutoModelForCausalLM.from_config(config, dtype=torch.float32), (0, 1, 3))
     prompt_ids = prompts(4)[3]
-    plain = greedy_decode(target, prompt_ids, 20, ())
+    plain = plain_decode(target, prompt_ids, 20, ())
     oracle = Oracle(prompt_ids, plain.token_ids, lambda index: index % 3 == 2)
-    drafted = speculative_decode(target, oracle, prompt_ids, max_new_tokens=20, draft_tokens=5, eos_ids=())
+    drafted = speculative_decode(target, oracle, prompt_ids, max_new_tokens=20, eos_ids=())
     assert drafted.token_ids == plain.token_ids
 
 
 def test_targets_whose_state_cannot_forget_are_refused_by_name():
     target = tiny_target("qwen3_next")
-    assert len(greedy_decode(target, [1, 2], 3, ()).token_ids) == 3
+    assert len(plain_decode(target, [1, 2], 3, ()).token_ids) == 3
     with pytest.raises(ValueError, match="qwen3_next.*LinearAttentionLayer"):
-        speculative_decode(target, PromptLookupDrafter(), [1, 2], max_new_tokens=3, draft_tokens=1, eos_ids=())
+        speculative_decode(target, PromptLookupDrafter(1), [1, 2], max_new_tokens=3, eos_ids=())
 
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "doge"])
@@ -183,16 +195,14 @@ def test_a_cache_that_only_claims_to_roll_back_is_not_asked_to(family):
     target = FrozenTarget(tiny_model(family), (0, 1, 2))
     assert not rolls_back(target)
     with pytest.raises(ValueError, match=f"{family}.*cannot forget rejected tokens"):
-        speculative_decode(target, PromptLookupDrafter(), [4, 5], max_new_tokens=3, draft_tokens=1, eos_ids=())
+        speculative_decode(target, PromptLookupDrafter(1), [4, 5], max_new_tokens=3, eos_ids=())
 
 
 def test_requests_that_cannot_be_met_are_refused(target):
     with pytest.raises(ValueError, match="no token"):
-        greedy_decode(target, [], 3, ())
+        plain_decode(target, [], 3, ())
     with pytest.raises(ValueError, match="max_new_tokens=0"):
-        greedy_decode(target, [1], 0, ())
-    with pytest.raises(ValueError, match="draft_tokens=0"):
-        speculative_decode(target, PromptLookupDrafter(), [1], max_new_tokens=3, draft_tokens=0, eos_ids=())
+        plain_decode(target, [1], 0, ())
 
 
 @pytest.mark.parametrize(
@@ -209,11 +219,10 @@ def test_requests_that_cannot_be_met_are_refused(target):
 )
 def test_prompt_lookup_continues_the_latest_earlier_copy_of_the_longest_ngram(token_ids, expected):
     none = torch.empty(0)
-    whole = PromptLookupDrafter()
-    grown = PromptLookupDrafter()
+    whole = PromptLookupDrafter(4)
+    grown = PromptLookupDrafter(4)
     whole.start(token_ids, none)
     grown.start(token_ids[:1], none)
     for token_id in token_ids[1:]:
         grown.extend([token_id], none)
-    assert whole.propose(4) == grown.propose(4) == expected
-    assert whole.propose(1) == expected[:1]
+    assert whole.propose().is_chain and whole.propose().token_ids == grown.propose().token_ids == expected

@@ -7,14 +7,14 @@ import pytest
 
 from engine.config.sections import EvaluationSection
 from engine.evaluation.acceptance import AcceptanceReport, Prompt
-from engine.evaluation.decoding import greedy_decode
+from engine.evaluation.decoding import plain_decode
 from engine.evaluation.evaluator import BATCH_SIZE, AcceptanceEvaluator
 from engine.host.telemetry import Telemetry
 from engine.parallel.mesh import TargetMesh, World
 from tests.distributed import run_ranks
 from tests.drafters import prompts, random_draft, tiny_target
 
-SECTION = EvaluationSection(num_prompts=5, max_new_tokens=12, draft_tokens=3)
+SECTION = EvaluationSection(num_prompts=5, max_new_tokens=12, num_steps=3)
 TOKENIZER = SimpleNamespace(eos_token_id=7, decode=lambda ids, **options: "".join(f" {token_id}" for token_id in ids))
 PROMPTS = [Prompt(f"file:{number}", prompt_ids) for number, prompt_ids in enumerate(prompts(5))]
 
@@ -67,7 +67,7 @@ def test_a_target_whose_cache_cannot_roll_back_is_measured_too():
     replies = []
     target = tiny_target("qwen3_next")
     reports = measure(World.alone(), "qwen3_next", 1, replies=replies)
-    assert replies == [(prompt, greedy_decode(target, prompt.token_ids, 12, {7}).token_ids) for prompt in PROMPTS]
+    assert replies == [(prompt, plain_decode(target, prompt.token_ids, 12, {7}).token_ids) for prompt in PROMPTS]
     assert all(report.num_tokens == sum(len(ids) - 1 for _, ids in replies) and report.mismatches is None for report in reports)
     assert reports[1].acceptance_length > 1
 

@@ -63,12 +63,12 @@ def test_lengths_with_other_settings_are_not_compared(tmp_path):
     history.add(evaluation(2, 2.5))
     assert history.add(evaluation(4, 1.5, draft_tokens=2)) and history.best.step == 4
     history.write(tmp_path)
-    section = EvaluationSection(draft_tokens=2)
+    section = EvaluationSection(num_steps=2)
     assert read(tmp_path, 4, section=section).best.step == 4
     EvaluationHistory([evaluation(2, 2.5), evaluation(4, 1.5, draft_tokens=2)]).write(tmp_path)
     warnings = []
     assert read(tmp_path, 4, warnings, section).best.step == 4 and len(warnings) == 1
-    by_loss = EvaluationSection(draft_tokens=2, best_by="loss")
+    by_loss = EvaluationSection(num_steps=2, best_by="loss")
     assert read(tmp_path, 4, [], by_loss).best is None, "the run resumes under another criterion"
 
 

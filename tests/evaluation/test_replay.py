@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.evaluation.decoding import PromptLookupDrafter, greedy_decode, speculative_decode
+from engine.config.tree_shape import TreeShape
+from engine.evaluation.decoding import PromptLookupDrafter, plain_decode, speculative_decode
 from engine.evaluation.replay import batched_replies, greedy_replies, replay
-from engine.models.eagle3.chain_drafter import ChainDrafter, propose_along
+from engine.models.eagle3.drafts_along import propose_along
+from engine.models.eagle3.tree_drafter import TreeDrafter
 from engine.parallel.mesh import TargetMesh
 from engine.target.frozen import FrozenTarget, capture
 from tests.distributed import run_ranks
@@ -25,7 +27,7 @@ def target() -> FrozenTarget:
 @pytest.fixture(scope="module")
 def common(target) -> int:
     """The token that most replies have, for replies that end early."""
-    return commonest([greedy_decode(target, ids, 17, ()).token_ids for ids in prompts(8)])
+    return commonest([plain_decode(target, ids, 17, ()).token_ids for ids in prompts(8)])
 
 
 def commonest(replies: list[list[int]]) -> int:
@@ -45,7 +47,7 @@ def test_replies_are_those_of_decoding_with_a_cache(target, common, max_new_toke
         replies = greedy_replies(target, prompts(8), **until, max_tokens=max_tokens)
         for prompt_ids, reply in zip(prompts(8), replies, strict=True):
             assert reply.prompt_ids == prompt_ids
-            assert reply.token_ids == greedy_decode(target, prompt_ids, **until).token_ids
+            assert reply.token_ids == plain_decode(target, prompt_ids, **until).token_ids
             with capture(target.model, target.aux_layers) as seen:
                 target.model(torch.tensor([prompt_ids + reply.token_ids[:-1]]))
             assert differs(reply.aux_TA, seen.aux()[0]) < CLOSE
@@ -66,34 +68,42 @@ def test_a_forward_reads_as_many_prompts_as_fit(target, max_tokens, monkeypatch)
     assert all(reply.aux_TA.untyped_storage().nbytes() == reply.aux_TA.nbytes for reply in replies), "a pack is not kept"
 
 
-@pytest.mark.parametrize("kind", ["chain", "deep chain", "prompt lookup", "oracle", "oracle that errs"])
+@pytest.mark.parametrize("kind", ["tree", "deep chain", "prompt lookup", "oracle", "branching oracle that errs"])
 def test_a_drafter_fares_as_in_decoding_with_a_cache(target, kind):
     draft = random_draft(target, num_layers=2 if kind == "deep chain" else 1)
     limits = ((1, 3), (2, 1), (20, 3), (21, 9))
     for prompt_ids in prompts(3)[1:]:
-        told = greedy_decode(target, prompt_ids, 30, ()).token_ids
-        make = {"prompt lookup": PromptLookupDrafter, "oracle": lambda ids=prompt_ids, told=told: Oracle(ids, told)}.get(kind)
-        if kind == "oracle that errs":
-            make = lambda ids=prompt_ids, told=told: Oracle(ids, told, lambda index: index % 4 == 3)  # noqa: E731
-        make = make or (lambda: ChainDrafter(draft))
+        told = plain_decode(target, prompt_ids, 30, ()).token_ids
+
+        def make(depth: int, ids=prompt_ids, told=told):
+            return {
+                "tree": lambda: TreeDrafter(draft, TreeShape(depth, 3, 4)),
+                "deep chain": lambda: TreeDrafter(draft, TreeShape(depth)),
+                "prompt lookup": lambda: PromptLookupDrafter(depth),
+                "oracle": lambda: Oracle(ids, told, depth=depth),
+                "branching oracle that errs": lambda: Oracle(ids, told, lambda index: index % 4 == 3, depth, 2),
+            }[kind]()
+
         for eos_ids in ((), *({token_id} for token_id in sorted(set(told[:20]))[:2])):
-            for max_new_tokens, draft_tokens in limits[2:] if eos_ids else limits:
+            for max_new_tokens, depth in limits[2:] if eos_ids else limits:
+                (reply,) = greedy_replies(
+                    target, [prompt_ids], max_new_tokens=max_new_tokens + depth, eos_ids=eos_ids, max_tokens=4096
+                )
                 until = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
-                (reply,) = greedy_replies(target, [prompt_ids], **until, max_tokens=4096)
-                replayed = replay(reply, make(), **until, draft_tokens=draft_tokens)
-                decoded = speculative_decode(target, make(), prompt_ids, **until, draft_tokens=draft_tokens)
+                replayed = replay(reply, make(depth), **until, num_steps=depth)
+                decoded = speculative_decode(target, make(depth), prompt_ids, **until)
                 assert replayed == replace(decoded, seconds=0.0)
 
 
 @pytest.mark.parametrize("wrong_every", [1, 3, 99])
 def test_a_drafter_reads_the_states_that_it_reads_with_a_cache(target, wrong_every):
     for prompt_ids in prompts(4):
-        (reply,) = greedy_replies(target, [prompt_ids], max_new_tokens=16, eos_ids=(), max_tokens=64)
-        request = {"max_new_tokens": 16, "draft_tokens": 4, "eos_ids": ()}
-        ours, theirs = (Oracle(prompt_ids, reply.token_ids, lambda index: index % wrong_every == 0) for _ in range(2))
-        replay(reply, ours, **request)
+        (reply,) = greedy_replies(target, [prompt_ids], max_new_tokens=20, eos_ids=(), max_tokens=64)
+        request = {"max_new_tokens": 16, "eos_ids": ()}
+        ours, theirs = (Oracle(prompt_ids, reply.token_ids, lambda index: index % wrong_every == 0, 4) for _ in range(2))
+        replay(reply, ours, **request, num_steps=4)
         speculative_decode(target, theirs, prompt_ids, **request)
-        assert ours.read_ids == theirs.read_ids == prompt_ids + reply.token_ids
+        assert ours.read_ids == theirs.read_ids == (prompt_ids + reply.token_ids)[: len(ours.read_ids)]
         assert [len(aux_QA) for aux_QA in ours.read_aux] == [len(aux_QA) for aux_QA in theirs.read_aux]
         assert differs(torch.cat(ours.read_aux), torch.cat(theirs.read_aux)) < CLOSE
 
@@ -105,10 +115,8 @@ def test_requests_that_cannot_be_met_are_refused(target):
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         greedy_replies(target, [[1]], max_new_tokens=0, eos_ids=(), max_tokens=9)
     (reply,) = greedy_replies(target, [[1]], **until, max_tokens=9)
-    with pytest.raises(ValueError, match="draft_tokens=0"):
-        replay(reply, PromptLookupDrafter(), **until, draft_tokens=0)
-    with pytest.raises(AssertionError, match="other limits"):
-        replay(reply, PromptLookupDrafter(), max_new_tokens=4, eos_ids=(), draft_tokens=1)
+    with pytest.raises(AssertionError, match="too short"):
+        replay(reply, PromptLookupDrafter(1), **until, num_steps=1)
     assert greedy_replies(target, [], **until, max_tokens=9) == []
 
 
@@ -129,13 +137,13 @@ def reply_to_all(world, family: str, sizes: tuple[int, int]) -> list[tuple]:
 def reply_with(shared: FrozenTarget, whole: FrozenTarget, family: str, own: list[list[int]]) -> tuple:
     until = {"max_new_tokens": 12, "eos_ids": (7,)}
     assert shared.mesh.size > 1 and (shared.plan.shared or shared.plan.experts)
-    replies = greedy_replies(shared, own, **until, max_tokens=60)
-    expected = [greedy_decode(whole, prompt_ids, **until).token_ids for prompt_ids in own]
-    draft = ChainDrafter(random_draft(whole))
-    fared = [replay(reply, draft, **until, draft_tokens=3) for reply in replies]
+    replies = greedy_replies(shared, own, max_new_tokens=15, eos_ids=(7,), max_tokens=60)
+    expected = [plain_decode(whole, prompt_ids, **until).token_ids for prompt_ids in own]
+    draft = TreeDrafter(random_draft(whole), TreeShape(3, 2, 5))
+    fared = [replay(reply, draft, **until, num_steps=3) for reply in replies]
     rolls_back = family != "qwen3_next"
-    decoded = [speculative_decode(whole, draft, ids, **until, draft_tokens=3) for ids in own if rolls_back]
-    return [reply.token_ids for reply in replies], expected, fared, [replace(one, seconds=0.0) for one in decoded]
+    decoded = [speculative_decode(whole, draft, ids, **until) for ids in own if rolls_back]
+    return [reply.token_ids[:12] for reply in replies], expected, fared, [replace(one, seconds=0.0) for one in decoded]
 
 
 UNEVEN = {
@@ -181,12 +189,12 @@ def cached_target(request) -> FrozenTarget:
 @pytest.fixture(scope="module")
 def decoded_alone(cached_target) -> dict[tuple[int, ...], list[tuple[list[int], torch.Tensor]]]:
     """For two sets of end ids, the reply to each prompt by itself and the auxiliary states that one forward gives for it."""
-    common = commonest([greedy_decode(cached_target, ids, 17, ()).token_ids for ids in prompts(8)])
+    common = commonest([plain_decode(cached_target, ids, 17, ()).token_ids for ids in prompts(8)])
     return {eos_ids: [decode_alone(cached_target, ids, eos_ids) for ids in prompts(8)] for eos_ids in ((), (common,))}
 
 
 def decode_alone(target: FrozenTarget, prompt_ids: list[int], eos_ids: tuple[int, ...]) -> tuple[list[int], torch.Tensor]:
-    reply_ids = greedy_decode(target, prompt_ids, 17, eos_ids).token_ids
+    reply_ids = plain_decode(target, prompt_ids, 17, eos_ids).token_ids
     with capture(target.model, target.aux_layers) as seen:
         target.model(torch.tensor([prompt_ids + reply_ids[:-1]]))
     return reply_ids, seen.aux()[0]
@@ -223,18 +231,30 @@ def test_a_draft_proposes_behind_all_tokens_at_once_what_it_proposes_one_by_one(
     draft = random_draft(target, **options)
     asked = prompts(8)[1::2]
     seen = set()
-    for max_new_tokens, draft_tokens, eos_ids in ((1, 3, ()), (2, 1, ()), (20, 4, ()), (20, 3, {common})):
-        until = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids}
+    shapes = (TreeShape(3), TreeShape(1, 2, 3), TreeShape(4, 3, 9), TreeShape(3, 4, 8, "sglang"))
+    for max_new_tokens, shape, eos_ids in zip((1, 2, 20, 20), shapes, ((), (), (), {common}), strict=True):
+        until = {"max_new_tokens": max_new_tokens + shape.num_steps, "eos_ids": eos_ids}
         replies = greedy_replies(target, asked, **until, max_tokens=4096)
-        along = propose_along(draft, replies, draft_tokens, max_tokens)
+        along = propose_along(draft, replies, shape, max_tokens)
         for reply, proposals in zip(replies, along, strict=True):
-            one_by_one = _Recorded(ChainDrafter(draft))
+            one_by_one = _Recorded(TreeDrafter(draft, shape))
             at_once = _Recorded(proposals)
-            limits = until | {"draft_tokens": draft_tokens}
+            limits = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "num_steps": shape.num_steps}
             assert replay(reply, at_once, **limits) == replay(reply, one_by_one, **limits)
             assert at_once.proposed == one_by_one.proposed
-            seen.update(map(tuple, at_once.proposed))
+            seen.update(tuple(token_ids) for token_ids, _ in at_once.proposed)
     assert len(seen) > 10
+
+
+def test_trees_of_other_shapes_are_parts_of_those_that_were_drafted(target):
+    draft = random_draft(target)
+    replies = greedy_replies(target, prompts(6)[3:], max_new_tokens=19, eos_ids=(), max_tokens=4096)
+    whole = propose_along(draft, replies, TreeShape(4, 3, 12), 4096)
+    for shape in (TreeShape(1, 3, 3), TreeShape(2, 3, 4), TreeShape(4, 3, 31)):
+        own = propose_along(draft, replies, shape, 4096)
+        for reply, one, other in zip(replies, own, whole, strict=True):
+            limits = {"max_new_tokens": 15, "eos_ids": (), "num_steps": shape.num_steps}
+            assert replay(reply, one, **limits) == replay(reply, other.reshaped(shape), **limits)
 
 
 class _Recorded:
@@ -244,8 +264,9 @@ class _Recorded:
         self.drafter = drafter
         self.start = drafter.start
         self.extend = drafter.extend
-        self.proposed: list[list[int]] = []
+        self.proposed: list[tuple[list[int], list[int]]] = []
 
-    def propose(self, count: int) -> list[int]:
-        self.proposed.append(self.drafter.propose(count))
-        return self.proposed[-1]
+    def propose(self):
+        tree = self.drafter.propose()
+        self.proposed.append((list(tree.token_ids), list(tree.parents)))
+        return tree

@@ -49,7 +49,7 @@ def run(tmp_path_factory) -> Path:
     resolved = Config(
         target=TargetSection(path=path, dtype="float32"),
         data=DataSection(held_out=(str(folder / "held_out.jsonl"),)),
-        evaluation=EvaluationSection(num_prompts=4, max_new_tokens=9, draft_tokens=2),
+        evaluation=EvaluationSection(num_prompts=4, max_new_tokens=9, num_steps=2),
         parallel=ParallelSection(tp_size=2),
     )
     (folder / "config.yaml").write_text(dump_config(resolved), encoding="utf-8")
@@ -93,7 +93,7 @@ def test_two_ranks_measure_the_same_whether_they_share_the_target_or_not(run, tm
 
 
 def test_the_command_line_replaces_the_settings_of_the_run(run, tmp_path, monkeypatch, capsys):
-    options = ["--num_prompts", 2, "--draft_tokens", 3, "--max_new_tokens", 5, "--dtype", "bfloat16", "--show"]
+    options = ["--num_prompts", 2, "--num_steps", 3, "--max_new_tokens", 5, "--dtype", "bfloat16", "--show"]
     measure(monkeypatch, "--draft", run / "draft", "--json", tmp_path / "report.json", *options)
     report = json.loads((tmp_path / "report.json").read_text())["draft"]
     assert report["num_prompts"] == 2 and report["num_tokens"] <= 8
@@ -129,5 +129,5 @@ def test_what_does_not_fit_is_refused_by_name(run, tmp_path, monkeypatch, capsys
         measure(monkeypatch, "--draft", run / "draft", "--tp_size", 3)
     for number in ("0", "-3", "2.5", "many"):
         with pytest.raises(SystemExit):
-            measure(monkeypatch, "--draft", run / "draft", f"--draft_tokens={number}")
-        assert f"--draft_tokens: '{number}': expected a whole number" in capsys.readouterr().err
+            measure(monkeypatch, "--draft", run / "draft", f"--num_steps={number}")
+        assert f"--num_steps: '{number}': expected a whole number" in capsys.readouterr().err

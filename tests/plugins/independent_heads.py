@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from engine.batch import DraftOutput, LossNorms, MicroBatch, PackedBatch
 from engine.config.sections import Config, TttSection
 from engine.config.strict import option, read_section
+from engine.config.tree_shape import TreeShape
 from engine.kernels import PLAIN, Kernels
 from engine.models.costs import StepPart, frozen_head_part, head_part, map_part
 from engine.models.draft_folder import (
@@ -29,6 +30,7 @@ from engine.models.draft_folder import (
     write_draft_folder,
 )
 from engine.models.draft_method import ActivationBytes, DraftMethod, DraftModel, ServedDraft, TargetRows, TargetTables
+from engine.models.drafter import TokenTree
 from engine.models.method_registry import register_method
 from engine.models.target_families import check_aux_layers, num_layers, text_config
 from engine.models.training_rows import allowed_rows, loss_rows, row_slots, slots_of
@@ -147,8 +149,8 @@ class ServedHeads(ServedDraft):
         model = copy.deepcopy(self.model).to(dtype)
         return ServedHeads(model, self.vocab_map, self.embed_weight_VD.to(dtype))
 
-    def drafter(self) -> "HeadsDrafter":
-        return HeadsDrafter(self)
+    def drafter(self, shape: TreeShape) -> "HeadsDrafter":
+        return HeadsDrafter(self, shape.num_steps)
 
     @torch.no_grad()
     def logits(self, micro: MicroBatch) -> Tensor:
@@ -161,8 +163,9 @@ class ServedHeads(ServedDraft):
 class HeadsDrafter:
     """Drafter that proposes one token per head."""
 
-    def __init__(self, draft: ServedHeads) -> None:
+    def __init__(self, draft: ServedHeads, num_tokens: int) -> None:
         self._draft = draft
+        self._num_tokens = num_tokens
         self._newest_id = 0
         self._aux_1A = torch.empty(0)
 
@@ -174,11 +177,11 @@ class HeadsDrafter:
         self._aux_1A = aux_QA[-1:]
 
     @torch.inference_mode()
-    def propose(self, count: int) -> list[int]:
+    def propose(self) -> TokenTree:
         table_VD = self._draft.embed_weight_VD
         logits = self._draft.model(self._aux_1A.to(table_VD), table_VD[self._newest_id][None])
-        draft_ids = torch.cat(logits[:count]).argmax(-1)
-        return self._draft.vocab_map.target_ids_U[draft_ids].tolist()
+        draft_ids = torch.cat(logits[: self._num_tokens]).argmax(-1)
+        return TokenTree.chain(self._draft.vocab_map.target_ids_U[draft_ids].tolist())
 
 
 @dataclass(frozen=True)

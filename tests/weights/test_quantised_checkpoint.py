@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.config.sections import TargetSection
-from engine.evaluation.decoding import greedy_decode
+from engine.evaluation.decoding import plain_decode
 from engine.kernels import reference
 from engine.parallel.mesh import ALONE, TargetMesh
 from engine.parallel.rules import ShardSpec
@@ -257,7 +257,7 @@ def test_one_rank_runs_and_decodes_with_a_quantised_target(layout, tmp_path):
     targets = [FrozenTarget.load(TargetSection(path=str(tmp_path), keep_quantised=keep), CPU, AUX) for keep in ("none", "all")]
     dense, kept = (run_own(target, 0) for target in targets)
     assert relative(kept, dense) <= TOLERANCE
-    replies = [greedy_decode(target, [5, 9, 40, 7], 12, set()).token_ids for target in targets]
+    replies = [plain_decode(target, [5, 9, 40, 7], 12, set()).token_ids for target in targets]
     assert replies[0] == replies[1] and len(replies[0]) == 12
 
 

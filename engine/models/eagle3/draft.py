@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -19,14 +19,6 @@ from engine.models.eagle3.draft_config import Eagle3Config
 from engine.models.eagle3.flops import NUM_AUX
 
 
-class ExtendableKeys(Protocol):
-    """Keys and values of one layer that each step extends."""
-
-    def extended(self, key_QGE: torch.Tensor, value_QGE: torch.Tensor) -> "LayerKeys":
-        """Return the keys and values together with those of this step."""
-        ...
-
-
 @dataclass(frozen=True)
 class LayerKeys:
     """Keys and values of one layer: a packed prefix and the ancestors of each row.
@@ -34,7 +26,7 @@ class LayerKeys:
     position_Q: int64 [Q], position of each row in the prefix.
     cu_seqlens: int [num_documents + 1], starts of the documents, then the total.
     ancestors: for each tensor of extra keys, the index of each row's ancestor in it, int64 [Q].
-    is_dense, longest: as in `AttentionRows`.
+    is_dense, is_tree, longest: as in `AttentionRows`.
     """
 
     position_Q: torch.Tensor
@@ -45,6 +37,7 @@ class LayerKeys:
     extra_values: tuple[torch.Tensor, ...] = ()
     ancestors: tuple[torch.Tensor, ...] = ()
     is_dense: bool = False
+    is_tree: bool = False
     longest: int | None = None
 
     def kept(self, index_Q: torch.Tensor, is_dense: bool) -> "LayerKeys":
@@ -132,6 +125,7 @@ class Eagle3Attention(nn.Module):
             keys.position_Q,
             keys.cu_seqlens,
             keys.ancestors,
+            is_tree=keys.is_tree,
             is_dense=keys.is_dense,
             longest=keys.longest,
         )
@@ -222,7 +216,7 @@ class Eagle3Draft(DraftModel[Eagle3Config]):
         return target_embed_TD if self.embed_projection is None else self.embed_projection(target_embed_TD)
 
     def step(
-        self, embed_QD, state_QD, position_Q: torch.Tensor, keys: Sequence[ExtendableKeys], rows_R=None
+        self, embed_QD, state_QD, position_Q: torch.Tensor, keys: Sequence[LayerKeys], rows_R=None
     ) -> tuple[torch.Tensor, list[LayerKeys]]:
         """Run one TTT or drafting step: return the pre-norm outputs [Q, D] and the extended keys.
 

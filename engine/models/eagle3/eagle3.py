@@ -18,12 +18,12 @@ from engine.kernels import PLAIN, Kernels
 from engine.models.costs import StepPart
 from engine.models.draft_method import ActivationBytes, DraftMethod, TargetTables
 from engine.models.eagle3.activation_memory import DraftStates
-from engine.models.eagle3.chain_drafter import ServedEagle3
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import Eagle3Config, choose_aux_layers, derive_draft_config
 from engine.models.eagle3.export import PROJECTION, export_draft, load_draft
 from engine.models.eagle3.flops import StepCounts, step_parts
 from engine.models.eagle3.initial_weights import start_from_target
+from engine.models.eagle3.served_draft import ServedEagle3
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.eagle3.warm_start import start_from_draft
 from engine.models.training_rows import allowed_rows, slots_of
@@ -34,6 +34,7 @@ class Eagle3(DraftMethod[Eagle3Config, Eagle3Draft]):
     """An autoregressive draft of one or more decoder layers, trained on its own outputs."""
 
     title = "EAGLE-3"
+    drafts_trees = True
     unread = ("draft.options",)
 
     def __init__(self, recipe: Config) -> None:

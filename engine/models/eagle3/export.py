@@ -20,9 +20,9 @@ from engine.models.draft_folder import (
     read_draft_weights,
     write_draft_folder,
 )
-from engine.models.eagle3.chain_drafter import ServedEagle3
 from engine.models.eagle3.draft import Eagle3Draft, RotaryTable
 from engine.models.eagle3.draft_config import Eagle3Config
+from engine.models.eagle3.served_draft import ServedEagle3
 from engine.models.vocab_map import VocabMap
 
 PROJECTION = "embed_projection.weight"

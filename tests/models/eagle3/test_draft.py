@@ -9,9 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from engine.config.sections import DraftSection
 from engine.kernels.elementwise import rotate
-from engine.models.eagle3.chain_drafter import ServedEagle3
 from engine.models.eagle3.draft import Eagle3Draft, LayerKeys, RotaryTable
 from engine.models.eagle3.draft_config import derive_draft_config
+from engine.models.eagle3.served_draft import ServedEagle3
 from engine.models.vocab_map import VocabMap
 from tests.tiny import DRAFT_VOCAB, HIDDEN, VOCAB, make_draft
 
@@ -145,5 +145,5 @@ def test_a_served_draft_proposes_target_ids():
     output_QD = torch.randn(5, HIDDEN)
     served = ServedEagle3(draft, vocab_map, embed_VD)
     best_Q = draft.logits(output_QD).argmax(-1)
-    assert torch.equal(served.propose_id(output_QD), best_Q + vocab_map.d2t[best_Q])
+    assert torch.equal(served.best_id(draft.logits(output_QD)), best_Q + vocab_map.d2t[best_Q])
     assert torch.equal(served.embed(torch.tensor([7, 0])), embed_VD[[7, 0]])
