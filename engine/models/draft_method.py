@@ -6,7 +6,7 @@ called its slot.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -131,6 +131,16 @@ class ServedDraft(ABC):
         shape: what is drafted at each position. max_tokens: largest number of tokens in a draft forward.
         """
         return [self.drafter(shape) for _ in replies]
+
+    def propose_shapes(
+        self, replies: Sequence[TargetReply], shapes: Sequence[TreeShape], max_tokens: int
+    ) -> Iterator[tuple[TreeShape, Sequence[Drafter]]]:
+        """Yield what `propose_along` returns for each of several shapes, in any order.
+
+        A method for which some shapes are parts of others overrides this.
+        """
+        for shape in shapes:
+            yield shape, self.propose_along(replies, shape, max_tokens)
 
 
 class DraftCounts(Protocol):

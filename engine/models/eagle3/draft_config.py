@@ -38,6 +38,7 @@ _UNSCALED_ROPE = ("mrope", "proportional")
 _ROPE_LAYERS = ("full_attention", "main")
 _DTYPES = ("bfloat16", "float16", "float32")
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+AUX_IDS = "eagle_aux_hidden_state_layer_ids"
 # Architecture names of published EAGLE-3 drafts with Llama layers: SGLang's, vLLM's, and those of
 # two training frameworks.
 _EAGLE3_ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaEagle3DraftModel", "Eagle3DraftModel")
@@ -133,7 +134,9 @@ class Eagle3Config:
     def to_dict(self) -> dict[str, Any]:
         """Return the exported config.json, with sorted keys.
 
-        RoPE and dtype are written under both their old and their new names.
+        RoPE and dtype are written under both their old and their new names. The auxiliary layers are
+        written twice as well: SGLang reads their ids in `eagle_config`, as layers whose outputs it
+        captures, and vLLM reads those at the top, as layers whose inputs it captures.
         """
         shape = asdict(self)
         layers = list(shape.pop("aux_layers"))
@@ -148,7 +151,8 @@ class Eagle3Config:
             "tie_word_embeddings": False,
             "attention_bias": False,
             "torch_dtype": self.dtype,
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": layers, "use_aux_hidden_state": True},
+            "eagle_config": {AUX_IDS: layers, "use_aux_hidden_state": True},
+            AUX_IDS: [layer + 1 for layer in layers],
         }
         if trained_with:
             exported["draftspeed"] = trained_with
@@ -174,8 +178,6 @@ class Eagle3Config:
         _check_is_eagle3(exported, source)
         hidden_size = exported["hidden_size"]
         num_heads = exported["num_attention_heads"]
-        eagle = exported.get("eagle_config") or {}
-        layers = eagle.get("eagle_aux_hidden_state_layer_ids")
         return cls(
             hidden_size=hidden_size,
             intermediate_size=exported["intermediate_size"],
@@ -190,7 +192,7 @@ class Eagle3Config:
             vocab_size=exported["vocab_size"],
             draft_vocab_size=exported.get("draft_vocab_size") or exported["vocab_size"],
             target_hidden_size=exported.get("target_hidden_size") or hidden_size,
-            aux_layers=None if layers is None else tuple(layers),
+            aux_layers=exported_aux_layers(exported, source),
             bos_token_id=_token_id(exported.get("bos_token_id")),
             eos_token_id=_token_id(exported.get("eos_token_id")),
             pad_token_id=_token_id(exported.get("pad_token_id")),
@@ -199,6 +201,30 @@ class Eagle3Config:
             dtype=exported.get("dtype") or exported.get("torch_dtype") or "bfloat16",
             trained_with=exported.get("draftspeed"),
         )
+
+
+def exported_aux_layers(exported: dict[str, Any], source: str | Path) -> tuple[int, ...] | None:
+    """Return the target layers that a config.json names, or None if it names none.
+
+    Raises ValueError if a server would capture other layers than those, or no layers at all.
+    """
+    eagle = exported.get("eagle_config") or {}
+    outputs = eagle.get(AUX_IDS)
+    inputs = exported.get(AUX_IDS)
+    if outputs is None:
+        if inputs is None:
+            return None
+        outputs = [layer - 1 for layer in inputs]
+    if inputs is not None and list(inputs) != [layer + 1 for layer in outputs]:
+        raise ValueError(
+            f"{source}: {AUX_IDS}={inputs} must be one more than the ids in eagle_config, {outputs}: vLLM reads the former, "
+            "as inputs of layers, and SGLang the latter, as outputs; correct one of them"
+        )
+    if len(outputs) != NUM_AUX or list(outputs) != sorted(set(outputs)) or outputs[0] < 0:
+        raise ValueError(
+            f"{source}: {AUX_IDS}={outputs}: expected {NUM_AUX} distinct layers in ascending order, as servers capture them"
+        )
+    return tuple(outputs)
 
 
 def derive_draft_config(
@@ -273,9 +299,10 @@ def _read_draft_config(target: PreTrainedConfig, path: Path, aux_layers: tuple[i
     if not isinstance(exported, dict):
         raise ValueError(f"{path}: expected the object of a draft's config.json")
     check_architecture(exported, path)
-    if aux_layers is not None or (exported.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") is None:
+    if aux_layers is not None or exported_aux_layers(exported, path) is None:
         layers = aux_layers or default_aux_layers(num_layers(target))
-        exported["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
+        exported["eagle_config"] = {AUX_IDS: list(layers)}
+        exported.pop(AUX_IDS, None)
     config = Eagle3Config.from_dict(exported, path)
     assert config.aux_layers is not None  # given in the file or inserted above
     choose_aux_layers(target, config.aux_layers)

@@ -1,10 +1,11 @@
 """Export of a draft to the folder that a server loads, and loading of such a folder.
 
-The folder holds `model.safetensors` and `config.json` of SGLang's `LlamaForCausalLMEagle3`. A
-server silently ignores misnamed tensors and keeps random weights. Names, shapes and the vocabulary
+The folder holds `model.safetensors` and `config.json` of SGLang's `LlamaForCausalLMEagle3`, with what
+vLLM reads besides. A server silently ignores misnamed tensors and keeps random weights. Names, shapes and the vocabulary
 tables are therefore checked here, before anything is written.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from engine.models.vocab_map import VocabMap
 
 PROJECTION = "embed_projection.weight"
 EMBEDDING = "embed_tokens.weight"
+DEEPER_NORM = re.compile(r"(layers\.[1-9]\d*\.)hidden_norm\.weight")
 
 
 def export_draft(
@@ -58,6 +60,7 @@ def export_draft(
         _check_embedding(embed_weight_VD, config.vocab_size, config.target_hidden_size)
         tensors[EMBEDDING] = (embed_weight_VD.cpu().float() @ projection_DD.float().T).to(dtype).contiguous()
     check_finite(tensors)
+    tensors |= _norm_copies(tensors)
     tensors |= {"d2t": vocab_map.d2t.cpu().contiguous(), "t2d": vocab_map.in_draft_V.cpu().contiguous()}
     _check_vocabulary(tensors, config)
     write_draft_folder(folder, tensors, config.to_dict())
@@ -88,6 +91,7 @@ def load_draft(
         model = Eagle3Draft(config, kernels)
     model.embed_projection = None
     model.rotary = RotaryTable(config)
+    tensors = without_norm_copies(tensors, folder)
     check_names(tensors, dict(model.state_dict()))
     model.load_state_dict(tensors, assign=True)
     dtype = dtype or getattr(torch, config.dtype)
@@ -96,6 +100,29 @@ def load_draft(
         vocab_map.to(torch.device(device)),
         embed_weight_VD.to(device, dtype),
     )
+
+
+def _norm_copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies of the norms of deeper layers under the name by which vLLM reads them.
+
+    In layers that do not read the embedding, SGLang normalises the input with `hidden_norm`, and vLLM
+    with `input_layernorm`, which it leaves at ones if there is none.
+    """
+    matches = ((DEEPER_NORM.fullmatch(name), weight_D) for name, weight_D in tensors.items())
+    return {f"{match[1]}input_layernorm.weight": weight_D.clone() for match, weight_D in matches if match is not None}
+
+
+def without_norm_copies(tensors: dict[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
+    """Return tensors without the copies that an export adds. Raises ValueError if a copy differs from its norm."""
+    copies = _norm_copies(tensors)
+    for name, copy_D in copies.items():
+        found_D = tensors.get(name)
+        if found_D is not None and not torch.equal(found_D, copy_D):
+            raise ValueError(
+                f"{source}: {name} differs from the hidden_norm of its layer; vLLM would use the former and SGLang the latter, "
+                "so export the draft again"
+            )
+    return {name: tensor for name, tensor in tensors.items() if name not in copies}
 
 
 def _check_embedding(weight_VD: torch.Tensor, vocab_size: int, width: int) -> None:

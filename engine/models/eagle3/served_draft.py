@@ -1,7 +1,7 @@
 """An EAGLE-3 draft as a server runs it: with a vocabulary map and an embedding table."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -63,6 +63,17 @@ class ServedEagle3(ServedDraft):
     def propose_along(self, replies: Sequence[TargetReply], shape: TreeShape, max_tokens: int) -> Sequence[Drafter]:
         """Return one drafter per reply, which drafts from all of its tokens at once."""
         return propose_along(self, replies, shape, max_tokens)
+
+    def propose_shapes(
+        self, replies: Sequence[TargetReply], shapes: Sequence[TreeShape], max_tokens: int
+    ) -> Iterator[tuple[TreeShape, Sequence[Drafter]]]:
+        """Yield the drafters of each shape. The draft runs once per `topk` and rule, for the largest number of steps."""
+        kinds = dict.fromkeys((shape.topk, shape.rule) for shape in shapes)
+        for kind in kinds:
+            own = [shape for shape in shapes if (shape.topk, shape.rule) == kind]
+            whole = propose_along(self, replies, max(own, key=lambda shape: shape.num_steps), max_tokens)
+            for shape in own:
+                yield shape, [drafter.reshaped(shape) for drafter in whole]
 
     @torch.no_grad()
     def logits(self, micro: MicroBatch) -> torch.Tensor:

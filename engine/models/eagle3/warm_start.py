@@ -10,7 +10,8 @@ from torch import Tensor
 from engine.config.strict import parse_json, read_text
 from engine.models.draft_folder import CONFIG, WEIGHTS
 from engine.models.eagle3.draft import Eagle3Draft
-from engine.models.eagle3.draft_config import MUST_BE_FALSE, check_architecture
+from engine.models.eagle3.draft_config import MUST_BE_FALSE, check_architecture, exported_aux_layers
+from engine.models.eagle3.export import without_norm_copies
 from engine.models.vocab_map import VocabMap
 
 PICKLED = "pytorch_model.bin"  # as the official EAGLE repository publishes drafts
@@ -35,6 +36,7 @@ def start_from_draft(draft: Eagle3Draft, folder: Path, vocab_map: VocabMap) -> s
         )
         raise ValueError(f"draft.init_from = {folder} {problem}")
     weights = {_own_name(name, draft): tensor for name, tensor in _read(folder).items()}
+    weights = without_norm_copies(weights, folder)
     _check_config(folder, draft)
     own = dict(draft.named_parameters())
     known_U, head_VD = _head_by_token(weights, own[HEAD], vocab_map, folder)
@@ -104,7 +106,7 @@ def _check_config(folder: Path, draft: Eagle3Draft) -> None:
         if found is not None and found != own_value:
             problem = f"draft.init_from = {folder} has {key}={found!r}, and this draft has {own_value!r}"
             raise ValueError(f"{problem}; give both the same value, with draft.{key} or a draft.config")
-    layers = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    layers = exported_aux_layers(config, path)
     own = draft.config.aux_layers
     if layers is not None and own is not None and tuple(layers) != tuple(own):
         problem = f"draft.init_from = {folder} reads the target's layers {list(layers)}, and this run gives it {list(own)}"

@@ -62,6 +62,7 @@ def test_exported_config_of_llama31_is_what_servers_read():
         "bos_token_id": 128000,
         "draft_vocab_size": 32000,
         "dtype": "bfloat16",
+        "eagle_aux_hidden_state_layer_ids": [2, 16, 29],
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 15, 28], "use_aux_hidden_state": True},
         "eos_token_id": [128001, 128008, 128009],
         "head_dim": 128,
@@ -231,6 +232,7 @@ def test_layers_that_would_be_served_wrongly_are_refused(tmp_path):
     with pytest.raises(ValueError, match="start the list with 1"):
         derive_draft_config(target, U32000, (2, 29, 57))
     exported["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [2, 29, 57]
+    exported["eagle_aux_hidden_state_layer_ids"] = [3, 30, 58]
     with pytest.raises(ValueError, match="start the list with 1"):
         derive_draft_config(target, _written(tmp_path, exported))
 
@@ -322,7 +324,8 @@ def test_a_draft_config_file_fixes_every_shape(tmp_path):
 def test_a_recipes_layers_win_over_the_files_and_the_rule_fills_what_neither_says(tmp_path):
     exported = derive_draft_config(_llama31(), U32000, (2, 3, 4)).to_dict()
     assert derive_draft_config(_llama31(), _written(tmp_path, exported), (5, 6, 7)).aux_layers == (5, 6, 7)
-    del exported["eagle_config"]
+    assert derive_draft_config(_llama31(), _written(tmp_path, exported)).aux_layers == (2, 3, 4)
+    del exported["eagle_config"], exported["eagle_aux_hidden_state_layer_ids"]
     assert derive_draft_config(_llama31(), _written(tmp_path, exported)).aux_layers == (1, 15, 28)
 
 
@@ -332,7 +335,7 @@ def test_a_recipes_layers_win_over_the_files_and_the_rule_fills_what_neither_say
         ({"vocab_size": 128000}, "vocab_size=128000"),
         ({"hidden_size": 2048}, "target_hidden_size=2048"),
         ({"max_position_embeddings": 4096}, "max_position_embeddings=4096"),
-        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 15, 31]}}, "target.aux_layers"),
+        ({"eagle_config": {}, "eagle_aux_hidden_state_layer_ids": [2, 16, 32]}, "target.aux_layers"),
     ],
 )
 def test_a_draft_config_file_of_another_target_is_refused(tmp_path, change, words):

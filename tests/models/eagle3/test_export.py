@@ -68,7 +68,52 @@ def test_the_listing_is_that_of_a_server_s_checkpoint(tmp_path):
     assert torch.equal(tensors["t2d"].nonzero().flatten(), tensors["d2t"] + torch.arange(DRAFT_VOCAB))
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     assert config["eagle_config"] == {"eagle_aux_hidden_state_layer_ids": [1, 2, 3], "use_aux_hidden_state": True}
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 3, 4], "vLLM captures the inputs of these layers"
     assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["tie_word_embeddings"] is False
+
+
+def test_deeper_layers_hold_their_norm_under_both_servers_names(tmp_path):
+    draft = draft_with(num_hidden_layers=3)
+    for layer in draft.layers:
+        layer.hidden_norm.weight.data.uniform_(0.5, 1.5)
+    folder = write(tmp_path / "draft", draft)
+    tensors = load_file(folder / "model.safetensors")
+    for index in (1, 2):
+        own_D = tensors[f"layers.{index}.input_layernorm.weight"]
+        assert torch.equal(own_D, tensors[f"layers.{index}.hidden_norm.weight"]) and own_D.std() > 0
+    assert not torch.equal(tensors["layers.0.input_layernorm.weight"], tensors["layers.0.hidden_norm.weight"])
+    tensors["layers.2.input_layernorm.weight"] = torch.ones(HIDDEN)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.2\.input_layernorm\.weight differs.*vLLM"):
+        load_draft(folder, embed_weight_VD=EMBED_VD)
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "problem"),
+    [
+        ([1, 2, 3], [1, 2, 3], "must be one more"),
+        ([1, 3, 2], None, "ascending order"),
+        ([1, 2], None, "3 distinct layers"),
+        ([1, 1, 2], None, "3 distinct layers"),
+        (None, [0, 1, 2], "ascending order"),
+    ],
+)
+def test_ids_by_which_a_server_would_capture_other_layers_are_refused(inner, outer, problem, tmp_path):
+    folder = write(tmp_path / "draft", draft_with())
+    config = json.loads((folder / "config.json").read_text())
+    config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": inner} if inner else {}
+    config["eagle_aux_hidden_state_layer_ids"] = outer
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    with pytest.raises(ValueError, match=problem):
+        load_draft(folder, embed_weight_VD=EMBED_VD)
+
+
+def test_ids_that_are_given_for_vllm_alone_are_understood(tmp_path):
+    folder = write(tmp_path / "draft", draft_with())
+    config = json.loads((folder / "config.json").read_text())
+    del config["eagle_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_draft(folder, embed_weight_VD=EMBED_VD).model.config.aux_layers == (1, 2, 3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -93,6 +93,7 @@ def test_what_does_not_fit_is_named(other, tmp_path):
         with pytest.raises(ValueError, match=key):
             start_from_draft(make_draft(), folder, OWN)
     config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [0, 1, 2]
+    config["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"reads the target's layers \[0, 1, 2\], .*set target.aux_layers=\[0, 1, 2\]"):
         start_from_draft(make_draft(), folder, OWN)
