@@ -8,27 +8,43 @@ are divided among the ranks, which share the target as in the run.
 """
 
 import argparse
+import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
+import torch
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config.recipe import load_config
 from engine.config.sections import RECIPE, Config, EvaluationSection, TargetSection
-from engine.config.tree_shape import TreeRule
+from engine.config.tree_shape import TreeRule, TreeShape
 from engine.data.segments import decoded
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import AcceptanceReport, Prompt, check_prompts, held_out_prompts
 from engine.evaluation.decoding import Generation
 from engine.evaluation.evaluator import AcceptanceEvaluator
-from engine.evaluation.report import acceptance_table
+from engine.evaluation.grid import (
+    ALL,
+    GRID,
+    CostModel,
+    GridCell,
+    best_cell,
+    file_table,
+    grid_shapes,
+    grid_table,
+    serving_commands,
+    write_grid,
+)
+from engine.evaluation.report import PAGE, acceptance_table
+from engine.evaluation.run_page import write_run_page
 from engine.hidden_states.sources import OnlineSource
 from engine.hidden_states.store_format import Manifest
 from engine.host.files import write_json
@@ -38,7 +54,8 @@ from engine.kernels.self_check import SelfCheck
 from engine.models.draft_folder import CONFIG, read_draft_config
 from engine.models.draft_method import DraftConfig, DraftMethod
 from engine.models.target_families import check_aux_layers, num_layers, text_config
-from engine.parallel.mesh import World
+from engine.parallel.mesh import ALONE, World
+from engine.planning.target_cost import TargetCost
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
 from launcher.command import (
@@ -65,11 +82,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", help="JSONL conversation files with prompts; default: the run's held-out files")
     parser.add_argument("--num_prompts", type=_positive, help="prompts decoded; default: the run's")
     parser.add_argument(
-        "--num_steps", type=_positive, help="depth of the tokens drafted per target forward; default: the run's"
+        "--num_steps",
+        type=_positive,
+        nargs="+",
+        help="depth of the drafted tokens; several values measure a grid; default: the run's",
     )
-    parser.add_argument("--topk", type=_positive, help="tokens drafted after each node; 1 = a chain; default: the run's")
     parser.add_argument(
-        "--num_draft_tokens", type=_positive, help="tokens of a tree that a target forward reads; default: the run's"
+        "--topk",
+        type=_positive,
+        nargs="+",
+        help="tokens drafted after each node, 1 = a chain; several values measure a grid; default: the run's",
+    )
+    parser.add_argument(
+        "--num_draft_tokens",
+        type=_positive,
+        nargs="+",
+        help="tokens of a tree that a target forward reads; several values measure a grid; default: the run's",
     )
     parser.add_argument(
         "--tree_rule",
@@ -90,10 +118,33 @@ def parse_arguments() -> argparse.Namespace:
         help="Python files that register its draft method or its target's family",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST)
+    parser.add_argument(
+        "--draft_cost",
+        type=_share,
+        help="time of a draft step divided by that of a target forward, for the predicted speeds of a grid; default: the ratio "
+        "of the weights that they read",
+    )
+    parser.add_argument(
+        "--verify_cost",
+        type=_share,
+        default=0.0,
+        help="time of each further token that a target forward reads, divided by that of the forward; default: 0, as at small "
+        "batches",
+    )
     parser.add_argument("--json", type=Path, help="file to write the reports to")
     parser.add_argument("--show", action="store_true", help="print rank 0's replies, with accepted draft tokens in green")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 0")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -128,23 +179,37 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
     if arguments.data:
         data = replace(data, held_out=tuple(arguments.data))
     default = EvaluationSection()
-    topk = arguments.topk or run.evaluation.topk
-    num_draft_tokens = arguments.num_draft_tokens
-    if num_draft_tokens is None and topk > 1:
-        num_draft_tokens = run.evaluation.num_draft_tokens
+    largest = max(shapes_of(arguments, run.evaluation), key=lambda shape: shape.num_steps)
     evaluation = EvaluationSection(
         num_prompts=arguments.num_prompts or run.evaluation.num_prompts or default.num_prompts,
         max_new_tokens=arguments.max_new_tokens or run.evaluation.max_new_tokens,
-        num_steps=arguments.num_steps or run.evaluation.num_steps,
-        topk=topk,
-        num_draft_tokens=num_draft_tokens,
-        tree_rule=arguments.tree_rule or run.evaluation.tree_rule,
+        num_steps=largest.num_steps,
+        topk=largest.topk,
+        num_draft_tokens=largest.num_draft_tokens,
+        tree_rule=largest.rule,
     )
     shared = run.parallel if num_ranks > 1 else replace(run.parallel, tp_size=1, ep_size=1)
     parallel = replace(shared, tp_size=arguments.tp_size or shared.tp_size, ep_size=arguments.ep_size or shared.ep_size)
     data = replace(data, cache_dir=data.cache_dir or str(user_cache()))
     loss = replace(run.loss, temperature=1.0)  # replies are the target's own, whatever the draft learned from
     return replace(run, target=target, data=data, evaluation=evaluation, parallel=parallel, loss=loss)
+
+
+def shapes_of(arguments: argparse.Namespace, section: EvaluationSection) -> list[TreeShape]:
+    """Return the shapes that are measured. Raises ConfigError if the sizes contradict each other."""
+    num_steps = arguments.num_steps or [section.num_steps]
+    topk = arguments.topk or [section.topk]
+    num_draft_tokens = arguments.num_draft_tokens
+    if num_draft_tokens is None and section.num_draft_tokens is not None:
+        num_draft_tokens = [section.num_draft_tokens]
+    rule = arguments.tree_rule or section.tree_rule
+    if max(len(num_steps), len(topk), len(num_draft_tokens or ())) > 1:
+        if num_draft_tokens is None and max(topk) > 1:
+            raise ValueError("--num_draft_tokens is missing: a grid with trees needs it, such as --num_draft_tokens 8 16 32")
+        return grid_shapes(num_steps, topk, num_draft_tokens or (), rule)
+    is_chain = topk == [1]
+    given = arguments.num_draft_tokens if is_chain else num_draft_tokens
+    return [TreeShape(num_steps[0], topk[0], given[0] if given else None, rule)]
 
 
 def check_target(method: DraftMethod, draft: DraftConfig, section: TargetSection) -> tuple[int, ...]:
@@ -194,8 +259,9 @@ def measure(
 ) -> dict[str, AcceptanceReport]:
     """Load the draft and the target, decode the prompts and print a table of the results.
 
-    Return the reports by drafter, on every rank.
+    Return the reports by drafter, on every rank; none for a grid, which `show_grid` writes.
     """
+    shapes = shapes_of(arguments, run.evaluation)
     telemetry = Telemetry(speaks=world.is_main)
     aux_layers = check_target(method, draft_config, run.target)
     tokenizer = load_tokenizer(run.target, run.data)
@@ -221,6 +287,15 @@ def measure(
         telemetry.console.print(asked, reply_text(generation, tokenizer), sep="\n")
 
     evaluator = AcceptanceEvaluator(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens)
+    if len(shapes) > 1:
+        draft_cost = arguments.draft_cost
+        if draft_cost is None:
+            draft_cost = method.count_weights(draft_config) / active_weights(run.target)
+        costs = CostModel(draft_cost, arguments.verify_cost)
+        measured = evaluator.measure_shapes(draft, shapes)
+        if world.is_main:
+            show_grid(measured, costs, run.target.path, arguments, telemetry)
+        return {}
     reports = {
         "draft": evaluator.measure_draft(draft, show if arguments.show else None),
         "prompt lookup": evaluator.measure_prompt_lookup(),
@@ -229,6 +304,50 @@ def measure(
     if any(report.mismatches for report in reports.values()):
         telemetry.note(f"Replies may differ where two tokens nearly tie in {dtype}; use --dtype float32 to find out.")
     return reports
+
+
+def active_weights(section: TargetSection) -> float:
+    """Return the number of the target's weights that one token uses, from its config."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text_config(load_target_config(section)))
+    return TargetCost(model, ALONE).num_active_weights
+
+
+def show_grid(
+    measured: Mapping[TreeShape, Mapping[str, AcceptanceReport]],
+    costs: CostModel,
+    target: str,
+    arguments: argparse.Namespace,
+    telemetry: Telemetry,
+) -> None:
+    """Print the best shapes with the commands that serve them, and write the grid.
+
+    The grid goes to `--json`, or into the folder of the draft's run, whose report then shows it.
+    """
+    cells = []
+    for shape, reports in measured.items():
+        cells.append(GridCell(shape, reports, costs.speed_up(shape, reports[ALL].acceptance_length)))
+    best = best_cell(cells)
+    telemetry.console.print(grid_table(cells, costs))
+    by_file = file_table(best)
+    if by_file is not None:
+        telemetry.console.print(by_file)
+    commands = serving_commands(best.shape, target, arguments.draft)
+    chains = [cell for cell in cells if cell.shape.is_chain]
+    if chains:
+        commands["vLLM"] = serving_commands(best_cell(chains).shape, target, arguments.draft)["vLLM"]
+    for server, command in commands.items():
+        telemetry.console.print(f"\n{server}:\n  {command}")
+    run_folder = arguments.draft.resolve().parent
+    is_of_run = (run_folder / RECIPE).is_file()
+    path = arguments.json
+    if path is None and is_of_run:
+        path = run_folder / GRID
+        write_grid(path, cells, costs)
+        write_run_page([run_folder], run_folder / PAGE)
+        telemetry.console.print(f"\nReport with these shapes: {run_folder / PAGE}")
+    elif path is not None:
+        write_grid(path, cells, costs)
 
 
 def main() -> None:
@@ -253,7 +372,7 @@ def main() -> None:
             job = join_job(environment, run.parallel, arguments.draft)
     with stopping_at_errors(world.rank) if job is None else job.ending_together():
         reports = measure(arguments, method, draft_config, run, world)
-        if arguments.json and world.is_main:
+        if arguments.json and world.is_main and reports:
             content = {name: report.to_dict() for name, report in reports.items()}
             write_json(arguments.json, content)
     if job is not None:

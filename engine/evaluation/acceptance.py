@@ -46,6 +46,11 @@ class Prompt:
     source: str
     token_ids: list[int]
 
+    @property
+    def file(self) -> str:
+        """Name of the file, without folders and ending."""
+        return Path(self.source.rpartition(":")[0]).stem
+
 
 @dataclass(frozen=True)
 class AcceptanceReport:

@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -143,6 +143,51 @@ def roofline_chart(title: str, points: Sequence[RoofPoint], roofs: Sequence[Roof
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     axes = '<span class="quiet">across: FLOP per byte of memory traffic, up: FLOP/s</span>'
     return f'<figure class="roofline"><figcaption>{label}{keys}</figcaption>{svg}<figcaption>{axes}</figcaption></figure>'
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Values over two named axes. cells: value by (row, column); cells may be missing."""
+
+    across: str
+    up: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    cells: Mapping[tuple[str, str], float]
+
+
+def heat_map(title: str, heat: HeatMap) -> str:
+    """Return a chart whose cells are darker the larger their values are, or "" without cells."""
+    if not heat.cells:
+        return ""
+    low = min(heat.cells.values())
+    spread = max(heat.cells.values()) - low or 1.0
+    width = (WIDTH - LEFT - RIGHT) / len(heat.columns)
+    height = (HEIGHT - TOP - BOTTOM) / len(heat.rows)
+    parts = []
+    for index, column in enumerate(heat.columns):
+        x = LEFT + (index + 0.5) * width
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{html.escape(column)}</text>')
+    for place, row in enumerate(heat.rows):
+        middle = TOP + (place + 0.5) * height
+        parts.append(f'<text x="{LEFT - 6}" y="{middle + 4:.1f}" text-anchor="end">{html.escape(row)}</text>')
+        for index, column in enumerate(heat.columns):
+            value = heat.cells.get((row, column))
+            if value is None:
+                continue
+            x = LEFT + index * width
+            opacity = 0.1 + 0.8 * (value - low) / spread
+            parts.append(
+                f'<rect class="heat" x="{x + 1:.1f}" y="{TOP + place * height + 1:.1f}" width="{width - 2:.1f}" '
+                f'height="{height - 2:.1f}" fill-opacity="{opacity:.2f}"/>'
+            )
+            parts.append(
+                f'<text class="cell" x="{x + width / 2:.1f}" y="{middle + 4:.1f}" text-anchor="middle">{value:.2f}</text>'
+            )
+    label = html.escape(title)
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    axes = f'<span class="quiet">across: {html.escape(heat.across)}, up: {html.escape(heat.up)}</span>'
+    return f"<figure><figcaption>{label}</figcaption>{svg}<figcaption>{axes}</figcaption></figure>"
 
 
 def number(value: float) -> str:

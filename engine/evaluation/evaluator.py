@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections import EvaluationSection
+from engine.config.tree_shape import TreeShape
 from engine.evaluation.acceptance import AcceptanceCounts, AcceptanceReport, Prompt, eos_ids, measure_acceptance
 from engine.evaluation.decoding import (
     Generation,
@@ -21,6 +22,7 @@ from engine.evaluation.decoding import (
     rolls_back,
     speculative_decode,
 )
+from engine.evaluation.grid import ALL
 from engine.evaluation.replay import batched_replies, greedy_replies, packed, replay
 from engine.evaluation.samples import Sample, sampled_prompts
 from engine.hidden_states.finite import fault_of, find_faults, place_names
@@ -64,6 +66,7 @@ class AcceptanceEvaluator:
         self._telemetry = telemetry
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids(target.model, tokenizer)
+        self._files = list(dict.fromkeys(prompt.file for prompt in prompts))
         self._prompts = prompts[world.rank :: world.size]
         self._max_tokens = max_tokens
         self._uses_cache = target.mesh.size == 1 and rolls_back(target)
@@ -88,7 +91,7 @@ class AcceptanceEvaluator:
 
         if self._replays:
             drafters = draft.propose_along(self._replies, self._section.tree, self._max_tokens)
-            return self._measure(self._replayed(drafters), "with the draft", keep)
+            return self._measure(self._replayed(drafters, self._section.num_steps), "with the draft", keep)
         return self._measure(self._decoded(lambda: draft.drafter(self._section.tree)), "with the draft", keep)
 
     @property
@@ -100,8 +103,28 @@ class AcceptanceEvaluator:
         """Measure acceptance with prompt lookup, the baseline without a draft."""
         if self._replays:
             drafters = [self._prompt_lookup() for _ in self._replies]
-            return self._measure(self._replayed(drafters), "with prompt lookup", None)
+            return self._measure(self._replayed(drafters, self._section.num_steps), "with prompt lookup", None)
         return self._measure(self._decoded(self._prompt_lookup), "with prompt lookup", None)
+
+    def measure_shapes(self, draft: ServedDraft, shapes: Sequence[TreeShape]) -> dict[TreeShape, dict[str, AcceptanceReport]]:
+        """Measure acceptance for several shapes, by replay: over all prompts (`ALL`), and per file if there are several.
+
+        shapes: with at most `evaluation.num_steps` steps.
+        """
+        names = [ALL]
+        if len(self._files) > 1:
+            names += self._files
+        measured = {}
+        with self._telemetry.progress(len(shapes), "shapes") as progress:
+            for shape, drafters in draft.propose_shapes(self._replies, shapes, self._max_tokens):
+                totals = {name: AcceptanceCounts.zero(shape.num_steps) for name in names}
+                for prompt, generation in zip(self._prompts, self._replayed(drafters, shape.num_steps), strict=True):
+                    counts = AcceptanceCounts.of(generation, None, shape.num_steps)
+                    for name in {ALL, prompt.file} & totals.keys():
+                        totals[name] += counts
+                measured[shape] = {name: self._summed(counts).report() for name, counts in totals.items()}
+                progress.advance("shapes of trees")
+        return {shape: measured[shape] for shape in shapes}
 
     def _prompt_lookup(self) -> PromptLookupDrafter:
         """Return the baseline, which drafts a chain as deep as the draft's tree."""
@@ -173,14 +196,14 @@ class AcceptanceEvaluator:
         (by_place,) = faults.by_place.tolist()
         return by_place.index(True) if any(by_place) else None
 
-    def _replayed(self, drafters: Sequence[Drafter]) -> Iterator[Generation]:
-        """Replay one drafter on each reply."""
+    def _replayed(self, drafters: Sequence[Drafter], num_steps: int) -> Iterator[Generation]:
+        """Replay one drafter on each reply. num_steps: largest depth of their trees."""
         for reply, drafter in zip(self._replies, drafters, strict=True):
             yield replay(
                 reply,
                 drafter,
                 max_new_tokens=self._section.max_new_tokens,
-                num_steps=self._section.num_steps,
+                num_steps=num_steps,
                 eos_ids=self._eos_ids,
             )
 
@@ -206,5 +229,9 @@ class AcceptanceEvaluator:
 
             num_steps = self._section.num_steps
             counts = measure_acceptance(self._prompts, generations, num_steps, plain=plain, on_reply=decoded)
+        return self._summed(counts).report()
+
+    def _summed(self, counts: AcceptanceCounts) -> AcceptanceCounts:
+        """Return the counts of all ranks; a collective."""
         total = self._world.sum(counts.to_tensor().to(self._world.device)).cpu()
-        return AcceptanceCounts.from_tensor(total).report()
+        return AcceptanceCounts.from_tensor(total)

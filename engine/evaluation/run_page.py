@@ -9,6 +9,7 @@ from pathlib import Path
 from engine.config.sections import RECIPE, SHOWN_TTT_STEPS
 from engine.evaluation.charts import Bar, Line, line_chart, stacked_bars
 from engine.evaluation.page_files import files_section, warnings_section
+from engine.evaluation.page_grid import grid_section
 from engine.evaluation.page_outcome import acceptance, comparison, tiles
 from engine.evaluation.page_parts import PART_NAMES, escaped, guarded, of_run, suffix
 from engine.evaluation.page_roofline import roofline_section
@@ -48,6 +49,8 @@ def run_page(runs: Sequence[RunRecord]) -> str:
     for run in runs:
         body.append(guarded("The least time of a step", partial(roofline_section, run, runs)))
     body.append(guarded("Acceptance", partial(acceptance, runs)))
+    for run in runs:
+        body.append(guarded("Shapes of trees", partial(grid_section, run, runs)))
     for run in runs:
         body.append(guarded("Replies to held-out prompts", partial(samples_section, run, runs)))
     for run in runs:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from engine.config.sections import METRICS, RECIPE, WARNINGS
+from engine.evaluation.grid import GRID
 from engine.evaluation.history import EVALUATIONS
 from engine.evaluation.report import SUMMARY
 from engine.evaluation.samples import SAMPLES
@@ -39,6 +40,7 @@ class RunRecord:
     metrics, evaluations: lines of the files, each with a step. samples, warnings: lines of the files.
     summary: None = the run has not ended. work: counted work of a step; None = unknown.
     config: the recipe as text. notes: what could not be read.
+    grid: acceptance for several shapes of trees; None = not measured.
     title: instead of the folder's name, where two runs have the same one.
     """
 
@@ -52,6 +54,7 @@ class RunRecord:
     config: str
     notes: Sequence[str] = ()
     title: str = ""
+    grid: Line | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord":
@@ -69,6 +72,7 @@ class RunRecord:
             summary=reader.facts(SUMMARY),
             work=reader.facts(WORK),
             config=reader.text(RECIPE) or "",
+            grid=reader.facts(GRID),
             notes=tuple(reader.notes),
         )
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.config.sections import EvaluationSection
+from engine.config.tree_shape import TreeShape
 from engine.evaluation.acceptance import AcceptanceReport, Prompt
 from engine.evaluation.decoding import plain_decode
 from engine.evaluation.evaluator import BATCH_SIZE, AcceptanceEvaluator
@@ -61,6 +62,35 @@ def test_prompts_decoded_together_give_the_report_of_one_by_one(batch_size, monk
     together = measure(World.alone(), "llama", 1)
     untimed = {"tokens_per_s": None, "plain_tokens_per_s": None, "mismatches": None}
     assert together == [replace(report, **untimed) for report in alone]
+
+
+SHAPES = (TreeShape(3), TreeShape(1, 2, 3), TreeShape(3, 2, 5), TreeShape(2, 2, 7, "sglang"))
+
+
+def measure_shapes(world: World, tp_size: int) -> dict[TreeShape, dict[str, AcceptanceReport]]:
+    target = tiny_target("llama", TargetMesh.make(world, tp_size, 1))
+    asked = [
+        *PROMPTS[:3],
+        *(replace(prompt, source=prompt.source.replace("file", "folder/other.jsonl")) for prompt in PROMPTS[3:]),
+    ]
+    held_out = AcceptanceEvaluator(SECTION, target, TOKENIZER, asked, world, Telemetry(speaks=False), max_tokens=50)
+    return held_out.measure_shapes(random_draft(tiny_target("llama")), SHAPES)
+
+
+def test_a_grid_gives_each_shape_its_own_report_and_each_file_its_part():
+    alone = measure_shapes(World.alone(), 1)
+    assert list(alone) == list(SHAPES)
+    for shape, reports in alone.items():
+        sizes = {"num_steps": shape.num_steps, "topk": shape.topk, "num_draft_tokens": shape.num_draft_tokens}
+        section = replace(SECTION, **sizes, tree_rule=shape.rule, prompts_per_batch=2)
+        target = tiny_target("llama")
+        held_out = AcceptanceEvaluator(section, target, TOKENIZER, PROMPTS, World.alone(), Telemetry(speaks=False), 50)
+        assert reports["all"] == held_out.measure_draft(random_draft(target))
+        assert set(reports) == {"all", "file", "other"}
+        parts = [report for name, report in reports.items() if name != "all"]
+        assert sum(report.num_tokens for report in parts) == reports["all"].num_tokens
+        assert [report.num_prompts for report in parts] == [3, 2]
+    assert run_ranks(measure_shapes, 2, 2) == [alone, alone]
 
 
 def test_a_target_whose_cache_cannot_roll_back_is_measured_too():

@@ -102,6 +102,30 @@ def test_the_command_line_replaces_the_settings_of_the_run(run, tmp_path, monkey
     assert "<user> w0 w2 w3 <end> <assistant>" in printed and "<user> w3 w2 w3 <end> <assistant>" in printed
 
 
+def test_several_sizes_measure_a_grid_that_the_report_shows(run, tmp_path, monkeypatch, capsys):
+    sizes = ["--num_steps", 1, 3, "--topk", 1, 2, "--num_draft_tokens", 3, 6]
+    measure(monkeypatch, "--draft", run / "draft", *sizes, "--verify_cost", 0.5)
+    printed = capsys.readouterr().out
+    grid = json.loads((run / "acceptance_grid.json").read_text())
+    assert len(grid["cells"]) == 5 and grid["verify_cost"] == 0.5 and 0 < grid["draft_cost"] < 10
+    assert {(cell["num_steps"], cell["topk"], cell["num_draft_tokens"]) for cell in grid["cells"]} == {
+        (1, 1, 2),
+        (3, 1, 4),
+        (1, 2, 3),
+        (3, 2, 3),
+        (3, 2, 6),
+    }
+    best = max(grid["cells"], key=lambda cell: cell["speed_up"])
+    assert f"--speculative-num-steps {best['num_steps']} --speculative-eagle-topk {best['topk']}" in printed
+    assert "vllm serve" in printed and "Shapes of trees" in (run / "report.html").read_text()
+    measure(monkeypatch, "--draft", run / "draft", *sizes[:3], "--draft_cost", 0.1, "--json", tmp_path / "grid.json")
+    assert [cell["topk"] for cell in json.loads((tmp_path / "grid.json").read_text())["cells"]] == [1, 1]
+    with pytest.raises(SystemExit, match="--num_draft_tokens is missing"):
+        measure(monkeypatch, "--draft", run / "draft", "--topk", 1, 2)
+    with pytest.raises(SystemExit, match="num_draft_tokens = 9"):
+        measure(monkeypatch, "--draft", run / "draft", "--num_steps", 1, "--topk", 2, "--num_draft_tokens", 9)
+
+
 def test_a_draft_far_from_its_run_is_measured_once_target_and_data_are_named(run, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "elsewhere" / "draft"
     copy.mkdir(parents=True)

@@ -1,0 +1,153 @@
+"""Acceptance for a grid of tree shapes, and the shape that a cost model of serving prefers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from engine.config.strict import ConfigError
+from engine.config.tree_shape import TreeRule, TreeShape
+from engine.evaluation.acceptance import AcceptanceReport
+from engine.host.files import write_json
+
+GRID = "acceptance_grid.json"  # file in a run's folder
+ALL = "all"  # name of the report over all files of prompts
+MOST_SHOWN = 20  # shapes in the printed table
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Times of a server, each divided by that of a target forward that reads one token.
+
+    draft_step: of a step of the draft. verify_token: of each further token that a target forward
+    reads. At small batches both sides wait for their weights, so a step costs about as much of a
+    target forward as the draft has of the weights that the forward reads, and further tokens are
+    almost free. At large batches they cost more.
+    """
+
+    draft_step: float
+    verify_token: float = 0.0
+
+    def speed_up(self, shape: TreeShape, acceptance_length: float) -> float:
+        """Return the predicted speed, divided by that of decoding without a draft."""
+        return acceptance_length / (1 + self.draft_step * shape.num_steps + self.verify_token * shape.num_nodes)
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """What was measured for one shape. reports: over all prompts (`ALL`), and per file of prompts if there are several."""
+
+    shape: TreeShape
+    reports: Mapping[str, AcceptanceReport]
+    speed_up: float
+
+    @property
+    def report(self) -> AcceptanceReport:
+        return self.reports[ALL]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the cell as plain values, for JSON."""
+        sizes = {
+            "num_steps": self.shape.num_steps,
+            "topk": self.shape.topk,
+            "num_draft_tokens": self.shape.num_nodes + 1,
+            "tree_rule": self.shape.rule,
+        }
+        return {**sizes, "speed_up": self.speed_up, "reports": {name: one.to_dict() for name, one in self.reports.items()}}
+
+
+def grid_shapes(
+    num_steps: Sequence[int], topk: Sequence[int], num_draft_tokens: Sequence[int], rule: TreeRule
+) -> list[TreeShape]:
+    """Return all possible shapes of these sizes. A chain ignores `num_draft_tokens`, which it determines.
+
+    Raises ConfigError if there is none.
+    """
+    shapes = list(dict.fromkeys(_possible(num_steps, topk, num_draft_tokens, rule)))
+    if not shapes:
+        problem = (
+            f"evaluation.num_steps = {list(num_steps)} and evaluation.topk = {list(topk)} allow no tree of that many tokens"
+        )
+        raise ConfigError(problem, key="evaluation.num_draft_tokens", value=list(num_draft_tokens))
+    return shapes
+
+
+def _possible(
+    num_steps: Sequence[int], topk: Sequence[int], num_draft_tokens: Sequence[int], rule: TreeRule
+) -> Iterator[TreeShape]:
+    for steps, width in product(sorted(num_steps), sorted(topk)):
+        if width == 1:
+            yield TreeShape(steps, rule=rule)
+            continue
+        most = width + width**2 * (steps - 1) + 1
+        for count in sorted(num_draft_tokens):
+            if 2 <= count <= most:
+                yield TreeShape(steps, width, count, rule)
+
+
+def best_cell(cells: Sequence[GridCell]) -> GridCell:
+    """Return the cell with the largest predicted speed-up; of equal ones, the first."""
+    return max(cells, key=lambda cell: cell.speed_up)
+
+
+def grid_table(cells: Sequence[GridCell], costs: CostModel) -> Table:
+    """Return a table of the cells with the largest predicted speed-ups, best first."""
+    some = cells[0].report
+    shown = sorted(cells, key=lambda cell: -cell.speed_up)[:MOST_SHOWN]
+    left_out = f"; the best {len(shown)} of {len(cells)} shapes" if len(shown) < len(cells) else ""
+    title = f"Greedy decoding of {some.num_prompts} held-out prompts{left_out}"
+    caption = (
+        f"predicted for draft steps of {costs.draft_step:.3g} and further tokens of {costs.verify_token:.3g} target forwards"
+    )
+    table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("steps", "topk", "draft\ntokens", "acceptance\nlength", "accepted %\nby depth", "predicted\nspeed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cell in shown:
+        shape = cell.shape
+        report = cell.report
+        length = f"{report.acceptance_length:.2f}"
+        if report.confidence is not None:
+            length += f" ±{report.confidence:.2f}"
+        depths = " ".join("-" if share is None else f"{100 * share:.0f}" for share in report.acceptance_per_depth)
+        sizes = (shape.num_steps, shape.topk, shape.num_nodes + 1)
+        table.add_row(*map(str, sizes), length, depths, f"{cell.speed_up:.2f}x")
+    return table
+
+
+def file_table(cell: GridCell) -> Table | None:
+    """Return a table of the acceptance per file of prompts, or None if there is one file."""
+    names = [name for name in cell.reports if name != ALL]
+    if not names:
+        return None
+    table = Table(title=f"Acceptance of {cell.shape} by file", box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("prompts of", "number", "acceptance length"):
+        table.add_column(heading, justify="left" if heading == "prompts of" else "right")
+    for name in names:
+        report = cell.reports[name]
+        spread = "" if report.confidence is None else f" ±{report.confidence:.2f}"
+        table.add_row(name, str(report.num_prompts), f"{report.acceptance_length:.2f}{spread}")
+    return table
+
+
+def serving_commands(shape: TreeShape, target: str, draft: Path) -> dict[str, str]:
+    """Return the commands that serve a draft with this shape, by server. vLLM drafts chains only."""
+    sglang = (
+        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 "
+        f"--speculative-draft-model-path {draft} --speculative-num-steps {shape.num_steps} "
+        f"--speculative-eagle-topk {shape.topk} --speculative-num-draft-tokens {shape.num_nodes + 1}"
+    )
+    commands = {"SGLang": sglang}
+    if shape.is_chain:
+        config = f'{{"method": "eagle3", "model": "{draft}", "num_speculative_tokens": {shape.num_steps}}}'
+        commands["vLLM"] = f"vllm serve {target} --speculative-config '{config}'"
+    return commands
+
+
+def write_grid(path: Path, cells: Sequence[GridCell], costs: CostModel) -> None:
+    """Write the cells and the cost model as JSON. Raises WriteError."""
+    content = {"draft_cost": costs.draft_step, "verify_cost": costs.verify_token, "cells": [cell.to_dict() for cell in cells]}
+    write_json(path, content)
