@@ -35,6 +35,7 @@ from engine.data.templates import load_tokenizer, template_token_ids
 from engine.evaluation.acceptance import Prompt, check_prompts, read_prompts
 from engine.evaluation.evaluator import AcceptanceEvaluator
 from engine.evaluation.history import EvaluationHistory
+from engine.evaluation.model_card import write_model_card
 from engine.evaluation.remote_evaluator import RemoteEvaluator
 from engine.evaluation.report import PAGE, SUMMARY, RunReport
 from engine.evaluation.run_page import write_run_page
@@ -550,6 +551,13 @@ class Trainer:
             write_run_page([self.output_dir], self.output_dir / PAGE)
         except (ValueError, OSError, ArithmeticError, LookupError, TypeError) as error:
             self.telemetry.warn(f"  {PAGE} was not written: {type(error).__name__}: {error}")
+
+    def write_card(self) -> None:
+        """Write the model card of the exported draft, on rank 0. A failure is a warning."""
+        try:
+            write_model_card(self.output_dir, self.output_dir / DRAFT)
+        except (ValueError, OSError, LookupError, TypeError) as error:
+            self.telemetry.warn(f"  the model card was not written: {type(error).__name__}: {error}")
 
     def training_facts(self, zero: TrainedDraft) -> Training:
         return Training(

@@ -1,4 +1,4 @@
-"""Export the draft of a checkpoint for SGLang: in one process, without a GPU, for any ZeRO stage.
+"""Export the draft of a checkpoint for SGLang and vLLM: in one process, without a GPU, for any ZeRO stage.
 
     python launcher/export_draft.py --run outputs/run [--tag step_100] [--output FOLDER] [--plugins FILE ...]
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config.recipe import load_config
 from engine.config.sections import CHECKPOINTS, DRAFT, RECIPE, TargetSection
+from engine.evaluation.model_card import write_model_card
 from engine.host.checkpoint_files import COMPLETE
 from engine.models.draft_folder import VOCAB, check_replaceable, load_vocab_facts, load_vocab_map
 from engine.models.draft_method import DraftConfig
@@ -121,6 +122,7 @@ def export(
     embed_weight_VD = read_embedding(recipe.target, config) if method.ships_embedding(config) else None
     weights = consolidated_weights(run / CHECKPOINTS, tag)
     method.export(folder, weights.items(), config, load_vocab_map(run / VOCAB), embed_weight_VD)
+    write_model_card(run, folder, measured=False)
     return tag, folder
 
 
@@ -130,7 +132,7 @@ def main() -> None:
         tag, folder = export(arguments.run, arguments.tag, arguments.output, arguments.plugins, arguments.trust_remote_code)
     except (ValueError, OSError) as error:
         sys.exit(f"export_draft.py: {error}")
-    print(f"Draft of {tag}, ready for SGLang: {folder}")
+    print(f"Draft of {tag}, ready for SGLang and vLLM: {folder}")
 
 
 if __name__ == "__main__":

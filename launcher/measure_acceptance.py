@@ -45,6 +45,7 @@ from engine.evaluation.grid import (
 )
 from engine.evaluation.report import PAGE, acceptance_table
 from engine.evaluation.run_page import write_run_page
+from engine.evaluation.sampling import Sampling
 from engine.hidden_states.sources import OnlineSource
 from engine.hidden_states.store_format import Manifest
 from engine.host.files import write_json
@@ -103,6 +104,11 @@ def parse_arguments() -> argparse.Namespace:
         "--tree_rule",
         choices=get_args(TreeRule),
         help="keys that a node of a tree attends to in the draft: its ancestors', or as in SGLang; default: the run's",
+    )
+    parser.add_argument("--temperature", type=_share, default=0.0, help="of sampled replies; default: 0, greedy decoding")
+    parser.add_argument("--top_k", type=_positive, help="most likely tokens that sampling chooses among; default: all")
+    parser.add_argument(
+        "--top_p", type=_share, default=1.0, help="probability of the tokens that sampling chooses among; default: 1"
     )
     parser.add_argument("--max_new_tokens", type=_positive, help="tokens generated per prompt; default: the run's")
     parser.add_argument(
@@ -212,6 +218,15 @@ def shapes_of(arguments: argparse.Namespace, section: EvaluationSection) -> list
     return [TreeShape(num_steps[0], topk[0], given[0] if given else None, rule)]
 
 
+def sampling_of(arguments: argparse.Namespace) -> Sampling:
+    """Return how the target chooses tokens. Raises ValueError for settings that contradict each other."""
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    is_restricted = sampling.top_k is not None or sampling.top_p < 1
+    if sampling.is_greedy and is_restricted:
+        raise ValueError("--top_k and --top_p restrict sampled replies; add --temperature, such as --temperature 0.7")
+    return sampling
+
+
 def check_target(method: DraftMethod, draft: DraftConfig, section: TargetSection) -> tuple[int, ...]:
     """Return the layers of the target that the draft reads.
 
@@ -262,6 +277,8 @@ def measure(
     Return the reports by drafter, on every rank; none for a grid, which `show_grid` writes.
     """
     shapes = shapes_of(arguments, run.evaluation)
+    if len(shapes) > 1 and not sampling_of(arguments).is_greedy:
+        raise ValueError("a grid is measured on greedy replies; delete --temperature, or give one value per size")
     telemetry = Telemetry(speaks=world.is_main)
     aux_layers = check_target(method, draft_config, run.target)
     tokenizer = load_tokenizer(run.target, run.data)
@@ -286,7 +303,8 @@ def measure(
         asked = Text(shown(prompt.token_ids, tokenizer), style="dim")
         telemetry.console.print(asked, reply_text(generation, tokenizer), sep="\n")
 
-    evaluator = AcceptanceEvaluator(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens)
+    sampling = sampling_of(arguments)
+    evaluator = AcceptanceEvaluator(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens, sampling)
     if len(shapes) > 1:
         draft_cost = arguments.draft_cost
         if draft_cost is None:
@@ -300,7 +318,7 @@ def measure(
         "draft": evaluator.measure_draft(draft, show if arguments.show else None),
         "prompt lookup": evaluator.measure_prompt_lookup(),
     }
-    telemetry.console.print(acceptance_table(reports))
+    telemetry.console.print(acceptance_table(reports, "Greedy decoding" if sampling.is_greedy else "Sampled replies"))
     if any(report.mismatches for report in reports.values()):
         telemetry.note(f"Replies may differ where two tokens nearly tie in {dtype}; use --dtype float32 to find out.")
     return reports

@@ -138,6 +138,7 @@ def main() -> None:
             if world.is_main:
                 report.save()
                 trainer.write_page()
+                trainer.write_card()
                 report.show(trainer.telemetry.console, flags_of(config), config.draft.method in DRAFT_METHODS)
     job.leave()
 

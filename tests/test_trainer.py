@@ -81,9 +81,9 @@ def test_two_ranks_train_export_and_measure(tmp_path, tiny_target, tiny_corpus):
     assert "reloaded: largest logit difference 0.0e+00" in printed
     rows = [line.split("  ")[0] for line in printed.splitlines() if line.rstrip().endswith("0 of 2")]
     assert rows == ["untrained draft", "trained draft", "prompt lookup"]
-    assert f"Draft, ready for SGLang: {tmp_path / 'draft'}" in printed and "Next:" in printed
+    assert f"Draft, ready for SGLang and vLLM: {tmp_path / 'draft'}" in printed and "Next:" in printed
     assert {path.name for path in tmp_path.iterdir()} >= {"config.yaml", "ds_config.json", "metrics.jsonl", "summary.json"}
-    assert {path.name for path in (tmp_path / "draft").iterdir()} == {"model.safetensors", "config.json"}
+    assert {path.name for path in (tmp_path / "draft").iterdir()} == {"model.safetensors", "config.json", "README.md"}
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert json.loads((tmp_path / "ds_config.json").read_text())["scheduler"]["params"]["total_num_steps"] == len(lines)

@@ -4,6 +4,7 @@ Both a training run and `measure_acceptance.py` use it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import compress, count
 from typing import TypeVar
@@ -25,6 +26,7 @@ from engine.evaluation.decoding import (
 from engine.evaluation.grid import ALL
 from engine.evaluation.replay import batched_replies, greedy_replies, packed, replay
 from engine.evaluation.samples import Sample, sampled_prompts
+from engine.evaluation.sampling import GREEDY, Sampling
 from engine.hidden_states.finite import fault_of, find_faults, place_names
 from engine.host.telemetry import Telemetry
 from engine.models.draft_method import ServedDraft
@@ -46,6 +48,8 @@ class AcceptanceEvaluator:
     timing. A sharded target, one whose cache cannot be rolled back, and one that cannot read the
     trees that are drafted always use replay.
 
+    Sampled replies are decoded one at a time as well, and not compared. Each prompt has its own seed.
+
     Prompts for which the target's states are not finite are named and excluded from every report.
     """
 
@@ -58,8 +62,14 @@ class AcceptanceEvaluator:
         world: World,
         telemetry: Telemetry,
         max_tokens: int,
+        sampling: Sampling = GREEDY,
     ) -> None:
-        """Create an evaluator. max_tokens: limit of tokens in a forward without a cache."""
+        """Create an evaluator.
+
+        max_tokens: limit of tokens in a forward without a cache. sampling: how the target chooses tokens.
+        Raises ValueError if sampled replies are asked for, which need decoding, and the target cannot decode speculatively.
+        """
+        self._sampling = sampling
         self._section = section
         self._target = target
         self._world = world
@@ -72,7 +82,11 @@ class AcceptanceEvaluator:
         self._uses_cache = target.mesh.size == 1 and rolls_back(target)
         decodes_trees = section.tree.is_chain or reads_trees(target)
         self._batch_size = section.prompts_per_batch or BATCH_SIZE[target.device.type]
-        self._replays = not self._uses_cache or not decodes_trees or self._batch_size > 1
+        can_decode = self._uses_cache and decodes_trees
+        if not sampling.is_greedy and not can_decode:
+            problem = "this target cannot decode speculatively here, so only greedy replies can be measured"
+            raise ValueError(f"{problem}; use temperature 0")
+        self._replays = sampling.is_greedy and not (can_decode and self._batch_size == 1)
         self._kept: list[tuple[Prompt, Generation]] = []  # some of the draft measured last
 
     def measure_draft(self, draft: ServedDraft, on_reply: OnReply | None = None) -> AcceptanceReport:
@@ -209,17 +223,18 @@ class AcceptanceEvaluator:
 
     def _decoded(self, make_drafter: Callable[[], Drafter]) -> Iterator[Generation]:
         """Decode the prompts one at a time, each with a new drafter."""
-        for prompt in self._prompts:
+        for index, prompt in enumerate(self._prompts):
             yield speculative_decode(
                 self._target,
                 make_drafter(),
                 prompt.token_ids,
                 max_new_tokens=self._section.max_new_tokens,
                 eos_ids=self._eos_ids,
+                sampling=replace(self._sampling, seed=self._sampling.seed + index),
             )
 
     def _measure(self, generations: Iterator[Generation], drafting: str, on_reply: OnReply | None) -> AcceptanceReport:
-        plain = None if self._replays else self._plain
+        plain = None if self._replays or not self._sampling.is_greedy else self._plain
         with self._telemetry.progress(len(self._prompts), "prompts") as progress:
 
             def decoded(prompt: Prompt, generation: Generation) -> None:

@@ -54,7 +54,7 @@ class RunReport:
             console.print(
                 f"Left out because the target's states are not finite: {len(self.left_out)} documents, listed in {SUMMARY}"
             )
-        ready = "Draft, ready for SGLang" if is_shipped_method else "Draft"
+        ready = "Draft, ready for SGLang and vLLM" if is_shipped_method else "Draft"
         console.print(f"{ready}: {self.output_dir / DRAFT}\nReport: {self.output_dir / PAGE}\n\nNext:")
         timed = self.after is None or self.after.num_prompts == 0 or self.after.tokens_per_s is not None
         # A target that was not timed may need all ranks.
@@ -68,14 +68,16 @@ class RunReport:
         console.print("  python launcher/train.py --help")
 
 
-def acceptance_table(reports: dict[str, AcceptanceReport]) -> Table:
-    """Return a table of acceptance and speed per way of drafting, next to plain greedy decoding.
+def acceptance_table(reports: dict[str, AcceptanceReport], replies: str = "Greedy decoding") -> Table:
+    """Return a table of acceptance and speed per way of drafting, next to plain decoding.
+
+    replies: how they were decoded, for the title.
 
     It fits 80 columns with five drafted tokens.
     """
     some = next(iter(reports.values()))
     table = Table(
-        title=f"Greedy decoding of {some.num_prompts} held-out prompts, {some.num_tokens} tokens",
+        title=f"{replies} of {some.num_prompts} held-out prompts, {some.num_tokens} tokens",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
         show_edge=False,

@@ -16,13 +16,14 @@ from engine.host.files import write_json, write_tensors, write_whole, writing
 from engine.models.vocab_map import VocabMap
 
 WEIGHTS = "model.safetensors"
+CARD = "README.md"  # the model card, which need not exist
 CONFIG = "config.json"
 VOCAB = "vocab_map.safetensors"
 
 
 def check_replaceable(folder: Path) -> None:
     """Raise ValueError if `folder`, which export would replace, holds anything but an export."""
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG}):
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS, CONFIG, CARD}):
         raise ValueError(f"{folder} exists and is no exported draft; it would be replaced, so name another folder")
 
 

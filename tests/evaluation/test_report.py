@@ -59,7 +59,7 @@ def report(tmp_path) -> RunReport:
 
 def test_the_summary_names_the_draft_and_what_to_do_next(report):
     text = printed(report.show, width=400)
-    assert f"Draft, ready for SGLang: {report.output_dir / 'draft'}" in text and "Next:" in text
+    assert f"Draft, ready for SGLang and vLLM: {report.output_dir / 'draft'}" in text and "Next:" in text
     assert all(name in text for name in ("untrained draft", "trained draft", "prompt lookup", "reading the data 1 s"))
 
 

@@ -102,6 +102,20 @@ def test_the_command_line_replaces_the_settings_of_the_run(run, tmp_path, monkey
     assert "<user> w0 w2 w3 <end> <assistant>" in printed and "<user> w3 w2 w3 <end> <assistant>" in printed
 
 
+def test_sampled_replies_are_measured_too(run, tmp_path, monkeypatch, capsys):
+    options = ["--temperature", 0.8, "--top_k", 5, "--top_p", 0.9, "--json", tmp_path / "report.json"]
+    measure(monkeypatch, "--draft", run / "draft", *options)
+    report = json.loads((tmp_path / "report.json").read_text())["draft"]
+    assert report["num_prompts"] == 4 and report["mismatches"] is None and report["tokens_per_s"] > 0
+    assert "Sampled replies of 4" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="add --temperature"):
+        measure(monkeypatch, "--draft", run / "draft", "--top_k", 5)
+    with pytest.raises(SystemExit, match="delete --temperature"):
+        measure(monkeypatch, "--draft", run / "draft", "--num_steps", 1, 2, "--temperature", 1)
+    with pytest.raises(SystemExit, match="top_p=2"):
+        measure(monkeypatch, "--draft", run / "draft", "--top_p", 2, "--temperature", 1)
+
+
 def test_several_sizes_measure_a_grid_that_the_report_shows(run, tmp_path, monkeypatch, capsys):
     sizes = ["--num_steps", 1, 3, "--topk", 1, 2, "--num_draft_tokens", 3, 6]
     measure(monkeypatch, "--draft", run / "draft", *sizes, "--verify_cost", 0.5)
