@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.config.recipe import load_config
 from engine.config.sections import RECIPE, Config, EvaluationSection, TargetSection
 from engine.config.tree_shape import TreeRule, TreeShape
+from engine.conversations.prompt_sets import PROMPT_SETS, fetch_prompt_set
 from engine.data.segments import decoded
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import AcceptanceReport, Prompt, check_prompts, held_out_prompts
@@ -37,9 +38,9 @@ from engine.evaluation.grid import (
     CostModel,
     GridCell,
     best_cell,
-    file_table,
     grid_shapes,
     grid_table,
+    group_table,
     serving_commands,
     write_grid,
 )
@@ -80,7 +81,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--draft", type=Path, required=True, help="folder of the exported draft")
     parser.add_argument("--target", help="Hugging Face folder or hub id of the target; default: the run's")
-    parser.add_argument("--data", nargs="+", help="JSONL conversation files with prompts; default: the run's held-out files")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="JSONL files with conversations or with the questions of a benchmark, or names of sets that are downloaded: "
+        f"{', '.join(PROMPT_SETS)}; default: the run's held-out files",
+    )
     parser.add_argument("--num_prompts", type=_positive, help="prompts decoded; default: the run's")
     parser.add_argument(
         "--num_steps",
@@ -183,7 +190,9 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
     if arguments.dtype:
         target = replace(target, dtype=arguments.dtype)
     if arguments.data:
-        data = replace(data, held_out=tuple(arguments.data))
+        folder = Path(data.cache_dir or user_cache()) / "prompt_sets"
+        files = [str(fetch_prompt_set(name, folder)) if name in PROMPT_SETS else name for name in arguments.data]
+        data = replace(data, held_out=tuple(files))
     default = EvaluationSection()
     largest = max(shapes_of(arguments, run.evaluation), key=lambda shape: shape.num_steps)
     evaluation = EvaluationSection(
@@ -347,9 +356,9 @@ def show_grid(
         cells.append(GridCell(shape, reports, costs.speed_up(shape, reports[ALL].acceptance_length)))
     best = best_cell(cells)
     telemetry.console.print(grid_table(cells, costs))
-    by_file = file_table(best)
-    if by_file is not None:
-        telemetry.console.print(by_file)
+    by_group = group_table(best)
+    if by_group is not None:
+        telemetry.console.print(by_group)
     commands = serving_commands(best.shape, target, arguments.draft)
     chains = [cell for cell in cells if cell.shape.is_chain]
     if chains:

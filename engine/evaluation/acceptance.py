@@ -16,6 +16,7 @@ from engine.data.dataset import check_template
 from engine.data.documents import evenly_spread, outside_vocabulary
 from engine.data.messages import BadSample, on_sample, parse, read_messages, written_text
 from engine.data.preformatted import Markers
+from engine.data.questions import category_of, with_conversation
 from engine.data.template_input import accepted_roles
 from engine.data.templates import ChatTemplate
 from engine.evaluation.decoding import Generation
@@ -41,15 +42,18 @@ class Prompt:
 
     source: the file and line it comes from, as `file:line`.
     token_ids: the prompt's token ids; they end with the generation prompt.
+    category: the kind of question that a benchmark names; None = it names none.
     """
 
     source: str
     token_ids: list[int]
+    category: str | None = None
 
     @property
-    def file(self) -> str:
-        """Name of the file, without folders and ending."""
-        return Path(self.source.rpartition(":")[0]).stem
+    def group(self) -> str:
+        """What its acceptance is reported with: its file, without folders and ending, and its category."""
+        file = Path(self.source.rpartition(":")[0]).stem
+        return file if self.category is None else f"{file}: {self.category}"
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,7 @@ def held_out_prompts(
     """Return `count` prompts spread evenly over JSONL conversations.
 
     Returns all prompts if there are fewer. The choice is deterministic. A prompt consists of the
-    turns before the first assistant turn.
+    turns before the first assistant turn. Rows of benchmarks, see `engine/data/questions.py`, are read too.
     Conversations are skipped if they cannot be read, start with the assistant, or are refused by
     the chat template.
     Raises ValueError for a missing file, files without any prompt, or a tokenizer without a
@@ -260,8 +264,10 @@ def held_out_prompts(
         try:
             with path.open("rb") as file:
                 file.seek(offset)
-                text = _prompt_text(parse(file.readline()), tokenizer, template_kwargs)
-            prompts.append(Prompt(source, on_sample(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"]))
+                sample = parse(file.readline())
+            text = _prompt_text(with_conversation(sample), tokenizer, template_kwargs)
+            token_ids = on_sample(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"]
+            prompts.append(Prompt(source, token_ids, category_of(sample)))
         except BadSample as error:
             problem = f"{source} {error}"
     if not prompts:
@@ -291,7 +297,7 @@ def _openings(path: Path) -> Iterator[tuple[Path, int, int]]:
             offset = next_offset
             next_offset = next_offset + len(line)
             try:
-                sample = parse(line)
+                sample = with_conversation(parse(line))
                 if written_text(sample) is None:
                     before = itertools.takewhile(lambda message: message["role"] != "assistant", read_messages(sample)[0])
                     if all(message["role"] != "user" for message in before):

@@ -76,7 +76,7 @@ class AcceptanceEvaluator:
         self._telemetry = telemetry
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids(target.model, tokenizer)
-        self._files = list(dict.fromkeys(prompt.file for prompt in prompts))
+        self._groups = list(dict.fromkeys(prompt.group for prompt in prompts))
         self._prompts = prompts[world.rank :: world.size]
         self._max_tokens = max_tokens
         self._uses_cache = target.mesh.size == 1 and rolls_back(target)
@@ -121,20 +121,22 @@ class AcceptanceEvaluator:
         return self._measure(self._decoded(self._prompt_lookup), "with prompt lookup", None)
 
     def measure_shapes(self, draft: ServedDraft, shapes: Sequence[TreeShape]) -> dict[TreeShape, dict[str, AcceptanceReport]]:
-        """Measure acceptance for several shapes, by replay: over all prompts (`ALL`), and per file if there are several.
+        """Measure acceptance for several shapes, by replay.
+
+        Returns a report over all prompts (`ALL`), and one per file and category if there are several.
 
         shapes: with at most `evaluation.num_steps` steps.
         """
         names = [ALL]
-        if len(self._files) > 1:
-            names += self._files
+        if len(self._groups) > 1:
+            names += self._groups
         measured = {}
         with self._telemetry.progress(len(shapes), "shapes") as progress:
             for shape, drafters in draft.propose_shapes(self._replies, shapes, self._max_tokens):
                 totals = {name: AcceptanceCounts.zero(shape.num_steps) for name in names}
                 for prompt, generation in zip(self._prompts, self._replayed(drafters, shape.num_steps), strict=True):
                     counts = AcceptanceCounts.of(generation, None, shape.num_steps)
-                    for name in {ALL, prompt.file} & totals.keys():
+                    for name in {ALL, prompt.group} & totals.keys():
                         totals[name] += counts
                 measured[shape] = {name: self._summed(counts).report() for name, counts in totals.items()}
                 progress.advance("shapes of trees")

@@ -39,7 +39,7 @@ class CostModel:
 
 @dataclass(frozen=True)
 class GridCell:
-    """What was measured for one shape. reports: over all prompts (`ALL`), and per file of prompts if there are several."""
+    """What was measured for one shape. reports: over all prompts (`ALL`), and per file and category if there are several."""
 
     shape: TreeShape
     reports: Mapping[str, AcceptanceReport]
@@ -118,12 +118,12 @@ def grid_table(cells: Sequence[GridCell], costs: CostModel) -> Table:
     return table
 
 
-def file_table(cell: GridCell) -> Table | None:
-    """Return a table of the acceptance per file of prompts, or None if there is one file."""
+def group_table(cell: GridCell) -> Table | None:
+    """Return a table of the acceptance per file and category of prompts, or None if there is one group."""
     names = [name for name in cell.reports if name != ALL]
     if not names:
         return None
-    table = Table(title=f"Acceptance of {cell.shape} by file", box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(title=f"Acceptance of {cell.shape} by kind of prompt", box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("prompts of", "number", "acceptance length"):
         table.add_column(heading, justify="left" if heading == "prompts of" else "right")
     for name in names:

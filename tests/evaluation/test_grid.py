@@ -15,9 +15,9 @@ from engine.evaluation.grid import (
     CostModel,
     GridCell,
     best_cell,
-    file_table,
     grid_shapes,
     grid_table,
+    group_table,
     serving_commands,
     write_grid,
 )
@@ -57,13 +57,13 @@ def test_tables_and_the_file_hold_every_number(tmp_path, capsys):
     cells = [cell(CHAIN, 2.5, costs), cell(TREE, 2.75, costs)]
     console = Console(width=120)
     console.print(grid_table(cells, costs))
-    console.print(file_table(cells[1]))
+    console.print(group_table(cells[1]))
     printed = " ".join(capsys.readouterr().out.split())
     assert "2 4 8 2.75 ±0.10 50 - 1.75x 3 1 4 2.50 ±0.10" in printed, "the best one comes first"
     assert "chat 4 3.25 ±0.10 code 5 2.25 ±0.10" in printed
     many = [cell(TreeShape(steps), 2.0, costs) for steps in range(1, MOST_SHOWN + 4)]
     assert grid_table(many, costs).row_count == MOST_SHOWN
-    assert file_table(GridCell(CHAIN, {ALL: report(2.0)}, 1.0)) is None
+    assert group_table(GridCell(CHAIN, {ALL: report(2.0)}, 1.0)) is None
     write_grid(tmp_path / "grid.json", cells, costs)
     written = json.loads((tmp_path / "grid.json").read_text())
     assert (written["draft_cost"], written["verify_cost"]) == (0.25, 0.01)
