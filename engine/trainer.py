@@ -170,6 +170,7 @@ class Trainer:
             if unknown is not None:
                 self.telemetry.note(f"  {unknown}")
         draft_config = self.method.derive_config(target_config, source.aux_layers, source.trained_with)
+        self.method.check_shape(self.config.evaluation.tree, draft_config)
         if self.bridge is not None:
             check_look_ahead(self.config, self.ds_config, draft_config, self.bridge.sides, self.world.device)
         kernels = self.choose_kernels(draft_config)

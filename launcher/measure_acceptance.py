@@ -12,13 +12,13 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 import torch
 from rich.text import Text
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -60,6 +60,7 @@ from engine.parallel.mesh import ALONE, World
 from engine.planning.target_cost import TargetCost
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
+from engine.target.structure import without_weights
 from launcher.command import (
     TRUST,
     end_process,
@@ -112,10 +113,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=get_args(TreeRule),
         help="keys that a node of a tree attends to in the draft: its ancestors', or as in SGLang; default: the run's",
     )
-    parser.add_argument("--temperature", type=_share, default=0.0, help="of sampled replies; default: 0, greedy decoding")
+    parser.add_argument(
+        "--temperature", type=_non_negative, default=0.0, help="of sampled replies; default: 0, greedy decoding"
+    )
     parser.add_argument("--top_k", type=_positive, help="most likely tokens that sampling chooses among; default: all")
     parser.add_argument(
-        "--top_p", type=_share, default=1.0, help="probability of the tokens that sampling chooses among; default: 1"
+        "--top_p", type=_non_negative, default=1.0, help="probability of the tokens that sampling chooses among; default: 1"
     )
     parser.add_argument("--max_new_tokens", type=_positive, help="tokens generated per prompt; default: the run's")
     parser.add_argument(
@@ -133,13 +136,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST)
     parser.add_argument(
         "--draft_cost",
-        type=_share,
+        type=_non_negative,
         help="time of a draft step divided by that of a target forward, for the predicted speeds of a grid; default: the ratio "
         "of the weights that they read",
     )
     parser.add_argument(
         "--verify_cost",
-        type=_share,
+        type=_non_negative,
         default=0.0,
         help="time of each further token that a target forward reads, divided by that of the forward; default: 0, as at small "
         "batches",
@@ -150,7 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _share(text: str) -> float:
+def _non_negative(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -166,8 +169,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
-    """Return the run's configuration with the command line's options applied.
+def run_config(arguments: argparse.Namespace, num_ranks: int) -> tuple[Config, list[TreeShape]]:
+    """Return the run's configuration with the command line's options applied, and the shapes that are measured.
 
     Raises ValueError if neither gives the target or the prompts.
     """
@@ -194,7 +197,8 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
         files = [str(fetch_prompt_set(name, folder)) if name in PROMPT_SETS else name for name in arguments.data]
         data = replace(data, held_out=tuple(files))
     default = EvaluationSection()
-    largest = max(shapes_of(arguments, run.evaluation), key=lambda shape: shape.num_steps)
+    shapes = shapes_of(arguments, run.evaluation)
+    largest = max(shapes, key=lambda shape: shape.num_steps)
     evaluation = EvaluationSection(
         num_prompts=arguments.num_prompts or run.evaluation.num_prompts or default.num_prompts,
         max_new_tokens=arguments.max_new_tokens or run.evaluation.max_new_tokens,
@@ -207,7 +211,7 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
     parallel = replace(shared, tp_size=arguments.tp_size or shared.tp_size, ep_size=arguments.ep_size or shared.ep_size)
     data = replace(data, cache_dir=data.cache_dir or str(user_cache()))
     loss = replace(run.loss, temperature=1.0)  # replies are the target's own, whatever the draft learned from
-    return replace(run, target=target, data=data, evaluation=evaluation, parallel=parallel, loss=loss)
+    return replace(run, target=target, data=data, evaluation=evaluation, parallel=parallel, loss=loss), shapes
 
 
 def shapes_of(arguments: argparse.Namespace, section: EvaluationSection) -> list[TreeShape]:
@@ -221,6 +225,10 @@ def shapes_of(arguments: argparse.Namespace, section: EvaluationSection) -> list
     if max(len(num_steps), len(topk), len(num_draft_tokens or ())) > 1:
         if num_draft_tokens is None and max(topk) > 1:
             raise ValueError("--num_draft_tokens is missing: a grid with trees needs it, such as --num_draft_tokens 8 16 32")
+        if arguments.num_draft_tokens and max(topk) == 1:
+            raise ValueError("--num_draft_tokens is given, but chains determine it; delete it, or give a --topk above 1")
+        if arguments.show or arguments.temperature:
+            raise ValueError("a grid replays greedy replies; delete --show and --temperature, or give one value per size")
         return grid_shapes(num_steps, topk, num_draft_tokens or (), rule)
     is_chain = topk == [1]
     given = arguments.num_draft_tokens if is_chain else num_draft_tokens
@@ -278,16 +286,39 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
     return text
 
 
-def measure(
-    arguments: argparse.Namespace, method: DraftMethod, draft_config: DraftConfig, run: Config, world: World
-) -> dict[str, AcceptanceReport]:
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured: a draft of a method, under a configuration, for one shape or several."""
+
+    method: DraftMethod
+    draft_config: DraftConfig
+    run: Config
+    shapes: list[TreeShape]
+    sampling: Sampling
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, num_ranks: int) -> "Measurement":
+        """Read the draft's config and the run's. Raises ValueError if they, or the options, do not fit together."""
+        exported = read_draft_config(arguments.draft)
+        sampling = sampling_of(arguments)
+        run, shapes = run_config(arguments, num_ranks)
+        run_plugins(arguments.plugins, "--plugins")
+        method = method_of_run(run, arguments.plugins)
+        draft_config = method.read_config(exported, arguments.draft / CONFIG)
+        for shape in shapes:
+            method.check_shape(shape, draft_config)
+        return cls(method, draft_config, run, shapes, sampling)
+
+
+def measure(arguments: argparse.Namespace, measurement: Measurement, world: World) -> dict[str, AcceptanceReport]:
     """Load the draft and the target, decode the prompts and print a table of the results.
 
     Return the reports by drafter, on every rank; none for a grid, which `show_grid` writes.
     """
-    shapes = shapes_of(arguments, run.evaluation)
-    if len(shapes) > 1 and not sampling_of(arguments).is_greedy:
-        raise ValueError("a grid is measured on greedy replies; delete --temperature, or give one value per size")
+    method = measurement.method
+    draft_config = measurement.draft_config
+    run = measurement.run
+    sampling = measurement.sampling
     telemetry = Telemetry(speaks=world.is_main)
     aux_layers = check_target(method, draft_config, run.target)
     tokenizer = load_tokenizer(run.target, run.data)
@@ -297,6 +328,10 @@ def measure(
     change = what_changed((draft_config.trained_with or {}).get("target_identity"), source.target_identity)
     if change is not None:
         telemetry.note(f"The draft was trained for another target: {change}.", style="bold")
+    draft_cost = arguments.draft_cost
+    if draft_cost is None and len(measurement.shapes) > 1:
+        draft_cost = method.count_weights(draft_config) / active_weights(run.target, world.device)
+    costs = CostModel(draft_cost or 0.0, arguments.verify_cost)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     check_prompts(prompts, draft_config.vocab_size)
     target = source.load_target(aux_layers)
@@ -312,14 +347,9 @@ def measure(
         asked = Text(shown(prompt.token_ids, tokenizer), style="dim")
         telemetry.console.print(asked, reply_text(generation, tokenizer), sep="\n")
 
-    sampling = sampling_of(arguments)
     evaluator = AcceptanceEvaluator(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens, sampling)
-    if len(shapes) > 1:
-        draft_cost = arguments.draft_cost
-        if draft_cost is None:
-            draft_cost = method.count_weights(draft_config) / active_weights(run.target)
-        costs = CostModel(draft_cost, arguments.verify_cost)
-        measured = evaluator.measure_shapes(draft, shapes)
+    if len(measurement.shapes) > 1:
+        measured = evaluator.measure_shapes(draft, measurement.shapes)
         if world.is_main:
             show_grid(measured, costs, run.target.path, arguments, telemetry)
         return {}
@@ -333,10 +363,9 @@ def measure(
     return reports
 
 
-def active_weights(section: TargetSection) -> float:
+def active_weights(section: TargetSection, device: torch.device) -> float:
     """Return the number of the target's weights that one token uses, from its config."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text_config(load_target_config(section)))
+    model = without_weights(load_target_config(section), section, device)
     return TargetCost(model, ALONE).num_active_weights
 
 
@@ -364,7 +393,7 @@ def show_grid(
     if chains:
         commands["vLLM"] = serving_commands(best_cell(chains).shape, target, arguments.draft)["vLLM"]
     for server, command in commands.items():
-        telemetry.console.print(f"\n{server}:\n  {command}")
+        telemetry.console.print(f"\n{server}:\n  {command}", markup=False, soft_wrap=True)
     run_folder = arguments.draft.resolve().parent
     is_of_run = (run_folder / RECIPE).is_file()
     path = arguments.json
@@ -382,13 +411,9 @@ def main() -> None:
     environment = join_environment() if "RANK" in os.environ else None
     world = World.alone() if environment is None else World(**environment)
     with stopping_at_errors(world.rank):
-        exported = read_draft_config(arguments.draft)
-        run = run_config(arguments, world.size)
+        measurement = Measurement.of(arguments, world.size)
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        run_plugins(arguments.plugins, "--plugins")
-        method = method_of_run(run, arguments.plugins)
-        draft_config = method.read_config(exported, arguments.draft / CONFIG)
         if not world.is_main:
             disable_progress_bar()
     job: JoinedJob | None = None
@@ -396,9 +421,9 @@ def main() -> None:
         from launcher.job_ranks import join_job
 
         with stopping_at_errors(world.rank):
-            job = join_job(environment, run.parallel, arguments.draft)
+            job = join_job(environment, measurement.run.parallel, arguments.draft)
     with stopping_at_errors(world.rank) if job is None else job.ending_together():
-        reports = measure(arguments, method, draft_config, run, world)
+        reports = measure(arguments, measurement, world)
         if arguments.json and world.is_main and reports:
             content = {name: report.to_dict() for name, report in reports.items()}
             write_json(arguments.json, content)

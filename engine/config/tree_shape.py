@@ -60,6 +60,11 @@ class TreeShape:
         return self.num_candidates if self.num_draft_tokens is None else self.num_draft_tokens - 1
 
     @property
+    def tokens_per_forward(self) -> int:
+        """Tokens that a target forward reads: the drafted ones and the newest committed one."""
+        return self.num_nodes + 1
+
+    @property
     def is_chain(self) -> bool:
         return self.topk == 1
 

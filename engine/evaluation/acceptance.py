@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
@@ -50,10 +50,25 @@ class Prompt:
     category: str | None = None
 
     @property
-    def group(self) -> str:
-        """What its acceptance is reported with: its file, without folders and ending, and its category."""
-        file = Path(self.source.rpartition(":")[0]).stem
-        return file if self.category is None else f"{file}: {self.category}"
+    def group(self) -> tuple[str, str | None]:
+        """What its acceptance is reported with: its file and its category."""
+        return self.source.rpartition(":")[0], self.category
+
+
+def group_names(prompts: Sequence[Prompt], taken: Collection[str]) -> dict[tuple[str, str | None], str]:
+    """Return a name of each group of prompts: its file's without folders and ending if it is the only such file.
+
+    taken: names that no group may have.
+    """
+    groups = dict.fromkeys(prompt.group for prompt in prompts)
+    files = {file for file, _ in groups}
+    stems = [Path(file).stem for file in files]
+    names = {}
+    for file, category in groups:
+        stem = Path(file).stem
+        name = stem if stems.count(stem) == 1 and stem not in taken else file
+        names[file, category] = name if category is None else f"{name}: {category}"
+    return names
 
 
 @dataclass(frozen=True)
@@ -64,8 +79,8 @@ class AcceptanceReport:
     that it yields do not count.
     confidence: half the width of its 95% confidence interval, from the spread over prompts; None
     with fewer than `FEWEST_PROMPTS`.
-    acceptance_per_depth: share of the drafted tokens at each depth that were accepted, among those
-    whose predecessors were all accepted; None for a depth that was never reached.
+    acceptance_per_depth: among the target forwards that accepted all drafted tokens before a depth, the
+    share that accepted one at this depth; None for a depth that was never reached.
     tokens_per_s, plain_tokens_per_s: generated tokens per second on one rank, with and without
     drafting, after the target has read the prompt; None if nothing was timed.
     mismatches: number of prompts whose tokens differ from plain greedy decoding; None if no prompt
@@ -92,8 +107,8 @@ class AcceptanceReport:
 class AcceptanceCounts:
     """Sums over prompts. The counts of several ranks can be added as objects or as tensors.
 
-    reached_per_depth: judged tokens at each depth whose predecessors were all accepted.
-    accepted_per_depth: drafted tokens accepted at each depth.
+    reached_per_depth: target forwards over trees of at least this depth that accepted all drafted tokens
+    before it. accepted_per_depth: target forwards that accepted one at this depth.
     num_tokens: generated tokens, without the first token of each prompt, which the target yields
     when it reads the prompt.
     num_compared, mismatches, plain_tokens, plain_seconds: count only the prompts that were also

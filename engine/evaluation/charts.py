@@ -147,10 +147,13 @@ def roofline_chart(title: str, points: Sequence[RoofPoint], roofs: Sequence[Roof
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Values over two named axes. cells: value by (row, column); cells may be missing."""
+    """Values over two axes.
 
-    across: str
-    up: str
+    cells: value by (row, column); cells may be missing.
+    """
+
+    x_label: str
+    y_label: str
     columns: Sequence[str]
     rows: Sequence[str]
     cells: Mapping[tuple[str, str], float]
@@ -186,7 +189,7 @@ def heat_map(title: str, heat: HeatMap) -> str:
             )
     label = html.escape(title)
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    axes = f'<span class="quiet">across: {html.escape(heat.across)}, up: {html.escape(heat.up)}</span>'
+    axes = f'<span class="quiet">across: {html.escape(heat.x_label)}, up: {html.escape(heat.y_label)}</span>'
     return f"<figure><figcaption>{label}</figcaption>{svg}<figcaption>{axes}</figcaption></figure>"
 
 

@@ -125,6 +125,11 @@ class _CachedReader:
 
     def verify(self, newest_id: int, tree: TokenTree) -> Verified:
         row = None
+        if not self._reads_trees and not tree.is_chain:
+            raise ValueError(
+                f"target family {self._target.config.model_type!r} cannot read a tree of tokens in one forward; use topk=1, or "
+                "measure acceptance by replaying its greedy replies (engine/evaluation/replay.py)"
+            )
         if self._reads_trees:
             row = TreeRow(self._num_cached, [ROOT, *(parent + 1 for parent in tree.parents)], self._target.device)
         self._run([newest_id, *tree.token_ids], row)
@@ -171,13 +176,16 @@ class _CachedReader:
 def keep_newest(cache: DynamicCache, num_read: int, kept: list[int]) -> None:
     """Drop tokens from the newest `num_read` of a cache. kept: those that stay, ascending, from 0."""
     is_prefix = kept == list(range(len(kept)))
+    index_by_device: dict[torch.device, torch.Tensor] = {}
     for layer in cache.layers if not is_prefix else ():
         for held in (getattr(layer, "keys", None), getattr(layer, "values", None)):
             if held is None:  # of a layer that reads the cache of another one
                 continue
+            if held.device not in index_by_device:
+                index_by_device[held.device] = torch.tensor(kept, device=held.device)
             first = held.shape[-2] - num_read
-            index = torch.tensor(kept, device=held.device) + first
-            held[..., first : first + len(kept), :] = held[..., index, :]
+            newest = held[..., first:, :]
+            held[..., first : first + len(kept), :] = newest[..., index_by_device[held.device], :]
     cache.crop(len(kept) - num_read)
 
 

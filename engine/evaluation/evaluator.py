@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.config.sections import EvaluationSection
 from engine.config.tree_shape import TreeShape
-from engine.evaluation.acceptance import AcceptanceCounts, AcceptanceReport, Prompt, eos_ids, measure_acceptance
+from engine.evaluation.acceptance import (
+    AcceptanceCounts,
+    AcceptanceReport,
+    Prompt,
+    eos_ids,
+    group_names,
+    measure_acceptance,
+)
 from engine.evaluation.decoding import (
     Generation,
     PromptLookupDrafter,
@@ -76,7 +83,7 @@ class AcceptanceEvaluator:
         self._telemetry = telemetry
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids(target.model, tokenizer)
-        self._groups = list(dict.fromkeys(prompt.group for prompt in prompts))
+        self._group_names = group_names(prompts, taken=[ALL])
         self._prompts = prompts[world.rank :: world.size]
         self._max_tokens = max_tokens
         self._uses_cache = target.mesh.size == 1 and rolls_back(target)
@@ -128,15 +135,15 @@ class AcceptanceEvaluator:
         shapes: with at most `evaluation.num_steps` steps.
         """
         names = [ALL]
-        if len(self._groups) > 1:
-            names += self._groups
+        if len(self._group_names) > 1:
+            names += self._group_names.values()
         measured = {}
         with self._telemetry.progress(len(shapes), "shapes") as progress:
             for shape, drafters in draft.propose_shapes(self._replies, shapes, self._max_tokens):
                 totals = {name: AcceptanceCounts.zero(shape.num_steps) for name in names}
                 for prompt, generation in zip(self._prompts, self._replayed(drafters, shape.num_steps), strict=True):
                     counts = AcceptanceCounts.of(generation, None, shape.num_steps)
-                    for name in {ALL, prompt.group} & totals.keys():
+                    for name in {ALL, self._group_names[prompt.group]} & totals.keys():
                         totals[name] += counts
                 measured[shape] = {name: self._summed(counts).report() for name, counts in totals.items()}
                 progress.advance("shapes of trees")

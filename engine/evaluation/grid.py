@@ -1,5 +1,7 @@
 """Acceptance for a grid of tree shapes, and the shape that a cost model of serving prefers."""
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -54,7 +56,7 @@ class GridCell:
         sizes = {
             "num_steps": self.shape.num_steps,
             "topk": self.shape.topk,
-            "num_draft_tokens": self.shape.num_nodes + 1,
+            "num_draft_tokens": self.shape.tokens_per_forward,
             "tree_rule": self.shape.rule,
         }
         return {**sizes, "speed_up": self.speed_up, "reports": {name: one.to_dict() for name, one in self.reports.items()}}
@@ -63,8 +65,9 @@ class GridCell:
 def grid_shapes(
     num_steps: Sequence[int], topk: Sequence[int], num_draft_tokens: Sequence[int], rule: TreeRule
 ) -> list[TreeShape]:
-    """Return all possible shapes of these sizes. A chain ignores `num_draft_tokens`, which it determines.
+    """Return all possible shapes of these sizes.
 
+    num_draft_tokens: of trees; chains determine theirs.
     Raises ConfigError if there is none.
     """
     shapes = list(dict.fromkeys(_possible(num_steps, topk, num_draft_tokens, rule)))
@@ -113,7 +116,7 @@ def grid_table(cells: Sequence[GridCell], costs: CostModel) -> Table:
         if report.confidence is not None:
             length += f" ±{report.confidence:.2f}"
         depths = " ".join("-" if share is None else f"{100 * share:.0f}" for share in report.acceptance_per_depth)
-        sizes = (shape.num_steps, shape.topk, shape.num_nodes + 1)
+        sizes = (shape.num_steps, shape.topk, shape.tokens_per_forward)
         table.add_row(*map(str, sizes), length, depths, f"{cell.speed_up:.2f}x")
     return table
 
@@ -135,15 +138,16 @@ def group_table(cell: GridCell) -> Table | None:
 
 def serving_commands(shape: TreeShape, target: str, draft: Path) -> dict[str, str]:
     """Return the commands that serve a draft with this shape, by server. vLLM drafts chains only."""
+    model = shlex.quote(target)
     sglang = (
-        f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 "
-        f"--speculative-draft-model-path {draft} --speculative-num-steps {shape.num_steps} "
-        f"--speculative-eagle-topk {shape.topk} --speculative-num-draft-tokens {shape.num_nodes + 1}"
+        f"python -m sglang.launch_server --model-path {model} --speculative-algorithm EAGLE3 "
+        f"--speculative-draft-model-path {shlex.quote(str(draft))} --speculative-num-steps {shape.num_steps} "
+        f"--speculative-eagle-topk {shape.topk} --speculative-num-draft-tokens {shape.tokens_per_forward}"
     )
     commands = {"SGLang": sglang}
     if shape.is_chain:
-        config = f'{{"method": "eagle3", "model": "{draft}", "num_speculative_tokens": {shape.num_steps}}}'
-        commands["vLLM"] = f"vllm serve {target} --speculative-config '{config}'"
+        config = json.dumps({"method": "eagle3", "model": str(draft), "num_speculative_tokens": shape.num_steps})
+        commands["vLLM"] = f"vllm serve {model} --speculative-config {shlex.quote(config)}"
     return commands
 
 

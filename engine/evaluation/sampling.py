@@ -9,11 +9,14 @@ from p and accepting the child that equals it. One draw per node therefore decid
 Source: Leviathan et al. (arXiv:2211.17192); for trees Miao et al., SpecInfer (arXiv:2305.09781).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LEAST_TEMPERATURE = 1e-3  # below it, logits divided by it overflow
 
 # Maps the target's logits [Q, V] to one token per row, int64 [Q].
 TokenChoice = Callable[[Tensor], Tensor]
@@ -42,8 +45,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature}: expected 0 (greedy) or more")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: expected 0 (greedy), or a number from {LEAST_TEMPERATURE} on")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: expected at least 1; leave it out to keep all tokens")
         if not 0 < self.top_p <= 1:
@@ -57,8 +60,8 @@ class Sampling:
         """Return the distribution of each row, fp32 [Q, V]."""
         scaled_QV = logits_QV.float() / self.temperature
         if self.top_k is not None and self.top_k < scaled_QV.shape[-1]:
-            least_Q1 = scaled_QV.topk(self.top_k, dim=-1).values[:, -1:]
-            scaled_QV = scaled_QV.masked_fill(scaled_QV < least_Q1, -torch.inf)
+            best = scaled_QV.topk(self.top_k, dim=-1)
+            scaled_QV = torch.full_like(scaled_QV, -torch.inf).scatter_(-1, best.indices, best.values)
         probability_QV = scaled_QV.softmax(-1)
         if self.top_p == 1:
             return probability_QV

@@ -199,14 +199,19 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
         self.recipe = recipe
         self.recompute = "none"
         self.notes: list[str] = []
-        topk = recipe.evaluation.topk
-        if topk > 1 and not self.drafts_trees:
-            raise ConfigError(f"{self.title} drafts chains only; set it to 1", key="evaluation.topk", value=topk)
         for key in self.unread:
             section, _, name = key.rpartition(".")
             value = getattr(getattr(recipe, section) if section else recipe, name)
             if value != OPTIONS[key].default:
                 raise ConfigError(f"has no effect on {self.title}; delete it", key=key, value=value)
+
+    def check_shape(self, shape: TreeShape, draft: ConfigT) -> None:
+        """Raise ConfigError if a draft cannot propose trees of a shape."""
+        if shape.topk > 1 and not self.drafts_trees:
+            raise ConfigError(f"{self.title} drafts chains only; set it to 1", key="evaluation.topk", value=shape.topk)
+        if shape.topk > draft.draft_vocab_size:
+            problem = f"is more than the {draft.draft_vocab_size} tokens that the draft can propose"
+            raise ConfigError(problem, key="evaluation.topk", value=shape.topk)
 
     @abstractmethod
     def choose_aux_layers(self, target_config: PreTrainedConfig, wanted: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -77,9 +77,11 @@ class TreeGrowth:
     def add(self, probability_RK: Tensor, token_RK: Tensor) -> None:
         """Add the children of the rows that were read: Q roots first, then Q * K nodes per level.
 
-        probability_RK: fp32, of the most likely tokens after each row, descending. token_RK: int64.
+        probability_RK: fp32, of the most likely tokens after each row, descending; NaN counts as 0.
+        token_RK: int64.
         """
         topk = self._shape.topk
+        probability_RK = probability_RK.nan_to_num(0.0)  # else a child could be chosen without its parent
         if not self._tokens:
             self._tokens.append(token_RK)
             self._scores.append(probability_RK)

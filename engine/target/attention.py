@@ -53,7 +53,7 @@ def packed_attention(decoder: PreTrainedModel, row: PackedRow, packs: bool = Tru
     """
     token = row_of_forward.set(row)
     try:
-        with attending_with(decoder, NAME if packs else ONE), _tuned_here(decoder) if packs else nullcontext():
+        with attending_with(decoder, NAME if packs else ONE), tuned_here(decoder) if packs else nullcontext():
             yield
     finally:
         row_of_forward.reset(token)
@@ -117,7 +117,7 @@ def _configs_of(module: nn.Module) -> Iterator[PreTrainedConfig]:
 
 
 @contextmanager
-def _tuned_here(decoder: PreTrainedModel) -> Iterator[None]:
+def tuned_here(decoder: PreTrainedModel) -> Iterator[None]:
     """Context manager in which `attend_documents` scales Llama 4's queries, not the modules."""
     if not getattr(decoder.config, "attn_temperature_tuning", False):
         yield
@@ -135,12 +135,14 @@ def _tuned_here(decoder: PreTrainedModel) -> Iterator[None]:
         _tuned.reset(token)
 
 
-def _tuned_queries(module: Any, query_1HTE: Tensor, masks: DocumentMasks) -> Tensor:
-    """Return queries scaled as in Llama 4, by their position in the document.
+def tuned_queries(module: Any, query_1HTE: Tensor, position_T: Tensor) -> Tensor:
+    """Return queries scaled by their position if `tuned_here` has disabled the module's own scaling.
 
-    The factor is 1 + attn_scale * log(1 + floor((position + 1) / floor_scale)).
+    As in Llama 4, the factor is 1 + attn_scale * log(1 + floor((position + 1) / floor_scale)).
     """
-    steps_T = ((masks.position_T + 1).float() / module.floor_scale).floor()
+    if module not in _tuned.get():
+        return query_1HTE
+    steps_T = ((position_T + 1).float() / module.floor_scale).floor()
     return (query_1HTE * (steps_T.log1p() * module.attn_scale + 1)[:, None]).to(query_1HTE.dtype)
 
 
@@ -197,8 +199,7 @@ def attend_documents(
     check_known(module, others)
     if not isinstance(attention_mask, DocumentMasks):
         raise _unknown(module, f"a mask of type {type(attention_mask).__name__}")
-    if module in _tuned.get():
-        query = _tuned_queries(module, query, attention_mask)
+    query = tuned_queries(module, query, attention_mask.position_T)
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     return _attend(query[0], key[0], value[0], attention_mask, scores)[None].contiguous(), None
 

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from engine.batch import to_device
 from engine.kernels import AttentionRows, choose_tree_attention
 from engine.kernels.packed_attention import Scores, under_mask
-from engine.target.attention import attending_with, check_known
+from engine.target.attention import attending_with, check_known, tuned_here, tuned_queries
 
 NAME = "tree_of_tokens"
 NO_ANCESTOR = -1
@@ -29,8 +29,9 @@ NO_ANCESTOR = -1
 
 @dataclass(frozen=True)
 class TreeRow:
-    """A tree of tokens that a target reads. num_cached: tokens in its cache.
+    """A tree of tokens that a target reads.
 
+    num_cached: tokens in its cache.
     parents: for each token its parent, which comes before it; that of the root is ignored.
     """
 
@@ -83,17 +84,23 @@ class TreeRow:
 class TreeMask:
     """The keys that each token of a tree reads in one kind of layer.
 
-    allowed_NK: bool. reads_whole_cache: whether every token reads all cached tokens; then the layer's
-    cache holds all of them.
+    allowed_NK: bool.
     """
 
     row: TreeRow
     allowed_NK: Tensor
 
+    def __getitem__(self, slices: tuple[Any, ...]) -> "TreeMask":
+        """Return the mask with fewer keys or tokens; some families, such as Gemma 4, slice masks of the shape [1, 1, N, K]."""
+        return TreeMask(self.row, self.allowed_NK[None, None][slices][0, 0])
+
     @cached_property
     def reads_whole_cache(self) -> bool:
+        """Whether every token reads all cached tokens, and the layer's cache holds all of them."""
         num_cached = self.row.num_cached
-        return self.allowed_NK.shape[1] == num_cached + len(self.row.parents) and bool(self.allowed_NK[:, :num_cached].all())
+        num_tokens = len(self.row.parents)
+        is_whole = self.allowed_NK.shape == (num_tokens, num_cached + num_tokens)
+        return is_whole and bool(self.allowed_NK[:, :num_cached].all())
 
 
 _row_of_forward: ContextVar[TreeRow] = ContextVar("the tree that a target is run on")
@@ -107,7 +114,7 @@ def tree_attention(decoder: PreTrainedModel, row: TreeRow) -> Iterator[None]:
     """
     token = _row_of_forward.set(row)
     try:
-        with attending_with(decoder, NAME):
+        with attending_with(decoder, NAME), tuned_here(decoder):
             yield
     finally:
         _row_of_forward.reset(token)
@@ -150,6 +157,7 @@ def attend_tree(
     check_known(module, others)
     if not isinstance(attention_mask, TreeMask):
         raise ValueError(f"{type(module).__name__} makes its own masks, so it cannot read a tree of tokens")
+    query = tuned_queries(module, query, attention_mask.row.position_N)
     head_dim = query.shape[-1]
     scores = Scores(head_dim**-0.5 if scaling is None else scaling, softcap, s_aux)
     fused = choose_tree_attention(query.device, query.dtype, head_dim)

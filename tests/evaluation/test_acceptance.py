@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from engine.evaluation.acceptance import AcceptanceCounts, Prompt, eos_ids, held_out_prompts, measure_acceptance
+from engine.evaluation.acceptance import AcceptanceCounts, Prompt, eos_ids, group_names, held_out_prompts, measure_acceptance
 from engine.evaluation.decoding import Generation
 
 TEMPLATE = (
@@ -50,6 +50,14 @@ def test_an_accepted_end_token_counts_as_emitted_once():
     report = AcceptanceCounts.of(ended, None, num_steps=3).report()
     assert report.acceptance_length == 5 / 2
     assert report.acceptance_per_depth == [1.0, 1.0, 0.0]
+
+
+def test_groups_are_named_by_their_files_and_categories():
+    sources = ["a/chat.jsonl:1", "b/chat.jsonl:1", "c/all.jsonl:2", "c/code.jsonl:3", "c/code.jsonl:4"]
+    prompts = [Prompt(source, [1], category) for source, category in zip(sources, [None, None, None, "x", "y"], strict=True)]
+    names = group_names(prompts, taken=["all"])
+    assert list(names.values()) == ["a/chat.jsonl", "b/chat.jsonl", "c/all.jsonl", "code: x", "code: y"]
+    assert all(prompt.group in names for prompt in prompts)
 
 
 def test_counts_of_ranks_add_up_to_those_of_all_prompts():

@@ -190,6 +190,16 @@ def test_targets_whose_state_cannot_forget_are_refused_by_name():
         speculative_decode(target, PromptLookupDrafter(1), [1, 2], max_new_tokens=3, eos_ids=())
 
 
+def test_a_target_that_reads_no_trees_is_refused_one_and_reads_chains(target, monkeypatch):
+    monkeypatch.setattr("engine.evaluation.decoding.reads_trees", lambda target: False)
+    prompt_ids = prompts(4)[3]
+    told = plain_decode(target, prompt_ids, 12, ()).token_ids
+    chain = speculative_decode(target, Oracle(prompt_ids, told), prompt_ids, max_new_tokens=12, eos_ids=())
+    assert chain.token_ids == told
+    with pytest.raises(ValueError, match="'llama' cannot read a tree"):
+        speculative_decode(target, Oracle(prompt_ids, told, width=2), prompt_ids, max_new_tokens=12, eos_ids=())
+
+
 @pytest.mark.parametrize("family", ["deepseek_v4", "doge"])
 def test_a_cache_that_only_claims_to_roll_back_is_not_asked_to(family):
     target = FrozenTarget(tiny_model(family), (0, 1, 2))

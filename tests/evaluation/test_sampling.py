@@ -110,6 +110,7 @@ def test_temperature_0_is_greedy_and_a_seed_gives_one_reply(target):
     ("settings", "named"),
     [
         ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": 1e-40}, "temperature=1e-40"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_p": 0.0}, "top_p=0"),
         ({"top_p": 1.5}, "top_p=1.5"),

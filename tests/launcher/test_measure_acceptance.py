@@ -110,7 +110,7 @@ def test_sampled_replies_are_measured_too(run, tmp_path, monkeypatch, capsys):
     assert "Sampled replies of 4" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="add --temperature"):
         measure(monkeypatch, "--draft", run / "draft", "--top_k", 5)
-    with pytest.raises(SystemExit, match="delete --temperature"):
+    with pytest.raises(SystemExit, match="a grid replays greedy replies"):
         measure(monkeypatch, "--draft", run / "draft", "--num_steps", 1, 2, "--temperature", 1)
     with pytest.raises(SystemExit, match="top_p=2"):
         measure(monkeypatch, "--draft", run / "draft", "--top_p", 2, "--temperature", 1)
@@ -136,6 +136,12 @@ def test_several_sizes_measure_a_grid_that_the_report_shows(run, tmp_path, monke
     assert [cell["topk"] for cell in json.loads((tmp_path / "grid.json").read_text())["cells"]] == [1, 1]
     with pytest.raises(SystemExit, match="--num_draft_tokens is missing"):
         measure(monkeypatch, "--draft", run / "draft", "--topk", 1, 2)
+    with pytest.raises(SystemExit, match="chains determine it"):
+        measure(monkeypatch, "--draft", run / "draft", "--num_draft_tokens", 8, 16)
+    with pytest.raises(SystemExit, match="delete --show"):
+        measure(monkeypatch, "--draft", run / "draft", "--num_steps", 1, 2, "--show")
+    with pytest.raises(SystemExit, match="topk = 21: is more than the 20 tokens"):
+        measure(monkeypatch, "--draft", run / "draft", "--num_steps", 1, "--topk", 21, "--num_draft_tokens", 9)
     with pytest.raises(SystemExit, match="num_draft_tokens = 9"):
         measure(monkeypatch, "--draft", run / "draft", "--num_steps", 1, "--topk", 2, "--num_draft_tokens", 9)
 

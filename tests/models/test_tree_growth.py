@@ -15,7 +15,10 @@ VOCAB = 9
 
 def probabilities(path: tuple[int, ...], root: int) -> torch.Tensor:
     """The distribution that a made-up draft gives after a path."""
-    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(hash((*path, root)) % 2**31)).mul(2).softmax(-1)
+    seed = root + 1
+    for token in path:
+        seed = (seed * 31 + token + 7) % 2**31
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)).mul(2).softmax(-1)
 
 
 def grow(shape: TreeShape, num_roots: int) -> list[TokenTree]:
@@ -85,7 +88,7 @@ def test_a_tree_holds_the_most_likely_paths(sizes, rule):
     for root, tree in enumerate(trees):
         assert len(tree) == shape.num_nodes and all(parent < node for node, parent in enumerate(tree.parents))
         assert paths_of(tree) == expected(shape, root)
-        assert tree.is_chain == shape.is_chain or len(tree) == 1
+        assert tree.is_chain or not shape.is_chain
     assert len({tuple(tree.token_ids) for tree in trees}) > 1
 
 
@@ -103,3 +106,14 @@ def test_a_tree_holds_the_most_likely_paths(sizes, rule):
 def test_sizes_that_contradict_each_other_are_refused(sizes, key):
     with pytest.raises(ConfigError, match=key):
         TreeShape(*sizes)
+
+
+def test_a_draft_whose_probabilities_are_no_numbers_still_gives_a_tree():
+    shape = TreeShape(3, 2, 7)
+    growth = TreeGrowth(shape)
+    growth.add(torch.tensor([[0.5, torch.nan]]), torch.tensor([[1, 2]]))
+    for _ in range(2):
+        growth.next_rows()
+        growth.add(torch.tensor([[torch.nan, 0.2], [0.6, 0.4]]), torch.tensor([[3, 4], [5, 6]]))
+    (tree,) = growth.candidates().trees(shape.num_nodes)
+    assert tree.depth <= 3 and all(parent < node for node, parent in enumerate(tree.parents))

@@ -232,7 +232,7 @@ def test_queries_that_are_not_scaled_by_their_place_are_missed(monkeypatch):
     if not runs_packed(target.config):
         pytest.skip("this Transformers counts chunks from the row's start")
     expected = _states(target)
-    monkeypatch.setattr(attention, "_tuned_queries", lambda module, query, masks: query)
+    monkeypatch.setattr(attention, "tuned_queries", lambda module, query, position_T: query)
     assert _error(_states(target), expected) > 1e-3
     assert all(layer.self_attn.attn_temperature_tuning for layer in target.decoder.layers)  # for forwards with a cache
 

@@ -211,6 +211,10 @@ def exported_aux_layers(exported: dict[str, Any], source: str | Path) -> tuple[i
     eagle = exported.get("eagle_config") or {}
     outputs = eagle.get(AUX_IDS)
     inputs = exported.get(AUX_IDS)
+    for layers in (outputs, inputs):
+        is_list = isinstance(layers, list | tuple) and all(isinstance(layer, int) for layer in layers)
+        if layers is not None and not is_list:
+            raise ValueError(f"{source}: {AUX_IDS}={layers!r}: expected a list of layer numbers")
     if outputs is None:
         if inputs is None:
             return None

@@ -60,40 +60,33 @@ class LayerWeights:
         )
 
 
-class RotaryOfHeads:
-    """Rotary embedding of all projected heads at once; values are multiplied by 1 and stay as they are.
+class RotaryPositions:
+    """Rotary tables of successive positions, which double their size when they are too short.
 
     With the pairs (e, e + E/2), the rotated vector is x cos + x[swap] sin, where sin is negative in the
     first half.
     """
 
-    def __init__(self, draft: Eagle3Draft, weights: LayerWeights, device: torch.device) -> None:
-        head_dim = weights.head_dim
+    def __init__(self, draft: Eagle3Draft, head_dim: int, device: torch.device) -> None:
         half = head_dim // 2
-        num_heads = weights.project_PI.shape[0] // head_dim
-        num_rotated = weights.num_query_heads + (num_heads - weights.num_query_heads) // 2
         self.swap_E = torch.arange(head_dim, device=device).roll(half)
         self._rotary = draft.rotary
         self._sign_E = torch.ones(head_dim, device=device)
         self._sign_E[:half] = -1
-        self._is_rotated_P1 = (torch.arange(num_heads, device=device) < num_rotated)[:, None]
-        self._dtype = weights.project_PI.dtype
         self._device = device
         self._tables = self._table(FEWEST_KEYS)
 
     def at(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return the tables of successive positions, [count, P, E] each."""
+        """Return the tables of `count` positions from `first` on, fp32 [count, 1, E] each."""
         end = first + count
         if end > len(self._tables[0]):
             self._tables = self._table(2 * end)
-        cos_NPE, sin_NPE = self._tables
-        return cos_NPE[first:end], sin_NPE[first:end]
+        cos_N1E, sin_N1E = self._tables
+        return cos_N1E[first:end], sin_N1E[first:end]
 
     def _table(self, count: int) -> tuple[Tensor, Tensor]:
         cos_N1E, sin_N1E = self._rotary.cos_sin(torch.arange(count, device=self._device))
-        cos_NPE = torch.where(self._is_rotated_P1, cos_N1E, 1.0)
-        sin_NPE = torch.where(self._is_rotated_P1, sin_N1E * self._sign_E, 0.0)
-        return cos_NPE, sin_NPE
+        return cos_N1E, sin_N1E * self._sign_E
 
 
 class KeyBuffer:
@@ -128,12 +121,10 @@ class DecodingWeights:
         self.eps = config.rms_norm_eps
         self.norm_output = config.norm_output
         self.layers = [LayerWeights.of(layer) for layer in model.decoder_layers]
-        self.rotary = RotaryOfHeads(model, self.layers[0], device)
+        self.rotary = RotaryPositions(model, self.layers[0].head_dim, device)
         self.embed_weight_VD = draft.embed_weight_VD
         self.fc_DA = model.fc.weight
-        self.fc_norm_CD: Tensor | None = None
-        if model.fc_norm is not None:
-            self.fc_norm_CD = torch.stack([weight_D.detach() for weight_D in model.fc_norm.parameters()])
+        self.fc_norms = [] if model.fc_norm is None else list(model.fc_norm.parameters())
         self.norm_D = model.norm.weight
         self.head_UD = model.lm_head.weight
 
@@ -183,10 +174,9 @@ class DraftDecoder:
     def _fuse(self, aux_QA: Tensor) -> Tensor:
         """Compute `Eagle3Draft.fuse`."""
         weights = self._weights
-        if weights.fc_norm_CD is not None:
-            chunks_QCD = aux_QA.unflatten(-1, weights.fc_norm_CD.shape)
-            normed_QCD = F.rms_norm(chunks_QCD, chunks_QCD.shape[-1:], None, weights.eps) * weights.fc_norm_CD
-            aux_QA = normed_QCD.flatten(1)
+        if weights.fc_norms:
+            chunks = zip(aux_QA.chunk(len(weights.fc_norms), 1), weights.fc_norms, strict=True)
+            aux_QA = torch.cat([rms_norm(chunk_QD, weight_D, weights.eps) for chunk_QD, weight_D in chunks], 1)
         return F.linear(aux_QA, weights.fc_DA)
 
     def _read(
@@ -218,13 +208,16 @@ class DraftDecoder:
         tables: tuple[Tensor, Tensor],
         mask_QK: Tensor | None,
     ) -> Tensor:
-        cos_NPE, sin_NPE = tables
+        cos_N1E, sin_N1E = tables
         heads_QPE = F.linear(x_QI, layer.project_PI).unflatten(1, (-1, layer.head_dim))
-        swapped_QPE = heads_QPE.index_select(2, self._weights.rotary.swap_E)
-        rotated_QPE = torch.addcmul(heads_QPE * cos_NPE, swapped_QPE, sin_NPE).to(x_QI.dtype)
         num_queries = layer.num_query_heads
-        key_1GKE, value_1GKE = buffer.write(rotated_QPE[:, num_queries:], first)
-        query_1HQE = rotated_QPE[None, :, :num_queries].transpose(1, 2)
+        num_keys = (heads_QPE.shape[1] - num_queries) // 2
+        turned_QRE = heads_QPE[:, : num_queries + num_keys]  # the values stay as they are
+        swapped_QRE = turned_QRE.index_select(2, self._weights.rotary.swap_E)
+        rotated_QRE = torch.addcmul(turned_QRE * cos_N1E, swapped_QRE, sin_N1E).to(x_QI.dtype)
+        keys_values_QXE = torch.cat((rotated_QRE[:, num_queries:], heads_QPE[:, num_queries + num_keys :]), 1)
+        key_1GKE, value_1GKE = buffer.write(keys_values_QXE, first)
+        query_1HQE = rotated_QRE[None, :, :num_queries].transpose(1, 2)
         is_grouped = num_queries != key_1GKE.shape[1]
         attended_1HQE = F.scaled_dot_product_attention(
             query_1HQE, key_1GKE, value_1GKE, attn_mask=mask_QK, enable_gqa=is_grouped

@@ -1,8 +1,8 @@
 """Export of a draft to the folder that a server loads, and loading of such a folder.
 
-The folder holds `model.safetensors` and `config.json` of SGLang's `LlamaForCausalLMEagle3`, with what
-vLLM reads besides. A server silently ignores misnamed tensors and keeps random weights. Names, shapes and the vocabulary
-tables are therefore checked here, before anything is written.
+The folder holds `model.safetensors` and `config.json` of SGLang's `LlamaForCausalLMEagle3`, and the
+further names that vLLM reads. A server silently ignores misnamed tensors and keeps random weights.
+Names, shapes and the vocabulary tables are therefore checked here, before anything is written.
 """
 
 import re

@@ -57,7 +57,7 @@ class TreeDrafter:
         growth.add(*self._draft.best_ids(logits_QU, shape.topk))
         for step in range(1, shape.num_steps):
             token_1K, parent_1K = growth.next_rows()
-            mask_KM = _mask(growth.ancestors, shape.topk)
+            mask_KM = _mask(growth.ancestors, shape.topk, token_1K.device)
             output_KD = self._decoder.draft(token_1K[0], state_QD[parent_1K[0]], step, mask_KM)
             logits_QU, state_QD = self._decoder.predict(output_KD)
             growth.add(*self._draft.best_ids(logits_QU, shape.topk))
@@ -65,13 +65,13 @@ class TreeDrafter:
         return tree
 
 
-def _mask(ancestors: list[Tensor], topk: int) -> Tensor:
+def _mask(ancestors: list[Tensor], topk: int, device: torch.device) -> Tensor:
     """Return whether the rows of a level attend to the nodes of this and of earlier levels, bool [K, levels * K].
 
     ancestors: as in `TreeGrowth`.
     """
-    own_K = torch.arange(topk, device=ancestors[0].device if ancestors else None)
+    own_K = torch.arange(topk, device=device)
     columns = [row_1K[0] + level * topk for level, row_1K in enumerate(ancestors)]
     columns.append(own_K + len(ancestors) * topk)
-    mask_KM = torch.zeros(topk, len(columns) * topk, dtype=torch.bool, device=own_K.device)
+    mask_KM = torch.zeros(topk, len(columns) * topk, dtype=torch.bool, device=device)
     return mask_KM.scatter_(1, torch.stack(columns, 1), True)

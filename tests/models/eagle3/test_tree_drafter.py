@@ -1,7 +1,9 @@
 """Trees take as many verify steps, and accept as many tokens, as SGLang's server does with the same draft."""
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from engine.evaluation.replay import greedy_replies, replay
 from engine.models.drafter import ROOT, TokenTree
 from engine.models.eagle3.export import load_draft
 from engine.models.eagle3.served_draft import ServedEagle3
+from engine.models.tree_growth import Candidates
 from engine.target.frozen import FrozenTarget
 from tests.distributed import ROOT as REPOSITORY
 
@@ -78,6 +81,18 @@ def test_decoding_takes_the_steps_of_the_replay_and_gives_the_targets_own_tokens
         assert decoded.accepted_per_forward == replayed.accepted_per_forward
     assert plain_decode(target, prompts[0], NEW_TOKENS, ()).token_ids == replies[0].token_ids[:NEW_TOKENS]
     assert reads_trees(target)
+
+
+def test_every_tensor_of_a_tree_is_on_the_device_of_the_draft(draft, monkeypatch):
+    """Operations of a draft on the meta device refuse tensors of the CPU."""
+    meta = torch.device("meta")
+    model = copy.deepcopy(draft.model).to(meta)
+    vocab_map = SimpleNamespace(target_ids_U=draft.vocab_map.target_ids_U.to(meta))
+    on_meta = ServedEagle3(model, vocab_map, draft.embed_weight_VD.to(meta))
+    drafter = on_meta.drafter(TreeShape(3, 4, 8))
+    monkeypatch.setattr(Candidates, "trees", lambda self, num_nodes: [self])
+    drafter.start([5, 6, 7], torch.zeros(2, 576, device="meta"))
+    assert drafter.propose().score_QC.device.type == "meta"
 
 
 def test_the_accepted_path_follows_the_targets_choices():
