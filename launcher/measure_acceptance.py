@@ -64,6 +64,7 @@ from launcher.command import (
     hint_of_plugins,
     join_environment,
     method_of_run,
+    positive_number,
     run_plugins,
     stopping_at_errors,
     user_cache,
@@ -80,22 +81,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--draft", type=Path, required=True, help="folder of the exported draft")
     parser.add_argument("--target", help="Hugging Face folder or hub id of the target; default: the run's")
     parser.add_argument("--data", nargs="+", help="JSONL conversation files with prompts; default: the run's held-out files")
-    parser.add_argument("--num_prompts", type=_positive, help="prompts decoded; default: the run's")
+    parser.add_argument("--num_prompts", type=positive_number, help="prompts decoded; default: the run's")
     parser.add_argument(
         "--num_steps",
-        type=_positive,
+        type=positive_number,
         nargs="+",
         help="depth of the drafted tokens; several values measure a grid; default: the run's",
     )
     parser.add_argument(
         "--topk",
-        type=_positive,
+        type=positive_number,
         nargs="+",
         help="tokens drafted after each node, 1 = a chain; several values measure a grid; default: the run's",
     )
     parser.add_argument(
         "--num_draft_tokens",
-        type=_positive,
+        type=positive_number,
         nargs="+",
         help="tokens of a tree that a target forward reads; several values measure a grid; default: the run's",
     )
@@ -104,12 +105,16 @@ def parse_arguments() -> argparse.Namespace:
         choices=get_args(TreeRule),
         help="keys that a node of a tree attends to in the draft: its ancestors', or as in SGLang; default: the run's",
     )
-    parser.add_argument("--max_new_tokens", type=_positive, help="tokens generated per prompt; default: the run's")
+    parser.add_argument("--max_new_tokens", type=positive_number, help="tokens generated per prompt; default: the run's")
     parser.add_argument(
         "--dtype", choices=get_args(get_type_hints(TargetSection)["dtype"]), help="precision of the target; default: the run's"
     )
-    parser.add_argument("--tp_size", type=_positive, help="ranks that share each layer; default: the run's, or 1 on one rank")
-    parser.add_argument("--ep_size", type=_positive, help="ranks that share experts; default: the run's, or 1 on one rank")
+    parser.add_argument(
+        "--tp_size", type=positive_number, help="ranks that share each layer; default: the run's, or 1 on one rank"
+    )
+    parser.add_argument(
+        "--ep_size", type=positive_number, help="ranks that share experts; default: the run's, or 1 on one rank"
+    )
     parser.add_argument(
         "--plugins",
         nargs="+",
@@ -145,12 +150,6 @@ def _share(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 0")
     return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-    return int(text)
 
 
 def run_config(arguments: argparse.Namespace, num_ranks: int) -> Config:
