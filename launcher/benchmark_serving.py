@@ -30,7 +30,7 @@ from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import held_out_prompts
 from engine.evaluation.grid import grid_shapes
 from engine.evaluation.page_serving import serving_page
-from engine.host.files import write_json, write_text
+from engine.host.files import write_json, write_text, writing
 from engine.host.telemetry import Telemetry
 from engine.serving.endpoint import ENDPOINTS, Endpoint, ReplyLimits
 from engine.serving.http_stream import ServingError, check_url
@@ -119,7 +119,10 @@ def _count(text: str) -> int:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise ValueError if options contradict each other, or a file or folder is missing."""
+    """Raise ValueError if options contradict each other, or a file or folder is missing, and create folders for the outputs.
+
+    Raises WriteError if that is impossible.
+    """
     is_running = arguments.url is not None or arguments.plain_url is not None
     if is_running:
         _check_running(arguments)
@@ -129,8 +132,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--draft {arguments.draft}: no such folder; expected the folder of an exported draft")
     check_target(Config(target=TargetSection(path=arguments.target)))
     for option, path in (("--json", arguments.json), ("--html", arguments.html)):
-        if path is not None and path.is_dir():
+        if path is None:
+            continue
+        if path.is_dir():
             raise ValueError(f"{option} {path}: is a folder; name a file in it")
+        with writing(path.parent):  # before anything is measured
+            path.parent.mkdir(parents=True, exist_ok=True)
     names = [Path(name).stem for name in arguments.data]
     if len(set(names)) < len(names):
         raise ValueError(f"--data: expected files with different names, found {' '.join(arguments.data)}; rename one")
@@ -276,10 +283,8 @@ class ServingJob:
             advice = "serve in float32 to find out"
             self.telemetry.note(f"Tokens may differ where two of them nearly tie, or batches differ in size; {advice}.")
         if arguments.json is not None:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(arguments.json, self._facts() | {"complete": is_complete, "cells": [cell.to_dict() for cell in cells]})
         if arguments.html is not None:
-            arguments.html.parent.mkdir(parents=True, exist_ok=True)
             sets = ", ".join(f"{count} prompts of {prompts}" for prompts, count in self._sizes.items())
             versions = ", ".join(dict.fromkeys(version for version in self._versions.values() if version))
             subtitle = (

@@ -105,7 +105,8 @@ class Endpoint(ABC):
     ) -> ServedAcceptance | None:
         """Return the acceptance over replies, or None if the server runs without a draft.
 
-        before, after: counters, read before the first request and after the last one.
+        before, after: counters, read before the first request and after the last one. vLLM counts the
+        requests of all clients, so there should be no other.
         """
 
     def _get_json(self, path: str) -> Any:
@@ -273,8 +274,7 @@ class SglangEndpoint(Endpoint):
                 raise ServingError(f"{self.url}{self.path}: {problem}; change the prompts, or the server's arguments")
             if part and not generated:
                 first_token_s = time.perf_counter() - start
-            # An event has all tokens of the reply so far, or with --incremental-streaming-output the latest ones.
-            generated = part if len(part) == num_tokens else generated + part
+            generated = joined(generated, part, num_tokens)
         if not generated:
             advice = "it has text only, so update SGLang" if has_text else EMPTY_REPLY
             raise self._no_tokens(self.path, advice)
@@ -308,6 +308,17 @@ class SglangEndpoint(Endpoint):
             if isinstance(found, dict):
                 return found
         return {}
+
+
+def joined(earlier: list[int], latest: list[int], num_tokens: int) -> list[int]:
+    """Return the tokens of a reply of SGLang so far.
+
+    An event has all tokens so far, or with `--incremental-streaming-output` the latest ones. The number of
+    tokens tells which; where all are sent, the list may run ahead of the number, because SGLang sends it later.
+    """
+    both = earlier + latest
+    has_all = abs(len(latest) - num_tokens) <= abs(len(both) - num_tokens)
+    return latest if has_all else both
 
 
 ENDPOINTS: Mapping[str, type[Endpoint]] = {"sglang": SglangEndpoint, "vllm": VllmEndpoint}

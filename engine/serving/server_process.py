@@ -23,7 +23,7 @@ HOST = "127.0.0.1"
 POLL_S = 0.1
 LAST_LINES = 20  # of a server's output that a message shows
 LAST_BYTES = 20_000  # of the output that are read for them
-GRACE_S = 15.0  # between SIGTERM and SIGKILL
+GRACE_S = 8.0  # for the server after SIGTERM, and for what is left of its group
 KILLED_WITHIN_S = 5.0
 CRASH_SEEN_S = 2.0  # between a connection that breaks and the end of the process that held it
 
@@ -75,13 +75,19 @@ class ServerProcess:
             raise self._failure(f"ended during the measurement ({self._exit_text()})", "fix what its output names")
 
     def end(self) -> None:
-        """End the server and all processes of its group: SIGTERM, and after `GRACE_S` seconds SIGKILL."""
+        """End the server, which ends its workers in order, and then what is left of its group.
+
+        Both get SIGTERM and `GRACE_S` seconds; SIGKILL follows.
+        """
         process = self._process
         self._process = None
         if process is not None:
             try:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_S)
                 _signal_group(process.pid, signal.SIGTERM)
-                _wait_for(lambda: process.poll() is not None and not _group_members(process.pid), GRACE_S)
+                _wait_for(lambda: not _group_members(process.pid), GRACE_S)
             finally:  # also after another Ctrl-C
                 _signal_group(process.pid, signal.SIGKILL)
                 with suppress(subprocess.TimeoutExpired):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.serving.endpoint import ENDPOINTS, ReplyLimits
+from engine.serving.endpoint import ENDPOINTS, ReplyLimits, joined
 from engine.serving.http_stream import ServingError
 from tests.serving.fake_server import CHUNK, reply_to, serving
 
@@ -52,6 +52,13 @@ def test_sglang_may_send_only_the_latest_tokens():
         server.is_incremental = True
         reply, _ = generate(server, "sglang")
         assert list(reply.token_ids) == reply_to(PROMPT, LIMITS.max_new_tokens)
+
+
+def test_lists_that_run_ahead_of_their_number_of_tokens_are_told_from_latest_tokens():
+    assert joined([], [1, 2], 1) == [1, 2]
+    assert joined([1, 2], [1, 2, 3, 4], 3) == [1, 2, 3, 4]
+    assert joined([1, 2], [3], 3) == [1, 2, 3]
+    assert joined([1, 2, 3], [], 3) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
