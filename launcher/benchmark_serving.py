@@ -262,9 +262,8 @@ class ServingJob:
             self._versions[server.setting] = endpoint.version()
             try:
                 benchmark.measure(endpoint, server.setting, server.shape)
-            except ServingError:
-                process.check_alive()  # if it has crashed, its output tells more than the connection
-                raise
+            except ServingError as error:
+                raise process.explained(error) from error
 
     def _endpoint(self, url: str) -> Endpoint:
         return ENDPOINTS[self.arguments.server](url, self.arguments.request_timeout_s, self._api_key)

@@ -29,6 +29,10 @@ class ServingError(ValueError):
     """A server that cannot be measured; the message says what happened and how to fix it."""
 
 
+class ServerFault(ServingError):
+    """A failure whose reason is in the server's output."""
+
+
 class HttpClient:
     """One connection to a server, which is reused for one request after another. It is not shared by threads.
 
@@ -85,7 +89,7 @@ class HttpClient:
         except (OSError, http.client.HTTPException) as error:
             raise self._failure(error, path) from error
         self.close()
-        raise ServingError(
+        raise ServerFault(
             f"{self.url}{path}: the stream ended without {DONE}, so a reply is incomplete; "
             f"look for an error in the server's output, and check that --server names the program that runs there"
         )
@@ -139,17 +143,19 @@ class HttpClient:
         if event.get("error") or event.get("object") == "error":
             self.close()
             message = shortened(_message(data.encode()), self._api_key)
-            raise ServingError(f"{self.url}{path}: the server reported an error: {message}; look into the server's output")
+            raise ServerFault(f"{self.url}{path}: the server reported an error: {message}; look into the server's output")
         return event
 
     def _refusal(self, status: int, path: str, message: str) -> ServingError:
         general = "look for the reason in the server's output" if status >= 500 else ADVICE[404]
         found = shortened(message, self._api_key) or "no message"
-        return ServingError(f"{self.url}{path}: HTTP {status}: {found}; {ADVICE.get(status, general)}")
+        kind = ServerFault if status >= 500 else ServingError
+        return kind(f"{self.url}{path}: HTTP {status}: {found}; {ADVICE.get(status, general)}")
 
     def _failure(self, error: Exception, path: str) -> ServingError:
         """Return the error of a connection, explained."""
         self.close()
+        kind: type[ServingError] = ServingError
         if isinstance(error, TimeoutError):
             problem = f"no complete reply within {self.timeout_s:g} s"
             advice = "raise --request_timeout_s, or use a smaller --batch or --max_new_tokens"
@@ -159,10 +165,11 @@ class HttpClient:
         elif isinstance(error, ConnectionError | http.client.HTTPException):
             problem = f"the server closed the connection before its reply was complete ({type(error).__name__})"
             advice = "look for the reason in the server's output"
+            kind = ServerFault
         else:
             problem = f"cannot be reached: {error}"
             advice = "fix --url or --plain_url, or the network"
-        return ServingError(f"{self.url}{path}: {problem}; {advice}")
+        return kind(f"{self.url}{path}: {problem}; {advice}")
 
 
 def check_url(url: str, option: str) -> None:

@@ -1,6 +1,7 @@
 """A server that the benchmark starts: it waits until the server is ready, and always ends it with all its processes."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,12 +18,14 @@ import psutil
 from engine.host.processes import end_with_parent
 from engine.host.telemetry import visible
 from engine.serving.endpoint import Endpoint
-from engine.serving.http_stream import ServingError
+from engine.serving.http_stream import ServerFault, ServingError
 
 HOST = "127.0.0.1"
 POLL_S = 0.1
 LAST_LINES = 20  # of a server's output that a message shows
-LAST_BYTES = 20_000  # of the output that are read for them
+LAST_ERRORS = 5  # lines before these that name an error, because servers print much while they end
+LAST_BYTES = 200_000  # of the output that are read for both
+NAMES_AN_ERROR = re.compile(r"\w(Error|Exception)\b|\b(ERROR|CRITICAL|FATAL)\b")
 GRACE_S = 8.0  # for the server after SIGTERM, and for what is left of its group
 KILLED_WITHIN_S = 5.0
 CRASH_SEEN_S = 2.0  # between a connection that breaks and the end of the process that held it
@@ -66,13 +69,16 @@ class ServerProcess:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.end()
 
-    def check_alive(self) -> None:
-        """Raise ServingError if the server has ended, or ends within a moment."""
+    def explained(self, error: ServingError) -> ServingError:
+        """Return the error of a request, with the server's output if the reason is there or the server has ended."""
         assert self._process is not None, "the server has been started"
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(CRASH_SEEN_S)
         if self._process.returncode is not None:
-            raise self._failure(f"ended during the measurement ({self._exit_text()})", "fix what its output names")
+            return self._failure(f"ended during the measurement ({self._exit_text()})", "fix what its output names")
+        if isinstance(error, ServerFault):
+            return ServingError(f"{error}. {self._shown_output()}")
+        return error
 
     def end(self) -> None:
         """End the server, which ends its workers in order, and then what is left of its group.
@@ -146,13 +152,18 @@ class ServerProcess:
         return "fix what its output names, for example with server arguments after --"
 
     def last_lines(self) -> str:
-        """Return the end of the server's output, without characters that a terminal would obey."""
+        """Return the end of the server's output, after the last lines before it that name an error.
+
+        Characters that a terminal would obey become visible.
+        """
         assert self._output is not None, "the server has been started"
         size = os.fstat(self._output.fileno()).st_size
         start = max(0, size - LAST_BYTES)
         content = os.pread(self._output.fileno(), LAST_BYTES, start)
         lines = content.decode("utf-8", errors="replace").splitlines()
-        return "\n".join(visible(line) for line in lines[-LAST_LINES:])
+        errors = [line for line in lines[:-LAST_LINES] if NAMES_AN_ERROR.search(line)][-LAST_ERRORS:]
+        gap = ["..."] if errors else []
+        return "\n".join(visible(line) for line in [*errors, *gap, *lines[-LAST_LINES:]])
 
     def _exit_text(self) -> str:
         assert self._process is not None, "the server has been started"
@@ -160,9 +171,11 @@ class ServerProcess:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def _failure(self, problem: str, advice: str) -> ServingError:
+        return ServingError(f"the {self.endpoint.name} server {problem}; {advice}. {self._shown_output()}")
+
+    def _shown_output(self) -> str:
         output = self.last_lines()
-        shown = f"The last lines of its output:\n{output}" if output else "It printed nothing."
-        return ServingError(f"the {self.endpoint.name} server {problem}; {advice}. {shown}")
+        return f"The last lines of its output (--logs keeps all):\n{output}" if output else "It printed nothing."
 
 
 def free_port() -> int:

@@ -99,7 +99,8 @@ def test_a_crash_keeps_what_was_measured_and_shows_the_servers_output(data, tmp_
     assert written["complete"] is False and len(written["cells"]) == 1
     started = ("--python", program(tmp_path, "crash"), "--draft", tmp_path, "--batch", 1)
     message = refused(monkeypatch, *words(data, "vllm", *started))
-    assert "ended during the measurement (exit code 3)" in message and message.endswith("the engine core died")
+    assert "ended during the measurement (exit code 3)" in message and message.endswith("28\n29")
+    assert "EngineDeadError: no memory\n..." in message and "the engine core died" not in message
     message = refused(monkeypatch, *words(data, "vllm", "--python", program(tmp_path, "dies"), "--draft", tmp_path))
     assert "ended while starting" in message and "no such model" in message
     assert running(tmp_path) == []

@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         prompt = request["prompt"] if is_vllm else request["input_ids"]
         fault = self.server.fault
         if fault == "crash":
-            print("the engine core died", flush=True)
+            print("EngineDeadError: no memory\nthe engine core died", *range(30), sep="\n", flush=True)
             os._exit(3)
         if fault in ("400", "401", "500"):
             self.send(int(fault), json.dumps({"error": {"message": f"message of {fault}"}}))

@@ -11,7 +11,7 @@ import pytest
 
 from engine.serving import server_process
 from engine.serving.endpoint import VllmEndpoint
-from engine.serving.http_stream import ServingError
+from engine.serving.http_stream import ServerFault, ServingError
 from engine.serving.server_process import HOST, ServerProcess, check_port, free_port
 from tests.serving.fake_server import program
 
@@ -55,11 +55,14 @@ def test_a_server_that_does_not_become_ready_is_ended(tmp_path):
     assert running(tmp_path) == []
 
 
-def test_a_crash_is_noticed(tmp_path):
+def test_the_error_of_a_request_is_explained_by_the_servers_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_process, "CRASH_SEEN_S", 0.2)
     with process_of(tmp_path) as process:
+        refused = ServingError("HTTP 400")
+        assert process.explained(refused) is refused, "the server is not to blame"
+        assert str(process.explained(ServerFault("HTTP 500"))).endswith("(--logs keeps all):\nloading the weights")
         os.kill(running(tmp_path)[0], signal.SIGKILL)
-        with pytest.raises(ServingError, match=r"ended during the measurement \(signal 9\)"):
-            process.check_alive()
+        assert "ended during the measurement (signal 9)" in str(process.explained(ServerFault("closed")))
 
 
 def test_what_cannot_be_started_and_a_port_in_use_are_named(tmp_path):
