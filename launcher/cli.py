@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect_store": "inspect_store.py",
     "train": "train.py",
     "measure": "measure_acceptance.py",
+    "benchmark_serving": "benchmark_serving.py",
     "export": "export_draft.py",
     "report": "write_report.py",
     "replay": "replay_batch.py",
@@ -51,7 +52,7 @@ def usage() -> str:
     for name, file in COMMANDS.items():
         description = ast.get_docstring(ast.parse((FOLDER / file).read_text(encoding="utf-8"))) or ""
         first = description.partition("\n")[0].partition(": ")[0]
-        lines.append(f"  {name:14}{first}")
+        lines.append(f"  {name:19}{first}")
     return "\n".join(lines)
 
 

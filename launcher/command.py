@@ -80,6 +80,13 @@ def make_parser(description: str, sections: Sequence[str] = ()) -> argparse.Argu
     return parser
 
 
+def positive_number(text: str) -> int:
+    """Return the number of a command-line option. Raises ArgumentTypeError unless it is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
 def set_allocator() -> None:
     """Let PyTorch's CUDA allocator use expandable segments, unless the user has configured it.
 

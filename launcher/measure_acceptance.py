@@ -67,6 +67,7 @@ from launcher.command import (
     hint_of_plugins,
     join_environment,
     method_of_run,
+    positive_number,
     run_plugins,
     stopping_at_errors,
     user_cache,
@@ -89,22 +90,22 @@ def parse_arguments() -> argparse.Namespace:
         help="JSONL files with conversations or with the questions of a benchmark, or names of sets that are downloaded: "
         f"{', '.join(PROMPT_SETS)}; default: the run's held-out files",
     )
-    parser.add_argument("--num_prompts", type=_positive, help="prompts decoded; default: the run's")
+    parser.add_argument("--num_prompts", type=positive_number, help="prompts decoded; default: the run's")
     parser.add_argument(
         "--num_steps",
-        type=_positive,
+        type=positive_number,
         nargs="+",
         help="depth of the drafted tokens; several values measure a grid; default: the run's",
     )
     parser.add_argument(
         "--topk",
-        type=_positive,
+        type=positive_number,
         nargs="+",
         help="tokens drafted after each node, 1 = a chain; several values measure a grid; default: the run's",
     )
     parser.add_argument(
         "--num_draft_tokens",
-        type=_positive,
+        type=positive_number,
         nargs="+",
         help="tokens of a tree that a target forward reads; several values measure a grid; default: the run's",
     )
@@ -116,16 +117,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--temperature", type=_non_negative, default=0.0, help="of sampled replies; default: 0, greedy decoding"
     )
-    parser.add_argument("--top_k", type=_positive, help="most likely tokens that sampling chooses among; default: all")
+    parser.add_argument("--top_k", type=positive_number, help="most likely tokens that sampling chooses among; default: all")
     parser.add_argument(
         "--top_p", type=_non_negative, default=1.0, help="probability of the tokens that sampling chooses among; default: 1"
     )
-    parser.add_argument("--max_new_tokens", type=_positive, help="tokens generated per prompt; default: the run's")
+    parser.add_argument("--max_new_tokens", type=positive_number, help="tokens generated per prompt; default: the run's")
     parser.add_argument(
         "--dtype", choices=get_args(get_type_hints(TargetSection)["dtype"]), help="precision of the target; default: the run's"
     )
-    parser.add_argument("--tp_size", type=_positive, help="ranks that share each layer; default: the run's, or 1 on one rank")
-    parser.add_argument("--ep_size", type=_positive, help="ranks that share experts; default: the run's, or 1 on one rank")
+    parser.add_argument(
+        "--tp_size", type=positive_number, help="ranks that share each layer; default: the run's, or 1 on one rank"
+    )
+    parser.add_argument(
+        "--ep_size", type=positive_number, help="ranks that share experts; default: the run's, or 1 on one rank"
+    )
     parser.add_argument(
         "--plugins",
         nargs="+",
@@ -161,12 +166,6 @@ def _non_negative(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 0")
     return value
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-    return int(text)
 
 
 def run_config(arguments: argparse.Namespace, num_ranks: int) -> tuple[Config, list[TreeShape]]:

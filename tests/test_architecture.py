@@ -19,6 +19,7 @@ LAYERS = (
     "weights",
     "target",
     "hidden_states",
+    "serving",
     "evaluation",
     "planning",
     "conversations",

@@ -34,10 +34,11 @@ class Line:
     is_joined: bool = True
 
 
-def line_chart(title: str, lines: Sequence[Line], log: bool = False, from_zero: bool = False) -> str:
-    """Return a chart of lines over optimizer steps, or "" if no line has a value.
+def line_chart(title: str, lines: Sequence[Line], log: bool = False, from_zero: bool = False, across: str = "step") -> str:
+    """Return a chart of lines, or "" if no line has a value.
 
     log: whether the values' axis is logarithmic. from_zero: whether it begins at zero.
+    across: name of what the lines' `steps` count, which are optimizer steps by default.
     """
     drawn = [_Points.of(line, log) for line in lines]
     points = [point for line in drawn for point in line.points]
@@ -49,7 +50,7 @@ def line_chart(title: str, lines: Sequence[Line], log: bool = False, from_zero: 
     values = [y for _, y in points] + lows + highs + ([0.0] if from_zero else [])
     vertical = _Axis.over(values, HEIGHT - BOTTOM, TOP, log)
     parts = [_grid(horizontal, vertical)]
-    parts += [_line(line, horizontal, vertical) for line in drawn]
+    parts += [_line(line, horizontal, vertical, across) for line in drawn]
     label = html.escape(title)
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     return f"<figure><figcaption>{label}{_legend(lines)}</figcaption>{svg}</figure>"
@@ -346,7 +347,7 @@ def _grid(horizontal: _Axis, vertical: _Axis) -> str:
     return "".join(parts)
 
 
-def _line(drawn: _Points, horizontal: _Axis, vertical: _Axis) -> str:
+def _line(drawn: _Points, horizontal: _Axis, vertical: _Axis, across: str) -> str:
     line = drawn.line
     parts = []
     if drawn.bands:
@@ -359,7 +360,7 @@ def _line(drawn: _Points, horizontal: _Axis, vertical: _Axis) -> str:
             places = " ".join(f"{horizontal(x):.1f},{vertical(y):.1f}" for x, y in points)
             parts.append(f'<polyline class="s{line.colour % 8} {look}" stroke-dasharray="{dash}" points="{places}"/>')
     for x, y in drawn.points if line.marked else drawn.points[-1:]:
-        shown = f"{html.escape(line.name)}: {number(y)} at step {x:,.0f}"
+        shown = f"{html.escape(line.name)}: {number(y)} at {html.escape(across)} {x:,.0f}"
         place = f'cx="{horizontal(x):.1f}" cy="{vertical(y):.1f}" r="3"'
         look = "" if line.is_joined else " hollow"
         parts.append(f'<circle class="s{line.colour % 8}{look}" {place}><title>{shown}</title></circle>')

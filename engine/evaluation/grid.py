@@ -1,6 +1,5 @@
 """Acceptance for a grid of tree shapes, and the shape that a cost model of serving prefers."""
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from engine.config.strict import ConfigError
 from engine.config.tree_shape import TreeRule, TreeShape
 from engine.evaluation.acceptance import AcceptanceReport
 from engine.host.files import write_json
+from engine.serving.server_commands import MODULES, SGLANG, VLLM, draft_arguments
 
 GRID = "acceptance_grid.json"  # file in a run's folder
 ALL = "all"  # name of the report over all files of prompts
@@ -138,16 +138,10 @@ def group_table(cell: GridCell) -> Table | None:
 
 def serving_commands(shape: TreeShape, target: str, draft: Path) -> dict[str, str]:
     """Return the commands that serve a draft with this shape, by server. vLLM drafts chains only."""
-    model = shlex.quote(target)
-    sglang = (
-        f"python -m sglang.launch_server --model-path {model} --speculative-algorithm EAGLE3 "
-        f"--speculative-draft-model-path {shlex.quote(str(draft))} --speculative-num-steps {shape.num_steps} "
-        f"--speculative-eagle-topk {shape.topk} --speculative-num-draft-tokens {shape.tokens_per_forward}"
-    )
-    commands = {"SGLang": sglang}
+    sglang = ["python", "-m", MODULES[SGLANG], "--model-path", target, *draft_arguments(SGLANG, shape, str(draft))]
+    commands = {"SGLang": shlex.join(sglang)}
     if shape.is_chain:
-        config = json.dumps({"method": "eagle3", "model": str(draft), "num_speculative_tokens": shape.num_steps})
-        commands["vLLM"] = f"vllm serve {model} --speculative-config {shlex.quote(config)}"
+        commands["vLLM"] = shlex.join(["vllm", "serve", target, *draft_arguments(VLLM, shape, str(draft))])
     return commands
 
 

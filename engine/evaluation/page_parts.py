@@ -1,7 +1,8 @@
-"""Pieces of HTML that the sections of a run's report share."""
+"""Pieces of HTML that the sections of reports share, and the page around them."""
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from engine.evaluation.run_record import RunRecord, finite
@@ -17,6 +18,7 @@ PART_NAMES = {
     BACKWARD: "draft backward",
     OPTIMIZER: "optimizer",
 }
+STYLE = Path(__file__).with_name("run_page.css")
 LONGEST_TEXT = 1000  # characters of a text from a file that are shown
 # Errors of a section that was made from files with unexpected contents.
 UNEXPECTED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RecursionError)
@@ -27,6 +29,16 @@ def escaped(value: Any) -> str:
     text = str(value)
     shortened = text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ..."
     return html.escape(visible(shortened))
+
+
+def whole_page(title: str, parts: Sequence[str]) -> str:
+    """Return a self-contained HTML page. title, parts: as HTML; empty parts are left out."""
+    style = STYLE.read_text(encoding="utf-8")
+    page = (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{style}</style>\n" + "\n".join(part for part in parts if part) + "\n</html>\n"
+    )
+    return page.encode("utf-8", errors="replace").decode("utf-8")  # JSON may hold half a surrogate pair
 
 
 def warning(text: str) -> str:

@@ -11,7 +11,7 @@ from engine.evaluation.charts import Bar, Line, line_chart, stacked_bars
 from engine.evaluation.page_files import files_section, warnings_section
 from engine.evaluation.page_grid import grid_section
 from engine.evaluation.page_outcome import acceptance, comparison, tiles
-from engine.evaluation.page_parts import PART_NAMES, escaped, guarded, of_run, suffix
+from engine.evaluation.page_parts import PART_NAMES, escaped, guarded, of_run, suffix, whole_page
 from engine.evaluation.page_roofline import roofline_section
 from engine.evaluation.page_samples import samples_section
 from engine.evaluation.run_record import RunRecord, column
@@ -21,7 +21,6 @@ from engine.overlap.bottleneck import bottleneck
 from engine.overlap.step_clock import DRAFT_PARTS, PARTS, TARGET_PARTS, WAIT
 
 HELD_OUT_COLOUR = 1
-STYLE = Path(__file__).with_name("run_page.css")
 LONGEST_CONFIG = 100_000  # characters that are shown
 
 
@@ -56,12 +55,7 @@ def run_page(runs: Sequence[RunRecord]) -> str:
     for run in runs:
         body.append(guarded("Drafts and checkpoints", partial(files_section, run, runs)))
     body += [_configuration(run, runs) for run in runs]
-    style = STYLE.read_text(encoding="utf-8")
-    page = (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{style}</style>\n" + "\n".join(part for part in body if part) + "\n</html>\n"
-    )
-    return page.encode("utf-8", errors="replace").decode("utf-8")  # JSON may hold half a surrogate pair
+    return whole_page(title, body)
 
 
 def _subtitle(run: RunRecord) -> str:

@@ -1,0 +1,1 @@
+"""Running SGLang and vLLM servers with and without a draft, and measuring them over HTTP."""
