@@ -36,6 +36,7 @@ EVERY_LOGGED_STEP = {
     ("engine/host/pinned_copy.py", "wait"): "metrics, a step late, when the device has passed them",
 }
 DECODING = {
+    ("engine/evaluation/evaluator.py", "_summed"): "counts are added over the ranks, once per measurement",
     ("engine/evaluation/evaluator.py", "_first_fault"): "whether the target is finite, once per prompt",
     ("engine/evaluation/replay.py", "__init__"): "prompts come from the host, once per batch",
     ("engine/evaluation/replay.py", "decode_one_token"): "tokens and states go to the host, once per forward",
