@@ -26,7 +26,7 @@ ONCE_PER_RUN = {
 ONCE_PER_STAGE = {
     ("engine/models/eagle3/draft.py", "cos_sin"): "rotary frequencies are moved",
     ("engine/models/eagle3/unroll.py", "_weight_S"): "weights of the steps are moved",
-    ("engine/evaluation/evaluator.py", "_measure"): "sums of all ranks",
+    ("engine/evaluation/evaluator.py", "_summed"): "sums of all ranks",
     ("engine/hidden_states/capture.py", "run"): "the bytes that all ranks wrote are printed",
 }
 EVERY_MICRO_BATCH = {
@@ -36,7 +36,6 @@ EVERY_LOGGED_STEP = {
     ("engine/host/pinned_copy.py", "wait"): "metrics, a step late, when the device has passed them",
 }
 DECODING = {
-    ("engine/evaluation/evaluator.py", "_summed"): "counts are added over the ranks, once per measurement",
     ("engine/evaluation/evaluator.py", "_first_fault"): "whether the target is finite, once per prompt",
     ("engine/evaluation/replay.py", "__init__"): "prompts come from the host, once per batch",
     ("engine/evaluation/replay.py", "decode_one_token"): "tokens and states go to the host, once per forward",
