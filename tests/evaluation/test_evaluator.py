@@ -7,6 +7,7 @@ import pytest
 
 from engine.config.sections import EvaluationSection
 from engine.config.tree_shape import TreeShape
+from engine.evaluation import evaluator
 from engine.evaluation.acceptance import AcceptanceReport, Prompt
 from engine.evaluation.decoding import plain_decode
 from engine.evaluation.evaluator import BATCH_SIZE, AcceptanceEvaluator
@@ -34,6 +35,23 @@ def test_ranks_that_share_the_target_report_what_one_reports_alone(count):
     for reports in run_ranks(measure, 2, "llama", 2, count):
         assert reports == [replace(report, **untimed) for report in alone]
     assert all(report.num_prompts == count and report.mismatches == (0 if count else None) for report in alone)
+
+
+def test_plain_decoding_is_timed_again_if_its_times_are_old(monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        evaluator,
+        "plain_decode",
+        lambda target, prompt_ids, *rest: decoded.append(1) or plain_decode(target, prompt_ids, *rest),
+    )
+    target = tiny_target("llama")
+    held_out = AcceptanceEvaluator(SECTION, target, TOKENIZER, PROMPTS, World.alone(), Telemetry(speaks=False), 50)
+    counts = []
+    for fresh_s in (60, 60, 0):
+        monkeypatch.setattr(evaluator, "FRESH_S", fresh_s)
+        assert held_out.measure_prompt_lookup().mismatches == 0
+        counts.append(len(decoded))
+    assert counts == [5, 5, 10]
 
 
 def test_samples_are_the_replies_whose_acceptance_was_measured(monkeypatch):
