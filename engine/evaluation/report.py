@@ -85,7 +85,8 @@ def acceptance_table(reports: dict[str, AcceptanceReport], replies: str = "Greed
     table.add_column("drafting", no_wrap=True)
     for heading in ("acceptance\nlength", "accepted %\nby depth", "tokens/s", "speed", "unlike\ngreedy"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_row("none", "1.00", "", _rate(some.plain_tokens_per_s), "1.00x" if some.plain_tokens_per_s else "-", "")
+    *_, latest = reports.values()  # plain decoding may have been timed again for the later ones
+    table.add_row("none", "1.00", "", _rate(latest.plain_tokens_per_s), "1.00x" if latest.plain_tokens_per_s else "-", "")
     for name, report in reports.items():
         depths = " ".join("-" if share is None else f"{100 * share:.0f}" for share in report.acceptance_per_depth)
         speed = "-"
