@@ -34,7 +34,7 @@ from engine.host.files import write_json, write_text, writing
 from engine.host.telemetry import Telemetry
 from engine.serving.endpoint import ENDPOINTS, Endpoint, ReplyLimits
 from engine.serving.http_stream import ServingError, check_url
-from engine.serving.server_commands import SGLANG, VLLM, ServerProgram
+from engine.serving.server_commands import SGLANG, VLLM, ServerProgram, check_topk
 from engine.serving.server_process import HOST, ServerProcess, check_port, free_port
 from engine.serving.serving_benchmark import LoadPlan, ServingBenchmark
 from engine.serving.serving_results import PLAIN, latency_table, speed_table
@@ -171,15 +171,8 @@ def shapes_of(arguments: argparse.Namespace) -> list[TreeShape]:
     """
     num_steps = arguments.num_steps or [TreeShape().num_steps]
     topk = arguments.topk or [1]
-    num_draft_tokens = arguments.num_draft_tokens
-    if arguments.server == VLLM and max(topk) > 1:
-        problem = f"vLLM drafts chains only, found --topk {max(topk)}"
-        raise ValueError(f"{problem}; use --topk 1, or measure trees with --server sglang")
-    if max(topk) > 1 and num_draft_tokens is None:
-        raise ValueError("--num_draft_tokens is missing: trees need it, such as --num_draft_tokens 8 16 32")
-    if max(topk) == 1 and num_draft_tokens is not None:
-        raise ValueError("--num_draft_tokens has no effect on chains, which have num_steps + 1; delete it")
-    return grid_shapes(num_steps, topk, num_draft_tokens or (), "sglang")
+    check_topk(arguments.server, max(topk))
+    return grid_shapes(num_steps, topk, arguments.num_draft_tokens, "sglang")
 
 
 def servers_of(arguments: argparse.Namespace) -> list[Measured]:

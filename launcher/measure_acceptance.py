@@ -218,20 +218,14 @@ def shapes_of(arguments: argparse.Namespace, section: EvaluationSection) -> list
     num_steps = arguments.num_steps or [section.num_steps]
     topk = arguments.topk or [section.topk]
     num_draft_tokens = arguments.num_draft_tokens
-    if num_draft_tokens is None and section.num_draft_tokens is not None:
+    if num_draft_tokens is None and section.num_draft_tokens is not None and max(topk) > 1:  # the run's are of trees
         num_draft_tokens = [section.num_draft_tokens]
     rule = arguments.tree_rule or section.tree_rule
     if max(len(num_steps), len(topk), len(num_draft_tokens or ())) > 1:
-        if num_draft_tokens is None and max(topk) > 1:
-            raise ValueError("--num_draft_tokens is missing: a grid with trees needs it, such as --num_draft_tokens 8 16 32")
-        if arguments.num_draft_tokens and max(topk) == 1:
-            raise ValueError("--num_draft_tokens is given, but chains determine it; delete it, or give a --topk above 1")
         if arguments.show or arguments.temperature:
             raise ValueError("a grid replays greedy replies; delete --show and --temperature, or give one value per size")
-        return grid_shapes(num_steps, topk, num_draft_tokens or (), rule)
-    is_chain = topk == [1]
-    given = arguments.num_draft_tokens if is_chain else num_draft_tokens
-    return [TreeShape(num_steps[0], topk[0], given[0] if given else None, rule)]
+        return grid_shapes(num_steps, topk, num_draft_tokens, rule)
+    return [TreeShape(num_steps[0], topk[0], num_draft_tokens[0] if num_draft_tokens else None, rule)]
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:

@@ -52,7 +52,7 @@ class TreeShape:
     @property
     def num_candidates(self) -> int:
         """Tokens that are drafted: `topk` after the root, and `topk` after each node that is read."""
-        return self.topk + self.topk**2 * (self.num_steps - 1)
+        return num_candidates(self.num_steps, self.topk)
 
     @property
     def num_nodes(self) -> int:
@@ -65,6 +65,11 @@ class TreeShape:
         return self.num_nodes + 1
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes by the names of their options, for JSON."""
+        return {"num_steps": self.num_steps, "topk": self.topk, "num_draft_tokens": self.tokens_per_forward}
+
+    @property
     def is_chain(self) -> bool:
         return self.topk == 1
 
@@ -72,6 +77,11 @@ class TreeShape:
         if self.is_chain:
             return f"a chain of {self.num_steps}"
         return f"a tree of {self.num_steps} steps, top {self.topk}, {self.num_draft_tokens} draft tokens"
+
+
+def num_candidates(num_steps: int, topk: int) -> int:
+    """Return how many tokens are drafted, of which a tree holds the most likely ones."""
+    return topk + topk**2 * (num_steps - 1)
 
 
 def _error(problem: str, name: str, value: int | None) -> ConfigError:

@@ -98,6 +98,17 @@ class AcceptanceReport:
     confidence: float | None = None
     num_forwards: int | None = None
 
+    @property
+    def length_text(self) -> str:
+        """The acceptance length with its confidence interval, for tables."""
+        spread = "" if self.confidence is None else f" ±{self.confidence:.2f}"
+        return f"{self.acceptance_length:.2f}{spread}"
+
+    @property
+    def depths_text(self) -> str:
+        """The percentages per depth, for tables."""
+        return " ".join("-" if share is None else f"{100 * share:.0f}" for share in self.acceptance_per_depth)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, for JSON."""
         return asdict(self)

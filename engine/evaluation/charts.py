@@ -52,7 +52,7 @@ def line_chart(title: str, lines: Sequence[Line], log: bool = False, from_zero: 
     parts = [_grid(horizontal, vertical)]
     parts += [_line(line, horizontal, vertical, across) for line in drawn]
     label = html.escape(title)
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    svg = _svg(label, parts)
     return f"<figure><figcaption>{label}{_legend(lines)}</figcaption>{svg}</figure>"
 
 
@@ -141,7 +141,7 @@ def roofline_chart(title: str, points: Sequence[RoofPoint], roofs: Sequence[Roof
         parts.append(f'<circle class="s{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{shown}</title></circle>')
     label = html.escape(title)
     keys = "".join(f'<span class="key k{point.colour % 8}">{html.escape(point.name)}</span>' for point in points)
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    svg = _svg(label, parts)
     axes = '<span class="quiet">across: FLOP per byte of memory traffic, up: FLOP/s</span>'
     return f'<figure class="roofline"><figcaption>{label}{keys}</figcaption>{svg}<figcaption>{axes}</figcaption></figure>'
 
@@ -189,9 +189,14 @@ def heat_map(title: str, heat: HeatMap) -> str:
                 f'<text class="cell" x="{x + width / 2:.1f}" y="{middle + 4:.1f}" text-anchor="middle">{value:.2f}</text>'
             )
     label = html.escape(title)
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    svg = _svg(label, parts)
     axes = f'<span class="quiet">across: {html.escape(heat.x_label)}, up: {html.escape(heat.y_label)}</span>'
     return f"<figure><figcaption>{label}</figcaption>{svg}<figcaption>{axes}</figcaption></figure>"
+
+
+def _svg(label: str, parts: Sequence[str]) -> str:
+    """Return a drawing of the size of a chart. label: escaped text for those who do not see it."""
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def number(value: float) -> str:

@@ -57,7 +57,7 @@ class AcceptanceEvaluator:
     timing. A sharded target, one whose cache cannot be rolled back, and one that cannot read the
     trees that are drafted always use replay.
 
-    Sampled replies are decoded one at a time as well, and not compared. Each prompt has its own seed.
+    Sampled replies are decoded one at a time as well, and not compared. Each prompt of a rank has its own seed.
 
     Prompts for which the target's states are not finite are named and excluded from every report.
     """

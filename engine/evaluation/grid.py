@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from engine.config.strict import ConfigError
-from engine.config.tree_shape import TreeRule, TreeShape
+from engine.config.tree_shape import TreeRule, TreeShape, num_candidates
 from engine.evaluation.acceptance import AcceptanceReport
 from engine.host.files import write_json
 from engine.serving.server_commands import MODULES, SGLANG, VLLM, draft_arguments
@@ -53,29 +53,29 @@ class GridCell:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the cell as plain values, for JSON."""
-        sizes = {
-            "num_steps": self.shape.num_steps,
-            "topk": self.shape.topk,
-            "num_draft_tokens": self.shape.tokens_per_forward,
-            "tree_rule": self.shape.rule,
-        }
-        return {**sizes, "speed_up": self.speed_up, "reports": {name: one.to_dict() for name, one in self.reports.items()}}
+        reports = {name: report.to_dict() for name, report in self.reports.items()}
+        return {**self.shape.sizes, "tree_rule": self.shape.rule, "speed_up": self.speed_up, "reports": reports}
 
 
 def grid_shapes(
-    num_steps: Sequence[int], topk: Sequence[int], num_draft_tokens: Sequence[int], rule: TreeRule
+    num_steps: Sequence[int], topk: Sequence[int], num_draft_tokens: Sequence[int] | None, rule: TreeRule
 ) -> list[TreeShape]:
     """Return all possible shapes of these sizes.
 
-    num_draft_tokens: of trees; chains determine theirs.
-    Raises ConfigError if there is none.
+    num_draft_tokens: of trees; None if all are chains, which determine theirs.
+    Raises ValueError if sizes are missing or have no effect, or if there is no such shape.
     """
-    shapes = list(dict.fromkeys(_possible(num_steps, topk, num_draft_tokens, rule)))
+    if num_draft_tokens is None and max(topk) > 1:
+        raise ValueError("--num_draft_tokens is missing: trees need it, such as --num_draft_tokens 8 16 32")
+    if num_draft_tokens is not None and max(topk) == 1:
+        problem = "--num_draft_tokens has no effect on chains: chains determine it, as num_steps + 1"
+        raise ValueError(f"{problem}; delete it, or give a --topk above 1")
+    shapes = list(dict.fromkeys(_possible(num_steps, topk, num_draft_tokens or (), rule)))
     if not shapes:
         problem = (
             f"evaluation.num_steps = {list(num_steps)} and evaluation.topk = {list(topk)} allow no tree of that many tokens"
         )
-        raise ConfigError(problem, key="evaluation.num_draft_tokens", value=list(num_draft_tokens))
+        raise ConfigError(problem, key="evaluation.num_draft_tokens", value=num_draft_tokens)
     return shapes
 
 
@@ -86,7 +86,7 @@ def _possible(
         if width == 1:
             yield TreeShape(steps, rule=rule)
             continue
-        most = width + width**2 * (steps - 1) + 1
+        most = num_candidates(steps, width) + 1
         for count in sorted(num_draft_tokens):
             if 2 <= count <= most:
                 yield TreeShape(steps, width, count, rule)
@@ -110,14 +110,8 @@ def grid_table(cells: Sequence[GridCell], costs: CostModel) -> Table:
     for heading in ("steps", "topk", "draft\ntokens", "acceptance\nlength", "accepted %\nby depth", "predicted\nspeed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in shown:
-        shape = cell.shape
-        report = cell.report
-        length = f"{report.acceptance_length:.2f}"
-        if report.confidence is not None:
-            length += f" ±{report.confidence:.2f}"
-        depths = " ".join("-" if share is None else f"{100 * share:.0f}" for share in report.acceptance_per_depth)
-        sizes = (shape.num_steps, shape.topk, shape.tokens_per_forward)
-        table.add_row(*map(str, sizes), length, depths, f"{cell.speed_up:.2f}x")
+        sizes = map(str, cell.shape.sizes.values())
+        table.add_row(*sizes, cell.report.length_text, cell.report.depths_text, f"{cell.speed_up:.2f}x")
     return table
 
 
@@ -131,8 +125,7 @@ def group_table(cell: GridCell) -> Table | None:
         table.add_column(heading, justify="left" if heading == "prompts of" else "right")
     for name in names:
         report = cell.reports[name]
-        spread = "" if report.confidence is None else f" ±{report.confidence:.2f}"
-        table.add_row(name, str(report.num_prompts), f"{report.acceptance_length:.2f}{spread}")
+        table.add_row(name, str(report.num_prompts), report.length_text)
     return table
 
 

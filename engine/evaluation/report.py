@@ -88,15 +88,11 @@ def acceptance_table(reports: dict[str, AcceptanceReport], replies: str = "Greed
     *_, latest = reports.values()  # plain decoding may have been timed again for the later ones
     table.add_row("none", "1.00", "", _rate(latest.plain_tokens_per_s), "1.00x" if latest.plain_tokens_per_s else "-", "")
     for name, report in reports.items():
-        depths = " ".join("-" if share is None else f"{100 * share:.0f}" for share in report.acceptance_per_depth)
         speed = "-"
         if report.tokens_per_s is not None and report.plain_tokens_per_s:
             speed = f"{report.tokens_per_s / report.plain_tokens_per_s:.2f}x"
         differs = "-" if report.mismatches is None else f"{report.mismatches} of {report.num_prompts}"
-        length = f"{report.acceptance_length:.2f}"
-        if report.confidence is not None:
-            length += f" ±{report.confidence:.2f}"
-        table.add_row(name, length, depths, _rate(report.tokens_per_s), speed, differs)
+        table.add_row(name, report.length_text, report.depths_text, _rate(report.tokens_per_s), speed, differs)
     return table
 
 

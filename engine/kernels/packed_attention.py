@@ -59,6 +59,11 @@ class Scores:
     softcap: float | None = None
     sinks_H: Tensor | None = None
 
+    @classmethod
+    def of(cls, query: Tensor, scaling: float | None, softcap: float | None, sinks_H: Tensor | None) -> "Scores":
+        """Return the scores of queries [..., E]. scaling: None = E**-0.5."""
+        return cls(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks_H)
+
 
 @dataclass(frozen=True)
 class PackedAttention:

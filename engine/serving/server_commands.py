@@ -44,11 +44,8 @@ def draft_arguments(server: str, shape: TreeShape, draft: str) -> list[str]:
 
     Raises ValueError for a tree in vLLM, which drafts chains only.
     """
+    check_topk(server, shape.topk)
     if server == VLLM:
-        if not shape.is_chain:
-            raise ValueError(
-                f"vLLM drafts chains only, found --topk {shape.topk}; use --topk 1, or measure trees with --server sglang"
-            )
         config = {"method": "eagle3", "model": draft, "num_speculative_tokens": shape.num_steps}
         return ["--speculative-config", json.dumps(config)]
     sizes = {
@@ -60,3 +57,9 @@ def draft_arguments(server: str, shape: TreeShape, draft: str) -> list[str]:
     for option, size in sizes.items():
         arguments += [option, str(size)]
     return arguments
+
+
+def check_topk(server: str, topk: int) -> None:
+    """Raise ValueError if a server cannot draft trees of this `topk`."""
+    if server == VLLM and topk > 1:
+        raise ValueError(f"vLLM drafts chains only, found --topk {topk}; use --topk 1, or measure trees with --server sglang")

@@ -80,10 +80,6 @@ class ServingCell:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the cell as plain values, for JSON."""
-        shape = self.shape
-        sizes = None
-        if shape is not None:
-            sizes = {"num_steps": shape.num_steps, "topk": shape.topk, "num_draft_tokens": shape.num_nodes + 1}
         found = self.acceptance
         acceptance = None
         if found is not None:
@@ -96,7 +92,7 @@ class ServingCell:
         speed_up = self.speed_up
         return {
             "setting": self.setting,
-            "shape": sizes,
+            "shape": None if self.shape is None else self.shape.sizes,
             "prompts": self.prompts,
             "batch": self.batch,
             "num_requests": len(self.repeats[0].replies),

@@ -173,7 +173,7 @@ def attend_one(
         allowed_HLK = allowed_GLK.repeat_interleave(query.shape[1] // len(allowed_GLK), dim=0)
         mask_HLK = mask_HLK + added(allowed_HLK, mask_HLK.dtype)
     check_known(module, others)
-    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    scores = Scores.of(query, scaling, softcap, s_aux)
     attended_HLF = under_mask(query[0], key[0], value[0], mask_HLK.to(query.dtype), scores)
     return attended_HLF.transpose(0, 1)[None].contiguous(), None
 
@@ -200,7 +200,7 @@ def attend_documents(
     if not isinstance(attention_mask, DocumentMasks):
         raise _unknown(module, f"a mask of type {type(attention_mask).__name__}")
     query = tuned_queries(module, query, attention_mask.position_T)
-    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    scores = Scores.of(query, scaling, softcap, s_aux)
     return _attend(query[0], key[0], value[0], attention_mask, scores)[None].contiguous(), None
 
 

@@ -159,7 +159,7 @@ def attend_tree(
         raise ValueError(f"{type(module).__name__} makes its own masks, so it cannot read a tree of tokens")
     query = tuned_queries(module, query, attention_mask.row.position_N)
     head_dim = query.shape[-1]
-    scores = Scores(head_dim**-0.5 if scaling is None else scaling, softcap, s_aux)
+    scores = Scores.of(query, scaling, softcap, s_aux)
     fused = choose_tree_attention(query.device, query.dtype, head_dim)
     is_plain = softcap is None and s_aux is None and value.shape[-1] == head_dim
     if fused is not None and is_plain and attention_mask.reads_whole_cache:
