@@ -38,6 +38,7 @@ class PackedBatch:
     cu_seqlens: int32 [num_documents + 1], start of each document, then T.
     document_ids: index of each document in the loaded dataset; a store looks up their hidden
         states by it.
+    document_epochs: epoch in which each document is read, counted from 0; empty = all in the first.
     host_lengths: tokens per document. They are kept on the host, because reading them from a
         device would wait for all of its queued work.
     """
@@ -46,6 +47,7 @@ class PackedBatch:
     assistant_mask_T: torch.Tensor
     cu_seqlens: torch.Tensor
     document_ids: tuple[int, ...] = ()
+    document_epochs: tuple[int, ...] = ()
     host_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -83,9 +85,9 @@ class TargetOutput:
     aux_TA: [T, A * D], outputs of the A auxiliary layers, concatenated in ascending layer order.
     slots_N: int64 [N], positions u whose target distribution is learned, ascending.
     last_hidden_ND: [N, D], hidden state after the target's final norm at the slots.
-    argmax_N: int32 [N], most likely token over the full vocabulary.
+    argmax_N: int32 [N], most likely token over the full vocabulary; None = was not asked for.
     lse_N: fp32 [N], log-sum-exp of the target's logits (after soft-cap, scale and temperature)
-        over the full vocabulary.
+        over the full vocabulary; None = was not asked for.
     embed_TD: [T, D], token embeddings, if the target's forward had to exchange them between ranks;
         None = the caller looks them up in the target's embedding table.
     """
@@ -93,9 +95,15 @@ class TargetOutput:
     aux_TA: torch.Tensor
     slots_N: torch.Tensor
     last_hidden_ND: torch.Tensor
-    argmax_N: torch.Tensor
-    lse_N: torch.Tensor
+    argmax_N: torch.Tensor | None
+    lse_N: torch.Tensor | None
     embed_TD: torch.Tensor | None = None
+
+    @property
+    def head_stats(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`argmax_N` and `lse_N`, which must have been asked for."""
+        assert self.argmax_N is not None and self.lse_N is not None, "DraftMethod.needs_head_stats"
+        return self.argmax_N, self.lse_N
 
     @property
     def num_aux(self) -> int:
@@ -182,7 +190,7 @@ class MicroBatch:
 class LossNorms:
     """Divisors of a micro-batch's losses, fixed before its backward pass.
 
-    slots: fp32 scalar, divisor of the cross-entropy.
+    slots: fp32 scalar, divisor of the loss, in the units of the objective; for EAGLE-3 the number of slots.
     loss_rows_S: fp32 [S], divisor of LK means: the number of rows with loss at each step.
     acceptance_S: fp32 [S], mean acceptance rates, for losses that depend on them; None = the rates of the
         micro-batch itself.

@@ -170,9 +170,10 @@ class Trainer:
             if unknown is not None:
                 self.telemetry.note(f"  {unknown}")
         draft_config = self.method.derive_config(target_config, source.aux_layers, source.trained_with)
-        self.method.check_shape(self.config.evaluation.tree, draft_config)
+        if source.can_decode and self.config.evaluation.num_prompts:
+            self.method.check_shape(self.config.evaluation.tree, draft_config)
         if self.bridge is not None:
-            check_look_ahead(self.config, self.ds_config, draft_config, self.bridge.sides, self.world.device)
+            check_look_ahead(self.config, self.ds_config, self.method, draft_config, self.bridge.sides, self.world.device)
         kernels = self.choose_kernels(draft_config)
         with self.telemetry.stage("Reading the data"):
             corpus = self.read_corpus(source, tokenizer, draft_config)
@@ -228,7 +229,8 @@ class Trainer:
             counted: CountedTarget = target.calls.call("count_target")
             return lambda: counted
         if isinstance(target, FrozenTarget):
-            return cache(partial(CountedTarget.read, self.config, self.world.device, len(target.aux_layers)))
+            num_aux = len(target.aux_layers)
+            return cache(partial(CountedTarget.read, self.config, self.world.device, num_aux, self.method.needs_head_stats))
         return partial(CountedTarget, None, ELSEWHERE)
 
     def make_evaluator(self, target: Target, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> Evaluator:
@@ -294,6 +296,7 @@ class Trainer:
     def read_corpus(self, source: HiddenStateSource, tokenizer: PreTrainedTokenizerBase, config: DraftConfig) -> Corpus:
         documents = source.documents()
         counts_V = source.count_tokens(documents, config.vocab_size)
+        self.method.check_data(counts_V, config)
         vocab_map = self.draft_vocabulary(counts_V, tokenizer, config)
         loader = PackedLoader.of(documents, self.config, self.ds_config, self.world.rank, self.world.size)
         loader.check_stream(self.world.decide(lambda: loader.stream), self.world.rank)
@@ -496,7 +499,7 @@ class Trainer:
         export = None
         if self.config.checkpoint.export and self.config.checkpoint.every_steps:
             draft_config = zero.draft.config
-            embed_weight_VD = target.embedding.whole() if self.method.ships_embedding(draft_config) else None
+            embed_weight_VD = self.shipped_embedding(draft_config, target)
             if embed_weight_VD is not None:  # rank 0 writes it in the background
                 embed_weight_VD = embed_weight_VD.cpu() if self.world.is_main else None
             further_bytes = draft_config.vocab_size * draft_config.hidden_size * zero.dtype.itemsize
@@ -616,8 +619,7 @@ class Trainer:
         best = periodic.history.best
         assert best is not None, "the last step is evaluated"
         self.telemetry.note(f"  {folder}: the draft of step {best.step}; the last one is in {self.output_dir / DRAFT_LAST}")
-        embed_weight_VD = target.embedding.whole()
-        return self.method.load(folder, embed_weight_VD, zero.dtype, self.world.device, zero.draft.kernels)
+        return self.method.load(folder, target, zero.dtype, self.world.device, zero.draft.kernels)
 
     def export(self, folder: Path, zero: TrainedDraft, corpus: Corpus, target: Target, step: int) -> ServedDraft:
         """Export the draft of a step, reload it on every rank and compare its logits with the trained ones.
@@ -627,7 +629,7 @@ class Trainer:
         """
         check_finite_weights(zero, self.world, step)
         weights = zero.gathered_weights()
-        embed_weight_VD = target.embedding.whole()
+        embed_weight_VD = self.shipped_embedding(zero.draft.config, target)
         if self.world.is_main:
             self.method.export(folder, weights, zero.draft.config, corpus.vocab_map, embed_weight_VD)
         else:
@@ -635,7 +637,7 @@ class Trainer:
         self.world.barrier()
         if not self.world.shares_output:
             copy_from_main(folder, (WEIGHTS, CONFIG), self.world)
-        exported = self.method.load(folder, embed_weight_VD, zero.dtype, self.world.device, zero.draft.kernels)
+        exported = self.method.load(folder, target, zero.dtype, self.world.device, zero.draft.kernels)
         micro = MicroBatchMaker(self.method, target, zero.dtype, self.world.device)(corpus.sample)
         if micro.num_left_out:
             # The states of left-out documents are zeros, for which any two drafts agree.
@@ -646,6 +648,10 @@ class Trainer:
         if not difference <= RELOAD_TOLERANCE:
             raise RuntimeError(f"the exported draft does not reproduce the trained one: logits differ by {difference:.3g}")
         return exported
+
+    def shipped_embedding(self, config: DraftConfig, target: Target) -> torch.Tensor | None:
+        """Return the target's embedding if exported drafts contain it, otherwise None; a collective."""
+        return target.embedding.whole() if self.method.ships_embedding(config) else None
 
     def served(self, draft: DraftModel, vocab_map: VocabMap, target: Target) -> ServedDraft:
         """Return a copy of the draft in the target's precision, as a server would run it."""

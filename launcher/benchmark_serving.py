@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.config.secret_values import hidden_in_text
 from engine.config.sections import Config, DataSection, TargetSection
+from engine.config.strict import parse_json, read_text
 from engine.config.tree_shape import TreeShape
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import held_out_prompts
@@ -32,9 +33,11 @@ from engine.evaluation.grid import grid_shapes
 from engine.evaluation.page_serving import serving_page
 from engine.host.files import write_json, write_text, writing
 from engine.host.telemetry import Telemetry
+from engine.models.draft_folder import CONFIG
+from engine.serving.draft_kinds import EAGLE3, DraftKind, draft_kind
 from engine.serving.endpoint import ENDPOINTS, Endpoint, ReplyLimits
 from engine.serving.http_stream import ServingError, check_url
-from engine.serving.server_commands import SGLANG, VLLM, ServerProgram, check_topk
+from engine.serving.server_commands import SGLANG, VLLM, ServerProgram, check_shape, check_topk
 from engine.serving.server_process import HOST, ServerProcess, check_port, free_port
 from engine.serving.serving_benchmark import LoadPlan, ServingBenchmark
 from engine.serving.serving_results import PLAIN, latency_table, speed_table
@@ -46,11 +49,15 @@ ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Measured:
-    """A server to measure. shape: that of its draft, if this command starts it. url: address, if it runs already."""
+    """A server to measure.
+
+    shape, kind: those of its draft, if this command starts it with one. url: address, if it runs already.
+    """
 
     setting: str
     shape: TreeShape | None = None
     url: str | None = None
+    kind: DraftKind = EAGLE3
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -72,7 +79,12 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=positive_number, nargs="+", default=[1, 4, 16], help="numbers of concurrent requests; default: 1 4 16"
     )
-    parser.add_argument("--num_steps", type=positive_number, nargs="+", help="depths of the drafted tokens; default: 5")
+    parser.add_argument(
+        "--num_steps",
+        type=positive_number,
+        nargs="+",
+        help="depths of the drafted tokens; default: 5; block drafters always draft a whole block",
+    )
     parser.add_argument(
         "--topk",
         type=positive_number,
@@ -164,21 +176,38 @@ def _check_running(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} has no effect on a running server; delete it, or delete --url to start servers here")
 
 
-def shapes_of(arguments: argparse.Namespace) -> list[TreeShape]:
+def kind_of(folder: Path) -> DraftKind:
+    """Return how servers run the draft in a folder. Raises ValueError if they do not know its architecture."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"--draft {folder}: has no {CONFIG}; expected the folder of an exported draft")
+    config = parse_json(read_text(path), path)
+    kind = draft_kind(config)
+    if kind is None:
+        raise ValueError(f"--draft {folder}: servers have no draft method for architectures={config.get('architectures')}")
+    return kind
+
+
+def shapes_of(arguments: argparse.Namespace, kind: DraftKind) -> list[TreeShape]:
     """Return the shapes that are measured.
 
-    Raises ValueError if the sizes contradict each other, or the server cannot draft trees.
+    Raises ValueError if the sizes contradict each other, or the server cannot draft with them.
     """
-    num_steps = arguments.num_steps or [TreeShape().num_steps]
+    num_steps = arguments.num_steps or [kind.block_tokens or TreeShape().num_steps]
     topk = arguments.topk or [1]
     check_topk(arguments.server, max(topk))
-    return grid_shapes(num_steps, topk, arguments.num_draft_tokens, "sglang")
+    shapes = grid_shapes(num_steps, topk, arguments.num_draft_tokens, "sglang")
+    for shape in shapes:
+        check_shape(arguments.server, shape, kind)
+    return shapes
 
 
 def servers_of(arguments: argparse.Namespace) -> list[Measured]:
     """Return the servers to measure, the one without a draft first. Raises ValueError as `shapes_of` does."""
     if arguments.url is None:
-        return [Measured(PLAIN), *(Measured(str(shape), shape) for shape in shapes_of(arguments))]
+        kind = kind_of(Path(arguments.draft))
+        drafting = [Measured(str(shape), shape, kind=kind) for shape in shapes_of(arguments, kind)]
+        return [Measured(PLAIN), *drafting]
     plain = [] if arguments.plain_url is None else [Measured(PLAIN, url=arguments.plain_url)]
     return [*plain, Measured(RUNNING, url=arguments.url)]
 
@@ -245,6 +274,7 @@ class ServingJob:
             arguments.draft,
             arguments.server_arguments,
             arguments.prefix_cache,
+            server.kind,
         )
         command = program.command(server.shape, HOST, port)
         self._commands[server.setting] = hidden_in_text(shlex.join(command), self._api_key)

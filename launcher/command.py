@@ -17,7 +17,7 @@ from engine.config.data_section import NAMED_TEMPLATES
 from engine.config.recipe import COMMAND_LINE, describe_options, load_config
 from engine.config.secret_values import hidden_in_text
 from engine.config.sections import AUTO, CHECKPOINTS, COLOCATED, EMBEDDED, RECIPE, Config, ConfigError
-from engine.host.processes import allow_many_files
+from engine.host.processes import allow_many_files, collect_garbage_rarely
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -33,6 +33,8 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYT
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "COMET_API_KEY", "WANDB_API_KEY")
 TRUST = "run Python code that the target's checkpoint ships; what the run's config.yaml says about it is not followed"
 SECONDS_FOR_RANK_0 = 3  # launchers end a job within about a second of its first failure
+
+collect_garbage_rarely()  # before torch and transformers are imported
 
 
 def shipped(folder: str, suffix: str) -> Callable[[str], Path]:

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from engine.config.block_sections import depth_name
 from engine.config.sections import Config
 from engine.data.corpus import read_documents
 from engine.data.dataset import Bad, UnusableData
@@ -90,7 +91,7 @@ def inspect(config: Config, arguments: argparse.Namespace, telemetry: Telemetry)
     chosen = [number * len(documents) // count for number in range(count)]
     samples = [sample(index, documents[index], tokenizer) for index in chosen]
     show_samples(samples, telemetry)
-    show_stats(stats, telemetry)
+    show_stats(stats, depth_name(config.draft.method), telemetry)
     if arguments.samples_json:
         arguments.samples_json.parent.mkdir(parents=True, exist_ok=True)
         write_segments(arguments.samples_json, documents, tokenizer)
@@ -128,7 +129,8 @@ def show_samples(samples: Sequence[Sample], telemetry: Telemetry) -> None:
         )
 
 
-def show_stats(stats: DatasetStats, telemetry: Telemetry) -> None:
+def show_stats(stats: DatasetStats, unit: str, telemetry: Telemetry) -> None:
+    """Print the statistics. unit: what each share of rows with loss belongs to, such as a TTT step."""
     show_histogram("tokens per document", histogram(stats.lengths), "{:,.0f}", telemetry)
     shares = histogram(stats.assistant_tokens / stats.lengths, within=(0, 1))
     show_histogram("share of assistant tokens per document", shares, "{:.0%}", telemetry)
@@ -136,7 +138,7 @@ def show_stats(stats: DatasetStats, telemetry: Telemetry) -> None:
     share = stats.assistant_tokens.sum() / stats.num_tokens
     telemetry.note(f"{stats.num_tokens:,} tokens in {len(stats.lengths):,} documents, {share:.1%} of them assistant tokens")
     of = f" (in a sample of {stats.num_sampled:,} documents)" if stats.num_sampled < len(stats.lengths) else ""
-    telemetry.note(f"positions with loss by TTT step{of}: {' '.join(f'{share:.1%}' for share in stats.rows_S)}")
+    telemetry.note(f"positions with loss by {unit}{of}: {' '.join(f'{share:.1%}' for share in stats.rows_S)}")
     telemetry.note(f"compaction reduces the draft's FLOPs {stats.saving:.2f}x; it saves most where few positions carry loss")
     telemetry.note(f"{stats.num_packs:,} packs of {stats.max_tokens:,} tokens per epoch, {stats.waste:.2%} of positions empty")
     covered = ", ".join(f"{size // 1000}k: {stats.coverage(size):.2%}" for size in VOCAB_SIZES)

@@ -11,7 +11,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_type_hints
@@ -41,6 +41,7 @@ from engine.evaluation.grid import (
     grid_shapes,
     grid_table,
     group_table,
+    part_of_block,
     serving_commands,
     write_grid,
 )
@@ -58,6 +59,7 @@ from engine.models.draft_method import DraftConfig, DraftMethod
 from engine.models.target_families import check_aux_layers, num_layers, text_config
 from engine.parallel.mesh import ALONE, World
 from engine.planning.target_cost import TargetCost
+from engine.serving.draft_kinds import DraftKind, draft_kind
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
 from engine.target.structure import without_weights
@@ -281,13 +283,17 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured: a draft of a method, under a configuration, for one shape or several."""
+    """What is measured: a draft of a method, under a configuration, for one shape or several.
+
+    kind: how servers run the draft; None = no server knows its architecture.
+    """
 
     method: DraftMethod
     draft_config: DraftConfig
     run: Config
     shapes: list[TreeShape]
     sampling: Sampling
+    kind: DraftKind | None
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, num_ranks: int) -> "Measurement":
@@ -300,7 +306,7 @@ class Measurement:
         draft_config = method.read_config(exported, arguments.draft / CONFIG)
         for shape in shapes:
             method.check_shape(shape, draft_config)
-        return cls(method, draft_config, run, shapes, sampling)
+        return cls(method, draft_config, run, shapes, sampling, draft_kind(exported))
 
 
 def measure(arguments: argparse.Namespace, measurement: Measurement, world: World) -> dict[str, AcceptanceReport]:
@@ -312,6 +318,7 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
     draft_config = measurement.draft_config
     run = measurement.run
     sampling = measurement.sampling
+    kind = measurement.kind
     telemetry = Telemetry(speaks=world.is_main)
     aux_layers = check_target(method, draft_config, run.target)
     tokenizer = load_tokenizer(run.target, run.data)
@@ -323,8 +330,8 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
         telemetry.note(f"The draft was trained for another target: {change}.", style="bold")
     draft_cost = arguments.draft_cost
     if draft_cost is None and len(measurement.shapes) > 1:
-        draft_cost = method.count_weights(draft_config) / active_weights(run.target, world.device)
-    costs = CostModel(draft_cost or 0.0, arguments.verify_cost)
+        draft_cost = method.count_read_weights(draft_config) / active_weights(run.target, world.device)
+    costs = CostModel(draft_cost or 0.0, arguments.verify_cost, kind is not None and kind.block_tokens is not None)
     prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     check_prompts(prompts, draft_config.vocab_size)
     target = source.load_target(aux_layers)
@@ -332,7 +339,7 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
     kernels = choose_kernels(run.kernels, world.device, dtype, draft_config.head_dim)
     self_check = SelfCheck.of(world, run.data.cache_dir, telemetry.warn)
     kernels = self_check.sound(kernels, dtype, draft_config.head_dim)
-    draft = method.load(arguments.draft, target.embedding.whole(), dtype, world.device, kernels)
+    draft = method.load(arguments.draft, target, dtype, world.device, kernels)
 
     def show(prompt: Prompt, generation: Generation) -> None:
         per_forward = (len(generation.token_ids) - 1) / max(1, generation.num_target_forwards)
@@ -344,7 +351,7 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
     if len(measurement.shapes) > 1:
         measured = evaluator.measure_shapes(draft, measurement.shapes)
         if world.is_main:
-            show_grid(measured, costs, run.target.path, arguments, telemetry)
+            show_grid(measured, costs, measurement, arguments, telemetry)
         return {}
     reports = {
         "draft": evaluator.measure_draft(draft, show if arguments.show else None),
@@ -353,6 +360,9 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
     telemetry.console.print(acceptance_table(reports, "Greedy decoding" if sampling.is_greedy else "Sampled replies"))
     if any(report.mismatches for report in reports.values()):
         telemetry.note(f"Replies may differ where two tokens nearly tie in {dtype}; use --dtype float32 to find out.")
+    partly = None if kind is None else part_of_block(run.evaluation.num_steps, kind)
+    if partly is not None:
+        telemetry.note(partly)
     return reports
 
 
@@ -365,7 +375,7 @@ def active_weights(section: TargetSection, device: torch.device) -> float:
 def show_grid(
     measured: Mapping[TreeShape, Mapping[str, AcceptanceReport]],
     costs: CostModel,
-    target: str,
+    measurement: Measurement,
     arguments: argparse.Namespace,
     telemetry: Telemetry,
 ) -> None:
@@ -381,12 +391,11 @@ def show_grid(
     by_group = group_table(best)
     if by_group is not None:
         telemetry.console.print(by_group)
-    commands = serving_commands(best.shape, target, arguments.draft)
-    chains = [cell for cell in cells if cell.shape.is_chain]
-    if chains:
-        commands["vLLM"] = serving_commands(best_cell(chains).shape, target, arguments.draft)["vLLM"]
-    for server, command in commands.items():
+    for server, command in best_commands(cells, measurement, arguments.draft).items():
         telemetry.console.print(f"\n{server}:\n  {command}", markup=False, soft_wrap=True)
+    partly = None if measurement.kind is None else part_of_block(best.shape.num_steps, measurement.kind)
+    if partly is not None:
+        telemetry.note(f"\n{partly}")
     run_folder = arguments.draft.resolve().parent
     is_of_run = (run_folder / RECIPE).is_file()
     path = arguments.json
@@ -397,6 +406,23 @@ def show_grid(
         telemetry.console.print(f"\nReport with these shapes: {run_folder / PAGE}")
     elif path is not None:
         write_grid(path, cells, costs)
+
+
+def best_commands(cells: Sequence[GridCell], measurement: Measurement, draft: Path) -> dict[str, str]:
+    """Return the commands that serve the best shape, by server; for vLLM the best chain.
+
+    They are empty if no server knows the draft.
+    """
+    kind = measurement.kind
+    if kind is None:
+        return {}
+    target = measurement.run.target.path
+    commands = serving_commands(best_cell(cells).shape, target, draft, kind)
+    chains = [cell for cell in cells if cell.shape.is_chain]
+    if not chains:
+        return commands
+    for_chains = serving_commands(best_cell(chains).shape, target, draft, kind)
+    return for_chains | {"SGLang": commands["SGLang"]}
 
 
 def main() -> None:

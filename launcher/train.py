@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from engine.config.ds_config import accumulation_steps, compute_dtype, load_ds_config
-from engine.config.sections import DRAFT_METHODS, Config, ConfigError
+from engine.config.sections import DRAFT, Config, ConfigError
 from launcher.command import (
     check_inputs,
     check_output,
@@ -118,8 +118,10 @@ def main() -> None:
     with stopping_at_errors(environment["rank"]):
         job = join_job(environment, config.parallel, output_dir, None if sides is None else Sides(*sides, config.replica_size))
 
+    from engine.models.draft_folder import read_draft_config
     from engine.parallel.nodes import is_shared
     from engine.runtime.target_server import TargetServer
+    from engine.serving.draft_kinds import draft_kind
     from engine.trainer import Trainer
 
     with job.ending_together(), job.holding(output_dir), naming_source(arguments):
@@ -139,7 +141,8 @@ def main() -> None:
                 report.save()
                 trainer.write_page()
                 trainer.write_card()
-                report.show(trainer.telemetry.console, flags_of(config), config.draft.method in DRAFT_METHODS)
+                kind = draft_kind(read_draft_config(output_dir / DRAFT))
+                report.show(trainer.telemetry.console, flags_of(config), kind)
     job.leave()
 
 

@@ -1,9 +1,13 @@
 """A target of a few thousand weights with its tokenizer and chat template, and conversations it can read; all from seeds."""
 
+import atexit
+import gc
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+gc.disable()  # until the tests are collected: the modules and items that are made until then live on
 
 import pytest
 import torch
@@ -21,6 +25,7 @@ sys.dont_write_bytecode = False
 
 torch.set_num_threads(1)  # tests run side by side, on tensors so small that threads only wait for each other
 
+from engine.host.processes import collect_garbage_rarely
 from tests import fast_interpreter
 from tests.paths import PATHS, ComputePath
 from tests.tiny_target import TinyCorpus, write_corpus, write_target
@@ -31,20 +36,20 @@ if not torch.cuda.is_available():
 
 # Files that take longest, longest first; else a worker could begin one of them when the other has nothing left to do.
 SLOWEST = (
+    "kernels/test_compile_only.py",
     "test_trainer.py",
     "launcher/test_slurm.py",
     "launcher/test_capture_hidden_states.py",
     "evaluation/test_replay.py",
-    "kernels/test_attention_tiles.py",
-    "kernels/test_ancestor_attention.py",
     "runtime/test_job_watch.py",
     "parallel/test_plan.py",
     "data/test_tokenised.py",
     "parallel/test_zero.py",
     "runtime/test_training_schedule.py",
     "test_golden.py",
-    "runtime/test_faults.py",
     "runtime/test_checkpoint.py",
+    "runtime/test_faults.py",
+    "evaluation/test_sampling.py",
     "test_plugins.py",
     "launcher/test_cli.py",
 )
@@ -60,6 +65,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     places = {folder / name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from visiting what was imported, millions of objects, again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    collect_garbage_rarely()
+    atexit.register(gc.unfreeze)  # else nanobind prints what it misses at the end
 
 
 @pytest.fixture(params=PATHS)

@@ -1,10 +1,22 @@
 """Triton's interpreter, without work that it repeats thousands of times in a kernel and that changes no result."""
 
+import dataclasses
 import importlib
 import inspect
+import math
 from typing import Any
 
 ORIGINALS: dict[str, Any] = {}  # what is replaced, by name
+NEEDED = (
+    "_patch_builtin",
+    "_patch_attr",
+    "_patch_lang",
+    "_get_np_dtype",
+    "ReduceOps",
+    "GridExecutor",
+    "InterpretedFunction",
+    "interpreter_builder",
+)
 
 
 def install() -> None:
@@ -14,11 +26,11 @@ def install() -> None:
         interpreter = importlib.import_module("triton.runtime.interpreter")
     except ImportError:  # Triton is optional
         return
-    needed = ("_patch_builtin", "_patch_attr", "_patch_lang", "ReduceOps", "GridExecutor", "InterpretedFunction")
-    if all(hasattr(interpreter, name) for name in needed):
+    if all(hasattr(interpreter, name) for name in NEEDED):
         ORIGINALS["_patch_builtin"] = interpreter._patch_builtin
         ORIGINALS["generic_reduce"] = interpreter.ReduceOps.generic_reduce
         _remember_builtins(interpreter, language)
+        _remember_types(interpreter, language.core)
         _replace_once_a_launch(interpreter)
         interpreter.ReduceOps.generic_reduce = _reduce_whole_slices
 
@@ -43,6 +55,48 @@ def _remember_builtins(interpreter: Any, language: Any) -> None:
                 interpreter._patch_attr(owner, name, member, builder, scope)
 
     interpreter._patch_builtin = replace_builtins
+
+
+def _remember_types(interpreter: Any, core: Any) -> None:
+    """Describe each type and shape once, instead of for every value; do not compute every integer again in 64 bits."""
+    numpy_dtype = interpreter._get_np_dtype
+    numpy_dtypes: dict[Any, Any] = {}
+    num_elements: dict[tuple[int, ...], int] = {}
+    shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    make_block_type = core.block_type.__init__
+
+    def remembered_numpy_dtype(of: Any) -> Any:
+        scalar = of.element_ty if isinstance(of, core.block_type) else of
+        if isinstance(scalar, core.pointer_type):
+            return numpy_dtype(scalar)
+        if scalar.name not in numpy_dtypes:
+            numpy_dtypes[scalar.name] = numpy_dtype(scalar)
+        return numpy_dtypes[scalar.name]
+
+    def init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        if type(shape) is tuple and shape in num_elements:
+            self.element_ty = element_ty
+            self.shape = shape
+            self.numel = num_elements[shape]
+            return
+        make_block_type(self, element_ty, shape)
+        num_elements[self.shape] = self.numel
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        shape = type.shape if type.is_block() else ()
+        if shape not in shapes:
+            shapes[shape] = core.constexpr(math.prod(shape)), core.tuple([core.constexpr(size) for size in shape])
+        self.handle = handle
+        self.numel, self.shape = shapes[shape]
+        self.type = type
+        self.dtype = type.scalar
+
+    interpreter._get_np_dtype = remembered_numpy_dtype
+    core.block_type.__init__ = init_block_type
+    core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None)
+    core.tensor.__init__ = init_tensor
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
 
 def _replace_once_a_launch(interpreter: Any) -> None:

@@ -8,12 +8,15 @@ import contextlib
 import gc
 import importlib
 
+gc.disable()  # nothing that is imported here is garbage
+
 import deepspeed.ops
 import pytest  # noqa: F401  test modules import it, and a function of a test module is found by importing that module
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import engine.trainer  # noqa: F401
 import tests.parallel.family_matrix  # noqa: F401
+from engine.host.processes import collect_garbage_rarely
 
 FAMILIES = ("deepseek_v3", "gemma3", "gpt_oss", "llama", "minimax", "qwen3_moe", "qwen3_next")
 # DeepSpeed imports these, and with them the compiler of PyTorch and distutils, when it connects and when it gets an optimizer.
@@ -43,3 +46,5 @@ get_checkpoint_conversion_mapping("llama")  # compiles a thousand expressions
 _ = deepspeed.ops.__compatible_ops__  # asks a compiler
 gc.collect()
 gc.freeze()
+gc.enable()
+collect_garbage_rarely()

@@ -30,6 +30,7 @@ LAYERS = (
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 TESTS_OF_NO_SINGLE_FILE = {
     "test_published_templates",
+    "test_compile_only",
     "test_kubernetes",
     "test_architecture",
     "test_device",

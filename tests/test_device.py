@@ -24,7 +24,7 @@ ONCE_PER_RUN = {
 }
 # Elsewhere: (file, function): reason.
 ONCE_PER_STAGE = {
-    ("engine/models/eagle3/draft.py", "cos_sin"): "rotary frequencies are moved",
+    ("engine/models/draft_layers.py", "cos_sin"): "rotary frequencies are moved",
     ("engine/models/eagle3/unroll.py", "_weight_S"): "weights of the steps are moved",
     ("engine/evaluation/evaluator.py", "_summed"): "sums of all ranks",
     ("engine/hidden_states/capture.py", "run"): "the bytes that all ranks wrote are printed",
@@ -89,7 +89,7 @@ def test_a_training_step_waits_and_launches_no_more_than_counted(training):
     unlogged = [place for place in places if place not in EVERY_LOGGED_STEP]
     assert len(unlogged) <= 1
     # with five layers of the target, two TTT steps and an optimizer that loops over weights
-    assert step.launches <= 976
+    assert step.launches <= 977
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_an_exported_draft_of_a_plugin_is_measured_and_exported_again(heads_run,
     command = ["--draft", str(heads_run / "draft"), "--json", str(written)]
     refused = launch_script("measure_acceptance", *command)
     assert refused.returncode != 0, "a plugin runs only if the command line names it"
-    assert "draft.method = independent_heads: expected eagle3. The run had plugins" in refused.stderr
+    assert "draft.method = independent_heads: expected eagle3" in refused.stderr and "The run had plugins" in refused.stderr
     assert f"--plugins {HEADS}" in refused.stderr
     measured = launch_script("measure_acceptance", *command, "--plugins", str(HEADS))
     assert measured.returncode == 0, measured.stderr

@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from engine.config.recipe import load_config
 from engine.config.sections import EMBEDDED
 from engine.models.eagle3.draft_config import Eagle3Config, derive_draft_config
+from engine.models.method_registry import make_method
 from engine.models.target_families import default_aux_layers, text_config
 from tests.recipes_configs import RECIPES, target_config
 
@@ -61,6 +62,13 @@ EXPECTED = {
         DEEPSEEK | {"rope_theta": 50000.0, "factor": 32.0, "beta_fast": 1.0},
     ),
 }
+EMBEDDED_RECIPES = ("embedded", "embedded-dflash", "embedded-dflash2", "embedded-dspark")
+# recipe -> recipe of the same target; draft layers, target layers that are read
+OF_BLOCKS = {
+    "qwen3-8b-dflash": ("qwen3-8b", 5, (1, 9, 17, 25, 33)),
+    "qwen3-8b-dflash2": ("qwen3-8b", 5, (1, 9, 17, 25, 33)),
+    "qwen3-8b-dspark": ("qwen3-8b", 5, (1, 9, 17, 25, 33)),
+}
 
 
 def _draft(recipe: str) -> Eagle3Config:
@@ -69,11 +77,12 @@ def _draft(recipe: str) -> Eagle3Config:
 
 
 def test_every_recipe_has_its_targets_published_config():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} - {"embedded"} == set(RECIPES) == set(EXPECTED)
+    assert {path.stem for path in FOLDER.glob("*.yaml")} - {*EMBEDDED_RECIPES, *OF_BLOCKS} == set(RECIPES) == set(EXPECTED)
 
 
-def test_the_embedded_recipe_needs_nothing_from_outside():
-    config = load_config(FOLDER / "embedded.yaml", [])
+@pytest.mark.parametrize("recipe", EMBEDDED_RECIPES)
+def test_the_embedded_recipe_needs_nothing_from_outside(recipe):
+    config = load_config(FOLDER / f"{recipe}.yaml", [])
     assert (config.target.path, config.data.train, config.data.held_out) == (EMBEDDED, (EMBEDDED,), (EMBEDDED,))
 
 
@@ -83,6 +92,25 @@ def test_recipe_says_what_it_is_and_how_to_run_it(recipe):
     assert title.startswith("# A draft for ")
     assert title.endswith(f"--recipe launcher/recipes/{recipe}.yaml")
     assert load_config(FOLDER / f"{recipe}.yaml", []).output_dir == f"outputs/{recipe}"
+
+
+@pytest.mark.parametrize("recipe", OF_BLOCKS)
+def test_a_block_drafter_has_the_shape_of_its_target_and_drafts_whole_blocks(recipe):
+    target_recipe, num_layers, layers = OF_BLOCKS[recipe]
+    config = load_config(FOLDER / f"{recipe}.yaml", [])
+    title = (FOLDER / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()[2]
+    assert title.endswith(f"--recipe launcher/recipes/{recipe}.yaml")
+    assert config.output_dir == f"outputs/{recipe}"
+    method = make_method(config)
+    draft = method.derive_config(target_config(target_recipe), config.target.aux_layers)
+    _, shape, (vocab_size, positions), rope = EXPECTED[target_recipe]
+    assert draft.aux_layers == layers
+    heads = (draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim)
+    assert (draft.hidden_size, draft.intermediate_size, *heads) == shape
+    assert (draft.vocab_size, draft.max_position_embeddings) == (vocab_size, positions)
+    assert draft.rope_parameters == rope
+    assert draft.num_hidden_layers == num_layers
+    assert config.evaluation.num_steps == draft.num_predictions
 
 
 # Recipes whose targets leave no room for 16,384 tokens on as many GPUs as hold one copy.

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.config.block_sections import BLOCK_METHODS
 from engine.config.ds_keys import DS_HOMES
 from engine.config.secret_values import without_secrets
-from engine.config.sections import OPTIONS, RECIPE_KEYS, SECTIONS, Config
+from engine.config.sections import EAGLE3, OPTIONS, RECIPE_KEYS, SECTIONS, Config
 from engine.config.strict import (
     ConfigError,
     as_yaml,
@@ -22,6 +23,9 @@ from engine.config.strict import (
 )
 
 COMMAND_LINE = "command line"
+METHOD = "draft.method"
+TTT_SECTION = ("ttt.",)
+BLOCK_SECTIONS = ("block.", "objective.")
 
 # Earlier names of options, which the config.yaml of an old run may hold.
 RENAMED = {"parallel.unproven": "parallel.allow_unverified", "evaluation.draft_tokens": "evaluation.num_steps"}
@@ -30,6 +34,8 @@ RENAMED = {"parallel.unproven": "parallel.allow_unverified", "evaluation.draft_t
 def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Load a configuration: a YAML recipe replaces defaults, and dotted overrides replace both.
 
+    If an override names another draft method, the recipe's choices for its own method are left out:
+    `ttt` for EAGLE-3, and `block` and `objective` for block drafters unless the new one is one too.
     overrides: such as 'ttt.steps=5'.
     Raises ConfigError for unknown, mistyped or contradictory options. It names the file, the key,
     the value and the nearest valid key.
@@ -39,16 +45,31 @@ def load_config(recipe: Path | None, overrides: Sequence[str] = ()) -> Config:
     if recipe is not None:
         values.update(_read_mapping(parse_yaml(read_text(recipe), recipe), recipe))
         sources.update(dict.fromkeys(values, recipe))
+    of_recipe = dict(values)
     for override in overrides:
         key, value = _read_override(override)
         if sources.get(key) == COMMAND_LINE:
             raise ConfigError("given twice", key=key, value=value, source=COMMAND_LINE)
         values[key], sources[key] = value, COMMAND_LINE
+    for key in _of_other_method(of_recipe, values.get(METHOD, EAGLE3)):
+        if sources[key] != COMMAND_LINE:
+            del values[key], sources[key]
     try:
         return _assemble(values)
     except ConfigError as error:
         error.source = sources.get(error.key, "")
         raise
+
+
+def _of_other_method(of_recipe: dict[str, Any], method: str) -> list[str]:
+    """Return the recipe's options that are choices for its own draft method, if that is another one than `method`."""
+    own = of_recipe.get(METHOD, EAGLE3)
+    sections: tuple[str, ...] = ()
+    if own == EAGLE3 != method:
+        sections = TTT_SECTION
+    elif own in BLOCK_METHODS and method not in BLOCK_METHODS:
+        sections = BLOCK_SECTIONS
+    return [key for key in of_recipe if key.startswith(sections)]
 
 
 def _assemble(values: dict[str, Any]) -> Config:

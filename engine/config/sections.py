@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine.config.block_sections import BLOCK_METHODS, BlockSection, ObjectiveSection
 from engine.config.data_section import EMBEDDED, DataSection, PrepareSection, RegenerateSection
 from engine.config.strict import ConfigError, did_you_mean, option
 from engine.config.tree_shape import TreeRule, TreeShape
@@ -16,7 +17,7 @@ from engine.config.tree_shape import TreeRule, TreeShape
 ONLINE = "online"  # target.source: the running target
 STORED = "stored"  # target.source: target.store
 EAGLE3 = "eagle3"
-DRAFT_METHODS = (EAGLE3,)
+DRAFT_METHODS = (EAGLE3, *BLOCK_METHODS)
 LOSS_KINDS = ("kl", "lk_alpha", "lk_lambda", "total_variation", "jensen_shannon")
 CHECKPOINTS, DRAFT, DRAFT_LAST = "checkpoints", "draft", "draft_last"  # folders in a run's output_dir
 BAD_STEPS = "bad_steps"  # folder of the lists of bad steps
@@ -100,7 +101,11 @@ _NOT_SHAPES = ("method", "options", "config", "vocab_from", "vocab_map", "train_
 class DraftSection:
     """The draft model; shapes that are null follow the target."""
 
-    method: str = option(EAGLE3, f"draft method: {' | '.join(DRAFT_METHODS)}, or one that a plugin registers")
+    method: str = option(
+        EAGLE3,
+        f"draft method: {' | '.join(DRAFT_METHODS)}, or one that a plugin registers; if the command line names another one, "
+        "the recipe's options of ttt, or of block and objective, are left out where they are choices for its own method",
+    )
     options: dict[str, Any] | None = option(None, "options of a method that a plugin registers, as a mapping")
     config: str | None = option(None, "draft config.json that sets every shape; null = derived from the target's config")
     vocab_size: int = option(
@@ -223,6 +228,11 @@ class StoreSection:
     )
     threads: int = option(
         4, "threads per rank that write shards while the target continues to compute", unit="threads", at_least=1
+    )
+    slots: Literal["needed", "all"] = option(
+        "needed",
+        "positions whose target distribution is stored; needed = none if the draft learns from tokens alone, as DFlash does by "
+        "default; all = so that other losses can train from the store too",
     )
     skip_bad: bool = option(False, "skip shards that are missing or altered, instead of stopping")
 
@@ -429,6 +439,13 @@ class EvaluationSection:
         "keys that a node of a tree attends to in the draft; ancestors = those of its ancestors; sglang = those of its row at "
         "earlier levels, as SGLang does",
     )
+    min_confidence: float = option(
+        0.0,
+        "dspark: a block's drafted tokens end where the confidence head's probability that all are accepted falls below this; "
+        "0 = all are verified",
+        at_least=0.0,
+        at_most=1.0,
+    )
     prompts_per_batch: int | None = option(
         None,
         "prompts decoded together; null = 32 on a GPU, 1 on a CPU; 1 decodes them one by one and also reports speeds",
@@ -445,6 +462,9 @@ class EvaluationSection:
         return TreeShape(self.num_steps, self.topk, self.num_draft_tokens, self.tree_rule)
 
 
+_LEARNING = ("draft", "ttt", "block", "objective", "loss")  # sections that affect the trained weights
+
+
 @dataclass(frozen=True)
 class Config:
     """Configuration of a whole run."""
@@ -455,6 +475,8 @@ class Config:
     regenerate: RegenerateSection = field(default_factory=RegenerateSection)
     draft: DraftSection = field(default_factory=DraftSection)
     ttt: TttSection = field(default_factory=TttSection)
+    block: BlockSection = field(default_factory=BlockSection)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     loss: LossSection = field(default_factory=LossSection)
     store: StoreSection = field(default_factory=StoreSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
@@ -496,6 +518,8 @@ class Config:
         if source == STORED and self.target.store is None:
             problem = "needs target.store, the folder that capture_hidden_states.py wrote"
             raise ConfigError(problem, key="target.source", value=source)
+        if is_eagle3:
+            self._check_unread(("block", "objective"))
         weights = self.loss.step_weights
         if is_eagle3 and weights is not None and len(weights) != self.ttt.steps:
             problem = f"has {len(weights)} weights for ttt.steps = {self.ttt.steps}; give one weight per step"
@@ -549,6 +573,14 @@ class Config:
             problem = f"evaluation.best_by={section.best_by} needs held-out conversations; name a file"
             raise ConfigError(problem, key="data.held_out", value=self.data.held_out)
 
+    def _check_unread(self, sections: tuple[str, ...]) -> None:
+        """Raise ConfigError if an option of sections that EAGLE-3 does not read differs from its default."""
+        for section in sections:
+            for name, value in vars(getattr(self, section)).items():
+                if value != OPTIONS[f"{section}.{name}"].default:
+                    problem = f"is for block drafters, and draft.method is {EAGLE3}; set draft.method to one, or delete it"
+                    raise ConfigError(problem, key=f"{section}.{name}", value=value)
+
     def _check_shipped(self, key: str, value: str, shipped: tuple[str, ...]) -> None:
         """Raise ConfigError for a name that is not shipped if no plugin could register it."""
         if value not in shipped and not self.target.plugins:
@@ -578,8 +610,8 @@ class Config:
     @property
     def kept_on_resume(self) -> dict[str, Any]:
         """Options that affect the result and that a resumed run must not change, by dotted key."""
-        values = {f"{name}.{key}": x for name in ("draft", "ttt", "loss") for key, x in vars(getattr(self, name)).items()}
-        for cost in ("ttt.compaction", "ttt.recompute", "loss.chunk_mb"):
+        values = {f"{name}.{key}": x for name in _LEARNING for key, x in vars(getattr(self, name)).items()}
+        for cost in ("ttt.compaction", "ttt.recompute", "block.recompute", "loss.chunk_mb"):
             del values[cost]
         del values["draft.init_from"]  # a checkpoint has its own weights
         of_target = ("aux_layers", "fp8_activations", "source")

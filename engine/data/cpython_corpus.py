@@ -44,6 +44,7 @@ OPENINGS = {
 }
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")  # fields of a node that hold statements, or nodes that hold them
 
 
 class DocEntry(NamedTuple):
@@ -151,11 +152,12 @@ def _documented_nodes(node: ast.Module | Definition, kind: str, home: str, name:
 
 def _definitions(node: ast.AST) -> Iterator[Definition]:
     """Yield classes and functions of `node`, also under `if` or `try`, but no nested ones."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield child
-        else:
-            yield from _definitions(child)
+    for field in BLOCKS:
+        for child in getattr(node, field, ()):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child
+            else:
+                yield from _definitions(child)
 
 
 def _builtin_entries() -> Iterator[DocEntry]:

@@ -61,7 +61,7 @@ def write_page(path: Path, title: str, stats: DatasetStats, samples: Sequence[tu
 def plots(stats: DatasetStats) -> list[str]:
     """Return the plots as SVG.
 
-    They show document lengths, the share of assistant tokens, rows by TTT step, and coverage by
+    They show document lengths, the share of assistant tokens, rows by drafted token, and coverage by
     vocabulary size.
     """
     from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ def _rows(axes, stats: DatasetStats) -> None:
     steps = np.arange(len(stats.rows_S))
     axes.bar(steps, stats.alive_S, color="#aceebb", label="computed")
     axes.bar(steps, stats.rows_S, width=0.5, color=ASSISTANT, label="carry loss")
-    axes.set(title="Rows by TTT step, as a share of all positions", ylim=(0, 1), xticks=steps)
+    axes.set(title="Rows by drafted token, as a share of all positions", ylim=(0, 1), xticks=steps)
     axes.legend(frameon=False)
 
 

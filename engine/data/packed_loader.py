@@ -181,11 +181,13 @@ class PackedLoader:
         begin = first + (index * self._world_size + rank) * self._packs_per_batch
         documents: list[Document] = []
         places: list[int] = []
+        epochs: list[int] = []
         for offset in range(self._packs_per_batch):
             pack_documents, pack_places = self._pack(begin + offset)
             documents += pack_documents
             places += pack_places
-        return collate(documents, places)
+            epochs += [self._epoch_of(begin + offset)] * len(pack_places)
+        return collate(documents, places, epochs)
 
     def _pack(self, index: int) -> tuple[list[Document], list[int]]:
         """Return a pack's documents and their indices; past the stream's end, a silent pack."""

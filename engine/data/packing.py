@@ -168,10 +168,12 @@ def alike_steps(
         yield several[whole * packs_per_step :]
 
 
-def collate(documents: Sequence[Document], document_ids: Sequence[int] = ()) -> PackedBatch:
+def collate(
+    documents: Sequence[Document], document_ids: Sequence[int] = (), document_epochs: Sequence[int] = ()
+) -> PackedBatch:
     """Concatenate whole documents into one batch, in the order given.
 
-    document_ids: see `PackedBatch`.
+    document_ids, document_epochs: see `PackedBatch`.
     Raises ValueError if there are no documents.
     """
     if not documents:
@@ -182,4 +184,5 @@ def collate(documents: Sequence[Document], document_ids: Sequence[int] = ()) -> 
         assistant_mask_T=torch.from_numpy(np.concatenate([document.assistant_mask for document in documents])),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
         document_ids=tuple(int(index) for index in document_ids),
+        document_epochs=tuple(document_epochs),
     )

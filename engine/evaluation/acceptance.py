@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -225,28 +225,28 @@ class AcceptanceCounts:
         )
 
 
+class DecodedPrompt(NamedTuple):
+    """A prompt and its reply.
+
+    generation: the reply, with drafted tokens. plain: its plain greedy decoding, to compare with, if available.
+    """
+
+    prompt: Prompt
+    generation: Generation
+    plain: Generation | None
+
+
 def measure_acceptance(
-    prompts: Sequence[Prompt],
-    generations: Iterable[Generation],
-    num_steps: int,
-    *,
-    plain: Sequence[Generation] | None = None,
-    on_reply: Callable[[Prompt, Generation], None] | None = None,
+    decoded: Iterable[DecodedPrompt], num_steps: int, on_reply: Callable[[Prompt, Generation], None] | None = None
 ) -> AcceptanceCounts:
     """Return the summed acceptance counts of all prompts.
 
-    num_steps: largest depth of drafted tokens.
-    generations: one generation per prompt, in the order of `prompts`; each is produced on demand.
-    plain: plain greedy decodings of the same prompts, to compare with.
+    decoded: each prompt with its reply, which is produced on demand. num_steps: largest depth of drafted tokens.
     on_reply: called with each prompt and its generation.
-    Raises ValueError if there are not as many generations, or plain decodings, as prompts.
     """
-    if plain is not None and len(plain) != len(prompts):
-        raise ValueError(f"plain holds {len(plain)} generations for {len(prompts)} prompts; decode the same prompts plainly")
     total = AcceptanceCounts.zero(num_steps)
-    compared: Sequence[Generation | None] = plain or [None] * len(prompts)
-    for prompt, generation, greedy in zip(prompts, generations, compared, strict=True):
-        total += AcceptanceCounts.of(generation, greedy, num_steps)
+    for prompt, generation, plain in decoded:
+        total += AcceptanceCounts.of(generation, plain, num_steps)
         if on_reply is not None:
             on_reply(prompt, generation)
     return total

@@ -3,12 +3,10 @@
 Both a training run and `measure_acceptance.py` use it.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import compress, count
-from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +16,7 @@ from engine.config.tree_shape import TreeShape
 from engine.evaluation.acceptance import (
     AcceptanceCounts,
     AcceptanceReport,
+    DecodedPrompt,
     Prompt,
     eos_ids,
     group_names,
@@ -42,17 +41,16 @@ from engine.models.drafter import Drafter, TargetReply
 from engine.parallel.mesh import World
 from engine.target.frozen import FrozenTarget
 
-Continued = TypeVar("Continued", Generation, TargetReply)
 OnReply = Callable[[Prompt, Generation], None]
-FRESH_S = 60  # age of times that are compared with new ones
 BATCH_SIZE = {"cpu": 1, "cuda": 32}  # prompts decoded together by default
 
 
 class AcceptanceEvaluator:
     """Evaluator that decodes this rank's share of `prompts`; every report covers all ranks.
 
-    If the target is not sharded and `evaluation.prompts_per_batch` is 1, prompts are decoded
-    speculatively one at a time, timed, and compared with plain greedy decoding. With larger
+    If the target is not sharded and `evaluation.prompts_per_batch` is 1, prompts are decoded one
+    at a time, plainly and then speculatively, and both are timed and compared. They take turns
+    prompt by prompt, so that a machine that becomes slower or faster does so for both. With larger
     batches, the target decodes its greedy replies once, and drafters are replayed on them without
     timing. A sharded target, one whose cache cannot be rolled back, and one that cannot read the
     trees that are drafted always use replay.
@@ -97,8 +95,7 @@ class AcceptanceEvaluator:
             raise ValueError(f"{problem}; use temperature 0")
         self._replays = sampling.is_greedy and not (can_decode and self._batch_size == 1)
         self._kept: list[tuple[Prompt, Generation]] = []  # some of the draft measured last
-        self._plain_generations: list[Generation] | None = None
-        self._plain_at_s = 0.0  # when they were decoded
+        self._is_checked = False  # whether prompts with states that are not finite have been excluded
 
     def measure_draft(self, draft: ServedDraft, on_reply: OnReply | None = None) -> AcceptanceReport:
         """Measure acceptance with a draft.
@@ -145,9 +142,9 @@ class AcceptanceEvaluator:
         with self._telemetry.progress(len(shapes), "shapes") as progress:
             for shape, drafters in draft.propose_shapes(self._replies, shapes, self._max_tokens):
                 totals = {name: AcceptanceCounts.zero(shape.num_steps) for name in names}
-                for prompt, generation in zip(self._prompts, self._replayed(drafters, shape.num_steps), strict=True):
-                    counts = AcceptanceCounts.of(generation, None, shape.num_steps)
-                    for name in {ALL, self._group_names[prompt.group]} & totals.keys():
+                for decoded in self._replayed(drafters, shape.num_steps):
+                    counts = AcceptanceCounts.of(decoded.generation, None, shape.num_steps)
+                    for name in {ALL, self._group_names[decoded.prompt.group]} & totals.keys():
                         totals[name] += counts
                 measured[shape] = {name: self._summed(counts).report() for name, counts in totals.items()}
                 progress.advance("shapes of trees")
@@ -156,28 +153,6 @@ class AcceptanceEvaluator:
     def _prompt_lookup(self) -> PromptLookupDrafter:
         """Return the baseline, which drafts a chain as deep as the draft's tree."""
         return PromptLookupDrafter(self._section.num_steps)
-
-    def _plain(self) -> list[Generation]:
-        """Return plain decodings of the prompts, whose times are not older than `FRESH_S`.
-
-        A machine may be slower after training than before, so old times would make the speed-up wrong.
-        """
-        is_fresh = time.monotonic() - self._plain_at_s < FRESH_S
-        if self._plain_generations is None:
-            self._plain_generations = self._without_faults(self._decode_plainly())
-        elif not is_fresh:
-            self._plain_generations = self._decode_plainly()
-        return self._plain_generations
-
-    def _decode_plainly(self) -> list[Generation]:
-        generations = []
-        max_new_tokens = self._section.max_new_tokens
-        with self._telemetry.progress(len(self._prompts), "prompts") as progress:
-            for prompt in self._prompts:
-                generations.append(plain_decode(self._target, prompt.token_ids, max_new_tokens, self._eos_ids))
-                progress.advance("prompts, plain greedy decoding")
-        self._plain_at_s = time.monotonic()
-        return generations
 
     @cached_property
     def _replies(self) -> list[TargetReply]:
@@ -206,50 +181,51 @@ class AcceptanceEvaluator:
                     max_tokens=self._max_tokens,
                     on_forward=on_forward,
                 )
-        return self._without_faults(replies)
+        return list(compress(replies, self._leave_out([reply.token_ids for reply in replies])))
 
-    def _without_faults(self, continued: list[Continued]) -> list[Continued]:
-        """Warn about the prompts whose hidden states are not finite, and exclude them.
+    def _leave_out(self, replies: Sequence[list[int]]) -> list[bool]:
+        """Warn about the prompts whose hidden states are not finite, and exclude them; a collective if ranks share the target.
 
-        States of prompts and replies are checked. A collective if ranks share the target.
-        continued: the continuation of each prompt; returns those of the remaining prompts.
+        replies: token ids of the reply to each prompt. Returns which prompts remain.
         """
-        places = place_names(self._target.aux_layers)
-        faults = []
-        for prompt, reply in zip(self._prompts, continued, strict=True):
-            faults.append(self._first_fault(prompt.token_ids, reply.token_ids))
+        faults = [self._first_fault(prompt, reply) for prompt, reply in zip(self._prompts, replies, strict=True)]
         self._target.join_other_forwards()
-        for prompt, place in zip(self._prompts, faults, strict=True):
-            if place is not None:
-                problem = fault_of(f"held-out prompt {prompt.source}", places[place])
-                self._telemetry.warn(f"  {problem}; it is left out of the measurement")
-        is_good = [place is None for place in faults]
+        for fault in faults:
+            if fault is not None:
+                self._telemetry.warn(f"  {fault}; it is left out of the measurement")
+        is_good = [fault is None for fault in faults]
         self._prompts = list(compress(self._prompts, is_good))
-        return list(compress(continued, is_good))
+        return is_good
 
-    def _first_fault(self, prompt_ids: list[int], reply_ids: list[int]) -> int | None:
-        """Return the first place of non-finite states in a prompt or its reply, or None."""
-        batch = packed([prompt_ids + reply_ids[:-1]])
-        output = self._target(batch, torch.arange(len(prompt_ids) - 1, batch.num_tokens))
+    def _first_fault(self, prompt: Prompt, reply_ids: list[int]) -> str | None:
+        """Return a message on the first states of a prompt and its reply that are not finite, or None."""
+        batch = packed([prompt.token_ids + reply_ids[:-1]])
+        output = self._target(batch, torch.arange(len(prompt.token_ids) - 1, batch.num_tokens))
         faults = find_faults(batch.to(self._target.device), output, embed_TD=None)
         (by_place,) = faults.by_place.tolist()
-        return by_place.index(True) if any(by_place) else None
+        if not any(by_place):
+            return None
+        place = place_names(self._target.aux_layers)[by_place.index(True)]
+        return fault_of(f"held-out prompt {prompt.source}", place)
 
-    def _replayed(self, drafters: Sequence[Drafter], num_steps: int) -> Iterator[Generation]:
+    def _replayed(self, drafters: Sequence[Drafter], num_steps: int) -> Iterator[DecodedPrompt]:
         """Replay one drafter on each reply. num_steps: largest depth of their trees."""
-        for reply, drafter in zip(self._replies, drafters, strict=True):
-            yield replay(
+        replies = self._replies  # finds the prompts that are left out
+        for prompt, reply, drafter in zip(self._prompts, replies, drafters, strict=True):
+            generation = replay(
                 reply,
                 drafter,
                 max_new_tokens=self._section.max_new_tokens,
                 num_steps=num_steps,
                 eos_ids=self._eos_ids,
             )
+            yield DecodedPrompt(prompt, generation, plain=None)
 
-    def _decoded(self, make_drafter: Callable[[], Drafter]) -> Iterator[Generation]:
-        """Decode the prompts one at a time, each with a new drafter."""
+    def _decoded(self, make_drafter: Callable[[], Drafter]) -> Iterator[DecodedPrompt]:
+        """Decode the prompts one at a time, each with a new drafter, and greedy replies plainly as well."""
         for index, prompt in enumerate(self._prompts):
-            yield speculative_decode(
+            plain = self._decoded_plainly(prompt) if self._sampling.is_greedy else None
+            generation = speculative_decode(
                 self._target,
                 make_drafter(),
                 prompt.token_ids,
@@ -257,18 +233,24 @@ class AcceptanceEvaluator:
                 eos_ids=self._eos_ids,
                 sampling=replace(self._sampling, seed=self._sampling.seed + index),
             )
+            yield DecodedPrompt(prompt, generation, plain)
 
-    def _measure(self, generations: Iterator[Generation], drafting: str, on_reply: OnReply | None) -> AcceptanceReport:
-        plain = None if self._replays or not self._sampling.is_greedy else self._plain()
+    def _decoded_plainly(self, prompt: Prompt) -> Generation:
+        return plain_decode(self._target, prompt.token_ids, self._section.max_new_tokens, self._eos_ids)
+
+    def _measure(self, decoded: Iterator[DecodedPrompt], drafting: str, on_reply: OnReply | None) -> AcceptanceReport:
+        """Return the report over the prompts of all ranks; a collective."""
+        if not self._is_checked and not self._replays and self._sampling.is_greedy:
+            self._leave_out([self._decoded_plainly(prompt).token_ids for prompt in self._prompts])
+        self._is_checked = True
         with self._telemetry.progress(len(self._prompts), "prompts") as progress:
 
-            def decoded(prompt: Prompt, generation: Generation) -> None:
+            def show(prompt: Prompt, generation: Generation) -> None:
                 progress.advance(f"prompts, {drafting}")
                 if on_reply is not None:
                     on_reply(prompt, generation)
 
-            num_steps = self._section.num_steps
-            counts = measure_acceptance(self._prompts, generations, num_steps, plain=plain, on_reply=decoded)
+            counts = measure_acceptance(decoded, self._section.num_steps, show)
         return self._summed(counts).report()
 
     def _summed(self, counts: AcceptanceCounts) -> AcceptanceCounts:

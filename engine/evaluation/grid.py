@@ -14,7 +14,8 @@ from engine.config.strict import ConfigError
 from engine.config.tree_shape import TreeRule, TreeShape, num_candidates
 from engine.evaluation.acceptance import AcceptanceReport
 from engine.host.files import write_json
-from engine.serving.server_commands import MODULES, SGLANG, VLLM, draft_arguments
+from engine.serving.draft_kinds import EAGLE3, DraftKind
+from engine.serving.server_commands import MODULES, SGLANG, VLLM, draft_arguments, served_shape
 
 GRID = "acceptance_grid.json"  # file in a run's folder
 ALL = "all"  # name of the report over all files of prompts
@@ -25,18 +26,21 @@ MOST_SHOWN = 20  # shapes in the printed table
 class CostModel:
     """Times of a server, each divided by that of a target forward that reads one token.
 
-    draft_step: of a step of the draft. verify_token: of each further token that a target forward
-    reads. At small batches both sides wait for their weights, so a step costs about as much of a
-    target forward as the draft has of the weights that the forward reads, and further tokens are
-    almost free. At large batches they cost more.
+    draft_step: of a forward of the draft, which drafts one token, or the whole block of a block
+    drafter. verify_token: of each further token that a target forward reads. drafts_blocks: whether
+    the draft is a block drafter. At small batches both sides wait for their weights, so a forward of
+    the draft costs about as much of a target forward as the draft has of the weights that the forward
+    reads, and further tokens are almost free. At large batches they cost more.
     """
 
     draft_step: float
     verify_token: float = 0.0
+    drafts_blocks: bool = False
 
     def speed_up(self, shape: TreeShape, acceptance_length: float) -> float:
         """Return the predicted speed, divided by that of decoding without a draft."""
-        return acceptance_length / (1 + self.draft_step * shape.num_steps + self.verify_token * shape.num_nodes)
+        num_forwards = 1 if self.drafts_blocks else shape.num_steps
+        return acceptance_length / (1 + self.draft_step * num_forwards + self.verify_token * shape.num_nodes)
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,13 @@ def grid_table(cells: Sequence[GridCell], costs: CostModel) -> Table:
     shown = sorted(cells, key=lambda cell: -cell.speed_up)[:MOST_SHOWN]
     left_out = f"; the best {len(shown)} of {len(cells)} shapes" if len(shown) < len(cells) else ""
     title = f"Greedy decoding of {some.num_prompts} held-out prompts{left_out}"
+    unit = "blocks" if costs.drafts_blocks else "steps"
     caption = (
-        f"predicted for draft steps of {costs.draft_step:.3g} and further tokens of {costs.verify_token:.3g} target forwards"
+        f"predicted for draft {unit} of {costs.draft_step:.3g} and further tokens of {costs.verify_token:.3g} target forwards"
     )
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
-    for heading in ("steps", "topk", "draft\ntokens", "acceptance\nlength", "accepted %\nby depth", "predicted\nspeed"):
+    headings = ("drafted", "topk", "tokens per\nforward") if costs.drafts_blocks else ("steps", "topk", "draft\ntokens")
+    for heading in (*headings, "acceptance\nlength", "accepted %\nby depth", "predicted\nspeed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in shown:
         sizes = map(str, cell.shape.sizes.values())
@@ -129,16 +135,35 @@ def group_table(cell: GridCell) -> Table | None:
     return table
 
 
-def serving_commands(shape: TreeShape, target: str, draft: Path) -> dict[str, str]:
-    """Return the commands that serve a draft with this shape, by server. vLLM drafts chains only."""
-    sglang = ["python", "-m", MODULES[SGLANG], "--model-path", target, *draft_arguments(SGLANG, shape, str(draft))]
+def serving_commands(shape: TreeShape, target: str, draft: Path, kind: DraftKind = EAGLE3) -> dict[str, str]:
+    """Return the commands that serve a draft with this shape, by server; a block drafter always drafts a whole block.
+
+    vLLM is left out if it cannot: it drafts chains only.
+    """
+    served = served_shape(shape, kind)
+    sglang = ["python", "-m", MODULES[SGLANG], "--model-path", target, *draft_arguments(SGLANG, served, str(draft), kind)]
     commands = {"SGLang": shlex.join(sglang)}
-    if shape.is_chain:
-        commands["vLLM"] = shlex.join(["vllm", "serve", target, *draft_arguments(VLLM, shape, str(draft))])
+    if served.is_chain and kind.vllm_method is not None:
+        commands["vLLM"] = shlex.join(["vllm", "serve", target, *draft_arguments(VLLM, served, str(draft), kind)])
     return commands
+
+
+def part_of_block(num_steps: int, kind: DraftKind) -> str | None:
+    """Return a sentence for an acceptance that was measured with fewer tokens than servers draft, or None for any other."""
+    if kind.block_tokens is None or num_steps >= kind.block_tokens:
+        return None
+    return (
+        f"Measured with {num_steps} of the {kind.block_tokens} tokens of a block; servers draft and verify all "
+        f"{kind.block_tokens}, which usually accepts more."
+    )
 
 
 def write_grid(path: Path, cells: Sequence[GridCell], costs: CostModel) -> None:
     """Write the cells and the cost model as JSON. Raises WriteError."""
-    content = {"draft_cost": costs.draft_step, "verify_cost": costs.verify_token, "cells": [cell.to_dict() for cell in cells]}
+    content = {
+        "draft_cost": costs.draft_step,
+        "verify_cost": costs.verify_token,
+        "drafts_blocks": costs.drafts_blocks,
+        "cells": [cell.to_dict() for cell in cells],
+    }
     write_json(path, content)

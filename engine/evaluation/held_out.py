@@ -17,8 +17,9 @@ ALLOWED = 1  # index of the allowed rows among them
 class HeldOutReport:
     """Results on held-out conversations, with the loss and the rates of training.
 
-    loss: weighted sum over the predictions. With the KL loss it is that of training, as if all
-    documents were one batch; other losses are means over batches, weighted by their slots.
+    loss: weighted sum over the predictions. With the KL loss of EAGLE-3, and with a block drafter, it is
+    that of training, as if all documents were one batch; other losses are means over batches, weighted
+    by their slots.
     loss_per_step, accuracy_per_step, acceptance_rate_per_step: of each prediction.
     acceptance_length: simulated, 1 + a0 + a0 * a1 + ... of the acceptance rates.
     loss_confidence, acceptance_length_confidence: half the width of the 95% confidence interval,
@@ -39,7 +40,7 @@ def batch_sums(output: DraftOutput, divisor: Tensor, num_normalised: int | Tenso
     """Return the sums of one batch, fp64 [4 S + 1], from which `held_out_report` computes everything.
 
     divisor: by which the loss of the output was divided.
-    num_normalised: this batch's share of it, in slots or positions.
+    num_normalised: this batch's share of it, as `loss_share` returns it.
     """
     rows = (output.loss_S * divisor, output.num_allowed_rows_S, output.num_correct_S, output.accepted_S)
     share = output.loss_S.new_zeros(1, dtype=torch.float64) + num_normalised

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import engine
-from engine.config.sections import DRAFT_METHODS
 from engine.config.strict import dump_yaml
 from engine.config.tree_shape import TreeShape
-from engine.evaluation.grid import serving_commands
+from engine.evaluation.grid import part_of_block, serving_commands
 from engine.evaluation.page_parts import length_text
 from engine.evaluation.run_record import RunRecord
 from engine.host.files import write_text
 from engine.models.draft_folder import CARD, read_draft_config
+from engine.serving.draft_kinds import DraftKind, draft_kind
 
 SGLANG_TREE = TreeShape(5, 8, 32)  # a usual shape of SGLang's trees
 
@@ -33,37 +33,72 @@ def write_model_card(run_folder: Path, draft_folder: Path, measured: bool = True
 def model_card(run: RunRecord, draft: Mapping[str, Any]) -> str:
     """Return the card as Markdown. draft: the config.json of the draft."""
     target = str(run.option("target", "path"))
+    kind = draft_kind(draft)
     facts = {"base_model": target, "tags": ["speculative-decoding", str(run.option("draft", "method")), "draftspeed"]}
     parts = [
         f"---\n{dump_yaml(facts)}---",
         f"# A draft for {target}",
         "This is a draft model for speculative decoding: it proposes tokens that the target then verifies, so the target's "
         f"output stays the same. It was trained with DraftSpeed {engine.__version__}.",
-        _table(_facts(run, draft, target)),
+        _table(_facts(run, draft, target, kind)),
         "## Acceptance",
-        _acceptance(run),
-        *(("## Serving", _serving(target)) if run.option("draft", "method") in DRAFT_METHODS else ()),
+        _acceptance(run, kind),
+        *(() if kind is None else ("## Serving", _serving(draft, target, kind))),
         "## Recipe",
         f"```yaml\n{run.config.rstrip()}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(run: RunRecord, draft: Mapping[str, Any], target: str) -> dict[str, str]:
+def _facts(run: RunRecord, draft: Mapping[str, Any], target: str, kind: DraftKind | None) -> dict[str, str]:
     revision = run.option("target", "revision")
-    eagle = draft.get("eagle_config") or {}
+    own = _autoregressive_facts(run, draft) if kind is None or kind.block_tokens is None else _block_facts(draft, kind)
     facts = {
         "target": target if revision is None else f"{target}, revision {revision}",
         "method": str(run.option("draft", "method")),
         "architecture": ", ".join(draft.get("architectures") or ()),
-        "target layers read": ", ".join(map(str, eagle.get("eagle_aux_hidden_state_layer_ids") or ())),
-        "draft vocabulary": f"{draft.get('draft_vocab_size')} of {draft.get('vocab_size')} tokens",
+        **own,
         "training data": _names(run.option("data", "train")),
         "held-out data": _names(run.option("data", "held_out")),
-        "loss": str(run.option("loss", "kind")),
         "optimizer steps": str(run.metrics[-1]["step"]) if run.metrics else "",
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _layers_read(draft: Mapping[str, Any]) -> list[int]:
+    """Return the 0-based target layers whose outputs a draft reads, from its config.json in either format."""
+    name = "eagle_aux_hidden_state_layer_ids"
+    eagle = draft.get("eagle_config")
+    if eagle is None:
+        return [layer - 1 for layer in draft.get(name) or ()]
+    return eagle.get(name) or []
+
+
+def _autoregressive_facts(run: RunRecord, draft: Mapping[str, Any]) -> dict[str, str]:
+    layer_config = draft.get("transformer_layer_config") or draft  # the former in the format of speculators
+    return {
+        "target layers read": _listed(_layers_read(draft)),
+        "draft vocabulary": f"{draft.get('draft_vocab_size')} of {layer_config.get('vocab_size')} tokens",
+        "loss": str(run.option("loss", "kind")),
+    }
+
+
+def _block_facts(draft: Mapping[str, Any], kind: DraftKind) -> dict[str, str]:
+    """Return the facts of a block drafter, which shares the target's vocabulary."""
+    nested = draft.get("dflash_config") or {}
+    windows = f"sliding window of {draft.get('sliding_window')} tokens" if draft.get("use_sliding_window") else ""
+    markov = draft.get("markov_head_type")
+    return {
+        "target layers read": _listed(nested.get("target_layer_ids", draft.get("target_layer_ids"))),
+        "draft layers": _listed([draft.get("num_hidden_layers"), windows]),
+        "block": f"{kind.block_size} rows, which draft {kind.block_tokens} tokens",
+        "mask token": str(nested.get("mask_token_id", draft.get("mask_token_id"))),
+        "Markov head": f"{markov}, rank {draft.get('markov_rank')}" if markov else "",
+    }
+
+
+def _listed(values: Any) -> str:
+    return ", ".join(str(value) for value in values or () if value not in (None, ""))
 
 
 def _names(paths: Any) -> str:
@@ -71,11 +106,13 @@ def _names(paths: Any) -> str:
     return ", ".join(Path(path).name for path in paths or ())
 
 
-def _acceptance(run: RunRecord) -> str:
+def _acceptance(run: RunRecord, kind: DraftKind | None) -> str:
     report = run.report("after")
     if report is None:
         return "It was not measured: `launcher/measure_acceptance.py` measures it."
-    shape = f"{run.option('evaluation', 'num_steps')} steps, topk {run.option('evaluation', 'topk')}"
+    num_steps = run.option("evaluation", "num_steps")
+    is_block = kind is not None and kind.block_tokens is not None
+    shape = f"{num_steps} drafted tokens" if is_block else f"{num_steps} steps, topk {run.option('evaluation', 'topk')}"
     depths = [share for share in report.get("acceptance_per_depth") or () if share is not None]
     rows = {
         "acceptance length": f"{length_text(report)} tokens per target forward ({shape})",
@@ -85,17 +122,46 @@ def _acceptance(run: RunRecord) -> str:
     baseline = run.report("prompt_lookup")
     if baseline is not None:
         rows["prompt lookup, without a draft"] = length_text(baseline)
-    return _table(rows)
+    notes = [_table(rows)]
+    partly = None if kind is None or not isinstance(num_steps, int) else part_of_block(num_steps, kind)
+    if partly is not None:
+        notes.append(partly)
+    confidence = run.option("evaluation", "min_confidence")
+    if is_block and confidence:
+        notes.append(
+            f"Drafts ended where the estimated probability of acceptance fell below {confidence}; by default, servers verify "
+            "whole blocks."
+        )
+    return "\n\n".join(notes)
 
 
-def _serving(target: str) -> str:
+def _serving(draft: Mapping[str, Any], target: str, kind: DraftKind) -> str:
     folder = Path("THIS_FOLDER")
+    if "speculators_config" in draft:
+        text = (
+            "This folder is in the format of vLLM's library speculators. The first command takes the target and the number of"
+        )
+        text += " drafted tokens from its config.json; the second one names them."
+        own = ("vllm serve THIS_FOLDER", serving_commands(TreeShape(3), target, folder)["vLLM"])
+        return "\n\n".join([text, *(f"```bash\n{command}\n```" for command in own)])
+    if kind.block_tokens is not None:
+        return _block_serving(target, folder, kind)
     chain = serving_commands(TreeShape(3), target, folder)
     tree = serving_commands(SGLANG_TREE, target, folder)
     parts = [
         "Both servers load this folder as it is. The first two commands draft chains of three tokens, the last one a tree.",
         *(f"```bash\n{command}\n```" for command in (chain["SGLang"], chain["vLLM"], tree["SGLang"])),
     ]
+    return "\n\n".join(parts)
+
+
+def _block_serving(target: str, folder: Path, kind: DraftKind) -> str:
+    commands = serving_commands(TreeShape(kind.block_size or 1), target, folder, kind)
+    loads = "Both servers load this folder as it is"
+    if "vLLM" not in commands:
+        loads = "SGLang loads this folder as it is; vLLM does not, since it has the vanilla Markov head only"
+    parts = [f"{loads}. A block of {kind.block_tokens} tokens is drafted in one forward; other sizes were not trained."]
+    parts += [f"```bash\n{command}\n```" for command in commands.values()]
     return "\n\n".join(parts)
 
 

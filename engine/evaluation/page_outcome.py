@@ -5,10 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.config.sections import SPLIT
+from engine.config.sections import DRAFT, SPLIT
 from engine.evaluation.charts import number
+from engine.evaluation.grid import part_of_block
 from engine.evaluation.page_parts import escaped, length_text, suffix, table
 from engine.evaluation.run_record import RunRecord, column, finite
+from engine.models.draft_folder import read_draft_config
+from engine.serving.draft_kinds import draft_kind
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,19 @@ def acceptance(runs: Sequence[RunRecord]) -> str:
                 rows.append(_report_row(name + suffix(run, runs), report))
     headings = ("drafting", "acceptance length", "accepted by depth", "speed against plain decoding", "prompts")
     shown = table(headings, rows)
-    return f"<h2>Speculative decoding</h2>{shown}" if shown else ""
+    notes = dict.fromkeys(note for note in map(_part_note, runs) if note is not None)
+    quiet = "".join(f'<p class="quiet">{escaped(note)}</p>' for note in notes)
+    return f"<h2>Speculative decoding</h2>{shown}{quiet}" if shown else ""
+
+
+def _part_note(run: RunRecord) -> str | None:
+    """Return what to say of an acceptance that was measured with a part of a block; None = nothing."""
+    depths = (run.report("after") or {}).get("acceptance_per_depth")
+    try:
+        kind = draft_kind(read_draft_config(run.folder / DRAFT))
+    except ValueError:
+        return None
+    return part_of_block(len(depths), kind) if kind is not None and isinstance(depths, list) else None
 
 
 def _report_row(name: str, report: Mapping[str, Any]) -> tuple[str, ...]:

@@ -222,7 +222,8 @@ def _read_together(target: FrozenTarget, documents: Sequence[list[int]]) -> tupl
     """Run a forward over whole documents; return its output and the target's choice after each."""
     batch = packed(documents)
     output = target(batch, batch.cu_seqlens[1:].long() - 1)
-    return output, output.argmax_N.tolist()
+    argmax_N, _ = output.head_stats
+    return output, argmax_N.tolist()
 
 
 def packed(documents: Sequence[list[int]]) -> PackedBatch:

@@ -10,7 +10,9 @@ from rich.table import Table
 
 from engine.config.sections import DRAFT
 from engine.evaluation.acceptance import AcceptanceReport
+from engine.evaluation.grid import part_of_block
 from engine.host.files import write_json
+from engine.serving.draft_kinds import EAGLE3, DraftKind
 
 PAGE = "report.html"
 SUMMARY = "summary.json"
@@ -39,22 +41,25 @@ class RunReport:
         content = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
         write_json(self.output_dir / SUMMARY, content)
 
-    def show(self, console: Console, flags: Sequence[str] = (), is_shipped_method: bool = True) -> None:
+    def show(self, console: Console, flags: Sequence[str] = (), kind: DraftKind | None = EAGLE3) -> None:
         """Print the results and the next commands.
 
-        flags: that a command needs to measure the draft. is_shipped_method: whether servers know the draft's architecture.
+        flags: that a command needs to measure the draft. kind: of the draft; None = no server knows it.
         """
         if self.after is not None and self.after.num_prompts:
             named = {"untrained draft": self.before, "trained draft": self.after, "prompt lookup": self.prompt_lookup}
             reports = {name: report for name, report in named.items() if report is not None}
             console.print(acceptance_table(reports))
+            partly = None if kind is None else part_of_block(len(self.after.acceptance_per_depth), kind)
+            if partly is not None:
+                console.print(partly)
         times = ", ".join(f"{name[0].lower()}{name[1:]} {seconds:.0f} s" for name, seconds in self.stage_s.items())
         console.print(f"Time: {times}")
         if self.left_out:
             console.print(
                 f"Left out because the target's states are not finite: {len(self.left_out)} documents, listed in {SUMMARY}"
             )
-        ready = "Draft, ready for SGLang and vLLM" if is_shipped_method else "Draft"
+        ready = "Draft" if kind is None else f"Draft, ready for {kind.servers}"
         console.print(f"{ready}: {self.output_dir / DRAFT}\nReport: {self.output_dir / PAGE}\n\nNext:")
         timed = self.after is None or self.after.num_prompts == 0 or self.after.tokens_per_s is not None
         # A target that was not timed may need all ranks.
@@ -85,7 +90,8 @@ def acceptance_table(reports: dict[str, AcceptanceReport], replies: str = "Greed
     table.add_column("drafting", no_wrap=True)
     for heading in ("acceptance\nlength", "accepted %\nby depth", "tokens/s", "speed", "unlike\ngreedy"):
         table.add_column(heading, justify="right", no_wrap=True)
-    *_, latest = reports.values()  # plain decoding may have been timed again for the later ones
+    # Each speed is relative to the plain decoding that was timed next to it; the first row shows the last of these.
+    *_, latest = reports.values()
     table.add_row("none", "1.00", "", _rate(latest.plain_tokens_per_s), "1.00x" if latest.plain_tokens_per_s else "-", "")
     for name, report in reports.items():
         speed = "-"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from engine.config.block_sections import BLOCK_METHODS, depth_name
 from engine.config.sections import RECIPE, SHOWN_TTT_STEPS
 from engine.evaluation.charts import Bar, Line, line_chart, stacked_bars
 from engine.evaluation.page_files import files_section, warnings_section
@@ -84,8 +85,9 @@ def _charts(runs: Sequence[RunRecord]) -> list[str]:
     spread = "held_out_loss_confidence"
     loss = curves.logged("loss", "loss")
     loss += curves.evaluated("held_out_loss", "held-out loss", HELD_OUT_COLOUR, half_widths=spread)
-    losses = curves.per_ttt_step("loss_per_step", "held_out_loss_per_step")
-    accuracies = curves.per_ttt_step("accuracy_per_step", "held_out_accuracy_per_step")
+    losses = curves.per_depth("loss_per_step", "held_out_loss_per_step")
+    accuracies = curves.per_depth("accuracy_per_step", "held_out_accuracy_per_step")
+    depths = " or ".join(dict.fromkeys(depth_name(run.option("draft", "method")) for run in runs))
     lengths = curves.logged("simulated_acceptance_length", "simulated, in training")
     lengths += curves.evaluated("acceptance_length", "measured", HELD_OUT_COLOUR, half_widths="confidence")
     spread = "held_out_acceptance_length_confidence"
@@ -95,8 +97,8 @@ def _charts(runs: Sequence[RunRecord]) -> list[str]:
     memory += curves.logged("gpu_memory_gib", "GPU", 1) + curves.logged("host_memory_gib", "host", 2)
     return [
         line_chart("Loss, over optimizer steps", loss),
-        line_chart("Loss of single TTT steps", losses),
-        line_chart("Top-1 accuracy of single TTT steps", accuracies, from_zero=True),
+        line_chart(f"Loss by {depths}", losses),
+        line_chart(f"Top-1 accuracy by {depths}", accuracies, from_zero=True),
         line_chart("Acceptance length; bands are 95% confidence intervals", lengths),
         line_chart("Learning rate", curves.logged("lr", "learning rate"), from_zero=True),
         line_chart("Gradient norm", curves.logged("grad_norm", "gradient norm"), log=True),
@@ -144,13 +146,14 @@ class _Curves:
                 found.append(replace(line, half_widths=widths, marked=True, is_joined=is_joined))
         return found
 
-    def per_ttt_step(self, key: str, held_out_key: str) -> list[Line]:
-        """Return the lines of a list with a value per TTT step, and points of the same colours for held-out data."""
+    def per_depth(self, key: str, held_out_key: str) -> list[Line]:
+        """Return the lines of a list with a value per drafted token, and points of the same colours for held-out data."""
         found = []
+        name = "token" if all(run.option("draft", "method") in BLOCK_METHODS for run in self._runs) else "step"
         for colour, index in enumerate(SHOWN_TTT_STEPS):
-            found += self.logged(key, f"step {index + 1}", colour, index)
+            found += self.logged(key, f"{name} {index + 1}", colour, index)
         for colour, index in enumerate(SHOWN_TTT_STEPS):
-            found += self.evaluated(held_out_key, f"step {index + 1}, held-out", colour, index, is_joined=False)
+            found += self.evaluated(held_out_key, f"{name} {index + 1}, held-out", colour, index, is_joined=False)
         return found
 
 

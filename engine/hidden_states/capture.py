@@ -334,7 +334,7 @@ class Capture:
         """Yield the batches of a shard with their places in it."""
         first_document = first_token = first_slot = 0
         for batch in packed_in_order([documents[index] for index in file.shard.documents], self.config.data.max_tokens):
-            slots_N = self.method.slots(self.method.allowed_rows(batch))
+            slots_N = self.method.stored_slots(batch)
             yield Place(file, first_document, first_token, first_slot, batch, slots_N)
             first_document += len(batch.host_lengths)
             first_token += batch.num_tokens
@@ -389,7 +389,7 @@ def count_slots(documents: Documents, method: DraftMethod) -> list[int]:
     counts: list[int] = []
     for start in range(0, len(documents), DOCUMENTS_AT_A_TIME):
         batch = collate([documents[index] for index in range(start, min(start + DOCUMENTS_AT_A_TIME, len(documents)))])
-        bounds = torch.searchsorted(method.slots(method.allowed_rows(batch)), batch.cu_seqlens.long())
+        bounds = torch.searchsorted(method.stored_slots(batch), batch.cu_seqlens.long())
         counts += bounds.diff().tolist()
     return counts
 

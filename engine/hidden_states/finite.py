@@ -62,7 +62,9 @@ def find_faults(batch: PackedBatch, target: TargetOutput, embed_TD: Tensor | Non
     bad_TP[:, 1:] = has_fault(aux_TAD)
     if embed_TD is not None:
         bad_TP[:, 0] = has_fault(embed_TD)
-    bad_N = has_fault(target.last_hidden_ND) | ~target.lse_N.isfinite()
+    bad_N = has_fault(target.last_hidden_ND)
+    if target.lse_N is not None:
+        bad_N |= ~target.lse_N.isfinite()
 
     counts = torch.zeros(num_documents, 2 + target.num_aux, dtype=torch.int32, device=document_T.device)
     counts[:, :-1].index_add_(0, document_T, bad_TP.int())
@@ -83,8 +85,8 @@ def cleaned(target: TargetOutput, faults: StateFaults) -> TargetOutput:
         target,
         aux_TA=target.aux_TA.masked_fill_(faults.left_out_T[:, None], 0),
         last_hidden_ND=target.last_hidden_ND.masked_fill(left_out_N[:, None], 0),
-        argmax_N=target.argmax_N.masked_fill(left_out_N, 0),
-        lse_N=target.lse_N.masked_fill(left_out_N, 0),
+        argmax_N=None if target.argmax_N is None else target.argmax_N.masked_fill(left_out_N, 0),
+        lse_N=None if target.lse_N is None else target.lse_N.masked_fill(left_out_N, 0),
     )
 
 

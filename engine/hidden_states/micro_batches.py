@@ -9,6 +9,7 @@ from engine.batch import MicroBatch, PackedBatch, StateWidths, TargetOutput, to_
 from engine.hidden_states.finite import without_faulty_documents
 from engine.hidden_states.protocol import Target
 from engine.models.draft_method import DraftConfig, DraftMethod
+from engine.target.frozen import FrozenTarget
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class MicroBatchMaker:
         peak_seconds: returns `MicroBatch.peak_s`, given a batch and its allowed rows on the host.
         """
         self._method = method
+        if isinstance(target, FrozenTarget):
+            target = target.with_head_stats(method.needs_head_stats)
         self._target = target
         self._dtype = dtype
         self._device = device

@@ -95,8 +95,7 @@ class RemoteTarget:
             output.aux_TA.to(self._device),
             output.slots_N.to(self._device),
             output.last_hidden_ND.to(self._device),
-            output.argmax_N.to(self._device),
-            output.lse_N.to(self._device),
+            *(stat_N.to(self._device) for stat_N in output.head_stats),
         )
 
 

@@ -99,11 +99,14 @@ class MappedShard:
     def left_out(self) -> tuple[int, ...]:
         """Indices of documents that the capture left out because states were not finite.
 
-        Their states are zeros and their assistant mask is empty, but they have slots.
+        Their states are zeros and their assistant mask is empty, but they have slots, unless the shard
+        holds none at all.
         """
         assistants = np.concatenate(([0], np.cumsum(self.rows("assistant_mask", 0, None))))
         num_assistants = assistants[self.token_bounds[1:]] - assistants[self.token_bounds[:-1]]
         has_slots = np.diff(self.slot_bounds) > 0
+        if not self.slot_bounds[-1]:
+            has_slots = np.ones_like(has_slots)
         return tuple(np.flatnonzero(has_slots & (num_assistants == 0)).tolist())
 
     def non_finite(self, index: int) -> str | None:

@@ -60,6 +60,8 @@ class ShardFile:
 
     def write(self, name: str, first_row: int, rows: np.ndarray) -> None:
         """Write rows of a tensor to their place in the file."""
+        if not rows.size:  # of slots, if the draft learns from tokens alone
+            return
         place = self.layout.places[name]
         data = np.ascontiguousarray(rows).view(np.uint8).data.cast("B")
         offset = place.offset + first_row * place.row_bytes
@@ -164,7 +166,8 @@ class StoredTensors:
         output = cleaned(output, faults)
         aux, aux_scale = to_stored(output.aux_TA, dtype, num_scales=output.num_aux)
         last_hidden, last_hidden_scale = to_stored(output.last_hidden_ND, dtype, num_scales=1)
-        tensors = {"argmax": output.argmax_N, "lse": output.lse_N, "aux": aux, "last_hidden": last_hidden}
+        argmax_N, lse_N = output.head_stats
+        tensors = {"argmax": argmax_N, "lse": lse_N, "aux": aux, "last_hidden": last_hidden}
         if aux_scale is not None:
             tensors["aux_scale"] = aux_scale
         if last_hidden_scale is not None:

@@ -17,6 +17,7 @@ class WireFormat:
 
     dtype: `auto`, or a format of the store.
     aux_dtype: precision in which the draft reads auxiliary states. last_dtype: that of the target.
+    has_head_stats: whether the draft's loss reads `argmax_N` or `lse_N`, as in `DraftMethod.needs_head_stats`.
     """
 
     dtype: str
@@ -24,6 +25,7 @@ class WireFormat:
     num_aux: int
     aux_dtype: torch.dtype
     last_dtype: torch.dtype
+    has_head_stats: bool = True
 
     def write(self, output: TargetOutput) -> "WireStates":
         """Return a target's output in this format."""
@@ -49,8 +51,8 @@ class WireFormat:
                 aux_TA=torch.empty(num_tokens, self.num_aux * width, dtype=self.aux_dtype),
                 slots_N=torch.empty(num_slots, dtype=torch.int64),
                 last_hidden_ND=torch.empty(num_slots, width, dtype=self.last_dtype),
-                argmax_N=torch.empty(num_slots, dtype=torch.int32),
-                lse_N=torch.empty(num_slots, dtype=torch.float32),
+                argmax_N=torch.empty(num_slots, dtype=torch.int32) if self.has_head_stats else None,
+                lse_N=torch.empty(num_slots, dtype=torch.float32) if self.has_head_stats else None,
             )
             return self.write(empty)
 
@@ -62,14 +64,17 @@ class WireFormat:
 
 @dataclass(frozen=True)
 class WireStates:
-    """The tensors of a target's output on their way. Scales are None except in fp8."""
+    """The tensors of a target's output on their way.
+
+    Scales are None except in fp8, `argmax_N` and `lse_N` if the loss does not read them.
+    """
 
     aux: Tensor
     aux_scale: Tensor | None
     last_hidden: Tensor
     last_scale: Tensor | None
-    argmax_N: Tensor
-    lse_N: Tensor
+    argmax_N: Tensor | None
+    lse_N: Tensor | None
 
 
 assert EXACT not in DTYPES

@@ -12,24 +12,46 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from engine.kernels import blocked_attention, flash, reference
+from engine.kernels import anchored_blocks, blocked_attention, flash, reference
 from engine.kernels.attention_tiles import MAX_HEAD_DIM
 from engine.kernels.elementwise import Elementwise, liger_elementwise
-from engine.kernels.interface import AttentionRows, LossRows, RowScore, RowWeights, SlotTargets, VocabLoss
+from engine.kernels.interface import (
+    AttentionRows,
+    BlockRows,
+    FrozenHead,
+    LogitBias,
+    LossRows,
+    RowScore,
+    RowWeights,
+    SlotDistributions,
+    SlotTargets,
+    TokenLoss,
+    TokenRows,
+    TokenTerms,
+    VocabLoss,
+)
 from engine.kernels.packed_attention import PackedAttention
+from engine.kernels.token_loss import TokenPass, token_loss
 from engine.kernels.vocab_loss import LossPass, vocab_loss
 
 __all__ = [
     "PLAIN",
     "AttentionRows",
+    "BlockRows",
     "FlashWhereDense",
+    "FrozenHead",
     "Kernels",
+    "LogitBias",
     "LossRows",
     "RowScore",
     "RowWeights",
+    "SlotDistributions",
     "SlotTargets",
     "TargetKernels",
+    "TokenLoss",
     "TokenPermute",
+    "TokenRows",
+    "TokenTerms",
     "VocabLoss",
     "choose_fp8_activations",
     "choose_fp8_linear",
@@ -52,19 +74,28 @@ def plain_attention(query_QHE: Tensor, *arguments: object) -> tuple[Tensor, Tens
     return (blocked_attention if on_cpu else reference).ancestor_attention(query_QHE, *arguments)
 
 
+def plain_anchored_attention(query_QHE: Tensor, *arguments: object) -> Tensor:
+    """Compute the attention of draft blocks in plain PyTorch, in tiles if it runs on a CPU."""
+    on_cpu = query_QHE.device.type == "cpu"
+    return (anchored_blocks if on_cpu else reference).anchored_attention(query_QHE, *arguments)
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The kernels that a draft runs, each with the semantics of its namesake in reference.py.
 
-    loss_pass: how `vocab_loss` processes its chunks.
+    loss_pass: how `vocab_loss` processes its chunks. token_pass: how `token_loss` processes its chunks.
     recompute: what the backward pass computes again instead of keeping it: "none", "mlp" or "step".
     reason: which kernels were chosen and why, in one sentence.
     """
 
     attention: Callable[..., tuple[Tensor, Tensor]] = plain_attention
     vocab_loss: Callable[..., VocabLoss] = vocab_loss
+    anchored_attention: Callable[..., Tensor] = plain_anchored_attention
+    token_loss: Callable[..., TokenLoss] = token_loss
     elementwise: Elementwise = field(default_factory=Elementwise)
     loss_pass: LossPass = field(default_factory=LossPass)
+    token_pass: TokenPass = field(default_factory=TokenPass)
     recompute: str = "none"
     reason: str = "plain PyTorch"
 
@@ -80,7 +111,13 @@ def choose_kernels(wanted: str, device: torch.device, dtype: torch.dtype, head_d
     Raises ValueError if `wanted` cannot run here; the message names a choice that can.
     """
     if wanted == "reference":
-        plain = replace(own, attention=reference.ancestor_attention, vocab_loss=reference.vocab_loss)
+        plain = replace(
+            own,
+            attention=reference.ancestor_attention,
+            vocab_loss=reference.vocab_loss,
+            anchored_attention=reference.anchored_attention,
+            token_loss=reference.token_loss,
+        )
         return replace(plain, reason="the PyTorch reference, as asked")
     if device.type == "cpu":
         if wanted != "auto":
@@ -246,15 +283,19 @@ def _refusal(head_dim: int, device: torch.device) -> str | None:
 
 
 def fused(own: Kernels) -> Kernels:
-    """Return Triton's attention and loss, with liger-kernel's norms if it is installed.
+    """Return Triton's attentions and losses, with liger-kernel's norms if it is installed.
 
     own: kernels whose other settings are kept.
     """
-    from engine.kernels import ancestor_attention, row_loss  # require Triton
+    from engine.kernels import ancestor_attention, anchored_attention, row_loss, token_row_loss  # require Triton
 
-    loss_pass = replace(own.loss_pass, row_loss=row_loss.row_loss, in_place=True)
     chosen = replace(
-        own, attention=ancestor_attention.ancestor_attention, loss_pass=loss_pass, reason="Triton attention and loss"
+        own,
+        attention=ancestor_attention.ancestor_attention,
+        anchored_attention=anchored_attention.anchored_attention,
+        loss_pass=replace(own.loss_pass, row_loss=row_loss.row_loss, in_place=True),
+        token_pass=replace(own.token_pass, row_loss=token_row_loss.token_row_loss),
+        reason="Triton attention and loss",
     )
     if importlib.util.find_spec("liger_kernel") is None:
         return replace(chosen, reason=f"{chosen.reason}, PyTorch norms (pip install liger-kernel for faster ones)")

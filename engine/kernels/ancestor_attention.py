@@ -31,52 +31,21 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.kernels.attention_members import add_key, members_of
-from engine.kernels.attention_tiles import padded_head_dim, tile_of
+from engine.kernels.attention_members import (
+    LOG2_E,
+    NO_SCORE,
+    add_key,
+    add_keys,
+    adjacent_members,
+    launch_sizes,
+    load_rows,
+    members_of,
+    store_rows,
+    view_of,
+    weigh,
+)
 from engine.kernels.interface import AttentionRows
 from engine.kernels.row_index import add_rows
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-# Less than any score, yet finite: a block may hold no key that a row sees, and -inf - -inf is NaN.
-NO_SCORE = tl.constexpr(-1e38)
-
-
-class _View(NamedTuple):
-    """A tensor [rows, heads, E] that is contiguous in its last dimension."""
-
-    pointer: Tensor
-    row_stride: int
-    head_stride: int
-
-
-@triton.jit
-def _beside(first, end, num_rows, R_PAD: tl.constexpr, M: tl.constexpr):
-    """Return the offsets of a block's members in [G, Q, R_PAD], and whether their rows exist.
-
-    In this layout the members of a block are contiguous, so loads are coalesced.
-    """
-    member_M = tl.arange(0, M)
-    return (tl.program_id(1).to(tl.int64) * num_rows + first) * R_PAD + member_M, member_M < (end - first) * R_PAD
-
-
-@triton.jit
-def _pointers(view, row_N, head, E_PAD: tl.constexpr):
-    offset_N = row_N.to(tl.int64) * view.row_stride + head.to(tl.int64) * view.head_stride
-    return view.pointer + offset_N[:, None] + tl.arange(0, E_PAD)[None, :]
-
-
-@triton.jit
-def _load(view, row_N, head, E: tl.constexpr, E_PAD: tl.constexpr):
-    """Load rows of one head, [N, E_PAD], with zeros from E on."""
-    pointer_NE = _pointers(view, row_N, head, E_PAD)
-    exists_1E = tl.arange(0, E_PAD)[None, :] < E
-    return tl.load(pointer_NE) if E == E_PAD else tl.load(pointer_NE, mask=exists_1E, other=0.0)
-
-
-@triton.jit
-def _store(view, row_N, head, x_NE, exists_N, E: tl.constexpr, E_PAD: tl.constexpr):
-    exists_NE = exists_N[:, None] & (tl.arange(0, E_PAD)[None, :] < E)
-    tl.store(_pointers(view, row_N, head, E_PAD), x_NE.to(view.pointer.dtype.element_ty), mask=exists_NE)
 
 
 @triton.jit
@@ -104,16 +73,16 @@ def _forward(
     first, group = (tl.num_programs(0) - 1 - tl.program_id(0)) * B, tl.program_id(1)
     row_M, head_M, exists_M = members_of(first, num_rows, R, R_PAD, M)
     scale2 = scale * LOG2_E
-    query_ME = _load(query, row_M, head_M, E, E_PAD)
+    query_ME = load_rows(query, row_M, head_M, E, E_PAD)
     most_M = tl.full((M,), NO_SCORE, tl.float32)
     total_M = tl.zeros((M,), tl.float32)
     sum_ME = tl.zeros((M, E_PAD), tl.float32)
     for a in tl.static_range(A):
         ancestor_M = tl.load(ancestors[a] + row_M)
-        key_ME = _load(extra_keys[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
+        key_ME = load_rows(extra_keys[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
         score_M = tl.sum(query_ME.to(tl.float32) * key_ME, 1) * scale2
         score_M = tl.where(ancestor_M >= 0, score_M, float("-inf")) if IS_TREE else score_M
-        value_ME = _load(extra_values[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
+        value_ME = load_rows(extra_values[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
         most_M, total_M, sum_ME = add_key(most_M, total_M, sum_ME, score_M, value_ME)
 
     begin, masked, end = _keys_of_rows(position, start, first, num_rows, B, K)
@@ -124,35 +93,13 @@ def _forward(
             key_K = k + tl.arange(0, K)
             is_seen_MK = (key_K[None, :] >= start_M[:, None]) & (key_K[None, :] <= position_M[:, None]) if IS_MASKED else None
             key_K = tl.minimum(key_K, end - 1)
-            key_KE = _load(key, key_K, group, E, E_PAD)
-            value_KE = _load(value, key_K, group, E, E_PAD)
-            score_MK = tl.dot(query_ME, tl.trans(key_KE), input_precision="ieee") * scale2
-            score_MK = tl.where(is_seen_MK, score_MK, float("-inf")) if IS_MASKED else score_MK
-            new_M = tl.maximum(most_M, tl.max(score_MK, 1))
-            weight_MK = tl.exp2(score_MK - new_M[:, None])
-            shrink_M = tl.exp2(most_M - new_M)
-            most_M = new_M
-            total_M = total_M * shrink_M + tl.sum(weight_MK, 1)
-            sum_ME = tl.dot(weight_MK.to(value_KE.dtype), value_KE, sum_ME * shrink_M[:, None], input_precision="ieee")
+            key_KE = load_rows(key, key_K, group, E, E_PAD)
+            value_KE = load_rows(value, key_K, group, E, E_PAD)
+            most_M, total_M, sum_ME = add_keys(most_M, total_M, sum_ME, query_ME, key_KE, value_KE, is_seen_MK, scale2)
 
-    _store(output, row_M, head_M, sum_ME / total_M[:, None], exists_M, E, E_PAD)
+    store_rows(output, row_M, head_M, sum_ME / total_M[:, None], exists_M, E, E_PAD)
     lse_M = (most_M + tl.log2(total_M)) / LOG2_E
     tl.store(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, lse_M, mask=exists_M)
-
-
-@triton.jit
-def _weigh(query_NE, key_PE, grad_NE, value_PE, is_seen_NP, scale2, lse2, delta):
-    """Compute attention weights and the gradients of the scores, both [N, P].
-
-    The roles can be swapped: N queries and P keys with (grad, value), or N keys and P queries with
-    (value, grad).
-    """
-    score_NP = tl.dot(query_NE, tl.trans(key_PE), input_precision="ieee") * scale2
-    if is_seen_NP is not None:
-        score_NP = tl.where(is_seen_NP, score_NP, float("-inf"))
-    weight_NP = tl.exp2(score_NP - lse2)
-    score_grad_NP = weight_NP * (tl.dot(grad_NE, tl.trans(value_PE), input_precision="ieee") - delta)
-    return weight_NP, score_grad_NP
 
 
 @triton.jit
@@ -160,7 +107,7 @@ def _store_own(view, row_B, x_ME, num_exist, R_PAD: tl.constexpr, E: tl.constexp
     """Sum over the query heads of a group and store the result for each row's ancestor."""
     B: tl.constexpr = x_ME.shape[0] // R_PAD
     x_BE = tl.sum(tl.reshape(x_ME, (B, R_PAD, E_PAD)), 1)
-    _store(view, row_B, tl.program_id(1), x_BE, tl.arange(0, B) < num_exist, E, E_PAD)
+    store_rows(view, row_B, tl.program_id(1), x_BE, tl.arange(0, B) < num_exist, E, E_PAD)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -176,22 +123,22 @@ def _backward_rows(
     row_M, head_M, exists_M = members_of(first, num_rows, R, R_PAD, M)
     row_B = tl.minimum(first + tl.arange(0, B), num_rows - 1)
     scale2 = scale * LOG2_E
-    query_ME = _load(query, row_M, head_M, E, E_PAD)
-    grad_ME = _load(grad, row_M, head_M, E, E_PAD)
-    delta_M = tl.sum(grad_ME.to(tl.float32) * _load(output, row_M, head_M, E, E_PAD).to(tl.float32), 1)
+    query_ME = load_rows(query, row_M, head_M, E, E_PAD)
+    grad_ME = load_rows(grad, row_M, head_M, E, E_PAD)
+    delta_M = tl.sum(grad_ME.to(tl.float32) * load_rows(output, row_M, head_M, E, E_PAD).to(tl.float32), 1)
     # An infinite log-sum-exp gives members that do not exist a weight of zero.
     lse2_M = tl.load(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, mask=exists_M, other=float("inf")) * LOG2_E
-    member_M, is_kept_M = _beside(first, num_rows, num_rows, R_PAD, M)
+    member_M, is_kept_M = adjacent_members(first, num_rows, num_rows, R_PAD, M)
     tl.store(lse2 + member_M, lse2_M, mask=is_kept_M)
     tl.store(delta + member_M, delta_M, mask=is_kept_M)
     sum_ME = tl.zeros((M, E_PAD), tl.float32)
     for a in tl.static_range(A):
         ancestor_M = tl.load(ancestors[a] + row_M)
-        key_ME = _load(extra_keys[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
+        key_ME = load_rows(extra_keys[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
         score_M = tl.sum(query_ME.to(tl.float32) * key_ME, 1) * scale2
         score_M = tl.where(ancestor_M >= 0, score_M, float("-inf")) if IS_TREE else score_M
         weight_M = tl.exp2(score_M - lse2_M)
-        value_ME = _load(extra_values[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
+        value_ME = load_rows(extra_values[a], tl.maximum(ancestor_M, 0), group, E, E_PAD).to(tl.float32)
         score_grad_M = weight_M * (tl.sum(grad_ME.to(tl.float32) * value_ME, 1) - delta_M)
         sum_ME += score_grad_M[:, None] * key_ME
         target_B = row_B if IS_TREE else tl.load(ancestors[a] + row_B)
@@ -211,11 +158,11 @@ def _backward_rows(
             key_K = k + tl.arange(0, K)
             is_seen_MK = (key_K[None, :] >= start_M[:, None]) & (key_K[None, :] <= position_M[:, None]) if IS_MASKED else None
             key_K = tl.minimum(key_K, end - 1)
-            key_KE = _load(key, key_K, group, E, E_PAD)
-            value_KE = _load(value, key_K, group, E, E_PAD)
-            _, score_grad_MK = _weigh(query_ME, key_KE, grad_ME, value_KE, is_seen_MK, scale2, lse2_M1, delta_M1)
+            key_KE = load_rows(key, key_K, group, E, E_PAD)
+            value_KE = load_rows(value, key_K, group, E, E_PAD)
+            _, score_grad_MK = weigh(query_ME, key_KE, grad_ME, value_KE, is_seen_MK, scale2, lse2_M1, delta_M1)
             sum_ME = tl.dot(score_grad_MK.to(key_KE.dtype), key_KE, sum_ME, input_precision="ieee")
-    _store(query_grad, row_M, head_M, sum_ME * scale, exists_M, E, E_PAD)
+    store_rows(query_grad, row_M, head_M, sum_ME * scale, exists_M, E, E_PAD)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_keys"])
@@ -231,8 +178,8 @@ def _backward_keys(
     key_K = block * K + tl.arange(0, K)
     exists_K = key_K < num_keys
     key_K = tl.minimum(key_K, num_keys - 1)
-    key_KE = _load(key, key_K, group, E, E_PAD)
-    value_KE = _load(value, key_K, group, E, E_PAD)
+    key_KE = load_rows(key, key_K, group, E, E_PAD)
+    value_KE = load_rows(value, key_K, group, E, E_PAD)
     key_sum_KE = tl.zeros((K, E_PAD), tl.float32)
     value_sum_KE = tl.zeros((K, E_PAD), tl.float32)
     begin = tl.load(row_bounds + block)
@@ -242,24 +189,19 @@ def _backward_keys(
         stop = whole if IS_MASKED else end
         for row in range(begin if IS_MASKED else whole, stop, B):
             row_M, head_M, _ = members_of(row, stop, R, R_PAD, M)
-            member_M, exists_M = _beside(row, stop, num_rows, R_PAD, M)
-            query_ME = _load(query, row_M, head_M, E, E_PAD)
-            grad_ME = _load(grad, row_M, head_M, E, E_PAD)
+            member_M, exists_M = adjacent_members(row, stop, num_rows, R_PAD, M)
+            query_ME = load_rows(query, row_M, head_M, E, E_PAD)
+            grad_ME = load_rows(grad, row_M, head_M, E, E_PAD)
             lse2_1M = tl.load(lse2 + member_M, mask=exists_M, other=float("inf"))[None, :]
             delta_1M = tl.load(delta + member_M, mask=exists_M, other=0.0)[None, :]
             position_M = tl.load(position + row_M).to(tl.int32)
             start_M = tl.load(start + row_M).to(tl.int32)
             is_seen_KM = (key_K[:, None] >= start_M[None, :]) & (key_K[:, None] <= position_M[None, :]) if IS_MASKED else None
-            weight_KM, score_grad_KM = _weigh(key_KE, query_ME, value_KE, grad_ME, is_seen_KM, scale2, lse2_1M, delta_1M)
+            weight_KM, score_grad_KM = weigh(key_KE, query_ME, value_KE, grad_ME, is_seen_KM, scale2, lse2_1M, delta_1M)
             value_sum_KE = tl.dot(weight_KM.to(grad_ME.dtype), grad_ME, value_sum_KE, input_precision="ieee")
             key_sum_KE = tl.dot(score_grad_KM.to(query_ME.dtype), query_ME, key_sum_KE, input_precision="ieee")
-    _store(key_grad, key_K, group, key_sum_KE * scale, exists_K, E, E_PAD)
-    _store(value_grad, key_K, group, value_sum_KE, exists_K, E, E_PAD)
-
-
-def _view(x: Tensor) -> _View:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return _View(x, x.stride(0), x.stride(1))
+    store_rows(key_grad, key_K, group, key_sum_KE * scale, exists_K, E, E_PAD)
+    store_rows(value_grad, key_K, group, value_sum_KE, exists_K, E, E_PAD)
 
 
 class _Attention(NamedTuple):
@@ -272,20 +214,13 @@ class _Attention(NamedTuple):
     rows: AttentionRows
 
     def sizes(self, kernel: str) -> dict[str, int]:
-        """Return the compile-time constants of a kernel. kernel: "forward", "rows" or "keys"."""
-        (_, num_heads, head_dim), num_groups = self.query_QHE.shape, self.key_TGE.shape[1]
-        padded_heads = triton.next_power_of_2(num_heads // num_groups)
-        padded = padded_head_dim(head_dim)
-        tile = tile_of(kernel, padded, self.query_QHE.element_size())
-        sizes = {"R": num_heads // num_groups, "R_PAD": padded_heads, "E": head_dim, "E_PAD": padded}
-        sizes |= {"M": max(tile.members, padded_heads), "K": tile.keys}
-        return sizes | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        return launch_sizes(kernel, self.query_QHE, self.key_TGE)
 
     def launch_for_rows(self, kernel: Any, name: str, *arguments: Any) -> None:
         rows, sizes, (num_rows, _, head_dim) = self.rows, self.sizes(name), self.query_QHE.shape
         num_extra = len(rows.ancestors)
-        views = map(_view, self[:3])
-        extras = tuple(map(_view, self.extras))
+        views = map(view_of, self[:3])
+        extras = tuple(map(view_of, self.extras))
         index = tuple(x.contiguous() for x in rows.ancestors), rows.position_Q.contiguous(), rows.start_Q
         arguments = *views, extras[:num_extra], extras[num_extra:], *index, num_rows, head_dim**-0.5, *arguments
         if num_rows:
@@ -297,7 +232,7 @@ class _Attention(NamedTuple):
         num_rows = len(self.query_QHE)
         num_keys = len(self.key_TGE)
         index = self.rows.position_Q.contiguous(), self.rows.start_Q, self.row_bounds(sizes["K"])
-        arguments = *map(_view, self[:3]), *index, num_rows, num_keys, self.query_QHE.shape[2] ** -0.5, *arguments
+        arguments = *map(view_of, self[:3]), *index, num_rows, num_keys, self.query_QHE.shape[2] ** -0.5, *arguments
         if num_keys:
             _backward_keys[triton.cdiv(num_keys, sizes["K"]), self.key_TGE.shape[1]](*arguments, **sizes)
 
@@ -323,7 +258,9 @@ class _AncestorAttention(torch.autograd.Function):
     def forward(ctx: Any, query_QHE: Tensor, key_TGE: Tensor, value_TGE: Tensor, rows: AttentionRows, *extras: Tensor):
         output_QHE = torch.empty_like(query_QHE, memory_format=torch.contiguous_format)
         lse_QH = query_QHE.new_empty(query_QHE.shape[:2], dtype=torch.float32)
-        _Attention(query_QHE, key_TGE, value_TGE, extras, rows).launch_for_rows(_forward, "forward", _view(output_QHE), lse_QH)
+        _Attention(query_QHE, key_TGE, value_TGE, extras, rows).launch_for_rows(
+            _forward, "forward", view_of(output_QHE), lse_QH
+        )
         ctx.rows = rows
         ctx.save_for_backward(query_QHE, key_TGE, value_TGE, output_QHE, lse_QH, *extras)
         ctx.mark_non_differentiable(lse_QH)
@@ -339,11 +276,11 @@ class _AncestorAttention(torch.autograd.Function):
         dtype = torch.float32 if is_tree else query_QHE.dtype
         extra_grads = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in extras]
         own_grads = [x.new_empty(len(query_QHE), *x.shape[1:]) for x in extra_grads] if is_tree else extra_grads
-        (query_grad, *shared_grads), own = map(_view, grads), tuple(map(_view, own_grads))
-        grad = _view(grad_QHE)
+        (query_grad, *shared_grads), own = map(view_of, grads), tuple(map(view_of, own_grads))
+        grad = view_of(grad_QHE)
         num_extra = len(extras) // 2
         lse2, delta = lse_QH.new_empty(2, key_TGE.shape[1], len(query_QHE), attention.sizes("rows")["R_PAD"])
-        inside = _view(output_QHE), lse_QH, grad, lse2, delta, query_grad
+        inside = view_of(output_QHE), lse_QH, grad, lse2, delta, query_grad
         attention.launch_for_rows(_backward_rows, "rows", *inside, own[:num_extra], own[num_extra:])
         attention.launch_for_keys(grad, lse2, delta, *shared_grads)
         if is_tree:

@@ -1,4 +1,6 @@
-"""Tile sizes of ancestor attention: how many members and keys a program processes at a time.
+"""Tile sizes of Triton's attention kernels: how many members and keys a program processes at a time.
+
+Ancestor attention and the attention of draft blocks have the same inner loops and share their tiles.
 
 Which tile is fastest depends on the architecture: its shared memory, how its tensor cores read
 operands, and how many programs share a multiprocessor. Each architecture therefore has a few

@@ -16,21 +16,31 @@ from engine.kernels import (
     Kernels,
     TargetKernels,
     TokenPermute,
+    anchored_blocks,
     blocked_attention,
     packed_attention,
+    plain_anchored_attention,
     plain_attention,
     reference,
 )
 from engine.kernels.elementwise import Elementwise
 from engine.kernels.interface import (
     AttentionRows,
+    BlockRows,
+    FrozenHead,
+    LogitBias,
     LogitTransform,
     LossRows,
     RowWeights,
+    SlotDistributions,
     SlotTargets,
+    TokenLoss,
+    TokenRows,
+    TokenTerms,
     VocabLoss,
 )
 from engine.kernels.packed_attention import PackedAttention, Scores, Segments
+from engine.kernels.token_loss import token_row_loss
 from engine.kernels.vocab_loss import row_loss
 
 Operation = Callable[..., tuple[Tensor, ...]]
@@ -39,6 +49,9 @@ LENGTHS = (1, 33, 63)  # tokens of each document
 HEADS = 8
 GROUPS = 2
 NUM_ANCESTORS = 2
+BLOCK_LENGTHS = (20, 150)  # tokens of each document for draft blocks, of which some blocks see a whole tile of keys
+BLOCK_SIZE, ANCHOR_STEP, BLOCK_WINDOW = 4, 7, 33  # rows per block, tokens between anchors, and a sliding window
+BIAS_RANK = 8
 NUM_SLOTS, SLOTS_PER_CHUNK, HIDDEN_SIZE, VOCAB_SIZE = 19, 8, 48, 4099  # above row_loss.MAX_BLOCK_U
 FP8_BLOCK = (128, 128)
 FP8_SIZES = (160, 1056)  # outputs and inputs, neither a multiple of the block
@@ -55,6 +68,13 @@ PLAIN_ATTENTION = (
     plain_attention,
     reference.ancestor_attention,
     blocked_attention.ancestor_attention,
+)
+
+
+PLAIN_ANCHORED = (
+    plain_anchored_attention,
+    reference.anchored_attention,
+    anchored_blocks.anchored_attention,
 )
 
 
@@ -98,6 +118,13 @@ def draft_cases(kernels: Kernels, head_dim: int, device: torch.device) -> Iterat
     if has_loss_kernel and kernels.vocab_loss is not reference.vocab_loss:
         for weights in _loss_weights(device):
             yield _loss_case(kernels, weights, device)
+    if kernels.anchored_attention not in PLAIN_ANCHORED:
+        for window in (None, BLOCK_WINDOW):
+            yield _anchored_case(kernels.anchored_attention, head_dim, window, device)
+    has_token_kernel = kernels.token_pass.row_loss is not token_row_loss
+    if has_token_kernel and kernels.token_loss is not reference.token_loss:
+        for is_simple in (True, False):
+            yield _token_case(kernels, is_simple, device)
     yield from _elementwise_cases(kernels.elementwise, head_dim, device)
 
 
@@ -212,6 +239,72 @@ def _loss_case(kernels: Kernels, weights: RowWeights, device: torch.device) -> C
     ours = partial(run, kernels.vocab_loss)
     plain = partial(run, reference.vocab_loss)
     return Case("row_loss", leaves, ours, plain)
+
+
+def _anchored_case(attention: Callable[..., Tensor], head_dim: int, window: int | None, device: torch.device) -> Case:
+    """Return a case of draft blocks. With a window, rows also see only the earlier rows of their block."""
+    total = sum(BLOCK_LENGTHS)
+    starts = torch.tensor((0, *BLOCK_LENGTHS)).cumsum(0)
+    anchor_P = torch.arange(1, total, ANCHOR_STEP).repeat_interleave(BLOCK_SIZE)
+    begin_P = starts[torch.searchsorted(starts, anchor_P, right=True) - 1]
+    row_P = torch.arange(len(anchor_P))
+    own_begin_P = row_P - row_P % BLOCK_SIZE
+    own_end_P = own_begin_P + BLOCK_SIZE
+    if window is not None:
+        begin_P = torch.maximum(begin_P, anchor_P - window + row_P % BLOCK_SIZE).clamp_max(anchor_P)
+        own_end_P = row_P + 1
+    bounds = [bound_P.to(device) for bound_P in (begin_P, anchor_P, own_begin_P, own_end_P)]
+    rows = BlockRows(*bounds)
+    leaves = [draw(len(row_P), HEADS, head_dim, seed=1)]
+    leaves += [draw(total, GROUPS, head_dim, seed=seed) for seed in (2, 3)]
+    leaves += [draw(len(row_P), GROUPS, head_dim, seed=seed) for seed in (4, 5)]
+
+    def run(function: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return (function(*tensors, rows),)
+
+    ours = partial(run, attention)
+    plain = partial(run, reference.anchored_attention)
+    return Case("anchored_attention", tuple(leaves), ours, plain)
+
+
+def _token_case(kernels: Kernels, is_simple: bool, device: torch.device) -> Case:
+    """Return a case of the loss against tokens: the cross-entropy alone, or all parts with a bias and a soft cap."""
+    terms = TokenTerms() if is_simple else TokenTerms(0.1, 0.4, 0.9)
+    transform = LogitTransform() if is_simple else LogitTransform(soft_cap=10.0)
+    slot_R = torch.arange(NUM_SLOTS).repeat_interleave(2)
+    target_ND = draw(NUM_SLOTS, HIDDEN_SIZE, seed=1)
+    head_VD = draw(VOCAB_SIZE, HIDDEN_SIZE, seed=2, scale=3 * HIDDEN_SIZE**-0.5)
+    likeliest_N = (target_ND @ head_VD.mT).argmax(-1)
+    rows = TokenRows(likeliest_N[slot_R].to(device), slot_R.to(device), torch.ones_like, host_slot_R=slot_R)
+    leaves = [target_ND[slot_R] + draw(len(slot_R), HIDDEN_SIZE, seed=3, scale=0.3)]
+    if not is_simple:
+        leaves += [draw(len(slot_R), BIAS_RANK, seed=4), draw(VOCAB_SIZE, BIAS_RANK, seed=5, scale=0.3)]
+    target_ND = target_ND.to(device)
+    head_VD = head_VD.to(device)
+
+    def run(function: Callable[..., TokenLoss], hidden_RD: Tensor, *of_bias: Tensor) -> tuple[Tensor, ...]:
+        own_head_VD = head_VD.to(hidden_RD.dtype)
+
+        def logits(hidden_ND: Tensor) -> Tensor:
+            return reference.upcast(hidden_ND @ own_head_VD.mT)
+
+        targets = None
+        bias = None
+        if not is_simple:
+            targets = SlotDistributions(target_ND.to(hidden_RD.dtype), logits)
+            bias = LogitBias(*of_bias)
+        head = FrozenHead(own_head_VD, transform)
+        loss = function(hidden_RD, head, rows, terms, targets, bias, kernels.token_pass)
+        # As above, the count is compared together with the sums.
+        sums = [loss.cross_entropy_R.sum(), loss.correct_R.mean()]
+        if loss.kl_R is not None and loss.total_variation_R is not None:
+            sums += [loss.kl_R.sum(), loss.total_variation_R.sum()]
+        return loss.total, torch.stack([reference.upcast(value) for value in sums])
+
+    ours = partial(run, kernels.token_loss)
+    plain = partial(run, reference.token_loss)
+    # Gradients are rounded by the product with the head and again when they are weighted.
+    return Case("token_row_loss", tuple(leaves), ours, plain, roundings=2)
 
 
 def _elementwise_cases(own: Elementwise, head_dim: int, device: torch.device) -> Iterator[Case]:

@@ -28,7 +28,7 @@ _NO_TOKEN = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """Compute tanh with a relative error below 2**-20.
 
     Near 1 it is rounded as PyTorch's tanh, so saturated logits tie.
@@ -60,7 +60,7 @@ def _stats_kernel(
         exists_B = v_B < vocab_size
         z_B = tl.load(logits_V + v_B, mask=exists_B, other=0.0).to(tl.float32) * scale
         if HAS_CAP:
-            z_B = soft_cap * _tanh(z_B / soft_cap)
+            z_B = soft_cap * tanh(z_B / soft_cap)
         z_B = tl.where(exists_B, tl.div_rn(z_B, temperature), float("-inf"))
         largest, sum_B = maximum_and_sum(largest, sum_B, z_B)
         # Of equal logits in a lane, the first token is kept.

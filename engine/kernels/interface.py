@@ -1,7 +1,7 @@
 """Inputs and outputs of the kernels, shared by all implementations.
 
-Shapes: Q query rows, T packed tokens, A ancestors; S TTT steps, R rows with loss, N slots, C chunks
-of slots, D hidden size, U draft vocabulary.
+Shapes: Q query rows, T packed tokens, A ancestors, P rows of draft blocks; S TTT steps, R rows with
+loss, N slots, C chunks of slots, D hidden size, U draft vocabulary, V target vocabulary, r rank.
 """
 
 from collections.abc import Callable
@@ -40,6 +40,43 @@ class AttentionRows:
 
 
 @dataclass(frozen=True)
+class BlockRows:
+    """The keys that each row of a draft block sees: a range of context tokens, and a range of rows of its block.
+
+    Ranges are half-open, int64 [Q]. A row sees its own key, so its range of rows is never empty; its
+    range of context tokens may be. Rows are ordered so that `context_end_Q` and `own_begin_Q` of
+    their blocks never decrease.
+
+    context_begin_Q, context_end_Q: range of the context's keys.
+    own_begin_Q, own_end_Q: range of the keys of the blocks' rows.
+    """
+
+    context_begin_Q: torch.Tensor
+    context_end_Q: torch.Tensor
+    own_begin_Q: torch.Tensor
+    own_end_Q: torch.Tensor
+
+    def picked(self, index_R: torch.Tensor) -> "BlockRows":
+        """Return what some of the rows see. index_R: int64 [R], ascending."""
+        return BlockRows(*self.bounds_4Q[:, index_R].unbind())
+
+    @cached_property
+    def bounds_4Q(self) -> torch.Tensor:
+        """All ranges, int64 [4, Q]: begin and end of the context's, begin and end of the blocks'."""
+        return torch.stack((self.context_begin_Q, self.context_end_Q, self.own_begin_Q, self.own_end_Q))
+
+    @cached_property
+    def most_4Q(self) -> torch.Tensor:
+        """Greatest bound of each row and the rows before it, int64 [4, Q], in the order of `bounds_4Q`."""
+        return self.bounds_4Q.cummax(1).values
+
+    @cached_property
+    def least_4Q(self) -> torch.Tensor:
+        """Least bound of each row and the rows after it, int64 [4, Q], in the order of `bounds_4Q`."""
+        return self.bounds_4Q.flip(1).cummin(1).values.flip(1)
+
+
+@dataclass(frozen=True)
 class SlotTargets:
     """The target distribution of each slot, shared by the rows of several TTT steps.
 
@@ -54,6 +91,94 @@ class SlotTargets:
     logits: Callable[[torch.Tensor], torch.Tensor]
     lse_N: torch.Tensor
     draft_id_N: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SlotDistributions:
+    """The target's distribution over all tokens at each slot, shared by several rows.
+
+    hidden_ND: [N, D], the target's last hidden states.
+    logits: maps hidden states [n, D] to the target's logits, fp32 [n, V].
+    """
+
+    hidden_ND: torch.Tensor
+    logits: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """Weights of the parts of a row's loss against a token and against the target's distribution.
+
+    cross_entropy: of -log q[label]. kl: of the KL divergence sum_v p[v] log(p[v] / q[v]).
+    total_variation: of sum_v |p[v] - q[v]| / 2.
+    """
+
+    cross_entropy: float = 1.0
+    kl: float = 0.0
+    total_variation: float = 0.0
+
+    @property
+    def need_target(self) -> bool:
+        """Whether a part needs the target's distribution."""
+        return self.kl != 0 or self.total_variation != 0
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """A bias of low rank that is added to the logits of each row, `factor @ weight.T`.
+
+    factor_Rr: [R, r], of each row. weight_Vr: [V, r]. Both may be trained.
+    """
+
+    factor_Rr: torch.Tensor
+    weight_Vr: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """What the rows learn.
+
+    label_R: int64 [R], token of each row; None = the target's most likely token at its slot.
+    slot_R: int64 [R], index of each row's slot in `SlotDistributions`; None = no target distributions.
+    weigh: maps the cross-entropy of each row, fp32 [R], to the weight of its loss, fp32 [R].
+    has_fixed_weights: whether the weights do not depend on the cross-entropy.
+    host_slot_R: copy of `slot_R` on the CPU; None = copied when it is needed, which waits for the device.
+    top_k: number of tokens with the highest logits before the bias to return for each row; 0 = none.
+    """
+
+    label_R: torch.Tensor | None
+    slot_R: torch.Tensor | None
+    weigh: Callable[[torch.Tensor], torch.Tensor]
+    has_fixed_weights: bool = False
+    host_slot_R: torch.Tensor | None = None
+    top_k: int = 0
+
+    @cached_property
+    def slots_on_host(self) -> torch.Tensor:
+        """Index of each row's slot, int64 [R] on the CPU."""
+        assert self.slot_R is not None, "rows with targets have slots"
+        return self.slot_R.cpu() if self.host_slot_R is None else self.host_slot_R
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The weighted sum of the losses of all rows, and statistics of each row.
+
+    total: differentiable scalar. The others are not differentiable, fp32 [R].
+    weight_R: weight of each row. cross_entropy_R: -log q[label] in nats.
+    correct_R: 1 where no token is more likely under q than the target's most likely one, or than the
+        label without target distributions.
+    kl_R, total_variation_R: as in `TokenTerms`; None without target distributions.
+    best_RK: int64 [R, K], the tokens with the highest logits before the bias, highest first; None if none were asked for.
+    """
+
+    total: torch.Tensor
+    weight_R: torch.Tensor
+    cross_entropy_R: torch.Tensor
+    correct_R: torch.Tensor
+    kl_R: torch.Tensor | None = None
+    total_variation_R: torch.Tensor | None = None
+    best_RK: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +265,44 @@ class LogitTransform:
         if self.soft_cap is not None:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits if self.temperature == 1.0 else logits / self.temperature
+
+
+@dataclass(frozen=True)
+class FrozenHead:
+    """An LM head that is not trained. weight_VD: [V, D]. transform: from its products to logits."""
+
+    weight_VD: torch.Tensor
+    transform: LogitTransform = LogitTransform()
+
+
+@dataclass(frozen=True)
+class TokenTargets:
+    """Target distributions that the rows of a chunk learn.
+
+    logits_nV: the target's logits of n slots, fp32 or 16-bit.
+    slot_r: int64, index of each row's slot. token_n: int64, most likely token of each slot.
+    """
+
+    logits_nV: torch.Tensor
+    slot_r: torch.Tensor
+    token_n: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """A chunk of r rows that are scored together. Its logits are `transform(logits_rV) + bias_rV`.
+
+    logits_rV: products of the rows and the head, in the precision of the head.
+    bias_rV: in the precision of the bias; None = there is none, or `logits_rV` contains it.
+    label_r: int64, token of each row.
+    """
+
+    logits_rV: torch.Tensor
+    bias_rV: torch.Tensor | None
+    transform: LogitTransform
+    label_r: torch.Tensor
+    targets: TokenTargets | None
+    terms: TokenTerms
 
 
 @dataclass(frozen=True)

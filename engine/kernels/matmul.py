@@ -1,12 +1,14 @@
 """Matrix products that are fast on every processor.
 
-On a CPU, fp32 products use oneDNN, which runs AVX-512 on processors of every vendor; MKL does so
-only on Intel's. Half-precision products are computed in fp32 if the processor has no instructions
-for them. PyTorch's own fallback is about 80 times slower there (AVX2, torch 2.13), and the result
-is the same sum, rounded once.
+On a CPU, fp32 products use MKL on Intel's processors and oneDNN on others. oneDNN runs AVX-512 on
+processors of every vendor, MKL on Intel's only, where it is faster and needs no copy of a weight
+whose layout does not suit it. Half-precision products are computed in fp32 if the processor has no
+instructions for them. PyTorch's own fallback is about 80 times slower there (AVX2, torch 2.13), and
+the result is the same sum, rounded once.
 """
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,21 @@ def product(a_MK: Tensor, b_KN: Tensor) -> Tensor:
     if _through_onednn(a_MK) and a_MK.numel() and b_KN.numel():
         return torch.ops.mkldnn._linear_pointwise(a_MK, b_KN.mT, None, "none", [], "")
     return a_MK @ b_KN
+
+
+def add_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    """Add `a @ b` to a sum in place. The sum may have a higher precision. Not differentiable."""
+    if sum_MN.dtype == a_MK.dtype and adds_in_place(a_MK):
+        sum_MN.addmm_(a_MK, b_KN)
+    elif _through_onednn(a_MK) and a_MK.mT.is_contiguous():
+        sum_MN += product(b_KN.mT, a_MK.mT).mT  # oneDNN would copy `a`
+    else:
+        sum_MN += product(a_MK, b_KN)
+
+
+def adds_in_place(x: Tensor) -> bool:
+    """Return whether `add_product` of tensors like `x` needs no temporary tensor and keeps the sum in fp32 or float64."""
+    return x.dtype in (torch.float32, torch.float64) and not _through_onednn(x)
 
 
 def batched_product(a_GMK: Tensor, b_GKN: Tensor) -> Tensor:
@@ -68,7 +85,23 @@ class _Linear(torch.autograd.Function):
 
 
 def _through_onednn(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_is_faster()
+
+
+@lru_cache
+def _onednn_is_faster() -> bool:
+    """Return whether fp32 products are faster in oneDNN than in what PyTorch calls by itself."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return not (torch.backends.mkl.is_available() and "GenuineIntel" in _processor())
+
+
+def _processor(file: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the description of the processors; "" where there is none, as outside Linux."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _is_emulated(x: Tensor) -> bool:

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from engine.kernels import flash
-from engine.kernels.attention_members import add_key, members_of
+from engine.kernels.attention_members import LOG2_E, add_key, members_of
 from engine.kernels.flash import HEAD_DIM_GRANULE, MAX_HEAD_DIM, FlashAttention, FlashInputs
 from engine.kernels.interface import AttentionRows
 from engine.kernels.row_index import add_rows
@@ -50,8 +50,6 @@ from engine.kernels.row_index import add_rows
 TILE = 2048
 NUMBERS_PER_WARP = 256
 MAX_WARPS = 16
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

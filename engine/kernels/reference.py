@@ -10,10 +10,17 @@ import torch
 
 from engine.kernels.interface import (
     AttentionRows,
+    BlockRows,
+    FrozenHead,
+    LogitBias,
     LogitTransform,
     LossRows,
     RowWeights,
+    SlotDistributions,
     SlotTargets,
+    TokenLoss,
+    TokenRows,
+    TokenTerms,
     VocabLoss,
 )
 
@@ -63,6 +70,37 @@ def ancestor_attention(
     return output_QGRE.flatten(1, 2).to(query_QHE.dtype), lse_QGR.flatten(1).detach()
 
 
+def anchored_attention(
+    query_QHE: torch.Tensor,
+    key_TGE: torch.Tensor,
+    value_TGE: torch.Tensor,
+    own_key_PGE: torch.Tensor,
+    own_value_PGE: torch.Tensor,
+    rows: BlockRows,
+) -> torch.Tensor:
+    """Compute attention of rows of draft blocks to a range of context tokens and a range of rows of their block.
+
+    Both ranges share one softmax; scores are scaled by E**-0.5.
+
+    query_QHE: [Q, H, E]. key_TGE, value_TGE: context, [T, G, E], with H a multiple of G.
+    own_key_PGE, own_value_PGE: rows of all blocks, [P, G, E].
+    Returns [Q, H, E].
+    Source: DFlash (arXiv:2602.06036).
+    """
+    num_keys, num_groups, head_dim = key_TGE.shape
+    query_QGRE = upcast(query_QHE).unflatten(1, (num_groups, -1)) * head_dim**-0.5
+    key_T = torch.arange(num_keys, device=key_TGE.device)
+    key_P = torch.arange(len(own_key_PGE), device=key_TGE.device)
+    sees_QT = (key_T >= rows.context_begin_Q[:, None]) & (key_T < rows.context_end_Q[:, None])
+    sees_QP = (key_P >= rows.own_begin_Q[:, None]) & (key_P < rows.own_end_Q[:, None])
+    sees_QK = torch.cat((sees_QT, sees_QP), 1)
+    key_KGE = upcast(torch.cat((key_TGE, own_key_PGE)))
+    value_KGE = upcast(torch.cat((value_TGE, own_value_PGE)))
+    scores_QGRK = torch.einsum("qgre,kge->qgrk", query_QGRE, key_KGE)
+    weights_QGRK = scores_QGRK.masked_fill(~sees_QK[:, None, None], -torch.inf).softmax(-1)
+    return torch.einsum("qgrk,kge->qgre", weights_QGRK, value_KGE).flatten(1, 2).to(query_QHE.dtype)
+
+
 def vocab_loss(
     hidden_RD: torch.Tensor,
     weight_UD: torch.Tensor,
@@ -106,6 +144,51 @@ def vocab_loss(
     )
     total = result.per_step(weights, sums(torch.ones_like(acceptance_R))).sum()
     return VocabLoss(total, *(sum_S.detach() for sum_S in result.sums))
+
+
+def token_loss(
+    hidden_RD: torch.Tensor,
+    head: FrozenHead,
+    rows: TokenRows,
+    terms: TokenTerms,
+    targets: SlotDistributions | None = None,
+    bias: LogitBias | None = None,
+    token_pass: object = None,
+) -> TokenLoss:
+    """Compute the loss of rows against tokens, and against the target's distributions, over the whole vocabulary.
+
+    hidden_RD: [R, D], input of the head; differentiable, and so are the tensors of `bias`.
+    targets: distributions of the slots over all V tokens; needed if `terms.need_target`.
+    token_pass: ignored; other implementations use it to process chunks.
+    """
+    logits_RV = head.transform(upcast(torch.nn.functional.linear(hidden_RD.to(head.weight_VD.dtype), head.weight_VD)))
+    best_RK = logits_RV.detach().topk(rows.top_k, dim=-1).indices if rows.top_k else None
+    if bias is not None:
+        logits_RV = logits_RV + upcast(torch.nn.functional.linear(bias.factor_Rr, bias.weight_Vr))
+    log_q_RV = logits_RV.log_softmax(-1)
+    label_R = likeliest_R = rows.label_R
+    log_p_RV = None
+    if targets is not None:
+        assert rows.slot_R is not None, "rows with targets have slots"
+        log_p_RV = targets.logits(targets.hidden_ND[rows.slot_R]).log_softmax(-1)
+        likeliest_R = log_p_RV.argmax(-1)
+        if label_R is None:
+            label_R = likeliest_R
+    assert label_R is not None and likeliest_R is not None, "rows without labels have targets"
+    cross_entropy_R = -log_q_RV.gather(1, label_R[:, None])[:, 0]
+    loss_R = terms.cross_entropy * cross_entropy_R
+    kl_R = total_variation_R = None
+    if log_p_RV is not None:
+        p_RV = log_p_RV.exp()
+        kl_R = (p_RV * (log_p_RV - log_q_RV)).sum(-1)
+        total_variation_R = (p_RV - log_q_RV.exp()).abs().sum(-1) / 2
+        loss_R = loss_R + terms.kl * kl_R + terms.total_variation * total_variation_R
+        kl_R = kl_R.detach()
+        total_variation_R = total_variation_R.detach()
+    correct_R = log_q_RV.gather(1, likeliest_R[:, None])[:, 0] >= log_q_RV.amax(-1)
+    weight_R = rows.weigh(cross_entropy_R.detach())
+    total = (weight_R * loss_R).sum()
+    return TokenLoss(total, weight_R, cross_entropy_R.detach(), upcast(correct_R), kl_R, total_variation_R, best_RK)
 
 
 def head_stats(logits_NV: torch.Tensor, transform: LogitTransform) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

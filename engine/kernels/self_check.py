@@ -25,6 +25,7 @@ from engine.kernels import (
     FlashWhereDense,
     Kernels,
     TargetKernels,
+    anchored_blocks,
     attention_tiles,
     blocked_attention,
     tile_timing,
@@ -32,10 +33,12 @@ from engine.kernels import (
 from engine.kernels.check_cases import FLOOR, PLAIN_ATTENTION, Case, Operation, draft_cases, target_cases
 from engine.kernels.elementwise import Elementwise
 from engine.kernels.kernel_cache import KernelCache
+from engine.kernels.token_loss import token_row_loss
 from engine.kernels.vocab_loss import row_loss
 
 SECTION = "self_check"
 OUT_OF_MEMORY = "out of memory"
+TILED = ("ancestor_attention", "anchored_attention")  # kernels whose tiles are chosen by timing
 ELEMENTWISE = ("rms_norm", "swiglu", "rotate_both")
 TARGET_ONLY = Kernels()  # plain PyTorch: no draft kernel is checked
 
@@ -92,7 +95,7 @@ def check_kernels(
     checks = []
     for name, of_one in cases.items():
         key = f"{name}, {dtype}, head dim {head_dim}"
-        if name == "ancestor_attention":
+        if name in TILED:
             key += f", {sorted(attention_tiles.tiles_in_use().items())}"
         check = _known_check(known.get(key))
         if check is None:
@@ -223,8 +226,8 @@ def _check_device(name: str, device: torch.device) -> None:
 def without_failed(kernels: Kernels, failed: Collection[str]) -> Kernels:
     """Return `kernels` with the failed ones replaced by plain PyTorch.
 
-    Attention falls back to the blocked implementation and the loss to the chunked one. Both compute
-    what `reference.py` does, in memory that does not grow with the square of the tokens.
+    Attention falls back to the blocked and tiled implementations and losses to the chunked ones. They
+    compute what `reference.py` does, in memory that does not grow with the square of the tokens.
     """
     if not failed:
         return kernels
@@ -240,12 +243,26 @@ def without_failed(kernels: Kernels, failed: Collection[str]) -> Kernels:
     loss_pass = kernels.loss_pass
     if "row_loss" in failed:
         loss_pass = replace(loss_pass, row_loss=row_loss, in_place=False)
+    anchored_attention = kernels.anchored_attention
+    if "anchored_attention" in failed:
+        anchored_attention = anchored_blocks.anchored_attention
+    token_pass = kernels.token_pass
+    if "token_row_loss" in failed:
+        token_pass = replace(token_pass, row_loss=token_row_loss)
     plain = Elementwise()
     replaced = {name: getattr(plain, name) for name in ELEMENTWISE if name in failed}
     elementwise = replace(kernels.elementwise, **replaced)
     names = ", ".join(sorted(failed))
     reason = f"{kernels.reason}; plain PyTorch in place of {names}, which failed the self-check"
-    return replace(kernels, attention=attention, loss_pass=loss_pass, elementwise=elementwise, reason=reason)
+    return replace(
+        kernels,
+        attention=attention,
+        loss_pass=loss_pass,
+        anchored_attention=anchored_attention,
+        token_pass=token_pass,
+        elementwise=elementwise,
+        reason=reason,
+    )
 
 
 def warning(check: KernelCheck, device: torch.device, cache_dir: Path | None) -> str:

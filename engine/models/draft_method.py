@@ -108,6 +108,10 @@ class DraftObjective(Objective, Protocol):
         """Return the number of rows with loss of each prediction, fp32 [S]."""
         ...
 
+    def loss_share(self, micro: MicroBatch) -> int | Tensor:
+        """Return what a micro-batch contributes to the divisor of the loss, a number or a scalar on the device."""
+        ...
+
 
 class ServedDraft(ABC):
     """A draft ready to propose tokens, as a server would run it."""
@@ -122,7 +126,10 @@ class ServedDraft(ABC):
 
     @abstractmethod
     def logits(self, micro: MicroBatch) -> Tensor:
-        """Compute the logits of every row, [S, T, U], from the draft's own embedding table."""
+        """Compute the logits of rows, from the draft's own embedding table.
+
+        Returns [S, T, U], or as many positions as the objective's `logits` returns.
+        """
 
     def propose_along(self, replies: Sequence[TargetReply], shape: TreeShape, max_tokens: int) -> Sequence[Drafter]:
         """Return one drafter per reply, for replays.
@@ -141,6 +148,19 @@ class ServedDraft(ABC):
         """
         for shape in shapes:
             yield shape, self.propose_along(replies, shape, max_tokens)
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What some exported formats say about the target and about serving.
+
+    name: folder or hub id of the target. architectures: those of its config.
+    num_steps: tokens drafted per target forward, unless a server is told otherwise.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    num_steps: int
 
 
 class DraftCounts(Protocol):
@@ -239,6 +259,29 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
     def slots(self, allowed_ST: Tensor) -> Tensor:
         """Return the positions that at least one allowed row learns, int64 [N], ascending."""
 
+    @property
+    def needs_head_stats(self) -> bool:
+        """Whether the loss reads `argmax_N` or `lse_N` of the target's output.
+
+        If not, the target's head does not run before the loss. A document whose states are finite but
+        whose logits are not is then not left out: the loss is not finite, and `on_bad_step` decides.
+        """
+        return True
+
+    def stored_slots(self, batch: PackedBatch) -> Tensor:
+        """Return the positions whose target distribution a store keeps, int64 [N], ascending.
+
+        They are the slots of every micro-batch that may be made of these documents.
+        """
+        return self.slots(self.allowed_rows(batch))
+
+    def check_data(self, counts_V: Tensor, config: ConfigT) -> None:
+        """Raise ConfigError if the draft cannot be trained on data with these tokens.
+
+        counts_V: int64 [V], how often each token is counted.
+        """
+        return None
+
     @abstractmethod
     def new_draft(self, config: ConfigT, kernels: Kernels, target: TargetTables, vocab_map: VocabMap) -> DraftT:
         """Return an untrained draft on the device of the vocabulary map; frozen weights require no gradient."""
@@ -267,6 +310,22 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
         Raises ValueError, before anything is written, if a tensor is missing, unknown or not finite.
         """
 
+    def export_speculators(
+        self,
+        folder: Path,
+        weights: Iterable[tuple[str, Tensor]],
+        config: ConfigT,
+        vocab_map: VocabMap,
+        embed_weight_VD: Tensor,
+        target: TargetFacts,
+    ) -> None:
+        """Write the folder in the format of the `speculators` library, as `export` writes that of servers.
+
+        embed_weight_VD: the target's embedding.
+        Raises ValueError as `export` does, and if the format cannot express the draft.
+        """
+        raise ValueError(f"drafts of {self.title} cannot be written in the format of speculators; use --format sglang")
+
     def ships_embedding(self, config: ConfigT) -> bool:
         """Return whether an exported draft holds an embedding of its own, made from the target's."""
         return False
@@ -275,16 +334,24 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
     def load(
         self,
         folder: Path,
-        embed_weight_VD: Tensor | None,
+        target: TargetTables | None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         kernels: Kernels = PLAIN,
     ) -> ServedDraft:
-        """Load an exported folder as a server does. Raises ValueError if it does not fit its config."""
+        """Load an exported folder as a server does; a collective of the ranks that share the target.
+
+        target: its embedding and head, which the draft may share; None = not available.
+        dtype: None = the checkpoint's. Raises ValueError if the folder does not fit its config.
+        """
 
     @abstractmethod
     def count_weights(self, config: ConfigT) -> int:
         """Return the number of weights that are trained."""
+
+    def count_read_weights(self, config: ConfigT) -> int:
+        """Return the number of weights that a server reads for a forward of the draft, for the cost model of a grid."""
+        return self.count_weights(config)
 
     @abstractmethod
     def count_work(self, batch: PackedBatch, allowed_ST: Tensor) -> DraftCounts:

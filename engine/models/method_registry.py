@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 
+from engine.config.block_sections import DFLASH, DFLASH2, DSPARK
 from engine.config.sections import EAGLE3, Config
 from engine.config.strict import registered
+from engine.models.dflash.dflash import DFlash
+from engine.models.dflash2.dflash2 import DFlash2
 from engine.models.draft_method import DraftMethod
+from engine.models.dspark.dspark import DSpark
 from engine.models.eagle3.eagle3 import Eagle3
 
 MakeMethod = Callable[[Config], DraftMethod]
-SHIPPED: dict[str, MakeMethod] = {EAGLE3: Eagle3}
+SHIPPED: dict[str, MakeMethod] = {EAGLE3: Eagle3, DFLASH: DFlash, DSPARK: DSpark, DFLASH2: DFlash2}
 _METHODS = dict(SHIPPED)
 
 

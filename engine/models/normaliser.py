@@ -13,9 +13,8 @@ from engine.parallel.mesh import World
 class Normaliser:
     """Computes the divisors of the losses.
 
-    If the objective is normalised globally, the divisors are the slots and rows of the global
-    batch; otherwise the positions and rows of each micro-batch. Documents that are left out of a
-    micro-batch do not count in either case.
+    If the objective is normalised globally, the divisors are those of the global batch; otherwise
+    those of each micro-batch. Documents that are left out of a micro-batch do not count in either case.
     """
 
     def __init__(
@@ -34,11 +33,12 @@ class Normaliser:
         rows_per_micro = [self._objective.count_loss_rows(micro) for micro in micros]
         if not self._objective.is_normalised_globally:
             pairs = zip(micros, rows_per_micro, strict=True)
-            return [LossNorms((rows_S.new_zeros(()) + micro.num_tokens).clamp_min(1), rows_S) for micro, rows_S in pairs]
+            shares = (rows_S.new_zeros(()) + self._objective.loss_share(micro) for micro, rows_S in pairs)
+            return [LossNorms(_positive(share), rows_S) for share, rows_S in zip(shares, rows_per_micro, strict=True)]
         rows_S = torch.stack(rows_per_micro).sum(0)
-        num_slots = rows_S.new_zeros(1) + sum(micro.num_slots for micro in micros)
-        totals = self._world.sum(torch.cat((num_slots, rows_S)))
-        norms = LossNorms(totals[0].clamp_min(1), totals[1:])
+        share = rows_S.new_zeros(1) + sum(self._objective.loss_share(micro) for micro in micros)
+        totals = self._world.sum(torch.cat((share, rows_S)))
+        norms = LossNorms(_positive(totals[0]), totals[1:])
         if self._objective.needs_acceptance:
             norms = LossNorms(norms.slots, norms.loss_rows_S, self._acceptance(micros, norms))
         return [norms] * len(micros)
@@ -53,3 +53,8 @@ class Normaliser:
         ahead = replace(norms, acceptance_S=torch.zeros_like(norms.loss_rows_S))
         sums_S = torch.stack([self._forward(micro, ahead).accepted_S for micro in micros]).sum(0)
         return self._world.sum(sums_S) / norms.loss_rows_S.clamp_min(1)
+
+
+def _positive(divisor: torch.Tensor) -> torch.Tensor:
+    """Return a divisor, or 1 where there is nothing to divide."""
+    return torch.where(divisor > 0, divisor, 1)

@@ -62,5 +62,6 @@ def loss_rows(allowed_ST: torch.Tensor, target: TargetOutput, vocab_map: VocabMa
     """
     if not target.slots_N.numel():
         return allowed_ST
-    hit_N = vocab_map.in_draft_V[target.argmax_N.long()]
+    argmax_N, _ = target.head_stats
+    hit_N = vocab_map.in_draft_V[argmax_N.long()]
     return allowed_ST & hit_N[row_slots(target.slots_N, allowed_ST)]

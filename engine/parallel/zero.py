@@ -108,7 +108,11 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
             # DeepSpeed compiles its Muon; on a CPU this takes longer than it saves.
             torch.compiler.set_stance("force_eager")
         optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad], ds_config)
+        plain_linear = nn.functional.linear
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        # At stage 3 DeepSpeed replaces this function in the whole process, so that weights can be released after each
+        # module. The draft's are held during a whole pass, and the target would pay for the replacement at every call.
+        nn.functional.linear = plain_linear
         self.engine.config = without_secrets(self.engine.config)  # saved in checkpoints
         self.files = CheckpointFiles(self.engine.global_rank, self.engine.dp_world_size, read_plain)
         self.engine.checkpoint_engine = self.files

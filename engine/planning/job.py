@@ -383,7 +383,7 @@ class Planner:
         sizes = ranks.tp_size, ranks.ep_size
         if sizes not in self._costs:
             mesh = replace(ranks.mesh, fp8_exchange=self.config.parallel.fp8_exchange)
-            self._costs[sizes] = TargetCost(self.model, mesh, self.quantised)
+            self._costs[sizes] = TargetCost(self.model, mesh, self.quantised, self.method.needs_head_stats)
         return JobPlan(self.config, self.ds_config, self.draft, self._costs[sizes], ranks, True, self._counted, num_draft)
 
     def with_max_tokens(self, max_tokens: int) -> "Planner":

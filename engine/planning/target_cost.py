@@ -50,12 +50,16 @@ class TargetCost:
     """Cost of a target that is sharded by a mesh.
 
     model: the target on the meta device. quantised: which of its weights stay quantised in memory.
+    runs_head: whether a forward multiplies the slots by the head, as in `DraftMethod.needs_head_stats`.
     """
 
-    def __init__(self, model: PreTrainedModel, mesh: TargetMesh, quantised: StaysQuantised | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, mesh: TargetMesh, quantised: StaysQuantised | None = None, runs_head: bool = True
+    ) -> None:
         self.model = model
         self.mesh = mesh
         self.quantised = quantised
+        self.runs_head = runs_head
         self.itemsize = model.dtype.itemsize
         self.decoder = decoder_of(model)
         self.config = self.decoder.config
@@ -94,21 +98,24 @@ class TargetCost:
         width = self.config.hidden_size
         vocab_size = self.model.get_output_embeddings().weight.shape[0]
         of_heads = forward.num_pairs * sum(map(self.pair_flops, self._attentions()))
-        return 2 * forward.num_tokens * self.num_active_weights + of_heads + 2 * forward.num_slots * width * vocab_size
+        num_slots = forward.num_slots if self.runs_head else 0
+        return 2 * forward.num_tokens * self.num_active_weights + of_heads + 2 * num_slots * width * vocab_size
 
     def least_bytes(self, forward: Forward, num_aux: int) -> int:
         """Return the bytes of memory traffic of a forward per rank, at least.
 
-        Each weight is read once, of the embedding only the rows that are looked up, and the output
-        for the draft is written once. States between layers are not counted.
+        Each weight is read once, the head only if it runs, and of the embedding only the rows that are
+        looked up. The output for the draft is written once. States between layers are not counted.
         num_aux: auxiliary layers that are captured.
         """
         head = self.model.get_output_embeddings().weight
         embedding = self.model.get_input_embeddings().weight
         weights = self.weight_bytes
-        if head is not embedding:
+        if head is not embedding or not self.runs_head:
             tables = [(name, weight) for name, weight in self.decoder.named_parameters() if weight is embedding]
             weights -= sum(self._held_bytes(name, weight) for name, weight in tables)
+        if head is not embedding and not self.runs_head:
+            weights -= -(-head.nbytes // self.mesh.tp.size)
         looked_up = forward.num_tokens * self.config.hidden_size * self.itemsize
         return weights + looked_up + self.output_bytes(forward, num_aux)
 
@@ -122,7 +129,8 @@ class TargetCost:
             # Embeddings of a sharded vocabulary are reduced like layer outputs.
             looked_up = self.plan.embedding is not None
             sent["reduce-scatter of tokens (TP)"] = of_tokens * (len(self.plan.shared) + looked_up)
-            sent["all-gather of slots (head)"] = self.tokens_sent(forward.num_slots)
+            if self.runs_head:
+                sent["all-gather of slots (head)"] = self.tokens_sent(forward.num_slots)
         if self.plan.experts:
             rows = sum(self._ranks_of_a_token(count) for count in self.plan.experts.values())
             in_fp8 = tokens_bytes // self.itemsize  # without scales

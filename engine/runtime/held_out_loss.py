@@ -84,5 +84,4 @@ class HeldOutLoss:
     def _sums(self, micro: MicroBatch) -> torch.Tensor:
         (norms,) = self._normalise([micro])
         output = self._zero.forward(micro, norms)
-        is_global = self._zero.objective.is_normalised_globally
-        return batch_sums(output, norms.slots, micro.num_slots if is_global else micro.num_tokens)
+        return batch_sums(output, norms.slots, self._zero.objective.loss_share(micro))

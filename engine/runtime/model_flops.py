@@ -57,9 +57,10 @@ class TargetRates:
         )
 
     @classmethod
-    def read(cls, config: Config, device: torch.device, num_aux: int) -> "TargetRates":
+    def read(cls, config: Config, device: torch.device, num_aux: int, runs_head: bool) -> "TargetRates":
         """Return the rates of the target of a recipe, from the target's config alone.
 
+        num_aux: number of auxiliary layers. runs_head: whether a forward multiplies the slots by the head.
         Raises an error of any kind for a target that cannot be built without weights.
         """
         section = config.target
@@ -67,7 +68,7 @@ class TargetRates:
         quantised = StaysQuantised.of(target_config, section.keep_quantised, section.fp8_activations)
         forget_quantisation(target_config)
         mesh = TargetMesh(Group(config.parallel.tp_size, 0), Group(config.parallel.ep_size, 0))
-        cost = TargetCost(without_weights(target_config, section, device), mesh, quantised)
+        cost = TargetCost(without_weights(target_config, section, device), mesh, quantised, runs_head)
         return cls.of(cost, num_aux, FP8 if section.fp8_activations else None)
 
     def flops(self, counts: DraftCounts) -> float:
@@ -87,10 +88,13 @@ class CountedTarget:
     problem: str | None = None
 
     @classmethod
-    def read(cls, config: Config, device: torch.device, num_aux: int) -> "CountedTarget":
-        """Count the target of a recipe, on a rank that runs it. num_aux: auxiliary layers."""
+    def read(cls, config: Config, device: torch.device, num_aux: int, runs_head: bool = True) -> "CountedTarget":
+        """Count the target of a recipe, on a rank that runs it.
+
+        num_aux: number of auxiliary layers. runs_head: whether a forward multiplies the slots by the head.
+        """
         try:
-            return cls(TargetRates.read(config, device, num_aux))
+            return cls(TargetRates.read(config, device, num_aux, runs_head))
         except Exception as error:  # code of a checkpoint may fail in any way without weights, which must not end the run
             return cls(None, f"its work cannot be counted ({type(error).__name__}: {error})")
 

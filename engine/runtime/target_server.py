@@ -114,7 +114,8 @@ class TargetServer:
         """Return the work of the target for the report, on the first rank."""
         if not self._world.is_main:
             return None
-        return CountedTarget.read(self._config, self._world.device, len(self._target.aux_layers))
+        num_aux = len(self._target.aux_layers)
+        return CountedTarget.read(self._config, self._world.device, num_aux, self._method.needs_head_stats)
 
     def head_rows(self, target_ids_U: Tensor) -> TargetHead:
         head = self._target.head_rows(target_ids_U.to(self._world.device))
@@ -147,16 +148,18 @@ class TargetServer:
     def serve(self, served: Served) -> None:
         """Prepare and send this rank's share of the micro-batches of a run, after `open_data`."""
 
+        target = self._target.with_head_stats(served.wire.has_head_stats)
+
         def states(batch: PackedBatch) -> WireStates:
             slots_N = self._method.slots(self._method.allowed_rows(batch))
-            return served.wire.write(self._target(batch, slots_N))
+            return served.wire.write(target(batch, slots_N))
 
         # The timeline of a trace holds training steps only.
         clock = StepClock(self._world.device) if served.is_held_out else self._clock
         clock.on_part = self._progress.mark
         with self._progress.training():
             send_batches(self._batches(served, clock), states, self._bridge, clock, self._world.device)
-            self._target.join_other_forwards()
+            target.join_other_forwards()
 
     def _batches(self, served: Served, clock: StepClock) -> Iterator[tuple[int, int, PackedBatch]]:
         """Yield draft rank, index and documents of each micro-batch that this rank prepares."""

@@ -118,7 +118,7 @@ class TrainingSchedules:
         training = self._training
         config = training.config
         bridge = target.calls.bridge
-        wire = _wire_format(config, training.draft, training.dtype, target.dtype)
+        wire = _wire_format(config, training.method, training.draft, training.dtype, target.dtype)
         device = training.world.device
 
         def with_rows() -> Iterator[tuple[Rows, DataState]]:
@@ -175,7 +175,9 @@ def micro_batches(loader: PackedLoader, num_steps: int) -> Iterator[Item]:
             yield batch, data_state
 
 
-def check_look_ahead(config: Config, ds_config: dict[str, Any], draft: DraftConfig, sides: Sides, device: torch.device) -> None:
+def check_look_ahead(
+    config: Config, ds_config: dict[str, Any], method: DraftMethod, draft: DraftConfig, sides: Sides, device: torch.device
+) -> None:
     """Raise ConfigError if the memory of the look-ahead is too small for a copy of the target to begin.
 
     sides: of the job. device: of this rank.
@@ -185,7 +187,7 @@ def check_look_ahead(config: Config, ds_config: dict[str, Any], draft: DraftConf
         return
     chosen = "bfloat16" if device.type == "cuda" else "float32"
     last_dtype = getattr(torch, chosen if config.target.dtype == "auto" else config.target.dtype)
-    wire = _wire_format(config, draft, getattr(torch, compute_dtype(ds_config)), last_dtype)
+    wire = _wire_format(config, method, draft, getattr(torch, compute_dtype(ds_config)), last_dtype)
     num_tokens = config.data.max_tokens * micro_batch_size(ds_config, sides.num_draft)
     needed_mb = -(-sides.least_look_ahead * size_of(wire.layout(num_tokens, num_tokens)) // 2**20)
     if limit_mb < needed_mb:
@@ -196,10 +198,13 @@ def check_look_ahead(config: Config, ds_config: dict[str, Any], draft: DraftConf
         raise ConfigError(problem, key="overlap.look_ahead_mb", value=limit_mb)
 
 
-def _wire_format(config: Config, draft: DraftConfig, aux_dtype: torch.dtype, last_dtype: torch.dtype) -> WireFormat:
+def _wire_format(
+    config: Config, method: DraftMethod, draft: DraftConfig, aux_dtype: torch.dtype, last_dtype: torch.dtype
+) -> WireFormat:
     """Return the format of states between the sides of a job. aux_dtype, last_dtype: as in `WireFormat`."""
     num_aux = len(draft.aux_layers or ())
-    return WireFormat(config.overlap.transfer_dtype, draft.target_hidden_size, num_aux, aux_dtype, last_dtype)
+    width = draft.target_hidden_size
+    return WireFormat(config.overlap.transfer_dtype, width, num_aux, aux_dtype, last_dtype, method.needs_head_stats)
 
 
 class _Sizes:

@@ -238,7 +238,7 @@ class SglangEndpoint(Endpoint):
     name = "SGLang"
     missing_acceptance = (
         "its replies have no meta_info.spec_verify_ct, so it runs without a draft; start it with "
-        "--speculative-algorithm EAGLE3, or name it with --plain_url if it should have no draft"
+        "--speculative-algorithm, or name it with --plain_url if it should have no draft"
     )
     path = "/generate"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -206,6 +207,7 @@ class FrozenTarget:
         self.embedding: TargetEmbedding | SharedEmbedding = TargetEmbedding(table.weight)
         if self.plan.embedding is not None:
             self.embedding = SharedEmbedding(table.weight, VocabShard(table.num_embeddings, mesh.tp))
+        self._has_head_stats = True
         self.head: TargetHead | SharedHead = replace(head_of(model, mesh.tp), temperature=temperature)
         self._check_head(self.head)
         if mesh.tp.size > 1:
@@ -252,6 +254,17 @@ class FrozenTarget:
             return "a document at a time, under its family's own masks"
         return choose_packed_attention(self.device, self.dtype).reason
 
+    def with_head_stats(self, wanted: bool) -> "FrozenTarget":
+        """Return this target with or without `argmax_N` and `lse_N` in its outputs.
+
+        Without them, a forward saves a product with the head. Ranks that share the target must all choose the same.
+        """
+        if wanted == self._has_head_stats:
+            return self
+        target = copy(self)
+        target._has_head_stats = wanted
+        return target
+
     def whole_head(self) -> TargetHead:
         """Return the head with all of its rows; a collective if ranks share it."""
         return self.head.whole()
@@ -284,8 +297,11 @@ class FrozenTarget:
         else:
             aux_TA, last_hidden_ND = self._one_by_one(batch, slots_N)
             slots_N = to_device(slots_N, self.device)
-        argmax_N, lse_N = self.head.argmax_and_lse(last_hidden_ND)
-        return TargetOutput(aux_TA, slots_N, last_hidden_ND, argmax_N, lse_N)
+        return TargetOutput(aux_TA, slots_N, last_hidden_ND, *self._head_stats(last_hidden_ND))
+
+    def _head_stats(self, last_hidden_ND: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the most likely token and the log-sum-exp of each slot, if they were asked for; a collective."""
+        return self.head.argmax_and_lse(last_hidden_ND) if self._has_head_stats else (None, None)
 
     def _one_by_one(self, batch: PackedBatch, slots_N: Tensor) -> tuple[Tensor, Tensor]:
         """Run each document in a separate forward.
@@ -314,7 +330,7 @@ class FrozenTarget:
         last_hidden_ND = seen.last_hidden()[0, slots_N]
         embedded = seen.embedded()
         embed_TD = None if embedded is None else embedded[0]
-        return TargetOutput(seen.aux()[0], slots_N, last_hidden_ND, *self.head.argmax_and_lse(last_hidden_ND), embed_TD)
+        return TargetOutput(seen.aux()[0], slots_N, last_hidden_ND, *self._head_stats(last_hidden_ND), embed_TD)
 
     @torch.no_grad()
     def join_other_forwards(self) -> None:
@@ -322,7 +338,7 @@ class FrozenTarget:
         one_T = torch.zeros(1, dtype=torch.long, device=self.device)
         while self.mesh.size > 1 and any(everyone := gather_objects((), self.mesh.whole)):
             seen = self._run_shared(one_T, everyone)
-            self.head.argmax_and_lse(seen.last_hidden()[0, :0])
+            self._head_stats(seen.last_hidden()[0, :0])
 
     def _run_shared(self, input_ids_T: Tensor, everyone: list[tuple[int, ...]]) -> ForwardCapture:
         """Run one forward of the shared target and return what was captured on this rank.

@@ -49,7 +49,9 @@ class TargetHead:
         return self.transform(self.product(hidden_ND).float())
 
     def rows(self, target_ids_U: Tensor) -> "TargetHead":
-        """Return a head with copies of the rows `target_ids_U`, int64 [U], in that order."""
+        """Return a head with the rows `target_ids_U`, int64 [U], ascending; they are copies unless these are all rows."""
+        if len(target_ids_U) == len(self.weight_VD):
+            return self
         bias_U = None if self.bias_V is None else self.bias_V[target_ids_U]
         return replace(self, weight_VD=self.weight_VD[target_ids_U], bias_V=bias_U)
 

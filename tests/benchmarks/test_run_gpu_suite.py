@@ -18,6 +18,7 @@ from benchmarks.gpu_suite.parts import DEVICE, JSON, PARTS, SuitePart
 from benchmarks.gpu_suite.runner import Suite, missing_packages, run_suite, time_limit_s
 from benchmarks.gpu_suite.summary import lines_of, problems_of
 from benchmarks.harness import Place, measured
+from benchmarks.kernels import bench_anchored_attention, bench_token_loss
 from engine.config.recipe import load_config
 
 WRITES = "import json, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(json.dumps({'lines': [sys.argv[2]]}))"
@@ -138,6 +139,7 @@ def test_a_row_with_an_error_fails_a_benchmark_that_ended_normally(tmp_path):
 
 def test_the_parts_name_shapes_and_providers_that_exist(monkeypatch):
     benchmarks = {"step": bench_train_step, "target": bench_target, "overlap": bench_colocated}
+    benchmarks |= {"block_attention": bench_anchored_attention, "token_loss": bench_token_loss}
     named = {part.name: part for part in PARTS}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, module in benchmarks.items():

@@ -8,6 +8,7 @@ import yaml
 from engine.config.recipe import describe_options, dump_config, load_config
 from engine.config.sections import OPTIONS, SECTIONS, Config, DataSection, DraftSection
 from engine.config.strict import ConfigError, as_yaml, option_type, type_name
+from engine.models.method_registry import make_method
 
 # override -> words that its one-line message must contain
 REFUSED_OVERRIDES = {
@@ -19,6 +20,8 @@ REFUSED_OVERRIDES = {
     "output_dirr=x": ["'output_dir'"],
     "zeroo.x=1": ["unknown", "valid are target, data, prepare, regenerate, draft"],
     "ttt.qqqq=1": ["valid are ttt.steps, ttt.mask_alignment"],
+    "block.anchor_share=0": ["block.anchor_share = 0", "above 0"],
+    "block.anchor_share=1.5": ["block.anchor_share = 1.5", "<= 1"],
     "ttt": ["'ttt'", "section.key=value"],
     "ttt=3": ["ttt", "is a section"],
     "ttt.steps=": ["ttt.steps = null", "expected int >= 1"],
@@ -125,6 +128,21 @@ def test_a_missing_recipe_names_the_most_similar_file(tmp_path):
     write(tmp_path, "seed: 1\n")
     with pytest.raises(ConfigError, match=r"recipes\.yaml: cannot be read .*did you mean '.*recipe\.yaml'"):
         load_config(tmp_path / "recipes.yaml", [])
+
+
+def test_a_recipe_s_choices_for_its_method_do_not_reach_another_one(tmp_path):
+    """A recipe may set what its own draft method reads alone, and yet be used with another method."""
+    path = write(tmp_path, "seed: 1\nttt: {steps: 3}\n")
+    assert load_config(path, []).ttt.steps == load_config(path, ["draft.method=eagle3"]).ttt.steps == 3
+    config = load_config(path, ["draft.method=dflash", "block.size=6"])
+    assert config.ttt == Config().ttt and (config.seed, config.block.size) == (1, 6)
+    blocks = write(tmp_path, "draft: {method: dflash}\nblock: {size: 6}\nobjective: {decay: 3}\n")
+    assert load_config(blocks, ["draft.method=dspark"]).block.size == 6
+    config = load_config(blocks, ["draft.method=eagle3", "ttt.steps=5"])
+    assert (config.block, config.objective, config.ttt.steps) == (Config().block, Config().objective, 5)
+    given = load_config(path, ["draft.method=dflash", "ttt.steps=5"])
+    with pytest.raises(ConfigError, match="ttt.steps = 5: has no effect on DFlash"):
+        make_method(given)
 
 
 def test_an_override_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path):

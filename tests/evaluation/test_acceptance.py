@@ -6,7 +6,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from engine.evaluation.acceptance import AcceptanceCounts, Prompt, eos_ids, group_names, held_out_prompts, measure_acceptance
+from engine.evaluation.acceptance import (
+    AcceptanceCounts,
+    DecodedPrompt,
+    Prompt,
+    eos_ids,
+    group_names,
+    held_out_prompts,
+    measure_acceptance,
+)
 from engine.evaluation.decoding import Generation
 
 TEMPLATE = (
@@ -84,22 +92,23 @@ def test_a_rank_without_prompts_reports_no_gain_and_nothing_compared():
 def test_measuring_compares_every_prompt_with_plain_decoding():
     prompts = [Prompt(f"file:{index}", [index]) for index in range(3)]
     replies = [generation([2, 0], [2, 1]), generation([1], [1]), generation([], [], token_ids=[5])]
+
+    def decoded(plain: list[Generation | None], **changes) -> list[DecodedPrompt]:
+        timed = [replace(reply, **changes) for reply in replies]
+        return [DecodedPrompt(*parts) for parts in zip(prompts, timed, plain, strict=True)]
+
     seen = []
-    counts = measure_acceptance(
-        prompts, iter(replies), 2, plain=replies, on_reply=lambda prompt, reply: seen.append((prompt, reply))
-    )
+    counts = measure_acceptance(iter(decoded(replies)), 2, lambda prompt, reply: seen.append((prompt, reply)))
     assert seen == list(zip(prompts, replies, strict=True))
     report = counts.report()
     assert (report.mismatches, report.num_prompts, report.num_tokens) == (0, 3, 6)
     assert report.acceptance_length == 6 / 3
 
     other = generation([], [], token_ids=[19, *replies[0].token_ids[1:-1], 20])
-    assert measure_acceptance(prompts, replies, 2, plain=[other, *replies[1:]]).mismatches == 1
-    alone = measure_acceptance(prompts, [replace(reply, seconds=0.0) for reply in replies], 2).report()
+    assert measure_acceptance(decoded([other, *replies[1:]]), 2).mismatches == 1
+    alone = measure_acceptance(decoded([None] * 3, seconds=0.0), 2).report()
     assert (alone.mismatches, alone.tokens_per_s, alone.plain_tokens_per_s) == (None, None, None)
     assert alone.acceptance_length == report.acceptance_length
-    with pytest.raises(ValueError, match="2 generations for 3 prompts"):
-        measure_acceptance(prompts, replies, 2, plain=replies[:2])
 
 
 def test_a_prompt_is_what_comes_before_the_first_reply(tokenizer, tmp_path):

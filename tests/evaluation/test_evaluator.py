@@ -37,21 +37,22 @@ def test_ranks_that_share_the_target_report_what_one_reports_alone(count):
     assert all(report.num_prompts == count and report.mismatches == (0 if count else None) for report in alone)
 
 
-def test_plain_decoding_is_timed_again_if_its_times_are_old(monkeypatch):
-    decoded = []
-    monkeypatch.setattr(
-        evaluator,
-        "plain_decode",
-        lambda target, prompt_ids, *rest: decoded.append(1) or plain_decode(target, prompt_ids, *rest),
-    )
+def test_plain_and_drafted_decoding_take_turns(monkeypatch):
+    """So that a machine whose speed changes does not change their ratio."""
+    turns = []
+
+    def recorded(name: str):
+        decode = getattr(evaluator, name)
+        return lambda *arguments, **options: turns.append(name) or decode(*arguments, **options)
+
+    for name in ("plain_decode", "speculative_decode"):
+        monkeypatch.setattr(evaluator, name, recorded(name))
     target = tiny_target("llama")
     held_out = AcceptanceEvaluator(SECTION, target, TOKENIZER, PROMPTS, World.alone(), Telemetry(speaks=False), 50)
-    counts = []
-    for fresh_s in (60, 60, 0):
-        monkeypatch.setattr(evaluator, "FRESH_S", fresh_s)
+    for _ in range(2):
+        turns.clear()
         assert held_out.measure_prompt_lookup().mismatches == 0
-        counts.append(len(decoded))
-    assert counts == [5, 5, 10]
+        assert turns[-2 * len(PROMPTS) :] == ["plain_decode", "speculative_decode"] * len(PROMPTS)
 
 
 def test_samples_are_the_replies_whose_acceptance_was_measured(monkeypatch):

@@ -18,11 +18,14 @@ from engine.evaluation.grid import (
     grid_shapes,
     grid_table,
     group_table,
+    part_of_block,
     serving_commands,
     write_grid,
 )
+from engine.serving.draft_kinds import DraftKind
 
 CHAIN = TreeShape(3)
+BLOCK = DraftKind("DFLASH", "dflash", block_size=16, unused_rows=1)
 TREE = TreeShape(2, 4, 8, "sglang")
 
 
@@ -84,3 +87,21 @@ def test_commands_name_the_shape_in_the_servers_own_words(tmp_path):
     assert "--speculative-num-draft-tokens 4" in chain["SGLang"]
     config = json.loads(shlex.split(chain["vLLM"])[-1])
     assert config == {"method": "eagle3", "model": str(tmp_path), "num_speculative_tokens": 3}
+
+
+def test_a_block_costs_one_forward_however_many_of_its_tokens_are_measured(capsys):
+    costs = CostModel(draft_step=0.5, verify_token=0.01, drafts_blocks=True)
+    assert costs.speed_up(CHAIN, 2.5) == pytest.approx(2.5 / (1 + 0.5 + 0.03))
+    Console(width=120).print(grid_table([cell(CHAIN, 2.5, costs)], costs))
+    printed = capsys.readouterr().out
+    assert "drafted" in printed and "steps" not in printed and "draft blocks of 0.5" in printed
+
+
+def test_servers_are_always_asked_for_whole_blocks(tmp_path):
+    commands = serving_commands(CHAIN, "org/target", tmp_path, BLOCK)
+    assert "--speculative-algorithm DFLASH" in commands["SGLang"]
+    assert "num-steps" not in commands["SGLang"] and "topk" not in commands["SGLang"]
+    config = json.loads(shlex.split(commands["vLLM"])[-1])
+    assert config == {"method": "dflash", "model": str(tmp_path), "num_speculative_tokens": 15}
+    assert "3 of the 15 tokens" in (part_of_block(3, BLOCK) or "")
+    assert part_of_block(15, BLOCK) is None and part_of_block(3, DraftKind("EAGLE3", "eagle3")) is None

@@ -20,7 +20,18 @@ DRAFT = {
 }
 
 
-def card(tmp_path, method: str = "eagle3", measured: bool = True) -> str:
+BLOCK = {
+    "architectures": ["Qwen3DSparkModel"],
+    "num_hidden_layers": 5,
+    "block_size": 7,
+    "mask_token_id": 151669,
+    "markov_head_type": "vanilla",
+    "markov_rank": 256,
+    "target_layer_ids": [1, 9, 17, 25, 33],
+}
+
+
+def card(tmp_path, method: str = "eagle3", measured: bool = True, exported: dict = DRAFT) -> str:
     data = DataSection(train=("/data/chat.jsonl",), held_out=("/data/held|out.jsonl",))
     draft = DraftSection(method=method) if method == "eagle3" else DraftSection()
     config = Config(target=TargetSection(path="org/model", revision="abc"), data=data, draft=draft)
@@ -29,7 +40,7 @@ def card(tmp_path, method: str = "eagle3", measured: bool = True) -> str:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 900, "loss": 1.0}\n')
     folder = tmp_path / "draft"
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(DRAFT))
+    (folder / "config.json").write_text(json.dumps(exported))
     (folder / "model.safetensors").touch()
     write_model_card(tmp_path, folder, measured)
     return (folder / "README.md").read_text()
@@ -55,7 +66,36 @@ def test_its_commands_serve_the_target_with_both_servers(tmp_path):
         ["vllm", "serve", "org/model"],
         ["python", "-m", "sglang.launch_server"],
     ]
-    assert "## Serving" not in card(tmp_path, method="mine"), "no server knows the method of a plugin"
+    plugin = DRAFT | {"architectures": ["IndependentHeads"]}
+    assert "## Serving" not in card(tmp_path, method="mine", exported=plugin), "no server knows the method of a plugin"
+
+
+def test_the_card_of_a_block_drafter_has_its_own_facts_and_commands(tmp_path):
+    text = card(tmp_path, "dspark", exported=BLOCK)
+    assert "| target layers read | 1, 9, 17, 25, 33 |" in text and "| mask token | 151669 |" in text
+    assert "| block | 7 rows, which draft 7 tokens |" in text and "| Markov head | vanilla, rank 256 |" in text
+    assert "draft vocabulary" not in text and "| loss |" not in text and "topk" not in text.split("## Recipe")[0]
+    assert "with 5 of the 7 tokens of a block" in text, "evaluation.num_steps is 5"
+    assert "--speculative-algorithm DSPARK" in text and '"num_speculative_tokens": 7' in text
+    gated = card(tmp_path, "dspark", exported=BLOCK | {"markov_head_type": "gated"})
+    assert "vllm serve" not in gated and "vanilla Markov head only" in gated
+    nested = {"mask_token_id": 4, "target_layer_ids": [2, 3], "block_size": 6}
+    flash = card(tmp_path, "dflash", exported={"architectures": ["DFlashDraftModel"], "dflash_config": nested})
+    assert "| block | 6 rows, which draft 5 tokens |" in flash and "| target layers read | 2, 3 |" in flash
+    assert "of the 5 tokens of a block" not in flash, "all of them were measured"
+
+
+def test_a_draft_in_the_format_of_speculators_is_served_by_vllm_alone(tmp_path):
+    exported = {
+        "architectures": ["Eagle3DraftModel"],
+        "draft_vocab_size": 32000,
+        "speculators_config": {},
+        "transformer_layer_config": {"vocab_size": 128256},
+        "eagle_aux_hidden_state_layer_ids": [2, 16, 29],
+    }
+    text = card(tmp_path, exported=exported)
+    assert "| target layers read | 1, 15, 28 |" in text and "| draft vocabulary | 32000 of 128256 tokens |" in text
+    assert "vllm serve THIS_FOLDER\n" in text and "vllm serve org/model --spec" in text and "sglang" not in text
 
 
 def test_acceptance_that_was_measured_on_another_draft_is_left_out(tmp_path):

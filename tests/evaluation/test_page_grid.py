@@ -28,6 +28,15 @@ def test_each_shape_is_a_cell_and_a_longer_one_is_darker():
     assert "3 x 1" in lengths and "3 x 4" in lengths and "a draft step 0.2" in speeds
 
 
+def test_a_block_drafter_s_cells_are_numbers_of_its_tokens():
+    cells = [cell(1, 1, 2, 1.5), cell(3, 1, 4, 2.0)]
+    grid = {"draft_cost": 0.2, "verify_cost": 0.0, "drafts_blocks": True, "cells": cells}
+    run = RunRecord(Path("run"), [], [], [], [], None, None, "", grid=grid)
+    page = grid_section(run, [run])
+    assert "Tokens drafted per block" in page and "a draft block 0.2" in page and "topk" not in page
+    assert re.findall(r'class="cell"[^>]*>([\d.]+)', page.split("</figure>")[0]) == ["1.50", "2.00"]
+
+
 def test_a_run_without_a_grid_has_no_section_and_a_damaged_file_is_an_error():
     run = RunRecord(Path("run"), [], [], [], [], None, None, "")
     assert grid_section(run, [run]) == ""

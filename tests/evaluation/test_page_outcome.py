@@ -1,5 +1,6 @@
 """The main figures of runs, and the difference of two."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -66,3 +67,15 @@ def test_what_was_not_measured_is_left_out():
     after = {"acceptance_length": 2.5, "acceptance_per_depth": [0.5, None], "tokens_per_s": 3.0, "plain_tokens_per_s": 2.0}
     shown = acceptance([run_with("a", after)])
     assert "<td>50% -</td><td>1.50x</td><td>9</td>" in shown
+
+
+def test_acceptance_of_a_part_of_a_block_is_said_to_be_one(tmp_path):
+    after = {"acceptance_length": 2.0, "acceptance_per_depth": [0.5, 0.4]}
+    run = replace(run_with("a", after), folder=tmp_path)
+    assert "of a block" not in acceptance([run]), "the draft is not there"
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "model.safetensors").touch()
+    for block_size, is_part in ((3, False), (8, True)):
+        config = {"architectures": ["DFlashDraftModel"], "block_size": block_size}
+        (tmp_path / "draft" / "config.json").write_text(json.dumps(config))
+        assert ("with 2 of the 7 tokens of a block" in acceptance([run])) == is_part

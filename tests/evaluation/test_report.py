@@ -10,6 +10,7 @@ from rich.console import Console
 
 from engine.evaluation.acceptance import AcceptanceReport
 from engine.evaluation.report import RunReport, acceptance_table
+from engine.serving.draft_kinds import DraftKind
 
 REPORT = AcceptanceReport(
     acceptance_length=2.5,
@@ -61,6 +62,13 @@ def test_the_summary_names_the_draft_and_what_to_do_next(report):
     text = printed(report.show, width=400)
     assert f"Draft, ready for SGLang and vLLM: {report.output_dir / 'draft'}" in text and "Next:" in text
     assert all(name in text for name in ("untrained draft", "trained draft", "prompt lookup", "reading the data 1 s"))
+
+
+def test_it_names_the_servers_that_load_the_draft(report):
+    only_sglang = DraftKind("DSPARK", None, block_size=7)
+    text = printed(lambda console: report.show(console, kind=only_sglang), width=400)
+    assert "Draft, ready for SGLang:" in text and "with 2 of the 7 tokens of a block" in text
+    assert "ready for" not in printed(lambda console: report.show(console, kind=None), width=400)
 
 
 def test_a_target_that_ranks_share_is_measured_by_several_ranks(report):

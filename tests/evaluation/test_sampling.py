@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.evaluation.decoding import plain_decode, speculative_decode
 from engine.evaluation.sampling import Sampling
 from engine.models.drafter import ROOT, TokenTree
-from tests.drafters import VOCAB, tiny_target
+from engine.target.frozen import FrozenTarget
+from tests.drafters import SHAPE, VOCAB
 
 # The largest chi-square that a correct sampler exceeds once in 10,000 seeds, by Wilson and Hilferty; the seeds are fixed.
 NORMAL_QUANTILE = 3.72
@@ -28,8 +30,11 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int
 
 
 @pytest.fixture(scope="module")
-def target():
-    return tiny_target("llama")
+def target() -> FrozenTarget:
+    """A target of three layers, since thousands of replies are drawn."""
+    torch.manual_seed(5)
+    config = AutoConfig.for_model("llama", **SHAPE | {"num_hidden_layers": 3})
+    return FrozenTarget(AutoModelForCausalLM.from_config(config, dtype=torch.float32), (0, 1))
 
 
 class FixedDrafter:
@@ -68,7 +73,7 @@ def test_drafted_tokens_do_not_change_the_distribution(target, name):
     tree = TokenTree.chain(best_V[:2])
     if name != CHAIN:
         tree = TokenTree([*best_V[:8], *best_V[:5], *best_V[2:6]], [ROOT] * 8 + [0] * 5 + [3] * 4)
-    num_draws = 1500
+    num_draws = 900
     counts_2V = torch.zeros(2, VOCAB)
     depths = []
     for seed in range(num_draws):
@@ -77,7 +82,7 @@ def test_drafted_tokens_do_not_change_the_distribution(target, name):
         for place in range(2):
             counts_2V[place, reply.token_ids[place + 1]] += 1
         depths.append(reply.accepted_per_forward[0])
-    assert depths.count(1) > 50 and depths.count(2) > 5 and depths.count(0) > 50
+    assert depths.count(1) > 30 and depths.count(2) > 3 and depths.count(0) > 30
     other_2V = of_next_two(target, Sampling(sampling.temperature * 2, sampling.top_k, sampling.top_p))
     for counts_V, expected_V in zip(counts_2V, expected_2V, strict=True):
         statistic, degrees = chi_square(counts_V, expected_V * num_draws)

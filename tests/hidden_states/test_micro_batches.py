@@ -40,6 +40,37 @@ def test_a_step_learns_nothing_from_a_document_whose_states_are_not_finite(make)
     assert all(x.isfinite().all() for x in (micro.embed_TD, micro.target.aux_TA, micro.target.last_hidden_ND))
 
 
+@pytest.mark.parametrize(
+    "method, objective, expected",
+    [
+        ("eagle3", [], True),
+        ("dflash", [], False),
+        ("dflash", ["objective.label=argmax"], True),
+        ("dspark", [], False),
+        ("dspark", ["objective.label=argmax"], False),
+        ("dspark", ["objective.label=argmax", "objective.l1=0", "objective.confidence=0"], True),
+        ("dflash2", ["objective.label=argmax", "objective.l1=1"], True),
+    ],
+)
+def test_the_target_s_head_runs_before_the_loss_only_for_losses_that_read_its_choice(
+    tmp_path, tiny_target, method, objective, expected
+):
+    block = [] if method == "eagle3" else ["block.size=4", "block.anchors=null", "block.mask_token_id=63"]
+    options = [
+        f"output_dir={tmp_path}",
+        f"target.path={tiny_target}",
+        "target.aux_layers=[0,1,3]",
+        "data.max_tokens=24",
+        f"draft.method={method}",
+    ]
+    config = load_config(None, [*options, *block, *objective])
+    target = FrozenTarget.load(config.target, CPU)
+    makes = MicroBatchMaker(make_method(config), target, torch.float32, CPU)
+    micro = makes(collate([GOOD, GOOD]))
+    assert (micro.target.argmax_N is not None) == (micro.target.lse_N is not None) == expected
+    assert target(micro.batch, micro.target.slots_N).argmax_N is not None, "the target itself is unchanged"
+
+
 def test_a_micro_batch_takes_at_most_the_memory_that_is_said(make):
     batch = collate([GOOD] * 40)
     micro = make(batch)

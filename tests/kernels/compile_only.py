@@ -1,39 +1,47 @@
 """Compiles the Triton kernels that a call would launch for a GPU that is not there, and launches none.
 
-    python -m tests.kernels.compile_only ancestor_attention 86 90
+    echo ancestor_attention 86 | python -m tests.kernels.compile_only
 
-Prints for each GPU a JSON list of [kernel, bytes of shared memory]. A process of its own, for elsewhere in the tests Triton
-interprets; one for all GPUs of a case, for it takes seconds to start.
+Reads a case and a compute capability times ten per line, and prints a JSON list of [kernel, bytes of shared memory] for each;
+null = it cannot be compiled. A process of its own, for elsewhere in the tests Triton interprets; one for all cases, since it
+takes seconds to start.
 """
 
-import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from engine.kernels.attention_tiles import Tile
 
-SHARED_BYTES = {86: 99 << 10, 90: 227 << 10}  # that a program may use: CUDA C++ programming guide, compute capabilities
 
+class Compiler:
+    """Context manager of the process that compiles."""
 
-def compiled_for(capabilities: Iterable[int], name: str) -> dict[int, list[tuple[str, int]]]:
-    """What a case of `CASES` launches, and the shared memory it takes, on GPUs of these compute capabilities times ten."""
-    return _compiled_for(tuple(capabilities), name)
+    def __init__(self, log: IO[str]) -> None:
+        """log: receives the error output of the process."""
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.compile_only"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        self._process = subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
 
+    def __enter__(self) -> "Compiler":
+        return self
 
-@functools.cache
-def _compiled_for(capabilities: tuple[int, ...], name: str) -> dict[int, list[tuple[str, int]]]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.compile_only", name, *map(str, capabilities)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(capabilities, map(json.loads, done.stdout.splitlines()), strict=True))
+    def __exit__(self, *error: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def compile(self, case: str, capability: int) -> list[tuple[str, int]] | None:
+        """Return the kernels that a case of `CASES` launches on such a GPU, and the shared memory that each takes."""
+        self._process.stdin.write(f"{case} {capability}\n")
+        return json.loads(self._process.stdout.readline() or "null")
 
 
 class AbsentGpu:
@@ -71,9 +79,15 @@ def attend(attention: Callable, head_dims: dict[torch.dtype, tuple[int, ...]]) -
 
 
 def ancestor_attention() -> None:
+    """fp32 takes a third of any GPU's memory, whatever the architecture, so one compiles it."""
+    from triton.runtime import driver
+
     from engine.kernels.ancestor_attention import ancestor_attention
 
-    attend(ancestor_attention, {torch.bfloat16: (256,), torch.float32: (128,)})
+    head_dims = {torch.bfloat16: (256,)}
+    if driver.active.get_current_target().arch < 90:
+        head_dims[torch.float32] = (128,)
+    attend(ancestor_attention, head_dims)
 
 
 def attention_tiles() -> None:
@@ -99,6 +113,14 @@ def _numbers(kernel: str, tile: "Tile") -> tuple[int, int]:
     return stays + 2 * staged * tile.num_stages, tile.members * tile.keys
 
 
+def anchored_attention() -> None:
+    """The head dim of most drafts; other tiles are those of ancestor attention, whose memory is tested above."""
+    from engine.kernels.anchored_attention import anchored_attention
+    from tests.kernels.anchored_cases import gradients, make_blocks
+
+    gradients(anchored_attention, make_blocks(head_dim=128, heads=(8, 2)), torch.bfloat16)
+
+
 def prefix_flash() -> None:
     from engine.kernels import flash, prefix_flash
     from tests.kernels.plain_flash import PLAIN
@@ -117,6 +139,14 @@ def row_loss() -> None:
         logits_rU = torch.zeros(3, vocab, dtype=dtype)
         target_nU = torch.zeros(3, vocab)
         row_loss(LossChunk(logits_rU, target_nU, slot_r, lse_n, slot_r, torch.zeros(3, 3), [3], mixes), True)
+
+
+def token_row_loss() -> None:
+    from engine.kernels.token_row_loss import token_row_loss
+    from tests.kernels.test_token_row_loss import make_chunk
+
+    token_row_loss(make_chunk("cross-entropy", "raw", False, 65536, torch.bfloat16), True)
+    token_row_loss(make_chunk("all", "capped", True, 65536, torch.bfloat16), True)
 
 
 def head_stats() -> None:
@@ -176,7 +206,7 @@ def token_permute() -> None:
         token_permute.unpermute_rows(codes_ND, place_TJ, torch.zeros_like(rows_TD), weight_TJ)
 
 
-OF_DRAFTS = (ancestor_attention, attention_tiles, prefix_flash, row_loss)
+OF_DRAFTS = (ancestor_attention, attention_tiles, anchored_attention, prefix_flash, row_loss, token_row_loss)
 OF_TARGETS = (head_stats, fp8_linear, fp8_activations, token_permute)
 CASES = {case.__name__: case for case in (*OF_DRAFTS, *OF_TARGETS)}
 
@@ -199,17 +229,18 @@ def print_compiled(capability: int, name: str) -> None:
 
 
 def main() -> None:
-    import triton  # noqa: F401  before the processes are forked
+    from triton.runtime.cache import triton_key
 
-    name, *capabilities = sys.argv[1:]
-    for capability in capabilities:
+    triton_key()  # hashes Triton's own files for half a second; the processes that are forked know it then
+    for line in sys.stdin:
+        name, capability = line.split()
         child = os.fork()  # Triton and the kernels remember what they chose for a GPU
         if child == 0:
             print_compiled(int(capability), name)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:
-            sys.exit(1)
+            print("null", flush=True)
 
 
 if __name__ == "__main__":

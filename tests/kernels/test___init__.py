@@ -43,6 +43,10 @@ def test_a_gpu_runs_triton_where_it_is_installed(wanted, monkeypatch):
     row_loss = pytest.importorskip("engine.kernels.row_loss")
     chosen = choose_kernels(wanted, GPU, torch.bfloat16, 128, Kernels(recompute="mlp"))
     assert chosen.attention is attention.ancestor_attention and chosen.loss_pass.row_loss is row_loss.row_loss
+    anchored = pytest.importorskip("engine.kernels.anchored_attention")
+    token_row_loss = pytest.importorskip("engine.kernels.token_row_loss")
+    assert chosen.anchored_attention is anchored.anchored_attention
+    assert chosen.token_pass.row_loss is token_row_loss.token_row_loss
     assert chosen.recompute == "mlp" and "Triton" in chosen.reason
 
 

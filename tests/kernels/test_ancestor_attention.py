@@ -15,10 +15,11 @@ from tests.kernels.attention_cases import (
     with_gradients,
     written_out,
 )
-from tests.kernels.compile_only import SHARED_BYTES, compiled_for
 from tests.pairwise import pairwise
 
 kernels = pytest.importorskip("engine.kernels.ancestor_attention", reason="the kernel is written in Triton, which is missing")
+from engine.kernels import attention_members  # noqa: E402  requires Triton
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it, see conftest.py
 
 # head dim, heads and ancestors; two of the head dims are padded
@@ -34,7 +35,7 @@ LAYOUTS = {
 def small_blocks(monkeypatch):
     """Several blocks of rows and of keys in a dozen tokens, with and without masks; a GPU multiplies no block under 16."""
     tile = Tile(16, 8, 1, 1) if DEVICE == "cpu" else Tile(16, 16, 4, 1)
-    monkeypatch.setattr(kernels, "tile_of", lambda *_: tile)
+    monkeypatch.setattr(attention_members, "tile_of", lambda *_: tile)
 
 
 def assert_equals_written_out(case: AttentionCase, attention=kernels.ancestor_attention) -> None:
@@ -162,8 +163,3 @@ def test_nothing_waits_for_the_device(ancestors):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_it_compiles_for_a_gpu_within_its_shared_memory(capability):
-    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled_for(SHARED_BYTES, "ancestor_attention")[capability])

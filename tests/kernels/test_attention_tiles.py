@@ -4,12 +4,7 @@ import pytest
 
 from engine.kernels import attention_tiles
 from engine.kernels.attention_tiles import ALTERNATIVES, KERNELS, Tile, TileKey
-from tests.kernels import compile_only
-from tests.kernels.compile_only import compiled_for
 
-# That a program may use: CUDA C++ programming guide, compute capabilities.
-# One architecture for each set of tiles, since compiling takes most of a minute of a core each.
-SHARED_BYTES = {80: 163 << 10} | compile_only.SHARED_BYTES
 KEY = TileKey("forward", 128, 2)
 
 
@@ -78,10 +73,3 @@ def test_a_chosen_tile_is_taken_for_its_own_kernel_and_head_dim_alone():
 )
 def test_another_tile_must_save_time_that_is_no_noise(times_s, expected):
     assert attention_tiles.fastest(times_s) == expected
-
-
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_the_largest_tiles_compile_within_the_shared_memory_of_its_gpu(capability):
-    compiled = compiled_for(SHARED_BYTES, "attention_tiles")[capability]
-    assert len(compiled) >= 3
-    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled)

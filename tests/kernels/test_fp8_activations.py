@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 
 from engine.kernels import reference
-from tests.kernels.compile_only import compiled_for
 from tests.kernels.fp8_cases import draw_weights, exact_product, to_device
 
 kernel = pytest.importorskip("engine.kernels.fp8_activations", reason="the kernel is written in Triton, which is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it
-SHARED_BYTES = {89: 99 << 10, 90: 227 << 10}  # that a program may use, on GPUs that multiply fp8
 
 # Outputs, inputs, the block of a scale and the group of a row's inputs: whole blocks of the published size, and cut short; what
 # cuts by ranks may leave of them; rows in smaller groups than weights; blocks that no tensor core multiplies in.
@@ -201,10 +199,3 @@ def test_cublas_computes_the_same_as_plain_pytorch(num_rows, monkeypatch):
     monkeypatch.setattr(kernel, "_product_kernel", None)
     ours, plain, size = errors(make_case("many", [num_rows], torch.bfloat16))
     assert ours <= 2 * plain + 2**-10 * size
-
-
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_it_compiles_for_a_gpu_within_its_shared_memory(capability):
-    compiled = compiled_for(SHARED_BYTES, "fp8_activations")[capability]
-    assert {name for name, _ in compiled} == {"_quantise_kernel", "_product_kernel"}
-    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled)

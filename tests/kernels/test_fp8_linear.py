@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from engine.kernels import reference
-from tests.kernels.compile_only import SHARED_BYTES, compiled_for
 from tests.kernels.fp8_cases import draw_weights, exact_product, to_device
 
 kernel = pytest.importorskip("engine.kernels.fp8_linear", reason="the kernel is written in Triton, which is not installed")
@@ -182,8 +181,3 @@ def test_compiled_for_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(dtype
         for counts in ([1], [300], [3, 0, 400, 1, 0], [20] * 256):
             ours, plain, size = errors(make_case(weight, counts, dtype))
             assert ours <= 2 * plain + 1e-6 * size
-
-
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_it_compiles_for_a_gpu_within_its_shared_memory(capability):
-    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled_for(SHARED_BYTES, "fp8_linear")[capability])

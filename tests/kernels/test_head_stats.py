@@ -5,7 +5,6 @@ import torch
 
 from engine.kernels import reference
 from engine.kernels.interface import LogitTransform
-from tests.kernels.compile_only import SHARED_BYTES, compiled_for
 
 kernel = pytest.importorskip("engine.kernels.head_stats", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it
@@ -108,9 +107,3 @@ def test_rows_may_lie_apart_and_be_views():
 def test_compiled_for_a_gpu_it_is_the_reference(dtype, transform):
     for size in (1, 500, 32000, 65536, 65537):
         assert_is_the_reference(draw(130, size, dtype), TRANSFORMS[transform])
-
-
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_it_compiles_for_a_gpu_within_its_shared_memory(capability):
-    compiled = compiled_for(SHARED_BYTES, "head_stats")[capability]
-    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled)

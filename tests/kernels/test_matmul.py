@@ -4,10 +4,18 @@ import pytest
 import torch
 
 from engine.kernels import matmul
-from engine.kernels.matmul import Linear, batched_product, linear, product
+from engine.kernels.matmul import Linear, add_product, batched_product, linear, product
 from tests.pairwise import pairwise
 
+LAYOUTS = [(False, False), (False, True), (True, False), (True, True)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1, 1), (33, 7, 65), (128, 512, 31), (0, 5, 3), (5, 0, 3)]
+
+
+@pytest.fixture(params=["onednn", "mkl"], autouse=True)
+def library(request, monkeypatch) -> None:
+    """The library of fp32 products, which otherwise depends on the processor."""
+    monkeypatch.setattr(matmul, "_onednn_is_faster", lambda: request.param == "onednn")
 
 
 def draw(*shape: int, transposed: bool = False) -> torch.Tensor:
@@ -15,11 +23,7 @@ def draw(*shape: int, transposed: bool = False) -> torch.Tensor:
     return torch.randn(*shape[::-1], generator=g).mT if transposed else torch.randn(*shape, generator=g)
 
 
-@pairwise(
-    shape=SHAPES,
-    layouts=[(False, False), (False, True), (True, False), (True, True)],
-    dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
-)
+@pairwise(shape=SHAPES, layouts=LAYOUTS, dtype=DTYPES)
 def test_a_product_is_that_of_float64_within_one_rounding(shape, layouts, dtype):
     rows, inner, columns = shape
     a_MK = draw(rows, inner, transposed=layouts[0]).to(dtype)
@@ -30,6 +34,18 @@ def test_a_product_is_that_of_float64_within_one_rounding(shape, layouts, dtype)
     scale = (a_MK.double().norm(dim=1, keepdim=True) * b_KN.double().norm(dim=0)).clamp_min(1e-30)
     bound = torch.finfo(dtype).eps * (2 if dtype in (torch.bfloat16, torch.float16) else 16)  # fp32 adds up K terms
     assert ((ours.double() - expected).abs() <= bound * scale).all()
+
+
+@pairwise(shape=SHAPES, layouts=LAYOUTS, dtype=DTYPES, wide=[False, True])
+def test_a_product_is_added_to_a_sum_in_its_precision(shape, layouts, dtype, wide):
+    rows, inner, columns = shape
+    a_MK = draw(rows, inner, transposed=layouts[0]).to(dtype)
+    b_KN = draw(inner, columns, transposed=layouts[1]).to(dtype)
+    sum_MN = draw(rows, columns + 1)[:, :columns].to(torch.float32 if wide else dtype)
+    expected = sum_MN + product(a_MK, b_KN)
+    add_product(sum_MN, a_MK, b_KN)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(sum_MN, expected.to(sum_MN.dtype), rtol=16 * eps, atol=64 * eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,6 @@ import torch
 
 from engine.kernels import flash, reference
 from tests.kernels.attention_cases import ANCESTORS, HEADS, AttentionCase, make_case, with_gradients, written_out
-from tests.kernels.compile_only import SHARED_BYTES, compiled_for
 from tests.pairwise import pairwise
 
 kernels = pytest.importorskip("engine.kernels.prefix_flash", reason="the merge is written in Triton, which is not installed")
@@ -190,8 +189,3 @@ def test_on_a_gpu_nothing_waits_for_the_device(real_flash):
         torch.autograd.grad(kernels.ancestor_attention(*arguments)[0].sum(), leaves)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_it_compiles_for_a_gpu_within_its_shared_memory(capability):
-    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled_for(SHARED_BYTES, "prefix_flash")[capability])

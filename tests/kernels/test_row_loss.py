@@ -7,7 +7,6 @@ import torch
 
 from engine.kernels.interface import LossChunk
 from engine.kernels.reference import TINY
-from tests.kernels.compile_only import SHARED_BYTES, compiled_for
 
 kernel = pytest.importorskip("engine.kernels.row_loss", reason="the kernel is written in Triton, which is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it, see conftest.py
@@ -235,8 +234,3 @@ def test_compiled_for_a_gpu_it_errs_at_most_twice_as_much_as_plain_pytorch(dtype
             for ours, plainly, theirs in zip(rows.loss(mixes=part != "kl"), plain, exact(rows), strict=True):
                 # a GPU's own exp errs by 1e-6, and may so tip a token whose q and p_full are that near to the other side
                 assert (ours - theirs).norm() <= 2 * (plainly - theirs).norm() + 1e-4 * theirs.norm()
-
-
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_it_compiles_for_a_gpu_within_its_shared_memory(capability):
-    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled_for(SHARED_BYTES, "row_loss")[capability])

@@ -16,6 +16,7 @@ from engine.kernels import (
     Kernels,
     TargetKernels,
     TokenPermute,
+    anchored_blocks,
     blocked_attention,
     check_cases,
     choose_packed_attention,
@@ -31,6 +32,7 @@ from engine.kernels import (
 from engine.kernels.elementwise import Elementwise, rms_norm
 from engine.kernels.packed_attention import PackedAttention
 from engine.kernels.self_check import SelfCheck, check_kernels, without_failed
+from engine.kernels.token_loss import TokenPass
 from engine.kernels.vocab_loss import LossPass
 from engine.kernels.vocab_loss import row_loss as plain_row_loss
 
@@ -41,12 +43,15 @@ from engine.kernels import fp8_linear as fp8_linear_file  # noqa: E402
 from engine.kernels import head_stats as head_stats_file  # noqa: E402
 from engine.kernels import row_loss as row_loss_file  # noqa: E402
 from engine.kernels import token_permute as token_permute_file  # noqa: E402
+from engine.kernels import token_row_loss as token_row_loss_file  # noqa: E402
+from engine.kernels.anchored_attention import anchored_attention  # noqa: E402
 from tests.kernels.plain_flash import PLAIN  # noqa: E402
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
 DEVICE = GPU if torch.cuda.is_available() else CPU
 TRITON = Kernels(ancestor_attention, loss_pass=LossPass(row_loss_file.row_loss, in_place=True), reason="Triton")
+BLOCKS = Kernels(anchored_attention=anchored_attention, token_pass=TokenPass(token_row_loss_file.token_row_loss))
 TARGET = TargetKernels(
     PackedAttention(PLAIN, "stand-in"),
     fp8_linear_file.fp8_linear,
@@ -58,10 +63,12 @@ TARGET = TargetKernels(
 def small_cases(monkeypatch):
     """Keep the interpreter's time short; sizes stay odd, and each kernel still needs two blocks."""
     monkeypatch.setattr(check_cases, "LENGTHS", (1, 4, 6))
+    monkeypatch.setattr(check_cases, "BLOCK_LENGTHS", (2, 9))
     monkeypatch.setattr(check_cases, "NUM_SLOTS", 7)
     monkeypatch.setattr(check_cases, "SLOTS_PER_CHUNK", 4)
     monkeypatch.setattr(check_cases, "VOCAB_SIZE", 67)
     monkeypatch.setattr(row_loss_file, "MAX_BLOCK_U", 64)
+    monkeypatch.setattr(token_row_loss_file, "MAX_BLOCK_V", 64)
     monkeypatch.setattr(check_cases, "FP8_COUNTS", (3, 0, 2))
     monkeypatch.setattr(check_cases, "FP8_SIZES", (160, 320))
     monkeypatch.setattr(check_cases, "FP8_MANY", 7)
@@ -176,6 +183,25 @@ def test_a_loss_that_is_wrong_is_replaced(kind):
     assert message in checks["row_loss"].message
     sound = without_failed(kernels, {"row_loss"})
     assert sound.loss_pass == LossPass(plain_row_loss) and sound.attention is kernels.attention
+
+
+def test_kernels_of_draft_blocks_that_are_wrong_are_replaced():
+    assert all(check.ok for check in checks_of(BLOCKS).values())
+
+    def wrong_keys(query_QHE, key_TGE, *others):
+        return anchored_attention(query_QHE, BreaksBackward.apply(key_TGE), *others)
+
+    def without_total_variation(chunk, with_gradients):
+        terms = replace(chunk.terms, total_variation=0.0)
+        return token_row_loss_file.token_row_loss(replace(chunk, terms=terms), with_gradients)
+
+    broken = Kernels(anchored_attention=wrong_keys, token_pass=TokenPass(without_total_variation))
+    checks = checks_of(broken)
+    assert "gradient of argument 1 errs" in checks["anchored_attention"].message
+    assert "gradient of argument 0 errs" in checks["token_row_loss"].message
+    sound = without_failed(broken, set(checks))
+    assert sound.anchored_attention is anchored_blocks.anchored_attention and sound.token_pass == TokenPass()
+    assert "anchored_attention, token_row_loss" in sound.reason
 
 
 def test_flash_attention_gives_way_to_the_other_attention():

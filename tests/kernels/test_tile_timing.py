@@ -108,7 +108,7 @@ def test_the_work_that_is_timed_runs_the_kernel_with_the_tile(monkeypatch):
         seen.append(kernel)
         return original(kernel, *others)
 
-    module = pytest.importorskip("engine.kernels.ancestor_attention")
+    module = pytest.importorskip("engine.kernels.attention_members")
     monkeypatch.setattr(module, "tile_of", spied)
     for kernel in attention_tiles.KERNELS:
         work = tile_timing._work(kernel, 16, torch.float32, device)

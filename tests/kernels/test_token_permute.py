@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from engine.kernels import reference
-from tests.kernels.compile_only import SHARED_BYTES, compiled_for
 
 kernel = pytest.importorskip("engine.kernels.token_permute", reason="the kernel is written in Triton, which is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there the interpreter runs it, see conftest.py
@@ -152,8 +151,3 @@ def test_compiled_for_a_gpu_sums_are_the_same_in_every_run():
     plain = reference.unpermute_rows(rows_MD, place_TJ, rows_MD.new_empty(1025, 4096))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, plain)
-
-
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_it_compiles_for_a_gpu_within_its_shared_memory(capability):
-    assert all(shared <= SHARED_BYTES[capability] for _, shared in compiled_for(SHARED_BYTES, "token_permute")[capability])

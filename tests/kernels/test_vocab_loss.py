@@ -126,7 +126,7 @@ def test_sums_and_gradients_are_those_of_one_row_at_a_time_in_float64(parts, sha
         ours = [result.cross_entropy_S[step].item(), result.acceptance_S[step].item()]
         assert ours == pytest.approx(expected, rel=1e-5, abs=1e-6)
     for ours, theirs in zip(draft, wide, strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("scale", [8.0, 1e4])

@@ -11,10 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.benchmark_serving import main, parse_arguments, shapes_of
+from engine.config.tree_shape import TreeShape
+from engine.serving.draft_kinds import EAGLE3
+from launcher.benchmark_serving import main, parse_arguments, servers_of, shapes_of
 from tests.serving.fake_server import CHUNK, program, serving
 
 ROOT = Path(__file__).resolve().parents[2]
+DRAFT = ROOT / "tests" / "golden" / "serving" / "draft"
 TARGET = ROOT / "launcher" / "embedded" / "target"
 
 
@@ -72,9 +75,7 @@ def test_running_servers_are_compared(server, data, tmp_path, monkeypatch, capsy
 
 
 def test_servers_are_started_per_shape_and_ended(data, tmp_path, monkeypatch, capsys):
-    draft = tmp_path / "draft"
-    draft.mkdir()
-    options = ("--python", program(tmp_path), "--draft", draft, "--batch", 1, "--num_steps", 3, 2, "--topk", 2)
+    options = ("--python", program(tmp_path), "--draft", DRAFT, "--batch", 1, "--num_steps", 3, 2, "--topk", 2)
     outputs = ("--num_draft_tokens", 4, "--html", tmp_path / "page.html", "--logs", tmp_path / "logs")
     benchmark(monkeypatch, *words(data, "sglang", *options, *outputs, "--json", tmp_path / "out.json", "--", "--tp", 1))
     assert running(tmp_path) == []
@@ -89,6 +90,18 @@ def test_servers_are_started_per_shape_and_ended(data, tmp_path, monkeypatch, ca
     assert "SGLang" in capsys.readouterr().out
 
 
+def test_a_block_drafter_is_measured_with_whole_blocks(data, tmp_path):
+    config = {"architectures": ["DFlashDraftModel"], "block_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = words(data, "sglang", "--draft", tmp_path)
+    plain, drafting = servers_of(parse_arguments(line))
+    assert plain.shape is None and drafting.shape == TreeShape(15, rule="sglang") and drafting.kind.sglang_algorithm == "DFLASH"
+    assert [one.shape for one in servers_of(parse_arguments([*line, "--num_steps", "15"]))] == [None, drafting.shape]
+    for sizes in (["--num_steps", "3", "15"], ["--topk", "2", "--num_draft_tokens", "8"]):
+        with pytest.raises(ValueError, match="whole blocks, of 15 tokens"):
+            servers_of(parse_arguments([*line, *sizes]))
+
+
 def test_a_crash_keeps_what_was_measured_and_shows_the_servers_output(data, tmp_path, monkeypatch):
     with serving(drafts=False) as plain, serving() as drafting:
         drafting.fault = "500"
@@ -97,11 +110,11 @@ def test_a_crash_keeps_what_was_measured_and_shows_the_servers_output(data, tmp_
     assert message.startswith("benchmark_serving.py: ") and "message of 500" in message
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["complete"] is False and len(written["cells"]) == 1
-    started = ("--python", program(tmp_path, "crash"), "--draft", tmp_path, "--batch", 1)
+    started = ("--python", program(tmp_path, "crash"), "--draft", DRAFT, "--batch", 1)
     message = refused(monkeypatch, *words(data, "vllm", *started))
     assert "ended during the measurement (exit code 3)" in message and message.endswith("28\n29")
     assert "EngineDeadError: no memory\n..." in message and "the engine core died" not in message
-    message = refused(monkeypatch, *words(data, "vllm", "--python", program(tmp_path, "dies"), "--draft", tmp_path))
+    message = refused(monkeypatch, *words(data, "vllm", "--python", program(tmp_path, "dies"), "--draft", DRAFT))
     assert "ended while starting" in message and "no such model" in message
     assert running(tmp_path) == []
 
@@ -114,7 +127,7 @@ def test_a_signal_ends_the_servers(number, ending, data, tmp_path, monkeypatch):
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
-    options = ("--python", program(tmp_path, "hangs"), "--draft", tmp_path, "--timeout_s", 20)
+    options = ("--python", program(tmp_path, "hangs"), "--draft", DRAFT, "--timeout_s", 20)
     assert refused(monkeypatch, *words(data, "vllm", *options)).endswith(ending)
     assert len((tmp_path / "pids").read_text().split()) == 1 and running(tmp_path) == []
 
@@ -122,11 +135,13 @@ def test_a_signal_ends_the_servers(number, ending, data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("server", "options", "fact"),
     [
-        ("vllm", ["--draft", str(ROOT), "--topk", "2"], "vLLM drafts chains only, found --topk 2"),
-        ("sglang", ["--draft", str(ROOT), "--topk", "2"], "--num_draft_tokens is missing"),
-        ("sglang", ["--draft", str(ROOT), "--num_draft_tokens", "4"], "--num_draft_tokens has no effect on chains"),
+        ("vllm", ["--draft", str(DRAFT), "--topk", "2"], "vLLM drafts chains only, found --topk 2"),
+        ("sglang", ["--draft", str(DRAFT), "--topk", "2"], "--num_draft_tokens is missing"),
+        ("sglang", ["--draft", str(DRAFT), "--num_draft_tokens", "4"], "--num_draft_tokens has no effect on chains"),
         ("vllm", [], "--draft FOLDER"),
         ("vllm", ["--draft", "/no/such"], "no such folder"),
+        ("vllm", ["--draft", str(ROOT)], "has no config.json"),
+        ("vllm", ["--draft", str(TARGET)], "no draft method for architectures=['LlamaForCausalLM']"),
         ("vllm", ["--plain_url", "http://x"], "--plain_url needs --url"),
         ("vllm", ["--url", "x"], "--url x: expected the address"),
         ("vllm", ["--url", "http://x", "--num_steps", "3"], "--num_steps has no effect on a running server"),
@@ -141,5 +156,5 @@ def test_options_that_contradict_each_other_are_refused(server, options, fact, d
 def test_options_have_sglangs_meanings():
     arguments = parse_arguments(["--server", "sglang", "--target", "t", "--data", "d", "--num_steps", "3", "--", "--topk", "9"])
     assert arguments.server_arguments == ["--topk", "9"]
-    shapes = shapes_of(arguments)
+    shapes = shapes_of(arguments, EAGLE3)
     assert [(shape.num_steps, shape.topk, shape.num_nodes) for shape in shapes] == [(3, 1, 3)]

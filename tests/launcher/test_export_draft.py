@@ -10,13 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM
 
+from engine.config.block_sections import BLOCK_METHODS, BlockSection
 from engine.config.recipe import dump_config
 from engine.config.sections import Config, DraftSection, TargetSection
+from engine.models.block_drafter.block_method import BlockMethod
 from engine.models.draft_folder import save_vocab_map
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import derive_draft_config
 from engine.models.eagle3.export import load_draft
+from engine.models.method_registry import make_method
 from engine.models.vocab_map import VocabMap
+from engine.target.configuration import load_target_config
+from engine.target.frozen import FrozenTarget
 from launcher import export_draft
 from tests.distributed import ONE_THREAD, launch
 from tests.tiny_target import AUX_LAYERS, HIDDEN, WORDS
@@ -105,6 +110,30 @@ def test_an_embedding_of_an_unknown_name_is_found_by_loading_the_target(make_run
     assert torch.equal(export_draft.read_embedding(section, config), alone)
 
 
+def test_the_format_of_speculators_has_its_own_folder(make_run, tiny_target, monkeypatch, capsys):
+    run = make_run()
+    main(monkeypatch, "--run", run)
+    main(monkeypatch, "--run", run, "--format", "vllm", "--output", run / "for_vllm")
+    for_servers = digests(run / "draft")
+    assert digests(run / "for_vllm") == for_servers, "SGLang and vLLM read one folder"
+    main(monkeypatch, "--run", run, "--format", "speculators")
+    assert "ready for speculators and vLLM" in capsys.readouterr().out
+    assert digests(run / "draft") == for_servers
+    exported = json.loads((run / "draft_speculators" / "config.json").read_text())
+    verifier = exported["speculators_config"]["verifier"]
+    assert verifier == {"name_or_path": str(tiny_target), "architectures": ["LlamaForCausalLM"]}
+    own_VD = LlamaForCausalLM.from_pretrained(tiny_target).get_input_embeddings().weight
+    shipped_VD = load_file(run / "draft_speculators" / "model.safetensors")["embed_tokens.weight"]
+    assert torch.equal(shipped_VD, own_VD.bfloat16())
+
+
+def test_a_draft_of_another_width_cannot_be_written_for_speculators(make_run, monkeypatch):
+    run = make_run(hidden_size=12)
+    with pytest.raises(SystemExit, match="draft.hidden_size=12 differs from the target's 16"):
+        main(monkeypatch, "--run", run, "--format", "speculators")
+    assert not (run / "draft_speculators").exists()
+
+
 def test_what_is_missing_is_named(make_run, tmp_path, monkeypatch):
     def refused(*arguments: object, message: str) -> None:
         with pytest.raises(SystemExit, match=message):
@@ -134,7 +163,46 @@ def test_a_checkpoint_of_another_shape_is_refused(make_run, tiny_target, monkeyp
         main(monkeypatch, "--run", run)
 
 
-def test_a_real_checkpoint_gives_the_files_the_run_itself_wrote(tiny_target, tiny_corpus, tmp_path):
+@pytest.mark.parametrize("name", BLOCK_METHODS)
+def test_a_checkpoint_of_a_block_drafter_gives_a_folder_without_the_target_s_tables(name, make_run, tiny_target, monkeypatch):
+    run = make_run()
+    section = TargetSection(path=str(tiny_target), dtype="float32", aux_layers=AUX_LAYERS)
+    own = {"dspark": {"markov_rank": 6}, "dflash2": {"conv_group": 8, "selector_rank": 5, "selector_top_k": 7}}
+    block = BlockSection(size=4, mask_token_id=5, **own.get(name, {}))
+    recipe = Config(target=section, draft=DraftSection(method=name, num_layers=2), block=block)
+    (run / "config.yaml").write_text(dump_config(recipe))
+    method = make_method(recipe)
+    assert isinstance(method, BlockMethod)
+    draft = method.draft_type(method.derive_config(load_target_config(section), AUX_LAYERS))
+    draft.draw_weights()
+    monkeypatch.setattr(export_draft, "consolidated_weights", lambda folder, tag: dict(draft.state_dict()))
+    monkeypatch.setattr(export_draft, "read_embedding", lambda *arguments: pytest.fail("the embedding is the target's"))
+    main(monkeypatch, "--run", run)
+    target = FrozenTarget.load(section, torch.device("cpu"), AUX_LAYERS)
+    loaded = method.load(run / "draft", target, torch.float32).model.state_dict()
+    expected = {name: weight.bfloat16().float() for name, weight in draft.state_dict().items()}
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
+    card = (run / "draft" / "README.md").read_text()
+    assert f"which draft {draft.config.num_predictions} tokens" in card and "| mask token | 5 |" in card
+    assert f'"num_speculative_tokens": {draft.config.num_predictions}' in card
+
+
+# DSpark without the loss of its confidence head, which it then does not have.
+BLOCK_RUN = {
+    "draft.method": "dspark",
+    "block.size": 5,
+    "block.markov_rank": 4,
+    "block.mask_token_id": 0,
+    "block.anchors": "null",
+    "objective.confidence": 0,
+}
+
+
+RUNS = [("embedded.yaml", {"draft.vocab_size": 40, "ttt.steps": 3}), ("embedded-dflash.yaml", BLOCK_RUN)]
+
+
+@pytest.mark.parametrize("method", RUNS, ids=["eagle3", "dspark"])
+def test_a_real_checkpoint_gives_the_files_the_run_itself_wrote(method, tiny_target, tiny_corpus, tmp_path):
     run = tmp_path / "run"
     options = {
         "output_dir": run,
@@ -146,11 +214,11 @@ def test_a_real_checkpoint_gives_the_files_the_run_itself_wrote(tiny_target, tin
         "data.max_tokens": 64,
         "target.path": tiny_target,
         "target.aux_layers": list(AUX_LAYERS),
-        "draft.vocab_size": 40,
-        "ttt.steps": 3,
     }
+    recipe, method_options = method
+    options |= method_options
     overrides = [f"{key}={value}" for key, value in options.items()] + [ONE_THREAD]
-    train = ["launcher/train.py", "--ds_config", "ds_configs/zero2.json", *overrides]
+    train = ["launcher/train.py", "--ds_config", "ds_configs/zero2.json", "--recipe", f"launcher/recipes/{recipe}", *overrides]
     export = ["launcher/export_draft.py", "--run", str(run), "--output", str(tmp_path / "again")]
     for command in (train, export):
         done = launch(command)

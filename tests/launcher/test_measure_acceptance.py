@@ -8,13 +8,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.config.recipe import dump_config
+from engine.config.block_sections import BLOCK_METHODS, BlockSection
+from engine.config.recipe import dump_config, load_config
 from engine.config.sections import Config, DataSection, DraftSection, EvaluationSection, ParallelSection, TargetSection
+from engine.models.block_drafter.block_method import BlockMethod
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import derive_draft_config
 from engine.models.eagle3.export import export_draft
+from engine.models.method_registry import make_method
 from engine.models.vocab_map import VocabMap
+from engine.target.configuration import load_target_config
 from launcher.measure_acceptance import main
+from tests.block_drafts import HIDDEN, VOCAB, make_config, make_method_of
 from tests.distributed import launch
 
 WORDS = ["<unk>", "<user>", "<assistant>", "<end>", *(f"w{index}" for index in range(28))]
@@ -53,6 +58,25 @@ def run(tmp_path_factory) -> Path:
         parallel=ParallelSection(tp_size=2),
     )
     (folder / "config.yaml").write_text(dump_config(resolved), encoding="utf-8")
+    return folder
+
+
+def write_block_run(name: str, run: Path, folder: Path) -> Path:
+    """Write the folder of a run of a block drafter for the target and the prompts of `run`; returns it."""
+    folder.mkdir()
+    first = load_config(run / "config.yaml")
+    own = {"dspark": {"markov_rank": 6}, "dflash2": {"conv_group": 8, "selector_rank": 5, "selector_top_k": 7}}
+    block = BlockSection(size=4, mask_token_id=5, **own.get(name, {}))
+    target = replace(first.target, aux_layers=(0, 1, 3))
+    config = replace(first, target=target, draft=DraftSection(method=name, num_layers=2), block=block)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    method = make_method(config)
+    assert isinstance(method, BlockMethod)
+    torch.manual_seed(0)
+    draft = method.draft_type(method.derive_config(load_target_config(target), target.aux_layers))
+    draft.draw_weights()
+    every_token = VocabMap(torch.arange(len(WORDS)), torch.ones(len(WORDS), dtype=torch.bool))
+    method.export(folder / "draft", draft.state_dict().items(), replace(draft.config, dtype="float32"), every_token, None)
     return folder
 
 
@@ -144,6 +168,47 @@ def test_several_sizes_measure_a_grid_that_the_report_shows(run, tmp_path, monke
         measure(monkeypatch, "--draft", run / "draft", "--num_steps", 1, "--topk", 21, "--num_draft_tokens", 9)
     with pytest.raises(SystemExit, match="num_draft_tokens = 9"):
         measure(monkeypatch, "--draft", run / "draft", "--num_steps", 1, "--topk", 2, "--num_draft_tokens", 9)
+
+
+@pytest.mark.parametrize("name", BLOCK_METHODS)
+def test_a_block_drafter_is_measured_whole_in_part_and_on_sampled_replies(name, run, tmp_path, monkeypatch, capsys):
+    block_run = write_block_run(name, run, tmp_path / "run")
+    measured = {}
+    for steps in (1, 3):
+        measure(monkeypatch, "--draft", block_run / "draft", "--num_steps", steps, "--json", tmp_path / "one.json")
+        report = json.loads((tmp_path / "one.json").read_text())["draft"]
+        assert report["mismatches"] == 0
+        measured[steps] = report["acceptance_length"]
+    assert measured[1] <= measured[3]
+    printed = capsys.readouterr().out
+    assert printed.count("tokens of a block") == (2 if name == "dspark" else 1), "3 of its 4 tokens, or all of 3"
+    measure(monkeypatch, "--draft", block_run / "draft", "--num_steps", 1, 3)
+    grid = json.loads((block_run / "acceptance_grid.json").read_text())
+    assert {cell["num_steps"]: cell["reports"]["all"]["acceptance_length"] for cell in grid["cells"]} == measured
+    assert grid["drafts_blocks"] and 0 < grid["draft_cost"] < 10
+    printed = capsys.readouterr().out
+    algorithm = "DSPARK" if name == "dspark" else "DFLASH"
+    assert f"--speculative-algorithm {algorithm}" in printed and "--speculative-num-steps" not in printed
+    assert f'"num_speculative_tokens": {4 if name == "dspark" else 3}' in printed
+    assert "Tokens drafted per block" in (block_run / "report.html").read_text()
+    measure(monkeypatch, "--draft", block_run / "draft", "--num_steps", 3, "--temperature", 0.8, "--json", tmp_path / "s.json")
+    sampled = json.loads((tmp_path / "s.json").read_text())["draft"]
+    assert sampled["num_prompts"] == 4 and 1.0 <= sampled["acceptance_length"] <= 4.0
+    with pytest.raises(SystemExit, match="num_steps = 5"):
+        measure(monkeypatch, "--draft", block_run / "draft", "--num_steps", 5)
+    with pytest.raises(SystemExit, match="drafts chains only"):
+        measure(monkeypatch, "--draft", block_run / "draft", "--topk", 2, "--num_draft_tokens", 4)
+
+
+def test_the_cost_of_a_block_is_that_of_the_weights_which_a_server_reads():
+    further = {}
+    for name in BLOCK_METHODS:
+        method = make_method_of(name)
+        config = make_config(method)
+        further[name] = method.count_read_weights(config) - method.count_weights(config)
+    head = VOCAB * HIDDEN
+    # DSpark reads one of its tables for each of 5 tokens, and single rows of the other one; DFlash2 single rows of both.
+    assert further == {"dflash": head, "dspark": head - 6 * VOCAB + 4 * 6 * VOCAB, "dflash2": head - 2 * 5 * VOCAB}
 
 
 def test_a_draft_far_from_its_run_is_measured_once_target_and_data_are_named(run, tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ def test_the_embedded_job_fits_one_gpu(monkeypatch, capsys, tmp_path):
 
 
 def test_packs_that_do_not_fit_are_halved(monkeypatch, capsys, tmp_path):
-    options = ("--ds_config", "ds_configs/zero3.json", "--gpus", "1", "--memory_gb", "3", "data.max_tokens=32768")
+    options = ("--ds_config", "ds_configs/zero3.json", "--gpus", "1", "--memory_gb", "2", "data.max_tokens=32768")
     run(monkeypatch, *options, f"output_dir={tmp_path}")
     printed = capsys.readouterr().out
     assert "Set data.max_tokens=16384" in printed and "up to 16,384 tokens per GPU" in printed

@@ -29,7 +29,7 @@ from engine.parallel.mesh import ALONE, TargetMesh, World
 from engine.parallel.rules import PROOFS
 from engine.target.frozen import FrozenTarget, capture
 from tests.distributed import run_ranks
-from tests.parallel.families import FAMILIES, VOCAB, tiny_config, tiny_model
+from tests.parallel.families import VOCAB, all_families, tiny_config, tiny_model
 
 RANKS = 4
 TOLERANCE = 1e-5
@@ -171,7 +171,7 @@ def write_proofs(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", choices=FAMILIES, metavar="NAME", default=FAMILIES)
+    parser.add_argument("--family", nargs="+", choices=all_families(), metavar="NAME", default=all_families())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="engine/parallel/proofs.json and docs/targets.md, of all families")
     parser.add_argument("--show", action="store_true", help="tracebacks of what failed")

@@ -40,6 +40,17 @@ def cost(family: str, tp_size: int = 1, ep_size: int = 1) -> TargetCost:
     return TargetCost(without_weights(tiny_config(family), TargetSection(), torch.device("cpu")), mesh)
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_head_that_does_not_run_costs_nothing(tp_size):
+    runs = cost("llama", tp_size)
+    rests = TargetCost(runs.model, runs.mesh, runs_head=False)
+    head = runs.model.get_output_embeddings().weight
+    assert runs.flops(forward()) - rests.flops(forward()) == 2 * len(SLOTS) * head.numel()
+    no_longer_sent = runs.traffic(forward()).keys() - rests.traffic(forward()).keys()
+    assert no_longer_sent == ({"all-gather of slots (head)"} if tp_size > 1 else set())
+    assert runs.least_bytes(forward(), 3) - rests.least_bytes(forward(), 3) == -(-head.nbytes // tp_size)
+
+
 def batch() -> PackedBatch:
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     return PackedBatch(torch.arange(TOKENS) % 32, torch.ones(TOKENS, dtype=torch.bool), cu_seqlens)
@@ -106,7 +117,7 @@ def causal_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **k
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3", "mixtral"])
 def test_flops_are_those_that_products_take(family, monkeypatch):
-    # In fp32 the head's product goes to oneDNN, which the counter does not see; so does bf16 on CPUs without such products.
+    # In fp32 the head's product may go to oneDNN, which the counter does not see; so does bf16 on CPUs without such products.
     monkeypatch.setattr(matmul, "_has_fast_products", lambda dtype: True)
     model = tiny_model(family).to(torch.bfloat16)
     model.set_experts_implementation("eager")

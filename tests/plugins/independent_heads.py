@@ -106,6 +106,9 @@ class HeadsLoss:
     def count_loss_rows(self, micro: MicroBatch) -> Tensor:
         return self._rows(micro).sum(1).float()
 
+    def loss_share(self, micro: MicroBatch) -> int | Tensor:
+        return micro.num_slots
+
     def logits(self, draft: HeadsDraft, micro: MicroBatch) -> list[Tensor]:
         next_embed_TD = pad(micro.embed_TD, (0, 0, 0, 1))[1:]
         return draft(micro.target.aux_TA, next_embed_TD)
@@ -290,12 +293,13 @@ class IndependentHeads(DraftMethod[HeadsConfig, HeadsDraft]):
     def load(
         self,
         folder: Path,
-        embed_weight_VD: Tensor | None,
+        target: TargetTables | None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         kernels: Kernels = PLAIN,
     ) -> ServedHeads:
         config = self.read_config(read_draft_config(folder), folder / CONFIG)
+        embed_weight_VD = None if target is None else target.embedding.whole()
         if embed_weight_VD is None or embed_weight_VD.shape != (config.vocab_size, config.hidden_size):
             raise ValueError(f"{folder} shares its target's embedding, so name the target that it was trained for")
         tensors = read_draft_weights(folder, device)

@@ -138,7 +138,11 @@ def test_ranks_do_not_outlive_their_launcher(killed, num_ranks, tmp_path, tiny_t
             process.kill()
         runner.kill()
         runner.wait()
-    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+    left = set(Path("/dev/shm").iterdir()) - shared_memory
+    deadline_s = time.monotonic() + 2 * SOON_S
+    while left := left & set(Path("/dev/shm").iterdir()):  # tests that run next to this one have files there for a while
+        assert time.monotonic() < deadline_s, left
+        time.sleep(0.1)
     assert (tmp_path / "checkpoints" / "latest").exists(), "the run stopped as it does after a signal"
 
 

@@ -88,7 +88,7 @@ def test_a_shared_target_on_ranks_of_its_own_teaches_the_same_and_a_run_resumes_
     options = (*checkpoints, "max_steps=4", "overlap.placement=split", "overlap.target_ranks=1", "checkpoint.resume=true")
     run(arguments(split, tiny_target, tiny_corpus, *options), ranks=2)
     losses = [[line["loss"] for line in metrics(folder)] for folder in (serial, split)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4), "the draft rounds to bf16, other sums of the target another way"
+    assert losses[1] == pytest.approx(losses[0], rel=2**-12), "the draft rounds to bf16, other sums of the target another way"
     fp8 = tmp_path / "fp8"
     options = ("max_steps=4", "overlap.placement=split", "overlap.target_ranks=1", "overlap.transfer_dtype=float8_e4m3")
     without_prompts = [word for word in arguments(fp8, tiny_target, tiny_corpus, *options) if "num_prompts" not in word]

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from engine.config.tree_shape import TreeShape
+from engine.serving.draft_kinds import draft_kind
 from engine.serving.server_commands import ServerProgram, draft_arguments
 
 
@@ -27,3 +28,24 @@ def test_trees_are_refused_for_vllm():
     assert " ".join(arguments).endswith("-num-steps 2 --speculative-eagle-topk 4 --speculative-num-draft-tokens 8")
     with pytest.raises(ValueError, match="chains only, found --topk 4"):
         draft_arguments("vllm", tree, "d")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "algorithm", "method", "tokens"),
+    [
+        ("DFlashDraftModel", "DFLASH", "dflash", 6),
+        ("DFlash2DraftModel", "DFLASH", "dflash", 6),
+        ("Qwen3DSparkModel", "DSPARK", "dspark", 7),
+    ],
+)
+def test_servers_draft_whole_blocks_whose_size_sglang_reads_itself(architecture, algorithm, method, tokens):
+    kind = draft_kind({"architectures": [architecture], "block_size": 7})
+    assert kind is not None
+    shape = TreeShape(tokens)
+    words = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", "d"]
+    assert draft_arguments("sglang", shape, "d", kind) == words
+    written = json.loads(draft_arguments("vllm", shape, "d", kind)[-1])
+    assert written == {"method": method, "model": "d", "num_speculative_tokens": tokens}
+    for other in (TreeShape(tokens - 1), TreeShape(tokens, 2, 4)):
+        with pytest.raises(ValueError, match=f"whole blocks, of {tokens} tokens"):
+            draft_arguments("sglang", other, "d", kind)

@@ -1,5 +1,6 @@
 """Masks in numbers are Transformers' masks, evaluated on each document's square; what is not known for sure stays a square."""
 
+import json
 from functools import partial, wraps
 
 import pytest
@@ -20,11 +21,12 @@ from transformers.masking_utils import (
 )
 
 from engine.models.target_families import CHUNKS_START_WITH_DOCUMENTS
+from engine.parallel.rules import PROOFS
 from engine.target import masks
 from engine.target.masks import DocumentMasks, Reach, document_masks, reach_of, whole_masks
 from engine.target.packed_row import PackedRow, row_of_forward
 from engine.target.structure import decoder_of
-from tests.parallel.families import FAMILIES, VOCAB, tiny_model
+from tests.parallel.families import VOCAB, tiny_model
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 1, 13, 2)
@@ -61,7 +63,7 @@ def spied():
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", json.loads(PROOFS.read_text(encoding="utf-8")))  # test_rules.py: they are all there
 @torch.no_grad()
 def test_the_masks_of_every_family_are_recognised(family, spied):
     decoder = decoder_of(tiny_model(family))

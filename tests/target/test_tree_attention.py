@@ -20,7 +20,8 @@ FAMILIES = {
     "gemma2": SLIDING,  # a soft cap
     "gemma3_text": SLIDING,
     "gpt_oss": SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},  # sinks
-    "gemma4_text": SLIDING | {"num_kv_shared_layers": 2},  # layers that read the cache of others
+    "gemma4_text": SLIDING  # layers that read the cache of others
+    | {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB},
     "llama4_text": {"floor_scale": 4, "num_local_experts": 2, "intermediate_size_mlp": 40},  # queries scaled by position
     "gpt2": None,  # learned positions
 }

@@ -6,14 +6,13 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.kernels import PLAIN, AttentionRows, Kernels
 from engine.kernels.elementwise import CosSin, rotate
 from engine.kernels.matmul import Linear
 from engine.kernels.recompute import recomputed
 from engine.kernels.row_index import take_rows
+from engine.models.draft_layers import RmsNorm, RotaryTable, SwigluMlp
 from engine.models.draft_method import DraftModel
 from engine.models.eagle3.draft_config import Eagle3Config
 from engine.models.eagle3.flops import NUM_AUX
@@ -60,42 +59,6 @@ class LayerKeys:
         return replace(self, extra_keys=extras[0], extra_values=extras[1], ancestors=(*self.ancestors, own_Q))
 
 
-class RotaryTable:
-    """Rotary embeddings in fp32.
-
-    This is not a module, so that casting the draft to bf16 does not change the frequencies.
-    """
-
-    def __init__(self, config: Eagle3Config) -> None:
-        llama = LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=dict(config.rope_parameters),
-        )
-        rotary = LlamaRotaryEmbedding(llama)
-        self.inv_freq = rotary.inv_freq.float()
-        self.attention_scaling = rotary.attention_scaling
-
-    def cos_sin(self, position_Q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosine and sine, fp32 [Q, 1, E] each, for positions int64 [Q]."""
-        self.inv_freq = self.inv_freq.to(position_Q.device)
-        angle_QE = torch.outer(position_Q.float(), self.inv_freq).repeat(1, 2)[:, None]
-        return angle_QE.cos() * self.attention_scaling, angle_QE.sin() * self.attention_scaling
-
-
-class RmsNorm(nn.RMSNorm):
-    eps: float
-
-    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
-        super().__init__(size, eps)
-        self.kernels = kernels
-
-    def forward(self, x_QD: torch.Tensor) -> torch.Tensor:
-        return self.kernels.elementwise.rms_norm(x_QD, self.weight, self.eps)
-
-
 class Eagle3Attention(nn.Module):
     def __init__(self, config: Eagle3Config, input_size: int, kernels: Kernels) -> None:
         super().__init__()
@@ -134,18 +97,6 @@ class Eagle3Attention(nn.Module):
         return self.o_proj(output_QHE.flatten(-2)), keys
 
 
-class Eagle3Mlp(nn.Module):
-    def __init__(self, config: Eagle3Config, kernels: Kernels) -> None:
-        super().__init__()
-        self.kernels = kernels
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x_QD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.kernels.elementwise.swiglu(self.gate_proj(x_QD), self.up_proj(x_QD)))
-
-
 class Eagle3Layer(nn.Module):
     """One decoder layer. The first one reads the token embedding as well as the state."""
 
@@ -158,7 +109,7 @@ class Eagle3Layer(nn.Module):
         self.hidden_norm = RmsNorm(size, eps, kernels)
         self.self_attn = Eagle3Attention(config, 2 * size if reads_embedding else size, kernels)
         self.post_attention_layernorm = RmsNorm(size, eps, kernels)
-        self.mlp = Eagle3Mlp(config, kernels)
+        self.mlp = SwigluMlp(size, config.intermediate_size, kernels)
 
     def forward(self, embed_QD, state_QD, cos_sin: CosSin, keys: LayerKeys, rows_R=None) -> tuple[torch.Tensor, LayerKeys]:
         x_QD = self.hidden_norm(state_QD)

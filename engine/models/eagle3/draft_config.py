@@ -20,23 +20,19 @@ from engine.models.target_families import (
     num_layers,
     text_config,
 )
+from engine.models.target_shapes import (
+    TokenId,
+    attention_shape,
+    check_layer_shapes,
+    dense_width,
+    derived_rope,
+    exported_rope,
+    first_of,
+    required,
+    target_token,
+    token_id_of,
+)
 
-TokenId = int | tuple[int, ...] | None
-
-# RoPE types that a draft can have, with the parameters that all servers interpret in the same way.
-# YaRN's mscale, mscale_all_dim and attention_factor are left out: Transformers and some servers
-# read them, others ignore them. Without them all use 0.1 ln(factor) + 1.
-_ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
-}
-_OPTIONAL_ROPE_KEYS = ("beta_fast", "beta_slow", "truncate")
-_UNSCALED_ROPE = ("mrope", "proportional")
-# If layer types have their own RoPE, the draft uses that of one of these (DeepSeek-V4: main).
-_ROPE_LAYERS = ("full_attention", "main")
-_DTYPES = ("bfloat16", "float16", "float32")
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 AUX_IDS = "eagle_aux_hidden_state_layer_ids"
 # Architecture names of published EAGLE-3 drafts with Llama layers: SGLang's, vLLM's, and those of
@@ -102,19 +98,7 @@ class Eagle3Config:
             raise ValueError(
                 f"draft.vocab_size={self.draft_vocab_size} exceeds the target's vocabulary; use at most {self.vocab_size}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd, but RoPE rotates pairs; give an even head_dim in draft.config")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"draft.num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"draft.num_key_value_heads={self.num_key_value_heads}; give a divisor"
-            )
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}: a draft's weights have one of {list(_DTYPES)}")
-        if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act={self.hidden_act!r}: an EAGLE-3 draft has SwiGLU; use 'silu'")
-        if self.rope_parameters["rope_type"] not in _ROPE_KEYS:
-            raise ValueError(f"rope_type={self.rope_parameters['rope_type']!r}: a draft can have one of {sorted(_ROPE_KEYS)}")
+        check_layer_shapes(self)
 
     @property
     def shape(self) -> DraftShape:
@@ -188,14 +172,14 @@ class Eagle3Config:
             rms_norm_eps=exported.get("rms_norm_eps", 1e-6),
             hidden_act=exported.get("hidden_act", "silu"),
             max_position_embeddings=exported["max_position_embeddings"],
-            rope_parameters=_exported_rope(exported),
+            rope_parameters=exported_rope(exported),
             vocab_size=exported["vocab_size"],
             draft_vocab_size=exported.get("draft_vocab_size") or exported["vocab_size"],
             target_hidden_size=exported.get("target_hidden_size") or hidden_size,
             aux_layers=exported_aux_layers(exported, source),
-            bos_token_id=_token_id(exported.get("bos_token_id")),
-            eos_token_id=_token_id(exported.get("eos_token_id")),
-            pad_token_id=_token_id(exported.get("pad_token_id")),
+            bos_token_id=token_id_of(exported.get("bos_token_id")),
+            eos_token_id=token_id_of(exported.get("eos_token_id")),
+            pad_token_id=token_id_of(exported.get("pad_token_id")),
             fc_norm=bool(exported.get("fc_norm")),
             norm_output=bool(exported.get("norm_output")),
             dtype=exported.get("dtype") or exported.get("torch_dtype") or "bfloat16",
@@ -261,25 +245,25 @@ def derive_draft_config(
     if draft.config is not None:
         return _read_draft_config(target, Path(draft.config), aux_layers)
     layers = choose_aux_layers(target, aux_layers)
-    heads, groups, head_dim = _attention_shape(target, draft)
+    heads, groups, head_dim = attention_shape(target, draft)
     return Eagle3Config(
         hidden_size=draft.hidden_size or target.hidden_size,
-        intermediate_size=draft.intermediate_size or _dense_width(target),
+        intermediate_size=draft.intermediate_size or dense_width(target),
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=head_dim,
         num_hidden_layers=draft.num_layers,
-        rms_norm_eps=_first(target, ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"), 1e-6),
+        rms_norm_eps=first_of(target, ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"), 1e-6),
         hidden_act="silu",
-        max_position_embeddings=_required(target, "max_position_embeddings"),
-        rope_parameters=_derived_rope(target),
+        max_position_embeddings=required(target, "max_position_embeddings"),
+        rope_parameters=derived_rope(target),
         vocab_size=target.vocab_size,
         draft_vocab_size=draft.vocab_size,
         target_hidden_size=target.hidden_size,
         aux_layers=layers,
-        bos_token_id=_target_token(target_config, "bos_token_id"),
-        eos_token_id=_target_token(target_config, "eos_token_id"),
-        pad_token_id=_target_token(target_config, "pad_token_id"),
+        bos_token_id=target_token(target_config, "bos_token_id"),
+        eos_token_id=target_token(target_config, "eos_token_id"),
+        pad_token_id=target_token(target_config, "pad_token_id"),
         fc_norm=draft.fc_norm,
         norm_output=draft.norm_output,
         dtype="bfloat16",
@@ -322,60 +306,6 @@ def _read_draft_config(target: PreTrainedConfig, path: Path, aux_layers: tuple[i
     return config
 
 
-def _attention_shape(target: PreTrainedConfig, draft: DraftSection) -> tuple[int, int, int]:
-    if _first(target, ("kv_lora_rank",), None) is not None:
-        head_dim = 128
-        heads = draft.num_attention_heads or 1 << (-(-target.hidden_size // head_dim) - 1).bit_length()
-        return heads, draft.num_key_value_heads or min(8, heads), head_dim
-    target_heads = _required(target, "num_attention_heads")
-    heads = draft.num_attention_heads or target_heads
-    groups = draft.num_key_value_heads or _first(target, ("num_key_value_heads",), heads)
-    head_dim = _first(target, ("head_dim",), target.hidden_size // target_heads)
-    if not all(isinstance(count, int) for count in (heads, groups, head_dim)):
-        raise ValueError(f"target family {target.model_type!r} has different heads in different layers; give draft.config")
-    return heads, groups, head_dim
-
-
-def _dense_width(target: PreTrainedConfig) -> int:
-    width = _first(target, ("intermediate_size_mlp", "intermediate_size"), 0)
-    if isinstance(width, int) and width >= 2 * target.hidden_size:
-        return width
-    return -(-7 * target.hidden_size // 512) * 256
-
-
-def _derived_rope(target: PreTrainedConfig) -> dict[str, Any]:
-    rope = _first(target, ("rope_parameters",), None) or _legacy_rope(target)
-    if "rope_theta" not in rope:
-        kind = next((kind for kind in _ROPE_LAYERS if kind in rope), None)
-        if kind is None:
-            raise ValueError(f"target family {target.model_type!r} has RoPE per layer type {sorted(rope)}; give draft.config")
-        rope = rope[kind]
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    kind = "default" if kind in _UNSCALED_ROPE else kind
-    if kind not in _ROPE_KEYS:
-        raise ValueError(
-            f"target family {target.model_type!r} has {kind!r} RoPE, which a draft cannot follow; give draft.config with "
-            f"rope_parameters of one of {sorted(_ROPE_KEYS)}"
-        )
-    missing = [key for key in _ROPE_KEYS[kind] if rope.get(key) is None]
-    if missing:
-        raise ValueError(f"the target's {kind!r} RoPE lacks {missing}; add them to its config.json")
-    kept = _ROPE_KEYS[kind] + (_OPTIONAL_ROPE_KEYS if kind == "yarn" else ())
-    scaling = {key: rope[key] for key in kept if rope.get(key) is not None}
-    return {"rope_type": kind, "rope_theta": rope["rope_theta"]} | scaling
-
-
-def _legacy_rope(target: PreTrainedConfig) -> dict[str, Any]:
-    scaling = _first(target, ("rope_scaling",), None) or {}
-    return dict(scaling) | {"rope_theta": _first(target, ("rope_theta",), 10000.0)}
-
-
-def _exported_rope(exported: dict[str, Any]) -> dict[str, Any]:
-    rope = dict(exported.get("rope_scaling") or {}) | dict(exported.get("rope_parameters") or {})
-    old_name = rope.pop("type", "default")
-    return {"rope_type": old_name, "rope_theta": exported.get("rope_theta", 10000.0)} | rope
-
-
 def check_architecture(exported: dict[str, Any], source: str | Path) -> None:
     """Raise ValueError unless the config belongs to an EAGLE-3 draft with Llama layers.
 
@@ -407,6 +337,11 @@ def check_architecture(exported: dict[str, Any], source: str | Path) -> None:
 
 def _check_is_eagle3(exported: dict[str, Any], source: str | Path) -> None:
     check_architecture(exported, source)
+    if "transformer_layer_config" in exported:
+        problem = "is in the format of speculators, which is written here and not read"
+        raise ValueError(
+            f"{source} {problem}; name the draft's folder in the format of servers (export_draft.py --format sglang)"
+        )
     required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
     missing = [key for key in required if exported.get(key) is None]
     if missing:
@@ -421,29 +356,3 @@ def _check_is_eagle3(exported: dict[str, Any], source: str | Path) -> None:
         raise ValueError(f"{source} has partial_rotary_factor={exported['partial_rotary_factor']}; only 1.0 is possible")
     if (exported.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
         raise ValueError(f"{source} has use_aux_hidden_state=false: that is EAGLE-1; it must be true")
-
-
-def _first(config: PreTrainedConfig, names: tuple[str, ...], otherwise: Any) -> Any:
-    """Return the first of these attributes that a target config has and that is not None."""
-    try:
-        values = [getattr(config, name) for name in names if hasattr(config, name)]
-    except RuntimeError as error:  # Transformers raises it for values that differ between layers
-        problem = f"target family {config.model_type!r} has different values of {names[-1]} in different layers"
-        raise ValueError(f"{problem}; give draft.config") from error
-    return next((value for value in values if value is not None), otherwise)
-
-
-def _required(config: PreTrainedConfig, name: str) -> Any:
-    value = _first(config, (name,), None)
-    if value is None:
-        raise ValueError(f"the config of target family {config.model_type!r} has no {name}; give draft.config")
-    return value
-
-
-def _target_token(config: PreTrainedConfig, name: str) -> TokenId:
-    inner = _first(text_config(config), (name,), None)
-    return _token_id(_first(config, (name,), None) if inner is None else inner)
-
-
-def _token_id(value: Any) -> TokenId:
-    return tuple(value) if isinstance(value, list | tuple) else value

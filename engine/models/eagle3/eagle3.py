@@ -16,7 +16,7 @@ from engine.batch import PackedBatch
 from engine.config.sections import Config
 from engine.kernels import PLAIN, Kernels
 from engine.models.costs import StepPart
-from engine.models.draft_method import ActivationBytes, DraftMethod, TargetTables
+from engine.models.draft_method import ActivationBytes, DraftMethod, TargetFacts, TargetTables
 from engine.models.eagle3.activation_memory import DraftStates
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import Eagle3Config, choose_aux_layers, derive_draft_config
@@ -24,6 +24,7 @@ from engine.models.eagle3.export import PROJECTION, export_draft, load_draft
 from engine.models.eagle3.flops import StepCounts, step_parts
 from engine.models.eagle3.initial_weights import start_from_target
 from engine.models.eagle3.served_draft import ServedEagle3
+from engine.models.eagle3.speculators_export import export_speculators
 from engine.models.eagle3.unroll import Teacher, TrainingTimeTest
 from engine.models.eagle3.warm_start import start_from_draft
 from engine.models.training_rows import allowed_rows, slots_of
@@ -91,17 +92,29 @@ class Eagle3(DraftMethod[Eagle3Config, Eagle3Draft]):
     ) -> None:
         export_draft(folder, weights, config, vocab_map, embed_weight_VD)
 
+    def export_speculators(
+        self,
+        folder: Path,
+        weights: Iterable[tuple[str, Tensor]],
+        config: Eagle3Config,
+        vocab_map: VocabMap,
+        embed_weight_VD: Tensor,
+        target: TargetFacts,
+    ) -> None:
+        export_speculators(folder, weights, config, vocab_map, embed_weight_VD, target)
+
     def ships_embedding(self, config: Eagle3Config) -> bool:
         return config.hidden_size != config.target_hidden_size
 
     def load(
         self,
         folder: Path,
-        embed_weight_VD: Tensor | None,
+        target: TargetTables | None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         kernels: Kernels = PLAIN,
     ) -> ServedEagle3:
+        embed_weight_VD = None if target is None else target.embedding.whole()
         return load_draft(folder, embed_weight_VD, dtype, device, kernels)
 
     def count_weights(self, config: Eagle3Config) -> int:

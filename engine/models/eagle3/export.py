@@ -21,7 +21,8 @@ from engine.models.draft_folder import (
     read_draft_weights,
     write_draft_folder,
 )
-from engine.models.eagle3.draft import Eagle3Draft, RotaryTable
+from engine.models.draft_layers import RotaryTable
+from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import Eagle3Config
 from engine.models.eagle3.served_draft import ServedEagle3
 from engine.models.vocab_map import VocabMap
@@ -57,12 +58,12 @@ def export_draft(
     projection_DD = tensors.pop(PROJECTION, None)
     if projection_DD is not None:
         assert embed_weight_VD is not None, "a draft with a projection ships the target's embedding"
-        _check_embedding(embed_weight_VD, config.vocab_size, config.target_hidden_size)
+        check_embedding(embed_weight_VD, config.vocab_size, config.target_hidden_size)
         tensors[EMBEDDING] = (embed_weight_VD.cpu().float() @ projection_DD.float().T).to(dtype).contiguous()
     check_finite(tensors)
     tensors |= _norm_copies(tensors)
     tensors |= {"d2t": vocab_map.d2t.cpu().contiguous(), "t2d": vocab_map.in_draft_V.cpu().contiguous()}
-    _check_vocabulary(tensors, config)
+    check_vocabulary(tensors, config)
     write_draft_folder(folder, tensors, config.to_dict())
 
 
@@ -81,12 +82,12 @@ def load_draft(
     """
     config = Eagle3Config.from_dict(read_draft_config(folder), folder / CONFIG)
     tensors = read_draft_weights(folder, device)
-    _check_vocabulary(tensors, config)
+    check_vocabulary(tensors, config)
     vocab_map = VocabMap.from_tables(tensors.pop("d2t"), tensors.pop("t2d"))
     embed_weight_VD = tensors.pop(EMBEDDING, embed_weight_VD)
     if embed_weight_VD is None:
         raise ValueError(f"{folder} ships no embedding: it shares its target's, so name the target")
-    _check_embedding(embed_weight_VD, config.vocab_size, config.hidden_size)
+    check_embedding(embed_weight_VD, config.vocab_size, config.hidden_size)
     with torch.device("meta"):
         model = Eagle3Draft(config, kernels)
     model.embed_projection = None
@@ -125,13 +126,15 @@ def without_norm_copies(tensors: dict[str, torch.Tensor], source: Path) -> dict[
     return {name: tensor for name, tensor in tensors.items() if name not in copies}
 
 
-def _check_embedding(weight_VD: torch.Tensor, vocab_size: int, width: int) -> None:
+def check_embedding(weight_VD: torch.Tensor, vocab_size: int, width: int) -> None:
+    """Raise ValueError unless an embedding has the shape that the draft's config asks for."""
     if weight_VD.shape != (vocab_size, width):
         problem = f"the embedding has shape {list(weight_VD.shape)}, the draft's config asks for {[vocab_size, width]}"
         raise ValueError(f"{problem}; name the target that the draft was trained for")
 
 
-def _check_vocabulary(tensors: dict[str, torch.Tensor], config: Eagle3Config) -> None:
+def check_vocabulary(tensors: dict[str, torch.Tensor], config: Eagle3Config) -> None:
+    """Raise ValueError unless `d2t` and `t2d` are there, have the config's sizes and fit each other."""
     for name, size in (("d2t", config.draft_vocab_size), ("t2d", config.vocab_size)):
         if name not in tensors or tensors[name].numel() != size:
             raise ValueError(f"{name} must have {size} entries, as the config's vocabulary has")

@@ -9,14 +9,13 @@ Source: EAGLE-3 (arXiv:2503.01840), section 3.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.config.sections import CHUNK_MB, LossSection, TttSection
 from engine.kernels import RowWeights, SlotTargets
-from engine.kernels.recompute import recomputed
+from engine.kernels.recompute import recomputed_if
 from engine.kernels.row_index import take_rows
 from engine.kernels.vocab_loss import LossPass
 from engine.models.eagle3.draft import Eagle3Draft, LayerKeys
@@ -61,7 +60,7 @@ def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | No
         state_QD = draft.next_state(output_QD if index_Q is None else take_rows(output_QD, index_Q))
         return draft.step(take_rows(embed_TD, row_Q + 1 + step), state_QD, position_T[row_Q] + step, keys)
 
-    run = recomputed if draft.kernels.recompute == "step" else _at_once
+    run = recomputed_if(draft.kernels.recompute == "step")
     first_kept = kept[0]
     row_Q = row_T if first_kept is None else first_kept
     longest = max(batch.host_lengths, default=None)
@@ -80,10 +79,6 @@ def unroll(draft: Eagle3Draft, micro: MicroBatch, steps: int, plan: RowPlan | No
         output_QD, keys = run(later, step, output_QD, row_Q, keys)
         outputs.append(output_QD)
     return outputs
-
-
-def _at_once(function: Callable, *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 @dataclass(frozen=True)
@@ -125,6 +120,10 @@ class TrainingTimeTest:
         """Return the number of rows with loss of each TTT step, fp32 [S]."""
         return loss_rows(micro.allowed_ST, micro.target, self.teacher.vocab_map).sum(1).float()
 
+    def loss_share(self, micro: MicroBatch) -> int | torch.Tensor:
+        """Return the slots of a micro-batch, or its positions, whichever the loss is divided by."""
+        return micro.num_slots if self.is_normalised_globally else micro.num_tokens
+
     def logits(self, draft: Eagle3Draft, micro: MicroBatch) -> list[torch.Tensor]:
         """Compute the draft's logits of every row: [T, U] for each TTT step."""
         return [draft.logits(output_TD) for output_TD in unroll(draft, micro, self.ttt.steps)]
@@ -146,7 +145,8 @@ class TrainingTimeTest:
         hidden_RD = draft.norm(torch.cat([take_rows(*rows) for rows in zip(outputs, plan.loss_rows, strict=True)]))
         kernels = draft.kernels
         weight_UD = draft.lm_head.weight
-        slots = SlotTargets(target.last_hidden_ND, self.teacher.logits, target.lse_N, vocab_map.draft_ids(target.argmax_N))
+        argmax_N, lse_N = target.head_stats
+        slots = SlotTargets(target.last_hidden_ND, self.teacher.logits, lse_N, vocab_map.draft_ids(argmax_N))
         acceptance_S = norms.acceptance_S
         if self.needs_acceptance and acceptance_S is None:
             with torch.no_grad():  # extra pass for the mean acceptance rate of the micro-batch

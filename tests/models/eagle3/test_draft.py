@@ -9,7 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from engine.config.sections import DraftSection
 from engine.kernels.elementwise import rotate
-from engine.models.eagle3.draft import Eagle3Draft, LayerKeys, RotaryTable
+from engine.models.draft_layers import RotaryTable
+from engine.models.eagle3.draft import Eagle3Draft, LayerKeys
 from engine.models.eagle3.draft_config import derive_draft_config
 from engine.models.eagle3.served_draft import ServedEagle3
 from engine.models.vocab_map import VocabMap

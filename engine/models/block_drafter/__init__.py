@@ -1,0 +1,1 @@
+"""What all block drafters share: anchors, backbone, objective, drafting and export."""

@@ -1,0 +1,175 @@
+"""Lower bounds of a training step of a block drafter, and the memory of its activations.
+
+Attention scores, logits and the inner states of MLPs need not exist in memory. `fc` has no input
+gradient, since the target's states are frozen, and the head has no weight gradient.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from engine.batch import PackedBatch
+from engine.config.sections import CHUNK_MB
+from engine.models.block_drafter.block_config import BlockConfig
+from engine.models.block_drafter.block_rows import BlockShape, plan_blocks
+from engine.models.costs import FULL, Cost, StepPart, attention_part, frozen_head_part, map_part
+from engine.models.draft_method import ActivationBytes
+
+
+@dataclass(frozen=True)
+class BlockCounts:
+    """Work of a training step on a micro-batch.
+
+    num_tokens: T. num_context: context tokens that a block sees. num_blocks: N.
+    num_rows: rows of all blocks. num_loss_rows: rows with loss. rows_S: rows with loss of each prediction.
+    pairs_of_layers: for each layer, pairs of a row and a key that it sees, of all rows.
+    last_pairs: pairs of the rows with loss in the last layer.
+    prefix_pairs: pairs of a token and an earlier token of its document, or the token itself.
+    num_slots: slots whose target distribution is computed.
+    """
+
+    num_tokens: int
+    num_context: int
+    num_blocks: int
+    num_rows: int
+    num_loss_rows: int
+    rows_S: tuple[int, ...]
+    pairs_of_layers: tuple[int, ...]
+    last_pairs: int
+    prefix_pairs: int
+    num_slots: int
+    block_size: int
+
+    @classmethod
+    def needed(cls, batch: PackedBatch, allowed_ST: Tensor, shape: BlockShape, num_slots: int) -> "BlockCounts":
+        """Return the counts of the rows that a loss depends on. allowed_ST: bool [S, T], rows with loss."""
+        plan = plan_blocks(batch, allowed_ST, shape)
+        pairs: list[int] = []
+        last_pairs = 0
+        for rows in plan.layers:
+            seen_P = rows.context_end_Q - rows.context_begin_Q + rows.own_end_Q - rows.own_begin_Q
+            pairs.append(int(seen_P.sum()))
+            last_pairs = int(seen_P[plan.loss_row_R].sum())
+        return cls(
+            num_tokens=batch.num_tokens,
+            num_context=batch.num_tokens if plan.context_C is None else len(plan.context_C),
+            num_blocks=len(plan.anchor_N),
+            num_rows=plan.num_rows,
+            num_loss_rows=len(plan.loss_row_R),
+            rows_S=tuple(allowed_ST.sum(1).tolist()),
+            pairs_of_layers=tuple(pairs),
+            last_pairs=last_pairs,
+            prefix_pairs=int((batch.position_T + 1).sum()),
+            num_slots=num_slots,
+            block_size=shape.block_size,
+        )
+
+    def without_compaction(self) -> "BlockCounts":
+        """Return the counts if every row of every block is computed and has a head, and every token is context."""
+        num_rows = self.num_blocks * self.block_size
+        share = num_rows / max(1, self.num_rows)
+        pairs = tuple(round(count * share) for count in self.pairs_of_layers)
+        return replace(
+            self,
+            num_context=self.num_tokens,
+            num_rows=num_rows,
+            num_loss_rows=num_rows,
+            rows_S=(self.num_blocks,) * len(self.rows_S),
+            pairs_of_layers=pairs,
+            last_pairs=pairs[-1],
+        )
+
+
+def block_step_parts(
+    config: BlockConfig, counts: BlockCounts, needs_distribution: bool, needs_head_stats: bool, mixed_rows: int = 0
+) -> dict[str, StepPart]:
+    """Return the parts of one training step that all methods have, with the target's head but not its layers.
+
+    needs_distribution, needs_head_stats: as the properties of the method.
+    mixed_rows: rows of a block that a method mixes into each row, including itself; 0 = none. If rows
+        are mixed, all of them run in every layer.
+    """
+    size = config.hidden_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = 2 * config.num_key_value_heads * config.head_dim
+    aux_size = len(config.aux_layers) * size
+    parts = {"fc": map_part(counts.num_context, aux_size, aux_size * size, size, input_gradient=False)}
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    last = config.num_hidden_layers - 1
+    for layer, pairs in enumerate(counts.pairs_of_layers):
+        drops_rows = layer == last and not mixed_rows
+        num_rows = counts.num_loss_rows if drops_rows else counts.num_rows
+        num_pairs = counts.last_pairs if drops_rows else pairs
+        num_inputs = counts.num_rows
+        if layer == 0:
+            num_inputs = first_layer_inputs(counts, mixed_rows)
+        num_asking = min(num_inputs, num_rows)
+        own = {
+            "context": map_part(counts.num_context, size, size * keys, keys),
+            "qkv": map_part(num_asking, size, size * queries, queries) + map_part(num_inputs, size, size * keys, keys),
+            "attention": attention_part(num_rows, counts.num_context + counts.num_rows, num_pairs, heads),
+            "o": map_part(num_rows, queries, queries * size, size),
+            "mlp": map_part(num_rows, size, 3 * size * config.intermediate_size, size),
+        }
+        for name, part in own.items():
+            parts[name] = parts.get(name, StepPart(Cost())) + part
+    parts["head"] = frozen_head_with_gradient(counts.num_loss_rows, size, config.vocab_size)
+    if needs_distribution:
+        parts["teacher"] = frozen_head_part(counts.num_slots, size, config.vocab_size)
+    if needs_head_stats:
+        parts["target_head"] = frozen_head_part(counts.num_slots, size, config.vocab_size)
+    return parts
+
+
+def first_layer_inputs(counts: BlockCounts, mixed_rows: int) -> int:
+    """Return the number of different rows that enter the first layer's attention.
+
+    The mask rows have one input. Where `mixed_rows` rows are mixed, the first rows of a block differ.
+    """
+    return min(counts.num_rows, counts.num_blocks * max(1, mixed_rows) + 1)
+
+
+def frozen_head_with_gradient(num_rows: int, size: int, vocab_size: int) -> StepPart:
+    """Return the cost of a frozen head and its loss: logits, and the gradient of the head's input."""
+    once = Cost(2 * num_rows * size * vocab_size, (num_rows + vocab_size) * size)
+    return StepPart(once, once)
+
+
+def block_activation_bytes(
+    config: BlockConfig,
+    counts: BlockCounts,
+    itemsize: int,
+    fused: bool,
+    recompute: str,
+    chunk_mb: int | None,
+    needs_distribution: bool,
+) -> ActivationBytes:
+    """Return the memory of activations. itemsize: bytes of a number. fused: whether GPU kernels run."""
+    size = config.hidden_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = 2 * config.num_key_value_heads * config.head_dim
+    width = config.intermediate_size
+    norm = size * itemsize
+    of_mlp = norm + (size + (3 if fused else 2) * width) * itemsize
+    kept_mlp = size * itemsize if recompute == "mlp" else of_mlp
+    of_row = size * itemsize + norm + 2 * (queries + keys) * itemsize + config.num_attention_heads * FULL
+    of_context = 3 * keys * itemsize
+    kept = counts.num_context * 3 * size * itemsize
+    for layer in range(config.num_hidden_layers):
+        num_rows = counts.num_loss_rows if layer == config.num_hidden_layers - 1 else counts.num_rows
+        if recompute == "layer":
+            kept += num_rows * size * itemsize
+            continue
+        kept += counts.num_context * of_context + counts.num_rows * of_row + num_rows * kept_mlp
+    kept += 3 * counts.num_loss_rows * size * itemsize
+    limit = (chunk_mb or CHUNK_MB["cuda" if fused else "cpu"]) << 20
+    # A chunk holds the logits of its rows and, in fp32, the target's.
+    bytes_per_row = config.vocab_size * (itemsize + (FULL if needs_distribution else 0))
+    chunk = min(limit, counts.num_loss_rows * bytes_per_row)
+    again = 0
+    if recompute == "mlp":
+        again = counts.num_rows * of_mlp
+    if recompute == "layer":
+        again = counts.num_rows * (of_row + of_mlp) + counts.num_context * of_context
+    backward = counts.num_rows * 4 * width * itemsize + again
+    return ActivationBytes(kept, max(chunk, backward))

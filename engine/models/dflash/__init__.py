@@ -1,0 +1,1 @@
+"""DFlash: a block of tokens is drafted in one forward."""
