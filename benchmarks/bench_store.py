@@ -50,10 +50,13 @@ THREADS = 4
 ROUNDS = 3
 
 
-def make_documents(num_tokens: int) -> list[Document]:
-    """Return documents of 512 tokens each; the second half of each are assistant tokens."""
+def make_documents(num_tokens: int, mask_share: float = 0.5) -> list[Document]:
+    """Return documents of 512 tokens each.
+
+    mask_share: share of assistant tokens, which are the last ones of each document.
+    """
     ids_T = np.random.default_rng(0).integers(0, 1000, num_tokens).astype(np.int32)
-    mask_T = np.arange(DOCUMENT_TOKENS) >= DOCUMENT_TOKENS // 2
+    mask_T = np.arange(DOCUMENT_TOKENS) >= round(DOCUMENT_TOKENS * (1 - mask_share))
     return [Document(ids_T[at : at + DOCUMENT_TOKENS], mask_T, ()) for at in range(0, num_tokens, DOCUMENT_TOKENS)]
 
 

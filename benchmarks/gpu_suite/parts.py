@@ -34,6 +34,7 @@ _SELF_CHECK = ("-m", "benchmarks.gpu_suite.self_check", "--device", DEVICE, "--j
 _KERNEL_TESTS = ("-m", "benchmarks.gpu_suite.kernel_tests", "--json", JSON)
 _TRAINING = ("-m", "benchmarks.gpu_suite.compare_training", "--device", DEVICE, "--json", JSON)
 _SPECFORGE = ("benchmarks/peers/bench_specforge.py", "--device", DEVICE, "--json", JSON)
+_BLOCK = ("benchmarks/peers/bench_block.py", "--device", DEVICE, "--json", JSON)
 
 PARTS = (
     SuitePart(
@@ -51,6 +52,38 @@ PARTS = (
         tiny=(*_KERNEL_TESTS, "--marker", "not gpu", "--files", "tests/kernels/test_matmul.py"),
         weight=170,
         needs=("pytest", "triton"),
+    ),
+    SuitePart(
+        name="block_attention",
+        title="attention of draft blocks at the shapes of Llama-3.1-8B, 512 blocks of 16 rows",
+        command=_benchmark(
+            "benchmarks.kernels.bench_anchored_attention",
+            ("8b-4096-one-16x512", "8b-4096-many-16x512", "8b-4096-one-16x512-window1024"),
+            ("tiles", "triton"),
+            "--repeat",
+            "10",
+        ),
+        tiny=_benchmark(
+            "benchmarks.kernels.bench_anchored_attention", ("cpu-1024-many-8x128",), ("reference", "tiles"), "--repeat", "1"
+        ),
+        weight=40,
+        needs=("rich",),
+        needs_on_gpu=("triton",),
+    ),
+    SuitePart(
+        name="token_loss",
+        title="loss against tokens and distributions at the shapes of Llama-3.1-8B, 8192 rows",
+        command=_benchmark(
+            "benchmarks.kernels.bench_token_loss",
+            ("8b-8192-hard", "8b-8192-soft", "8b-8192-bias"),
+            ("chunks", "triton", "products"),
+            "--repeat",
+            "10",
+        ),
+        tiny=_benchmark("benchmarks.kernels.bench_token_loss", ("cpu-896-hard",), ("chunks", "products"), "--repeat", "1"),
+        weight=40,
+        needs=("rich",),
+        needs_on_gpu=("triton",),
     ),
     SuitePart(
         name="training",
@@ -108,10 +141,19 @@ PARTS = (
     SuitePart(
         name="specforge",
         title="the draft's step compared with SpecForge's, on the same machine",
-        command=(*_SPECFORGE, "--mask", "1.0", "0.5", "0.3", "--hits", "all", "--rounds", "3"),
-        tiny=(*_SPECFORGE, "--shape", "cpu-tiny", "--mask", "0.5", "--hits", "all", "--rounds", "1"),
+        command=(*_SPECFORGE, "--mask", "1.0", "0.5", "0.3", "--hits", "all", "--rounds", "3", "--max_rounds", "5"),
+        tiny=(*_SPECFORGE, "--shape", "cpu-tiny", "--mask", "0.5", "--hits", "all", "--rounds", "1", "--max_rounds", "1"),
         weight=80,
         needs=("specforge", "rich"),
+        needs_on_gpu=("triton",),
+    ),
+    SuitePart(
+        name="block_peers",
+        title="the step of DFlash and DSpark compared with SpecForge's and speculators', at Qwen3-8B",
+        command=(*_BLOCK, "--shape", "qwen3-8b", "--rounds", "3", "--max_rounds", "5"),
+        tiny=(*_BLOCK, "--shape", "cpu-tiny", "--dtype", "float32", "--rounds", "1", "--max_rounds", "1"),
+        weight=60,
+        needs=("specforge", "speculators", "rich"),
         needs_on_gpu=("triton",),
     ),
 )

@@ -11,7 +11,9 @@ def lines_of(part: str, results: Any) -> list[str]:
     if not results:
         return []
     if part == "specforge":
-        return [_specforge_line(case) for case in results]
+        return [f"{case['mask']:.0%} loss: {_peer_figures(case)}" for case in results]
+    if part == "block_peers":
+        return [f"{case['peer']}, {case['method']}: {_peer_figures(case)}" for case in results]
     if "rows" in results:
         lines = []
         for row in results["rows"]:
@@ -49,7 +51,8 @@ def _benchmark_lines(row: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _specforge_line(case: dict[str, Any]) -> str:
+def _peer_figures(case: dict[str, Any]) -> str:
     ours_s, theirs_s = case["seconds"]
     times = f"{1e3 * ours_s:.1f} ms against {1e3 * theirs_s:.1f} ms"
-    return f"{case['mask']:.0%} loss: {case['speedup']:.2f}x, {times}, memory {case['memory_ratio']:.2f}x"
+    doubt = ", not reliable" if case["warning"] else ""
+    return f"{case['speedup']:.2f}x{doubt}, {times}, memory {case['memory_ratio']:.2f}x"

@@ -1,9 +1,10 @@
-"""Process that runs DraftSpeed's side of a comparison; see task.py."""
+"""Process that runs DraftSpeed's side of a comparison; see side_process.py."""
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers.task import STEPS, read_task, serve
+from benchmarks.peers.eagle3_task import STEPS, Task
+from benchmarks.peers.side_process import read_command_line, serve
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
 from engine.config.sections import LossSection, TttSection
 from engine.host.freed_memory import keep_freed_memory
@@ -17,7 +18,8 @@ from engine.target.head import TargetHead
 
 
 def main() -> None:
-    task, _ = read_task()
+    options = read_command_line()
+    task = Task.from_json(options.task)
     tensors = task.tensors()
     eagle = {"architectures": ["LlamaForCausalLMEagle3"], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}
     config = Eagle3Config.from_dict(task.config() | eagle)
@@ -45,7 +47,7 @@ def main() -> None:
 
     if task.device == "cpu":
         keep_freed_memory()
-    serve(task, draft, forward)
+    serve(draft, forward, task.device)
 
 
 if __name__ == "__main__":

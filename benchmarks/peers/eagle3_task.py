@@ -1,28 +1,22 @@
-"""The task on which two trainers are compared.
+"""The EAGLE-3 step on which trainers are compared.
 
 Each process creates the same weights and the same batch from a seed.
 
-A process that serves a task reads commands from its standard input and answers each with one line
-of JSON. `check FILE` runs the first step and writes its losses and gradients, `time` runs a step
-and returns its seconds, and `memory` returns the peak memory in bytes.
+Trainers divide their losses differently. A side therefore multiplies its own loss by a constant, so
+that every side returns the sum over the rows with loss divided by all positions, with the weight
+0.8**i for TTT step i. The first S - 1 tokens carry no loss, so that every step has the same rows to
+learn, and the constant is the same for all of them.
 """
 
-import argparse
-import ctypes
-import gc
 import json
-import resource
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 STEPS = 7
+STEP_DECAY = 0.8
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,8 @@ class Task:
     """One training step of a draft on one document, including the target head.
 
     hidden_size to num_tokens: sizes; the draft is as wide as its target.
-    mask: share of assistant tokens, which are the last ones.
+    mask: share of assistant tokens, which are the last ones, without the first S - 1 tokens and the
+        last one of the document.
     hits: "all" if the target's most likely token is always in the draft vocabulary, "random" if it
     is there as often as any other token.
     device, dtype: names in torch.
@@ -48,6 +43,13 @@ class Task:
     hits: str
     device: str
     dtype: str
+
+    @classmethod
+    def from_json(cls, text: str) -> "Task":
+        return cls(**json.loads(text))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
 
     def config(self) -> dict:
         """Return the options of the draft's config.json."""
@@ -81,10 +83,11 @@ class Task:
         if self.hits == "all":  # Logits near zero are never the largest.
             head_VD[~in_draft_V] *= 0.05
         position_T = torch.arange(self.num_tokens)
+        first = max(round(self.num_tokens * (1 - self.mask)), STEPS - 1)
         tensors = TaskTensors(
             input_ids_T=torch.randint(vocab, (self.num_tokens,), generator=generator),
             # No token follows a document's last token, so it cannot be trained on.
-            mask_T=(position_T >= round(self.num_tokens * (1 - self.mask))) & (position_T < self.num_tokens - 1),
+            mask_T=(position_T >= first) & (position_T < self.num_tokens - 1),
             aux_TA=draw(self.num_tokens, 3 * size),
             last_hidden_TD=draw(self.num_tokens, size),
             head_VD=head_VD,
@@ -128,69 +131,16 @@ class TaskTensors:
     in_draft_V: Tensor
     weights: dict[str, Tensor]
 
+    def state_of(self, model: torch.nn.Module, common_name: Callable[[str], str]) -> dict[str, Tensor]:
+        """Return the draft's weights under a peer's names.
 
-def read_task() -> tuple[Task, argparse.Namespace]:
-    """Return the task and the options of this process's command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--task", required=True, help="Task as JSON")
-    parser.add_argument("--backend", default="sdpa")
-    parser.add_argument("--threads", type=int, required=True)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    return Task(**json.loads(options.task)), options
+        common_name: returns DraftSpeed's name of a weight of the peer's model.
+        """
+        names = {name: common_name(name) for name in model.state_dict()}
+        return {name: self.weights[common] for name, common in names.items() if common in self.weights}
 
 
-def task_json(task: Task) -> str:
-    return json.dumps(asdict(task))
-
-
-def serve(task: Task, model: nn.Module, forward: Callable[[], tuple[Tensor, Tensor]]) -> None:
-    """Run the commands of the standard input until it ends.
-
-    forward: returns the total loss, a differentiable scalar, and the losses of the TTT steps, [S].
-    """
-    on_gpu = task.device == "cuda"
-
-    def step() -> Tensor:
-        for parameter in model.parameters():
-            parameter.grad = None
-        loss, loss_S = forward()
-        loss.backward()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return loss_S.detach()
-
-    before = _start_counting(on_gpu)
-    for line in sys.stdin:
-        order, _, argument = line.strip().partition(" ")
-        if order == "check":
-            results = {"losses": step()}
-            results |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            save_file({name: tensor.float().cpu().contiguous() for name, tensor in results.items()}, Path(argument))
-            answer = True
-        elif order == "time":
-            start = time.perf_counter()
-            step()
-            answer = time.perf_counter() - start
-        else:
-            answer = (torch.cuda.max_memory_allocated() if on_gpu else _peak_rss_bytes()) - before
-        print(json.dumps(answer), flush=True)
-
-
-def _start_counting(on_gpu: bool) -> int:
-    """Reset the peak memory counter and return the bytes in use before the first step."""
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    # Otherwise the steps could use pages freed while the task was created, without being counted.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def _peak_rss_bytes() -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+def weighted(loss_S: Tensor) -> Tensor:
+    """Return the sum of the losses of the TTT steps, each with its weight."""
+    weights_S = STEP_DECAY ** torch.arange(len(loss_S), device=loss_S.device)
+    return (weights_S * loss_S).sum()
