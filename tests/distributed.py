@@ -1,5 +1,7 @@
 """Run a function in several real processes that share a process group."""
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -20,13 +22,18 @@ from engine.parallel.mesh import World
 
 # One GPU cannot hold several ranks, and DeepSpeed chooses its accelerator when it is first imported.
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-TIMEOUT_S = 60
-LAUNCH_TIMEOUT_S = 240
+TIMEOUT_S = 180
+LAUNCH_TIMEOUT_S = 480
 NUM_KILLS = int(os.environ.get("DRAFTSPEED_TEST_KILLS", "3"))  # of a process at random moments; CONTRIBUTING.md
-GRACE_S = 20  # for the other ranks, once one has failed
+GRACE_S = 30  # for the other ranks, once one has failed
 ROOT = Path(__file__).resolve().parents[1]
 # Tests run side by side. With a thread per core in each process, threads of one would spin while those of others compute.
 ONE_THREAD = "parallel.cpu_threads=1"
+
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+NUM_PORTS = 300
+FIRST_PORT = 10_000 + NUM_PORTS * (WORKER % 20)
+PORTS = (FIRST_PORT + (os.getpid() + number) % NUM_PORTS for number in itertools.count())
 
 # Every rank is forked from one server that has imported what the jobs need; else each rank would take seconds to import it.
 multiprocessing.set_forkserver_preload(["tests.preloaded"])
@@ -137,7 +144,13 @@ def _place(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on.
+
+    The port stays free until a process takes it: each worker of pytest-xdist has ports of its own, below those that the
+    kernel gives to connections.
+    """
+    while True:
+        port = next(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -119,7 +119,7 @@ def test_a_store_of_one_layer_is_captured_for_a_method_and_trained_from(data, tm
         metrics = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in metrics])
     assert len(losses[0]) > 1
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,9 @@ def test_a_product_is_added_to_a_sum_in_its_precision(shape, layouts, dtype, wid
     expected = sum_MN + product(a_MK, b_KN)
     add_product(sum_MN, a_MK, b_KN)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(sum_MN, expected.to(sum_MN.dtype), rtol=16 * eps, atol=64 * eps)
+    scale = (a_MK.double().norm(dim=1, keepdim=True) * b_KN.double().norm(dim=0)).clamp_min(1.0)
+    difference = (sum_MN.double() - expected.double()).abs()
+    assert (difference <= 16 * eps * scale).all()  # the order of the K terms is the library's choice
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,6 +20,7 @@ from engine.config.sections import Config, TttSection
 from engine.config.strict import option, read_section
 from engine.config.tree_shape import TreeShape
 from engine.kernels import PLAIN, Kernels
+from engine.kernels.matmul import Linear
 from engine.models.costs import StepPart, frozen_head_part, head_part, map_part
 from engine.models.draft_folder import (
     CONFIG,
@@ -73,9 +74,9 @@ class HeadsDraft(DraftModel[HeadsConfig]):
     def __init__(self, config: HeadsConfig, kernels: Kernels = PLAIN) -> None:
         super().__init__(config, kernels)
         size = config.hidden_size
-        self.heads = nn.ModuleList(nn.Linear(2 * size, size, bias=False) for _ in range(config.num_heads))
+        self.heads = nn.ModuleList(Linear(2 * size, size) for _ in range(config.num_heads))
         self.norm = nn.RMSNorm(size)
-        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        self.lm_head = Linear(size, config.draft_vocab_size)
 
     def forward(self, state_TD: Tensor, next_embed_TD: Tensor) -> list[Tensor]:
         """Compute the logits of every head, [T, U] each.

@@ -27,11 +27,13 @@ def generate(server, name: str, prompt=PROMPT):
 @pytest.mark.parametrize("drafts", [True, False])
 def test_tokens_times_and_acceptance_of_a_reply(name, drafts):
     with serving(drafts) as server:
-        server.step_s = 0.02
+        server.step_s = 0.05
         reply, acceptance = generate(server, name)
         assert list(reply.token_ids) == reply_to(PROMPT, LIMITS.max_new_tokens)
         num_steps = 4 if drafts else 4 * CHUNK
-        assert 0.02 <= reply.first_token_s <= reply.total_s - 0.02 * num_steps
+        assert reply.first_token_s >= 0.05
+        assert reply.total_s >= 0.05 * (1 + num_steps)
+        assert reply.first_token_s <= reply.total_s - 0.025 * num_steps  # half: the client may read the first token late
         if drafts:
             assert acceptance.length == CHUNK, "the token of the prompt's forward does not count"
             assert acceptance.num_verifies == 4

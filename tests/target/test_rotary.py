@@ -54,4 +54,4 @@ def test_forwards_of_one_document_choose_by_its_own_length():
     for ids_L in _batch().input_ids_T.split(LENGTHS):
         with torch.no_grad():
             ours, expected = (one(input_ids=ids_L[None], use_cache=False).logits for one in (target, model))
-        assert torch.equal(ours, expected)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

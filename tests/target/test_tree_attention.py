@@ -65,9 +65,9 @@ def test_each_path_is_read_as_it_is_alone(family, implementation):
         output = target.model(torch.tensor([tree_ids]), position_ids=row.position_N[None], past_key_values=cache)
     for token, path in enumerate(row.paths):
         alone = logits_of(target, prompt_ids + [tree_ids[one] for one in path])[-1]
-        torch.testing.assert_close(output.logits[0, token], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output.logits[0, token], alone, rtol=1e-3, atol=1e-4)
     kept = [0, 1, 3]
     keep_newest(cache, len(PARENTS), kept)
     following = target.model(torch.tensor([[7, 8]]), past_key_values=cache).logits[0]
     alone = logits_of(target, [*prompt_ids, *(tree_ids[one] for one in kept), 7, 8])[-2:]
-    torch.testing.assert_close(following, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(following, alone, rtol=1e-3, atol=1e-4)
