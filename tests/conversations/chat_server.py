@@ -45,6 +45,7 @@ class ChatServer(ThreadingHTTPServer):
     fault_of: the fault that meets a request, None = it is answered. delay_s: time that a reply takes.
     """
 
+    request_queue_size = 128  # of connections that are not accepted yet; the default of 5 refuses a burst of them
     daemon_threads = True
     block_on_close = False
 

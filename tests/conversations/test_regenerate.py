@@ -233,9 +233,9 @@ def test_a_server_that_dies_ends_it_with_what_is_done_and_the_rest_follows(other
         die_after(dying, 15)
         servers = [dying, server][: 1 + others]
         with pytest.raises(Unfinished, match=f"{dying.address} does not answer any more: .*; .* of 60 conv") as error:
-            regeneration(tmp_path, *servers, attempts=1, timeout_s=1.0).run()
+            regeneration(tmp_path, *servers, attempts=1, timeout_s=10.0).run()
     done = len(read_lines(partial_of(tmp_path / "out.jsonl"))) - 1
-    assert 3 < done < 60 and f"; {done} of 60 conversations are done, and the same command" in str(error.value)
+    assert 0 < done < 60 and f"; {done} of 60 conversations are done, and the same command" in str(error.value)
     assert not (tmp_path / "out.jsonl").exists()
     assert regeneration(tmp_path, server).run().by_earlier_runs == done
     assert read_lines(tmp_path / "out.jsonl") == expected_of(samples)

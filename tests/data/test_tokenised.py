@@ -175,7 +175,10 @@ def test_a_rank_that_does_not_build_waits_for_a_damaged_entry_to_be_replaced(pat
 
 def test_a_file_that_changes_while_it_is_read_leaves_nothing(paths, section, monkeypatch):
     def rewritten(scan, renderer):
-        Path(paths[0]).write_bytes(Path(paths[0]).read_bytes())
+        path = Path(paths[0])
+        before = path.stat()
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))  # file systems may round times
         yield from ((chunk, renderer(chunk)) for chunk in scan.chunks)
 
     monkeypatch.setattr(tokenised, "rendered_chunks", rewritten)
@@ -257,13 +260,32 @@ def test_ranks_and_runs_that_come_together_make_an_entry_once(paths, section, tm
     assert found == [found[0]] * 4 and len(entries(section)) == 1
 
 
+def build_until_killed(paths, section, marker):
+    """Build the entry, and wait to be killed after the first chunk; `marker` is created then."""
+    tokenised.Scan = SmallChunks
+    render = tokenised.Renderer.__call__
+    rendered = []
+
+    def render_one(self, chunk):
+        if rendered:
+            marker.touch()
+            time.sleep(600)
+        rendered.append(chunk)
+        return render(self, chunk)
+
+    tokenised.Renderer.__call__ = render_one
+    tokenise(paths, make_tokenizer(NAME), section, builds=True)
+
+
 def test_a_killed_process_leaves_no_entry_and_no_lock(paths, section, tmp_path):
-    killed = start_process(build_slowly, paths, section, True, 0.2, str(tmp_path / "killed.json"))
-    while not list(Path(section.cache_dir).glob("*.partial-*/*")):
+    marker = tmp_path / "building"
+    killed = start_process(build_until_killed, paths, section, marker)
+    while not marker.exists():
         assert killed.is_alive()
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
+    assert list(Path(section.cache_dir).glob("*.partial-*/*"))
     assert all(".partial-" in name for name in entries(section))
     tokenizer = make_tokenizer(NAME)
     assert_same(tokenise(paths, tokenizer, section, builds=True)[0], load_documents(paths, tokenizer, section)[0])

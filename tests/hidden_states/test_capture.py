@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import stat
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -40,16 +41,29 @@ def files(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
 
 
-def capture_slowly(config: Config) -> None:
-    """A shard takes its time, so that whoever kills this process finds it at work."""
+def capture_until(config: Config, number: int, is_written: bool, marker: Path) -> None:
+    """Capture until a shard of this process is complete, and wait there to be killed.
+
+    number: of the shard, from 1. is_written: whether it already has its final name. marker: file that is created then.
+    """
     finish = ShardFile.finish
+    lock = threading.Lock()
+    begun = []
 
-    def slowly(file: ShardFile) -> None:
-        time.sleep(0.02)
-        finish(file)
-        time.sleep(0.02)
+    def wait_to_be_killed() -> None:
+        marker.touch()
+        time.sleep(600)
 
-    ShardFile.finish = slowly
+    def finish_or_wait(file: ShardFile) -> None:
+        with lock:  # other threads complete no shard meanwhile
+            begun.append(file)
+            if len(begun) == number and not is_written:
+                wait_to_be_killed()
+            finish(file)
+            if len(begun) == number:
+                wait_to_be_killed()
+
+    ShardFile.finish = finish_or_wait
     run_capture(config)
 
 
@@ -65,26 +79,30 @@ def whole(tmp_path_factory, tiny_target, tiny_corpus) -> dict[str, bytes]:
 
 
 def test_killed_again_and_again_it_still_leaves_the_same_store(whole, tmp_path, tiny_target, tiny_corpus):
-    config = capture_config(tmp_path / "store", tiny_target, tiny_corpus.train)
+    store = tmp_path / "store"
+    config = capture_config(store, tiny_target, tiny_corpus.train)
     generator = random.Random(0)
-    kills = 0
+    num_shards = sum(name.startswith("shard-") for name in whole)
+    num_written = 0
     seen = set()
-    while True:
-        # before a shard is written, within one, between two: wherever the process is by then
-        process = start_process(capture_slowly, config)
-        store = tmp_path / "store"
-        deadline = time.monotonic() + 60
-        count = len(list(store.glob("shard-*"))) if store.exists() else 0
-        while kills < NUM_KILLS and process.is_alive() and time.monotonic() < deadline:
-            if store.exists() and len(list(store.glob("shard-*"))) > count and generator.random() < 0.3:
-                process.kill()
+    for kill in range(NUM_KILLS):
+        # Each capture may complete its share of the shards that are missing, so that some are left for the last one.
+        num_missing = num_shards - num_written
+        number = generator.randint(1, max(1, num_missing // (NUM_KILLS - kill)))
+        is_written = number < num_missing and generator.random() < 0.5
+        marker = tmp_path / f"killed_{kill}"
+        process = start_process(capture_until, config, number, is_written, marker)
+        while not marker.exists():
+            assert process.is_alive()
+            time.sleep(0.005)
+        process.kill()
         process.join()
-        if process.exitcode == 0:
-            break
-        kills += 1
-        seen.add(len(list(store.glob("*.safetensors"))))
-    assert kills == NUM_KILLS and len(seen) > NUM_KILLS // 4, "it was stopped at many places"
-    assert files(tmp_path / "store") == whole
+        num_written = len(list(store.glob("shard-*.safetensors")))
+        assert num_written < num_shards
+        seen.add(num_written)
+    assert len(seen) > NUM_KILLS // 4, "it was stopped at many places"
+    run_capture(config)
+    assert files(store) == whole
 
 
 def capture_on_ranks(world: World, config: Config) -> int:

@@ -16,6 +16,23 @@ from engine.setup_checks.check_list import TEMPORARY
 from tests.distributed import launch, launch_and
 
 COMMAND = "launcher/check_setup.py"
+# The command, whose ranks wait in the first step of the trial run.
+WAITING = """
+import runpy, sys, time
+from pathlib import Path
+
+import torch
+
+from engine.parallel.zero import ZeroDraft
+
+def train(self, *arguments):
+    Path({folder!r}, str(torch.distributed.get_rank())).touch()
+    time.sleep(600)
+
+ZeroDraft.train = train
+sys.argv[0] = {command!r}
+runpy.run_path({command!r}, run_name="__main__")
+"""
 
 
 def temporary_folders() -> set[Path]:
@@ -58,15 +75,20 @@ def test_two_ranks_are_ready_and_print_one_object(tmp_path, nothing_left):
 def test_an_interrupted_check_names_all_problems_and_leaves_no_files(tmp_path, nothing_left):
     file = tmp_path / "file"
     file.touch()
+    training = tmp_path / "training"  # ranks that are in a step create a file here
+    training.mkdir()
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING.format(folder=str(training), command=COMMAND))
 
     def interrupt(processes: list[Any]) -> None:
-        deadline_s = time.monotonic() + 60
-        while not any((folder / "run" / VOCAB).exists() for folder in temporary_folders() - nothing_left):
+        deadline_s = time.monotonic() + 240
+        while len(list(training.iterdir())) < 2:
             assert time.monotonic() < deadline_s and processes[0].is_alive()
             time.sleep(0.01)
+        assert any((folder / "run" / VOCAB).exists() for folder in temporary_folders() - nothing_left)
         os.kill(processes[1].pid, signal.SIGTERM)
 
-    ended = launch_and(interrupt, [COMMAND, "--folder", str(file / "outputs"), "--ds_config", "zero0"], ranks=2)
+    ended = launch_and(interrupt, [str(script), "--folder", str(file / "outputs"), "--ds_config", "zero0"], ranks=2)
     assert ended.returncode == 128 + signal.SIGTERM
     assert "ended by SIGTERM" in ended.stderr and "Traceback" not in ended.stderr
     lines = [line.split() for line in ended.stdout.splitlines()]

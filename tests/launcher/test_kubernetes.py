@@ -25,6 +25,7 @@ SCRIPT = FOLDER / "start_ranks.sh"
 SCHEMA = Path(__file__).with_name("pytorchjob_schema.json")
 # Of the metadata, which the schema of a CustomResourceDefinition leaves to Kubernetes.
 METADATA = {"name", "namespace", "labels", "annotations"}
+HANG_S = 60.0  # only a test that hangs ends after this time
 
 
 def closed(schema: Any) -> Any:
@@ -143,22 +144,22 @@ def lines(seen: Path) -> list[str]:
 
 
 def test_a_pod_has_a_rank_for_each_gpu_and_ends_with_the_first_error(tmp_path):
-    assert start(tmp_path / "well", ENDS="yes").wait(10) == 0
+    assert start(tmp_path / "well", ENDS="yes").wait(HANG_S) == 0
     assert lines(tmp_path / "well") == ["2 0 6 2 some arguments", "3 1 6 2 some arguments"]
-    assert start(tmp_path / "badly", node=0, ENDS="yes", FAILS="1").wait(10) == 3
+    assert start(tmp_path / "badly", node=0, ENDS="yes", FAILS="1").wait(HANG_S) == 3
     incomplete = subprocess.run(["bash", str(SCRIPT), "true"], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
     assert incomplete.returncode != 0 and "spec.nprocPerNode" in incomplete.stderr
 
 
 def test_all_ranks_of_a_pod_get_its_signal_and_may_take_their_time(tmp_path):
     pod = start(tmp_path / "seen")
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + HANG_S
     while len(lines(tmp_path / "seen")) < 2:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
-    pod.send_signal(signal.SIGTERM)
     sent_s = time.monotonic()
+    pod.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     pod.send_signal(signal.SIGTERM)  # a second one does not end it either
-    assert pod.wait(10) == 75
+    assert pod.wait(HANG_S) == 75
     assert time.monotonic() - sent_s > 0.4

@@ -22,7 +22,7 @@ def command(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
 
     def run(*arguments):
-        return subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run([*COMMAND, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
 
     return run
 
@@ -106,12 +106,37 @@ def test_what_cannot_be_used_ends_with_one_line(overrides, problem, command, wri
     assert result.stderr.startswith("prepare_data.py: ") and not out.exists()
 
 
+# The command, which waits to be killed when it has read a number of rows.
+WAITING = """
+import runpy, sys, time
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+
+from engine.conversations.published_sets import Rows
+
+whole = Rows.__iter__
+
+def read(self):
+    for index, row in enumerate(whole(self)):
+        if index == {num_rows}:
+            Path({marker!r}).touch()
+            time.sleep(600)
+        yield row
+
+Rows.__iter__ = read
+runpy.run_path("launcher/prepare_data.py", run_name="__main__")
+"""
+
+
 def test_a_killed_command_leaves_no_half_file_and_runs_again(command, write, tmp_path):
     out = tmp_path / "out"
-    source = write("a.jsonl", 20_000, size=100)
+    source = write("a.jsonl", 4_000, size=100)
     options = [f"prepare.sources={source}", f"prepare.output_dir={out}"]
-    job = subprocess.Popen([*COMMAND, *options], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (out / "source_0.jsonl.partial").exists():
+    marker = tmp_path / "reading"
+    waiting = WAITING.format(root=str(ROOT), num_rows=2_000, marker=str(marker))
+    job = subprocess.Popen([sys.executable, "-c", waiting, *options], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not marker.exists():
         assert job.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
     job.kill()
@@ -119,4 +144,4 @@ def test_a_killed_command_leaves_no_half_file_and_runs_again(command, write, tmp
     assert names(out) == {"source_0.jsonl.partial"}
     assert command(*options).returncode == 0 and names(out) == OUTPUTS
     lines = [json.loads(line) for name in ("train.jsonl", "held_out.jsonl") for line in (out / name).open()]
-    assert len({line["id"] for line in lines}) == len(lines) == 20_000
+    assert len({line["id"] for line in lines}) == len(lines) == 4_000

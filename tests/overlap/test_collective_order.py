@@ -17,13 +17,15 @@ from tests.distributed import run_ranks
 CPU = torch.device("cpu")
 STEPS = 6
 GROUPS = 3
+HANG_S = 60.0  # only a test that hangs ends after this time
 
 
 class Rivals:
     """Makes the threads of a rank issue the second batch's first collective and the draft's first one in a given order."""
 
-    def __init__(self, target_first: bool | None) -> None:
-        """target_first: None = as they come."""
+    def __init__(self, issued: list[Collective], target_first: bool | None) -> None:
+        """issued: what the rank has issued so far. target_first: None = as they come."""
+        self._issued = issued
         self._target_first = target_first
         self._target_has_begun, self._draft_has_begun = threading.Event(), threading.Event()
 
@@ -31,12 +33,20 @@ class Rivals:
         if item == 1:
             self._target_has_begun.set()
             if self._target_first is False:
-                assert self._draft_has_begun.wait(20)
+                assert self._draft_has_begun.wait(HANG_S)
 
     def before_draft(self) -> None:
         if self._target_first:
-            assert self._target_has_begun.wait(20)
-            time.sleep(0.1)  # until it has issued its collective, which then waits for the other rank
+            assert self._target_has_begun.wait(HANG_S)
+            deadline = time.monotonic() + HANG_S
+            while not self._target_waits():
+                assert time.monotonic() < deadline, "the target did not issue its collective"
+                time.sleep(0.001)
+
+    def _target_waits(self) -> bool:
+        """Whether the target has issued the second batch's first collective, which then waits for the other rank."""
+        num_issued = sum(collective.group == "target" for collective in list(self._issued))
+        return num_issued > GROUPS
 
     def after_draft(self) -> None:
         self._draft_has_begun.set()
@@ -45,7 +55,7 @@ class Rivals:
 def report_of(world: World, mesh: TargetMesh, in_turns: bool) -> str:
     """What is reported of a run whose target and draft take other times on each rank."""
     order = CollectiveOrder()
-    rivals = Rivals(None if in_turns else world.rank == 0)
+    rivals = Rivals(order.issued, None if in_turns else world.rank == 0)
     work: Pipeline
 
     def prepare(item: int) -> torch.Tensor:

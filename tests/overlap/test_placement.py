@@ -1,4 +1,3 @@
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ from engine.overlap.pipeline import Producer, SerialPipeline, ThreadedPipeline, 
 from engine.overlap.placement import MeasuredPlacement, Settings, SwitchingPipeline, check_colocated, open_pipeline
 from engine.overlap.step_clock import StepClock
 from engine.parallel.mesh import World
+from tests.overlap.virtual_time import VirtualTime
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -42,7 +42,9 @@ def test_ranks_that_share_the_target_need_an_nccl_that_orders_launches(version, 
     assert refused.value.key == "overlap.placement"
 
 
-def measured_run(target_s: float, draft_s: float, colocated_extra_s: float = 0.0) -> tuple[list[str], list[int]]:
+def measured_run(
+    time: VirtualTime, target_s: float, draft_s: float, colocated_extra_s: float = 0.0
+) -> tuple[list[str], list[int]]:
     """Notes of a run, and at every step how far it may look ahead; -1 = it is serial."""
     notes: list[str] = []
     limits: list[int] = []
@@ -64,19 +66,21 @@ def measured_run(target_s: float, draft_s: float, colocated_extra_s: float = 0.0
     return notes, limits
 
 
-def test_the_faster_placement_is_kept_and_the_log_says_why():
+def test_the_faster_placement_is_kept_and_the_log_says_why(monkeypatch):
     half = placement.PHASE_STEPS
-    notes, limits = measured_run(0.02, 0.02)
+    time = VirtualTime(monkeypatch)
+    notes, limits = measured_run(time, 0.02, 0.02)
     assert limits == [-1] * half + [1] * (16 - half)
-    assert len(notes) == 1 and "colocated" in notes[0] and "s serially" in notes[0]
-    notes, limits = measured_run(0.005, 0.01, colocated_extra_s=0.05)
+    assert len(notes) == 1 and "overlap: colocated" in notes[0]
+    assert "0.04 s serially" in notes[0] and "0.02 s colocated" in notes[0]
+    notes, limits = measured_run(time, 0.005, 0.01, colocated_extra_s=0.05)
     assert limits == [-1] * half + [1] * half + [0] * (16 - 2 * half)
-    assert "overlap: serial" in notes[0]
+    assert "overlap: serial" in notes[0] and "0.015 s serially" in notes[0] and "0.06 s colocated" in notes[0]
 
 
 def test_without_memory_for_both_sides_it_stays_serial(monkeypatch):
     monkeypatch.setattr(placement.PeakMemory, "missing_bytes", lambda self, num_batches: 3 << 30)
-    notes, limits = measured_run(0.001, 0.001)
+    notes, limits = measured_run(VirtualTime(monkeypatch), 0.001, 0.001)
     assert set(limits) == {-1} and len(notes) == 1
     assert "overlap: serial" in notes[0] and "3.0 GiB more memory" in notes[0]
 

@@ -49,7 +49,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(whole, tmp_pa
         victim = generator.randrange(RANKS)
 
         def kill_one(processes, after=after, victim=victim) -> None:
-            deadline_s = time.monotonic() + 60
+            deadline_s = time.monotonic() + 240
             while num_logged(tmp_path) <= after:
                 if time.monotonic() > deadline_s or not processes[victim].is_alive():
                     return
@@ -66,19 +66,41 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(whole, tmp_pa
     assert not list(tmp_path.rglob("*.writing")) and len(list((tmp_path / "checkpoints").glob("step_*"))) == 2
 
 
+# The run waits in step 9, so that nothing is written after the checkpoint of step 8.
+WAITING = """
+import time
+
+from engine.parallel.zero import ZeroDraft
+
+whole = ZeroDraft.train
+calls = []
+
+def train(self, *arguments):
+    calls.append(arguments)
+    if len(calls) == 9:
+        time.sleep(600)
+    return whole(self, *arguments)
+
+ZeroDraft.train = train
+"""
+
+
 @pytest.fixture(scope="module")
 def half(tmp_path_factory, tiny_target, tiny_corpus, whole) -> Path:
-    """The folder of a run that has stopped after 12 steps, with checkpoints of steps 8 and 12."""
+    """The folder of a run that was killed in step 9, with checkpoints of steps 4 and 8."""
     folder = tmp_path_factory.mktemp("half")
+    latest = folder / "checkpoints" / "latest"
+    plugin = tmp_path_factory.mktemp("waiting") / "waiting.py"
+    plugin.write_text(WAITING)
 
-    def ask(processes) -> None:
-        while not (folder / "checkpoints" / "step_8" / "complete.json").exists():
+    def kill_all(processes) -> None:
+        while not latest.exists() or latest.read_text() != "step_8":
             assert processes[0].is_alive()
             time.sleep(0.002)
         for process in processes:
             process.kill()
 
-    launch_and(ask, command_of(folder, tiny_target, tiny_corpus), RANKS)
+    launch_and(kill_all, command_of(folder, tiny_target, tiny_corpus, f"target.plugins=[{plugin}]"), RANKS)
     return folder
 
 
@@ -109,6 +131,29 @@ def test_a_folder_that_another_run_writes_is_refused_by_name(half, tmp_path, tin
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+# Rank 0 fills the disk between two steps, when no checkpoint is being written.
+FILLING = """
+import shutil
+from pathlib import Path
+
+import torch
+
+from engine.parallel.zero import ZeroDraft
+
+whole = ZeroDraft.train
+latest = Path({latest!r})
+ballast = Path({ballast!r})
+
+def train(self, *arguments):
+    if torch.distributed.get_rank() == 0 and latest.exists() and not ballast.exists():
+        free_bytes = shutil.disk_usage(ballast.parent).free
+        ballast.write_bytes(bytes(max(0, free_bytes - (1 << 20))))
+    return whole(self, *arguments)
+
+ZeroDraft.train = train
+"""
+
+
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole, tmp_path, tiny_target, tiny_corpus):
     """On a file system of a few megabytes, filled after the first checkpoint and freed later."""
     disk = tmp_path / "disk"
@@ -118,16 +163,11 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole, tmp_path, tiny_ta
         pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode().strip()}")
     folder = disk / "run"
     ballast = disk / "ballast"
-
-    def fill(processes) -> None:
-        while not (folder / "checkpoints" / "latest").exists():
-            assert processes[0].is_alive()
-            time.sleep(0.002)
-        free_bytes = shutil.disk_usage(disk).free
-        ballast.write_bytes(bytes(max(0, free_bytes - (1 << 20))))
-
+    plugin = tmp_path / "filling.py"
+    plugin.write_text(FILLING.format(latest=str(folder / "checkpoints" / "latest"), ballast=str(ballast)))
+    options = ["checkpoint.keep=1", f"target.plugins=[{plugin}]"]
     try:
-        ended = launch_and(fill, command_of(folder, tiny_target, tiny_corpus, "checkpoint.keep=1"), RANKS)
+        ended = launch(command_of(folder, tiny_target, tiny_corpus, *options), RANKS)
         assert ended.returncode == 0, ended.stderr
         assert "was not written: it needs" in ended.stderr and "Training goes on" in ended.stderr
         assert left_by(folder) == whole

@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import launch
+from tests.runtime.test_job_watch import PATIENT, SOON_S
 from tests.test_trainer import arguments, metrics, run
 
-DYING = """
+DYING = (
+    PATIENT
+    + """
 import os, signal, time
+from pathlib import Path
+
 from engine.runtime import target_server
 
 whole = target_server.send_batches
@@ -21,6 +26,7 @@ def send_batches(batches, prepare, *others):
     def prepare_some(batch):
         prepared.append(batch)
         if len(prepared) > 5:
+            Path({began!r}).write_text(str(time.time()))
             {end}
         return prepare(batch)
 
@@ -28,6 +34,7 @@ def send_batches(batches, prepare, *others):
 
 target_server.send_batches = send_batches
 """
+)
 
 
 def weights_and_losses(folder: Path) -> tuple[bytes, list[dict]]:
@@ -88,7 +95,7 @@ def test_a_shared_target_on_ranks_of_its_own_teaches_the_same_and_a_run_resumes_
     options = (*checkpoints, "max_steps=4", "overlap.placement=split", "overlap.target_ranks=1", "checkpoint.resume=true")
     run(arguments(split, tiny_target, tiny_corpus, *options), ranks=2)
     losses = [[line["loss"] for line in metrics(folder)] for folder in (serial, split)]
-    assert losses[1] == pytest.approx(losses[0], rel=2**-12), "the draft rounds to bf16, other sums of the target another way"
+    assert losses[1] == pytest.approx(losses[0], rel=2**-10), "the draft rounds to bf16, other sums of the target another way"
     fp8 = tmp_path / "fp8"
     options = ("max_steps=4", "overlap.placement=split", "overlap.target_ranks=1", "overlap.transfer_dtype=float8_e4m3")
     without_prompts = [word for word in arguments(fp8, tiny_target, tiny_corpus, *options) if "num_prompts" not in word]
@@ -98,20 +105,22 @@ def test_a_shared_target_on_ranks_of_its_own_teaches_the_same_and_a_run_resumes_
 
 
 @pytest.mark.parametrize(
-    ("end", "expected"),
+    ("end", "hang_s", "expected"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 (target rank 0, process"),
-        ("time.sleep(1000)", "the job waits for rank 1 (step 6"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 60, "rank 1 (target rank 0, process"),
+        ("time.sleep(1000)", 6, "the job waits for rank 1 (step 6"),
     ],
     ids=["killed", "hanging"],
 )
-def test_a_target_rank_that_ends_or_hangs_ends_the_job_and_is_named(end, expected, tmp_path, tiny_target, tiny_corpus):
-    (tmp_path / "dying.py").write_text(DYING.format(end=end))
-    options = [f"target.plugins=[{tmp_path / 'dying.py'}]", "overlap.placement=split", "overlap.target_ranks=1"]
-    options.append("parallel.hang_s=3")
-    began = time.monotonic()
+def test_a_target_rank_that_ends_or_hangs_ends_the_job_and_is_named(end, hang_s, expected, tmp_path, tiny_target, tiny_corpus):
+    began = tmp_path / "began"
+    plugin = tmp_path / "dying.py"
+    plugin.write_text(DYING.format(end=end, began=str(began)))
+    options = [f"target.plugins=[{plugin}]", "overlap.placement=split", "overlap.target_ranks=1"]
+    options.append(f"parallel.hang_s={hang_s}")
     ended = launch(arguments(tmp_path / "run", tiny_target, tiny_corpus, *options), ranks=2)
-    assert ended.returncode != 0 and time.monotonic() - began < 60, "start included"
+    took_s = time.time() - float(began.read_text())
+    assert ended.returncode != 0 and took_s < SOON_S, ended.stderr
     assert expected in ended.stderr, ended.stderr
 
 

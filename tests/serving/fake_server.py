@@ -8,14 +8,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 3  # tokens that a target forward yields with the draft, of which two were drafted
 NUM_STEPS = 4  # drafted tokens per forward
+ENDED_WITHIN_S = 30.0  # processes that are sent SIGKILL; the program's children would run for longer
 
 
 def reply_to(prompt: list[int], count: int) -> list[int]:
@@ -27,9 +30,11 @@ class FakeServer(ThreadingHTTPServer):
     """drafts: whether it reports a draft. fault: what goes wrong; "" = nothing. step_s: time of a target forward.
 
     is_incremental: whether SGLang's events have the latest tokens only. odd_prompt: first token of the
-    prompt whose reply differs.
+    prompt whose reply differs. first_together: the first requests, as many as it has parties, wait for each other in
+    it; None = no request waits.
     """
 
+    request_queue_size = 128  # of connections that are not accepted yet; the default of 5 refuses a burst of them
     daemon_threads = True
     block_on_close = False
 
@@ -40,6 +45,7 @@ class FakeServer(ThreadingHTTPServer):
         self.step_s = 0.0
         self.is_incremental = False
         self.odd_prompt: int | None = None
+        self.first_together: threading.Barrier | None = None
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
         self.authorizations: set[str | None] = set()
@@ -100,10 +106,13 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.requests.append(request)
+            number = len(server.requests)
             server.authorizations.add(self.headers["Authorization"])
             server.num_open += 1
             server.most_open = max(server.most_open, server.num_open)
         try:
+            if server.first_together is not None and number <= server.first_together.parties:
+                server.first_together.wait()
             self.answer(request)
         finally:
             with server.lock:
@@ -213,6 +222,24 @@ def program(folder: Path, behaviour: str = "") -> Path:
     path.write_text("\n".join(lines) + "\n")
     path.chmod(0o755)
     return path
+
+
+def running(folder: Path) -> list[int]:
+    """The processes of the programs of a folder that still run."""
+    found = []
+    for pid in map(int, (folder / "pids").read_text().split()):
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+    return found
+
+
+def left_running(folder: Path) -> list[int]:
+    """The processes of the programs of a folder that do not end, although they had `ENDED_WITHIN_S` seconds."""
+    deadline = time.monotonic() + ENDED_WITHIN_S
+    while running(folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return running(folder)
 
 
 def run_program(behaviour: str, folder: str) -> None:

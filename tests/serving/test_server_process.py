@@ -6,29 +6,38 @@ import socket
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from engine.serving import server_process
 from engine.serving.endpoint import VllmEndpoint
 from engine.serving.http_stream import ServerFault, ServingError
 from engine.serving.server_process import HOST, ServerProcess, check_port, free_port
-from tests.serving.fake_server import program
+from tests.serving.fake_server import left_running, program, running
 
 
-def process_of(folder: Path, behaviour: str = "", timeout_s: float = 10.0) -> ServerProcess:
+def process_of(folder: Path, behaviour: str = "", timeout_s: float = 60.0) -> ServerProcess:
     port = free_port()
     command = [str(program(folder, behaviour)), "--port", str(port)]
     return ServerProcess(command, VllmEndpoint(f"http://{HOST}:{port}", 2.0), timeout_s)
 
 
-def running(folder: Path) -> list[int]:
-    """The processes of the program that still run."""
-    found = []
-    for pid in map(int, (folder / "pids").read_text().split()):
-        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            found.append(pid)
-    return found
+class TimeOfProgram:
+    """Stands for `time` in `server_process`: its seconds pass in sleeps, and only once the program runs.
+
+    However long the program takes to start, a short time limit does not end before.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._pids = folder / "pids"
+        self._now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self._now_s
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+        if self._pids.exists():
+            self._now_s += seconds
 
 
 def test_a_server_is_ended_with_its_children_even_if_they_ignore_sigterm(tmp_path, monkeypatch):
@@ -36,9 +45,8 @@ def test_a_server_is_ended_with_its_children_even_if_they_ignore_sigterm(tmp_pat
     with pytest.raises(KeyboardInterrupt), process_of(tmp_path, "stubborn"):
         assert len(running(tmp_path)) == 2
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
-    time.sleep(0.1)
-    assert running(tmp_path) == []
+        time.sleep(60)
+    assert left_running(tmp_path) == []
 
 
 def test_a_server_that_ends_while_starting_shows_its_last_lines(tmp_path):
@@ -49,10 +57,11 @@ def test_a_server_that_ends_while_starting_shows_its_last_lines(tmp_path):
     assert message.endswith("loading the weights\nValueError: no such model")
 
 
-def test_a_server_that_does_not_become_ready_is_ended(tmp_path):
+def test_a_server_that_does_not_become_ready_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_process, "time", TimeOfProgram(tmp_path))
     with pytest.raises(ServingError, match=r"not ready after 0\.6 s \(http://.*--timeout_s"):
         process_of(tmp_path, "unhealthy", 0.6).__enter__()
-    assert running(tmp_path) == []
+    assert left_running(tmp_path) == []
 
 
 def test_the_error_of_a_request_is_explained_by_the_servers_output(tmp_path, monkeypatch):
@@ -61,6 +70,7 @@ def test_the_error_of_a_request_is_explained_by_the_servers_output(tmp_path, mon
         refused = ServingError("HTTP 400")
         assert process.explained(refused) is refused, "the server is not to blame"
         assert str(process.explained(ServerFault("HTTP 500"))).endswith("(--logs keeps all):\nloading the weights")
+        monkeypatch.setattr(server_process, "CRASH_SEEN_S", 60.0)
         os.kill(running(tmp_path)[0], signal.SIGKILL)
         assert "ended during the measurement (signal 9)" in str(process.explained(ServerFault("closed")))
 

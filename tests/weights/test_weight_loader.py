@@ -286,4 +286,5 @@ def test_loading_needs_two_tensors_beside_what_stays(tmp_path):
     assert total > 400 * MEBIBYTE
     for resident, beside in run_ranks(load_and_watch, 4, tmp_path):
         assert resident < 0.45 * total
-        assert beside < 2 * largest + 48 * MEBIBYTE, (resident, beside, largest)  # the rest is Python's: modules, threads
+        # The rest is Python's: modules, threads, huge pages. A second copy of the rank's weights would be twice as much.
+        assert beside < 2 * largest + 96 * MEBIBYTE, (resident, beside, largest)
