@@ -2,8 +2,7 @@
 
 import heapq
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +14,8 @@ HANG_S = 120.0  # of real time; it only ends a test whose threads all wait for e
 class VirtualTime:
     """A clock that moves on only while all threads sleep or wait, and then to the end of the next sleep.
 
-    The threads are real: the one that creates the clock and those that `engine.overlap` starts from then on. Their
-    code takes no time, and `sleep` takes exactly as long as it says.
+    The threads are real: the one that creates the clock, and those that pipelines start from then on. Their code takes
+    no time, and `sleep` takes exactly as long as it says. Measurements of CPU time by `TimeMark` read this clock.
     now_s: the time, in seconds since the clock was created.
     """
 
@@ -59,6 +58,7 @@ class VirtualTime:
                 woken.set()
 
     def wait_for(self, woken: threading.Event) -> None:
+        """Wait until another thread wakes this one, which counts as running from then on."""
         assert woken.wait(HANG_S), "the threads wait for each other, or one of them computes without an end"
 
 
@@ -81,22 +81,17 @@ class VirtualCondition:
             woken = threading.Event()
             self._waiting.append(woken)
             self._time.stop_running()
-            with self._released():
+            self._lock.release()
+            try:
                 self._time.wait_for(woken)
+            finally:
+                self._lock.acquire()
 
     def notify_all(self) -> None:
         for woken in self._waiting:
             self._time.start_running()
             woken.set()
         self._waiting.clear()
-
-    @contextmanager
-    def _released(self) -> Iterator[None]:
-        self._lock.release()
-        try:
-            yield
-        finally:
-            self._lock.acquire()
 
 
 class VirtualThread(threading.Thread):
