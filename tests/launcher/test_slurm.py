@@ -1,6 +1,7 @@
 """The real batch files on a real Slurm of two nodes, on loopback: preempted and requeued, and with a node for each side."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ SLURM = ROOT / "launcher" / "slurm"
 SIZES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
 OPTIONS = ("epochs=8", "evaluation.num_prompts=0")
 SECONDS_FOR_JOB = 400
+SECONDS_TO_SETTLE = 2.0  # in which the nodes forget a requeued job's earlier start
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
 
 @pytest.fixture(scope="module")
@@ -50,60 +53,62 @@ def submit(cluster: dict[str, str], log: Path, command: list[str]) -> str:
     return slurm(cluster, "sbatch", "--parsable", *SIZES, f"--output={log}", str(SLURM / "train.sbatch"), *command)
 
 
-def start_now(cluster: dict[str, str], job: str, state: str) -> None:
-    """Begin a requeued job, which would wait for two minutes."""
-    if state == "PENDING":
-        # Slurm refuses this if the job has begun since then.
-        slurm(cluster, "scontrol", "update", f"job={job}", "StartTime=now", check=False)
+def state_of(cluster: dict[str, str], job: str) -> str:
+    """As Slurm names it. `squeue` lists no job that has ended, and none that is between two starts."""
+    shown = slurm(cluster, "scontrol", "show", "job", job)
+    return re.search(r"JobState=(\w+)", shown)[1]
 
 
 def wait_for(cluster: dict[str, str], job: str, log: Path) -> None:
-    """Wait until a job has ended well. A requeued job begins at once."""
+    """Wait until a job has ended well. A requeued job would wait for two minutes before it begins."""
     deadline_s = time.monotonic() + SECONDS_FOR_JOB
-    while (state := slurm(cluster, "squeue", "-h", "-j", job, "-o", "%T")) != "":
+    while (state := state_of(cluster, job)) not in ENDED:
         assert time.monotonic() < deadline_s, log.read_text()
-        start_now(cluster, job, state)
-        time.sleep(0.5)
-    assert "JobState=COMPLETED" in slurm(cluster, "scontrol", "show", "job", job), log.read_text()
+        time.sleep(SECONDS_TO_SETTLE)
+        if state == "PENDING":
+            # Slurm refuses this if the job has begun since then.
+            slurm(cluster, "scontrol", "update", f"job={job}", "StartTime=now", check=False)
+    assert state == "COMPLETED", log.read_text()
 
 
-def wait_for_steps(cluster: dict[str, str], job: str, folder: Path, log: Path, at_least: int) -> None:
-    """Wait until the metrics of a number of steps are written. A requeued job begins at once."""
+def wait_for_steps(cluster: dict[str, str], job: str, folder: Path, log: Path) -> None:
+    """Wait until a job has taken a few steps."""
     deadline_s = time.monotonic() + SECONDS_FOR_JOB
-    while num_logged(folder) < at_least:
-        state = slurm(cluster, "squeue", "-h", "-j", job, "-o", "%T")
-        assert time.monotonic() < deadline_s and state, log.read_text()
-        start_now(cluster, job, state)
+    while num_logged(folder) < 4:
+        assert time.monotonic() < deadline_s and state_of(cluster, job) not in ENDED, log.read_text()
         time.sleep(0.02)
 
 
-def wait_until_requeued(cluster: dict[str, str], job: str, log: Path) -> None:
-    deadline_s = time.monotonic() + SECONDS_FOR_JOB
-    while (state := slurm(cluster, "squeue", "-h", "-j", job, "-o", "%T")) != "PENDING":
-        assert time.monotonic() < deadline_s and state, log.read_text()
-        time.sleep(0.1)
-
-
-def test_a_job_that_is_stopped_twice_ends_as_one_on_a_single_node(cluster, tmp_path, tiny_target, tiny_corpus):
-    """Stopped by the signal before its time limit, upon which it requeues itself, and then by Slurm, to make room."""
+def test_a_preempted_job_on_two_nodes_ends_as_one_on_a_single_node(cluster, tmp_path, tiny_target, tiny_corpus):
     alone = tmp_path / "alone"
     run([*without_prompts(arguments(alone, tiny_target, tiny_corpus)), *OPTIONS], ranks=2)
-    folder = tmp_path / "stopped"
+    folder = tmp_path / "preempted"
     log = tmp_path / "log"
     command = [*without_prompts(arguments(folder, tiny_target, tiny_corpus)), *OPTIONS]
     job = submit(cluster, log, command[1:])
-    wait_for_steps(cluster, job, folder, log, at_least=4)
-    slurm(cluster, "scancel", "--signal=USR1", job)
-    wait_until_requeued(cluster, job, log)
-    assert "stopped by SIGUSR1 after step" in log.read_text() and "requeueing it" in log.read_text()
-    wait_for_steps(cluster, job, folder, log, at_least=num_logged(folder) + 2)
+    wait_for_steps(cluster, job, folder, log)
     slurm(cluster, "scontrol", "requeue", job)
     wait_for(cluster, job, log)
     printed = log.read_text()
-    assert "stopped by SIGTERM after step" in printed and printed.count("resumed after step") == 2
+    assert "stopped by SIGTERM after step" in printed and "resumed after step" in printed
     assert metrics(folder) == metrics(alone)
     weights = [(path / "draft" / "model.safetensors").read_bytes() for path in (folder, alone)]
     assert weights[0] == weights[1]
+
+
+def test_a_job_that_gets_the_signal_before_its_time_limit_requeues_itself(cluster, tmp_path, tiny_target, tiny_corpus):
+    folder = tmp_path / "limited"
+    log = tmp_path / "log"
+    command = [*without_prompts(arguments(folder, tiny_target, tiny_corpus)), "epochs=40", "evaluation.num_prompts=0"]
+    job = submit(cluster, log, [*command[1:], "max_steps=400"])
+    wait_for_steps(cluster, job, folder, log)
+    slurm(cluster, "scancel", "--signal=USR1", job)
+    deadline_s = time.monotonic() + SECONDS_FOR_JOB
+    while state_of(cluster, job) != "PENDING":
+        assert time.monotonic() < deadline_s, log.read_text()
+        time.sleep(0.1)
+    assert "stopped by SIGUSR1 after step" in log.read_text() and "requeueing it" in log.read_text()
+    slurm(cluster, "scancel", job)
 
 
 def test_target_and_draft_may_each_have_a_node(cluster, tmp_path, tiny_target, tiny_corpus):
