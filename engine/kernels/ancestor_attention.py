@@ -34,12 +34,14 @@ from torch.autograd.function import once_differentiable
 from engine.kernels.attention_members import (
     LOG2_E,
     NO_SCORE,
+    add_gradients_of_keys,
     add_key,
     add_keys,
-    adjacent_members,
     launch_sizes,
+    load_gradient,
     load_rows,
     members_of,
+    store_attention,
     store_rows,
     view_of,
     weigh,
@@ -97,9 +99,7 @@ def _forward(
             value_KE = load_rows(value, key_K, group, E, E_PAD)
             most_M, total_M, sum_ME = add_keys(most_M, total_M, sum_ME, query_ME, key_KE, value_KE, is_seen_MK, scale2)
 
-    store_rows(output, row_M, head_M, sum_ME / total_M[:, None], exists_M, E, E_PAD)
-    lse_M = (most_M + tl.log2(total_M)) / LOG2_E
-    tl.store(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, lse_M, mask=exists_M)
+    store_attention(output, lse, row_M, head_M, exists_M, most_M, total_M, sum_ME, R, E, E_PAD)
 
 
 @triton.jit
@@ -124,13 +124,9 @@ def _backward_rows(
     row_B = tl.minimum(first + tl.arange(0, B), num_rows - 1)
     scale2 = scale * LOG2_E
     query_ME = load_rows(query, row_M, head_M, E, E_PAD)
-    grad_ME = load_rows(grad, row_M, head_M, E, E_PAD)
-    delta_M = tl.sum(grad_ME.to(tl.float32) * load_rows(output, row_M, head_M, E, E_PAD).to(tl.float32), 1)
-    # An infinite log-sum-exp gives members that do not exist a weight of zero.
-    lse2_M = tl.load(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, mask=exists_M, other=float("inf")) * LOG2_E
-    member_M, is_kept_M = adjacent_members(first, num_rows, num_rows, R_PAD, M)
-    tl.store(lse2 + member_M, lse2_M, mask=is_kept_M)
-    tl.store(delta + member_M, delta_M, mask=is_kept_M)
+    grad_ME, lse2_M, delta_M = load_gradient(
+        output, lse, grad, lse2, delta, first, num_rows, row_M, head_M, exists_M, R, R_PAD, E, E_PAD, M
+    )
     sum_ME = tl.zeros((M, E_PAD), tl.float32)
     for a in tl.static_range(A):
         ancestor_M = tl.load(ancestors[a] + row_M)
@@ -189,17 +185,13 @@ def _backward_keys(
         stop = whole if IS_MASKED else end
         for row in range(begin if IS_MASKED else whole, stop, B):
             row_M, head_M, _ = members_of(row, stop, R, R_PAD, M)
-            member_M, exists_M = adjacent_members(row, stop, num_rows, R_PAD, M)
-            query_ME = load_rows(query, row_M, head_M, E, E_PAD)
-            grad_ME = load_rows(grad, row_M, head_M, E, E_PAD)
-            lse2_1M = tl.load(lse2 + member_M, mask=exists_M, other=float("inf"))[None, :]
-            delta_1M = tl.load(delta + member_M, mask=exists_M, other=0.0)[None, :]
             position_M = tl.load(position + row_M).to(tl.int32)
             start_M = tl.load(start + row_M).to(tl.int32)
             is_seen_KM = (key_K[:, None] >= start_M[None, :]) & (key_K[:, None] <= position_M[None, :]) if IS_MASKED else None
-            weight_KM, score_grad_KM = weigh(key_KE, query_ME, value_KE, grad_ME, is_seen_KM, scale2, lse2_1M, delta_1M)
-            value_sum_KE = tl.dot(weight_KM.to(grad_ME.dtype), grad_ME, value_sum_KE, input_precision="ieee")
-            key_sum_KE = tl.dot(score_grad_KM.to(query_ME.dtype), query_ME, key_sum_KE, input_precision="ieee")
+            key_sum_KE, value_sum_KE = add_gradients_of_keys(
+                key_sum_KE, value_sum_KE, key_KE, value_KE, query, grad, lse2, delta, row, stop, num_rows, row_M, head_M,
+                is_seen_KM, scale2, R_PAD, E, E_PAD, M,
+            )  # fmt: skip
     store_rows(key_grad, key_K, group, key_sum_KE * scale, exists_K, E, E_PAD)
     store_rows(value_grad, key_K, group, value_sum_KE, exists_K, E, E_PAD)
 

@@ -34,11 +34,13 @@ from torch.autograd.function import once_differentiable
 from engine.kernels.attention_members import (
     LOG2_E,
     NO_SCORE,
+    add_gradients_of_keys,
     add_keys,
-    adjacent_members,
     launch_sizes,
+    load_gradient,
     load_rows,
     members_of,
+    store_attention,
     store_rows,
     view_of,
     weigh,
@@ -121,9 +123,7 @@ def _forward(
             most_M, total_M, sum_ME, query_ME, own_key, own_value, k, last, begin_M, end_M, scale2, E, E_PAD, K, True
         )
 
-    store_rows(output, row_M, head_M, sum_ME / total_M[:, None], exists_M, E, E_PAD)
-    lse_M = (most_M + tl.log2(total_M)) / LOG2_E
-    tl.store(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, lse_M, mask=exists_M)
+    store_attention(output, lse, row_M, head_M, exists_M, most_M, total_M, sum_ME, R, E, E_PAD)
 
 
 @triton.jit
@@ -152,13 +152,9 @@ def _backward_rows(
     row_M, head_M, exists_M = members_of(first_row, num_rows, R, R_PAD, M)
     scale2 = scale * LOG2_E
     query_ME = load_rows(query, row_M, head_M, E, E_PAD)
-    grad_ME = load_rows(grad, row_M, head_M, E, E_PAD)
-    delta_M = tl.sum(grad_ME.to(tl.float32) * load_rows(output, row_M, head_M, E, E_PAD).to(tl.float32), 1)
-    # An infinite log-sum-exp gives members that do not exist a weight of zero.
-    lse2_M = tl.load(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, mask=exists_M, other=float("inf")) * LOG2_E
-    member_M, is_kept_M = adjacent_members(first_row, num_rows, num_rows, R_PAD, M)
-    tl.store(lse2 + member_M, lse2_M, mask=is_kept_M)
-    tl.store(delta + member_M, delta_M, mask=is_kept_M)
+    grad_ME, lse2_M, delta_M = load_gradient(
+        output, lse, grad, lse2, delta, first_row, num_rows, row_M, head_M, exists_M, R, R_PAD, E, E_PAD, M
+    )
     sum_ME = tl.zeros((M, E_PAD), tl.float32)
 
     begin_M = tl.load(context_begin + row_M).to(tl.int32)
@@ -190,18 +186,13 @@ def _gather(
 ):  # fmt: skip
     """Add the share of a block of rows, from `row` to at most `stop`, to the gradients of keys, without the scale."""
     row_M, head_M, _ = members_of(row, stop, R, R_PAD, M)
-    member_M, exists_M = adjacent_members(row, stop, num_rows, R_PAD, M)
-    query_ME = load_rows(query, row_M, head_M, E, E_PAD)
-    grad_ME = load_rows(grad, row_M, head_M, E, E_PAD)
-    lse2_1M = tl.load(lse2 + member_M, mask=exists_M, other=float("inf"))[None, :]
-    delta_1M = tl.load(delta + member_M, mask=exists_M, other=0.0)[None, :]
     begin_1M = tl.load(begin + row_M).to(tl.int32)[None, :]
     end_1M = tl.load(end + row_M).to(tl.int32)[None, :]
     is_seen_KM = (key_K[:, None] >= begin_1M) & (key_K[:, None] < end_1M) if IS_MASKED else None
-    weight_KM, score_grad_KM = weigh(key_KE, query_ME, value_KE, grad_ME, is_seen_KM, scale2, lse2_1M, delta_1M)
-    value_sum_KE = tl.dot(weight_KM.to(grad_ME.dtype), grad_ME, value_sum_KE, input_precision="ieee")
-    key_sum_KE = tl.dot(score_grad_KM.to(query_ME.dtype), query_ME, key_sum_KE, input_precision="ieee")
-    return key_sum_KE, value_sum_KE
+    return add_gradients_of_keys(
+        key_sum_KE, value_sum_KE, key_KE, value_KE, query, grad, lse2, delta, row, stop, num_rows, row_M, head_M, is_seen_KM,
+        scale2, R_PAD, E, E_PAD, M,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_keys"])

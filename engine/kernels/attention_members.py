@@ -127,3 +127,53 @@ def weigh(query_NE, key_PE, grad_NE, value_PE, is_seen_NP, scale2, lse2, delta):
     weight_NP = tl.exp2(score_NP - lse2)
     score_grad_NP = weight_NP * (tl.dot(grad_NE, tl.trans(value_PE), input_precision="ieee") - delta)
     return weight_NP, score_grad_NP
+
+
+@triton.jit
+def store_attention(
+    output, lse, row_M, head_M, exists_M, most_M, total_M, sum_ME, R: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr
+):
+    """Store the outputs of a finished running softmax, and its log-sum-exp, [Q, H], to base e."""
+    store_rows(output, row_M, head_M, sum_ME / total_M[:, None], exists_M, E, E_PAD)
+    lse_M = (most_M + tl.log2(total_M)) / LOG2_E
+    tl.store(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, lse_M, mask=exists_M)
+
+
+@triton.jit
+def load_gradient(
+    output, lse, grad, lse2, delta, first, num_rows, row_M, head_M, exists_M,
+    R: tl.constexpr, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Load what the backward pass of a block of rows begins with: (grad_ME, lse2_M, delta_M).
+
+    lse2_M: log-sum-exp to base 2. delta_M: product of each output with its gradient. Both are also
+    stored for the gradients of the keys, [G, Q, R_PAD]. first: first row of the block.
+    """
+    grad_ME = load_rows(grad, row_M, head_M, E, E_PAD)
+    delta_M = tl.sum(grad_ME.to(tl.float32) * load_rows(output, row_M, head_M, E, E_PAD).to(tl.float32), 1)
+    # An infinite log-sum-exp gives members that do not exist a weight of zero.
+    lse2_M = tl.load(lse + row_M.to(tl.int64) * (tl.num_programs(1) * R) + head_M, mask=exists_M, other=float("inf")) * LOG2_E
+    member_M, is_kept_M = adjacent_members(first, num_rows, num_rows, R_PAD, M)
+    tl.store(lse2 + member_M, lse2_M, mask=is_kept_M)
+    tl.store(delta + member_M, delta_M, mask=is_kept_M)
+    return grad_ME, lse2_M, delta_M
+
+
+@triton.jit
+def add_gradients_of_keys(
+    key_sum_KE, value_sum_KE, key_KE, value_KE, query, grad, lse2, delta, row, stop, num_rows, row_M, head_M, is_seen_KM,
+    scale2, R_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Add the share of a block of rows, from `row` to at most `stop`, to the gradients of keys, without the scale.
+
+    lse2, delta: as `load_gradient` stores them. is_seen_KM: None = all members see all keys.
+    """
+    member_M, exists_M = adjacent_members(row, stop, num_rows, R_PAD, M)
+    query_ME = load_rows(query, row_M, head_M, E, E_PAD)
+    grad_ME = load_rows(grad, row_M, head_M, E, E_PAD)
+    lse2_1M = tl.load(lse2 + member_M, mask=exists_M, other=float("inf"))[None, :]
+    delta_1M = tl.load(delta + member_M, mask=exists_M, other=0.0)[None, :]
+    weight_KM, score_grad_KM = weigh(key_KE, query_ME, value_KE, grad_ME, is_seen_KM, scale2, lse2_1M, delta_1M)
+    value_sum_KE = tl.dot(weight_KM.to(grad_ME.dtype), grad_ME, value_sum_KE, input_precision="ieee")
+    key_sum_KE = tl.dot(score_grad_KM.to(query_ME.dtype), query_ME, key_sum_KE, input_precision="ieee")
+    return key_sum_KE, value_sum_KE
