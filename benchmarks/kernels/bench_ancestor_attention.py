@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import Benchmark, Place, Provider, main
+from benchmarks.kernels.attention_rate import tera_flops_per_s
 from engine.kernels.interface import AttentionRows
 from engine.models.costs import StepPart, attention_part
 
@@ -160,8 +161,7 @@ def parts(shape: AttentionShape) -> dict[str, StepPart]:
 
 
 def figures(shape: AttentionShape, seconds: float) -> dict[str, float]:
-    num_heads, _, head_dim = shape.heads
-    return {"TFLOP/s": 2 * (2 + 5) * shape.num_pairs * num_heads * head_dim / seconds / 1e12}
+    return {"TFLOP/s": tera_flops_per_s(shape.num_pairs, shape.heads, seconds)}
 
 
 BENCHMARK = Benchmark(

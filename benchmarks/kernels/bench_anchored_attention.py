@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Benchmark, Place, Provider, main
+from benchmarks.kernels.attention_rate import tera_flops_per_s
 from engine.kernels.interface import BlockRows
 from engine.models.costs import StepPart, attention_part
 
@@ -116,8 +117,7 @@ def parts(shape: BlockShape) -> dict[str, StepPart]:
 
 
 def figures(shape: BlockShape, seconds: float) -> dict[str, float]:
-    num_heads, _, head_dim = shape.heads
-    return {"TFLOP/s": 2 * (2 + 5) * shape.num_pairs * num_heads * head_dim / seconds / 1e12}
+    return {"TFLOP/s": tera_flops_per_s(shape.num_pairs, shape.heads, seconds)}
 
 
 BENCHMARK = Benchmark(

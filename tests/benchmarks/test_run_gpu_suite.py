@@ -20,6 +20,7 @@ from benchmarks.gpu_suite.summary import lines_of, problems_of
 from benchmarks.harness import Place, measured
 from benchmarks.kernels import bench_anchored_attention, bench_token_loss
 from engine.config.recipe import load_config
+from tests.waiting import wait_until
 
 WRITES = "import json, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(json.dumps({'lines': [sys.argv[2]]}))"
 ON_CPU = Place(torch.device("cpu"), torch.float32)
@@ -72,9 +73,7 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_keeps_what_it_wrote(tm
 
     def watch_once_written(process, *arguments):
         """Begin the time of the part when it has written its files."""
-        while not child_file.exists() or not child_file.read_text():
-            assert process.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: child_file.exists() and child_file.read_text(), can_happen=lambda: process.poll() is None)
         watch(process, *arguments)
 
     monkeypatch.setattr(runner, "_watch", watch_once_written)
@@ -85,10 +84,7 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_keeps_what_it_wrote(tm
     assert results["hangs"]["status"] == "out of time"
     assert results["hangs"]["results"] == {"lines": ["half of it"]}
     child = int(child_file.read_text())
-    deadline_s = time.monotonic() + 30
-    while is_alive(child):  # only the end of its parent is waited for
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    wait_until(lambda: not is_alive(child), 30)  # the runner waits only for the end of its parent
 
 
 def is_alive(pid: int) -> bool:

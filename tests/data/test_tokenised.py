@@ -15,6 +15,7 @@ from engine.data.dataset import Scan, load_documents
 from engine.data.tokenised import IDS, entry_name, tokenise
 from tests.data.chat_formats import chat, make_tokenizer
 from tests.distributed import start_process
+from tests.waiting import wait_until
 
 NAME = "qwen3"  # conversations of several turns become several documents
 
@@ -280,9 +281,7 @@ def build_until_killed(paths, section, marker):
 def test_a_killed_process_leaves_no_entry_and_no_lock(paths, section, tmp_path):
     marker = tmp_path / "building"
     killed = start_process(build_until_killed, paths, section, marker)
-    while not marker.exists():
-        assert killed.is_alive()
-        time.sleep(0.05)
+    wait_until(marker.exists, 240, killed.is_alive)
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
     assert list(Path(section.cache_dir).glob("*.partial-*/*"))

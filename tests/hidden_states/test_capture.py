@@ -32,6 +32,7 @@ from engine.target.frozen import FrozenTarget
 from tests.captures import capture_config, run_capture
 from tests.distributed import NUM_KILLS, run_ranks, start_process
 from tests.published import Weights, change_weights
+from tests.waiting import wait_until
 from tests.weights.test_quantised_checkpoint import to_fp8
 
 CPU = torch.device("cpu")
@@ -92,9 +93,7 @@ def test_killed_again_and_again_it_still_leaves_the_same_store(whole, tmp_path, 
         is_written = number < num_missing and generator.random() < 0.5
         marker = tmp_path / f"killed_{kill}"
         process = start_process(capture_until, config, number, is_written, marker)
-        while not marker.exists():
-            assert process.is_alive()
-            time.sleep(0.005)
+        wait_until(marker.exists, 240, process.is_alive)
         process.kill()
         process.join()
         num_written = len(list(store.glob("shard-*.safetensors")))

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,23 @@ import pytest
 from engine.models.draft_folder import VOCAB
 from engine.setup_checks.check_list import TEMPORARY
 from tests.distributed import launch, launch_and
+from tests.step_plugins import before_each_step
+from tests.waiting import wait_until
 
 COMMAND = "launcher/check_setup.py"
 # The command, whose ranks wait in the first step of the trial run.
-WAITING = """
-import runpy, sys, time
-from pathlib import Path
+WAITING = (
+    before_each_step("""
+Path({folder!r}, str(rank)).touch()
+time.sleep(600)
+""")
+    + """
+import runpy, sys
 
-import torch
-
-from engine.parallel.zero import ZeroDraft
-
-def train(self, *arguments):
-    Path({folder!r}, str(torch.distributed.get_rank())).touch()
-    time.sleep(600)
-
-ZeroDraft.train = train
 sys.argv[0] = {command!r}
 runpy.run_path({command!r}, run_name="__main__")
 """
+)
 
 
 def temporary_folders() -> set[Path]:
@@ -81,10 +78,7 @@ def test_an_interrupted_check_names_all_problems_and_leaves_no_files(tmp_path, n
     script.write_text(WAITING.format(folder=str(training), command=COMMAND))
 
     def interrupt(processes: list[Any]) -> None:
-        deadline_s = time.monotonic() + 240
-        while len(list(training.iterdir())) < 2:
-            assert time.monotonic() < deadline_s and processes[0].is_alive()
-            time.sleep(0.01)
+        wait_until(lambda: len(list(training.iterdir())) >= 2, 240, processes[0].is_alive)
         assert any((folder / "run" / VOCAB).exists() for folder in temporary_folders() - nothing_left)
         os.kill(processes[1].pid, signal.SIGTERM)
 

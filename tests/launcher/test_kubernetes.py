@@ -19,13 +19,13 @@ from engine.config.ds_config import load_ds_config
 from launcher.command import read_config
 from launcher.train import parse_arguments
 from tests.distributed import ROOT
+from tests.waiting import HANG_S, wait_until
 
 FOLDER = ROOT / "launcher" / "kubernetes"
 SCRIPT = FOLDER / "start_ranks.sh"
 SCHEMA = Path(__file__).with_name("pytorchjob_schema.json")
 # Of the metadata, which the schema of a CustomResourceDefinition leaves to Kubernetes.
 METADATA = {"name", "namespace", "labels", "annotations"}
-HANG_S = 60.0  # only a test that hangs ends after this time
 
 
 def closed(schema: Any) -> Any:
@@ -153,10 +153,7 @@ def test_a_pod_has_a_rank_for_each_gpu_and_ends_with_the_first_error(tmp_path):
 
 def test_all_ranks_of_a_pod_get_its_signal_and_may_take_their_time(tmp_path):
     pod = start(tmp_path / "seen")
-    deadline_s = time.monotonic() + HANG_S
-    while len(lines(tmp_path / "seen")) < 2:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    wait_until(lambda: len(lines(tmp_path / "seen")) >= 2)
     sent_s = time.monotonic()
     pod.send_signal(signal.SIGTERM)
     time.sleep(0.2)

@@ -6,10 +6,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "launcher/prepare_data.py"]
@@ -136,9 +137,7 @@ def test_a_killed_command_leaves_no_half_file_and_runs_again(command, write, tmp
     marker = tmp_path / "reading"
     waiting = WAITING.format(root=str(ROOT), num_rows=2_000, marker=str(marker))
     job = subprocess.Popen([sys.executable, "-c", waiting, *options], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not marker.exists():
-        assert job.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
+    wait_until(marker.exists, 240, lambda: job.poll() is None)
     job.kill()
     assert job.wait() == -signal.SIGKILL
     assert names(out) == {"source_0.jsonl.partial"}

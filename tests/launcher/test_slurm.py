@@ -13,6 +13,7 @@ import pytest
 
 from tests.distributed import ENVIRONMENT, ROOT
 from tests.test_trainer import arguments, metrics, num_logged, run
+from tests.waiting import wait_until
 
 CLUSTER = Path(__file__).parent / "two_nodes.sh"
 SLURM = ROOT / "launcher" / "slurm"
@@ -73,10 +74,11 @@ def wait_for(cluster: dict[str, str], job: str, log: Path) -> None:
 
 def wait_for_steps(cluster: dict[str, str], job: str, folder: Path, log: Path) -> None:
     """Wait until a job has taken a few steps."""
-    deadline_s = time.monotonic() + SECONDS_FOR_JOB
-    while num_logged(folder) < 4:
-        assert time.monotonic() < deadline_s and state_of(cluster, job) not in ENDED, log.read_text()
-        time.sleep(0.02)
+
+    def has_not_ended() -> bool:
+        return state_of(cluster, job) not in ENDED
+
+    wait_until(lambda: num_logged(folder) >= 4, SECONDS_FOR_JOB, has_not_ended, log.read_text, pause_s=0.05)
 
 
 def test_a_preempted_job_on_two_nodes_ends_as_one_on_a_single_node(cluster, tmp_path, tiny_target, tiny_corpus):
@@ -103,10 +105,7 @@ def test_a_job_that_gets_the_signal_before_its_time_limit_requeues_itself(cluste
     job = submit(cluster, log, [*command[1:], "max_steps=400"])
     wait_for_steps(cluster, job, folder, log)
     slurm(cluster, "scancel", "--signal=USR1", job)
-    deadline_s = time.monotonic() + SECONDS_FOR_JOB
-    while state_of(cluster, job) != "PENDING":
-        assert time.monotonic() < deadline_s, log.read_text()
-        time.sleep(0.1)
+    wait_until(lambda: state_of(cluster, job) == "PENDING", SECONDS_FOR_JOB, tell=log.read_text, pause_s=0.1)
     assert "stopped by SIGUSR1 after step" in log.read_text() and "requeueing it" in log.read_text()
     slurm(cluster, "scancel", job)
 

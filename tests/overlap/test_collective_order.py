@@ -13,11 +13,11 @@ from engine.overlap.pipeline import Pipeline, Producer, ThreadedPipeline, TurnsP
 from engine.overlap.step_clock import DRAFT_PARTS, StepClock
 from engine.parallel.mesh import TargetMesh, World
 from tests.distributed import run_ranks
+from tests.waiting import HANG_S, wait_until
 
 CPU = torch.device("cpu")
 STEPS = 6
 GROUPS = 3
-HANG_S = 60.0  # only a test that hangs ends after this time
 
 
 class Rivals:
@@ -38,10 +38,7 @@ class Rivals:
     def before_draft(self) -> None:
         if self._target_first:
             assert self._target_has_begun.wait(HANG_S)
-            deadline = time.monotonic() + HANG_S
-            while not self._target_waits():
-                assert time.monotonic() < deadline, "the target did not issue its collective"
-                time.sleep(0.001)
+            wait_until(self._target_waits, tell=lambda: "The target should issue its collective.")
 
     def _target_waits(self) -> bool:
         """Whether the target has issued the second batch's first collective, which then waits for the other rank."""

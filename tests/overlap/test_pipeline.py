@@ -11,9 +11,9 @@ from engine.overlap.look_ahead import Limits
 from engine.overlap.pipeline import Pipeline, Producer, SerialPipeline, ThreadedPipeline, TurnsPipeline
 from engine.overlap.step_clock import DRAFT_PARTS, PARTS, TARGET_FORWARD, StepClock
 from tests.overlap.virtual_time import VirtualTime
+from tests.waiting import HANG_S, wait_until
 
 CPU = torch.device("cpu")
-HANG_S = 60.0  # within which something happens; only a test that hangs ends after this time
 # Execution, look-ahead and pauses per item. What must hold in every placement is tested for each of these.
 KINDS = [
     ("serial", 0, 0),
@@ -43,13 +43,6 @@ def train_step(work: Pipeline) -> None:
     for part in DRAFT_PARTS:
         with work.part(part):
             pass
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + HANG_S
-    while not condition():
-        assert time.monotonic() < deadline, f"nothing happened for {HANG_S:g} s"
-        time.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,9 @@ import pytest
 from engine.host.folder_lock import hold_folder
 from tests.distributed import NUM_KILLS, launch, launch_and
 from tests.runtime.test_checkpoint import flip_a_bit
+from tests.step_plugins import before_each_step
 from tests.test_trainer import arguments, metrics, num_logged, run
+from tests.waiting import wait_until
 
 RANKS = 2
 OPTIONS = ("epochs=3", "checkpoint.every_steps=4", "evaluation.num_prompts=0", "parallel.hang_s=20")
@@ -67,22 +69,10 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(whole, tmp_pa
 
 
 # The run waits in step 9, so that nothing is written after the checkpoint of step 8.
-WAITING = """
-import time
-
-from engine.parallel.zero import ZeroDraft
-
-whole = ZeroDraft.train
-calls = []
-
-def train(self, *arguments):
-    calls.append(arguments)
-    if len(calls) == 9:
-        time.sleep(600)
-    return whole(self, *arguments)
-
-ZeroDraft.train = train
-"""
+WAITING = before_each_step("""
+if step == 9:
+    time.sleep(600)
+""")
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +84,7 @@ def half(tmp_path_factory, tiny_target, tiny_corpus, whole) -> Path:
     plugin.write_text(WAITING)
 
     def kill_all(processes) -> None:
-        while not latest.exists() or latest.read_text() != "step_8":
-            assert processes[0].is_alive()
-            time.sleep(0.002)
+        wait_until(lambda: latest.exists() and latest.read_text() == "step_8", 240, processes[0].is_alive)
         for process in processes:
             process.kill()
 
@@ -132,26 +120,13 @@ def test_a_folder_that_another_run_writes_is_refused_by_name(half, tmp_path, tin
 
 
 # Rank 0 fills the disk between two steps, when no checkpoint is being written.
-FILLING = """
-import shutil
-from pathlib import Path
-
-import torch
-
-from engine.parallel.zero import ZeroDraft
-
-whole = ZeroDraft.train
+FILLING = before_each_step("""
 latest = Path({latest!r})
 ballast = Path({ballast!r})
-
-def train(self, *arguments):
-    if torch.distributed.get_rank() == 0 and latest.exists() and not ballast.exists():
-        free_bytes = shutil.disk_usage(ballast.parent).free
-        ballast.write_bytes(bytes(max(0, free_bytes - (1 << 20))))
-    return whole(self, *arguments)
-
-ZeroDraft.train = train
-"""
+if rank == 0 and latest.exists() and not ballast.exists():
+    free_bytes = shutil.disk_usage(ballast.parent).free
+    ballast.write_bytes(bytes(max(0, free_bytes - (1 << 20))))
+""")
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(whole, tmp_path, tiny_target, tiny_corpus):

@@ -17,7 +17,9 @@ from engine.runtime import job_watch
 from engine.runtime.progress import Progress
 from engine.runtime.run_stop import EXIT_CODE, EXIT_CODE_OF_FILE
 from tests.distributed import ROOT, free_port, launch
+from tests.step_plugins import before_each_step
 from tests.test_trainer import DEEPSPEED, ENVIRONMENT, arguments, metrics, num_logged, run
+from tests.waiting import wait_until
 
 STEP = 6
 SOON_S = 120
@@ -36,30 +38,12 @@ def take(self, peer, rank, message):
 job_watch.MainWatch._take = take
 """
 # A rank that has a fault in a step.
-FAULTY = (
-    PATIENT
-    + """
-import os, signal, time
-from pathlib import Path
-
-import torch
-
-from engine.parallel.zero import ZeroDraft
-
-job_watch.SILENT_IN_STEPS_S = {silent_s}
-whole = ZeroDraft.train
-calls = []
-
-def train(self, *arguments):
-    calls.append(arguments)
-    if len(calls) == {step} and torch.distributed.get_rank() == {rank}:
-        Path({began!r}).write_text(str(time.time()))
-        {fault}
-    return whole(self, *arguments)
-
-ZeroDraft.train = train
+FAULT = """
+if step == {step} and rank == {rank}:
+    Path({began!r}).write_text(str(time.time()))
+    {fault}
 """
-)
+FAULTY = PATIENT + "job_watch.SILENT_IN_STEPS_S = {silent_s}\n" + before_each_step(FAULT)
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
 HANG = "time.sleep(1000)"
@@ -103,27 +87,12 @@ def test_a_fault_on_any_rank_ends_the_job_and_is_named_once(name, tmp_path, tiny
 SIGNAL = "os.kill(os.getpid(), signal.SIGTERM)"
 FILE = "Path({stop!r}).touch()"
 # A rank that asks for a stop in step 3. From then on each step takes longer than the one before, until all ranks stop.
-ASKING = """
-import os, signal, time
-from pathlib import Path
-
-import torch
-
-from engine.parallel.zero import ZeroDraft
-
-whole = ZeroDraft.train
-calls = []
-
-def train(self, *arguments):
-    calls.append(arguments)
-    if torch.distributed.get_rank() == 1 and len(calls) >= 3:
-        if len(calls) == 3:
-            {request}
-        time.sleep(0.3 * (len(calls) - 2))
-    return whole(self, *arguments)
-
-ZeroDraft.train = train
-"""
+ASKING = before_each_step("""
+if rank == 1 and step >= 3:
+    if step == 3:
+        {request}
+    time.sleep(0.3 * (step - 2))
+""")
 STOPPING = ("epochs=2", "parallel.hang_s=20")
 
 
@@ -186,10 +155,7 @@ def test_ranks_do_not_outlive_their_launcher(killed, num_ranks, tmp_path, tiny_t
     runner = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     family = []
     try:
-        deadline_s = time.monotonic() + 400
-        while num_logged(tmp_path) < 3:
-            assert time.monotonic() < deadline_s and runner.poll() is None
-            time.sleep(0.1)
+        wait_until(lambda: num_logged(tmp_path) >= 3, 400, lambda: runner.poll() is None)
         family = psutil.Process(runner.pid).children(recursive=True)
         launcher = next(process for process in family if "deepspeed.launcher.launch" in command_line(process))
         ranks = [process for process in family if "launcher/train.py" in " ".join(command_line(process)[:3])]
@@ -210,10 +176,7 @@ def test_ranks_do_not_outlive_their_launcher(killed, num_ranks, tmp_path, tiny_t
     pids = {runner.pid} | {process.pid for process in family}
     left = set(Path("/dev/shm").iterdir()) - shared_memory  # tests that run next to this one have files there too
     own = {path for path in left if path in mapped or names_one_of(path, pids)}
-    deadline_s = time.monotonic() + SOON_S
-    while own := {path for path in own if path.exists()}:
-        assert time.monotonic() < deadline_s, own
-        time.sleep(0.1)
+    wait_until(lambda: not any(path.exists() for path in own), SOON_S, tell=lambda: own)
     assert (tmp_path / "checkpoints" / "latest").exists(), "the run stopped as it does after a signal"
     assert not (tmp_path / "draft").exists(), "the run stopped before its end"
 

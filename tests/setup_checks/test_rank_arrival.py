@@ -11,8 +11,7 @@ from engine.setup_checks import rank_arrival
 from engine.setup_checks.rank_arrival import FACTS, collect_facts, judge_arrival, let_go_on, open_store, send_facts, shall_go_on
 from tests.distributed import free_port
 from tests.setup_facts import make_ranks
-
-HANG_S = 60.0  # only a test that hangs ends after this time
+from tests.waiting import HANG_S
 
 
 class TimeOfRankZero:

@@ -8,8 +8,7 @@ import pytest
 from engine.setup_checks import setup_report
 from engine.setup_checks.finding import ok, problem, warning
 from engine.setup_checks.setup_report import SetupReport
-
-HANG_S = 60.0  # only a test that hangs ends after this time
+from tests.waiting import HANG_S
 
 
 def test_findings_appear_at_once_and_the_summary_once(capsys):
