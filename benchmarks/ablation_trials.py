@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import Prompt, held_out_prompts
 from engine.evaluation.decoding import Generation
 from engine.evaluation.evaluator import AcceptanceEvaluator
+from engine.host.files import write_json
 from engine.host.telemetry import Telemetry
 from engine.models.eagle3.export import load_draft
 from engine.parallel.mesh import World
@@ -40,14 +42,22 @@ class Variant:
     """The default job with one thing changed.
 
     about: the change, for the table. options: overrides of the recipe.
-    ds_config: DeepSpeed's configuration, in `ds_configs/`.
+    ds_config: DeepSpeed's configuration, in `ds_configs/`. learning_rate: takes the place of its `optimizer.params.lr`.
     store: precision of the captured hidden states that it is trained from; None = the target runs.
     """
 
     about: str
     options: tuple[str, ...] = ()
     ds_config: str = "zero2.json"
+    learning_rate: float | None = None
     store: str | None = "float32"
+
+    def deepspeed(self) -> dict[str, Any]:
+        """Return DeepSpeed's configuration."""
+        values = json.loads((DS_CONFIGS / self.ds_config).read_text(encoding="utf-8"))
+        if self.learning_rate is not None:
+            values["optimizer"]["params"]["lr"] = self.learning_rate
+        return values
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Trial:
         """A hash of all options and sizes, 12 hexadecimal digits."""
         chosen = asdict(self) | {
             "recipe": DEFAULT_RECIPE.read_text(encoding="utf-8"),
-            "deepspeed": (DS_CONFIGS / self.variant.ds_config).read_text(encoding="utf-8"),
+            "deepspeed": self.variant.deepspeed(),
         }
         del chosen["name"]
         del chosen["variant"]["about"]
@@ -116,7 +126,10 @@ class CommandTrainer:
         if trial.variant.store is not None:
             with self._capturing:
                 options.append(f"target.store={self._store(trial.variant.store)}")
-        self._run("train.py", [f"--ds_config={DS_CONFIGS / trial.variant.ds_config}", *options], folder.with_suffix(".log"))
+        ds_config = folder.with_suffix(".json")
+        ds_config.parent.mkdir(parents=True, exist_ok=True)
+        write_json(ds_config, trial.variant.deepspeed())
+        self._run("train.py", [f"--ds_config={ds_config}", *options], folder.with_suffix(".log"))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return folder / "draft"
 

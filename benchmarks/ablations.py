@@ -53,6 +53,9 @@ VARIANTS = {
     "eagle 3": Variant("EAGLE-3: neither fc_norm nor norm_output", ("draft.fc_norm=false", "draft.norm_output=false")),
     "vocab 384": Variant("draft vocabulary of 384 tokens", ("draft.vocab_size=384",)),
     "vocab 1024": Variant("draft vocabulary of all 1024 tokens", ("draft.vocab_size=1024",)),
+    # The learning rate of the default is 1e-4 * 4096 / 192 = 0.0021.
+    "lr 0.001": Variant("AdamW, learning rate 0.001", learning_rate=0.001),
+    "lr 0.004": Variant("AdamW, learning rate 0.004", learning_rate=0.004),
     "muon": Variant("Muon", ds_config="zero2_muon.json"),
 }
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from benchmarks import ablations
-from benchmarks.ablation_trials import DS_CONFIGS, Budget, FailedCommandError, Trial
+from benchmarks.ablation_trials import Budget, FailedCommandError, Trial
 from benchmarks.ablations import DEFAULT, VARIANTS, Results, command_line, compare, make_trials, run_trials
 from benchmarks.paired_lengths import estimate, influence, lengths, students_quantile
 from engine.config.ds_config import load_ds_config
 from engine.config.recipe import load_config
+from engine.host.files import write_json
 
 BUDGET = Budget(max_steps=10, num_prompts=4, max_new_tokens=8)
 NAMES = [DEFAULT, "ttt 1", "muon"]
@@ -87,11 +88,13 @@ def test_a_failed_variant_is_reported_tried_again_and_stops_no_other(tmp_path):
     assert by_name["muon"]["difference"] == 0 and by_name["muon"]["verdict"] == "none shown"
 
 
-def test_every_variant_is_a_valid_configuration_of_its_own():
+def test_every_variant_is_a_valid_configuration_of_its_own(tmp_path):
     jobs = []
     for variant in VARIANTS.values():
-        load_ds_config(DS_CONFIGS / variant.ds_config)
-        jobs.append((load_config(ablations.DEFAULT_RECIPE, variant.options), variant.ds_config, variant.store))
+        ds_config = tmp_path / variant.ds_config
+        write_json(ds_config, variant.deepspeed())
+        recipe = load_config(ablations.DEFAULT_RECIPE, variant.options)
+        jobs.append((recipe, load_ds_config(ds_config), variant.store))
     assert all(job not in jobs[:number] for number, job in enumerate(jobs))
 
 
