@@ -27,6 +27,7 @@ from engine.config.secret_values import hidden_in_text
 from engine.config.sections import Config, DataSection, TargetSection
 from engine.config.strict import parse_json, read_text
 from engine.config.tree_shape import TreeShape
+from engine.conversations.prompt_sets import PROMPT_SETS, prompt_files, prompt_path
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import held_out_prompts
 from engine.evaluation.grid import grid_shapes
@@ -37,11 +38,13 @@ from engine.models.draft_folder import CONFIG
 from engine.serving.draft_kinds import EAGLE3, DraftKind, draft_kind
 from engine.serving.endpoint import ENDPOINTS, Endpoint, ReplyLimits
 from engine.serving.http_stream import ServingError, check_url
+from engine.serving.served_folder import ADVICE, serving_problems
 from engine.serving.server_commands import SGLANG, VLLM, ServerProgram, check_shape, check_topk
 from engine.serving.server_process import HOST, ServerProcess, check_port, free_port
 from engine.serving.serving_benchmark import LoadPlan, ServingBenchmark
 from engine.serving.serving_results import PLAIN, latency_table, speed_table
-from launcher.command import TRUST, check_target, positive_number, stopping_at_errors
+from engine.target.configuration import load_target_config
+from launcher.command import TRUST, check_target, positive_number, stopping_at_errors, user_cache
 
 RUNNING = "draft"  # setting of a server that was running already
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -74,7 +77,14 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--url", help="address of a running server with the draft, such as http://localhost:30000")
     parser.add_argument("--plain_url", help="address of a running server without a draft, to compare with")
-    parser.add_argument("--data", nargs="+", required=True, help="JSONL conversation files; each is a set of prompts")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSONL files with conversations or with the questions of a benchmark, or sets that are downloaded: "
+        f"{', '.join(PROMPT_SETS)}, or owner/name:config:split of the Hugging Face hub; each is a set of prompts",
+    )
     parser.add_argument("--num_prompts", type=positive_number, default=32, help="prompts per file; default: 32")
     parser.add_argument(
         "--batch", type=positive_number, nargs="+", default=[1, 4, 16], help="numbers of concurrent requests; default: 1 4 16"
@@ -150,7 +160,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} {path}: is a folder; name a file in it")
         with writing(path.parent):  # before anything is measured
             path.parent.mkdir(parents=True, exist_ok=True)
-    names = [Path(name).stem for name in arguments.data]
+    names = [prompt_path(name, Path()).stem for name in arguments.data]
     if len(set(names)) < len(names):
         raise ValueError(f"--data: expected files with different names, found {' '.join(arguments.data)}; rename one")
 
@@ -203,24 +213,33 @@ def shapes_of(arguments: argparse.Namespace, kind: DraftKind) -> list[TreeShape]
 
 
 def servers_of(arguments: argparse.Namespace) -> list[Measured]:
-    """Return the servers to measure, the one without a draft first. Raises ValueError as `shapes_of` does."""
+    """Return the servers to measure, the one without a draft first.
+
+    Raises ValueError as `shapes_of` does, and for a draft that the server would run differently from the engine.
+    """
     if arguments.url is None:
-        kind = kind_of(Path(arguments.draft))
-        drafting = [Measured(str(shape), shape, kind=kind) for shape in shapes_of(arguments, kind)]
+        draft = Path(arguments.draft)
+        kind = kind_of(draft)
+        shapes = shapes_of(arguments, kind)
+        target = TargetSection(path=arguments.target, trust_remote_code=arguments.trust_remote_code)
+        problem = serving_problems(draft, kind, load_target_config(target)).get(ENDPOINTS[arguments.server].name)
+        if problem is not None:
+            raise ValueError(f"--draft {draft}: {problem}; {ADVICE}")
+        drafting = [Measured(str(shape), shape, kind=kind) for shape in shapes]
         return [Measured(PLAIN), *drafting]
     plain = [] if arguments.plain_url is None else [Measured(PLAIN, url=arguments.plain_url)]
     return [*plain, Measured(RUNNING, url=arguments.url)]
 
 
 def read_prompts(arguments: argparse.Namespace) -> dict[str, list[list[int]]]:
-    """Return the token ids of the prompts of each file. Raises ValueError as `held_out_prompts` does."""
+    """Return the token ids of the prompts of each file. Raises ValueError as `prompt_files` and `held_out_prompts` do."""
     target = TargetSection(path=arguments.target, trust_remote_code=arguments.trust_remote_code)
     data = DataSection()
     tokenizer = load_tokenizer(target, data)
     sets = {}
-    for name in arguments.data:
-        prompts = held_out_prompts([name], tokenizer, arguments.num_prompts, data.template_kwargs)
-        sets[Path(name).stem] = [prompt.token_ids for prompt in prompts]
+    for path in prompt_files(arguments.data, user_cache() / "prompt_sets"):
+        prompts = held_out_prompts([path], tokenizer, arguments.num_prompts, data.template_kwargs)
+        sets[path.stem] = [prompt.token_ids for prompt in prompts]
     return sets
 
 

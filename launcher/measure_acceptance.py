@@ -11,40 +11,42 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
+import transformers
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import engine
 from engine.config.recipe import load_config
 from engine.config.sections import RECIPE, Config, EvaluationSection, TargetSection
 from engine.config.tree_shape import TreeRule, TreeShape
-from engine.conversations.prompt_sets import PROMPT_SETS, fetch_prompt_set
+from engine.conversations.prompt_sets import PROMPT_SETS, prompt_files
 from engine.data.segments import decoded
 from engine.data.templates import load_tokenizer
-from engine.evaluation.acceptance import AcceptanceReport, Prompt, check_prompts, held_out_prompts
+from engine.evaluation.acceptance import ALL, AcceptanceReport, Prompt, check_prompts, held_out_prompts
 from engine.evaluation.decoding import Generation
 from engine.evaluation.evaluator import AcceptanceEvaluator
 from engine.evaluation.grid import (
-    ALL,
     GRID,
     CostModel,
     GridCell,
     best_cell,
+    grid_facts,
     grid_shapes,
     grid_table,
     group_table,
     part_of_block,
     serving_commands,
-    write_grid,
 )
+from engine.evaluation.model_card import update_acceptance
 from engine.evaluation.report import PAGE, acceptance_table
 from engine.evaluation.run_page import write_run_page
 from engine.evaluation.sampling import Sampling
@@ -54,12 +56,13 @@ from engine.host.files import write_json
 from engine.host.telemetry import Telemetry, visible
 from engine.kernels import choose_kernels
 from engine.kernels.self_check import SelfCheck
-from engine.models.draft_folder import CONFIG, read_draft_config
-from engine.models.draft_method import DraftConfig, DraftMethod
+from engine.models.draft_folder import CARD, CONFIG, read_draft_config
+from engine.models.draft_method import DraftConfig, DraftMethod, ServedDraft
 from engine.models.target_families import check_aux_layers, num_layers, text_config
 from engine.parallel.mesh import ALONE, World
 from engine.planning.target_cost import TargetCost
 from engine.serving.draft_kinds import DraftKind, draft_kind
+from engine.serving.served_folder import ADVICE, serving_problems
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
 from engine.target.structure import without_weights
@@ -89,10 +92,14 @@ def parse_arguments() -> argparse.Namespace:
         "--data",
         nargs="+",
         metavar="FILE",
-        help="JSONL files with conversations or with the questions of a benchmark, or names of sets that are downloaded: "
-        f"{', '.join(PROMPT_SETS)}; default: the run's held-out files",
+        help="JSONL files with conversations or with the questions of a benchmark, or sets that are downloaded: "
+        f"{', '.join(PROMPT_SETS)}, or owner/name:config:split of the Hugging Face hub; default: the run's held-out files",
     )
-    parser.add_argument("--num_prompts", type=positive_number, help="prompts decoded; default: the run's")
+    parser.add_argument(
+        "--num_prompts",
+        type=positive_number,
+        help="prompts decoded, of each file of --data, or of the run's held-out files together; default: the run's",
+    )
     parser.add_argument(
         "--num_steps",
         type=positive_number,
@@ -194,9 +201,8 @@ def run_config(arguments: argparse.Namespace, num_ranks: int) -> tuple[Config, l
     if arguments.dtype:
         target = replace(target, dtype=arguments.dtype)
     if arguments.data:
-        folder = Path(data.cache_dir or user_cache()) / "prompt_sets"
-        files = [str(fetch_prompt_set(name, folder)) if name in PROMPT_SETS else name for name in arguments.data]
-        data = replace(data, held_out=tuple(files))
+        files = prompt_files(arguments.data, Path(data.cache_dir or user_cache()) / "prompt_sets")
+        data = replace(data, held_out=tuple(map(str, files)))
     default = EvaluationSection()
     shapes = shapes_of(arguments, run.evaluation)
     largest = max(shapes, key=lambda shape: shape.num_steps)
@@ -295,6 +301,10 @@ class Measurement:
     sampling: Sampling
     kind: DraftKind | None
 
+    @property
+    def is_grid(self) -> bool:
+        return len(self.shapes) > 1
+
     @classmethod
     def of(cls, arguments: argparse.Namespace, num_ranks: int) -> "Measurement":
         """Read the draft's config and the run's. Raises ValueError if they, or the options, do not fit together."""
@@ -309,11 +319,8 @@ class Measurement:
         return cls(method, draft_config, run, shapes, sampling, draft_kind(exported))
 
 
-def measure(arguments: argparse.Namespace, measurement: Measurement, world: World) -> dict[str, AcceptanceReport]:
-    """Load the draft and the target, decode the prompts and print a table of the results.
-
-    Return the reports by drafter, on every rank; none for a grid, which `show_grid` writes.
-    """
+def measure(arguments: argparse.Namespace, measurement: Measurement, world: World) -> None:
+    """Load the draft and the target, decode the prompts, and print and write the results on rank 0."""
     method = measurement.method
     draft_config = measurement.draft_config
     run = measurement.run
@@ -329,10 +336,10 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
     if change is not None:
         telemetry.note(f"The draft was trained for another target: {change}.", style="bold")
     draft_cost = arguments.draft_cost
-    if draft_cost is None and len(measurement.shapes) > 1:
+    if draft_cost is None and measurement.is_grid:
         draft_cost = method.count_read_weights(draft_config) / active_weights(run.target, world.device)
     costs = CostModel(draft_cost or 0.0, arguments.verify_cost, kind is not None and kind.block_tokens is not None)
-    prompts = held_out_prompts(run.data.held_out, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
+    prompts = read_prompts(run, tokenizer, per_file=arguments.data is not None)
     check_prompts(prompts, draft_config.vocab_size)
     target = source.load_target(aux_layers)
     dtype = target.dtype
@@ -348,22 +355,28 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
         telemetry.console.print(asked, reply_text(generation, tokenizer), sep="\n")
 
     evaluator = AcceptanceEvaluator(run.evaluation, target, tokenizer, prompts, world, telemetry, run.data.max_tokens, sampling)
-    if len(measurement.shapes) > 1:
+    baseline = None
+    if measurement.is_grid:
         measured = evaluator.measure_shapes(draft, measurement.shapes)
-        if world.is_main:
-            show_grid(measured, costs, measurement, arguments, telemetry)
-        return {}
-    reports = {
-        "draft": evaluator.measure_draft(draft, show if arguments.show else None),
-        "prompt lookup": evaluator.measure_prompt_lookup(),
-    }
-    telemetry.console.print(acceptance_table(reports, "Greedy decoding" if sampling.is_greedy else "Sampled replies"))
-    if any(report.mismatches for report in reports.values()):
-        telemetry.note(f"Replies may differ where two tokens nearly tie in {dtype}; use --dtype float32 to find out.")
-    partly = None if kind is None else part_of_block(run.evaluation.num_steps, kind)
-    if partly is not None:
-        telemetry.note(partly)
-    return reports
+    else:
+        measured = {measurement.shapes[0]: evaluator.measure_groups(draft, show if arguments.show else None)}
+        baseline = evaluator.measure_prompt_lookup()
+    cells = []
+    for shape, reports in measured.items():
+        cells.append(GridCell(shape, reports, costs.speed_up(shape, reports[ALL].acceptance_length)))
+    results = Results(cells, costs, baseline, by_rows_of_sglang(evaluator, draft, best_cell(cells).shape, measurement))
+    if world.is_main:
+        show_results(results, measurement, arguments.draft, telemetry, str(dtype))
+        write_results(results, measurement, arguments, telemetry, str(dtype))
+
+
+def read_prompts(run: Config, tokenizer: PreTrainedTokenizerBase, per_file: bool) -> list[Prompt]:
+    """Return the prompts. per_file: whether `evaluation.num_prompts` counts those of each file."""
+    files = run.data.held_out
+    prompts = []
+    for paths in [[path] for path in files] if per_file else [files]:
+        prompts += held_out_prompts(paths, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
+    return prompts
 
 
 def active_weights(section: TargetSection, device: torch.device) -> float:
@@ -372,57 +385,128 @@ def active_weights(section: TargetSection, device: torch.device) -> float:
     return TargetCost(model, ALONE).num_active_weights
 
 
-def show_grid(
-    measured: Mapping[TreeShape, Mapping[str, AcceptanceReport]],
-    costs: CostModel,
-    measurement: Measurement,
-    arguments: argparse.Namespace,
-    telemetry: Telemetry,
-) -> None:
-    """Print the best shapes with the commands that serve them, and write the grid.
+def by_rows_of_sglang(
+    evaluator: AcceptanceEvaluator, draft: ServedDraft, shape: TreeShape, measurement: Measurement
+) -> AcceptanceReport | None:
+    """Return the acceptance of a tree by SGLang's rule of attention, or None if SGLang drafts as was measured; a collective."""
+    is_served = measurement.kind is not None and measurement.kind.block_tokens is None
+    if shape.is_chain or shape.rule == "sglang" or not is_served or not measurement.sampling.is_greedy:
+        return None
+    as_served = replace(shape, rule="sglang")
+    return evaluator.measure_shapes(draft, [as_served])[as_served][ALL]
 
-    The grid goes to `--json`, or into the folder of the draft's run, whose report then shows it.
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured.
+
+    cells: one per shape. baseline: prompt lookup, measured if there is one shape.
+    by_rows: the best shape by SGLang's rule of attention; None if SGLang drafts as was measured.
     """
-    cells = []
-    for shape, reports in measured.items():
-        cells.append(GridCell(shape, reports, costs.speed_up(shape, reports[ALL].acceptance_length)))
-    best = best_cell(cells)
-    telemetry.console.print(grid_table(cells, costs))
+
+    cells: Sequence[GridCell]
+    costs: CostModel
+    baseline: AcceptanceReport | None
+    by_rows: AcceptanceReport | None
+
+    @property
+    def best(self) -> GridCell:
+        return best_cell(self.cells)
+
+
+def show_results(results: Results, measurement: Measurement, draft: Path, telemetry: Telemetry, dtype: str) -> None:
+    """Print tables, and the commands that serve the best shape."""
+    best = results.best
+    if results.baseline is None:
+        telemetry.console.print(grid_table(results.cells, results.costs))
+    else:
+        reports = {"draft": best.report, "prompt lookup": results.baseline}
+        replies = "Greedy decoding" if measurement.sampling.is_greedy else "Sampled replies"
+        telemetry.console.print(acceptance_table(reports, replies))
+        if any(report.mismatches for report in reports.values()):
+            telemetry.note(f"Replies may differ where two tokens nearly tie in {dtype}; use --dtype float32 to find out.")
     by_group = group_table(best)
     if by_group is not None:
         telemetry.console.print(by_group)
-    for server, command in best_commands(cells, measurement, arguments.draft).items():
-        telemetry.console.print(f"\n{server}:\n  {command}", markup=False, soft_wrap=True)
-    partly = None if measurement.kind is None else part_of_block(best.shape.num_steps, measurement.kind)
-    if partly is not None:
-        telemetry.note(f"\n{partly}")
-    run_folder = arguments.draft.resolve().parent
-    is_of_run = (run_folder / RECIPE).is_file()
-    path = arguments.json
-    if path is None and is_of_run:
-        path = run_folder / GRID
-        write_grid(path, cells, costs)
-        write_run_page([run_folder], run_folder / PAGE)
-        telemetry.console.print(f"\nReport with these shapes: {run_folder / PAGE}")
-    elif path is not None:
-        write_grid(path, cells, costs)
-
-
-def best_commands(cells: Sequence[GridCell], measurement: Measurement, draft: Path) -> dict[str, str]:
-    """Return the commands that serve the best shape, by server; for vLLM the best chain.
-
-    They are empty if no server knows the draft.
-    """
+    if results.by_rows is not None:
+        telemetry.note(
+            f"SGLang lets the tokens of a tree attend to rows instead of their ancestors. {str(best.shape).capitalize()} then "
+            f"accepts {results.by_rows.length_text} instead of {best.report.length_text}; --tree_rule sglang measures all so."
+        )
     kind = measurement.kind
     if kind is None:
-        return {}
-    target = measurement.run.target.path
+        return
+    problems = serving_problems(draft, kind, load_target_config(measurement.run.target))
+    for server, command in best_commands(results.cells, measurement.run.target.path, draft, kind).items():
+        if server in problems:
+            telemetry.note(f"{server} would serve this folder otherwise: {problems[server]}; {ADVICE}.", style="bold")
+        else:
+            telemetry.console.print(f"\n{server}:\n  {command}", markup=False, soft_wrap=True)
+    partly = part_of_block(best.shape.num_steps, kind)
+    if partly is not None:
+        telemetry.note(f"\n{partly}")
+
+
+def best_commands(cells: Sequence[GridCell], target: str, draft: Path, kind: DraftKind) -> dict[str, str]:
+    """Return the commands that serve the best shape, by server; for vLLM the best chain."""
     commands = serving_commands(best_cell(cells).shape, target, draft, kind)
     chains = [cell for cell in cells if cell.shape.is_chain]
     if not chains:
         return commands
     for_chains = serving_commands(best_cell(chains).shape, target, draft, kind)
     return for_chains | {"SGLang": commands["SGLang"]}
+
+
+def write_results(
+    results: Results, measurement: Measurement, arguments: argparse.Namespace, telemetry: Telemetry, dtype: str
+) -> None:
+    """Write the results to `--json`, and into the folders of the run and of the draft.
+
+    A grid goes to `--json`, or else into the folder of the draft's run, whose report then shows it. The
+    model card of the draft gets the acceptance of greedy replies.
+    """
+    facts = {"about": about(measurement, arguments, dtype)}
+    if results.by_rows is not None:
+        facts["by_rows_of_sglang"] = results.by_rows.to_dict()
+    if measurement.is_grid:
+        facts |= grid_facts(results.cells, results.costs)
+    else:
+        (cell,) = results.cells
+        facts["shape"] = {**cell.shape.sizes, "tree_rule": cell.shape.rule}
+        facts["groups"] = {name: report.to_dict() for name, report in cell.reports.items() if name != ALL}
+        facts["draft"] = cell.report.to_dict()
+        if results.baseline is not None:
+            facts["prompt lookup"] = results.baseline.to_dict()
+    run_folder = arguments.draft.resolve().parent
+    if arguments.json is not None:
+        write_json(arguments.json, facts)
+    elif measurement.is_grid and (run_folder / RECIPE).is_file():
+        write_json(run_folder / GRID, facts)
+        write_run_page([run_folder], run_folder / PAGE)
+        telemetry.console.print(f"\nReport with these shapes: {run_folder / PAGE}")
+    best = results.best
+    data = measurement.run.data.held_out
+    if measurement.sampling.is_greedy and update_acceptance(arguments.draft, best, results.baseline, data, measurement.kind):
+        telemetry.console.print(f"Model card with this acceptance: {arguments.draft / CARD}")
+
+
+def about(measurement: Measurement, arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """Return what was measured and with what, for JSON."""
+    run = measurement.run
+    return {
+        "draft": str(arguments.draft),
+        "target": run.target.path,
+        "revision": run.target.revision,
+        "dtype": dtype.removeprefix("torch."),
+        "data": list(run.data.held_out),
+        "max_new_tokens": run.evaluation.max_new_tokens,
+        "sampling": asdict(measurement.sampling),
+        "versions": {
+            "draftspeed": engine.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
 
 
 def main() -> None:
@@ -442,10 +526,7 @@ def main() -> None:
         with stopping_at_errors(world.rank):
             job = join_job(environment, measurement.run.parallel, arguments.draft)
     with stopping_at_errors(world.rank) if job is None else job.ending_together():
-        reports = measure(arguments, measurement, world)
-        if arguments.json and world.is_main and reports:
-            content = {name: report.to_dict() for name, report in reports.items()}
-            write_json(arguments.json, content)
+        measure(arguments, measurement, world)
     if job is not None:
         job.leave()
 

@@ -1,9 +1,10 @@
 """Published sets of prompts on which drafts are compared."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from engine.conversations.published_sets import open_source
+from engine.conversations.published_sets import FILE_TYPES, HUB_NAME, open_source
 from engine.host.files import write_text
 
 # Name, and place on the Hugging Face hub as owner/name:config:split.
@@ -15,14 +16,35 @@ PROMPT_SETS = {
 }
 
 
+def prompt_files(names: Sequence[str], folder: Path) -> list[Path]:
+    """Return the JSONL files of prompts that a command line names.
+
+    names: files, names of `PROMPT_SETS`, or sets of the hub as owner/name:config:split.
+    folder: into which sets are downloaded. Raises ValueError and WriteError as `fetch_prompt_set` does.
+    """
+    return [fetch_prompt_set(name, folder) if _is_set(name) else Path(name) for name in names]
+
+
+def prompt_path(name: str, folder: Path) -> Path:
+    """Return the file that `prompt_files` returns for a name, which need not exist yet."""
+    return folder / f"{name.replace('/', '--').replace(':', '--')}.jsonl" if _is_set(name) else Path(name)
+
+
+def _is_set(name: str) -> bool:
+    if name in PROMPT_SETS:
+        return True
+    return not Path(name).exists() and not name.endswith(FILE_TYPES) and HUB_NAME.fullmatch(name) is not None
+
+
 def fetch_prompt_set(name: str, folder: Path) -> Path:
     """Return the JSONL file of a published set, which is downloaded into `folder` if it is not there.
 
+    name: of `PROMPT_SETS`, or owner/name:config:split on the hub; the split is `train` if it is not given.
     Raises ValueError if the hub cannot be reached or the package datasets is missing, and WriteError.
     """
-    path = folder / f"{name}.jsonl"
+    path = prompt_path(name, folder)
     if not path.is_file():
-        lines = [json.dumps(row, default=str) for _, row in open_source(PROMPT_SETS[name])]
+        lines = [json.dumps(row, default=str) for _, row in open_source(PROMPT_SETS.get(name, name))]
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(f"{line}\n" for line in lines))
     return path

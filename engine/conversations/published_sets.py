@@ -345,7 +345,7 @@ def _package(name: str) -> ModuleType:
         return import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ValueError(f"prepare_data.py needs the package {package}: pip install 'draftspeed[data]'") from error
+        raise ValueError(f"this needs the package {package}: pip install 'draftspeed[data]'") from error
 
 
 @contextmanager

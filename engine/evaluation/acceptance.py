@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
@@ -21,6 +21,7 @@ from engine.data.template_input import accepted_roles
 from engine.data.templates import ChatTemplate
 from engine.evaluation.decoding import Generation
 
+ALL = "all"  # name of the report over all prompts
 FEWEST_PROMPTS = 5  # with fewer, the spread over prompts says little
 
 
@@ -55,10 +56,10 @@ class Prompt:
         return self.source.rpartition(":")[0], self.category
 
 
-def group_names(prompts: Sequence[Prompt], taken: Collection[str]) -> dict[tuple[str, str | None], str]:
+def group_names(prompts: Sequence[Prompt]) -> dict[tuple[str, str | None], str]:
     """Return a name of each group of prompts: its file's without folders and ending if it is the only such file.
 
-    taken: names that no group may have.
+    No group is named `ALL`.
     """
     groups = dict.fromkeys(prompt.group for prompt in prompts)
     files = {file for file, _ in groups}
@@ -66,7 +67,7 @@ def group_names(prompts: Sequence[Prompt], taken: Collection[str]) -> dict[tuple
     names = {}
     for file, category in groups:
         stem = Path(file).stem
-        name = stem if stems.count(stem) == 1 and stem not in taken else file
+        name = stem if stems.count(stem) == 1 and stem != ALL else file
         names[file, category] = name if category is None else f"{name}: {category}"
     return names
 
@@ -237,19 +238,21 @@ class DecodedPrompt(NamedTuple):
 
 
 def measure_acceptance(
-    decoded: Iterable[DecodedPrompt], num_steps: int, on_reply: Callable[[Prompt, Generation], None] | None = None
-) -> AcceptanceCounts:
-    """Return the summed acceptance counts of all prompts.
+    decoded: Iterable[DecodedPrompt], num_steps: int, names: Mapping[tuple[str, str | None], str]
+) -> dict[str, AcceptanceCounts]:
+    """Return the summed acceptance counts of all prompts (`ALL`), and of each group if there are several.
 
     decoded: each prompt with its reply, which is produced on demand. num_steps: largest depth of drafted tokens.
-    on_reply: called with each prompt and its generation.
+    names: of the groups, from `group_names`; also of those without a prompt in `decoded`.
     """
-    total = AcceptanceCounts.zero(num_steps)
+    groups = names.values() if len(names) > 1 else ()
+    totals = {name: AcceptanceCounts.zero(num_steps) for name in (ALL, *groups)}
     for prompt, generation, plain in decoded:
-        total += AcceptanceCounts.of(generation, plain, num_steps)
-        if on_reply is not None:
-            on_reply(prompt, generation)
-    return total
+        counts = AcceptanceCounts.of(generation, plain, num_steps)
+        totals[ALL] += counts
+        if groups:
+            totals[names[prompt.group]] += counts
+    return totals
 
 
 def read_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

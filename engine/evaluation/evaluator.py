@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.config.sections import EvaluationSection
 from engine.config.tree_shape import TreeShape
 from engine.evaluation.acceptance import (
+    ALL,
     AcceptanceCounts,
     AcceptanceReport,
     DecodedPrompt,
@@ -30,7 +31,6 @@ from engine.evaluation.decoding import (
     rolls_back,
     speculative_decode,
 )
-from engine.evaluation.grid import ALL
 from engine.evaluation.replay import batched_replies, greedy_replies, packed, replay
 from engine.evaluation.samples import Sample, sampled_prompts
 from engine.evaluation.sampling import GREEDY, Sampling
@@ -83,7 +83,7 @@ class AcceptanceEvaluator:
         self._telemetry = telemetry
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids(target.model, tokenizer)
-        self._group_names = group_names(prompts, taken=[ALL])
+        self._group_names = group_names(prompts)
         self._prompts = prompts[world.rank :: world.size]
         self._max_tokens = max_tokens
         self._uses_cache = target.mesh.size == 1 and rolls_back(target)
@@ -101,6 +101,13 @@ class AcceptanceEvaluator:
         """Measure acceptance with a draft.
 
         on_reply: called with each of this rank's prompts and its generation.
+        """
+        return self.measure_groups(draft, on_reply)[ALL]
+
+    def measure_groups(self, draft: ServedDraft, on_reply: OnReply | None = None) -> dict[str, AcceptanceReport]:
+        """Measure acceptance with a draft, as `measure_draft` does.
+
+        Returns a report over all prompts (`ALL`), and one per file and category if there are several.
         """
         self._kept = []
         indices = count()
@@ -125,8 +132,8 @@ class AcceptanceEvaluator:
         """Measure acceptance with prompt lookup, the baseline without a draft."""
         if self._replays:
             drafters = [self._prompt_lookup() for _ in self._replies]
-            return self._measure(self._replayed(drafters, self._section.num_steps), "with prompt lookup", None)
-        return self._measure(self._decoded(self._prompt_lookup), "with prompt lookup", None)
+            return self._measure(self._replayed(drafters, self._section.num_steps), "with prompt lookup", None)[ALL]
+        return self._measure(self._decoded(self._prompt_lookup), "with prompt lookup", None)[ALL]
 
     def measure_shapes(self, draft: ServedDraft, shapes: Sequence[TreeShape]) -> dict[TreeShape, dict[str, AcceptanceReport]]:
         """Measure acceptance for several shapes, by replay.
@@ -135,18 +142,10 @@ class AcceptanceEvaluator:
 
         shapes: with at most `evaluation.num_steps` steps.
         """
-        names = [ALL]
-        if len(self._group_names) > 1:
-            names += self._group_names.values()
         measured = {}
         with self._telemetry.progress(len(shapes), "shapes") as progress:
             for shape, drafters in draft.propose_shapes(self._replies, shapes, self._max_tokens):
-                totals = {name: AcceptanceCounts.zero(shape.num_steps) for name in names}
-                for decoded in self._replayed(drafters, shape.num_steps):
-                    counts = AcceptanceCounts.of(decoded.generation, None, shape.num_steps)
-                    for name in {ALL, self._group_names[decoded.prompt.group]} & totals.keys():
-                        totals[name] += counts
-                measured[shape] = {name: self._summed(counts).report() for name, counts in totals.items()}
+                measured[shape] = self._reports(self._replayed(drafters, shape.num_steps), shape.num_steps)
                 progress.advance("shapes of trees")
         return {shape: measured[shape] for shape in shapes}
 
@@ -238,22 +237,29 @@ class AcceptanceEvaluator:
     def _decoded_plainly(self, prompt: Prompt) -> Generation:
         return plain_decode(self._target, prompt.token_ids, self._section.max_new_tokens, self._eos_ids)
 
-    def _measure(self, decoded: Iterator[DecodedPrompt], drafting: str, on_reply: OnReply | None) -> AcceptanceReport:
-        """Return the report over the prompts of all ranks; a collective."""
+    def _measure(
+        self, decoded: Iterator[DecodedPrompt], drafting: str, on_reply: OnReply | None
+    ) -> dict[str, AcceptanceReport]:
+        """Return the reports over the prompts of all ranks; a collective."""
         if not self._is_checked and not self._replays and self._sampling.is_greedy:
             self._leave_out([self._decoded_plainly(prompt).token_ids for prompt in self._prompts])
         self._is_checked = True
         with self._telemetry.progress(len(self._prompts), "prompts") as progress:
 
-            def show(prompt: Prompt, generation: Generation) -> None:
-                progress.advance(f"prompts, {drafting}")
-                if on_reply is not None:
-                    on_reply(prompt, generation)
+            def shown() -> Iterator[DecodedPrompt]:
+                for prompt in decoded:
+                    progress.advance(f"prompts, {drafting}")
+                    if on_reply is not None:
+                        on_reply(prompt.prompt, prompt.generation)
+                    yield prompt
 
-            counts = measure_acceptance(decoded, self._section.num_steps, show)
-        return self._summed(counts).report()
+            return self._reports(shown(), self._section.num_steps)
 
-    def _summed(self, counts: AcceptanceCounts) -> AcceptanceCounts:
-        """Return the counts of all ranks; a collective."""
-        total = self._world.sum(counts.to_tensor().to(self._world.device)).cpu()
-        return AcceptanceCounts.from_tensor(total)
+    def _reports(self, decoded: Iterator[DecodedPrompt], num_steps: int) -> dict[str, AcceptanceReport]:
+        """Return the reports over the prompts of all ranks (`ALL`), and per group if there are several; a collective."""
+        measured = measure_acceptance(decoded, num_steps, self._group_names)
+        reports = {}
+        for name, counts in measured.items():
+            total = self._world.sum(counts.to_tensor().to(self._world.device)).cpu()
+            reports[name] = AcceptanceCounts.from_tensor(total).report()
+        return reports

@@ -12,13 +12,15 @@ from rich.table import Table
 
 from engine.config.strict import ConfigError
 from engine.config.tree_shape import TreeRule, TreeShape, num_candidates
-from engine.evaluation.acceptance import AcceptanceReport
-from engine.host.files import write_json
+from engine.evaluation.acceptance import ALL, AcceptanceReport
 from engine.serving.draft_kinds import EAGLE3, DraftKind
 from engine.serving.server_commands import MODULES, SGLANG, VLLM, draft_arguments, served_shape
 
 GRID = "acceptance_grid.json"  # file in a run's folder
-ALL = "all"  # name of the report over all files of prompts
+RULE_TEXTS: dict[TreeRule, str] = {
+    "ancestors": "tokens attend to their ancestors",
+    "sglang": "tokens attend to rows, as in SGLang",
+}
 MOST_SHOWN = 20  # shapes in the printed table
 
 
@@ -111,6 +113,9 @@ def grid_table(cells: Sequence[GridCell], costs: CostModel) -> Table:
     caption = (
         f"predicted for draft {unit} of {costs.draft_step:.3g} and further tokens of {costs.verify_token:.3g} target forwards"
     )
+    rules = {cell.shape.rule for cell in cells if not cell.shape.is_chain}
+    if rules:
+        caption += f"; in trees, {' or '.join(RULE_TEXTS[rule] for rule in sorted(rules))}"
     table = Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
     headings = ("drafted", "topk", "tokens per\nforward") if costs.drafts_blocks else ("steps", "topk", "draft\ntokens")
     for heading in (*headings, "acceptance\nlength", "accepted %\nby depth", "predicted\nspeed"):
@@ -158,12 +163,11 @@ def part_of_block(num_steps: int, kind: DraftKind) -> str | None:
     )
 
 
-def write_grid(path: Path, cells: Sequence[GridCell], costs: CostModel) -> None:
-    """Write the cells and the cost model as JSON. Raises WriteError."""
-    content = {
+def grid_facts(cells: Sequence[GridCell], costs: CostModel) -> dict[str, Any]:
+    """Return the cells and the cost model as plain values, for JSON."""
+    return {
         "draft_cost": costs.draft_step,
         "verify_cost": costs.verify_token,
         "drafts_blocks": costs.drafts_blocks,
         "cells": [cell.to_dict() for cell in cells],
     }
-    write_json(path, content)

@@ -1,6 +1,6 @@
 """The model card of a draft: what it was trained for and on, how often it is right, and how to serve it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,16 @@ from typing import Any
 import engine
 from engine.config.strict import dump_yaml
 from engine.config.tree_shape import TreeShape
-from engine.evaluation.grid import part_of_block, serving_commands
+from engine.evaluation.acceptance import AcceptanceReport
+from engine.evaluation.grid import RULE_TEXTS, GridCell, part_of_block, serving_commands
 from engine.evaluation.page_parts import length_text
 from engine.evaluation.run_record import RunRecord
 from engine.host.files import write_text
 from engine.models.draft_folder import CARD, read_draft_config
 from engine.serving.draft_kinds import DraftKind, draft_kind
 
+TAG = "draftspeed"
+ACCEPTANCE = "## Acceptance"
 SGLANG_TREE = TreeShape(5, 8, 32)  # a usual shape of SGLang's trees
 
 
@@ -34,14 +37,14 @@ def model_card(run: RunRecord, draft: Mapping[str, Any]) -> str:
     """Return the card as Markdown. draft: the config.json of the draft."""
     target = str(run.option("target", "path"))
     kind = draft_kind(draft)
-    facts = {"base_model": target, "tags": ["speculative-decoding", str(run.option("draft", "method")), "draftspeed"]}
+    facts = {"base_model": target, "tags": ["speculative-decoding", str(run.option("draft", "method")), TAG]}
     parts = [
         f"---\n{dump_yaml(facts)}---",
         f"# A draft for {target}",
         "This is a draft model for speculative decoding: it proposes tokens that the target then verifies, so the target's "
         f"output stays the same. It was trained with DraftSpeed {engine.__version__}.",
         _table(_facts(run, draft, target, kind)),
-        "## Acceptance",
+        ACCEPTANCE,
         _acceptance(run, kind),
         *(() if kind is None else ("## Serving", _serving(draft, target, kind))),
         "## Recipe",
@@ -110,29 +113,69 @@ def _acceptance(run: RunRecord, kind: DraftKind | None) -> str:
     report = run.report("after")
     if report is None:
         return "It was not measured: `launcher/measure_acceptance.py` measures it."
-    num_steps = run.option("evaluation", "num_steps")
-    is_block = kind is not None and kind.block_tokens is not None
-    shape = f"{num_steps} drafted tokens" if is_block else f"{num_steps} steps, topk {run.option('evaluation', 'topk')}"
+    names = ("num_steps", "topk", "num_draft_tokens", "tree_rule")
+    sizes = {name: run.option("evaluation", name) for name in names}
+    sizes["rule"] = sizes.pop("tree_rule") or TreeShape.rule
+    shape = TreeShape(**sizes)
+    text = _measured(shape, report, run.report("prompt_lookup"), run.option("data", "held_out"), kind)
+    confidence = run.option("evaluation", "min_confidence")
+    if confidence and kind is not None and kind.block_tokens is not None:
+        text += (
+            f"\n\nDrafts ended where the estimated probability of acceptance fell below {confidence}; by default, servers "
+            "verify whole blocks."
+        )
+    return text
+
+
+def update_acceptance(
+    folder: Path,
+    cell: GridCell,
+    baseline: AcceptanceReport | None,
+    data: Sequence[str],
+    kind: DraftKind | None,
+) -> bool:
+    """Replace the acceptance in the model card of an exported draft; return whether the folder has a card of this project.
+
+    cell: the measured shape. baseline: prompt lookup, if it was measured. data: files of the prompts.
+    Raises WriteError.
+    """
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    _, front, *rest = [*text.split("---\n", 2), ""]
+    start = text.find(ACCEPTANCE)
+    if TAG not in front or not rest or start < 0:
+        return False
+    start += len(ACCEPTANCE)
+    end = text.find("\n## ", start)
+    end = len(text) if end < 0 else end
+    section = _measured(cell.shape, cell.report.to_dict(), None if baseline is None else baseline.to_dict(), data, kind)
+    write_text(path, f"{text[:start]}\n\n{section}\n{text[end:]}")
+    return True
+
+
+def _measured(
+    shape: TreeShape, report: Mapping[str, Any], baseline: Mapping[str, Any] | None, data: Any, kind: DraftKind | None
+) -> str:
+    """Return the acceptance of greedy replies as Markdown.
+
+    report, baseline: of the draft and of prompt lookup, as plain values.
+    """
+    if kind is not None and kind.block_tokens is not None:
+        drafted = f"{shape.num_steps} drafted tokens"
+    else:
+        drafted = f"{shape.num_steps} steps, topk {shape.topk}"
+    if not shape.is_chain:
+        drafted += f", {shape.num_draft_tokens} draft tokens; {RULE_TEXTS[shape.rule]}"
     depths = [share for share in report.get("acceptance_per_depth") or () if share is not None]
     rows = {
-        "acceptance length": f"{length_text(report)} tokens per target forward ({shape})",
+        "acceptance length": f"{length_text(report)} tokens per target forward ({drafted})",
         "accepted by depth, if all before were": " ".join(f"{share:.0%}" for share in depths),
-        "measured on": f"{report['num_prompts']} held-out prompts, {report['num_tokens']} tokens, greedy decoding",
+        "measured on": f"{report['num_prompts']} prompts of {_names(data)}, {report['num_tokens']} tokens, greedy decoding",
     }
-    baseline = run.report("prompt_lookup")
     if baseline is not None:
         rows["prompt lookup, without a draft"] = length_text(baseline)
-    notes = [_table(rows)]
-    partly = None if kind is None or not isinstance(num_steps, int) else part_of_block(num_steps, kind)
-    if partly is not None:
-        notes.append(partly)
-    confidence = run.option("evaluation", "min_confidence")
-    if is_block and confidence:
-        notes.append(
-            f"Drafts ended where the estimated probability of acceptance fell below {confidence}; by default, servers verify "
-            "whole blocks."
-        )
-    return "\n\n".join(notes)
+    partly = None if kind is None else part_of_block(shape.num_steps, kind)
+    return "\n\n".join([_table(rows), *(() if partly is None else (partly,))])
 
 
 def _serving(draft: Mapping[str, Any], target: str, kind: DraftKind) -> str:

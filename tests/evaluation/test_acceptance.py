@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from engine.evaluation.acceptance import (
+    ALL,
     AcceptanceCounts,
     DecodedPrompt,
     Prompt,
@@ -63,7 +64,7 @@ def test_an_accepted_end_token_counts_as_emitted_once():
 def test_groups_are_named_by_their_files_and_categories():
     sources = ["a/chat.jsonl:1", "b/chat.jsonl:1", "c/all.jsonl:2", "c/code.jsonl:3", "c/code.jsonl:4"]
     prompts = [Prompt(source, [1], category) for source, category in zip(sources, [None, None, None, "x", "y"], strict=True)]
-    names = group_names(prompts, taken=["all"])
+    names = group_names(prompts)
     assert list(names.values()) == ["a/chat.jsonl", "b/chat.jsonl", "c/all.jsonl", "code: x", "code: y"]
     assert all(prompt.group in names for prompt in prompts)
 
@@ -97,16 +98,16 @@ def test_measuring_compares_every_prompt_with_plain_decoding():
         timed = [replace(reply, **changes) for reply in replies]
         return [DecodedPrompt(*parts) for parts in zip(prompts, timed, plain, strict=True)]
 
-    seen = []
-    counts = measure_acceptance(iter(decoded(replies)), 2, lambda prompt, reply: seen.append((prompt, reply)))
-    assert seen == list(zip(prompts, replies, strict=True))
-    report = counts.report()
+    names = group_names(prompts)
+    measured = measure_acceptance(iter(decoded(replies)), 2, names)
+    assert set(measured) == {ALL}, "there is one group only"
+    report = measured[ALL].report()
     assert (report.mismatches, report.num_prompts, report.num_tokens) == (0, 3, 6)
     assert report.acceptance_length == 6 / 3
 
     other = generation([], [], token_ids=[19, *replies[0].token_ids[1:-1], 20])
-    assert measure_acceptance(decoded([other, *replies[1:]]), 2).mismatches == 1
-    alone = measure_acceptance(decoded([None] * 3, seconds=0.0), 2).report()
+    assert measure_acceptance(decoded([other, *replies[1:]]), 2, names)[ALL].mismatches == 1
+    alone = measure_acceptance(decoded([None] * 3, seconds=0.0), 2, names)[ALL].report()
     assert (alone.mismatches, alone.tokens_per_s, alone.plain_tokens_per_s) == (None, None, None)
     assert alone.acceptance_length == report.acceptance_length
 

@@ -54,7 +54,7 @@ def test_it_names_target_data_recipe_and_acceptance(tmp_path):
     assert "| training data | chat.jsonl |" in rest and "| held-out data | held/out.jsonl |" in rest
     assert "| draft vocabulary | 32000 of 128256 tokens |" in rest and "| optimizer steps | 900 |" in rest
     assert "2.31 ± 0.17 tokens per target forward (5 steps, topk 1)" in rest and "54% 60%" in rest
-    assert "24 held-out prompts, 1269 tokens" in rest and "| prompt lookup, without a draft | 1.50 ± 0.17 |" in rest
+    assert "24 prompts of held/out.jsonl, 1269 tokens" in rest and "| prompt lookup, without a draft | 1.50 ± 0.17 |" in rest
     recipe = rest.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(recipe)["target"]["path"] == "org/model"
 

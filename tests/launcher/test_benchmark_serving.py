@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from launcher.benchmark_serving import main, parse_arguments, servers_of, shapes
 from tests.serving.fake_server import CHUNK, left_running, program, serving
 
 ROOT = Path(__file__).resolve().parents[2]
-DRAFT = ROOT / "tests" / "golden" / "serving" / "draft"
+GOLDEN = ROOT / "tests" / "golden" / "serving" / "draft"  # of an earlier version, for SGLang only
 TARGET = ROOT / "launcher" / "embedded" / "target"
 
 
@@ -26,6 +27,17 @@ def data(tmp_path_factory) -> Path:
     turns = [[{"role": "user", "content": f"What is {index}?"}, {"role": "assistant", "content": "x"}] for index in range(3)]
     path.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory) -> Path:
+    """A draft that both servers run as the engine does."""
+    folder = tmp_path_factory.mktemp("served") / "draft"
+    shutil.copytree(GOLDEN, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["eagle_aux_hidden_state_layer_ids"] = [2, 4, 5]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def words(data: Path, server: str, *options: object) -> list[str]:
@@ -67,8 +79,8 @@ def test_running_servers_are_compared(server, data, tmp_path, monkeypatch, capsy
     assert "Latency in milliseconds" in capsys.readouterr().out
 
 
-def test_servers_are_started_per_shape_and_ended(data, tmp_path, monkeypatch, capsys):
-    options = ("--python", program(tmp_path), "--draft", DRAFT, "--batch", 1, "--num_steps", 3, 2, "--topk", 2)
+def test_servers_are_started_per_shape_and_ended(draft, data, tmp_path, monkeypatch, capsys):
+    options = ("--python", program(tmp_path), "--draft", draft, "--batch", 1, "--num_steps", 3, 2, "--topk", 2)
     outputs = ("--num_draft_tokens", 4, "--html", tmp_path / "page.html", "--logs", tmp_path / "logs")
     benchmark(monkeypatch, *words(data, "sglang", *options, *outputs, "--json", tmp_path / "out.json", "--", "--tp", 1))
     assert left_running(tmp_path) == []
@@ -86,6 +98,7 @@ def test_servers_are_started_per_shape_and_ended(data, tmp_path, monkeypatch, ca
 def test_a_block_drafter_is_measured_with_whole_blocks(data, tmp_path):
     config = {"architectures": ["DFlashDraftModel"], "block_size": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
     line = words(data, "sglang", "--draft", tmp_path)
     plain, drafting = servers_of(parse_arguments(line))
     assert plain.shape is None and drafting.shape == TreeShape(15, rule="sglang") and drafting.kind.sglang_algorithm == "DFLASH"
@@ -95,7 +108,7 @@ def test_a_block_drafter_is_measured_with_whole_blocks(data, tmp_path):
             servers_of(parse_arguments([*line, *sizes]))
 
 
-def test_a_crash_keeps_what_was_measured_and_shows_the_servers_output(data, tmp_path, monkeypatch):
+def test_a_crash_keeps_what_was_measured_and_shows_the_servers_output(draft, data, tmp_path, monkeypatch):
     with serving(drafts=False) as plain, serving() as drafting:
         drafting.fault = "500"
         options = ("--url", drafting.url, "--plain_url", plain.url, "--batch", 1, "--json", tmp_path / "out.json")
@@ -103,24 +116,24 @@ def test_a_crash_keeps_what_was_measured_and_shows_the_servers_output(data, tmp_
     assert message.startswith("benchmark_serving.py: ") and "message of 500" in message
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["complete"] is False and len(written["cells"]) == 1
-    started = ("--python", program(tmp_path, "crash"), "--draft", DRAFT, "--batch", 1)
+    started = ("--python", program(tmp_path, "crash"), "--draft", draft, "--batch", 1)
     message = refused(monkeypatch, *words(data, "vllm", *started))
     assert "ended during the measurement (exit code 3)" in message and message.endswith("28\n29")
     assert "EngineDeadError: no memory\n..." in message and "the engine core died" not in message
-    message = refused(monkeypatch, *words(data, "vllm", "--python", program(tmp_path, "dies"), "--draft", DRAFT))
+    message = refused(monkeypatch, *words(data, "vllm", "--python", program(tmp_path, "dies"), "--draft", draft))
     assert "ended while starting" in message and "no such model" in message
     assert left_running(tmp_path) == []
 
 
 @pytest.mark.parametrize(("number", "ending"), [(signal.SIGTERM, "ended by SIGTERM"), (signal.SIGINT, "stopped by hand")])
-def test_a_signal_ends_the_servers(number, ending, data, tmp_path, monkeypatch):
+def test_a_signal_ends_the_servers(number, ending, draft, data, tmp_path, monkeypatch):
     def send() -> None:
         while not (tmp_path / "commands").exists():
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
-    options = ("--python", program(tmp_path, "hangs"), "--draft", DRAFT, "--timeout_s", 60)
+    options = ("--python", program(tmp_path, "hangs"), "--draft", draft, "--timeout_s", 60)
     assert refused(monkeypatch, *words(data, "vllm", *options)).endswith(ending)
     assert len((tmp_path / "pids").read_text().split()) == 1 and left_running(tmp_path) == []
 
@@ -128,9 +141,10 @@ def test_a_signal_ends_the_servers(number, ending, data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("server", "options", "fact"),
     [
-        ("vllm", ["--draft", str(DRAFT), "--topk", "2"], "vLLM drafts chains only, found --topk 2"),
-        ("sglang", ["--draft", str(DRAFT), "--topk", "2"], "--num_draft_tokens is missing"),
-        ("sglang", ["--draft", str(DRAFT), "--num_draft_tokens", "4"], "--num_draft_tokens has no effect on chains"),
+        ("vllm", ["--draft", str(GOLDEN), "--topk", "2"], "vLLM drafts chains only, found --topk 2"),
+        ("sglang", ["--draft", str(GOLDEN), "--topk", "2"], "--num_draft_tokens is missing"),
+        ("sglang", ["--draft", str(GOLDEN), "--num_draft_tokens", "4"], "--num_draft_tokens has no effect on chains"),
+        ("vllm", ["--draft", str(GOLDEN)], "without which vLLM captures other layers; export the draft again"),
         ("vllm", [], "--draft FOLDER"),
         ("vllm", ["--draft", "/no/such"], "no such folder"),
         ("vllm", ["--draft", str(ROOT)], "has no config.json"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 from engine.config.block_sections import BLOCK_METHODS, BlockSection
 from engine.config.recipe import dump_config, load_config
 from engine.config.sections import Config, DataSection, DraftSection, EvaluationSection, ParallelSection, TargetSection
+from engine.evaluation.model_card import write_model_card
 from engine.models.block_drafter.block_method import BlockMethod
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import derive_draft_config
@@ -24,6 +26,7 @@ from tests.distributed import launch
 
 WORDS = ["<unk>", "<user>", "<assistant>", "<end>", *(f"w{index}" for index in range(28))]
 ROOT = Path(__file__).resolve().parents[2]
+DRAFTERS = ("draft", "prompt lookup")
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
@@ -87,14 +90,19 @@ def measure(monkeypatch, *arguments) -> None:
 
 def test_a_draft_is_measured_with_the_settings_of_its_run(run, tmp_path, monkeypatch, capsys):
     measure(monkeypatch, "--draft", run / "draft", "--json", tmp_path / "new" / "report.json")
-    reports = json.loads((tmp_path / "new" / "report.json").read_text())
-    assert set(reports) == {"draft", "prompt lookup"}
-    for report in reports.values():
+    written = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert set(written) == {"about", "shape", "groups", *DRAFTERS}
+    assert written["about"]["target"] == str(run / "target") and written["about"]["data"] == [str(run / "held_out.jsonl")]
+    assert written["about"]["dtype"] == "float32" and written["about"]["versions"]["torch"] == torch.__version__
+    assert written["shape"] == {"num_steps": 2, "topk": 1, "num_draft_tokens": 3, "tree_rule": "ancestors"}
+    for report in (written[name] for name in DRAFTERS):
         assert (report["num_prompts"], report["mismatches"]) == (4, 0)
         assert len(report["acceptance_per_depth"]) == 2
         assert 1.0 <= report["acceptance_length"] <= 3.0
         assert report["tokens_per_s"] > 0 and report["plain_tokens_per_s"] > 0
-    assert "prompt lookup" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "prompt lookup" in printed
+    assert "--speculative-num-steps 2 --speculative-eagle-topk 1" in printed and '"num_speculative_tokens": 2' in printed
 
 
 def on_two_ranks(run: Path, report: Path, *options: str) -> tuple[dict, str]:
@@ -110,7 +118,8 @@ def test_two_ranks_measure_the_same_whether_they_share_the_target_or_not(run, tm
     replicated, _ = on_two_ranks(run, tmp_path / "replicated.json", "--tp_size", "1")
     shared, printed = on_two_ranks(run, tmp_path / "shared.json", "--show")
     rates = {"tokens_per_s": None, "plain_tokens_per_s": None}
-    for name, report in alone.items():
+    for name in DRAFTERS:
+        report = alone[name]
         assert replicated[name] | rates == report | rates and replicated[name]["tokens_per_s"] > 0
         assert shared[name] == report | rates | {"mismatches": None}
     assert printed.count("<end> <assistant>") == 2 and "<user> w0 w2 w3 <end> <assistant>" in printed
@@ -124,6 +133,66 @@ def test_the_command_line_replaces_the_settings_of_the_run(run, tmp_path, monkey
     assert len(report["acceptance_per_depth"]) == 3
     printed = capsys.readouterr().out
     assert "<user> w0 w2 w3 <end> <assistant>" in printed and "<user> w3 w2 w3 <end> <assistant>" in printed
+
+
+def test_prompts_are_counted_per_file_and_reported_per_file_and_category(run, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": [f"w{index} w2", "w3"], "category": kind} for kind in ("code", "talk") for index in range(10)]
+    (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files = ["--data", run / "held_out.jsonl", tmp_path / "bench.jsonl", "--num_prompts", 4]
+    measure(monkeypatch, "--draft", run / "draft", *files, "--json", tmp_path / "report.json")
+    written = json.loads((tmp_path / "report.json").read_text())
+    counts = {name: report["num_prompts"] for name, report in written["groups"].items()}
+    assert counts == {"held_out": 4, "bench: code": 2, "bench: talk": 2} and written["draft"]["num_prompts"] == 8
+    assert "bench: talk" in capsys.readouterr().out
+
+
+def test_a_folder_that_a_server_would_run_otherwise_gets_no_command_for_it(run, tmp_path, monkeypatch, capsys):
+    draft = tmp_path / "draft"
+    shutil.copytree(run / "draft", draft)
+    config = json.loads((draft / "config.json").read_text())
+    del config["eagle_aux_hidden_state_layer_ids"]
+    (draft / "config.json").write_text(json.dumps(config))
+    named = ["--target", run / "target", "--data", run / "held_out.jsonl", "--max_new_tokens", 4]
+    measure(monkeypatch, "--draft", draft, *named)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "vllm serve" not in printed and "vLLM would serve this folder otherwise" in printed
+    assert "python -m sglang.launch_server" in printed
+
+
+def test_a_tree_is_also_measured_by_the_rule_of_the_server(run, tmp_path, monkeypatch, capsys):
+    tree = ["--num_steps", 3, "--topk", 2, "--num_draft_tokens", 6]
+    measure(monkeypatch, "--draft", run / "draft", *tree, "--json", tmp_path / "tree.json")
+    printed = " ".join(capsys.readouterr().out.split())
+    written = json.loads((tmp_path / "tree.json").read_text())
+    served = written["by_rows_of_sglang"]
+    assert "SGLang lets the tokens of a tree attend to rows" in printed and f"{served['acceptance_length']:.2f}" in printed
+    measure(monkeypatch, "--draft", run / "draft", *tree, "--tree_rule", "sglang", "--json", tmp_path / "rows.json")
+    by_rows = json.loads((tmp_path / "rows.json").read_text())
+    assert by_rows["draft"]["acceptance_length"] == served["acceptance_length"] and "by_rows_of_sglang" not in by_rows
+    measure(monkeypatch, "--draft", run / "draft", *tree[:3], 1, *tree[3:], "--json", tmp_path / "grid.json")
+    grid = json.loads((tmp_path / "grid.json").read_text())
+    best = max(grid["cells"], key=lambda cell: cell["speed_up"])
+    assert (best["topk"] > 1) == ("by_rows_of_sglang" in grid)
+
+
+def test_the_model_card_gets_the_acceptance_that_was_measured(run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    write_model_card(folder, folder / "draft", measured=False)
+    card = folder / "draft" / "README.md"
+    before = card.read_text()
+    assert "It was not measured" in before
+    measure(monkeypatch, "--draft", folder / "draft")
+    after = card.read_text()
+    assert "tokens per target forward (2 steps, topk 1)" in after and "4 prompts of held_out.jsonl" in after
+    assert "It was not measured" not in after and "Model card with this acceptance" in capsys.readouterr().out
+    parts = before.split("It was not measured: `launcher/measure_acceptance.py` measures it.")
+    assert after.startswith(parts[0]) and after.endswith(parts[1])
+    measure(monkeypatch, "--draft", folder / "draft", "--temperature", 0.8)
+    assert card.read_text() == after, "sampled replies are not what the card is about"
+    card.write_text("# somebody else's card\n\n## Acceptance\n\nhigh\n")
+    measure(monkeypatch, "--draft", folder / "draft")
+    assert "high" in card.read_text()
 
 
 def test_sampled_replies_are_measured_too(run, tmp_path, monkeypatch, capsys):
@@ -181,7 +250,7 @@ def test_a_block_drafter_is_measured_whole_in_part_and_on_sampled_replies(name, 
         measured[steps] = report["acceptance_length"]
     assert measured[1] <= measured[3]
     printed = capsys.readouterr().out
-    assert printed.count("tokens of a block") == (2 if name == "dspark" else 1), "3 of its 4 tokens, or all of 3"
+    assert printed.count("Measured with") == (2 if name == "dspark" else 1), "3 of its 4 tokens, or all of 3"
     measure(monkeypatch, "--draft", block_run / "draft", "--num_steps", 1, 3)
     grid = json.loads((block_run / "acceptance_grid.json").read_text())
     assert {cell["num_steps"]: cell["reports"]["all"]["acceptance_length"] for cell in grid["cells"]} == measured

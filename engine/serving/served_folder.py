@@ -1,0 +1,74 @@
+"""Checks of an exported folder for what servers would run differently from the engine, without an error.
+
+Exports of this project pass. Folders of other trainers and of earlier versions may not.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers import PreTrainedConfig
+
+from engine.models.draft_folder import CONFIG, WEIGHTS, read_draft_config
+from engine.models.eagle3.draft_config import AUX_IDS, exported_aux_layers
+from engine.models.eagle3.export import DEEPER_NORM
+from engine.models.target_families import default_aux_layers, num_layers, text_config
+from engine.serving.draft_kinds import EAGLE3, DraftKind
+
+SGLANG_NAME, VLLM_NAME = "SGLang", "vLLM"
+ADVICE = "export the draft again (launcher/export_draft.py), or correct the folder"
+
+
+def serving_problems(folder: Path, kind: DraftKind, target_config: PreTrainedConfig) -> dict[str, str]:
+    """Return why servers would not serve a draft as the engine measures it, by name of the server.
+
+    The result is empty if both would. Servers that refuse such a draft by themselves are named as well.
+    folder: of an exported draft. kind: its kind. target_config: config of the target.
+    Raises ValueError if the folder holds no draft.
+    """
+    exported = read_draft_config(folder)
+    target = text_config(target_config)
+    limit = exported.get("max_position_embeddings")
+    if limit is not None and limit < target.max_position_embeddings:
+        problem = (
+            f"{CONFIG} has max_position_embeddings={limit}, below the target's {target.max_position_embeddings}: SGLang "
+            "refuses the draft, and vLLM drafts with wrong positions"
+        )
+        return dict.fromkeys((SGLANG_NAME, VLLM_NAME), problem)
+    if kind is not EAGLE3:
+        return {}
+    problems = _unread_layers(exported, num_layers(target), folder)
+    missing = _missing_norm_copies(folder)
+    if missing:
+        problems.setdefault(
+            VLLM_NAME, f"{WEIGHTS} has no {missing[0]}, which vLLM then leaves at ones; SGLang reads hidden_norm instead"
+        )
+    return problems
+
+
+def _unread_layers(exported: dict[str, Any], num_target_layers: int, folder: Path) -> dict[str, str]:
+    """Return the servers that would not find the auxiliary layers of an EAGLE-3 draft and capture others."""
+    layers = exported_aux_layers(exported, folder / CONFIG)
+    if layers is None:  # all servers then take the default, as the engine does
+        return {}
+    problems = {}
+    is_in_eagle_config = (exported.get("eagle_config") or {}).get(AUX_IDS) is not None
+    if not is_in_eagle_config and layers != default_aux_layers(num_target_layers):
+        problems[SGLANG_NAME] = (
+            f"{CONFIG} has no {AUX_IDS} in eagle_config, without which SGLang captures the outputs of its default layers and "
+            f"not those of {list(layers)}"
+        )
+    if exported.get(AUX_IDS) is None:
+        problems[VLLM_NAME] = (
+            f"{CONFIG} has no {AUX_IDS} at the top, {[layer + 1 for layer in layers]}, without which vLLM captures other layers"
+        )
+    return problems
+
+
+def _missing_norm_copies(folder: Path) -> list[str]:
+    """Return the names of the norms that vLLM reads in deeper layers and that the folder lacks."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        names = set(file.keys())
+    matches = (DEEPER_NORM.fullmatch(name) for name in sorted(names))
+    copies = [f"{match[1]}input_layernorm.weight" for match in matches if match is not None]
+    return [name for name in copies if name not in names]
