@@ -24,13 +24,15 @@ def show(rows: list[dict[str, float | str]], number: str = "{:,.3f}") -> None:
     Console(width=160).print(table)
 
 
-def write_record(path: Path | None, command: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
+def write_record(
+    path: Path | None, command: str, rows: list[dict[str, Any]], device: str = "cpu", further: dict[str, Any] | None = None
+) -> None:
     """Write the rows of a benchmark to a JSON file, unless `path` is None.
 
-    device: type of device that the benchmark used.
+    device: type of device that the benchmark used. further: values that are no rows, by name.
     """
     if path is not None:
-        record = {"command": command} | machine_and_versions(torch.device(device)) | {"rows": rows}
+        record = {"command": command} | machine_and_versions(torch.device(device)) | (further or {}) | {"rows": rows}
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ a GPU and a model hub.
 """
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.record import ROOT, show, write_record
 
 POLL_S = 0.2
+RUN = "run"
 
 
 def main() -> None:
@@ -34,18 +36,20 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), options)
+        draft = reached(Path(folder) / RUN)
     show(rows, "{:,.1f}")
+    print(f"acceptance length {draft['acceptance_length']:.2f}, {draft['speed']:.2f} times the speed of plain decoding")
     words = ["python", "benchmarks/peers/time_first_draft.py", "--ranks", str(options.ranks)]
     if options.max_steps is not None:
         words += ["--max_steps", str(options.max_steps)]
-    write_record(options.json, shlex.join(words), rows)
+    write_record(options.json, shlex.join(words), rows, further={"draft": draft})
 
 
 def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, str | float]]:
     """Return the seconds of every stage, in order."""
     environment = folder / "venv"
     clone = folder / "clone"
-    run = folder / "run"
+    run = folder / RUN
     python = environment / "bin/python"
     seconds = {}
     seconds["clone"] = timed(["git", "clone", "-q", str(ROOT), str(clone)], folder)
@@ -59,6 +63,14 @@ def measure(folder: Path, options: argparse.Namespace) -> list[dict[str, str | f
     seconds |= time_job(words, clone, environment, run)
     seconds["total"] = sum(seconds.values())
     return [{"stage": stage, "seconds": duration} for stage, duration in seconds.items()]
+
+
+def reached(run: Path) -> dict[str, float | None]:
+    """Return the acceptance of the trained draft, and the speed of decoding with it, from the run's summary."""
+    after = json.loads((run / "summary.json").read_text(encoding="utf-8"))["after"]
+    speed = after["tokens_per_s"] / after["plain_tokens_per_s"]
+    names = ("acceptance_length", "confidence", "num_prompts", "num_tokens", "mismatches")
+    return {name: after[name] for name in names} | {"speed": speed}
 
 
 def time_job(words: list[str], clone: Path, environment: Path, run: Path) -> dict[str, float]:

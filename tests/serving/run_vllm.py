@@ -35,6 +35,7 @@ from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.export import export_draft, load_draft
 from engine.models.eagle3.speculators_export import export_speculators
 from engine.models.method_registry import make_method
+from engine.models.vocab_map import VocabMap
 from engine.serving.draft_kinds import draft_kind
 from engine.serving.server_commands import VLLM, draft_arguments
 from engine.target.frozen import FrozenTarget
@@ -108,23 +109,65 @@ def with_second_layer(model: Eagle3Draft) -> Eagle3Draft:
     return deeper
 
 
+def without_norms(model: Eagle3Draft) -> Eagle3Draft:
+    """Return the draft as plain EAGLE-3, without the norms that EAGLE-3.1 adds."""
+    plain = Eagle3Draft(replace(model.config, fc_norm=False, norm_output=False))
+    plain.load_state_dict({name: weight for name, weight in model.state_dict().items() if name in plain.state_dict()})
+    return plain
+
+
+def with_every_token(model: Eagle3Draft, vocab_map: VocabMap) -> tuple[Eagle3Draft, VocabMap]:
+    """Return the draft with the target's whole vocabulary; the tokens that it did not have get small random weights."""
+    torch.manual_seed(2)
+    vocab_size = model.config.vocab_size
+    whole = Eagle3Draft(replace(model.config, draft_vocab_size=vocab_size))
+    head_VD = torch.randn(vocab_size, model.config.hidden_size) * 0.02
+    head_VD[vocab_map.target_ids_U] = model.lm_head.weight
+    whole.load_state_dict(model.state_dict() | {"lm_head.weight": head_VD})
+    return whole, VocabMap(torch.arange(vocab_size), torch.ones(vocab_size, dtype=torch.bool))
+
+
+def narrower(model: Eagle3Draft) -> Eagle3Draft:
+    """Return an untrained draft of half the target's width, which ships an embedding of its own."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": model.config.hidden_size // 2, "num_attention_heads": 3, "num_key_value_heads": 1}
+    draft = Eagle3Draft(replace(model.config, **sizes))
+    for parameter in draft.parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(std=parameter.shape[1] ** -0.5)
+    return draft
+
+
 def eagle3_cases(place: Path, embed_VD: torch.Tensor) -> Iterator[Case]:
     """Yield EAGLE-3 drafts that a server could read in another way than the engine does."""
     served = load_draft(SERVING / "draft", embed_VD, torch.float32)
     model = served.model
 
-    def exported(name: str, model: Eagle3Draft, runners: Sequence[str]) -> Case:
+    def exported(
+        name: str,
+        model: Eagle3Draft,
+        vocab_map: VocabMap = served.vocab_map,
+        prompts: range = FEW_PROMPTS,
+        runners: Sequence[str] = (V1, V2),
+    ) -> Case:
         folder = place / "draft"
-        draft = model.state_dict().items(), model.config, served.vocab_map, embed_VD
+        draft = model.state_dict().items(), model.config, vocab_map, embed_VD
         export_draft(folder, *draft)
-        export_speculators(place / "speculators", *draft, TargetFacts(str(TARGET), ("LlamaForCausalLM",), NUM_STEPS))
-        return Case(name, EAGLE3, folder, runners, ALL_PROMPTS, place / "speculators")
+        speculators = None
+        if model.config.hidden_size == model.config.target_hidden_size:
+            speculators = place / "speculators"
+            export_speculators(speculators, *draft, TargetFacts(str(TARGET), ("LlamaForCausalLM",), NUM_STEPS))
+        return Case(name, EAGLE3, folder, runners, prompts, speculators)
 
-    yield exported("EAGLE-3.1, one layer", model, (V1,))
-    yield exported("EAGLE-3.1, two layers", with_second_layer(model), (V1,))
+    yield exported("EAGLE-3.1, one layer", model, prompts=ALL_PROMPTS, runners=(V1,))
+    yield exported("EAGLE-3.1, one layer", model)
+    yield exported("EAGLE-3.1, two layers", with_second_layer(model))
+    yield exported("EAGLE-3", without_norms(model))
+    yield exported("EAGLE-3.1, the whole vocabulary", *with_every_token(model, served.vocab_map))
+    yield exported("EAGLE-3.1, half as wide", narrower(model))
     for aux_layers in ((0, 2, 5), (2, 4, 6)):
         model.config = replace(model.config, aux_layers=aux_layers)
-        yield exported(f"EAGLE-3.1, auxiliary layers {aux_layers}", model, (V1,))
+        yield exported(f"EAGLE-3.1, auxiliary layers {aux_layers}", model)
 
 
 def block_cases(method_name: str, place: Path) -> Iterator[Case]:

@@ -104,8 +104,9 @@ def recording_drafts() -> list[list[int]]:
     drafting: list[Any] = [SpecDecodeBaseProposer]
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER"):
         from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
+        from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator
 
-        drafting.append(DFlashSpeculator)
+        drafting += [DFlashSpeculator, TargetDependentARSpeculator]
     for owner in drafting:
         propose = owner.propose
 
@@ -161,7 +162,7 @@ def main() -> None:
         (output,) = engine.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
         tokens.append(list(output.outputs[0].token_ids))
         drafts.append(list(recorded))
-        after = counters(engine) if speculative else before
+        after = counters(engine) if num_tokens else before
         steps.append(after[0] - before[0])
         accepted.append([new - old for new, old in zip(after[1], before[1], strict=True)])
         before = after
