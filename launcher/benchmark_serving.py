@@ -5,8 +5,8 @@
 
 The command starts one server without the draft and one per shape, one after another, and ends
 them. Arguments after `--` go to all of them. `--url` measures a server that runs already, and
-`--plain_url` one without a draft to compare it with. Replies are greedy. Requests carry the key in
-OPENAI_API_KEY.
+`--plain_url` one without a draft to compare it with. Replies are greedy unless `--temperature` is
+given. Requests carry the key in OPENAI_API_KEY.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from engine.host.files import write_json, write_text, writing
 from engine.host.telemetry import Telemetry
 from engine.models.draft_folder import CONFIG
 from engine.serving.draft_kinds import EAGLE3, DraftKind, draft_kind
-from engine.serving.endpoint import ENDPOINTS, Endpoint, ReplyLimits
+from engine.serving.endpoint import ENDPOINTS, Endpoint, ReplySettings
 from engine.serving.http_stream import ServingError, check_url
 from engine.serving.served_folder import ADVICE, serving_problems
 from engine.serving.server_commands import SGLANG, VLLM, ServerProgram, check_shape, check_topk
@@ -44,7 +44,15 @@ from engine.serving.server_process import HOST, ServerProcess, check_port, free_
 from engine.serving.serving_benchmark import LoadPlan, ServingBenchmark
 from engine.serving.serving_results import PLAIN, latency_table, speed_table
 from engine.target.configuration import load_target_config
-from launcher.command import TRUST, check_target, positive_number, stopping_at_errors, user_cache
+from launcher.command import (
+    TRUST,
+    add_sampling_options,
+    check_target,
+    positive_number,
+    sampling_of,
+    stopping_at_errors,
+    user_cache,
+)
 
 RUNNING = "draft"  # setting of a server that was running already
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -106,6 +114,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max_new_tokens", type=positive_number, default=256, help="tokens generated per prompt; default: 256")
     parser.add_argument("--ignore_eos", action="store_true", help="generate max_new_tokens tokens, past the end of replies")
+    add_sampling_options(parser)
     parser.add_argument("--repeats", type=positive_number, default=3, help="measurements per setting; default: 3")
     parser.add_argument(
         "--warmup_requests", type=_count, help="requests before the measured ones; default: one per concurrent request"
@@ -160,6 +169,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} {path}: is a folder; name a file in it")
         with writing(path.parent):  # before anything is measured
             path.parent.mkdir(parents=True, exist_ok=True)
+    sampling_of(arguments)
     names = [prompt_path(name, Path()).stem for name in arguments.data]
     if len(set(names)) < len(names):
         raise ValueError(f"--data: expected files with different names, found {' '.join(arguments.data)}; rename one")
@@ -260,8 +270,10 @@ class ServingJob:
         arguments = self.arguments
         prompt_sets = read_prompts(arguments)
         self._sizes = {name: len(prompts) for name, prompts in prompt_sets.items()}
-        limits = ReplyLimits(arguments.max_new_tokens, arguments.ignore_eos)
-        plan = LoadPlan(sorted(set(arguments.batch)), limits, arguments.repeats, arguments.warmup_requests)
+        settings = ReplySettings(
+            arguments.max_new_tokens, arguments.ignore_eos, arguments.temperature, arguments.top_k, arguments.top_p
+        )
+        plan = LoadPlan(sorted(set(arguments.batch)), settings, arguments.repeats, arguments.warmup_requests)
         total = len(self.servers) * plan.num_loads(len(prompt_sets))
         benchmark = ServingBenchmark(prompt_sets, plan)
         is_complete = False
@@ -315,7 +327,8 @@ class ServingJob:
         arguments = self.arguments
         cells = benchmark.cells
         name = ENDPOINTS[arguments.server].name
-        title = f"{name}: greedy replies of up to {arguments.max_new_tokens} tokens"
+        how = f"sampled replies, temperature {arguments.temperature:g}," if arguments.temperature else "greedy replies"
+        title = f"{name}: {how} of up to {arguments.max_new_tokens} tokens"
         self.telemetry.console.print(speed_table(cells, title))
         self.telemetry.console.print(latency_table(cells))
         if PLAIN not in self._versions:
@@ -346,6 +359,7 @@ class ServingJob:
             "num_prompts": self._sizes,
             "max_new_tokens": arguments.max_new_tokens,
             "ignore_eos": arguments.ignore_eos,
+            "sampling": {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")},
             "prefix_cache": arguments.prefix_cache if arguments.url is None else None,
         }
 

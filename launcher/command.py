@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import math
 import os
 import runpy
 import socket
@@ -22,6 +23,7 @@ from engine.host.processes import allow_many_files, collect_garbage_rarely
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from engine.evaluation.sampling import Sampling
     from engine.models.draft_method import DraftMethod
 
 Section = TypeVar("Section", bound="DataclassInstance")
@@ -87,6 +89,42 @@ def positive_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return int(text)
+
+
+def non_negative_number(text: str) -> float:
+    """Return the number of a command-line option. Raises ArgumentTypeError unless it is finite and at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 0")
+    return value
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `sampling_of` reads."""
+    parser.add_argument(
+        "--temperature", type=non_negative_number, default=0.0, help="of sampled replies; default: 0, greedy decoding"
+    )
+    parser.add_argument("--top_k", type=positive_number, help="most likely tokens that sampling chooses among; default: all")
+    parser.add_argument(
+        "--top_p",
+        type=non_negative_number,
+        default=1.0,
+        help="probability of the tokens that sampling chooses among; default: 1",
+    )
+
+
+def sampling_of(arguments: argparse.Namespace) -> "Sampling":
+    """Return how the target chooses tokens. Raises ValueError for settings that contradict each other."""
+    from engine.evaluation.sampling import Sampling  # it imports torch
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    is_restricted = sampling.top_k is not None or sampling.top_p < 1
+    if sampling.is_greedy and is_restricted:
+        raise ValueError("--top_k and --top_p restrict sampled replies; add --temperature, such as --temperature 0.7")
+    return sampling
 
 
 def set_allocator() -> None:

@@ -8,7 +8,6 @@ are divided among the ranks, which share the target as in the run.
 """
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -68,12 +67,15 @@ from engine.target.identity import what_changed
 from engine.target.structure import without_weights
 from launcher.command import (
     TRUST,
+    add_sampling_options,
     end_process,
     hint_of_plugins,
     join_environment,
     method_of_run,
+    non_negative_number,
     positive_number,
     run_plugins,
+    sampling_of,
     stopping_at_errors,
     user_cache,
 )
@@ -123,13 +125,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=get_args(TreeRule),
         help="keys that a node of a tree attends to in the draft: its ancestors', or as in SGLang; default: the run's",
     )
-    parser.add_argument(
-        "--temperature", type=_non_negative, default=0.0, help="of sampled replies; default: 0, greedy decoding"
-    )
-    parser.add_argument("--top_k", type=positive_number, help="most likely tokens that sampling chooses among; default: all")
-    parser.add_argument(
-        "--top_p", type=_non_negative, default=1.0, help="probability of the tokens that sampling chooses among; default: 1"
-    )
+    add_sampling_options(parser)
     parser.add_argument("--max_new_tokens", type=positive_number, help="tokens generated per prompt; default: the run's")
     parser.add_argument(
         "--dtype", choices=get_args(get_type_hints(TargetSection)["dtype"]), help="precision of the target; default: the run's"
@@ -150,13 +146,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help=TRUST)
     parser.add_argument(
         "--draft_cost",
-        type=_non_negative,
+        type=non_negative_number,
         help="time of a draft step divided by that of a target forward, for the predicted speeds of a grid; default: the ratio "
         "of the weights that they read",
     )
     parser.add_argument(
         "--verify_cost",
-        type=_non_negative,
+        type=non_negative_number,
         default=0.0,
         help="time of each further token that a target forward reads, divided by that of the forward; default: 0, as at small "
         "batches",
@@ -165,16 +161,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--show", action="store_true", help="print rank 0's replies, with accepted draft tokens in green")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()
-
-
-def _non_negative(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of at least 0")
-    return value
 
 
 def run_config(arguments: argparse.Namespace, num_ranks: int) -> tuple[Config, list[TreeShape]]:
@@ -234,15 +220,6 @@ def shapes_of(arguments: argparse.Namespace, section: EvaluationSection) -> list
             raise ValueError("a grid replays greedy replies; delete --show and --temperature, or give one value per size")
         return grid_shapes(num_steps, topk, num_draft_tokens, rule)
     return [TreeShape(num_steps[0], topk[0], num_draft_tokens[0] if num_draft_tokens else None, rule)]
-
-
-def sampling_of(arguments: argparse.Namespace) -> Sampling:
-    """Return how the target chooses tokens. Raises ValueError for settings that contradict each other."""
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    is_restricted = sampling.top_k is not None or sampling.top_p < 1
-    if sampling.is_greedy and is_restricted:
-        raise ValueError("--top_k and --top_p restrict sampled replies; add --temperature, such as --temperature 0.7")
-    return sampling
 
 
 def check_target(method: DraftMethod, draft: DraftConfig, section: TargetSection) -> tuple[int, ...]:

@@ -18,11 +18,30 @@ POSITION = re.compile(r'position="(\d+)"')
 
 
 @dataclass(frozen=True)
-class ReplyLimits:
-    """How long replies may be. ignore_eos: whether a reply goes on after the end-of-sequence token."""
+class ReplySettings:
+    """How replies are generated.
+
+    ignore_eos: whether a reply goes on after the end-of-sequence token.
+    temperature: 0 = take the most likely token. top_k, top_p: tokens that sampling chooses among; top_k None = all.
+    """
 
     max_new_tokens: int
     ignore_eos: bool = False
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The options of sampling, which have the same names in both servers."""
+        options: dict[str, Any] = {"temperature": self.temperature, "ignore_eos": self.ignore_eos}
+        if not self.is_greedy:
+            options |= {"top_p": self.top_p, "top_k": -1 if self.top_k is None else self.top_k}
+        return options
 
 
 @dataclass(frozen=True)
@@ -92,8 +111,8 @@ class Endpoint(ABC):
         """Return the version of the server, or None if it does not tell."""
 
     @abstractmethod
-    def generate(self, client: HttpClient, token_ids: Sequence[int], limits: ReplyLimits) -> ServedReply:
-        """Return the greedy reply to a prompt. Raises ServingError, also for a reply without tokens."""
+    def generate(self, client: HttpClient, token_ids: Sequence[int], settings: ReplySettings) -> ServedReply:
+        """Return the reply to a prompt. Raises ServingError, also for a reply without tokens."""
 
     @abstractmethod
     def counters(self) -> Mapping[str, float]:
@@ -156,15 +175,14 @@ class VllmEndpoint(Endpoint):
         except (ServingError, LookupError, TypeError):
             return None
 
-    def generate(self, client: HttpClient, token_ids: Sequence[int], limits: ReplyLimits) -> ServedReply:
+    def generate(self, client: HttpClient, token_ids: Sequence[int], settings: ReplySettings) -> ServedReply:
         content = {
             "model": self._model,
             "prompt": list(token_ids),
-            "max_tokens": limits.max_new_tokens,
-            "ignore_eos": limits.ignore_eos,
-            "temperature": 0.0,
+            "max_tokens": settings.max_new_tokens,
             "stream": True,
             "return_token_ids": True,
+            **settings.sampling,
         }
         generated: list[int] = []
         has_text = False
@@ -249,8 +267,8 @@ class SglangEndpoint(Endpoint):
         found = self._server_info().get("version")
         return None if found is None else str(found)
 
-    def generate(self, client: HttpClient, token_ids: Sequence[int], limits: ReplyLimits) -> ServedReply:
-        sampling = {"temperature": 0.0, "max_new_tokens": limits.max_new_tokens, "ignore_eos": limits.ignore_eos}
+    def generate(self, client: HttpClient, token_ids: Sequence[int], settings: ReplySettings) -> ServedReply:
+        sampling = {"max_new_tokens": settings.max_new_tokens, **settings.sampling}
         content = {"input_ids": list(token_ids), "sampling_params": sampling, "stream": True}
         generated: list[int] = []
         num_verifies = None

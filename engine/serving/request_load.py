@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.serving.endpoint import Endpoint, ReplyLimits, ServedReply
+from engine.serving.endpoint import Endpoint, ReplySettings, ServedReply
 
 LOOK_S = 0.05  # between looks at the threads, so that signals are noticed
 
@@ -28,10 +28,10 @@ class RequestLoad:
     prompts: token ids per request.
     """
 
-    def __init__(self, endpoint: Endpoint, prompts: Sequence[Sequence[int]], batch: int, limits: ReplyLimits) -> None:
+    def __init__(self, endpoint: Endpoint, prompts: Sequence[Sequence[int]], batch: int, settings: ReplySettings) -> None:
         self._endpoint = endpoint
         self._prompts = prompts
-        self._limits = limits
+        self._settings = settings
         self._num_threads = min(batch, len(prompts))
         self._lock = threading.Lock()
         self._next = 0
@@ -67,7 +67,7 @@ class RequestLoad:
                     self._next = index + 1
                 if index >= len(self._prompts):
                     return
-                reply = self._endpoint.generate(client, self._prompts[index], self._limits)
+                reply = self._endpoint.generate(client, self._prompts[index], self._settings)
                 with self._lock:
                     self._replies[index] = reply
                     self._end = max(self._end, time.perf_counter())

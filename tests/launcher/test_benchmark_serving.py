@@ -79,6 +79,20 @@ def test_running_servers_are_compared(server, data, tmp_path, monkeypatch, capsy
     assert "Latency in milliseconds" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_sampled_replies_are_measured_and_not_compared(server, data, tmp_path, monkeypatch, capsys):
+    with serving(drafts=False) as plain, serving() as drafting:
+        options = ("--url", drafting.url, "--plain_url", plain.url, "--batch", 1, "--temperature", 0.7, "--top_p", 0.9)
+        benchmark(monkeypatch, *words(data, server, *options, "--json", tmp_path / "out.json"))
+        settings = [one if server == "vllm" else one["sampling_params"] for one in drafting.requests]
+    assert {(one["temperature"], one["top_p"], one["top_k"]) for one in settings} == {(0.7, 0.9, -1)}
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["sampling"] == {"temperature": 0.7, "top_k": None, "top_p": 0.9}
+    assert [one["mismatches"] for one in written["cells"]] == [None, None]
+    assert written["cells"][1]["speed_up"]["ratio"] > 0
+    assert "sampled replies, temperature 0.7" in capsys.readouterr().out
+
+
 def test_servers_are_started_per_shape_and_ended(draft, data, tmp_path, monkeypatch, capsys):
     options = ("--python", program(tmp_path), "--draft", draft, "--batch", 1, "--num_steps", 3, 2, "--topk", 2)
     outputs = ("--num_draft_tokens", 4, "--html", tmp_path / "page.html", "--logs", tmp_path / "logs")
@@ -145,6 +159,7 @@ def test_a_signal_ends_the_servers(number, ending, draft, data, tmp_path, monkey
         ("sglang", ["--draft", str(GOLDEN), "--topk", "2"], "--num_draft_tokens is missing"),
         ("sglang", ["--draft", str(GOLDEN), "--num_draft_tokens", "4"], "--num_draft_tokens has no effect on chains"),
         ("vllm", ["--draft", str(GOLDEN)], "without which vLLM captures other layers; export the draft again"),
+        ("vllm", ["--draft", str(GOLDEN), "--top_p", "0.9"], "add --temperature"),
         ("vllm", [], "--draft FOLDER"),
         ("vllm", ["--draft", "/no/such"], "no such folder"),
         ("vllm", ["--draft", str(ROOT)], "has no config.json"),

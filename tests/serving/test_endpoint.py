@@ -2,12 +2,12 @@
 
 import pytest
 
-from engine.serving.endpoint import ENDPOINTS, ReplyLimits, joined
+from engine.serving.endpoint import ENDPOINTS, ReplySettings, joined
 from engine.serving.http_stream import ServingError
 from tests.serving.fake_server import CHUNK, reply_to, serving
 
 PROMPT = [5, 6, 7]
-LIMITS = ReplyLimits(1 + 4 * CHUNK, ignore_eos=True)
+LIMITS = ReplySettings(1 + 4 * CHUNK, ignore_eos=True)
 
 
 def generate(server, name: str, prompt=PROMPT):

@@ -4,14 +4,14 @@ import math
 
 import pytest
 
-from engine.serving.endpoint import ReplyLimits, VllmEndpoint
+from engine.serving.endpoint import ReplySettings, VllmEndpoint
 from engine.serving.http_stream import ServingError
 from engine.serving.serving_benchmark import LoadPlan, ServingBenchmark, with_repeats
 from engine.serving.serving_results import PLAIN, Ratio
 from tests.serving.fake_server import CHUNK, serving
 
 PROMPTS = {"chat": [[1, 2], [3, 4], [5, 6]]}
-PLAN = LoadPlan((1, 2), ReplyLimits(1 + 2 * CHUNK), repeats=2, num_warmup=1)
+PLAN = LoadPlan((1, 2), ReplySettings(1 + 2 * CHUNK), repeats=2, num_warmup=1)
 TIMEOUT_S = 60.0
 STEP_S = 0.01  # of a target forward
 
