@@ -99,7 +99,7 @@ def test_a_block_drafter_has_the_shape_of_its_target_and_drafts_whole_blocks(rec
     target_recipe, num_layers, layers = OF_BLOCKS[recipe]
     config = load_config(FOLDER / f"{recipe}.yaml", [])
     title = (FOLDER / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()[2]
-    assert title.endswith(f"--recipe launcher/recipes/{recipe}.yaml")
+    assert title.endswith(f"--ds_config ds_configs/zero2_block.json --recipe launcher/recipes/{recipe}.yaml")
     assert config.output_dir == f"outputs/{recipe}"
     method = make_method(config)
     draft = method.derive_config(target_config(target_recipe), config.target.aux_layers)

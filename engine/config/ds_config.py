@@ -1,6 +1,7 @@
 """Strict reading of DeepSpeed's JSON: its own keys, checked against a table before models load."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from engine.config.strict import ConfigError, checked, dotted_keys, parse_json, 
 
 DEFAULT_LR = 1e-4
 DEFAULT_LR_WIDTH = 4096
-WARMUP_SHARE = 0.015
+AUTO_WARMUP = "1.5%"
+WARMUP_KEY = "scheduler.params.warmup_num_steps"
+SHARE_OF_RUN = re.compile(r"\d+(\.\d+)?%")  # of the optimizer steps of a run
 # Defaults of DeepSpeed's own AdamW. Torch's AdamW would decay weights when the file sets no decay.
 OPTIMIZER_DEFAULTS = {"lr": "auto", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 MUON = "Muon"
 # `muon_lr` is the rate of the matrices. Without it DeepSpeed would take `lr`, which is much too small for Muon's updates.
 MUON_DEFAULTS = {"muon_lr": 0.02, "momentum": 0.95, "torch_adam": True}
-AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps")
+AUTO_KEYS = ("optimizer.params.lr", "scheduler.params.total_num_steps", WARMUP_KEY)
 # Below this many weights a draft's training states fit on every rank at stages 1 and 2 (16 bytes
 # per weight on one rank), and the host work of stage 3 noticeably lengthens a step.
 SMALL_DRAFT_WEIGHTS = 2_000_000_000
@@ -29,7 +32,7 @@ GLOBAL = "train_batch_size"
 
 
 def load_ds_config(path: Path) -> dict[str, Any]:
-    """Load DeepSpeed's JSON as a dict; "auto" values stay unresolved.
+    """Load DeepSpeed's JSON as a dict; "auto" values, and a warm-up that is a share of the run, stay unresolved.
 
     Raises ConfigError for unknown, mistyped, unsupported or contradictory keys. It names the file,
     the key, the value and the nearest valid key.
@@ -48,13 +51,13 @@ def load_ds_config(path: Path) -> dict[str, Any]:
 
 
 def resolve_ds_config(raw: dict[str, Any], *, world_size: int, total_steps: int, hidden_size: int) -> dict[str, Any]:
-    """Return a copy of a loaded configuration with every "auto" resolved, ready for DeepSpeed.
+    """Return a copy of a loaded configuration with every "auto" and every share of the run resolved, ready for DeepSpeed.
 
     The learning rate and the batch sizes are always set in the result.
 
     raw: result of `load_ds_config`.
     total_steps: optimizer steps of the whole run. The schedule covers all of them, and its warm-up
-        1.5% of them.
+        1.5% of them, or the share that the file names.
     hidden_size: hidden size of the draft. The automatic learning rate is 1e-4 at hidden size 4096
         and inversely proportional to it, like Adam's optimal learning rate (muP, arXiv:2203.03466).
 
@@ -68,12 +71,16 @@ def resolve_ds_config(raw: dict[str, Any], *, world_size: int, total_steps: int,
         # DeepSpeed clips at 1.0 if the file says nothing, which would shrink the orthogonalised update to this norm.
         resolved.setdefault("gradient_clipping", 0.0)
     resolved["optimizer"]["params"] = {**defaults, **resolved["optimizer"].get("params", {})}
-    values = (DEFAULT_LR * DEFAULT_LR_WIDTH / hidden_size, max(2, total_steps), max(1, round(WARMUP_SHARE * total_steps)))
+    values = (DEFAULT_LR * DEFAULT_LR_WIDTH / hidden_size, max(2, total_steps), AUTO_WARMUP)
     for key, value in zip(AUTO_KEYS, values, strict=True):
         section, _, name = key.split(".")
         params = resolved.get(section, {}).get("params", {})
         if params.get(name) == "auto":
             params[name] = value
+    params = resolved.get("scheduler", {}).get("params", {})
+    if isinstance(params.get("warmup_num_steps"), str):
+        share = float(params["warmup_num_steps"].removesuffix("%")) / 100
+        params["warmup_num_steps"] = max(1, round(share * total_steps))
     return resolved
 
 
@@ -136,6 +143,8 @@ def _check_keys(raw: dict[str, Any], schema: dict[str, Any], prefix: str, valid:
             if key not in AUTO_KEYS:
                 problem = f"'auto' is resolved for {', '.join(AUTO_KEYS)} only; write a value, or delete the key"
                 raise ConfigError(problem, key=key, value=value, source=source)
+        elif key == WARMUP_KEY and isinstance(value, str):
+            _check_share(value, source)
         elif value == HIDDEN:
             problem = (
                 "is hidden in files written by a run; write the secret itself, or delete the key and set it in the environment"
@@ -147,6 +156,12 @@ def _check_keys(raw: dict[str, Any], schema: dict[str, Any], prefix: str, valid:
             _check_keys(value, kind, f"{key}.", valid, source)
         else:
             raise ConfigError(f"expected an object with {', '.join(kind)}", key=key, value=value, source=source)
+
+
+def _check_share(value: str, source: Path) -> None:
+    if not SHARE_OF_RUN.fullmatch(value) or float(value.removesuffix("%")) > 100:
+        problem = 'expected a number of steps, "auto", or a share of the run\'s steps such as "4%"'
+        raise ConfigError(problem, key=WARMUP_KEY, value=value, source=source)
 
 
 def _home_in_recipe(key: str) -> str | None:

@@ -87,6 +87,14 @@ REFUSED_FILES = [
         {"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 5}}},
         ["scheduler.params.total_num_steps = 5", "unknown", "'scheduler.params.warmup_num_steps'"],
     ),
+    (
+        {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 5, "warmup_num_steps": "4 %"}}},
+        ["scheduler.params.warmup_num_steps = 4 %", '"4%"'],
+    ),
+    (
+        {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 5, "warmup_num_steps": "400%"}}},
+        ["scheduler.params.warmup_num_steps = 400%", "share"],
+    ),
     ({"tensorboard": {"enabled": True, "ouput_path": "x"}}, ["tensorboard.ouput_path = x", "'tensorboard.output_path'"]),
     ({"checkpoint": {"tag_validation": "strict"}}, ["checkpoint.tag_validation = strict", "Warn | Ignore | Fail"]),
     ({"checkpoint": {"every_steps": 10}}, ["checkpoint.every_steps = 10", "belongs to the recipe"]),
@@ -279,16 +287,18 @@ def test_every_shipped_file_loads_and_deepspeed_takes_it(path):
     resolved = resolve_ds_config(raw, world_size=1, total_steps=200, hidden_size=4096)
     assert DeepSpeedConfig(resolved).zero_optimization_stage == int(path.stem[4])
     assert resolved["scheduler"]["params"]["total_num_steps"] == 200
-    assert resolved["scheduler"]["params"]["warmup_num_steps"] == 3
+    is_of_blocks = path.stem.endswith("block")
+    assert resolved["scheduler"]["params"]["warmup_num_steps"] == (8 if is_of_blocks else 3)
     assert raw["scheduler"]["params"]["total_num_steps"] == "auto", "the file as read is left alone"
-    assert raw["bf16"]["enabled"] and resolved["optimizer"]["params"]["lr"] == 1e-4
+    assert raw["bf16"]["enabled"] and resolved["optimizer"]["params"]["lr"] == (6e-4 if is_of_blocks else 1e-4)
     is_muon = raw["optimizer"]["type"] == "Muon"
-    assert resolved["gradient_clipping"] == (0.0 if is_muon else 0.5) and is_muon == path.stem.endswith("muon")
+    clipping = 1.0 if is_of_blocks else 0.5
+    assert resolved["gradient_clipping"] == (0.0 if is_muon else clipping) and is_muon == path.stem.endswith("muon")
     assert ("offload" in path.stem) == ("offload_optimizer" in raw["zero_optimization"])
 
 
-def test_the_shipped_files_cover_stages_0_to_3_offload_and_muon():
-    stages = ["zero0", "zero1", "zero2", "zero2_muon", "zero2_offload", "zero3", "zero3_offload"]
+def test_the_shipped_files_cover_stages_0_to_3_offload_muon_and_block_drafters():
+    stages = ["zero0", "zero1", "zero2", "zero2_block", "zero2_muon", "zero2_offload", "zero3", "zero3_offload"]
     assert sorted(path.stem for path in SHIPPED) == stages
 
 
@@ -316,6 +326,17 @@ def test_an_auto_schedule_spans_the_run_with_a_short_warm_up(total_steps, horizo
     raw = {"optimizer": ADAMW, "scheduler": {"type": "WarmupCosineLR", "params": params}}
     resolved = resolve_ds_config(raw, world_size=1, total_steps=total_steps, hidden_size=64)["scheduler"]["params"]
     assert resolved == {"total_num_steps": horizon, "warmup_num_steps": warmup, "warmup_type": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("share", "total_steps", "warmup"), [("4%", 1000, 40), ("2.5%", 1000, 25), ("4%", 5, 1), ("100%", 7, 7)]
+)
+def test_a_warm_up_can_be_a_share_of_the_run(share, total_steps, warmup, tmp_path):
+    params = {"total_num_steps": "auto", "warmup_num_steps": share}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"optimizer": ADAMW, "scheduler": {"type": "WarmupCosineLR", "params": params}}))
+    resolved = resolve_ds_config(load_ds_config(path), world_size=1, total_steps=total_steps, hidden_size=64)
+    assert resolved["scheduler"]["params"] == {"total_num_steps": total_steps, "warmup_num_steps": warmup}
 
 
 BATCHES = [
