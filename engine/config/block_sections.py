@@ -37,10 +37,10 @@ class BlockSection:
         "tokenizer's mask token, or else the first row of the target's embedding that is no token",
         at_least=0,
     )
-    anchors: int | None = option(
+    anchors: int | Literal["all"] | None = option(
         512,
-        "blocks per pack of data.max_tokens tokens that are trained in an epoch; each document gets its share; null = a block "
-        "at every position that can start one",
+        "blocks per pack of data.max_tokens tokens that are trained in an epoch; each document gets its share; all or null = a "
+        "block at every position that can start one",
         unit="blocks",
         at_least=1,
     )
@@ -61,7 +61,11 @@ class BlockSection:
         "sliding window of each draft layer, in tokens; 0 = the layer attends to the whole document; null = all layers do",
         unit="tokens",
     )
-    causal: bool = option(False, "let the rows of a block attend to earlier rows of the block only")
+    causal: bool | None = option(
+        False,
+        "let the rows of a block attend to earlier rows of the block only; null = in the layers that have a window, as servers "
+        "assume of a draft whose config.json does not say",
+    )
     attention_bias: bool = option(False, "give the projections of attention a bias")
     markov_head: Literal["vanilla", "gated", "rnn"] = option(
         "vanilla", "dspark: how a drafted token changes the logits of the next one; vLLM serves vanilla only"

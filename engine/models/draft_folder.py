@@ -1,4 +1,7 @@
-"""The folder of an exported draft, `model.safetensors` and `config.json`, and the file of its vocabulary."""
+"""The folder of an exported draft, `model.safetensors` and `config.json`, and the file of its vocabulary.
+
+Published drafts with an index and several files of weights can be read too.
+"""
 
 import json
 import os
@@ -13,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.config.strict import parse_json, read_text
 from engine.host.files import write_json, write_tensors, write_whole, writing
+from engine.host.weight_index import FETCH_AGAIN, INDEX, read_index
 from engine.models.vocab_map import VocabMap
 
 WEIGHTS = "model.safetensors"
@@ -73,8 +77,9 @@ def _replace(folder: Path, write: Callable[[Path], None]) -> None:
 
 def read_draft_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of an exported draft. Raises ValueError if `folder` holds none."""
-    for name in (WEIGHTS, CONFIG):
-        if not (folder / name).is_file():
+    has_weights = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+    for name, exists in ((WEIGHTS, has_weights), (CONFIG, (folder / CONFIG).is_file())):
+        if not exists:
             advice = "a run writes one to its output_dir/draft, and launcher/export_draft.py exports a checkpoint"
             raise ValueError(f"{folder} is not an exported draft: it has no {name}; {advice}")
     exported = parse_json(read_text(folder / CONFIG), folder / CONFIG)
@@ -84,9 +89,37 @@ def read_draft_config(folder: Path) -> dict[str, Any]:
 
 
 def read_draft_weights(folder: Path, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """Return the tensors of an exported draft on a device."""
-    with safe_open(folder / WEIGHTS, "pt", device=str(device)) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    """Return the tensors of an exported or published draft on a device. Raises ValueError if a file is missing or damaged."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _weight_paths(folder):
+        with _opened(path, device) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return tensors
+
+
+def draft_tensor_names(folder: Path) -> set[str]:
+    """Return the names of the tensors of a draft, with the errors of `read_draft_weights`."""
+    names: set[str] = set()
+    for path in _weight_paths(folder):
+        with _opened(path, "cpu") as file:
+            names |= set(file.keys())
+    return names
+
+
+def _weight_paths(folder: Path) -> list[Path]:
+    """Return the files of a draft's weights: one, or else those that the index names."""
+    if not (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    return [folder / name for name in sorted(set(read_index(folder / INDEX).values()))]
+
+
+def _opened(path: Path, device: torch.device | str) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, which holds weights of the draft; fetch it, for example with `hf download`")
+    try:
+        return safe_open(path, "pt", device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); {FETCH_AGAIN}") from error
 
 
 def save_vocab_map(vocab_map: VocabMap, path: Path, facts: Mapping[str, Any] | None = None) -> None:

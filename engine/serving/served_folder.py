@@ -6,10 +6,9 @@ Exports of this project pass. Folders of other trainers and of earlier versions 
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PreTrainedConfig
 
-from engine.models.draft_folder import CONFIG, WEIGHTS, read_draft_config
+from engine.models.draft_folder import CONFIG, WEIGHTS, draft_tensor_names, read_draft_config
 from engine.models.eagle3.draft_config import AUX_IDS, exported_aux_layers
 from engine.models.eagle3.export import DEEPER_NORM
 from engine.models.target_families import default_aux_layers, num_layers, text_config
@@ -67,8 +66,7 @@ def _unread_layers(exported: dict[str, Any], num_target_layers: int, folder: Pat
 
 def _missing_norm_copies(folder: Path) -> list[str]:
     """Return the names of the norms that vLLM reads in deeper layers and that the folder lacks."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        names = set(file.keys())
+    names = draft_tensor_names(folder)
     matches = (DEEPER_NORM.fullmatch(name) for name in sorted(names))
     copies = [f"{match[1]}input_layernorm.weight" for match in matches if match is not None]
     return [name for name in copies if name not in names]

@@ -4,20 +4,18 @@ import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
-INDEX = "model.safetensors.index.json"
+from engine.host.weight_index import FETCH_AGAIN, INDEX, LFS_POINTER, SHOWN, read_index, refuse_pointer
+
 SINGLE = "model.safetensors"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED = "pytorch_model.bin"
-LFS_POINTER = b"version https://git-lfs"
 LENGTH_BYTES = 8  # a safetensors file starts with the length of its header, in this many bytes
 METADATA = "__metadata__"
-SHOWN = 20
-FETCH_AGAIN = "fetch this file again, for example with `hf download`, and compare its size with the published one"
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def find_weight_files(path: str, revision: str | None = None) -> WeightFiles:
 
 
 def _named_by_index(path: str, index_path: Path, revision: str | None, is_safetensors: bool) -> WeightFiles:
-    index = _read_index(index_path)
+    index = read_index(index_path)
     names = sorted(set(index.values()))
 
     def find(name: str) -> Path | None:
@@ -89,37 +87,6 @@ def _named_by_index(path: str, index_path: Path, revision: str | None, is_safete
     return WeightFiles(paths, is_safetensors, index)
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Return the file name of each tensor.
-
-    Raises ValueError if the index is incomplete, or contains a file outside of its folder.
-    """
-    content = path.read_bytes()
-    _refuse_pointer(path, content)
-    try:
-        index = json.loads(content)["weight_map"]
-        names = sorted(set(index.values()))
-        leaving = [name for name in names if _leaves_folder(name)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{path} is cut off or not an index of weights ({type(error).__name__}: {error})"
-        raise ValueError(f"{problem}; {FETCH_AGAIN}") from error
-    if leaving:
-        problem = f"{path} names files outside of its folder: {', '.join(leaving[:SHOWN])}"
-        raise ValueError(f"{problem}; take the checkpoint from a source that you trust")
-    return index
-
-
-def _leaves_folder(name: str) -> bool:
-    parts = PurePosixPath(name)
-    return parts.is_absolute() or ".." in parts.parts
-
-
-def _refuse_pointer(path: Path, start: bytes) -> None:
-    if start.startswith(LFS_POINTER):
-        problem = f"{path} is a git-lfs pointer, not the file itself"
-        raise ValueError(f"{problem}; run `git lfs pull` in its folder, or fetch it with `hf download`")
-
-
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Read `dtype`, `shape` and `data_offsets` of each tensor from the header of a safetensors file.
 
@@ -128,7 +95,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
-        _refuse_pointer(path, start)
+        refuse_pointer(path, start)
         length = int.from_bytes(start[:LENGTH_BYTES], "little")
         if num_bytes < LENGTH_BYTES or length > num_bytes - LENGTH_BYTES:
             raise ValueError(f"{path} is cut off within its header: it has {num_bytes:,} bytes; {FETCH_AGAIN}")
@@ -152,7 +119,7 @@ def check_pickled(path: Path) -> None:
     """Raise ValueError if a PyTorch file is empty, a git-lfs pointer or an incomplete archive."""
     with path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
-    _refuse_pointer(path, start)
+    refuse_pointer(path, start)
     is_archive = start.startswith(b"PK")
     if not start or (is_archive and not zipfile.is_zipfile(path)):
         raise ValueError(f"{path} is cut off: it has {path.stat().st_size:,} bytes; {FETCH_AGAIN}")

@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.host.weight_index import FETCH_AGAIN, SHOWN
 from engine.parallel.rules import ShardSpec
 from engine.weights.quantised_weight import QuantisedWeight
-from engine.weights.weight_files import FETCH_AGAIN, SHOWN, find_weight_files
+from engine.weights.weight_files import find_weight_files
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
 

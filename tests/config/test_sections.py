@@ -37,6 +37,8 @@ REFUSED_OVERRIDES = {
     "loss.step_decay=.nan": ["loss.step_decay", "expected float >= 0"],
     "loss.step_decay='1e-4'": ["loss.step_decay = '1e-4'", "expected float >= 0"],
     "data.max_tokens=1e3": ["data.max_tokens = 1000.0", "expected int >= 8"],
+    "block.anchors=al": ["block.anchors = al", "expected int >= 1 or all or null"],
+    "block.anchors=0": ["block.anchors = 0", "expected int >= 1 or all or null"],
     "loss.step_decay=high": ["loss.step_decay = high", "expected float >= 0"],
     "checkpoint.resume=1": ["checkpoint.resume = 1", "expected false | true | auto"],
     "output_dir=[a]": ["output_dir = [a]", "expected str"],

@@ -201,6 +201,7 @@ def block_cases(method_name: str, place: Path) -> Iterator[Case]:
     yield exported("windows of 8 tokens", {"windows": windows}, both)
     if is_plain:  # the other methods have the same attention
         yield exported("a window in one layer, causal", {"windows": (8, None), "is_causal": True})
+        yield exported("a window in one layer, which is causal", {"windows": (8, None), "is_causal": None})
         yield exported("attention bias", {"attention_bias": True})
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.host.weight_index import INDEX
 from engine.weights.weight_files import (
-    INDEX,
     PICKLED,
     PICKLED_INDEX,
     SINGLE,

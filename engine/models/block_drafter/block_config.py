@@ -11,6 +11,17 @@ from transformers import PreTrainedConfig
 
 from engine.config.block_sections import BlockSection
 from engine.config.sections import DraftSection
+from engine.models.block_drafter.block_facts import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    block_fact,
+    causality,
+    check_without_effect,
+    checked_layers,
+    one_causality,
+    require_numbers,
+    windows_of_layers,
+)
 from engine.models.target_families import check_aux_layers, check_family, num_layers, text_config
 from engine.models.target_shapes import (
     TokenId,
@@ -26,7 +37,6 @@ from engine.models.target_shapes import (
 )
 
 NUM_AUX = 5  # auxiliary layers that are read by default, of targets that have as many
-FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 # Families whose layers SGLang counts from their inputs when it captures them for block drafters.
 OTHER_CAPTURES = ("kimi_k3", "bailing", "inkling", "minimax")
 ConfigT = TypeVar("ConfigT", bound="BlockConfig")
@@ -40,12 +50,15 @@ class BlockConfig:
     aux_layers: 0-based ids of the target layers whose outputs the draft reads, ascending.
     block_size: rows B of a block. mask_token_id: token of all its rows but the first.
     windows: sliding window of each layer in tokens; None = full attention.
-    is_causal: whether rows of a block attend to earlier rows of it only.
+    is_causal: whether rows of a block attend to earlier rows of it only; None = in the layers that have a window.
     trained_with: hashes of the tokenizer and the template, so that they can be compared when serving.
     Raises ValueError for shapes that no draft can have.
     """
 
+    # Name in config.json, values of `projector_type` that trainers write for it, and whether the first row of a block drafts.
     architecture: ClassVar[str]
+    projector_types: ClassVar[tuple[str, ...]]
+    samples_from_anchor: ClassVar[bool] = False
 
     hidden_size: int
     intermediate_size: int
@@ -63,7 +76,7 @@ class BlockConfig:
     block_size: int
     mask_token_id: int
     windows: tuple[int | None, ...]
-    is_causal: bool
+    is_causal: bool | None
     attention_bias: bool
     bos_token_id: TokenId
     eos_token_id: TokenId
@@ -96,7 +109,7 @@ class BlockConfig:
     @property
     def num_predictions(self) -> int:
         """Tokens that a block drafts."""
-        return self.block_size - 1
+        return self.block_size if self.samples_from_anchor else self.block_size - 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the exported config.json, with sorted keys. Every number is written, for servers' defaults differ."""
@@ -125,13 +138,14 @@ class BlockConfig:
             "use_sliding_window": is_sliding,
             "sliding_window": next((window for window in self.windows if window is not None), None),
             "max_window_layers": 0,
-            "is_causal": self.is_causal,
             "attention_bias": self.attention_bias,
             "tie_word_embeddings": False,
             "torch_dtype": self.dtype,
             "dtype": self.dtype,
             "dflash_config": self.block_facts(),
         }
+        if self.is_causal is not None:
+            exported["is_causal"] = self.is_causal
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             exported[name] = list(value) if isinstance(value, tuple) else value
@@ -157,41 +171,45 @@ class BlockConfig:
         return {}
 
     @classmethod
-    def from_dict(cls: type[ConfigT], exported: dict[str, Any], source: str | Path = "draft config") -> ConfigT:
+    def from_dict(
+        cls: type[ConfigT],
+        exported: dict[str, Any],
+        source: str | Path = "draft config",
+        num_target_layers: int | None = None,
+    ) -> ConfigT:
         """Return the config from a config.json, the inverse of `to_dict`; published ones can be read too.
 
         source: the file that the config was read from, for error messages.
+        num_target_layers: layers of the target, for a config.json that does not state them; None = as few as the ids allow.
         Raises ValueError naming a key that is missing or has a value that servers would read differently.
         """
         cls.check_architecture(exported, source)
         nested = exported.get("dflash_config") or {}
-        _require(
+        require_numbers(
             exported, ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"), source
         )
-        layers = _block_fact(exported, nested, "target_layer_ids", source)
-        if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
-            raise ValueError(f"{source} has target_layer_ids={layers!r}; expected a list of layer numbers")
-        if nested.get("attention_sink_bias") or nested.get("attention_value_scale", 1.0) != 1.0:
-            raise ValueError(f"{source} has attention sinks or a value scale in dflash_config, which drafts here do not have")
-        num_hidden_layers = exported["num_hidden_layers"]
+        cls.check_served_keys(exported, nested, source)
+        layers = block_fact(exported, nested, "target_layer_ids", source)
+        num_target_layers = exported.get("num_target_layers") or num_target_layers
+        windows = windows_of_layers(exported, nested, source)
         return cls(
             hidden_size=exported["hidden_size"],
             intermediate_size=exported["intermediate_size"],
             num_attention_heads=exported["num_attention_heads"],
             num_key_value_heads=exported.get("num_key_value_heads", 32),
             head_dim=exported.get("head_dim", 128),
-            num_hidden_layers=num_hidden_layers,
+            num_hidden_layers=exported["num_hidden_layers"],
             rms_norm_eps=exported.get("rms_norm_eps", 1e-6),
             hidden_act=exported.get("hidden_act", "silu"),
             max_position_embeddings=exported.get("max_position_embeddings", 32768),
             rope_parameters=exported_rope(exported),
             vocab_size=exported["vocab_size"],
-            num_target_layers=exported.get("num_target_layers") or layers[-1] + 2,
+            num_target_layers=checked_layers(layers, num_target_layers, source),
             aux_layers=tuple(layers),
-            block_size=_block_fact(exported, nested, "block_size", source),
-            mask_token_id=_block_fact(exported, nested, "mask_token_id", source),
-            windows=_windows(exported, num_hidden_layers, source),
-            is_causal=bool(exported.get("is_causal", False)),
+            block_size=block_fact(exported, nested, "block_size", source),
+            mask_token_id=block_fact(exported, nested, "mask_token_id", source),
+            windows=windows,
+            is_causal=causality(exported, nested, windows, source),
             attention_bias=bool(exported.get("attention_bias", False)),
             bos_token_id=token_id_of(exported.get("bos_token_id")),
             eos_token_id=token_id_of(exported.get("eos_token_id")),
@@ -209,6 +227,27 @@ class BlockConfig:
             raise ValueError(
                 f"{source} is of another draft method: found architectures {names}; expected [{cls.architecture!r}]"
             )
+
+    @classmethod
+    def check_served_keys(cls, exported: dict[str, Any], nested: dict[str, Any], source: str | Path) -> None:
+        """Raise ValueError for a key with which a server, or the draft's own trainer, computes something else.
+
+        nested: the contents of `dflash_config`.
+        """
+        check_without_effect(exported, nested, source)
+        projector_type = nested.get("projector_type")
+        if projector_type not in (None, *cls.projector_types):
+            raise ValueError(
+                f"{source} has projector_type={projector_type!r} in dflash_config, whose heads a {cls.architecture} does not "
+                f"have; use a draft with {' or '.join(cls.projector_types)}"
+            )
+        for value in (nested.get("sample_from_anchor"), exported.get("sample_from_anchor")):
+            if value is not None and value != cls.samples_from_anchor:
+                drafted = "a token" if cls.samples_from_anchor else "no token"
+                raise ValueError(
+                    f"{source} has sample_from_anchor={value!r}; use a {cls.architecture} in which the first row of a block "
+                    f"drafts {drafted}"
+                )
 
 
 def shared_shapes(
@@ -228,6 +267,7 @@ def shared_shapes(
     target = text_config(target_config)
     check_family(target)
     heads, groups, head_dim = attention_shape(target, draft)
+    windows = block.windows_of(draft.num_layers)
     return {
         "hidden_size": target.hidden_size,
         "intermediate_size": draft.intermediate_size or dense_width(target),
@@ -244,8 +284,8 @@ def shared_shapes(
         "aux_layers": choose_block_layers(target_config, aux_layers),
         "block_size": block_size,
         "mask_token_id": mask_token_id,
-        "windows": block.windows_of(draft.num_layers),
-        "is_causal": block.causal,
+        "windows": windows,
+        "is_causal": one_causality(block.causal, windows),
         "attention_bias": block.attention_bias,
         "bos_token_id": target_token(target_config, "bos_token_id"),
         "eos_token_id": target_token(target_config, "eos_token_id"),
@@ -282,39 +322,3 @@ def spread_layers(num_target_layers: int) -> tuple[int, ...]:
     if count < 2:
         return (last,)
     return tuple(round(first + index * (last - first) / (count - 1)) for index in range(count))
-
-
-def _require(exported: dict[str, Any], names: tuple[str, ...], source: str | Path) -> None:
-    for name in names:
-        if type(exported.get(name)) is not int:
-            raise ValueError(f"{source} has {name}={exported.get(name)!r}; it must be a whole number")
-
-
-def _block_fact(exported: dict[str, Any], nested: dict[str, Any], name: str, source: str | Path) -> Any:
-    """Return a fact that may stand in `dflash_config` or at the top.
-
-    Raises ValueError if it is missing or stated twice with different values.
-    """
-    values = [place[name] for place in (nested, exported) if place.get(name) is not None]
-    if not values:
-        raise ValueError(f"{source} has no {name}, neither at the top nor in dflash_config; add it")
-    if any(value != values[0] for value in values):
-        raise ValueError(
-            f"{source} states {name} twice, as {values[0]} in dflash_config and as {values[1]} at the top; correct one"
-        )
-    return values[0]
-
-
-def _windows(exported: dict[str, Any], num_hidden_layers: int, source: str | Path) -> tuple[int | None, ...]:
-    kinds = exported.get("layer_types") or [FULL_ATTENTION] * num_hidden_layers
-    if SLIDING_ATTENTION not in kinds:
-        return (None,) * len(kinds)
-    window = exported.get("sliding_window")
-    if not exported.get("use_sliding_window") or window is None:
-        raise ValueError(
-            f"{source} has sliding layers, but no sliding_window with use_sliding_window=true, without which servers drop the "
-            "window; add both"
-        )
-    if "is_causal" not in exported:
-        raise ValueError(f"{source} has sliding layers and no is_causal, which servers then take as true; state it at the top")
-    return tuple(window if kind == SLIDING_ATTENTION else None for kind in kinds)

@@ -13,11 +13,13 @@ from torch import Tensor
 from engine.models.block_drafter.backbone import BlockDraft
 from engine.models.block_drafter.block_config import BlockConfig
 from engine.models.draft_folder import check_finite, check_names, check_replaceable, read_draft_weights, write_draft_folder
+from engine.models.draft_method import TargetTables
 from engine.models.target_families import check_aux_layers
 
 # Copies of the target's tensors in drafts that other trainers publish, and a prefix that servers accept.
-OF_TARGET = ("embed_tokens.weight", "lm_head.weight")
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 PREFIX = "model."
+ROWS_COMPARED = 8192  # at once
 MASK_EMBEDDING = "mask_embedding.pt"  # of published drafts whose mask rows read an embedding of their own
 
 
@@ -47,11 +49,16 @@ def check_served(config: BlockConfig) -> None:
         raise ValueError(f"{problem}; use the same in all layers that have a window")
 
 
-def read_block_weights(folder: Path, draft: BlockDraft, device: torch.device | str) -> dict[str, Tensor]:
-    """Return the tensors of an exported or published draft.
+def read_block_weights(
+    folder: Path, draft: BlockDraft, target: TargetTables, every_V: Tensor, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Return the tensors of an exported or published draft; a collective of the ranks that share the target.
 
     draft: a draft of its config, whose tensors they must fit.
-    Raises ValueError if a tensor is missing, unknown or misshapen, or the mask token has another embedding.
+    target: its embedding and head, which the draft shares. every_V: int64, all token ids, on the target's device.
+    device: of the result.
+    Raises ValueError if a tensor is missing, unknown or misshapen, if the mask token has another embedding, or if the
+    folder's copy of the target's embedding or head differs from it.
     """
     if (folder / MASK_EMBEDDING).exists():
         problem = (
@@ -60,6 +67,23 @@ def read_block_weights(folder: Path, draft: BlockDraft, device: torch.device | s
         raise ValueError(f"{problem}; use a draft without this file")
     found = read_draft_weights(folder, device)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in OF_TARGET}
+    embedding_VD = tensors.pop(EMBEDDING, None)
+    head_VD = tensors.pop(HEAD, None)
     check_names(tensors, dict(draft.state_dict()))
+    if embedding_VD is not None:
+        _check_copy(EMBEDDING, embedding_VD, target.embedding.whole(), folder)
+    if head_VD is not None:
+        _check_copy(HEAD, head_VD, target.head_rows(every_V).weight_VD, folder)
     return tensors
+
+
+def _check_copy(name: str, copy_VD: Tensor, table_VD: Tensor, folder: Path) -> None:
+    """Raise ValueError if a draft's copy of the target's table differs from it, in the narrower of their dtypes."""
+    if copy_VD.shape == table_VD.shape:
+        pairs = zip(copy_VD.split(ROWS_COMPARED), table_VD.split(ROWS_COMPARED), strict=True)
+        if all(torch.equal(copy.to(table), table.to(copy.dtype).to(table.dtype)) for copy, table in pairs):
+            return
+    raise ValueError(
+        f"{folder} has its own {name}, unlike the target's: vLLM would use it, and SGLang the target's; name the target that "
+        "the draft was trained for, or use a draft that shares its target's"
+    )

@@ -148,7 +148,7 @@ class BlockMethod(DraftMethod[ConfigT, DraftT], Generic[ConfigT, DraftT]):
         if self.block.anchor_share is not None:
             share = self.block.anchor_share
             share_of = "positions"
-        elif self.block.anchors is not None:
+        elif isinstance(self.block.anchors, int):
             share = self.block.anchors / self.recipe.data.max_tokens
         has_prefix = parity in (NO_PARITY, DEEPSPEC) or (self.needs_prefix and parity != SPECULATORS)
         return AnchorRule(
@@ -245,7 +245,7 @@ class BlockMethod(DraftMethod[ConfigT, DraftT], Generic[ConfigT, DraftT]):
         draft.draw_weights()
         init_from = self.recipe.draft.init_from
         if init_from is not None:
-            self._start_from(draft, Path(init_from))
+            self._start_from(draft, Path(init_from), target, vocab_map.target_ids_U)
         self.freeze(draft)
         draft = draft.to(device)
         self._set_mask_embedding(draft, target.embedding.whole())
@@ -254,15 +254,16 @@ class BlockMethod(DraftMethod[ConfigT, DraftT], Generic[ConfigT, DraftT]):
     def freeze(self, draft: DraftT) -> None:
         """Freeze the weights that the recipe's objective does not train."""
 
-    def _start_from(self, draft: DraftT, folder: Path) -> None:
+    def _start_from(self, draft: DraftT, folder: Path, target: TargetTables, every_V: Tensor) -> None:
         """Load the weights of an exported or published draft. Raises ValueError if its shapes differ."""
-        found = self.config_type.from_dict(read_draft_config(folder), folder / CONFIG)
         config = draft.config
+        found = self.config_type.from_dict(read_draft_config(folder), folder / CONFIG, config.num_target_layers)
         changed = [name for name, value in vars(config).items() if name not in HARMLESS and getattr(found, name) != value]
         if changed:
             facts = ", ".join(f"{name}={getattr(found, name)}, not {getattr(config, name)}" for name in changed)
             raise ValueError(f"draft.init_from={folder} was trained with {facts}; set the same options")
-        draft.load_state_dict({name: x.float() for name, x in read_block_weights(folder, draft, "cpu").items()})
+        weights = read_block_weights(folder, draft, target, every_V, "cpu")
+        draft.load_state_dict({name: weight.float() for name, weight in weights.items()})
         self.notes.append(f"starts from {folder}")
 
     def _set_mask_embedding(self, draft: DraftT, embed_weight_VD: Tensor) -> None:
@@ -330,14 +331,14 @@ class BlockMethod(DraftMethod[ConfigT, DraftT], Generic[ConfigT, DraftT]):
         config: Any = self.config_type.from_dict(read_draft_config(folder), folder / CONFIG)
         with torch.device("meta"):
             draft: Any = self.draft_type(config, kernels)
-        draft.load_state_dict(read_block_weights(folder, draft, device), assign=True)
+        every_V = torch.arange(config.vocab_size, device=device)
+        draft.load_state_dict(read_block_weights(folder, draft, target, every_V, device), assign=True)
         draft.rotary = BlockRotary(config)
         draft.mask_embed_D = torch.zeros(config.hidden_size, device=device)
         dtype = dtype or getattr(torch, config.dtype)
         draft = draft.to(device, dtype).eval().requires_grad_(False)
         embed_weight_VD = target.embedding.whole().to(device, dtype)
         self._set_mask_embedding(draft, embed_weight_VD)
-        every_V = torch.arange(config.vocab_size, device=device)
         head = target.head_rows(every_V)
         return self.served(draft, embed_weight_VD, FrozenHead(head.weight_VD, self.logit_transform_of(config)))
 

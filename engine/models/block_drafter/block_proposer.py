@@ -20,7 +20,7 @@ from engine.config.tree_shape import TreeShape
 from engine.kernels import BlockRows
 from engine.kernels.elementwise import rotate
 from engine.models.block_drafter.backbone import BlockDraft
-from engine.models.block_drafter.block_rows import BlockPlan, plan_anchors
+from engine.models.block_drafter.block_rows import BlockPlan, is_causal_layer, plan_anchors
 from engine.models.drafter import TargetReply, TokenTree
 
 if TYPE_CHECKING:
@@ -129,15 +129,16 @@ def _mask(model: BlockDraft, index: int, num_context: int, position_B: Tensor) -
     """Return which keys each row of a block sees in a layer, bool [B, C + B]; None = all."""
     config = model.config
     window = config.windows[index]
-    if window is None and not config.is_causal:
+    is_causal = is_causal_layer(config.is_causal, window)
+    if window is None and not is_causal:
         return None
     key_K = torch.arange(num_context + len(position_B), device=position_B.device)
     distance_BK = position_B[:, None] - key_K
     sees_BK = torch.ones_like(distance_BK, dtype=torch.bool)
-    if config.is_causal:
+    if is_causal:
         sees_BK &= distance_BK >= 0
     if window is not None:
-        is_limited_K = (key_K < num_context) | config.is_causal
+        is_limited_K = (key_K < num_context) | is_causal
         sees_BK &= (distance_BK < window) | ~is_limited_K
     return sees_BK
 

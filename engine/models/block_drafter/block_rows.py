@@ -21,20 +21,28 @@ from engine.batch import PackedBatch
 from engine.kernels import BlockRows
 
 
+def is_causal_layer(is_causal: bool | None, window: int | None) -> bool:
+    """Return whether the rows of a block see earlier rows of it only, in a layer with a window or with none.
+
+    is_causal: of all layers; None = as servers do if a config.json does not say, in the layers that have a window.
+    """
+    return window is not None if is_causal is None else is_causal
+
+
 @dataclass(frozen=True)
 class BlockShape:
     """What the plan needs to know of a draft.
 
     block_size: rows B. shift: see above.
     windows: sliding window of each layer; None = full attention.
-    is_causal: whether rows see earlier rows of their block only.
+    is_causal: whether rows see earlier rows of their block only; None = in the layers that have a window.
     window_from_anchor: count windows from the anchor and not from each row, as speculators does.
     """
 
     block_size: int
     shift: int
     windows: tuple[int | None, ...]
-    is_causal: bool
+    is_causal: bool | None
     window_from_anchor: bool = False
 
 
@@ -89,7 +97,7 @@ def plan_anchors(
     """
     device = anchor_N.device
     num_blocks, num_predictions = learns_NS.shape
-    drops_tail = compaction and shape.is_causal
+    drops_tail = compaction and all(is_causal_layer(shape.is_causal, window) for window in shape.windows)
     sizes_N = torch.full_like(anchor_N, shape.block_size)
     if drops_tail:
         last_N = (learns_NS * torch.arange(1, num_predictions + 1, device=device)).amax(1)
@@ -165,18 +173,19 @@ class _RangeFinder:
     def _rows(self, window: int | None) -> BlockRows:
         """Return what all rows see in a layer with a window, or with none."""
         shape = self._shape
+        is_causal = is_causal_layer(shape.is_causal, window)
         begin_P = self._start_P
         own_begin_P = self._first_row_P
         own_end_P = self._end_row_P
         row_P = torch.arange(len(own_end_P), device=own_end_P.device)
-        if shape.is_causal:
+        if is_causal:
             own_end_P = row_P + 1
         if window is not None:
             earliest_P = self._anchor_P - window
             if not shape.window_from_anchor:
                 earliest_P = earliest_P + self._offset_P + 1
             begin_P = torch.maximum(begin_P, earliest_P)
-            if shape.is_causal:
+            if is_causal:
                 own_begin_P = torch.maximum(own_begin_P, row_P + 1 - window)
         end_P = self._anchor_P
         if self._context_C is not None:

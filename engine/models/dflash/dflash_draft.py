@@ -12,6 +12,7 @@ class DFlashConfig(BlockConfig):
     """Config of a DFlash draft."""
 
     architecture: ClassVar[str] = "DFlashDraftModel"
+    projector_types: ClassVar[tuple[str, ...]] = ("dflash",)
 
 
 class DFlashDraft(BlockDraft[DFlashConfig]):

@@ -28,6 +28,7 @@ class DFlash2Config(BlockConfig):
     """
 
     architecture: ClassVar[str] = "DFlash2DraftModel"
+    projector_types: ClassVar[tuple[str, ...]] = ("dflash", "dflash2")
 
     conv_taps: int = 2
     conv_group: int = 16
@@ -57,9 +58,10 @@ class DFlash2Config(BlockConfig):
     def own_facts(cls, exported: dict[str, Any], source: str | Path) -> dict[str, Any]:
         nested = exported.get("dflash_config") or {}
         names = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-        missing = [name for name in names if type(nested.get(name)) is not int]
-        if missing:
-            raise ValueError(f"{source} lacks {missing} in dflash_config, where servers read them; add them")
+        for name in names:
+            value = nested.get(name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{source} has {name}={value!r} in dflash_config; servers expect a number of at least 1 there")
         soft_cap = nested.get("final_logit_softcapping")
         return {
             "conv_taps": nested["conv_kernel_size"],

@@ -14,6 +14,8 @@ from engine.models.block_drafter.block_objective import BlockObjective, LearnedR
 from engine.models.block_drafter.block_rows import BlockPlan
 from engine.models.dspark.markov_head import GATED, RNN, VANILLA, ConfidenceHead, MarkovHead
 
+SPECFORGE_NAME = "DSparkDraftModel"
+
 
 @dataclass(frozen=True)
 class DSparkConfig(BlockConfig):
@@ -25,15 +27,13 @@ class DSparkConfig(BlockConfig):
     """
 
     architecture: ClassVar[str] = "Qwen3DSparkModel"
+    projector_types: ClassVar[tuple[str, ...]] = ("dspark",)
+    samples_from_anchor: ClassVar[bool] = True
 
     markov_head: str = VANILLA
     markov_rank: int = 256
     has_confidence: bool = True
     confidence_reads_markov: bool = True
-
-    @property
-    def num_predictions(self) -> int:
-        return self.block_size
 
     def top_level_facts(self) -> dict[str, Any]:
         return {
@@ -47,12 +47,20 @@ class DSparkConfig(BlockConfig):
         }
 
     @classmethod
+    def check_architecture(cls, exported: dict[str, Any], source: str | Path) -> None:
+        # Servers run SpecForge's name as their own if the model type is Qwen3's.
+        is_of_specforge = exported.get("architectures") == [SPECFORGE_NAME] and exported.get("model_type") == "qwen3"
+        if not is_of_specforge:
+            super().check_architecture(exported, source)
+
+    @classmethod
     def own_facts(cls, exported: dict[str, Any], source: str | Path) -> dict[str, Any]:
         rank = exported.get("markov_rank")
         if type(rank) is not int or rank < 1:
-            raise ValueError(f"{source} has markov_rank={rank!r} at the top, where SGLang reads it; it must be at least 1")
-        if exported.get("sample_from_anchor") is False:
-            raise ValueError(f"{source} has sample_from_anchor=false; only drafts whose first row drafts a token are supported")
+            raise ValueError(
+                f"{source} has markov_rank={rank!r} at the top, where SGLang reads it; it must be at least 1, so copy the keys "
+                "of the Markov head and the confidence head from dflash_config to the top"
+            )
         kind = exported.get("markov_head_type", VANILLA)
         if kind not in (VANILLA, GATED, RNN):
             raise ValueError(f"{source} has markov_head_type={kind!r}; expected {VANILLA}, {GATED} or {RNN}")

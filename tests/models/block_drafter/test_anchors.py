@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from engine.batch import PackedBatch
+from engine.config.recipe import load_config
 from engine.models.block_drafter.anchors import AnchorRule
+from engine.models.method_registry import make_method
 from tests.block_drafts import make_batch, make_method_of
 
 LENGTHS = (40, 9, 31, 64)
@@ -121,8 +123,17 @@ def test_labels_may_cross_documents_only_if_asked_to():
 
 
 def test_a_share_of_the_positions_replaces_the_number_per_pack():
-    for anchors in (64, None):
+    for anchors in (64, None, "all"):
         rule = make_method_of("dflash", anchors=anchors, anchor_share=0.25).anchors
         assert (rule.share, rule.share_of) == (0.25, "positions")
     rule = make_method_of("dflash", anchors=16).anchors
     assert (rule.share, rule.share_of) == (16 / 64, "tokens")
+
+
+def test_all_and_null_start_a_block_at_every_position():
+    for text in ("all", "null"):
+        recipe = load_config(None, ["draft.method=dflash", f"block.anchors={text}"])
+        rule = make_method(recipe).anchors
+        batch = make_batch((40, 12))
+        assert rule.share is None
+        assert torch.equal(rule.rows(batch), rule.possible_rows(batch))

@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import Qwen3Config
 
+from engine.kernels import PLAIN
+from engine.models.block_drafter.block_method import BlockMethod
 from engine.models.draft_folder import CONFIG, WEIGHTS
 from tests.block_drafts import (
     HIDDEN,
@@ -16,12 +20,14 @@ from tests.block_drafts import (
     VOCAB,
     every_token,
     make_batch,
+    make_config,
     make_draft,
     make_method_of,
     make_micro,
     make_objective,
     make_tables,
 )
+from tests.models.block_drafter.published_drafts import CONFIGS, published_tensors, write_published
 
 BACKBONE = ["fc.weight", "hidden_norm.weight", "norm.weight"]
 LAYER = ["input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight"]
@@ -89,7 +95,7 @@ def test_the_config_states_every_number_that_servers_would_guess(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("block", [{}, {"attention_bias": True, "causal": True}])
+@pytest.mark.parametrize("block", [{}, {"attention_bias": True, "causal": True}, {"causal": None, "windows": (6, 0)}])
 def test_a_reloaded_draft_is_the_trained_one(name, block, tmp_path):
     method = make_method_of(name, **block)
     draft = exported(method, tmp_path / "draft")
@@ -108,21 +114,76 @@ def test_a_reloaded_draft_is_the_trained_one(name, block, tmp_path):
         parameter.data.copy_(kept)
 
 
-def test_published_folders_with_copies_of_the_targets_tensors_can_be_read_and_trained_further(tmp_path):
-    method = make_method_of("dflash")
-    draft = exported(method, tmp_path / "draft")
-    tensors = {f"model.{name}": tensor for name, tensor in load_file(tmp_path / "draft" / WEIGHTS).items()}
-    save_file(tensors | {"lm_head.weight": torch.zeros(VOCAB, HIDDEN)}, tmp_path / "draft" / WEIGHTS)
-    served = method.load(tmp_path / "draft", make_tables())
-    recipe = replace(method.recipe, draft=replace(method.recipe.draft, init_from=str(tmp_path / "draft")))
-    again = type(method)(recipe)
-    started = again.new_draft(draft.config, draft.kernels, make_tables(), every_token())
-    for name, parameter in draft.named_parameters():
-        torch.testing.assert_close(started.get_parameter(name), parameter, rtol=0, atol=0)
-        torch.testing.assert_close(served.model.get_parameter(name), parameter, rtol=0, atol=0)
-    assert again.notes
+def copies_of_target() -> dict[str, torch.Tensor]:
+    """The tables of the target, as other trainers add them to a draft."""
+    tables = make_tables()
+    return {"embed_tokens.weight": tables.embedding.weight_VD.bfloat16(), "lm_head.weight": tables.head.weight_VD.bfloat16()}
+
+
+def method_that_starts_from(folder: Path, name: str, **block: Any) -> BlockMethod:
+    method = make_method_of(name, **block)
+    return type(method)(replace(method.recipe, draft=replace(method.recipe.draft, init_from=str(folder))))
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_published_folder_is_served_and_trained_further(name, num_files, tmp_path):
+    tensors = published_tensors(name)
+    prefix = "model." if name == "dflash2" else ""
+    written = {prefix + key: tensor for key, tensor in tensors.items()}
+    if name == "dspark":
+        written |= copies_of_target()
+    write_published(tmp_path / "draft", CONFIGS[name](), written, num_files)
+    windows = (9, 9) if name == "dflash2" else None
+    method = method_that_starts_from(tmp_path / "draft", name, windows=windows)
+    served = method.load(tmp_path / "draft", make_tables(), torch.float32)
+    started = method.new_draft(make_config(method), PLAIN, make_tables(), every_token())
+    assert method.notes
+    assert {name for name, _ in started.named_parameters()} == tensors.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(served.model.get_parameter(key), tensor.float())
+        assert torch.equal(started.get_parameter(key), tensor.float())
+    micro = make_micro(method, make_batch((17, 23)))
+    logits = torch.stack(make_objective(method).logits(started, micro))
+    torch.testing.assert_close(served.logits(micro), logits, rtol=0, atol=0)
+
+
+def test_a_draft_of_another_shape_does_not_start_a_run(tmp_path):
+    write_published(tmp_path / "draft", CONFIGS["dflash"](), published_tensors("dflash"))
+    method = method_that_starts_from(tmp_path / "draft", "dflash")
     with pytest.raises(ValueError, match="block_size=5, not 4"):
-        again.new_draft(replace(draft.config, block_size=4), draft.kernels, make_tables(), every_token())
+        method.new_draft(replace(make_config(method), block_size=4), PLAIN, make_tables(), every_token())
+
+
+def test_a_run_takes_the_number_of_layers_from_its_target_if_the_draft_does_not_state_it(tmp_path):
+    config = CONFIGS["dflash"]()
+    del config["num_target_layers"]
+    write_published(tmp_path / "draft", config, published_tensors("dflash"))
+    method = method_that_starts_from(tmp_path / "draft", "dflash")
+    own = make_config(method)
+    assert own.num_target_layers > max(own.aux_layers) + 2
+    assert method.new_draft(own, PLAIN, make_tables(), every_token()).config is own
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "lm_head.weight"])
+def test_a_table_that_was_trained_with_the_draft_is_refused(name, tmp_path):
+    copies = copies_of_target()
+    copies[name][VOCAB - 1, 0] += 0.5
+    write_published(tmp_path / "draft", CONFIGS["dflash"](), published_tensors("dflash") | copies)
+    method = method_that_starts_from(tmp_path / "draft", "dflash")
+    for use in (
+        lambda: method.load(tmp_path / "draft", make_tables()),
+        lambda: method.new_draft(make_config(method), PLAIN, make_tables(), every_token()),
+    ):
+        with pytest.raises(ValueError, match=f"has its own {name}, unlike the target's"):
+            use()
+
+
+def test_a_file_of_the_index_that_is_missing_is_named(tmp_path):
+    write_published(tmp_path / "draft", CONFIGS["dflash"](), published_tensors("dflash"), num_files=2)
+    (tmp_path / "draft" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is missing"):
+        make_method_of("dflash").load(tmp_path / "draft", make_tables())
 
 
 def test_a_tensor_that_is_missing_unknown_or_not_finite_is_named(tmp_path):

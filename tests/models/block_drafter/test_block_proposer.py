@@ -23,6 +23,7 @@ VARIANTS = [(method, {}) for method in METHODS]
 VARIANTS += [
     ("dflash", {"windows": (4, 0)}),
     ("dflash", {"windows": (3, 3), "causal": True}),
+    ("dflash", {"windows": (3, 0), "causal": None}),
     ("dspark", {"markov_head": "gated"}),
     ("dspark", {"markov_head": "rnn", "causal": True, "windows": (6, 6)}),
     ("dflash2", {"windows": (5, 5), "conv_taps": 3}),

@@ -18,6 +18,7 @@ SHAPES = [
     BlockShape(6, 0, (7, 3), is_causal=False),
     BlockShape(6, 1, (4, 9), is_causal=True),
     BlockShape(6, 1, (4, 4), is_causal=True, window_from_anchor=True),
+    BlockShape(6, 0, (4, None), is_causal=None),
 ]
 
 
@@ -43,6 +44,7 @@ def test_rows_see_what_the_definition_says(shape, compaction):
     for layer, window in enumerate(shape.windows):
         sees_PT, sees_PP = seen_keys(plan, shape, layer, batch.num_tokens)
         reach = batch.num_tokens + 99 if window is None else window
+        is_causal = window is not None if shape.is_causal is None else shape.is_causal
         token_T = torch.arange(batch.num_tokens)
         for row in range(plan.num_rows):
             anchor = int(plan.anchor_N[plan.block_P[row]])
@@ -53,7 +55,7 @@ def test_rows_see_what_the_definition_says(shape, compaction):
             assert torch.equal(sees_PT[row], expected_T)
             distance_P = offset - plan.offset_P
             expected_P = plan.block_P == plan.block_P[row]
-            if shape.is_causal:
+            if is_causal:
                 expected_P = expected_P & (distance_P >= 0) & (distance_P < reach)
             assert torch.equal(sees_PP[row], expected_P)
 
@@ -80,7 +82,10 @@ def test_causal_blocks_end_at_their_last_row_with_loss():
     allowed_ST = AnchorRule(6).rows(batch)
     plan = plan_blocks(batch, allowed_ST, shape)
     assert plan.num_rows == len(plan.loss_row_R) < len(plan.anchor_N) * 6
-    assert plan_blocks(batch, allowed_ST, replace(shape, is_causal=False)).num_rows == len(plan.anchor_N) * 6
+    for longer in (replace(shape, is_causal=False), replace(shape, windows=(4, None), is_causal=None)):
+        assert plan_blocks(batch, allowed_ST, longer).num_rows == len(plan.anchor_N) * 6
+    short = replace(shape, windows=(4, 4), is_causal=None)
+    assert plan_blocks(batch, allowed_ST, short).num_rows == plan.num_rows
 
 
 def test_context_that_no_block_sees_is_left_out():
