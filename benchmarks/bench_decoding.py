@@ -37,6 +37,7 @@ WIDE = 1.5  # a ratio of the quartiles from which on the machine was too busy
 SHAPES = (
     TreeShape(2),
     TreeShape(3),
+    TreeShape(4),
     TreeShape(5),
     TreeShape(2, 4, 8),
     TreeShape(3, 4, 8),
