@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen3Config
 
 from engine.config.block_sections import DFLASH, DFLASH2, DSPARK
 from engine.config.recipe import load_config
@@ -86,13 +87,22 @@ def test_reading_what_was_written_gives_the_same_config(method):
         ),
         (SLIDING | {"layer_types": ["sliding_attention"] * 2}, (9, 9), True),
         (SLIDING | {"layer_types": None, "max_window_layers": 1}, (None, 9), None),
-        (SLIDING | {"layer_types": None, "max_window_layers": None}, (None, None), False),
     ],
 )
 def test_windows_and_causality_are_those_that_servers_find(changes, windows, is_causal):
     found = read(DFLASH, changed(DFLASH, changes))
     assert (found.windows, found.is_causal) == (windows, is_causal)
     assert ("is_causal" in found.to_dict()) == (is_causal is not None)
+
+
+@pytest.mark.parametrize("max_window_layers", [0, 1, 2, None])
+@pytest.mark.parametrize("slides", [True, False])
+def test_layers_without_types_have_those_of_transformers(slides, max_window_layers):
+    changes = {"layer_types": None, "use_sliding_window": slides, "sliding_window": 9, "max_window_layers": max_window_layers}
+    config = changed(DFLASH, changes)
+    theirs = Qwen3Config(**{key: value for key, value in config.items() if key != "architectures"})
+    windows = tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types)
+    assert read(DFLASH, config).windows == windows
 
 
 def test_without_a_number_of_target_layers_the_targets_own_counts():
