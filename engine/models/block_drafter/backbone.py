@@ -4,8 +4,8 @@ Context vectors `c[t] = norm(fc(aux[t]))` are computed once per packed token. In
 rows of all blocks attend to keys and values of the context, made by the same projections as their
 own, and to the rows of their block.
 
-Shapes: T packed tokens, C context tokens that are kept, N blocks, P rows of all blocks, R rows with
-loss; D hidden size, H query heads, G key/value heads, E head dim.
+Shapes: T packed tokens, C context tokens that are kept, N blocks, P rows of all blocks, Q rows that
+have a query, R rows with loss; D hidden size, H query heads, G key/value heads, E head dim.
 Source: DFlash (arXiv:2602.06036).
 """
 
@@ -163,11 +163,9 @@ class BlockDraft(DraftModel[ConfigT], Generic[ConfigT]):
 
     Attributes are named as in the checkpoint: `fc`, `hidden_norm`, `layers`, `norm`.
     mask_embed_D: the target's embedding of the mask token; frozen, and not part of the checkpoint.
-    drops_rows_in_last_layer: whether rows without loss need no output of the last layer.
     """
 
     mask_embed_D: Tensor
-    drops_rows_in_last_layer = True
 
     def __init__(self, config: ConfigT, kernels: Kernels = PLAIN) -> None:
         super().__init__(config, kernels)
@@ -223,15 +221,20 @@ class BlockDraft(DraftModel[ConfigT], Generic[ConfigT]):
         context_cos_sin = self.rotary.cos_sin(plan.context_position_C, dtype)
         cos_sin = self.rotary.cos_sin(plan.position_P, dtype)
         run = recomputed_if(self.kernels.recompute == "layer")
+        angles = (context_cos_sin, cos_sin)
         last = len(self.layers) - 1
+        kept_Q = self.last_layer_rows(plan)
         state_PD = anchor_embed_ND
         for index, layer in enumerate(self.decoder_layers):
-            kept_R = plan.loss_row_R if index == last and self.drops_rows_in_last_layer else None
-            angles = (context_cos_sin, cos_sin)
-            state_PD = run(self._layer, layer, index, state_PD, context_CD, angles, plan, kept_R)
-        if not self.drops_rows_in_last_layer:
-            state_PD = take_rows(state_PD, plan.loss_row_R)
+            kept = kept_Q if index == last else None
+            state_PD = run(self._layer, layer, index, state_PD, context_CD, angles, plan, kept)
+        if len(kept_Q) > len(plan.loss_row_R):
+            state_PD = take_rows(state_PD, torch.searchsorted(kept_Q, plan.loss_row_R))
         return self.norm(state_PD)
+
+    def last_layer_rows(self, plan: BlockPlan) -> Tensor:
+        """Return the rows that need an output of the last layer, int64, ascending. All rows with loss are among them."""
+        return plan.loss_row_R
 
     def _layer(
         self,
@@ -241,26 +244,33 @@ class BlockDraft(DraftModel[ConfigT], Generic[ConfigT]):
         context_CD: Tensor,
         angles: tuple[CosSin, CosSin],
         plan: BlockPlan,
-        kept_R: Tensor | None,
+        kept_Q: Tensor | None,
     ) -> Tensor:
         """Return the states after a layer.
 
         state_PD: before the layer; for the first one, the embeddings of the anchors' tokens, [N, D].
-        kept_R: int64, ascending, the rows that have an output; None = all. All rows have keys.
+        kept_Q: int64, ascending, the rows that have an output; None = all. All rows have keys.
         """
         context_cos_sin, cos_sin = angles
         context = self.context_keys(layer, context_CD, context_cos_sin)
-        inputs = self.first_inputs(layer, state_PD, plan) if index == 0 else self.inputs(layer, state_PD, plan, kept_R)
-        if index == 0 and kept_R is not None:
-            inputs = inputs.of_rows(kept_R)
-        query_cos_sin = cos_sin if kept_R is None else (cos_sin[0][kept_R], cos_sin[1][kept_R])
+        if kept_Q is not None and len(kept_Q) == plan.num_rows:
+            kept_Q = None
+        inputs = self.first_inputs(layer, state_PD, plan) if index == 0 else self.inputs(layer, state_PD, plan, kept_Q)
+        rows = plan.layers[index]
+        query_cos_sin = cos_sin
+        offset_Q = plan.offset_P
+        if kept_Q is not None:
+            if index == 0:
+                inputs = inputs.of_rows(kept_Q)
+            rows = rows.picked(kept_Q)
+            query_cos_sin = (cos_sin[0][kept_Q], cos_sin[1][kept_Q])
+            offset_Q = offset_Q[kept_Q]
         query_QHE = rotate(inputs.query_QHE, query_cos_sin)
         own = rotate(inputs.key_PGE, cos_sin), inputs.value_PGE
-        rows = plan.layers[index] if kept_R is None else plan.layers[index].picked(kept_R)
         attended_QD = layer.attend(query_QHE, context, own, rows)
-        state_QD = inputs.state_QD + self.after_attention(layer, inputs, attended_QD, plan)
+        state_QD = inputs.state_QD + self.after_attention(layer, inputs, attended_QD, offset_Q)
         run = recomputed_if(self.kernels.recompute == "mlp")
-        return state_QD + run(self.mlp_output, layer, state_QD, plan)
+        return state_QD + run(self.mlp_output, layer, state_QD, offset_Q)
 
     def first_inputs(self, layer: BlockLayer, anchor_embed_ND: Tensor, plan: BlockPlan) -> "LayerInputs":
         """Project the rows of the first layer. All mask rows have one input, so it is projected once."""
@@ -269,26 +279,27 @@ class BlockDraft(DraftModel[ConfigT], Generic[ConfigT]):
         projected = (distinct_MD, layer.self_attn.queries(y_MD), *layer.self_attn.keys_and_values(y_MD))
         return LayerInputs(*(spread(x_M, plan) for x_M in projected))
 
-    def inputs(self, layer: BlockLayer, state_PD: Tensor, plan: BlockPlan, kept_R: Tensor | None = None) -> "LayerInputs":
-        """Project the rows of a layer. kept_R: int64, ascending, the rows that have a query; None = all."""
+    def inputs(self, layer: BlockLayer, state_PD: Tensor, plan: BlockPlan, kept_Q: Tensor | None = None) -> "LayerInputs":
+        """Project the rows of a layer. kept_Q: int64, ascending, the rows that have a query; None = all."""
         y_PD = layer.input_layernorm(state_PD)
         mixed_PD, kernel = self.before_attention(layer, y_PD, plan)
         key_PGE, value_PGE = layer.self_attn.keys_and_values(mixed_PD)
-        if kept_R is None:
+        if kept_Q is None:
             return LayerInputs(state_PD, layer.self_attn.queries(mixed_PD), key_PGE, value_PGE, kernel)
-        query_RHE = layer.self_attn.queries(take_rows(mixed_PD, kept_R))
-        return LayerInputs(take_rows(state_PD, kept_R), query_RHE, key_PGE, value_PGE, kernel)
+        query_QHE = layer.self_attn.queries(take_rows(mixed_PD, kept_Q))
+        kept_kernel = None if kernel is None else take_rows(kernel, kept_Q)
+        return LayerInputs(take_rows(state_PD, kept_Q), query_QHE, key_PGE, value_PGE, kept_kernel)
 
     def before_attention(self, layer: BlockLayer, y_PD: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor | None]:
-        """Return the input of attention, [P, D], and what `after_attention` needs of it. A method may mix rows here."""
+        """Return the input of attention, [P, D], and what `after_attention` needs of each row. A method may mix rows here."""
         return y_PD, None
 
-    def after_attention(self, layer: BlockLayer, inputs: "LayerInputs", attended_QD: Tensor, plan: BlockPlan) -> Tensor:
-        """Return what attention adds to the states, [Q, D]."""
+    def after_attention(self, layer: BlockLayer, inputs: "LayerInputs", attended_QD: Tensor, offset_Q: Tensor) -> Tensor:
+        """Return what attention adds to the states, [Q, D]. offset_Q: int64, index of each row in its block."""
         return attended_QD
 
-    def mlp_output(self, layer: BlockLayer, state_QD: Tensor, plan: BlockPlan) -> Tensor:
-        """Return what the MLP adds to the states, [Q, D]."""
+    def mlp_output(self, layer: BlockLayer, state_QD: Tensor, offset_Q: Tensor) -> Tensor:
+        """Return what the MLP adds to the states, [Q, D]. offset_Q: int64, index of each row in its block."""
         return layer.apply_mlp(state_QD)
 
 
@@ -296,7 +307,7 @@ class BlockDraft(DraftModel[ConfigT], Generic[ConfigT]):
 class LayerInputs:
     """Inputs of a layer's attention; keys and queries without rotary embedding.
 
-    state_QD: states of the rows that have a query. kernel: what a method's `before_attention` returned.
+    state_QD: states of the rows that have a query. kernel: what a method's `before_attention` returned for them.
     """
 
     state_QD: Tensor
@@ -305,9 +316,11 @@ class LayerInputs:
     value_PGE: Tensor
     kernel: Tensor | None = None
 
-    def of_rows(self, kept_R: Tensor) -> "LayerInputs":
-        """Return the inputs with the states and queries of some rows only."""
-        return replace(self, state_QD=take_rows(self.state_QD, kept_R), query_QHE=take_rows(self.query_QHE, kept_R))
+    def of_rows(self, kept_Q: Tensor) -> "LayerInputs":
+        """Return the inputs with the states, queries and kernels of some rows only."""
+        kernel = None if self.kernel is None else take_rows(self.kernel, kept_Q)
+        state_QD = take_rows(self.state_QD, kept_Q)
+        return replace(self, state_QD=state_QD, query_QHE=take_rows(self.query_QHE, kept_Q), kernel=kernel)
 
 
 def spread(x_M: Tensor, plan: BlockPlan) -> Tensor:

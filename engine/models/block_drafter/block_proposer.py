@@ -120,8 +120,8 @@ def block_states(model: BlockDraft, anchor_embed_1D: Tensor, caches: Sequence[Co
             enable_gqa=True,
         )[0].transpose(0, 1)
         attended_BD = layer.self_attn.o_proj(attended_BHE.flatten(-2))
-        state_BD = inputs.state_QD + model.after_attention(layer, inputs, attended_BD, plan)
-        state_BD = state_BD + model.mlp_output(layer, state_BD, plan)
+        state_BD = inputs.state_QD + model.after_attention(layer, inputs, attended_BD, plan.offset_P)
+        state_BD = state_BD + model.mlp_output(layer, state_BD, plan.offset_P)
     return model.norm(state_BD)
 
 

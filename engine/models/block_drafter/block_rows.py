@@ -5,14 +5,15 @@ drafts the token at position `a + k + shift`: `shift` is 1 if the anchor's own r
 after it, otherwise 0 and row 0 drafts nothing.
 
 Rows that no loss depends on do not run: blocks without loss, rows after the last row with loss if
-rows see earlier rows only, and, in the last layer, every row without loss. Context tokens that no
-block sees are left out as well.
+rows see earlier rows only, and, in the last layer, every row without loss, or, where a method mixes
+rows with those before them, every row after the last one with loss. Context tokens that no block
+sees are left out as well.
 
 Shapes: T packed tokens, C context tokens that are kept, N blocks, P rows that run, R rows with loss.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -76,6 +77,14 @@ class BlockPlan:
     @property
     def num_rows(self) -> int:
         return len(self.block_P)
+
+    @cached_property
+    def leading_row_Q(self) -> Tensor:
+        """Index of each row that has a row with loss in its block at or after itself, int64, ascending."""
+        last_N = torch.full_like(self.anchor_N, -1)
+        loss_block_R = self.block_P[self.loss_row_R]
+        last_N.scatter_reduce_(0, loss_block_R, self.offset_P[self.loss_row_R], "amax")
+        return (self.offset_P <= last_N[self.block_P]).nonzero().flatten()
 
 
 def plan_blocks(batch: PackedBatch, allowed_ST: Tensor, shape: BlockShape, compaction: bool = True) -> BlockPlan:

@@ -84,12 +84,7 @@ class DFlash2Layer(BlockLayer):
 
 
 class DFlash2Draft(BlockDraft[DFlash2Config]):
-    """Backbone with convolutions, and `candidate_selector`.
-
-    The convolution of an output reads earlier rows of the block, so all rows run in every layer.
-    """
-
-    drops_rows_in_last_layer = False
+    """Backbone with convolutions, and `candidate_selector`."""
 
     def __init__(self, config: DFlash2Config, kernels: Kernels = PLAIN) -> None:
         super().__init__(config, kernels)
@@ -107,14 +102,18 @@ class DFlash2Draft(BlockDraft[DFlash2Config]):
     def make_layer(self) -> BlockLayer:
         return DFlash2Layer(self.config, self.kernels)
 
+    def last_layer_rows(self, plan: BlockPlan) -> Tensor:
+        # The convolutions of the outputs read the rows before the ones with loss, but none behind them.
+        return plan.leading_row_Q
+
     def first_inputs(self, layer: BlockLayer, anchor_embed_ND: Tensor, plan: BlockPlan) -> LayerInputs:
         """Project the rows of the first layer; those whose convolution reads mask rows alone have one input."""
         convolution = cast(DFlash2Layer, layer).attention_conv
         state_MD = torch.cat((anchor_embed_ND, self.mask_embed_D.to(anchor_embed_ND.dtype)[None]))
         y_MD = layer.input_layernorm(state_MD)
-        kernel_M2JD = convolution.kernels(y_MD)
+        kernel_M2JG = convolution.dynamic_kernels(y_MD)
         first = FirstRows.of(plan, convolution.taps)
-        mixed_FD = convolution(first.of_tokens(y_MD), first.of_tokens(kernel_M2JD[:, 0]), first.offset_F)
+        mixed_FD = convolution(first.of_tokens(y_MD), 0, first.of_tokens(kernel_M2JG[:, 0]), first.offset_F)
         query_FHE = layer.self_attn.queries(mixed_FD)
         key_FGE, value_FGE = layer.self_attn.keys_and_values(mixed_FD)
         return LayerInputs(
@@ -122,24 +121,24 @@ class DFlash2Draft(BlockDraft[DFlash2Config]):
             query_QHE=first.spread(query_FHE),
             key_PGE=first.spread(key_FGE),
             value_PGE=first.spread(value_FGE),
-            kernel=spread(kernel_M2JD[:, 1], plan),
+            kernel=spread(kernel_M2JG[:, 1], plan),
         )
 
     def before_attention(self, layer: BlockLayer, y_PD: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor | None]:
         convolution = cast(DFlash2Layer, layer).attention_conv
-        kernel_P2JD = convolution.kernels(y_PD)
-        return convolution(y_PD, kernel_P2JD[:, 0], plan.offset_P), kernel_P2JD[:, 1]
+        kernel_P2JG = convolution.dynamic_kernels(y_PD)
+        return convolution(y_PD, 0, kernel_P2JG[:, 0], plan.offset_P), kernel_P2JG[:, 1]
 
-    def after_attention(self, layer: BlockLayer, inputs: LayerInputs, attended_QD: Tensor, plan: BlockPlan) -> Tensor:
+    def after_attention(self, layer: BlockLayer, inputs: LayerInputs, attended_QD: Tensor, offset_Q: Tensor) -> Tensor:
         assert inputs.kernel is not None, "the kernel of the output was computed with the inputs"
-        return cast(DFlash2Layer, layer).attention_conv(attended_QD, inputs.kernel, plan.offset_P)
+        return cast(DFlash2Layer, layer).attention_conv(attended_QD, 1, inputs.kernel, offset_Q)
 
-    def mlp_output(self, layer: BlockLayer, state_QD: Tensor, plan: BlockPlan) -> Tensor:
+    def mlp_output(self, layer: BlockLayer, state_QD: Tensor, offset_Q: Tensor) -> Tensor:
         convolution = cast(DFlash2Layer, layer).mlp_conv
         z_QD = layer.post_attention_layernorm(state_QD)
-        kernel_Q2JD = convolution.kernels(z_QD)
-        output_QD = layer.mlp(convolution(z_QD, kernel_Q2JD[:, 0], plan.offset_P))
-        return convolution(output_QD, kernel_Q2JD[:, 1], plan.offset_P)
+        kernel_Q2JG = convolution.dynamic_kernels(z_QD)
+        output_QD = layer.mlp(convolution(z_QD, 0, kernel_Q2JG[:, 0], offset_Q))
+        return convolution(output_QD, 1, kernel_Q2JG[:, 1], offset_Q)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 
 from engine.models.block_drafter.backbone import spread
 from engine.models.block_drafter.block_rows import plan_blocks
-from tests.block_drafts import HIDDEN, make_batch, make_draft, make_method_of
+from tests.block_drafts import HIDDEN, NUM_AUX, gradients, make_batch, make_draft, make_method_of
 
 
 def results(taps: int, lengths: tuple[int, ...], causal: bool, projects_once: bool, size: int = 5) -> list[torch.Tensor]:
@@ -63,3 +63,41 @@ def test_few_rows_are_projected(monkeypatch):
     monkeypatch.setattr(query, "forward", counted)
     draft.first_inputs(draft.decoder_layers[0], torch.zeros(len(plan.anchor_N), HIDDEN), plan)
     assert rows == [2 * len(plan.anchor_N) + 1] * 3 and rows[0] < plan.num_rows / 3
+
+
+@pytest.mark.parametrize(("taps", "num_layers"), [(1, 2), (2, 1), (3, 2)])
+def test_the_last_layer_leaves_out_the_rows_behind_the_last_one_with_loss(taps, num_layers, monkeypatch):
+    method = make_method_of("dflash2", conv_taps=taps)
+    draft = make_draft(method).double()
+    draft.layers = draft.layers[:num_layers]
+    batch = make_batch((17, 23, 9))
+    plan = plan_blocks(batch, method.allowed_rows(batch), method.shape)
+    learns_P = torch.zeros(plan.num_rows, dtype=torch.bool)
+    learns_P[plan.loss_row_R] = True
+    leading = []
+    for row in range(plan.num_rows):
+        is_later_P = (plan.block_P == plan.block_P[row]) & (plan.offset_P >= plan.offset_P[row])
+        if (is_later_P & learns_P).any():
+            leading.append(row)
+    assert plan.leading_row_Q.tolist() == leading
+    assert len(plan.loss_row_R) < len(leading) < plan.num_rows
+    aux_TA = torch.randn(batch.num_tokens, NUM_AUX * HIDDEN, dtype=torch.float64)
+    embed_ND = torch.randn(len(plan.anchor_N), HIDDEN, dtype=torch.float64)
+    rows: list[int] = []
+    mlp = type(draft.decoder_layers[0].mlp)
+    mlp_forward = mlp.forward
+
+    def counted(self, x_QD):
+        rows.append(len(x_QD))
+        return mlp_forward(self, x_QD)
+
+    monkeypatch.setattr(mlp, "forward", counted)
+    hidden_RD = draft.hidden_rows(aux_TA, embed_ND, plan)
+    assert rows == [plan.num_rows] * (num_layers - 1) + [len(leading)]
+    monkeypatch.setattr(type(draft), "last_layer_rows", lambda self, plan: torch.arange(plan.num_rows))
+    expected_RD = draft.hidden_rows(aux_TA, embed_ND, plan)
+    torch.testing.assert_close(hidden_RD, expected_RD, rtol=1e-12, atol=1e-12)
+    grad_RD = torch.randn_like(hidden_RD)
+    found, expected = (gradients(draft, (rows_RD * grad_RD).sum()) for rows_RD in (hidden_RD, expected_RD))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10)
