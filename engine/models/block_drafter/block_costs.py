@@ -1,4 +1,4 @@
-"""Lower bounds of a training step of a block drafter, and the memory of its activations.
+"""Lower bounds of a training step of a block drafter.
 
 Attention scores, logits and the inner states of MLPs need not exist in memory. `fc` has no input
 gradient, since the target's states are frozen, and the head has no weight gradient.
@@ -9,11 +9,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from engine.batch import PackedBatch
-from engine.config.sections import CHUNK_MB
 from engine.models.block_drafter.block_config import BlockConfig
 from engine.models.block_drafter.block_rows import BlockShape, plan_blocks
-from engine.models.costs import FULL, Cost, StepPart, attention_part, frozen_head_part, map_part
-from engine.models.draft_method import ActivationBytes
+from engine.models.costs import Cost, StepPart, attention_part, frozen_head_part, map_part
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,9 @@ class BlockCounts:
 
     num_tokens: T. num_context: context tokens that a block sees. num_blocks: N.
     num_rows: rows of all blocks. num_loss_rows: rows with loss. rows_S: rows with loss of each prediction.
+    num_leading_rows: rows that are not behind the last row with loss of their block.
     pairs_of_layers: for each layer, pairs of a row and a key that it sees, of all rows.
-    last_pairs: pairs of the rows with loss in the last layer.
+    last_pairs, leading_pairs: pairs of the rows with loss in the last layer, and of the leading rows.
     prefix_pairs: pairs of a token and an earlier token of its document, or the token itself.
     num_slots: slots whose target distribution is computed.
     """
@@ -33,9 +32,11 @@ class BlockCounts:
     num_blocks: int
     num_rows: int
     num_loss_rows: int
+    num_leading_rows: int
     rows_S: tuple[int, ...]
     pairs_of_layers: tuple[int, ...]
     last_pairs: int
+    leading_pairs: int
     prefix_pairs: int
     num_slots: int
     block_size: int
@@ -46,19 +47,23 @@ class BlockCounts:
         plan = plan_blocks(batch, allowed_ST, shape)
         pairs: list[int] = []
         last_pairs = 0
+        leading_pairs = 0
         for rows in plan.layers:
             seen_P = rows.context_end_Q - rows.context_begin_Q + rows.own_end_Q - rows.own_begin_Q
             pairs.append(int(seen_P.sum()))
             last_pairs = int(seen_P[plan.loss_row_R].sum())
+            leading_pairs = int(seen_P[plan.leading_row_Q].sum())
         return cls(
             num_tokens=batch.num_tokens,
             num_context=batch.num_tokens if plan.context_C is None else len(plan.context_C),
             num_blocks=len(plan.anchor_N),
             num_rows=plan.num_rows,
             num_loss_rows=len(plan.loss_row_R),
+            num_leading_rows=len(plan.leading_row_Q),
             rows_S=tuple(allowed_ST.sum(1).tolist()),
             pairs_of_layers=tuple(pairs),
             last_pairs=last_pairs,
+            leading_pairs=leading_pairs,
             prefix_pairs=int((batch.position_T + 1).sum()),
             num_slots=num_slots,
             block_size=shape.block_size,
@@ -74,10 +79,16 @@ class BlockCounts:
             num_context=self.num_tokens,
             num_rows=num_rows,
             num_loss_rows=num_rows,
+            num_leading_rows=num_rows,
             rows_S=(self.num_blocks,) * len(self.rows_S),
             pairs_of_layers=pairs,
             last_pairs=pairs[-1],
+            leading_pairs=pairs[-1],
         )
+
+    def last_layer_rows(self, mixed_rows: int) -> int:
+        """Return the number of rows that have an output of the last layer. mixed_rows: as in `block_step_parts`."""
+        return self.num_leading_rows if mixed_rows else self.num_loss_rows
 
 
 def block_step_parts(
@@ -87,7 +98,7 @@ def block_step_parts(
 
     needs_distribution, needs_head_stats: as the properties of the method.
     mixed_rows: rows of a block that a method mixes into each row, including itself; 0 = none. If rows
-        are mixed, all of them run in every layer.
+        are mixed, those before a row with loss run in the last layer too.
     """
     size = config.hidden_size
     queries = config.num_attention_heads * config.head_dim
@@ -97,9 +108,11 @@ def block_step_parts(
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     last = config.num_hidden_layers - 1
     for layer, pairs in enumerate(counts.pairs_of_layers):
-        drops_rows = layer == last and not mixed_rows
-        num_rows = counts.num_loss_rows if drops_rows else counts.num_rows
-        num_pairs = counts.last_pairs if drops_rows else pairs
+        num_rows = counts.num_rows
+        num_pairs = pairs
+        if layer == last:
+            num_rows = counts.last_layer_rows(mixed_rows)
+            num_pairs = counts.leading_pairs if mixed_rows else counts.last_pairs
         num_inputs = counts.num_rows
         if layer == 0:
             num_inputs = first_layer_inputs(counts, mixed_rows)
@@ -133,43 +146,3 @@ def frozen_head_with_gradient(num_rows: int, size: int, vocab_size: int) -> Step
     """Return the cost of a frozen head and its loss: logits, and the gradient of the head's input."""
     once = Cost(2 * num_rows * size * vocab_size, (num_rows + vocab_size) * size)
     return StepPart(once, once)
-
-
-def block_activation_bytes(
-    config: BlockConfig,
-    counts: BlockCounts,
-    itemsize: int,
-    fused: bool,
-    recompute: str,
-    chunk_mb: int | None,
-    needs_distribution: bool,
-) -> ActivationBytes:
-    """Return the memory of activations. itemsize: bytes of a number. fused: whether GPU kernels run."""
-    size = config.hidden_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = 2 * config.num_key_value_heads * config.head_dim
-    width = config.intermediate_size
-    norm = size * itemsize
-    of_mlp = norm + (size + (3 if fused else 2) * width) * itemsize
-    kept_mlp = size * itemsize if recompute == "mlp" else of_mlp
-    of_row = size * itemsize + norm + 2 * (queries + keys) * itemsize + config.num_attention_heads * FULL
-    of_context = 3 * keys * itemsize
-    kept = counts.num_context * 3 * size * itemsize
-    for layer in range(config.num_hidden_layers):
-        num_rows = counts.num_loss_rows if layer == config.num_hidden_layers - 1 else counts.num_rows
-        if recompute == "layer":
-            kept += num_rows * size * itemsize
-            continue
-        kept += counts.num_context * of_context + counts.num_rows * of_row + num_rows * kept_mlp
-    kept += 3 * counts.num_loss_rows * size * itemsize
-    limit = (chunk_mb or CHUNK_MB["cuda" if fused else "cpu"]) << 20
-    # A chunk holds the logits of its rows and, in fp32, the target's.
-    bytes_per_row = config.vocab_size * (itemsize + (FULL if needs_distribution else 0))
-    chunk = min(limit, counts.num_loss_rows * bytes_per_row)
-    again = 0
-    if recompute == "mlp":
-        again = counts.num_rows * of_mlp
-    if recompute == "layer":
-        again = counts.num_rows * (of_row + of_mlp) + counts.num_context * of_context
-    backward = counts.num_rows * 4 * width * itemsize + again
-    return ActivationBytes(kept, max(chunk, backward))

@@ -19,12 +19,9 @@ from engine.kernels.interface import LogitTransform
 from engine.models.block_drafter.anchors import AnchorRule
 from engine.models.block_drafter.backbone import BlockDraft, BlockRotary
 from engine.models.block_drafter.block_config import BlockConfig, choose_block_layers, shared_shapes
-from engine.models.block_drafter.block_costs import (
-    BlockCounts,
-    block_activation_bytes,
-    block_step_parts,
-)
+from engine.models.block_drafter.block_costs import BlockCounts, block_step_parts
 from engine.models.block_drafter.block_export import export_block_draft, read_block_weights
+from engine.models.block_drafter.block_memory import BlockStates, OwnStates
 from engine.models.block_drafter.block_objective import BlockLossRule, BlockObjective
 from engine.models.block_drafter.block_rows import BlockShape, prediction_slots
 from engine.models.block_drafter.mask_token import choose_mask_token
@@ -373,5 +370,19 @@ class BlockMethod(DraftMethod[ConfigT, DraftT], Generic[ConfigT, DraftT]):
         return {}
 
     def activation_bytes(self, config: ConfigT, counts: BlockCounts, itemsize: int, fused: bool) -> ActivationBytes:
-        chunk_mb = self.recipe.loss.chunk_mb
-        return block_activation_bytes(config, counts, itemsize, fused, self.recompute, chunk_mb, self.needs_distribution)
+        states = BlockStates(
+            config,
+            counts,
+            self.own_states(config),
+            mixed_rows=self.mixed_rows(config),
+            itemsize=itemsize,
+            fused=fused,
+            recompute=self.recompute,
+            chunk_mb=self.recipe.loss.chunk_mb,
+            needs_distribution=self.needs_distribution,
+        )
+        return states.bytes()
+
+    def own_states(self, config: ConfigT) -> OwnStates:
+        """Return the numbers per row that the method's own modules keep."""
+        return OwnStates()

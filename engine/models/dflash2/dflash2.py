@@ -11,6 +11,7 @@ from engine.config.strict import ConfigError
 from engine.kernels import FrozenHead
 from engine.kernels.interface import LogitTransform
 from engine.models.block_drafter.block_costs import BlockCounts
+from engine.models.block_drafter.block_memory import OwnStates
 from engine.models.block_drafter.block_method import BlockMethod
 from engine.models.block_drafter.served_block import ServedBlock
 from engine.models.costs import Cost, StepPart, map_part
@@ -77,15 +78,42 @@ class DFlash2(BlockMethod[DFlash2Config, DFlash2Draft]):
         size = config.hidden_size
         num_kernels = 2 * config.conv_taps * size // config.conv_group
         # The first attention's kernels depend on the anchor's token, or on the mask token.
-        convolutions = map_part(counts.num_blocks + 1, size, size * num_kernels, num_kernels)
-        of_map = map_part(counts.num_rows, size, size * num_kernels, num_kernels)
-        for _ in range(2 * config.num_hidden_layers - 1):
-            convolutions += of_map
+        rows_of_convolutions = [counts.num_rows] * (2 * config.num_hidden_layers)
+        rows_of_convolutions[0] = counts.num_blocks + 1
+        rows_of_convolutions[-1] = counts.last_layer_rows(config.conv_taps)
+        convolutions = StepPart(Cost())
+        for num_rows in rows_of_convolutions:
+            convolutions += map_part(num_rows, size, size * num_kernels, num_kernels)
+        if not self.section.selector:
+            return {"convolutions": convolutions}
         # Which tokens are candidates is found while the loss of all tokens is computed.
         num_candidates = counts.num_loss_rows * config.selector_top_k
-        scores = StepPart(Cost(2 * num_candidates * size, num_candidates * size), Cost(2 * num_candidates * size))
-        state = map_part(counts.num_loss_rows, size, size * config.selector_rank, config.selector_rank)
-        return {"convolutions": convolutions, "candidates": scores, "selector": state}
+        rank = config.selector_rank
+        logits = StepPart(Cost(2 * num_candidates * size, num_candidates * size), Cost(2 * num_candidates * size))
+        scores = StepPart(Cost(2 * num_candidates * rank, num_candidates * rank), Cost(4 * num_candidates * rank))
+        state = map_part(counts.num_loss_rows, size, size * rank, rank)
+        return {"convolutions": convolutions, "candidates": logits + scores, "selector": state}
+
+    def own_states(self, config: DFlash2Config) -> OwnStates:
+        size = config.hidden_size
+        kernels = config.conv_taps * size // config.conv_group
+        head = 0
+        head_passing = 0
+        if self.section.selector:
+            rank = config.selector_rank
+            top_k = config.selector_top_k
+            # Final state, three vectors of the selector, the candidates' vectors, and three numbers per candidate.
+            head = size + 3 * rank + top_k * (rank + 3)
+            head_passing = top_k * size
+        return OwnStates(
+            # Mixed rows, and the kernels of both sides.
+            before_attention=size + 2 * kernels,
+            # Rows before they are mixed, and a copy of their kernels.
+            after_attention=size + kernels,
+            around_mlp=2 * size + 2 * kernels,
+            head=head,
+            head_passing=head_passing,
+        )
 
     def objective_of(self, **shared: Any) -> DFlash2Objective:
         section = self.section

@@ -10,11 +10,12 @@ from engine.config.sections import Config
 from engine.config.strict import ConfigError
 from engine.kernels import FrozenHead
 from engine.models.block_drafter.block_costs import BlockCounts
+from engine.models.block_drafter.block_memory import OwnStates
 from engine.models.block_drafter.block_method import BlockMethod
 from engine.models.block_drafter.served_block import ServedBlock
 from engine.models.costs import StepPart, map_part
 from engine.models.dspark.dspark_draft import DSparkConfig, DSparkDraft, DSparkObjective
-from engine.models.dspark.markov_head import RNN
+from engine.models.dspark.markov_head import GATED, RNN
 from engine.models.dspark.served_dspark import ServedDSpark
 
 
@@ -77,6 +78,19 @@ class DSpark(BlockMethod[DSparkConfig, DSparkDraft]):
         rows = counts.num_loss_rows
         rank = config.markov_rank
         return {"markov_head": map_part(rows, rank, rank * config.vocab_size, 0)}
+
+    def own_states(self, config: DSparkConfig) -> OwnStates:
+        size = config.hidden_size
+        rank = config.markov_rank
+        # Gradient of the bias's factor; then what the factor is made of.
+        head = rank
+        if config.markov_head == GATED:
+            head += size + 3 * rank
+        if config.markov_head == RNN:
+            head += size + 8 * rank
+        if config.has_confidence:
+            head += size + (rank if config.confidence_reads_markov else 0)
+        return OwnStates(head=head, head_weights=config.vocab_size * rank, has_bias=True)
 
     def count_read_weights(self, config: DSparkConfig) -> int:
         # The Markov head is read again for each token after the first.
