@@ -149,6 +149,9 @@ def _seen_context(batch: PackedBatch, anchor_N: Tensor, start_N: Tensor, shape: 
     first_N = start_N
     if all(window is not None for window in shape.windows):
         reach = max(window for window in shape.windows if window is not None)
+        if not shape.window_from_anchor:
+            # The window of an anchor's own row, which sees the farthest, holds the row itself.
+            reach -= 1
         first_N = torch.maximum(start_N, anchor_N - reach)
     change_T.index_add_(0, first_N, torch.ones_like(anchor_N))
     change_T.index_add_(0, anchor_N, -torch.ones_like(anchor_N))

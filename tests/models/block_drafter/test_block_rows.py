@@ -96,7 +96,18 @@ def test_context_that_no_block_sees_is_left_out():
     full = plan_blocks(batch, allowed_ST, BlockShape(5, 0, (None, 4), is_causal=False))
     assert full.context_C.tolist() == list(range(start, 31))
     narrow = plan_blocks(batch, allowed_ST, BlockShape(5, 0, (3, 4), is_causal=False))
-    assert narrow.context_C.tolist() == [27, 28, 29, 30]
+    assert narrow.context_C.tolist() == [28, 29, 30]
+
+
+@pytest.mark.parametrize("from_anchor", [False, True])
+@pytest.mark.parametrize("windows", [(1, 1), (2, 1), (7, 4)])
+def test_every_context_token_that_is_kept_is_seen(windows, from_anchor):
+    batch = make_batch(LENGTHS)
+    shape = BlockShape(6, 0, windows, is_causal=False, window_from_anchor=from_anchor)
+    plan = plan_blocks(batch, AnchorRule(5, share=0.1).rows(batch), shape)
+    seen_T = torch.stack([seen_keys(plan, shape, layer, batch.num_tokens)[0].any(0) for layer in (0, 1)]).any(0)
+    assert torch.equal(plan.context_C, seen_T.nonzero().flatten())
+    assert (len(plan.context_C) == 0) == (windows == (1, 1) and not from_anchor)
 
 
 def test_a_batch_without_blocks_has_an_empty_plan():
