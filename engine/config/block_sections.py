@@ -97,26 +97,34 @@ class BlockSection:
 
 @dataclass(frozen=True)
 class ObjectiveSection:
-    """What a block drafter learns. Weights that are null are the method's own."""
+    """What a block drafter learns. Options that are null are the method's own, or those of the trainer of `parity`."""
 
     parity: str = option(
         NO_PARITY,
-        f"count and divide losses as another trainer does: {' | '.join(PARITIES)}; none = learn exactly the rows that occur "
-        "when serving, divided by their weights in the global batch",
+        f"choose, count and divide losses as another trainer does: {' | '.join(PARITIES)}; none = learn exactly the rows that "
+        "occur when serving, divided by their weights in the global batch",
     )
     cross_entropy: float | None = option(
-        None, "weight of the cross-entropy with a token; null = 1 for dflash and dflash2, 0.1 for dspark", at_least=0.0
+        None,
+        "weight of the cross-entropy with a token; null = 1 for dflash and dflash2, 0.1 for dspark; with "
+        "objective.parity=speculators 0 for dflash2, and 1 for all with D-PACE",
+        at_least=0.0,
     )
     label: Literal["token", "argmax"] | None = option(
         None,
         "the token of the cross-entropy; token = the one in the data; argmax = the target's most likely one; null = token, or "
         "argmax with objective.parity=speculators",
     )
-    kl: float = option(0.0, "weight of the KL divergence from the target's distribution", at_least=0.0)
+    kl: float | None = option(
+        None,
+        "weight of the KL divergence from the target's distribution; null = 0; with objective.parity=speculators 1 for "
+        "dflash2, and 0 with D-PACE",
+        at_least=0.0,
+    )
     l1: float | None = option(
         None,
         "weight of sum |p - q|, which is 0 to 2, with the target's distribution p; null = 0 for dflash and dflash2, 0.9 for "
-        "dspark",
+        "dspark; with objective.parity=speculators 0.45 for dspark, and 0 with D-PACE",
         at_least=0.0,
     )
     weights: Literal["decay", "dpace"] = option(
@@ -133,14 +141,15 @@ class ObjectiveSection:
     dpace_alpha: float = option(0.5, "D-PACE: acceptance that is assumed of any token", at_least=0.0, at_most=1.0)
     confidence: float = option(1.0, "dspark: weight of the confidence head's cross-entropy", at_least=0.0)
     selector: float = option(1.0, "dflash2: weight of the candidate selector's cross-entropy", at_least=0.0)
-    selector_inject: bool = option(
-        False,
+    selector_inject: bool | None = option(
+        None,
         "dflash2: let a label that is no candidate replace the weakest candidate; false = the selector does not learn such "
-        "rows, which it does not meet when serving",
+        "rows, which it does not meet when serving; null = false, or true with objective.parity=speculators",
     )
-    selector_normaliser: Literal["same", "covered"] = option(
-        "same",
-        "dflash2: divisor of the selector's loss; same = that of the cross-entropy; covered = the weights of its own rows",
+    selector_normaliser: Literal["same", "covered"] | None = option(
+        None,
+        "dflash2: divisor of the selector's loss; same = that of the cross-entropy; covered = the weights of its own rows; "
+        "null = same, or covered with objective.parity=automodel",
     )
 
     def __post_init__(self):

@@ -8,13 +8,14 @@ import torch
 from engine.batch import DraftOutput, LossNorms, MicroBatch
 from engine.models.draft_method import DraftObjective
 from engine.parallel.mesh import World
+from engine.parallel.objective import DivisorScope
 
 
 class Normaliser:
     """Computes the divisors of the losses.
 
-    If the objective is normalised globally, the divisors are those of the global batch; otherwise
-    those of each micro-batch. Documents that are left out of a micro-batch do not count in either case.
+    They count the micro-batches that the objective's `divisor_scope` names. Documents that are left out
+    of a micro-batch do not count.
     """
 
     def __init__(
@@ -28,20 +29,24 @@ class Normaliser:
     def __call__(self, micros: list[MicroBatch]) -> list[LossNorms]:
         """Return the norms of the micro-batches of an optimizer step.
 
-        A collective if the objective is normalised globally.
+        A collective, unless each micro-batch counts alone.
         """
-        rows_per_micro = [self._objective.count_loss_rows(micro) for micro in micros]
-        if not self._objective.is_normalised_globally:
-            pairs = zip(micros, rows_per_micro, strict=True)
-            shares = (rows_S.new_zeros(()) + self._objective.loss_share(micro) for micro, rows_S in pairs)
-            return [LossNorms(_positive(share), rows_S) for share, rows_S in zip(shares, rows_per_micro, strict=True)]
-        rows_S = torch.stack(rows_per_micro).sum(0)
-        share = rows_S.new_zeros(1) + sum(self._objective.loss_share(micro) for micro in micros)
-        totals = self._world.sum(torch.cat((share, rows_S)))
-        norms = LossNorms(_positive(totals[0]), totals[1:])
+        scope = self._objective.divisor_scope
+        counts_MX = torch.stack([self._counts(micro) for micro in micros])
+        if scope is not DivisorScope.GLOBAL_BATCH:
+            if scope is DivisorScope.RANKS:
+                counts_MX = self._world.sum(counts_MX)
+            return [_norms(counts_X) for counts_X in counts_MX]
+        norms = _norms(self._world.sum(counts_MX.sum(0)))
         if self._objective.needs_acceptance:
             norms = LossNorms(norms.slots, norms.loss_rows_S, self._acceptance(micros, norms))
         return [norms] * len(micros)
+
+    def _counts(self, micro: MicroBatch) -> torch.Tensor:
+        """Return what a micro-batch contributes to the divisor, and its rows with loss of each step, fp32 [1 + S]."""
+        rows_S = self._objective.count_loss_rows(micro)
+        share = rows_S.new_zeros(1) + self._objective.loss_share(micro)
+        return torch.cat((share, rows_S))
 
     @torch.no_grad()
     def _acceptance(self, micros: list[MicroBatch], norms: LossNorms) -> torch.Tensor:
@@ -55,6 +60,7 @@ class Normaliser:
         return self._world.sum(sums_S) / norms.loss_rows_S.clamp_min(1)
 
 
-def _positive(divisor: torch.Tensor) -> torch.Tensor:
-    """Return a divisor, or 1 where there is nothing to divide."""
-    return torch.where(divisor > 0, divisor, 1)
+def _norms(counts_X: torch.Tensor) -> LossNorms:
+    """Return the norms that follow from counts. The divisor is 1 where there is nothing to divide."""
+    divisor = counts_X[0]
+    return LossNorms(torch.where(divisor > 0, divisor, 1), counts_X[1:])

@@ -159,15 +159,14 @@ class ZeroDraft(Generic[DraftT, ObjectiveT]):
 
         part: context manager around each of the three, which gets its name.
 
-        DeepSpeed averages gradients over ranks and accumulation steps. With the `slots` normaliser
-        losses are already divided by counts over the global batch, so DeepSpeed's division is
-        undone.
+        DeepSpeed averages gradients over ranks and accumulation steps. Losses that are divided by counts
+        over several of these micro-batches are to be summed, so DeepSpeed's division is undone for them.
         """
         with part("draft_forward"):
             output = self.forward(micro, norms)
-        loss = output.loss
-        if self.objective.is_normalised_globally:
-            loss = loss * (self.engine.dp_world_size * self.accumulation_steps)
+        num_ranks = self.engine.dp_world_size
+        num_means = self.objective.divisor_scope.num_means(num_ranks, self.accumulation_steps)
+        loss = output.loss * (num_ranks * self.accumulation_steps // num_means)
         with part("backward"):
             self.engine.backward(loss)
         self.learning_rate = self.engine.get_lr()[0] * self.rate_factor

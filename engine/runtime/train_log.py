@@ -192,15 +192,13 @@ class TrainLog:
         mark = TimeMark(self._world.device)
         grad_norm = self._zero.grad_norm
         num_steps = step - self._last_step
-        parts = 1
-        if not self._zero.objective.is_normalised_globally:
-            parts = self._world.size * self._zero.accumulation_steps
+        num_means = self._zero.objective.divisor_scope.num_means(self._world.size, self._zero.accumulation_steps)
         reading = self._hardware.take()
         self._metrics.measure({"joules": reading.joules, **self._clock.take_seconds()})
         line = _PendingLine(
             step=step,
             learning_rate=self._zero.learning_rate,
-            loss_divisor=num_steps * parts,
+            loss_divisor=num_steps * num_means,
             num_steps=num_steps,
             sums=self._metrics.start_read(self._world),
             began=self._last_mark,

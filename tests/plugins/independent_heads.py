@@ -36,6 +36,7 @@ from engine.models.method_registry import register_method
 from engine.models.target_families import check_aux_layers, num_layers, text_config
 from engine.models.training_rows import allowed_rows, loss_rows, row_slots, slots_of
 from engine.models.vocab_map import VocabMap
+from engine.parallel.objective import DivisorScope
 
 ARCHITECTURE = "IndependentHeadsDraft"
 
@@ -94,7 +95,7 @@ class HeadsLoss:
     num_steps: int
     head: TargetRows
     vocab_map: VocabMap
-    is_normalised_globally: ClassVar[bool] = True
+    divisor_scope: ClassVar[DivisorScope] = DivisorScope.GLOBAL_BATCH
     needs_acceptance: ClassVar[bool] = False
 
     @property

@@ -13,6 +13,7 @@ from engine.host.hardware import HardwareReading, HardwareSampler
 from engine.host.nvml_gpu import POWER
 from engine.overlap.step_clock import DRAFT_FORWARD, PARTS, TARGET_FORWARD, WAIT, StepClock
 from engine.parallel.mesh import World
+from engine.parallel.objective import DivisorScope
 from engine.runtime.fault_watch import FaultWatch, WatchSettings
 from engine.runtime.run_warnings import RunWarnings
 from engine.runtime.train_log import LogSettings, TrainLog, _progress_line
@@ -55,7 +56,7 @@ def zero() -> SimpleNamespace:
     """Stands in for a ZeroDraft with two TTT steps."""
     COLLECTIVES.clear()
     ARRIVES[0] = True
-    objective = SimpleNamespace(num_steps=2, step_weights=[1.0, 0.5], is_normalised_globally=False)
+    objective = SimpleNamespace(num_steps=2, step_weights=[1.0, 0.5], divisor_scope=DivisorScope.MICRO_BATCH)
     facts = {"learning_rate": 0.5, "accumulation_steps": 1, "num_skipped_steps": 0, "grad_norm": None}
     monitored: list[dict] = []
     return SimpleNamespace(

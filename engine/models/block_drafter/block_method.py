@@ -31,12 +31,15 @@ from engine.models.draft_folder import CONFIG, read_draft_config
 from engine.models.draft_method import ActivationBytes, DraftMethod, TargetTables
 from engine.models.target_families import text_config
 from engine.models.vocab_map import VocabMap
+from engine.parallel.objective import DivisorScope
 
 ConfigT = TypeVar("ConfigT", bound=BlockConfig)
 DraftT = TypeVar("DraftT", bound=BlockDraft)
 # Constants of the decay for blocks of more than 10, of 9 or 10, and of fewer rows.
 # Source: DFlash (arXiv:2602.06036), appendix A.1.
 DECAYS = ((10, 7.0), (8, 5.0), (0, 4.0))
+# What trainers add to a divisor.
+DIVISOR_OFFSETS = {DEEPSPEC: 1e-6, AUTOMODEL: 1e-6, SPECULATORS: 1e-5}
 # Families whose embedding is scaled by its module; a server would read other rows than the table's.
 SCALED_EMBEDDINGS = ("gemma",)
 # Fields of a config that do not change what the weights of a draft mean.
@@ -49,6 +52,8 @@ class BlockMethod(DraftMethod[ConfigT, DraftT], Generic[ConfigT, DraftT]):
     config_type, draft_type: classes of the method. default_size: rows of a block.
     row_tables: ends of the names of weights with a row per token, of which a forward reads single rows.
     default_cross_entropy, default_l1: weights of the loss's parts.
+    scopes: micro-batches whose sum a trainer divides the method's loss by, for each value of `objective.parity`.
+    dpace_parities: values of `objective.parity` that have D-PACE for the method.
     """
 
     config_type: ClassVar[type[BlockConfig]]
@@ -57,6 +62,14 @@ class BlockMethod(DraftMethod[ConfigT, DraftT], Generic[ConfigT, DraftT]):
     row_tables: ClassVar[tuple[str, ...]] = ()
     default_cross_entropy: ClassVar[float] = 1.0
     default_l1: ClassVar[float] = 0.0
+    scopes: ClassVar[dict[str, DivisorScope]] = {
+        NO_PARITY: DivisorScope.GLOBAL_BATCH,
+        DEEPSPEC: DivisorScope.RANKS,
+        SPECFORGE: DivisorScope.GLOBAL_BATCH,
+        AUTOMODEL: DivisorScope.MICRO_BATCH,
+        SPECULATORS: DivisorScope.MICRO_BATCH,
+    }
+    dpace_parities: ClassVar[tuple[str, ...]] = (NO_PARITY, SPECFORGE, SPECULATORS)
     # The embedded recipe sets draft.vocab_size, draft.fc_norm and draft.norm_output, which have no effect either.
     unread: ClassVar[tuple[str, ...]] = (
         "draft.options",
@@ -96,47 +109,84 @@ class BlockMethod(DraftMethod[ConfigT, DraftT], Generic[ConfigT, DraftT]):
     @property
     def shape(self) -> BlockShape:
         """What plans of rows need to know of the draft."""
-        windows = self.block.windows_of(self.recipe.draft.num_layers)
-        shift = 1 if self.num_predictions == self.block_size else 0
+        parity = self.section.parity
         return BlockShape(
-            self.block_size, shift, windows, self.block.causal, window_from_anchor=self.section.parity == SPECULATORS
+            self.block_size,
+            shift=1 if self.num_predictions == self.block_size else 0,
+            windows=self.block.windows_of(self.recipe.draft.num_layers),
+            is_causal=self.block.causal,
+            window_from_anchor=parity == SPECULATORS,
+            window_in_block=parity in (NO_PARITY, DEEPSPEC),
         )
 
+    @property
+    def reads_decay(self) -> bool:
+        """Whether a part of the loss has weights that decay."""
+        return self.section.weights == "decay"
+
     def _check_weights(self) -> None:
-        """Raise ConfigError for an option of weights that has no effect."""
+        """Raise ConfigError for options of weights that have no effect, or that the trainer of `parity` does not have."""
         section = self.section
-        unread = "decay" if section.weights == "dpace" else "dpace_alpha"
-        if getattr(section, unread) != OPTIONS[f"objective.{unread}"].default:
-            problem = f"has no effect with objective.weights = {section.weights}; delete it"
-            raise ConfigError(problem, key=f"objective.{unread}", value=getattr(section, unread))
+        is_dpace = section.weights == "dpace"
+        if is_dpace and section.parity not in self.dpace_parities:
+            problem = f"does not exist in {section.parity} for {self.title}; use decay, or another objective.parity"
+            raise ConfigError(problem, key="objective.weights", value=section.weights)
+        unread = []
+        if not is_dpace:
+            unread.append("dpace_alpha")
+        if not self.reads_decay:
+            unread.append("decay")
+        for name in unread:
+            if getattr(section, name) != OPTIONS[f"objective.{name}"].default:
+                problem = f"has no effect with objective.weights = {section.weights}; delete it"
+                raise ConfigError(problem, key=f"objective.{name}", value=getattr(section, name))
 
     def _loss_rule(self) -> BlockLossRule:
         section = self.section
         parity = section.parity
-        cross_entropy = self.default_cross_entropy if section.cross_entropy is None else section.cross_entropy
-        # speculators weighs half of sum |p - q| as much as the others weigh the whole.
-        default_l1 = self.default_l1 / 2 if parity == SPECULATORS else self.default_l1
-        l1 = default_l1 if section.l1 is None else section.l1
         default_label = "argmax" if parity == SPECULATORS else "token"
         decay = section.decay
         if decay is None:
             decay = next(constant for size, constant in DECAYS if self.block_size > size)
         is_dpace = section.weights == "dpace"
-        offsets = {DEEPSPEC: 1e-6, AUTOMODEL: 1e-6, SPECULATORS: 1e-5}
         divisor: Literal["weights", "rows", "documents"] = "weights"
         if parity == SPECULATORS:
             divisor = "rows"
         if parity == SPECFORGE and is_dpace:
             divisor = "documents"
         return BlockLossRule(
-            terms=TokenTerms(cross_entropy, section.kl, 2 * l1),
+            terms=self._terms(),
             uses_argmax=(section.label or default_label) == "argmax",
             decay=decay,
             dpace_alpha=section.dpace_alpha if is_dpace else None,
             divisor=divisor,
-            divisor_offset=offsets.get(parity, 0.0),
-            is_global=parity in (NO_PARITY, DEEPSPEC),
+            divisor_offset=DIVISOR_OFFSETS.get(parity, 0.0),
+            scope=self.scopes[parity],
+            separate_heads=is_dpace and parity == SPECULATORS,
         )
+
+    def _terms(self) -> TokenTerms:
+        """Return the weights of the loss's parts: those of the recipe, and otherwise the default ones."""
+        section = self.section
+        default = self.default_terms()
+        learns_one_part = section.parity == SPECULATORS and section.weights == "dpace"
+        if learns_one_part:
+            default = TokenTerms(cross_entropy=1.0)
+        terms = TokenTerms(
+            cross_entropy=default.cross_entropy if section.cross_entropy is None else section.cross_entropy,
+            kl=default.kl if section.kl is None else section.kl,
+            total_variation=default.total_variation if section.l1 is None else 2 * section.l1,
+        )
+        if learns_one_part and terms.need_target:
+            problem = "weighs the cross-entropy alone in speculators; delete objective.kl and objective.l1"
+            raise ConfigError(problem, key="objective.weights", value=section.weights)
+        return terms
+
+    def default_terms(self) -> TokenTerms:
+        """Return the weights of the loss's parts that the recipe does not give."""
+        # speculators weighs half of sum |p - q| as much as the others weigh the whole.
+        total_variation = self.default_l1 if self.section.parity == SPECULATORS else 2 * self.default_l1
+        return TokenTerms(self.default_cross_entropy, total_variation=total_variation)
 
     def _anchor_rule(self) -> AnchorRule:
         parity = self.section.parity

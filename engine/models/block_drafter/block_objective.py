@@ -6,6 +6,7 @@ to it: a bias of the logits that depends on the token before (DSpark's Markov he
 its own heads.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Generic, Literal, TypeVar
@@ -20,6 +21,7 @@ from engine.models.block_drafter.backbone import BlockDraft
 from engine.models.block_drafter.block_probe import probe_logits
 from engine.models.block_drafter.block_rows import BlockPlan, BlockShape, plan_blocks
 from engine.models.draft_method import TargetRows
+from engine.parallel.objective import DivisorScope
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class BlockLossRule:
     dpace_alpha: of D-PACE, which replaces the decay; None = decay.
     divisor: "weights" = sum of the weights, "rows" = number of rows, "documents" = number of documents, "one" = 1.
     divisor_offset: is added to the divisor.
-    is_global: whether the divisor is that of the global batch instead of the micro-batch. With D-PACE,
-        whose weights are not known before the forward pass, it is then the number of rows.
+    scope: micro-batches whose sum the divisor is. With D-PACE, whose weights are not known before the
+        forward pass, "weights" is the number of rows, unless each micro-batch counts alone.
+    separate_heads: whether D-PACE leaves the loss of a confidence head its decay, and weighs that of a
+        selector by the selector's own cross-entropy, as speculators does; otherwise both have the rows' weights.
     """
 
     terms: TokenTerms = field(default_factory=TokenTerms)
@@ -42,13 +46,20 @@ class BlockLossRule:
     dpace_alpha: float | None = None
     divisor: Literal["weights", "rows", "documents", "one"] = "weights"
     divisor_offset: float = 0.0
-    is_global: bool = True
+    scope: DivisorScope = DivisorScope.GLOBAL_BATCH
+    separate_heads: bool = False
 
     def prediction_weights(self, num_predictions: int) -> list[float]:
         """Return the weight of each prediction of a block; with D-PACE, that before the acceptance estimates."""
-        if self.dpace_alpha is not None or not self.decay:
+        if self.dpace_alpha is not None:
             return [1.0] * num_predictions
-        return [float(torch.exp(torch.tensor(-index / self.decay, dtype=torch.float64))) for index in range(num_predictions)]
+        return self.decayed_weights(num_predictions)
+
+    def decayed_weights(self, num_predictions: int) -> list[float]:
+        """Return the weight of each prediction of a block that the decay gives it."""
+        if not self.decay:
+            return [1.0] * num_predictions
+        return [math.exp(-index / self.decay) for index in range(num_predictions)]
 
 
 DraftT = TypeVar("DraftT", bound=BlockDraft)
@@ -80,8 +91,8 @@ class BlockObjective(Generic[DraftT]):
         return self.rule.prediction_weights(self.num_predictions)
 
     @property
-    def is_normalised_globally(self) -> bool:
-        return self.rule.is_global
+    def divisor_scope(self) -> DivisorScope:
+        return self.rule.scope
 
     @property
     def needs_acceptance(self) -> bool:
@@ -143,7 +154,7 @@ class BlockObjective(Generic[DraftT]):
         rows = self._rows_of(micro, plan)
         hidden_RD = self.hidden_rows(draft, micro, plan)
         bias = self.bias(draft, plan, hidden_RD, rows.previous_R)
-        weigh = DividedWeights(self.rule, plan, self._weight_S, divisor)
+        weigh = DividedWeights(self.rule, plan, self.num_predictions, divisor)
         token_pass = replace(draft.kernels.token_pass, chunk_bytes=self.chunk_bytes(hidden_RD))
         tokens = draft.kernels.token_loss(
             hidden_RD,
@@ -154,8 +165,8 @@ class BlockObjective(Generic[DraftT]):
             bias,
             token_pass,
         )
-        learned = LearnedRows(plan, hidden_RD, rows.label_R, rows.previous_R, tokens)
-        return replace(learned, head_loss_R=self.head_loss(draft, learned))
+        learned = LearnedRows(plan, hidden_RD, rows.label_R, rows.previous_R, tokens, weigh)
+        return replace(learned, head=self.head_loss(draft, learned))
 
     def chunk_bytes(self, like: Tensor) -> int:
         """Return the memory of a chunk of the loss on a tensor's device, in bytes."""
@@ -165,8 +176,8 @@ class BlockObjective(Generic[DraftT]):
         """Return the bias of the rows' logits that depends on the tokens before; None = the method has none."""
         return None
 
-    def head_loss(self, draft: DraftT, learned: "LearnedRows") -> Tensor | None:
-        """Return the loss of the method's own heads for each row, [R], without the rows' weights; None = no heads."""
+    def head_loss(self, draft: DraftT, learned: "LearnedRows") -> "HeadLoss | None":
+        """Return the loss of the method's own head; None = it has none."""
         return None
 
     def _rows_of(self, micro: MicroBatch, plan: BlockPlan) -> "_RowTargets":
@@ -194,17 +205,16 @@ class BlockObjective(Generic[DraftT]):
         if tokens.total_variation_R is not None and tokens.kl_R is not None:
             loss_R = loss_R + terms.kl * tokens.kl_R + terms.total_variation * tokens.total_variation_R
             accepted_R = 1 - tokens.total_variation_R
+        loss_R = tokens.weight_R * loss_R
+        if learned.head is not None:
+            loss_R = loss_R + learned.head.weight_R * learned.head.loss_R.detach()
         allowed_ST = micro.allowed_ST
         counts_S = allowed_ST.sum(1)
-
-        if learned.head_loss_R is not None:
-            loss_R = loss_R + learned.head_loss_R.detach()
 
         def per_prediction(values_R: Tensor) -> Tensor:
             return values_R.new_zeros(self.num_predictions).index_add_(0, plan.prediction_R, values_R)
 
-        loss_S = per_prediction(tokens.weight_R * loss_R)
-
+        loss_S = per_prediction(loss_R)
         return DraftOutput(
             loss=learned.total,
             loss_S=(loss_S / self._weight_S.to(loss_S)).float(),
@@ -225,12 +235,25 @@ class _RowTargets:
 
 
 @dataclass(frozen=True)
+class HeadLoss:
+    """The loss of a method's own head for each row. weight_R: weight of each row, already divided."""
+
+    loss_R: Tensor
+    weight_R: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The whole loss, differentiable."""
+        return (self.weight_R * self.loss_R).sum()
+
+
+@dataclass(frozen=True)
 class LearnedRows:
     """The rows with loss of a micro-batch, with their loss.
 
     hidden_RD: final states. previous_R: int64, the tokens before.
     label_R: int64, tokens that they learn; None = the target's most likely ones, which only the loss has seen.
-    head_loss_R: loss of the method's own heads, without the rows' weights; None = there are none.
+    weigh: weights of rows. head: loss of the method's own head; None = there is none.
     """
 
     plan: BlockPlan
@@ -238,14 +261,15 @@ class LearnedRows:
     label_R: Tensor | None
     previous_R: Tensor
     tokens: TokenLoss
-    head_loss_R: Tensor | None = None
+    weigh: "DividedWeights"
+    head: HeadLoss | None = None
 
     @property
     def total(self) -> Tensor:
         """The whole loss, differentiable."""
-        if self.head_loss_R is None:
+        if self.head is None:
             return self.tokens.total
-        return self.tokens.total + (self.tokens.weight_R * self.head_loss_R).sum()
+        return self.tokens.total + self.head.total
 
 
 @dataclass(frozen=True)
@@ -254,18 +278,26 @@ class DividedWeights:
 
     rule: BlockLossRule
     plan: BlockPlan
-    weight_S: Tensor
+    num_predictions: int
     divisor: Tensor
 
     def __call__(self, cross_entropy_R: Tensor) -> Tensor:
-        weight_R = self.weight_S.to(cross_entropy_R)[self.plan.prediction_R]
-        divisor = self.divisor.to(cross_entropy_R)
         rule = self.rule
-        if rule.dpace_alpha is not None:
-            weight_R = dpace_weights(cross_entropy_R, self.plan, len(self.weight_S), rule.dpace_alpha)
-            if rule.divisor == "weights" and not rule.is_global:
-                divisor = weight_R.sum() + rule.divisor_offset
-        return weight_R / torch.where(divisor > 0, divisor, 1)
+        if rule.dpace_alpha is None:
+            return self.decayed(cross_entropy_R)
+        weight_R = dpace_weights(cross_entropy_R, self.plan, self.num_predictions, rule.dpace_alpha)
+        if rule.divisor == "weights" and rule.scope is DivisorScope.MICRO_BATCH:
+            return self._divided(weight_R, weight_R.sum() + rule.divisor_offset)
+        return self._divided(weight_R, self.divisor)
+
+    def decayed(self, like_R: Tensor) -> Tensor:
+        """Return the weights that the decay gives the rows, in the precision of another tensor."""
+        weights_S = torch.tensor(self.rule.decayed_weights(self.num_predictions), dtype=torch.float64)
+        weight_R = weights_S.to(like_R)[self.plan.prediction_R]
+        return self._divided(weight_R, self.divisor)
+
+    def _divided(self, weight_R: Tensor, divisor: Tensor) -> Tensor:
+        return weight_R / torch.where(divisor > 0, divisor, 1).to(weight_R)
 
 
 def dpace_weights(cross_entropy_R: Tensor, plan: BlockPlan, num_predictions: int, alpha: float) -> Tensor:

@@ -38,6 +38,8 @@ class BlockShape:
     windows: sliding window of each layer; None = full attention.
     is_causal: whether rows see earlier rows of their block only; None = in the layers that have a window.
     window_from_anchor: count windows from the anchor and not from each row, as speculators does.
+    window_in_block: whether windows limit the rows that a row sees of its own block too, as servers do
+        where rows see earlier rows only. It matters if a window is smaller than a block.
     """
 
     block_size: int
@@ -45,6 +47,7 @@ class BlockShape:
     windows: tuple[int | None, ...]
     is_causal: bool | None
     window_from_anchor: bool = False
+    window_in_block: bool = True
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ class _RangeFinder:
             if not shape.window_from_anchor:
                 earliest_P = earliest_P + self._offset_P + 1
             begin_P = torch.maximum(begin_P, earliest_P)
-            if is_causal:
+            if is_causal and shape.window_in_block:
                 own_begin_P = torch.maximum(own_begin_P, row_P + 1 - window)
         end_P = self._anchor_P
         if self._context_C is not None:

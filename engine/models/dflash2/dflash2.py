@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from engine.config.block_sections import AUTOMODEL, SPECULATORS
+from engine.config.block_sections import AUTOMODEL, NO_PARITY, SPECULATORS
 from engine.config.sections import Config
 from engine.config.strict import ConfigError
-from engine.kernels import FrozenHead
+from engine.kernels import FrozenHead, TokenTerms
 from engine.kernels.interface import LogitTransform
 from engine.models.block_drafter.block_costs import BlockCounts
 from engine.models.block_drafter.block_memory import OwnStates
@@ -18,6 +18,7 @@ from engine.models.costs import Cost, StepPart, map_part
 from engine.models.dflash2.dflash2_draft import DFlash2Config, DFlash2Draft, DFlash2Objective
 from engine.models.dflash2.served_dflash2 import ServedDFlash2
 from engine.models.target_families import final_logits
+from engine.parallel.objective import DivisorScope
 
 
 class DFlash2(BlockMethod[DFlash2Config, DFlash2Draft]):
@@ -36,16 +37,34 @@ class DFlash2(BlockMethod[DFlash2Config, DFlash2Draft]):
     draft_type = DFlash2Draft
     default_size = 16
     row_tables = ("predecessor_codebook", "successor_codebook")
+    dpace_parities = (NO_PARITY, SPECULATORS)
 
     def __init__(self, recipe: Config) -> None:
         super().__init__(recipe)
-        if self.section.selector_normaliser == "covered" and self.rule.is_global:
+        if self.divides_by_covered and self.rule.scope is not DivisorScope.MICRO_BATCH:
             problem = "is known only after the forward pass, so the gradient would depend on how the batch is divided; use same"
             raise ConfigError(problem, key="objective.selector_normaliser", value="covered")
 
     @property
     def num_predictions(self) -> int:
         return self.block_size - 1
+
+    @property
+    def divides_by_covered(self) -> bool:
+        """Whether the selector's loss is divided by the weights of its own rows."""
+        normaliser = self.section.selector_normaliser
+        return self.section.parity == AUTOMODEL if normaliser is None else normaliser == "covered"
+
+    @property
+    def injects(self) -> bool:
+        """Whether a label that is no candidate replaces the weakest candidate."""
+        injects = self.section.selector_inject
+        return self.section.parity == SPECULATORS if injects is None else injects
+
+    def default_terms(self) -> TokenTerms:
+        if self.section.parity == SPECULATORS:
+            return TokenTerms(cross_entropy=0.0, kl=1.0)
+        return super().default_terms()
 
     @property
     def needs_head_stats(self) -> bool:
@@ -121,8 +140,8 @@ class DFlash2(BlockMethod[DFlash2Config, DFlash2Draft]):
             **shared,
             top_k=self.block.selector_top_k,
             selector=section.selector,
-            injects=section.selector_inject,
-            divides_by_covered=section.selector_normaliser == "covered",
+            injects=self.injects,
+            divides_by_covered=self.divides_by_covered,
         )
 
     def logit_transform(self, head: Any) -> LogitTransform:

@@ -12,7 +12,7 @@ from engine.kernels.recompute import recomputed
 from engine.kernels.reference import upcast
 from engine.models.block_drafter.backbone import BlockDraft, BlockLayer, LayerInputs, spread
 from engine.models.block_drafter.block_config import BlockConfig
-from engine.models.block_drafter.block_objective import BlockObjective, LearnedRows
+from engine.models.block_drafter.block_objective import BlockObjective, HeadLoss, LearnedRows
 from engine.models.block_drafter.block_rows import BlockPlan
 from engine.models.dflash2.block_convolution import BlockConvolution
 from engine.models.dflash2.candidate_selector import CandidateSelector
@@ -195,7 +195,7 @@ class DFlash2Objective(BlockObjective[DFlash2Draft]):
     def num_candidates(self) -> int:
         return self.top_k if self.selector else 0
 
-    def head_loss(self, draft: DFlash2Draft, learned: LearnedRows) -> Tensor | None:
+    def head_loss(self, draft: DFlash2Draft, learned: LearnedRows) -> HeadLoss | None:
         best_RK = learned.tokens.best_RK
         if best_RK is None:
             return None
@@ -209,10 +209,13 @@ class DFlash2Objective(BlockObjective[DFlash2Draft]):
         scores_RK = draft.candidate_selector.scores(logits_RK, candidate_RK, learned.previous_R, hidden_RD)
         place_R1 = is_label_RK.to(torch.uint8).argmax(1, keepdim=True)
         entropy_R = -scores_RK.log_softmax(-1).gather(1, place_R1)[:, 0] * is_covered_R
+        weight_R = learned.tokens.weight_R
+        if self.rule.separate_heads:
+            weight_R = learned.weigh(entropy_R.detach())
         if self.divides_by_covered:
-            covered = (learned.tokens.weight_R * is_covered_R).sum()
-            entropy_R = entropy_R / torch.where(covered > 0, covered, 1)
-        return self.selector * entropy_R
+            covered = (weight_R * is_covered_R).sum()
+            weight_R = weight_R / torch.where(covered > 0, covered, 1)
+        return HeadLoss(self.selector * entropy_R, weight_R)
 
     def _candidates(self, best_RK: Tensor, label_R: Tensor) -> Tensor:
         """Return the candidates of each row, int64 [R, K]. best_RK: the most likely tokens."""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from engine.config.block_sections import SPECULATORS
+from engine.config.block_sections import AUTOMODEL, NO_PARITY, SPECFORGE, SPECULATORS
 from engine.config.sections import Config
 from engine.config.strict import ConfigError
 from engine.kernels import FrozenHead
@@ -17,6 +17,7 @@ from engine.models.costs import StepPart, map_part
 from engine.models.dspark.dspark_draft import DSparkConfig, DSparkDraft, DSparkObjective
 from engine.models.dspark.markov_head import GATED, RNN
 from engine.models.dspark.served_dspark import ServedDSpark
+from engine.parallel.objective import DivisorScope
 
 
 class DSpark(BlockMethod[DSparkConfig, DSparkDraft]):
@@ -39,6 +40,8 @@ class DSpark(BlockMethod[DSparkConfig, DSparkDraft]):
     row_tables = ("markov_w1.weight",)
     default_cross_entropy = 0.1
     default_l1 = 0.9
+    scopes = BlockMethod.scopes | {SPECFORGE: DivisorScope.RANKS, AUTOMODEL: DivisorScope.RANKS}
+    dpace_parities = (NO_PARITY, SPECULATORS)
 
     def __init__(self, recipe: Config) -> None:
         super().__init__(recipe)
@@ -56,6 +59,11 @@ class DSpark(BlockMethod[DSparkConfig, DSparkDraft]):
     @property
     def needs_prefix(self) -> bool:
         return True
+
+    @property
+    def reads_decay(self) -> bool:
+        keeps_decay = self.section.parity == SPECULATORS and self.has_confidence
+        return super().reads_decay or keeps_decay
 
     @property
     def needs_distribution(self) -> bool:

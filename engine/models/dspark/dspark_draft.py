@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.kernels import PLAIN, Kernels, LogitBias
 from engine.models.block_drafter.backbone import BlockDraft
 from engine.models.block_drafter.block_config import BlockConfig
-from engine.models.block_drafter.block_objective import BlockObjective, LearnedRows
+from engine.models.block_drafter.block_objective import BlockObjective, HeadLoss, LearnedRows
 from engine.models.block_drafter.block_rows import BlockPlan
 from engine.models.dspark.markov_head import GATED, RNN, VANILLA, ConfidenceHead, MarkovHead
 
@@ -109,7 +109,7 @@ class DSparkObjective(BlockObjective[DSparkDraft]):
     def needs_distribution(self) -> bool:
         return super().needs_distribution or self.confidence > 0
 
-    def head_loss(self, draft: DSparkDraft, learned: LearnedRows) -> Tensor | None:
+    def head_loss(self, draft: DSparkDraft, learned: LearnedRows) -> HeadLoss | None:
         head = draft.confidence_head
         rate_R = learned.tokens.total_variation_R
         if head is None or not self.confidence:
@@ -118,4 +118,7 @@ class DSparkObjective(BlockObjective[DSparkDraft]):
         accepted_R = (1 - rate_R).clamp(0, 1)
         logit_R = head(learned.hidden_RD, draft.markov_head.embed(learned.previous_R)).to(accepted_R.dtype)
         entropy_R = torch.nn.functional.binary_cross_entropy_with_logits(logit_R, accepted_R, reduction="none")
-        return self.confidence * entropy_R
+        weight_R = learned.tokens.weight_R
+        if self.rule.separate_heads:
+            weight_R = learned.weigh.decayed(weight_R)
+        return HeadLoss(self.confidence * entropy_R, weight_R)

@@ -24,6 +24,7 @@ from engine.models.losses.distillation_loss import DistillationLoss
 from engine.models.losses.loss_registry import make_loss
 from engine.models.training_rows import loss_rows, row_slots
 from engine.models.vocab_map import VocabMap
+from engine.parallel.objective import DivisorScope
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ class TrainingTimeTest:
         return make_loss(self.loss)
 
     @property
-    def is_normalised_globally(self) -> bool:
-        return self.loss.normaliser == "slots"
+    def divisor_scope(self) -> DivisorScope:
+        return DivisorScope.GLOBAL_BATCH if self.loss.normaliser == "slots" else DivisorScope.MICRO_BATCH
 
     @property
     def needs_acceptance(self) -> bool:
@@ -122,7 +123,7 @@ class TrainingTimeTest:
 
     def loss_share(self, micro: MicroBatch) -> int | torch.Tensor:
         """Return the slots of a micro-batch, or its positions, whichever the loss is divided by."""
-        return micro.num_slots if self.is_normalised_globally else micro.num_tokens
+        return micro.num_slots if self.loss.normaliser == "slots" else micro.num_tokens
 
     def logits(self, draft: Eagle3Draft, micro: MicroBatch) -> list[torch.Tensor]:
         """Compute the draft's logits of every row: [T, U] for each TTT step."""

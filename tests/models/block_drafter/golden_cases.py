@@ -21,6 +21,7 @@ from engine.models.block_drafter.block_rows import BlockPlan, BlockShape, plan_a
 from engine.models.dflash.dflash_draft import DFlashConfig, DFlashDraft
 from engine.models.dflash2.dflash2_draft import DFlash2Config, DFlash2Draft, DFlash2Objective
 from engine.models.dspark.dspark_draft import DSparkConfig, DSparkDraft, DSparkObjective
+from engine.parallel.objective import DivisorScope
 
 FOLDER = Path(os.environ.get("DRAFTSPEED_GOLDEN_BLOCKS", Path(__file__).parents[2] / "golden/blocks"))
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
@@ -171,7 +172,7 @@ def make_objective(case: Case, compaction: bool = True, chunk_mb: int | None = N
         dpace_alpha=facts["dpace_alpha"] if facts["weight"] == "dpace" else None,
         divisor={"weights": "weights", "count": "rows", "batch": "one"}[facts["norm"]],
         divisor_offset=facts["norm_eps"],
-        is_global=facts["weight"] != "dpace",
+        scope=DivisorScope.MICRO_BATCH if facts["weight"] == "dpace" else DivisorScope.GLOBAL_BATCH,
     )
     shape = BlockShape(
         facts["block_size"],

@@ -239,24 +239,6 @@ def test_hard_labels_ask_for_no_target_states():
         assert (len(method.stored_slots(batch)) > 0) == needs
 
 
-WEIGHTED = ("deepspec", "specforge", "automodel")
-
-
-@pytest.mark.parametrize("parity", ["deepspec", "specforge", "automodel", "speculators"])
-def test_parity_counts_as_the_other_trainer_does(parity):
-    method = make_method_of("dflash", objective={"parity": parity})
-    objective = make_objective_of(method)
-    micro = make_micro_of(method, make_batch((17, 23)))
-    counts_S = objective.count_loss_rows(micro)
-    weighted = (counts_S * torch.exp(-torch.arange(4) / 4.0)).sum().item()
-    assert objective.loss_share(micro) == pytest.approx(weighted if parity in WEIGHTED else counts_S.sum().item())
-    assert objective.rule.divisor_offset == {"specforge": 0, "speculators": 1e-5}.get(parity, 1e-6)
-    assert objective.is_normalised_globally == (parity == "deepspec")
-    assert objective.rule.uses_argmax == (parity == "speculators")
-    rows_ST = method.allowed_rows(make_batch((40,)))
-    assert (rows_ST[3] & ~rows_ST[2]).any() == (parity != "deepspec")
-
-
 def test_parity_has_the_other_trainers_anchors():
     batch = make_batch((9, 40))
     automodel = make_method_of("dflash", objective={"parity": "automodel"}).allowed_rows(batch).any(0)
@@ -281,6 +263,11 @@ def test_parity_has_the_other_trainers_anchors():
         ("dspark", {}, {"conv_taps": 3}, "block.conv_taps"),
         ("dflash", {"dpace_alpha": 0.3}, {}, "objective.dpace_alpha"),
         ("dflash", {"weights": "dpace", "decay": 3.0}, {}, "objective.decay"),
+        ("dspark", {"weights": "dpace", "decay": 3.0}, {}, "objective.decay"),
+        ("dflash", {"parity": "automodel", "weights": "dpace"}, {}, "objective.weights"),
+        ("dspark", {"parity": "specforge", "weights": "dpace"}, {}, "objective.weights"),
+        ("dspark", {"parity": "speculators", "weights": "dpace", "l1": 0.45}, {}, "objective.weights"),
+        ("dflash2", {"parity": "specforge", "selector_normaliser": "covered"}, {}, "objective.selector_normaliser"),
     ],
 )
 def test_options_that_would_have_no_effect_or_a_wrong_one_are_refused(name, objective, block, key):
