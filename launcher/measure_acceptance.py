@@ -126,6 +126,12 @@ def parse_arguments() -> argparse.Namespace:
         help="keys that a node of a tree attends to in the draft: its ancestors', or as in SGLang; default: the run's",
     )
     add_sampling_options(parser)
+    parser.add_argument(
+        "--greedy_drafts",
+        action="store_true",
+        help="draft the most likely tokens for sampled replies too, as vLLM does by default; otherwise DSpark and DFlash2 "
+        "draw them, as in SGLang",
+    )
     parser.add_argument("--max_new_tokens", type=positive_number, help="tokens generated per prompt; default: the run's")
     parser.add_argument(
         "--dtype", choices=get_args(get_type_hints(TargetSection)["dtype"]), help="precision of the target; default: the run's"
@@ -222,6 +228,14 @@ def shapes_of(arguments: argparse.Namespace, section: EvaluationSection) -> list
     return [TreeShape(num_steps[0], topk[0], num_draft_tokens[0] if num_draft_tokens else None, rule)]
 
 
+def sampling_with_drafts(arguments: argparse.Namespace) -> Sampling:
+    """Return how target and draft choose tokens. Raises ValueError for settings that contradict each other."""
+    sampling = sampling_of(arguments)
+    if arguments.greedy_drafts and sampling.is_greedy:
+        raise ValueError("--greedy_drafts concerns sampled replies; add --temperature, such as --temperature 0.7")
+    return replace(sampling, greedy_drafts=arguments.greedy_drafts)
+
+
 def check_target(method: DraftMethod, draft: DraftConfig, section: TargetSection) -> tuple[int, ...]:
     """Return the layers of the target that the draft reads.
 
@@ -286,7 +300,7 @@ class Measurement:
     def of(cls, arguments: argparse.Namespace, num_ranks: int) -> "Measurement":
         """Read the draft's config and the run's. Raises ValueError if they, or the options, do not fit together."""
         exported = read_draft_config(arguments.draft)
-        sampling = sampling_of(arguments)
+        sampling = sampling_with_drafts(arguments)
         run, shapes = run_config(arguments, num_ranks)
         run_plugins(arguments.plugins, "--plugins")
         method = method_of_run(run, arguments.plugins)

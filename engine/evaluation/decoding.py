@@ -3,9 +3,10 @@
 The committed tokens are `x[0..n]`. The target has not read `x[n]` yet: its cache and its auxiliary
 hidden states end at `n-1`. The draft reads these states and `x[n]`, and proposes a tree of tokens
 that may follow; a chain is a tree without branches. One target forward reads `x[n]` and the tree. A
-path of the tree is accepted as long as its tokens equal the target's own choices, and the target's
-next choice is added to it. The other tokens of the tree leave the target's cache. What a draft keeps
-of earlier tokens is computed from the target's states only, so rejected tokens leave no trace.
+path of the tree is accepted as long as its tokens equal the target's own choices, or, if they were
+drawn from the draft's distribution, by the rule in `sampling.py`. The target's next choice is added
+to it. The other tokens of the tree leave the target's cache. What a draft keeps of earlier tokens is
+computed from the target's states only, so rejected tokens leave no trace.
 """
 
 import inspect
@@ -107,10 +108,10 @@ class PromptLookupDrafter:
 class _CachedReader:
     """A target, its cache, and the states captured in its last forward."""
 
-    def __init__(self, target: FrozenTarget, seen: ForwardCapture, choose: TokenChoice) -> None:
+    def __init__(self, target: FrozenTarget, seen: ForwardCapture, choice: TokenChoice) -> None:
         self._target = target
         self._seen = seen
-        self._choose = choose
+        self._choice = choice
         self._cache = DynamicCache(config=target.model.config)
         self._num_cached = 0
         self._reads_trees = reads_trees(target)
@@ -121,7 +122,7 @@ class _CachedReader:
         self._run(token_ids, None)
         self._kept = list(range(len(token_ids)))
         self._num_cached += len(token_ids)
-        return int(self._choose(self._logits(1))[0])
+        return int(self._choice(self._logits(1))[0])
 
     def verify(self, newest_id: int, tree: TokenTree) -> Verified:
         row = None
@@ -133,12 +134,10 @@ class _CachedReader:
         if self._reads_trees:
             row = TreeRow(self._num_cached, [ROOT, *(parent + 1 for parent in tree.parents)], self._target.device)
         self._run([newest_id, *tree.token_ids], row)
-        choices = self._choose(self._logits(len(tree) + 1)).tolist()
-        path = tree.accepted(lambda node: choices[node + 1])
+        path, next_id = self._choice.judge(self._logits(len(tree) + 1), tree)
         self._kept = [0, *(node + 1 for node in path)]
         self._num_cached += len(self._kept)
         keep_newest(self._cache, len(tree) + 1, self._kept)
-        next_id = choices[path[-1] + 1] if path else choices[0]
         return Verified([*(tree.token_ids[node] for node in path), next_id], len(path))
 
     def aux(self) -> torch.Tensor:

@@ -121,7 +121,7 @@ class AcceptanceEvaluator:
         if self._replays:
             drafters = draft.propose_along(self._replies, self._section.tree, self._max_tokens)
             return self._measure(self._replayed(drafters, self._section.num_steps), "with the draft", keep)
-        return self._measure(self._decoded(lambda: draft.drafter(self._section.tree)), "with the draft", keep)
+        return self._measure(self._decoded(lambda sampling: self._drafter(draft, sampling)), "with the draft", keep)
 
     @property
     def samples(self) -> list[Sample]:
@@ -133,7 +133,7 @@ class AcceptanceEvaluator:
         if self._replays:
             drafters = [self._prompt_lookup() for _ in self._replies]
             return self._measure(self._replayed(drafters, self._section.num_steps), "with prompt lookup", None)[ALL]
-        return self._measure(self._decoded(self._prompt_lookup), "with prompt lookup", None)[ALL]
+        return self._measure(self._decoded(lambda sampling: self._prompt_lookup()), "with prompt lookup", None)[ALL]
 
     def measure_shapes(self, draft: ServedDraft, shapes: Sequence[TreeShape]) -> dict[TreeShape, dict[str, AcceptanceReport]]:
         """Measure acceptance for several shapes, by replay.
@@ -148,6 +148,13 @@ class AcceptanceEvaluator:
                 measured[shape] = self._reports(self._replayed(drafters, shape.num_steps), shape.num_steps)
                 progress.advance("shapes of trees")
         return {shape: measured[shape] for shape in shapes}
+
+    def _drafter(self, draft: ServedDraft, sampling: Sampling) -> Drafter:
+        """Return a new drafter for one prompt, which draws tokens if servers would."""
+        of_drafts = sampling.of_drafts
+        if of_drafts is None:
+            return draft.drafter(self._section.tree)
+        return draft.sampling_drafter(self._section.tree, of_drafts)
 
     def _prompt_lookup(self) -> PromptLookupDrafter:
         """Return the baseline, which drafts a chain as deep as the draft's tree."""
@@ -220,17 +227,18 @@ class AcceptanceEvaluator:
             )
             yield DecodedPrompt(prompt, generation, plain=None)
 
-    def _decoded(self, make_drafter: Callable[[], Drafter]) -> Iterator[DecodedPrompt]:
+    def _decoded(self, make_drafter: Callable[[Sampling], Drafter]) -> Iterator[DecodedPrompt]:
         """Decode the prompts one at a time, each with a new drafter, and greedy replies plainly as well."""
         for index, prompt in enumerate(self._prompts):
             plain = self._decoded_plainly(prompt) if self._sampling.is_greedy else None
+            sampling = replace(self._sampling, seed=self._sampling.seed + index)
             generation = speculative_decode(
                 self._target,
-                make_drafter(),
+                make_drafter(sampling),
                 prompt.token_ids,
                 max_new_tokens=self._section.max_new_tokens,
                 eos_ids=self._eos_ids,
-                sampling=replace(self._sampling, seed=self._sampling.seed + index),
+                sampling=sampling,
             )
             yield DecodedPrompt(prompt, generation, plain)
 

@@ -20,7 +20,7 @@ from engine.config.sections import OPTIONS, Config, ConfigError
 from engine.config.tree_shape import TreeShape
 from engine.kernels import PLAIN, Kernels
 from engine.models.costs import StepPart
-from engine.models.drafter import Drafter, TargetReply
+from engine.models.drafter import Drafter, DraftSampling, TargetReply
 from engine.models.vocab_map import VocabMap
 from engine.parallel.objective import Objective
 
@@ -123,6 +123,14 @@ class ServedDraft(ABC):
     @abstractmethod
     def drafter(self, shape: TreeShape) -> Drafter:
         """Return a new drafter for one prompt. shape: a chain, unless the method drafts trees."""
+
+    def sampling_drafter(self, shape: TreeShape, sampling: DraftSampling) -> Drafter:
+        """Return a new drafter for one prompt whose reply is sampled.
+
+        A method of which servers draw the drafted tokens overrides this. Others take the most likely
+        tokens for sampled replies as well.
+        """
+        return self.drafter(shape)
 
     @abstractmethod
     def logits(self, micro: MicroBatch) -> Tensor:

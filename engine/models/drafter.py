@@ -1,7 +1,7 @@
 """Drafters, which propose the tokens that the target verifies, and the replies that they are replayed on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -11,20 +11,53 @@ ROOT = -1  # the parent of nodes that follow the newest committed token
 
 
 @dataclass(frozen=True)
+class DraftSampling:
+    """How a drafter draws tokens. The request's top-k and top-p do not apply to drafts, as in servers.
+
+    temperature: divisor of the draft's scores, more than 0.
+    seed: of the drafter's own draws, which must be independent of the target's.
+    """
+
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class DraftDistribution:
+    """Distributions from which the tokens of a chain were drawn, each given the tokens before it.
+
+    probability_SK: fp32 [S, K], of the tokens that could be drawn.
+    token_SK: int64 [S, K], their ids, which differ within a row; None = a token's column is its id.
+    """
+
+    probability_SK: torch.Tensor
+    token_SK: torch.Tensor | None = None
+
+    def over(self, vocab_size: int) -> torch.Tensor:
+        """Return the probabilities of all tokens, fp32 [S, V]."""
+        if self.token_SK is None:
+            return self.probability_SK
+        zero_SV = self.probability_SK.new_zeros(len(self.token_SK), vocab_size)
+        return zero_SV.scatter_(1, self.token_SK, self.probability_SK)
+
+
+@dataclass(frozen=True)
 class TokenTree:
     """Drafted tokens. Each follows another one, its parent, or the newest committed token.
 
     token_ids: token of each node. Children of one node have different tokens.
     parents: node that each node follows, which comes before it; `ROOT` = the newest committed token.
+    drawn_from: distributions of a chain whose tokens were drawn; None = the drafter does not draw tokens.
     """
 
     token_ids: Sequence[int]
     parents: Sequence[int]
+    drawn_from: DraftDistribution | None = field(default=None, compare=False)
 
     @classmethod
-    def chain(cls, token_ids: Sequence[int]) -> "TokenTree":
+    def chain(cls, token_ids: Sequence[int], drawn_from: DraftDistribution | None = None) -> "TokenTree":
         """Return a tree in which each token follows the one before it."""
-        return cls(token_ids, range(ROOT, len(token_ids) + ROOT))
+        return cls(token_ids, range(ROOT, len(token_ids) + ROOT), drawn_from)
 
     def __len__(self) -> int:
         return len(self.token_ids)

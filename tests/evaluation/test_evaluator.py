@@ -11,6 +11,7 @@ from engine.evaluation import evaluator
 from engine.evaluation.acceptance import AcceptanceReport, Prompt
 from engine.evaluation.decoding import plain_decode
 from engine.evaluation.evaluator import BATCH_SIZE, AcceptanceEvaluator
+from engine.evaluation.sampling import Sampling
 from engine.host.telemetry import Telemetry
 from engine.parallel.mesh import TargetMesh, World
 from tests.distributed import run_ranks
@@ -72,6 +73,17 @@ def test_samples_are_the_replies_whose_acceptance_was_measured(monkeypatch):
             assert sum(depth > 0 for depth in sample.depths) == sum(reply.accepted_per_forward)
         shown.append(samples)
     assert shown[0] == shown[1] and len(shown[0]) == 4
+
+
+def test_drafts_learn_how_replies_are_sampled(monkeypatch):
+    target = tiny_target("llama")
+    draft = random_draft(target)
+    told = []
+    monkeypatch.setattr(type(draft), "sampling_drafter", lambda self, shape, how: told.append(how) or self.drafter(shape))
+    for sampling in (Sampling(0.8, top_p=0.9, seed=3), Sampling(0.8, greedy_drafts=True), Sampling()):
+        common = SECTION, target, TOKENIZER, PROMPTS[:2], World.alone(), Telemetry(speaks=False), 50
+        AcceptanceEvaluator(*common, sampling).measure_draft(draft)
+    assert told == [Sampling(0.8, seed=seed).of_drafts for seed in (3, 4)]
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])

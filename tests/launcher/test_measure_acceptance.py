@@ -203,6 +203,8 @@ def test_sampled_replies_are_measured_too(run, tmp_path, monkeypatch, capsys):
     assert "Sampled replies of 4" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="add --temperature"):
         measure(monkeypatch, "--draft", run / "draft", "--top_k", 5)
+    with pytest.raises(SystemExit, match="--greedy_drafts concern sampled replies"):
+        measure(monkeypatch, "--draft", run / "draft", "--greedy_drafts")
     with pytest.raises(SystemExit, match="a grid replays greedy replies"):
         measure(monkeypatch, "--draft", run / "draft", "--num_steps", 1, 2, "--temperature", 1)
     with pytest.raises(SystemExit, match="top_p=2"):
@@ -261,8 +263,9 @@ def test_a_block_drafter_is_measured_whole_in_part_and_on_sampled_replies(name, 
     assert f'"num_speculative_tokens": {4 if name == "dspark" else 3}' in printed
     assert "Tokens drafted per block" in (block_run / "report.html").read_text()
     measure(monkeypatch, "--draft", block_run / "draft", "--num_steps", 3, "--temperature", 0.8, "--json", tmp_path / "s.json")
-    sampled = json.loads((tmp_path / "s.json").read_text())["draft"]
-    assert sampled["num_prompts"] == 4 and 1.0 <= sampled["acceptance_length"] <= 4.0
+    sampled = json.loads((tmp_path / "s.json").read_text())
+    assert sampled["draft"]["num_prompts"] == 4 and 1.0 <= sampled["draft"]["acceptance_length"] <= 4.0
+    assert sampled["about"]["sampling"]["greedy_drafts"] is False
     with pytest.raises(SystemExit, match="num_steps = 5"):
         measure(monkeypatch, "--draft", block_run / "draft", "--num_steps", 5)
     with pytest.raises(SystemExit, match="drafts chains only"):

@@ -21,7 +21,8 @@ from engine.kernels import BlockRows
 from engine.kernels.elementwise import rotate
 from engine.models.block_drafter.backbone import BlockDraft
 from engine.models.block_drafter.block_rows import BlockPlan, is_causal_layer, plan_anchors
-from engine.models.drafter import TargetReply, TokenTree
+from engine.models.block_drafter.draft_choice import DrawnTokens
+from engine.models.drafter import DraftSampling, TargetReply, TokenTree
 
 if TYPE_CHECKING:
     from engine.models.block_drafter.served_block import ServedBlock
@@ -69,8 +70,12 @@ class ContextCache:
 class BlockProposer:
     """Drafter that proposes the tokens of one block after the newest committed token."""
 
-    def __init__(self, draft: "ServedBlock", shape: TreeShape) -> None:
+    def __init__(self, draft: "ServedBlock", shape: TreeShape, sampling: DraftSampling | None = None) -> None:
+        """Create a drafter. sampling: how it draws tokens; None = it takes the most likely ones."""
         self._draft = draft
+        self._sampling = sampling
+        if sampling is not None:
+            self._generator = torch.Generator(draft.embed_weight_VD.device).manual_seed(sampling.seed)
         self._num_tokens = shape.num_steps
         self._caches: list[ContextCache] = []
         self._newest_id = 0
@@ -99,7 +104,11 @@ class BlockProposer:
         hidden_BD = block_states(draft.model, draft.embed_weight_VD[newest_1], self._caches)
         first = draft.first_drafting_row
         hidden_1SD = hidden_BD[None, first : first + self._num_tokens]
-        return TokenTree.chain(draft.choose(hidden_1SD, newest_1)[0])
+        if self._sampling is None:
+            return TokenTree.chain(draft.choose(hidden_1SD, newest_1)[0])
+        draws = DrawnTokens(self._sampling.temperature, self._generator)
+        (token_ids,) = draft.choose(hidden_1SD, newest_1, draws)
+        return TokenTree.chain(token_ids, draws.of_one_block(len(token_ids)))
 
 
 def block_states(model: BlockDraft, anchor_embed_1D: Tensor, caches: Sequence[ContextCache]) -> Tensor:

@@ -4,6 +4,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from engine.models.block_drafter.backbone import BlockDraft
 from engine.models.block_drafter.block_probe import head_logits, probe_logits, shape_of
 from engine.models.block_drafter.block_proposer import BlockProposer, propose_along
 from engine.models.block_drafter.block_rows import BlockShape
+from engine.models.block_drafter.draft_choice import DraftChoice, most_likely
 from engine.models.draft_method import ServedDraft
-from engine.models.drafter import Drafter, TargetReply
+from engine.models.drafter import Drafter, DraftSampling, TargetReply
 
 LOGIT_BYTES = 64 << 20  # of a chunk of rows
 
@@ -25,10 +27,13 @@ LOGIT_BYTES = 64 << 20  # of a chunk of rows
 class ServedBlock(ServedDraft):
     """A block drafter ready to propose tokens.
 
+    draws_tokens: whether servers draw the drafted tokens of sampled replies.
     embed_weight_VD: the target's embedding, in the draft's precision. head: the target's LM head.
     min_confidence: drafted tokens end where the estimated probability that all are accepted falls below
         it; 0 = never. Only methods with a confidence head estimate it.
     """
+
+    draws_tokens: ClassVar[bool] = False
 
     model: BlockDraft
     embed_weight_VD: Tensor
@@ -53,6 +58,10 @@ class ServedBlock(ServedDraft):
         """Return a new drafter for one prompt."""
         return BlockProposer(self, shape)
 
+    def sampling_drafter(self, shape: TreeShape, sampling: DraftSampling) -> Drafter:
+        """Return a new drafter for one prompt whose reply is sampled."""
+        return BlockProposer(self, shape, sampling if self.draws_tokens else None)
+
     def propose_along(self, replies: Sequence[TargetReply], shape: TreeShape, max_tokens: int) -> Sequence[Drafter]:
         """Return one drafter per reply, which drafts from all of its tokens at once."""
         return propose_along(self, replies, shape.num_steps, max_tokens)
@@ -74,24 +83,25 @@ class ServedBlock(ServedDraft):
         for first in range(0, num_blocks, size):
             yield slice(first, min(first + size, num_blocks))
 
-    def choose(self, hidden_NSD: Tensor, newest_N: Tensor) -> list[list[int]]:
+    def choose(self, hidden_NSD: Tensor, newest_N: Tensor, choice: DraftChoice = most_likely) -> list[list[int]]:
         """Return the drafted tokens of each block.
 
         hidden_NSD: final states of the rows that draft. newest_N: int64, the newest committed token of each block.
+        choice: called once per drafted token of a block, in order.
         """
         chains: list[list[int]] = []
         for chunk in self.chunks(hidden_NSD):
-            chains += self.choose_chunk(hidden_NSD[chunk], newest_N[chunk])
+            chains += self.choose_chunk(hidden_NSD[chunk], newest_N[chunk], choice)
         return chains
 
     @abstractmethod
-    def choose_chunk(self, hidden_NSD: Tensor, newest_N: Tensor) -> list[list[int]]:
+    def choose_chunk(self, hidden_NSD: Tensor, newest_N: Tensor, choice: DraftChoice) -> list[list[int]]:
         """Return the drafted tokens of a few blocks, as `choose` does."""
 
 
 class ServedIndependent(ServedBlock):
     """A draft whose tokens are chosen independently of each other: DFlash."""
 
-    def choose_chunk(self, hidden_NSD: Tensor, newest_N: Tensor) -> list[list[int]]:
-        token_NS = self.base_logits(hidden_NSD).argmax(-1)
-        return token_NS.tolist()
+    def choose_chunk(self, hidden_NSD: Tensor, newest_N: Tensor, choice: DraftChoice) -> list[list[int]]:
+        tokens = [choice(logits_NV, None) for logits_NV in self.base_logits(hidden_NSD).unbind(1)]
+        return torch.stack(tokens, 1).tolist()

@@ -1,11 +1,12 @@
 """A DSpark draft as a server runs it: tokens are chosen one after the other within a block."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from engine.models.block_drafter.draft_choice import DraftChoice
 from engine.models.block_drafter.served_block import ServedBlock
 from engine.models.dspark.dspark_draft import DSparkDraft
 
@@ -14,7 +15,9 @@ from engine.models.dspark.dspark_draft import DSparkDraft
 class ServedDSpark(ServedBlock):
     """A DSpark draft ready to propose tokens."""
 
-    def choose_chunk(self, hidden_NSD: Tensor, newest_N: Tensor) -> list[list[int]]:
+    draws_tokens: ClassVar[bool] = True
+
+    def choose_chunk(self, hidden_NSD: Tensor, newest_N: Tensor, choice: DraftChoice) -> list[list[int]]:
         model = cast(DSparkDraft, self.model)
         head = model.markov_head
         confidence = model.confidence_head
@@ -31,7 +34,8 @@ class ServedDSpark(ServedBlock):
             factor_Nr, state_Nr = head.step(embed_Nr, hidden_ND, state_Nr)
             if confidence is not None and self.min_confidence:
                 reached_N = reached_N * torch.sigmoid(confidence(hidden_ND, embed_Nr).float())
-            previous_N = (logits_NSV[:, step] + (factor_Nr @ weight_rV).float()).argmax(-1)
+            logits_NV = logits_NSV[:, step] + (factor_Nr @ weight_rV).float()
+            previous_N = choice(logits_NV, None)
             tokens.append(previous_N)
             length_N += reached_N >= self.min_confidence
         lengths = length_N.clamp_min(1).tolist()
