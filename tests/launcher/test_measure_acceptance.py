@@ -203,7 +203,7 @@ def test_sampled_replies_are_measured_too(run, tmp_path, monkeypatch, capsys):
     assert "Sampled replies of 4" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="add --temperature"):
         measure(monkeypatch, "--draft", run / "draft", "--top_k", 5)
-    with pytest.raises(SystemExit, match="--greedy_drafts concern sampled replies"):
+    with pytest.raises(SystemExit, match="--greedy_drafts concerns sampled replies"):
         measure(monkeypatch, "--draft", run / "draft", "--greedy_drafts")
     with pytest.raises(SystemExit, match="a grid replays greedy replies"):
         measure(monkeypatch, "--draft", run / "draft", "--num_steps", 1, 2, "--temperature", 1)
