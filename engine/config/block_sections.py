@@ -97,7 +97,7 @@ class BlockSection:
 
 @dataclass(frozen=True)
 class ObjectiveSection:
-    """What a block drafter learns. Options that are null are the method's own, or those of the trainer of `parity`."""
+    """What a block drafter learns. Options that are null are those of the method and of `parity`."""
 
     parity: str = option(
         NO_PARITY,
