@@ -37,7 +37,12 @@ def serving_problems(folder: Path, kind: DraftKind, target_config: PreTrainedCon
     if kind is not EAGLE3:
         return {}
     problems = _unread_layers(exported, num_layers(target), folder)
-    missing = _missing_norm_copies(folder)
+    names = draft_tensor_names(folder)
+    if "d2t" in names and exported.get("draft_vocab_size") == exported["vocab_size"]:
+        problems.setdefault(
+            VLLM_NAME, f"{WEIGHTS} has a table of its vocabulary (d2t), which vLLM refuses if it has all tokens"
+        )
+    missing = _missing_norm_copies(names)
     if missing:
         problems.setdefault(
             VLLM_NAME, f"{WEIGHTS} has no {missing[0]}, which vLLM then leaves at ones; SGLang reads hidden_norm instead"
@@ -64,9 +69,8 @@ def _unread_layers(exported: dict[str, Any], num_target_layers: int, folder: Pat
     return problems
 
 
-def _missing_norm_copies(folder: Path) -> list[str]:
-    """Return the names of the norms that vLLM reads in deeper layers and that the folder lacks."""
-    names = draft_tensor_names(folder)
+def _missing_norm_copies(names: set[str]) -> list[str]:
+    """Return the names of the norms that vLLM reads in deeper layers and that a draft with these tensors lacks."""
     matches = (DEEPER_NORM.fullmatch(name) for name in sorted(names))
     copies = [f"{match[1]}input_layernorm.weight" for match in matches if match is not None]
     return [name for name in copies if name not in names]

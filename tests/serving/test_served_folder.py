@@ -70,6 +70,11 @@ def test_vllm_needs_the_copies_of_norms_in_deeper_layers(folder, target_config):
     assert list(problems) == ["vLLM"] and "layers.1.input_layernorm.weight" in problems["vLLM"]
 
 
+def test_vllm_refuses_a_table_of_the_whole_vocabulary(folder, target_config):
+    change(folder, draft_vocab_size=target_config.vocab_size)
+    assert "d2t" in serving_problems(folder, EAGLE3, target_config)["vLLM"]
+
+
 @pytest.mark.parametrize("kind", [EAGLE3, DFLASH])
 def test_no_server_drafts_rightly_with_fewer_positions_than_the_target_has(kind, folder, target_config):
     change(folder, max_position_embeddings=10)

@@ -62,9 +62,7 @@ def export_draft(
         tensors[EMBEDDING] = (embed_weight_VD.cpu().float() @ projection_DD.float().T).to(dtype).contiguous()
     check_finite(tensors)
     tensors |= _norm_copies(tensors)
-    tensors |= {"d2t": vocab_map.d2t.cpu().contiguous(), "t2d": vocab_map.in_draft_V.cpu().contiguous()}
-    check_vocabulary(tensors, config)
-    write_draft_folder(folder, tensors, config.to_dict())
+    write_draft_folder(folder, tensors | vocabulary_tables(vocab_map, config), config.to_dict())
 
 
 def load_draft(
@@ -82,8 +80,7 @@ def load_draft(
     """
     config = Eagle3Config.from_dict(read_draft_config(folder), folder / CONFIG)
     tensors = read_draft_weights(folder, device)
-    check_vocabulary(tensors, config)
-    vocab_map = VocabMap.from_tables(tensors.pop("d2t"), tensors.pop("t2d"))
+    vocab_map = _take_vocabulary(tensors, config)
     embed_weight_VD = tensors.pop(EMBEDDING, embed_weight_VD)
     if embed_weight_VD is None:
         raise ValueError(f"{folder} ships no embedding: it shares its target's, so name the target")
@@ -133,7 +130,27 @@ def check_embedding(weight_VD: torch.Tensor, vocab_size: int, width: int) -> Non
         raise ValueError(f"{problem}; name the target that the draft was trained for")
 
 
-def check_vocabulary(tensors: dict[str, torch.Tensor], config: Eagle3Config) -> None:
+def vocabulary_tables(vocab_map: VocabMap, config: Eagle3Config) -> dict[str, torch.Tensor]:
+    """Return the tensors that say which tokens the draft can propose; none if it can propose all.
+
+    vLLM refuses tables of a draft with the whole vocabulary. SGLang, without them, takes a draft's ids as those of the target.
+    Raises ValueError unless they have the config's sizes.
+    """
+    tables = {"d2t": vocab_map.d2t.cpu().contiguous(), "t2d": vocab_map.in_draft_V.cpu().contiguous()}
+    _check_vocabulary(tables, config)
+    return tables if config.draft_vocab_size < config.vocab_size else {}
+
+
+def _take_vocabulary(tensors: dict[str, torch.Tensor], config: Eagle3Config) -> VocabMap:
+    """Remove the tables of the vocabulary from a draft's tensors and return what they say."""
+    if config.draft_vocab_size == config.vocab_size and not {"d2t", "t2d"} & tensors.keys():
+        every_V = torch.ones(config.vocab_size, dtype=torch.bool)
+        return VocabMap(every_V.nonzero().flatten(), every_V)
+    _check_vocabulary(tensors, config)
+    return VocabMap.from_tables(tensors.pop("d2t"), tensors.pop("t2d"))
+
+
+def _check_vocabulary(tensors: dict[str, torch.Tensor], config: Eagle3Config) -> None:
     """Raise ValueError unless `d2t` and `t2d` are there, have the config's sizes and fit each other."""
     for name, size in (("d2t", config.draft_vocab_size), ("t2d", config.vocab_size)):
         if name not in tensors or tensors[name].numel() != size:

@@ -10,7 +10,7 @@ from engine.models.draft_folder import check_finite, check_names, check_replacea
 from engine.models.draft_method import TargetFacts
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import AUX_IDS, Eagle3Config
-from engine.models.eagle3.export import DEEPER_NORM, EMBEDDING, check_embedding, check_vocabulary
+from engine.models.eagle3.export import DEEPER_NORM, EMBEDDING, check_embedding, vocabulary_tables
 from engine.models.vocab_map import VocabMap
 
 SPECULATORS_VERSION = "0.9.0"  # of the library that the format was compared with
@@ -45,11 +45,7 @@ def export_speculators(
     check_embedding(embed_weight_VD, config.vocab_size, config.hidden_size)
     tensors[EMBEDDING] = embed_weight_VD.to("cpu", dtype).contiguous()
     check_finite(tensors)
-    tables = {"d2t": vocab_map.d2t.cpu().contiguous(), "t2d": vocab_map.in_draft_V.cpu().contiguous()}
-    check_vocabulary(tables, config)
-    exported = {_exported_name(name): tensor for name, tensor in tensors.items()}
-    if config.draft_vocab_size < config.vocab_size:  # the library has no tables where the vocabularies are the same
-        exported |= tables
+    exported = {_exported_name(name): tensor for name, tensor in tensors.items()} | vocabulary_tables(vocab_map, config)
     write_draft_folder(folder, exported, speculators_config(config, target))
 
 

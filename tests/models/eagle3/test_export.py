@@ -56,6 +56,22 @@ def test_equal_drafts_give_equal_bytes(shape, tmp_path):
     assert set(digests(first)) == {"config.json", "model.safetensors"}
 
 
+def test_a_draft_with_the_whole_vocabulary_has_no_tables_and_is_read_with_or_without_them(tmp_path):
+    draft = draft_with(draft_vocab_size=VOCAB)
+    every_token = VocabMap(torch.arange(VOCAB), torch.ones(VOCAB, dtype=torch.bool))
+    export_draft(tmp_path / "draft", draft.state_dict().items(), draft.config, every_token, EMBED_VD)
+    weights = tmp_path / "draft" / "model.safetensors"
+    tensors = load_file(weights)
+    assert not {"d2t", "t2d"} & tensors.keys(), "vLLM refuses them"
+    assert torch.equal(load_draft(tmp_path / "draft", EMBED_VD).vocab_map.target_ids_U, every_token.target_ids_U)
+    tables = {"d2t": every_token.d2t, "t2d": every_token.in_draft_V}
+    save_file(tensors | tables, weights)
+    assert torch.equal(load_draft(tmp_path / "draft", EMBED_VD).vocab_map.target_ids_U, every_token.target_ids_U)
+    save_file(tensors | {"d2t": every_token.d2t}, weights)
+    with pytest.raises(ValueError, match="t2d must have"):
+        load_draft(tmp_path / "draft", EMBED_VD)
+
+
 def test_the_listing_is_that_of_a_server_s_checkpoint(tmp_path):
     tensors = load_file(write(tmp_path / "draft", draft_with(dtype="bfloat16")) / "model.safetensors")
     layer = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
