@@ -39,9 +39,7 @@ def serving_problems(folder: Path, kind: DraftKind, target_config: PreTrainedCon
     problems = _unread_layers(exported, num_layers(target), folder)
     names = draft_tensor_names(folder)
     if "d2t" in names and exported.get("draft_vocab_size") == exported["vocab_size"]:
-        problems.setdefault(
-            VLLM_NAME, f"{WEIGHTS} has a table of its vocabulary (d2t), which vLLM refuses if it has all tokens"
-        )
+        problems.setdefault(VLLM_NAME, f"{WEIGHTS} has d2t, which vLLM refuses of a draft with the whole vocabulary")
     missing = _missing_norm_copies(names)
     if missing:
         problems.setdefault(
