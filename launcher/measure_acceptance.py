@@ -371,9 +371,9 @@ def read_prompts(run: Config, tokenizer: PreTrainedTokenizerBase, per_file: bool
 
 
 def active_weights(section: TargetSection, device: torch.device) -> float:
-    """Return the number of the target's weights that one token uses, from its config."""
+    """Return the number of the target's weights that a forward over one token reads, from its config."""
     model = without_weights(load_target_config(section), section, device)
-    return TargetCost(model, ALONE).num_active_weights
+    return TargetCost(model, ALONE).num_active_weights + model.get_output_embeddings().weight.numel()
 
 
 def by_rows_of_sglang(

@@ -20,7 +20,7 @@ from engine.models.eagle3.export import export_draft
 from engine.models.method_registry import make_method
 from engine.models.vocab_map import VocabMap
 from engine.target.configuration import load_target_config
-from launcher.measure_acceptance import main
+from launcher.measure_acceptance import active_weights, main
 from tests.block_drafts import HIDDEN, VOCAB, make_config, make_method_of
 from tests.distributed import launch
 
@@ -270,6 +270,11 @@ def test_a_block_drafter_is_measured_whole_in_part_and_on_sampled_replies(name, 
         measure(monkeypatch, "--draft", block_run / "draft", "--num_steps", 5)
     with pytest.raises(SystemExit, match="drafts chains only"):
         measure(monkeypatch, "--draft", block_run / "draft", "--topk", 2, "--num_draft_tokens", 4)
+
+
+def test_a_forward_of_the_target_reads_its_layers_and_its_head(run):
+    layers = 5 * (4 * 16 * 16 - 2 * 16 * 8 + 3 * 16 * 24)  # q, o and half as wide k, v; MLP
+    assert active_weights(TargetSection(path=str(run / "target")), torch.device("cpu")) == layers + len(WORDS) * 16
 
 
 def test_the_cost_of_a_block_is_that_of_the_weights_which_a_server_reads():
