@@ -268,6 +268,8 @@ def _weights_before_the_pass(inputs: _Inputs) -> Tensor:
     rows = inputs.rows
     if rows.has_fixed_weights:
         return rows.weigh(torch.zeros(inputs.num_rows, dtype=inputs.precision, device=inputs.hidden_RD.device))
+    if rows.label_R is not None:
+        inputs = replace(inputs, targets=None)  # weights depend on the cross-entropy alone
     return rows.weigh(_run_chunks(inputs, None, None)[0])
 
 

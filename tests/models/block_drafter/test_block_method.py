@@ -134,8 +134,8 @@ def losses_of(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def train(folder: Path, *options: str) -> list[float]:
-    done = launch(["launcher/train.py", "--ds_config", "ds_configs/zero2.json", f"output_dir={folder}", *options])
+def train(folder: Path, *options: str, ranks: int = 1) -> list[float]:
+    done = launch(["launcher/train.py", "--ds_config", "ds_configs/zero2.json", f"output_dir={folder}", *options], ranks)
     assert done.returncode == 0, done.stderr
     return losses_of(folder)
 
@@ -153,6 +153,17 @@ def test_a_run_from_a_store_and_a_resumed_one_are_the_online_one(options, tmp_pa
 
     (tmp_path / "online" / "checkpoints" / "step_4").rename(tmp_path / "gone")
     assert train(tmp_path / "online", *options, "checkpoint.resume=auto", "epochs=2") == expected
+
+
+def test_a_target_that_ranks_share_or_that_has_a_rank_of_its_own_teaches_the_same(options, tmp_path):
+    job = [option for option in options if not option.startswith("evaluation.num_prompts")] + ["evaluation.num_prompts=0"]
+    whole = train(tmp_path / "whole", *job, ranks=2)
+    sharing = ("parallel.tp_size=2", "overlap.placement=colocated", "overlap.check_order=true")
+    shared = train(tmp_path / "shared", *job, *sharing, ranks=2)
+    assert shared == pytest.approx(whole, rel=1e-3), "the draft rounds to bf16, other sums of the target another way"
+    alone = train(tmp_path / "alone", *job, "overlap.placement=serial")
+    split = train(tmp_path / "split", *job, "overlap.placement=split", "overlap.target_ranks=1", ranks=2)
+    assert split == alone
 
 
 def test_a_store_for_hard_labels_holds_no_target_distributions(options, tmp_path):
