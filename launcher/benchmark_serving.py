@@ -232,13 +232,23 @@ def servers_of(arguments: argparse.Namespace) -> list[Measured]:
         kind = kind_of(draft)
         shapes = shapes_of(arguments, kind)
         target = TargetSection(path=arguments.target, trust_remote_code=arguments.trust_remote_code)
-        problem = serving_problems(draft, kind, load_target_config(target)).get(ENDPOINTS[arguments.server].name)
+        problems = serving_problems(draft, kind, load_target_config(target), context_length(arguments.server_arguments))
+        problem = problems.get(ENDPOINTS[arguments.server].name)
         if problem is not None:
             raise ValueError(f"--draft {draft}: {problem}; {ADVICE}")
         drafting = [Measured(str(shape), shape, kind=kind) for shape in shapes]
         return [Measured(PLAIN), *drafting]
     plain = [] if arguments.plain_url is None else [Measured(PLAIN, url=arguments.plain_url)]
     return [*plain, Measured(RUNNING, url=arguments.url)]
+
+
+def context_length(server_arguments: Sequence[str]) -> int | None:
+    """Return the tokens to which arguments of a server limit conversations, or None if they do not say a number."""
+    words = [word for argument in server_arguments for word in argument.split("=", 1)]
+    for option, value in zip(words, words[1:], strict=False):
+        if option in ("--max-model-len", "--context-length") and value.isdecimal():
+            return int(value)
+    return None
 
 
 def read_prompts(arguments: argparse.Namespace) -> dict[str, list[list[int]]]:

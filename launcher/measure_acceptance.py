@@ -10,7 +10,7 @@ are divided among the ranks, which share the target as in the run.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -45,7 +45,7 @@ from engine.evaluation.grid import (
     part_of_block,
     serving_commands,
 )
-from engine.evaluation.model_card import update_acceptance
+from engine.evaluation.model_card import has_own_card, update_acceptance
 from engine.evaluation.report import PAGE, acceptance_table
 from engine.evaluation.run_page import write_run_page
 from engine.evaluation.sampling import Sampling
@@ -60,7 +60,7 @@ from engine.models.draft_method import DraftConfig, DraftMethod, ServedDraft
 from engine.models.target_families import check_aux_layers, num_layers, text_config
 from engine.parallel.mesh import ALONE, World
 from engine.planning.target_cost import TargetCost
-from engine.serving.draft_kinds import DraftKind, draft_kind
+from engine.serving.draft_kinds import SGLANG_NAME, DraftKind, draft_kind
 from engine.serving.served_folder import ADVICE, serving_problems
 from engine.target.configuration import load_target_config
 from engine.target.identity import what_changed
@@ -164,6 +164,11 @@ def parse_arguments() -> argparse.Namespace:
         "batches",
     )
     parser.add_argument("--json", type=Path, help="file to write the reports to")
+    parser.add_argument(
+        "--update_card",
+        action="store_true",
+        help="write the acceptance of the best shape into the draft's model card, README.md",
+    )
     parser.add_argument("--show", action="store_true", help="print rank 0's replies, with accepted draft tokens in green")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser.parse_args()
@@ -228,6 +233,15 @@ def shapes_of(arguments: argparse.Namespace, section: EvaluationSection) -> list
     return [TreeShape(num_steps[0], topk[0], num_draft_tokens[0] if num_draft_tokens else None, rule)]
 
 
+def check_card(arguments: argparse.Namespace, sampling: Sampling) -> None:
+    """Raise ValueError if the model card of the draft cannot hold what is measured."""
+    if not sampling.is_greedy or arguments.target:
+        raise ValueError("--update_card is about greedy replies of the run's target; delete it, or --temperature and --target")
+    if not has_own_card(arguments.draft):
+        card = arguments.draft / CARD
+        raise ValueError(f"--update_card: {card} is not a model card of DraftSpeed; launcher/export_draft.py writes one")
+
+
 def sampling_with_drafts(arguments: argparse.Namespace) -> Sampling:
     """Return how target and draft choose tokens. Raises ValueError for settings that contradict each other."""
     sampling = sampling_of(arguments)
@@ -283,6 +297,7 @@ class Measurement:
     """What is measured: a draft of a method, under a configuration, for one shape or several.
 
     kind: how servers run the draft; None = no server knows its architecture.
+    problems: why servers would run the folder otherwise, by name of the server.
     """
 
     method: DraftMethod
@@ -291,6 +306,7 @@ class Measurement:
     shapes: list[TreeShape]
     sampling: Sampling
     kind: DraftKind | None
+    problems: Mapping[str, str]
 
     @property
     def is_grid(self) -> bool:
@@ -307,7 +323,11 @@ class Measurement:
         draft_config = method.read_config(exported, arguments.draft / CONFIG)
         for shape in shapes:
             method.check_shape(shape, draft_config)
-        return cls(method, draft_config, run, shapes, sampling, draft_kind(exported))
+        kind = draft_kind(exported)
+        problems = {} if kind is None else serving_problems(arguments.draft, kind, load_target_config(run.target))
+        if arguments.update_card:
+            check_card(arguments, sampling)
+        return cls(method, draft_config, run, shapes, sampling, kind, problems)
 
 
 def measure(arguments: argparse.Namespace, measurement: Measurement, world: World) -> None:
@@ -330,7 +350,7 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
     if draft_cost is None and measurement.is_grid:
         draft_cost = method.count_read_weights(draft_config) / active_weights(run.target, world.device)
     costs = CostModel(draft_cost or 0.0, arguments.verify_cost, kind is not None and kind.block_tokens is not None)
-    prompts = read_prompts(run, tokenizer, per_file=arguments.data is not None)
+    prompts = prompts_of(run, tokenizer, per_file=arguments.data is not None)
     check_prompts(prompts, draft_config.vocab_size)
     target = source.load_target(aux_layers)
     dtype = target.dtype
@@ -357,15 +377,16 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
         cells.append(GridCell(shape, reports, costs.speed_up(shape, reports[ALL].acceptance_length)))
     results = Results(cells, costs, baseline, by_rows_of_sglang(evaluator, draft, best_cell(cells).shape, measurement))
     if world.is_main:
-        show_results(results, measurement, arguments.draft, telemetry, str(dtype))
-        write_results(results, measurement, arguments, telemetry, str(dtype))
+        write_results(results, measurement, arguments, str(dtype))
+        show_results(results, measurement, arguments, telemetry, str(dtype))
 
 
-def read_prompts(run: Config, tokenizer: PreTrainedTokenizerBase, per_file: bool) -> list[Prompt]:
+def prompts_of(run: Config, tokenizer: PreTrainedTokenizerBase, per_file: bool) -> list[Prompt]:
     """Return the prompts. per_file: whether `evaluation.num_prompts` counts those of each file."""
     files = run.data.held_out
+    groups = [(path,) for path in files] if per_file else [files]
     prompts = []
-    for paths in [[path] for path in files] if per_file else [files]:
+    for paths in groups:
         prompts += held_out_prompts(paths, tokenizer, run.evaluation.num_prompts, run.data.template_kwargs)
     return prompts
 
@@ -379,7 +400,10 @@ def active_weights(section: TargetSection, device: torch.device) -> float:
 def by_rows_of_sglang(
     evaluator: AcceptanceEvaluator, draft: ServedDraft, shape: TreeShape, measurement: Measurement
 ) -> AcceptanceReport | None:
-    """Return the acceptance of a tree by SGLang's rule of attention, or None if SGLang drafts as was measured; a collective."""
+    """Return the acceptance of greedy replies with a tree by SGLang's rule of attention; a collective.
+
+    None for chains and trees that were measured so, for sampled replies, and for drafts that SGLang does not know.
+    """
     is_served = measurement.kind is not None and measurement.kind.block_tokens is None
     if shape.is_chain or shape.rule == "sglang" or not is_served or not measurement.sampling.is_greedy:
         return None
@@ -392,7 +416,7 @@ class Results:
     """What was measured.
 
     cells: one per shape. baseline: prompt lookup, measured if there is one shape.
-    by_rows: the best shape by SGLang's rule of attention; None if SGLang drafts as was measured.
+    by_rows: the best shape by SGLang's rule of attention; None as in `by_rows_of_sglang`.
     """
 
     cells: Sequence[GridCell]
@@ -405,8 +429,11 @@ class Results:
         return best_cell(self.cells)
 
 
-def show_results(results: Results, measurement: Measurement, draft: Path, telemetry: Telemetry, dtype: str) -> None:
-    """Print tables, and the commands that serve the best shape."""
+def show_results(
+    results: Results, measurement: Measurement, arguments: argparse.Namespace, telemetry: Telemetry, dtype: str
+) -> None:
+    """Print tables, the commands that serve the best shape, and what was written."""
+    draft = arguments.draft
     best = results.best
     if results.baseline is None:
         telemetry.console.print(grid_table(results.cells, results.costs))
@@ -424,18 +451,31 @@ def show_results(results: Results, measurement: Measurement, draft: Path, teleme
             f"SGLang lets the tokens of a tree attend to rows instead of their ancestors. {str(best.shape).capitalize()} then "
             f"accepts {results.by_rows.length_text} instead of {best.report.length_text}; --tree_rule sglang measures all so."
         )
-    kind = measurement.kind
-    if kind is None:
-        return
-    problems = serving_problems(draft, kind, load_target_config(measurement.run.target))
+    if measurement.kind is not None:
+        show_commands(results, measurement, draft, measurement.kind, telemetry)
+    if measurement.is_grid and arguments.json is None and run_of(draft) is not None:
+        telemetry.console.print(f"\nReport with these shapes: {draft.resolve().parent / PAGE}")
+    if arguments.update_card:
+        telemetry.console.print(f"Model card with this acceptance: {draft / CARD}")
+
+
+def show_commands(results: Results, measurement: Measurement, draft: Path, kind: DraftKind, telemetry: Telemetry) -> None:
+    """Print the commands that serve the best shape, or why a server would run this folder otherwise."""
     for server, command in best_commands(results.cells, measurement.run.target.path, draft, kind).items():
-        if server in problems:
-            telemetry.note(f"{server} would serve this folder otherwise: {problems[server]}; {ADVICE}.", style="bold")
+        problem = measurement.problems.get(server)
+        if problem is not None:
+            telemetry.note(f"{server} would serve this folder otherwise: {problem}; {ADVICE}.", style="bold")
         else:
             telemetry.console.print(f"\n{server}:\n  {command}", markup=False, soft_wrap=True)
-    partly = part_of_block(best.shape.num_steps, kind)
+    partly = part_of_block(results.best.shape.num_steps, kind)
     if partly is not None:
         telemetry.note(f"\n{partly}")
+
+
+def run_of(draft: Path) -> Path | None:
+    """Return the folder of the run that a draft is in, or None."""
+    folder = draft.resolve().parent
+    return folder if (folder / RECIPE).is_file() else None
 
 
 def best_commands(cells: Sequence[GridCell], target: str, draft: Path, kind: DraftKind) -> dict[str, str]:
@@ -445,16 +485,13 @@ def best_commands(cells: Sequence[GridCell], target: str, draft: Path, kind: Dra
     if not chains:
         return commands
     for_chains = serving_commands(best_cell(chains).shape, target, draft, kind)
-    return for_chains | {"SGLang": commands["SGLang"]}
+    return for_chains | {SGLANG_NAME: commands[SGLANG_NAME]}
 
 
-def write_results(
-    results: Results, measurement: Measurement, arguments: argparse.Namespace, telemetry: Telemetry, dtype: str
-) -> None:
-    """Write the results to `--json`, and into the folders of the run and of the draft.
+def write_results(results: Results, measurement: Measurement, arguments: argparse.Namespace, dtype: str) -> None:
+    """Write the results to `--json`, and into the model card if asked for.
 
-    A grid goes to `--json`, or else into the folder of the draft's run, whose report then shows it. The
-    model card of the draft gets the acceptance of greedy replies.
+    A grid without `--json` goes into the folder of the draft's run, whose report then shows it.
     """
     facts = {"about": about(measurement, arguments, dtype)}
     if results.by_rows is not None:
@@ -468,17 +505,15 @@ def write_results(
         facts["draft"] = cell.report.to_dict()
         if results.baseline is not None:
             facts["prompt lookup"] = results.baseline.to_dict()
-    run_folder = arguments.draft.resolve().parent
+    run_folder = run_of(arguments.draft)
     if arguments.json is not None:
         write_json(arguments.json, facts)
-    elif measurement.is_grid and (run_folder / RECIPE).is_file():
+    elif measurement.is_grid and run_folder is not None:
         write_json(run_folder / GRID, facts)
         write_run_page([run_folder], run_folder / PAGE)
-        telemetry.console.print(f"\nReport with these shapes: {run_folder / PAGE}")
-    best = results.best
-    data = measurement.run.data.held_out
-    if measurement.sampling.is_greedy and update_acceptance(arguments.draft, best, results.baseline, data, measurement.kind):
-        telemetry.console.print(f"Model card with this acceptance: {arguments.draft / CARD}")
+    if arguments.update_card:
+        data = measurement.run.data.held_out
+        update_acceptance(arguments.draft, results.best, results.baseline, data, measurement.kind)
 
 
 def about(measurement: Measurement, arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:

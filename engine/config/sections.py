@@ -577,7 +577,7 @@ class Config:
         """Raise ConfigError if an option of sections that EAGLE-3 does not read differs from its default."""
         for section in sections:
             for name, value in vars(getattr(self, section)).items():
-                if value != OPTIONS[f"{section}.{name}"].default:
+                if not is_default(f"{section}.{name}", value):
                     problem = f"is for block drafters, and draft.method is {EAGLE3}; set draft.method to one, or delete it"
                     raise ConfigError(problem, key=f"{section}.{name}", value=value)
 
@@ -632,3 +632,10 @@ def options() -> Iterator[tuple[str, dataclasses.Field]]:
 
 OPTIONS = dict(options())
 RECIPE_KEYS = (*SECTIONS, *OPTIONS)
+# Defaults of earlier versions, which the config.yaml of their runs states. Without a parity they mean what null means now.
+FORMER_DEFAULTS = {"objective.kl": 0.0, "objective.selector_inject": False, "objective.selector_normaliser": "same"}
+
+
+def is_default(key: str, value: Any) -> bool:
+    """Return whether an option has its default, or the one of an earlier version."""
+    return value == OPTIONS[key].default or (key in FORMER_DEFAULTS and value == FORMER_DEFAULTS[key])

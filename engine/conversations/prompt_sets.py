@@ -19,7 +19,7 @@ PROMPT_SETS = {
 def prompt_files(names: Sequence[str], folder: Path) -> list[Path]:
     """Return the JSONL files of prompts that a command line names.
 
-    names: files, names of `PROMPT_SETS`, or sets of the hub as owner/name:config:split.
+    names: files, names of `PROMPT_SETS`, or sets of the hub as owner/name:config:split, with at least one colon.
     folder: into which sets are downloaded. Raises ValueError and WriteError as `fetch_prompt_set` does.
     """
     return [fetch_prompt_set(name, folder) if _is_set(name) else Path(name) for name in names]
@@ -27,13 +27,17 @@ def prompt_files(names: Sequence[str], folder: Path) -> list[Path]:
 
 def prompt_path(name: str, folder: Path) -> Path:
     """Return the file that `prompt_files` returns for a name, which need not exist yet."""
-    return folder / f"{name.replace('/', '--').replace(':', '--')}.jsonl" if _is_set(name) else Path(name)
+    if not _is_set(name):
+        return Path(name)
+    file_name = name.replace("/", "+").replace(":", "+")  # names of the hub have no +
+    return folder / f"{file_name}.jsonl"
 
 
 def _is_set(name: str) -> bool:
     if name in PROMPT_SETS:
         return True
-    return not Path(name).exists() and not name.endswith(FILE_TYPES) and HUB_NAME.fullmatch(name) is not None
+    is_path = Path(name).exists() or ":" not in name or name.endswith(FILE_TYPES)
+    return not is_path and HUB_NAME.fullmatch(name) is not None
 
 
 def fetch_prompt_set(name: str, folder: Path) -> Path:

@@ -13,7 +13,7 @@ from rich.table import Table
 from engine.config.strict import ConfigError
 from engine.config.tree_shape import TreeRule, TreeShape, num_candidates
 from engine.evaluation.acceptance import ALL, AcceptanceReport
-from engine.serving.draft_kinds import EAGLE3, DraftKind
+from engine.serving.draft_kinds import EAGLE3, SGLANG_NAME, VLLM_NAME, DraftKind
 from engine.serving.server_commands import MODULES, SGLANG, VLLM, draft_arguments, served_shape
 
 GRID = "acceptance_grid.json"  # file in a run's folder
@@ -147,9 +147,9 @@ def serving_commands(shape: TreeShape, target: str, draft: Path, kind: DraftKind
     """
     served = served_shape(shape, kind)
     sglang = ["python", "-m", MODULES[SGLANG], "--model-path", target, *draft_arguments(SGLANG, served, str(draft), kind)]
-    commands = {"SGLang": shlex.join(sglang)}
+    commands = {SGLANG_NAME: shlex.join(sglang)}
     if served.is_chain and kind.vllm_method is not None:
-        commands["vLLM"] = shlex.join(["vllm", "serve", target, *draft_arguments(VLLM, served, str(draft), kind)])
+        commands[VLLM_NAME] = shlex.join(["vllm", "serve", target, *draft_arguments(VLLM, served, str(draft), kind)])
     return commands
 
 

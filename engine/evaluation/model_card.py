@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import engine
-from engine.config.strict import dump_yaml
+from engine.config.strict import dump_yaml, read_text
 from engine.config.tree_shape import TreeShape
 from engine.evaluation.acceptance import AcceptanceReport
 from engine.evaluation.grid import RULE_TEXTS, GridCell, part_of_block, serving_commands
@@ -14,10 +14,11 @@ from engine.evaluation.page_parts import length_text
 from engine.evaluation.run_record import RunRecord
 from engine.host.files import write_text
 from engine.models.draft_folder import CARD, read_draft_config
-from engine.serving.draft_kinds import DraftKind, draft_kind
+from engine.serving.draft_kinds import SGLANG_NAME, VLLM_NAME, DraftKind, draft_kind
 
 TAG = "draftspeed"
 ACCEPTANCE = "## Acceptance"
+HEADING = f"\n{ACCEPTANCE}\n"
 SGLANG_TREE = TreeShape(5, 8, 32)  # a usual shape of SGLang's trees
 
 
@@ -127,30 +128,38 @@ def _acceptance(run: RunRecord, kind: DraftKind | None) -> str:
     return text
 
 
+def has_own_card(folder: Path) -> bool:
+    """Return whether an exported draft has a model card of this project. Raises ConfigError if the file is no text."""
+    path = folder / CARD
+    if not path.is_file():
+        return False
+    text = read_text(path)
+    lines = text.splitlines()
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        return False
+    front_matter = lines[: lines.index("---", 1)]
+    return f"- {TAG}" in front_matter and HEADING in text
+
+
 def update_acceptance(
     folder: Path,
     cell: GridCell,
     baseline: AcceptanceReport | None,
     data: Sequence[str],
     kind: DraftKind | None,
-) -> bool:
-    """Replace the acceptance in the model card of an exported draft; return whether the folder has a card of this project.
+) -> None:
+    """Replace the acceptance in the model card of an exported draft, which `has_own_card`.
 
-    cell: the measured shape. baseline: prompt lookup, if it was measured. data: files of the prompts.
-    Raises WriteError.
+    cell: the measured shape. baseline: prompt lookup, if it was measured. data: files of the prompts. Raises WriteError.
     """
     path = folder / CARD
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    _, front, *rest = [*text.split("---\n", 2), ""]
-    start = text.find(ACCEPTANCE)
-    if TAG not in front or not rest or start < 0:
-        return False
-    start += len(ACCEPTANCE)
+    text = read_text(path)
+    start = text.index(HEADING) + len(HEADING)
     end = text.find("\n## ", start)
-    end = len(text) if end < 0 else end
+    if end < 0:
+        end = len(text)
     section = _measured(cell.shape, cell.report.to_dict(), None if baseline is None else baseline.to_dict(), data, kind)
-    write_text(path, f"{text[:start]}\n\n{section}\n{text[end:]}")
-    return True
+    write_text(path, f"{text[:start]}\n{section}\n{text[end:]}")
 
 
 def _measured(
@@ -185,7 +194,7 @@ def _serving(draft: Mapping[str, Any], target: str, kind: DraftKind) -> str:
             "This folder is in the format of vLLM's library speculators. The first command takes the target and the number of"
         )
         text += " drafted tokens from its config.json; the second one names them."
-        own = ("vllm serve THIS_FOLDER", serving_commands(TreeShape(3), target, folder)["vLLM"])
+        own = ("vllm serve THIS_FOLDER", serving_commands(TreeShape(3), target, folder)[VLLM_NAME])
         return "\n\n".join([text, *(f"```bash\n{command}\n```" for command in own)])
     if kind.block_tokens is not None:
         return _block_serving(target, folder, kind)
@@ -193,7 +202,7 @@ def _serving(draft: Mapping[str, Any], target: str, kind: DraftKind) -> str:
     tree = serving_commands(SGLANG_TREE, target, folder)
     parts = [
         "Both servers load this folder as it is. The first two commands draft chains of three tokens, the last one a tree.",
-        *(f"```bash\n{command}\n```" for command in (chain["SGLang"], chain["vLLM"], tree["SGLang"])),
+        *(f"```bash\n{command}\n```" for command in (chain[SGLANG_NAME], chain[VLLM_NAME], tree[SGLANG_NAME])),
     ]
     return "\n\n".join(parts)
 
@@ -201,7 +210,7 @@ def _serving(draft: Mapping[str, Any], target: str, kind: DraftKind) -> str:
 def _block_serving(target: str, folder: Path, kind: DraftKind) -> str:
     commands = serving_commands(TreeShape(kind.block_size or 1), target, folder, kind)
     loads = "Both servers load this folder as it is"
-    if "vLLM" not in commands:
+    if VLLM_NAME not in commands:
         loads = "SGLang loads this folder as it is; vLLM does not, since it has the vanilla Markov head only"
     parts = [f"{loads}. A block of {kind.block_tokens} tokens is drafted in one forward; other sizes were not trained."]
     parts += [f"```bash\n{command}\n```" for command in commands.values()]

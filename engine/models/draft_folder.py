@@ -77,8 +77,7 @@ def _replace(folder: Path, write: Callable[[Path], None]) -> None:
 
 def read_draft_config(folder: Path) -> dict[str, Any]:
     """Return the config.json of an exported draft. Raises ValueError if `folder` holds none."""
-    has_weights = (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
-    for name, exists in ((WEIGHTS, has_weights), (CONFIG, (folder / CONFIG).is_file())):
+    for name, exists in ((WEIGHTS, has_safetensors(folder)), (CONFIG, (folder / CONFIG).is_file())):
         if not exists:
             advice = "a run writes one to its output_dir/draft, and launcher/export_draft.py exports a checkpoint"
             raise ValueError(f"{folder} is not an exported draft: it has no {name}; {advice}")
@@ -86,6 +85,11 @@ def read_draft_config(folder: Path) -> dict[str, Any]:
     if not isinstance(exported, dict):
         raise ValueError(f"{folder / CONFIG}: expected the object of a draft's config.json")
     return exported
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Return whether a folder has weights in safetensors files, one or several with an index."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
 
 
 def read_draft_weights(folder: Path, device: torch.device | str) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from engine.batch import MicroBatch, PackedBatch
-from engine.config.sections import OPTIONS, Config, ConfigError
+from engine.config.sections import Config, ConfigError, is_default
 from engine.config.tree_shape import TreeShape
 from engine.kernels import PLAIN, Kernels
 from engine.models.costs import StepPart
@@ -230,7 +230,7 @@ class DraftMethod(ABC, Generic[ConfigT, DraftT]):
         for key in self.unread:
             section, _, name = key.rpartition(".")
             value = getattr(getattr(recipe, section) if section else recipe, name)
-            if value != OPTIONS[key].default:
+            if not is_default(key, value):
                 raise ConfigError(f"has no effect on {self.title}; delete it", key=key, value=value)
 
     def check_shape(self, shape: TreeShape, draft: ConfigT) -> None:

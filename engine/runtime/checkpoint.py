@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from engine.config.block_sections import NO_PARITY
 from engine.config.ds_config import MUON
-from engine.config.sections import DRAFT, OPTIONS
+from engine.config.sections import DRAFT, FORMER_DEFAULTS, OPTIONS, is_default
 from engine.hidden_states.finite import NonFiniteError
 from engine.host.checkpoint_files import COMPLETE, SECONDS_BETWEEN_LOOKS, num_bytes_of, problem_of
 from engine.host.files import write_json, write_text, writing
@@ -116,7 +117,8 @@ class Checkpoint:
         changes = [f"{key} was {self.options[key]}, now unset" for key in gone]
         for key, value in current.items():
             is_converted = key == STAGE and {saved.get(key), value} <= SHARDED_STAGES and saved.get("optimizer.type") != MUON
-            if key in saved and saved[key] != value and not is_converted:
+            is_same = is_converted or _mean_the_same(key, saved.get(key), value, current)
+            if key in saved and saved[key] != value and not is_same:
                 changes.append(f"{key} was {saved[key]}, now {value}")
         if changes:
             problem = f"{self.place} was trained with other options: {'; '.join(changes)}"
@@ -209,6 +211,14 @@ class Checkpoint:
         if world.is_main:
             remove_universal(self.folder, self.tag)
         return state.get("metrics", [])
+
+
+def _mean_the_same(key: str, saved: Any, value: Any, options: Mapping[str, Any]) -> bool:
+    """Return whether two values of an option mean the same in a run with these options: an earlier spelling and today's."""
+    if key == "block.anchors":
+        return {saved, value} <= {None, "all"}
+    is_spelt_anew = key in FORMER_DEFAULTS and is_default(key, saved) and is_default(key, value)
+    return is_spelt_anew and options.get("objective.parity", NO_PARITY) == NO_PARITY
 
 
 def _latest_tag(folder: Path) -> str | None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+SGLANG_NAME = "SGLang"
+VLLM_NAME = "vLLM"
 EAGLE3_NAME = "eagle3"  # part of the architecture in EAGLE-3 drafts, in lower case
 
 
@@ -29,7 +31,7 @@ class DraftKind:
     @property
     def servers(self) -> str:
         """Names of the servers that load the draft."""
-        return "SGLang" if self.vllm_method is None else "SGLang and vLLM"
+        return SGLANG_NAME if self.vllm_method is None else f"{SGLANG_NAME} and {VLLM_NAME}"
 
 
 EAGLE3 = DraftKind("EAGLE3", "eagle3")

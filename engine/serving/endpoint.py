@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from engine.serving.draft_kinds import SGLANG_NAME, VLLM_NAME
 from engine.serving.http_stream import HttpClient, ServingError, shortened
 
 HEALTH_TIMEOUT_S = 5.0
@@ -150,7 +151,7 @@ EMPTY_REPLY = "its first token ends the sequence; pass --ignore_eos, or check th
 class VllmEndpoint(Endpoint):
     """vLLM's OpenAI-compatible server, from version 0.10.2 on, which returns token ids."""
 
-    name = "vLLM"
+    name = VLLM_NAME
     missing_acceptance = (
         "its /metrics has no vllm:spec_decode_num_drafts_total, so it runs without a draft or without metrics; start it with "
         "--speculative-config and without --disable-log-stats, or name it with --plain_url if it should have no draft"
@@ -253,7 +254,7 @@ class VllmEndpoint(Endpoint):
 class SglangEndpoint(Endpoint):
     """SGLang's own protocol."""
 
-    name = "SGLang"
+    name = SGLANG_NAME
     missing_acceptance = (
         "its replies have no meta_info.spec_verify_ct, so it runs without a draft; start it with "
         "--speculative-algorithm, or name it with --plain_url if it should have no draft"

@@ -8,37 +8,44 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from engine.models.draft_folder import CONFIG, WEIGHTS, draft_tensor_names, read_draft_config
+from engine.config.strict import parse_json, read_text
+from engine.models.draft_folder import CONFIG, WEIGHTS, draft_tensor_names, has_safetensors
 from engine.models.eagle3.draft_config import AUX_IDS, exported_aux_layers
 from engine.models.eagle3.export import DEEPER_NORM
 from engine.models.target_families import default_aux_layers, num_layers, text_config
-from engine.serving.draft_kinds import EAGLE3, DraftKind
+from engine.serving.draft_kinds import EAGLE3, SGLANG_NAME, VLLM_NAME, DraftKind
 
-SGLANG_NAME, VLLM_NAME = "SGLang", "vLLM"
 ADVICE = "export the draft again (launcher/export_draft.py), or correct the folder"
 
 
-def serving_problems(folder: Path, kind: DraftKind, target_config: PreTrainedConfig) -> dict[str, str]:
+def serving_problems(
+    folder: Path, kind: DraftKind, target_config: PreTrainedConfig, context_length: int | None = None
+) -> dict[str, str]:
     """Return why servers would not serve a draft as the engine measures it, by name of the server.
 
     The result is empty if both would. Servers that refuse such a draft by themselves are named as well.
     folder: of an exported draft. kind: its kind. target_config: config of the target.
-    Raises ValueError if the folder holds no draft.
+    context_length: tokens to which the server limits conversations; None = the target's positions.
+    Names of tensors are checked in safetensors files only. Raises ValueError if a file cannot be read.
     """
-    exported = read_draft_config(folder)
+    path = folder / CONFIG
+    exported = parse_json(read_text(path), path)
+    layer_config = exported.get("transformer_layer_config") or exported  # the former in the format of speculators
     target = text_config(target_config)
-    limit = exported.get("max_position_embeddings")
-    if limit is not None and limit < target.max_position_embeddings:
+    limit = layer_config.get("max_position_embeddings")
+    num_positions = context_length or getattr(target, "max_position_embeddings", None)
+    if limit is not None and num_positions is not None and limit < num_positions:
         problem = (
-            f"{CONFIG} has max_position_embeddings={limit}, below the target's {target.max_position_embeddings}: SGLang "
-            "refuses the draft, and vLLM drafts with wrong positions"
+            f"{CONFIG} has max_position_embeddings={limit}, below the {num_positions} positions of the target: SGLang refuses "
+            f"the draft, and vLLM drafts with wrong positions; limit the server to {limit} tokens (--context-length, "
+            "--max-model-len)"
         )
         return dict.fromkeys((SGLANG_NAME, VLLM_NAME), problem)
-    if kind is not EAGLE3:
+    if kind is not EAGLE3 or layer_config is not exported:
         return {}
     problems = _unread_layers(exported, num_layers(target), folder)
-    names = draft_tensor_names(folder)
-    if "d2t" in names and exported.get("draft_vocab_size") == exported["vocab_size"]:
+    names = draft_tensor_names(folder) if has_safetensors(folder) else set()
+    if "d2t" in names and exported.get("draft_vocab_size") == exported.get("vocab_size"):
         problems.setdefault(VLLM_NAME, f"{WEIGHTS} has d2t, which vLLM refuses of a draft with the whole vocabulary")
     missing = _missing_norm_copies(names)
     if missing:

@@ -1,12 +1,13 @@
 """Recipes and overrides: what is accepted, what is refused, and what the refusal says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from engine.config.recipe import describe_options, dump_config, load_config
-from engine.config.sections import OPTIONS, SECTIONS, Config, DataSection, DraftSection
+from engine.config.sections import DRAFT_METHODS, EAGLE3, OPTIONS, SECTIONS, Config, DataSection, DraftSection
 from engine.config.strict import ConfigError, as_yaml, option_type, type_name
 from engine.models.method_registry import make_method
 
@@ -224,6 +225,18 @@ def test_a_contradiction_is_refused_however_the_section_is_built():
         DraftSection(train_embedding_projection=True)
     assert DraftSection(train_embedding_projection=True, hidden_size=64).hidden_size == 64
     assert DataSection(train=("embedded",), held_out=("embedded",)).held_out == ("embedded",)
+
+
+@pytest.mark.parametrize("method", DRAFT_METHODS)
+def test_a_run_of_an_earlier_version_states_its_defaults_and_is_still_read(method, tmp_path):
+    config = Config(draft=DraftSection(method=method))
+    config = replace(config, objective=replace(config.objective, kl=0.0, selector_inject=False, selector_normaliser="same"))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    make_method(load_config(tmp_path / "config.yaml"))
+    for option in ("objective.kl=0.5", "objective.selector_inject=true"):
+        if method == EAGLE3:
+            with pytest.raises(ConfigError, match="is for block drafters"):
+                load_config(tmp_path / "config.yaml", [option])
 
 
 def test_an_earlier_name_of_an_option_still_reads(tmp_path):

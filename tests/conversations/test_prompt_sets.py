@@ -47,9 +47,9 @@ def test_files_named_sets_and_sets_of_the_hub_are_told_apart(tmp_path, monkeypat
     own.parent.mkdir()
     own.write_text("{}\n")
     cache = tmp_path / "cache"
-    names = ["own/prompts", "missing/chat.jsonl", "gsm8k", "openai/gsm8k:main:test"]
+    names = ["own/prompts", "missing/chat.jsonl", "missing/prompts", "gsm8k", "openai/gsm8k:main:test"]
     files = prompt_files(names, cache)
-    assert files[:2] == [Path("own/prompts"), Path("missing/chat.jsonl")], "a file that is missing is named as it was written"
-    assert files[2:] == [cache / "gsm8k.jsonl", cache / "openai--gsm8k--main--test.jsonl"]
+    assert files[:3] == [Path(name) for name in names[:3]], "a file that is missing is named as it was written"
+    assert files[3:] == [cache / "gsm8k.jsonl", cache / "openai+gsm8k+main+test.jsonl"]
     assert asked == ["openai/gsm8k:main:test"] * 2
     assert [prompt_path(name, cache) for name in names] == files

@@ -13,7 +13,7 @@ import pytest
 
 from engine.config.tree_shape import TreeShape
 from engine.serving.draft_kinds import EAGLE3
-from launcher.benchmark_serving import main, parse_arguments, servers_of, shapes_of
+from launcher.benchmark_serving import context_length, main, parse_arguments, servers_of, shapes_of
 from tests.serving.fake_server import CHUNK, left_running, program, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,6 +173,11 @@ def test_a_signal_ends_the_servers(number, ending, draft, data, tmp_path, monkey
 )
 def test_options_that_contradict_each_other_are_refused(server, options, fact, data, monkeypatch):
     assert fact in refused(monkeypatch, *words(data, server, *options))
+
+
+def test_the_limit_of_a_server_is_found_among_its_arguments():
+    assert context_length(["--tp", "2"]) is None and context_length(["--max-model-len", "auto"]) is None
+    assert context_length(["--max-model-len", "4096"]) == context_length(["--context-length=4096"]) == 4096
 
 
 def test_options_have_sglangs_meanings():

@@ -182,16 +182,19 @@ def test_the_model_card_gets_the_acceptance_that_was_measured(run, tmp_path, mon
     card = folder / "draft" / "README.md"
     before = card.read_text()
     assert "It was not measured" in before
-    measure(monkeypatch, "--draft", folder / "draft")
+    measure(monkeypatch, "--draft", folder / "draft", "--num_prompts", 1)
+    assert card.read_text() == before, "it is written if asked for"
+    measure(monkeypatch, "--draft", folder / "draft", "--update_card")
     after = card.read_text()
     assert "tokens per target forward (2 steps, topk 1)" in after and "4 prompts of held_out.jsonl" in after
     assert "It was not measured" not in after and "Model card with this acceptance" in capsys.readouterr().out
     parts = before.split("It was not measured: `launcher/measure_acceptance.py` measures it.")
     assert after.startswith(parts[0]) and after.endswith(parts[1])
-    measure(monkeypatch, "--draft", folder / "draft", "--temperature", 0.8)
-    assert card.read_text() == after, "sampled replies are not what the card is about"
+    with pytest.raises(SystemExit, match="is about greedy replies of the run's target"):
+        measure(monkeypatch, "--draft", folder / "draft", "--temperature", 0.8, "--update_card")
     card.write_text("# somebody else's card\n\n## Acceptance\n\nhigh\n")
-    measure(monkeypatch, "--draft", folder / "draft")
+    with pytest.raises(SystemExit, match="is not a model card of DraftSpeed"):
+        measure(monkeypatch, "--draft", folder / "draft", "--update_card")
     assert "high" in card.read_text()
 
 

@@ -409,6 +409,16 @@ def test_other_options_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="target.fp8_activations was False, now True"):
         checkpoint.check_options(later | {"target.fp8_activations": True})
     checkpoint.check_options(options | {"optimizer.params.betas": [0.9, 0.95]})  # a key of DeepSpeed's that was not recorded
+    spelt_before = {"objective.kl": 0.0, "objective.selector_inject": False, "block.anchors": None}
+    spelt_now = {"objective.kl": None, "objective.selector_inject": None, "block.anchors": "all"}
+    before = replace(checkpoint, options=checkpoint.options | spelt_before)
+    before.check_options(options | spelt_now)
+    for changed, message in (
+        ({"objective.kl": 0.5}, "objective.kl was 0.0, now 0.5"),
+        ({"objective.parity": "speculators"}, "parity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            before.check_options(options | spelt_now | changed)
 
 
 def test_another_curve_of_the_learning_rate_is_said(tmp_path):

@@ -82,6 +82,25 @@ def test_no_server_drafts_rightly_with_fewer_positions_than_the_target_has(kind,
     assert set(problems) == {"SGLang", "vLLM"} and "max_position_embeddings=10" in problems["vLLM"]
 
 
+def test_a_server_that_is_limited_to_the_positions_of_a_draft_serves_it(folder, target_config):
+    change(folder, max_position_embeddings=100)
+    assert "--max-model-len" in serving_problems(folder, EAGLE3, target_config)["vLLM"]
+    assert serving_problems(folder, EAGLE3, target_config, context_length=100) == {}
+
+
+def test_the_format_of_speculators_and_other_files_of_weights_are_not_taken_for_mistakes(folder, target_config):
+    exported = json.loads((folder / CONFIG).read_text())
+    nested = {"architectures": ["Eagle3Speculator"], "draft_vocab_size": 64, "transformer_layer_config": exported}
+    (folder / CONFIG).write_text(json.dumps(nested))
+    assert serving_problems(folder, EAGLE3, target_config) == {}
+    nested["transformer_layer_config"] = exported | {"max_position_embeddings": 10}
+    (folder / CONFIG).write_text(json.dumps(nested))
+    assert "max_position_embeddings=10" in serving_problems(folder, EAGLE3, target_config)["vLLM"]
+    (folder / CONFIG).write_text(json.dumps(exported))
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    assert serving_problems(folder, EAGLE3, target_config) == {}
+
+
 def test_an_export_of_an_earlier_version_is_for_sglang_only(tmp_path, target_config):
     shutil.copytree(GOLDEN, tmp_path / "draft")
     problems = serving_problems(tmp_path / "draft", EAGLE3, target_config)

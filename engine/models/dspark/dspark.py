@@ -102,7 +102,7 @@ class DSpark(BlockMethod[DSparkConfig, DSparkDraft]):
 
     def count_read_weights(self, config: DSparkConfig) -> int:
         # The Markov head is read again for each token after the first.
-        return super().count_read_weights(config) + (self.num_predictions - 1) * config.vocab_size * config.markov_rank
+        return super().count_read_weights(config) + (config.num_predictions - 1) * config.vocab_size * config.markov_rank
 
     def objective_of(self, **shared: Any) -> DSparkObjective:
         return DSparkObjective(**shared, confidence=self.section.confidence if self.has_confidence else 0.0)
