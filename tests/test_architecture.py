@@ -39,6 +39,7 @@ TESTS_OF_NO_SINGLE_FILE = {
     "test_equalities",
     "test_golden",
     "test_pairwise",
+    "test_parity",
     "test_plugins",
     "test_recipes",
     "test_faults",

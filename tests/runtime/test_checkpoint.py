@@ -413,12 +413,10 @@ def test_other_options_are_refused_by_name(tmp_path):
     spelt_now = {"objective.kl": None, "objective.selector_inject": None, "block.anchors": "all"}
     before = replace(checkpoint, options=checkpoint.options | spelt_before)
     before.check_options(options | spelt_now)
-    for changed, message in (
-        ({"objective.kl": 0.5}, "objective.kl was 0.0, now 0.5"),
-        ({"objective.parity": "speculators"}, "parity"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            before.check_options(options | spelt_now | changed)
+    with pytest.raises(ValueError, match="objective.kl was 0.0, now 0.5"):
+        before.check_options(options | spelt_now | {"objective.kl": 0.5})
+    with pytest.raises(ValueError, match="objective.parity was none"):
+        before.check_options(options | spelt_now | {"objective.parity": "speculators"})
 
 
 def test_another_curve_of_the_learning_rate_is_said(tmp_path):
