@@ -26,7 +26,7 @@ ONCE_PER_RUN = {
 ONCE_PER_STAGE = {
     ("engine/models/draft_layers.py", "cos_sin"): "rotary frequencies are moved",
     ("engine/models/eagle3/unroll.py", "_weight_S"): "weights of the steps are moved",
-    ("engine/evaluation/evaluator.py", "_summed"): "sums of all ranks",
+    ("engine/evaluation/evaluator.py", "_reports"): "sums of all ranks",
     ("engine/hidden_states/capture.py", "run"): "the bytes that all ranks wrote are printed",
 }
 EVERY_MICRO_BATCH = {
