@@ -1,10 +1,10 @@
 """Matrix products that are fast on every processor.
 
-On a CPU, fp32 products use MKL on Intel's processors and oneDNN on others. oneDNN runs AVX-512 on
-processors of every vendor, MKL on Intel's only, where it is faster and needs no copy of a weight
-whose layout does not suit it. Half-precision products are computed in fp32 if the processor has no
-instructions for them. PyTorch's own fallback is about 80 times slower there (AVX2, torch 2.13), and
-the result is the same sum, rounded once.
+On a CPU, fp32 products use oneDNN on processors of other vendors than Intel that have AVX-512, which
+oneDNN runs on all of them and MKL on Intel's only. Elsewhere they use MKL, which is at least as fast
+and needs no copy of a weight whose layout does not suit it. Half-precision products are computed in
+fp32 if the processor has no instructions for them. PyTorch's own fallback is about 80 times slower
+there (AVX2, torch 2.13), and the result is the same sum, rounded once.
 """
 
 from functools import lru_cache
@@ -93,7 +93,10 @@ def _onednn_is_faster() -> bool:
     """Return whether fp32 products are faster in oneDNN than in what PyTorch calls by itself."""
     if not torch.backends.mkldnn.is_available():
         return False
-    return not (torch.backends.mkl.is_available() and "GenuineIntel" in _processor())
+    if not torch.backends.mkl.is_available():
+        return True
+    processor = _processor()
+    return "GenuineIntel" not in processor and "avx512f" in processor.split()
 
 
 def _processor(file: Path = Path("/proc/cpuinfo")) -> str:

@@ -7,6 +7,7 @@ from engine.kernels import matmul
 from engine.kernels.matmul import Linear, add_product, batched_product, linear, product
 from tests.pairwise import pairwise
 
+CHOICE = matmul._onednn_is_faster
 LAYOUTS = [(False, False), (False, True), (True, False), (True, True)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1, 1), (33, 7, 65), (128, 512, 31), (0, 5, 3), (5, 0, 3)]
@@ -16,6 +17,18 @@ SHAPES = [(1, 1, 1), (33, 7, 65), (128, 512, 31), (0, 5, 3), (5, 0, 3)]
 def library(request, monkeypatch) -> None:
     """The library of fp32 products, which otherwise depends on the processor."""
     monkeypatch.setattr(matmul, "_onednn_is_faster", lambda: request.param == "onednn")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "is_faster"),
+    [("GenuineIntel", "avx2 avx512f", False), ("AuthenticAMD", "avx2 avx512f", True), ("AuthenticAMD", "avx avx2", False)],
+)
+def test_onednn_is_for_processors_on_which_only_it_runs_avx512(vendor, flags, is_faster, monkeypatch):
+    monkeypatch.setattr(matmul, "_processor", lambda: f"vendor_id : {vendor}\nflags : fpu {flags} sse")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert CHOICE.__wrapped__() is is_faster
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert CHOICE.__wrapped__() is True
 
 
 def draw(*shape: int, transposed: bool = False) -> torch.Tensor:
