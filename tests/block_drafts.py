@@ -101,7 +101,7 @@ def make_config(method: BlockMethod) -> Any:
 
 
 def every_token() -> VocabMap:
-    return VocabMap(torch.arange(VOCAB), torch.ones(VOCAB, dtype=torch.bool))
+    return VocabMap.whole(VOCAB)
 
 
 def make_draft(method: BlockMethod, kernels: Kernels = PLAIN, seed: int = 0) -> BlockDraft:

@@ -42,6 +42,11 @@ class VocabMap:
         return cls(in_draft_V.nonzero().flatten(), in_draft_V)
 
     @classmethod
+    def whole(cls, size: int, device: torch.device | str = "cpu") -> "VocabMap":
+        """Return the vocabulary that has all `size` tokens of the target."""
+        return cls(torch.arange(size, device=device), torch.ones(size, dtype=torch.bool, device=device))
+
+    @classmethod
     def from_tables(cls, d2t: torch.Tensor, t2d: torch.Tensor) -> "VocabMap":
         """Return a checkpoint's vocabulary from its offsets, int64 [U], and flags, bool [V]."""
         return cls(d2t + torch.arange(d2t.numel(), device=d2t.device), t2d)

@@ -78,7 +78,7 @@ def write_block_run(name: str, run: Path, folder: Path) -> Path:
     torch.manual_seed(0)
     draft = method.draft_type(method.derive_config(load_target_config(target), target.aux_layers))
     draft.draw_weights()
-    every_token = VocabMap(torch.arange(len(WORDS)), torch.ones(len(WORDS), dtype=torch.bool))
+    every_token = VocabMap.whole(len(WORDS))
     method.export(folder / "draft", draft.state_dict().items(), replace(draft.config, dtype="float32"), every_token, None)
     return folder
 

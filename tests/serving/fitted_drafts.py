@@ -46,7 +46,7 @@ def write_fitted_draft(recipe: Config, prompts: Sequence[list[int]], new_tokens:
     assert isinstance(method, BlockMethod)
     config = method.derive_config(load_target_config(recipe.target), None)
     target = FrozenTarget.load(recipe.target, CPU, config.aux_layers)
-    every_token = VocabMap(torch.arange(config.vocab_size), torch.ones(config.vocab_size, dtype=torch.bool))
+    every_token = VocabMap.whole(config.vocab_size)
     draft = method.new_draft(config, PLAIN, target, every_token)
     objective = method.make_objective(target, every_token)
     micro = MicroBatchMaker(method, target, torch.float32, CPU)(replies(target, prompts, new_tokens))

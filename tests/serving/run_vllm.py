@@ -124,7 +124,7 @@ def with_every_token(model: Eagle3Draft, vocab_map: VocabMap) -> tuple[Eagle3Dra
     head_VD = torch.randn(vocab_size, model.config.hidden_size) * 0.02
     head_VD[vocab_map.target_ids_U] = model.lm_head.weight
     whole.load_state_dict(model.state_dict() | {"lm_head.weight": head_VD})
-    return whole, VocabMap(torch.arange(vocab_size), torch.ones(vocab_size, dtype=torch.bool))
+    return whole, VocabMap.whole(vocab_size)
 
 
 def narrower(model: Eagle3Draft) -> Eagle3Draft:

@@ -144,8 +144,7 @@ def vocabulary_tables(vocab_map: VocabMap, config: Eagle3Config) -> dict[str, to
 def _take_vocabulary(tensors: dict[str, torch.Tensor], config: Eagle3Config) -> VocabMap:
     """Remove the tables of the vocabulary from a draft's tensors and return what they say."""
     if config.draft_vocab_size == config.vocab_size and not {"d2t", "t2d"} & tensors.keys():
-        every_V = torch.ones(config.vocab_size, dtype=torch.bool)
-        return VocabMap(every_V.nonzero().flatten(), every_V)
+        return VocabMap.whole(config.vocab_size)
     _check_vocabulary(tensors, config)
     return VocabMap.from_tables(tensors.pop("d2t"), tensors.pop("t2d"))
 

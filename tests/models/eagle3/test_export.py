@@ -58,7 +58,7 @@ def test_equal_drafts_give_equal_bytes(shape, tmp_path):
 
 def test_a_draft_with_the_whole_vocabulary_has_no_tables_and_is_read_with_or_without_them(tmp_path):
     draft = draft_with(draft_vocab_size=VOCAB)
-    every_token = VocabMap(torch.arange(VOCAB), torch.ones(VOCAB, dtype=torch.bool))
+    every_token = VocabMap.whole(VOCAB)
     export_draft(tmp_path / "draft", draft.state_dict().items(), draft.config, every_token, EMBED_VD)
     weights = tmp_path / "draft" / "model.safetensors"
     tensors = load_file(weights)
