@@ -134,7 +134,7 @@ def verify_drawn(target_QV: Tensor, draft_SV: Tensor, token_ids: Sequence[int], 
 
 
 def residual(target_V: Tensor, draft_V: Tensor) -> Tensor:
-    """Return what a token is drawn from after a rejection, up to a factor, [V]."""
+    """Return the distribution after a rejection, [V]. Its sum need not be 1."""
     excess_V = (target_V - draft_V).clamp_min(0)
     # Rounding can hide the excess of two distributions that are nearly equal.
     return torch.where(excess_V.sum() > 0, excess_V, target_V)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from engine.batch import PackedBatch
+from engine.kernels import BlockRows
 from engine.models.block_drafter.block_config import BlockConfig
 from engine.models.block_drafter.block_rows import BlockShape, plan_blocks
 from engine.models.costs import Cost, StepPart, attention_part, frozen_head_part, map_part
@@ -45,14 +46,8 @@ class BlockCounts:
     def needed(cls, batch: PackedBatch, allowed_ST: Tensor, shape: BlockShape, num_slots: int) -> "BlockCounts":
         """Return the counts of the rows that a loss depends on. allowed_ST: bool [S, T], rows with loss."""
         plan = plan_blocks(batch, allowed_ST, shape)
-        pairs: list[int] = []
-        last_pairs = 0
-        leading_pairs = 0
-        for rows in plan.layers:
-            seen_P = rows.context_end_Q - rows.context_begin_Q + rows.own_end_Q - rows.own_begin_Q
-            pairs.append(int(seen_P.sum()))
-            last_pairs = int(seen_P[plan.loss_row_R].sum())
-            leading_pairs = int(seen_P[plan.leading_row_Q].sum())
+        seen_of_layers = [_seen_keys(rows) for rows in plan.layers]
+        last_seen_P = seen_of_layers[-1]
         return cls(
             num_tokens=batch.num_tokens,
             num_context=batch.num_tokens if plan.context_C is None else len(plan.context_C),
@@ -61,9 +56,9 @@ class BlockCounts:
             num_loss_rows=len(plan.loss_row_R),
             num_leading_rows=len(plan.leading_row_Q),
             rows_S=tuple(allowed_ST.sum(1).tolist()),
-            pairs_of_layers=tuple(pairs),
-            last_pairs=last_pairs,
-            leading_pairs=leading_pairs,
+            pairs_of_layers=tuple(int(seen_P.sum()) for seen_P in seen_of_layers),
+            last_pairs=int(last_seen_P[plan.loss_row_R].sum()),
+            leading_pairs=int(last_seen_P[plan.leading_row_Q].sum()),
             prefix_pairs=int((batch.position_T + 1).sum()),
             num_slots=num_slots,
             block_size=shape.block_size,
@@ -89,6 +84,11 @@ class BlockCounts:
     def last_layer_rows(self, mixed_rows: int) -> int:
         """Return the number of rows that have an output of the last layer. mixed_rows: as in `block_step_parts`."""
         return self.num_leading_rows if mixed_rows else self.num_loss_rows
+
+
+def _seen_keys(rows: BlockRows) -> Tensor:
+    """Return the number of keys that each row sees in a layer, int64 [P]."""
+    return rows.context_end_Q - rows.context_begin_Q + rows.own_end_Q - rows.own_begin_Q
 
 
 def block_step_parts(

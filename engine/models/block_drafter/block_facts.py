@@ -133,6 +133,6 @@ def causality(
 
 
 def one_causality(is_causal: bool | None, windows: tuple[int | None, ...]) -> bool | None:
-    """Return whether rows attend to earlier rows only, if this is the same in all layers; otherwise `is_causal`."""
+    """Return `is_causal`, with true or false in place of None if all layers are alike."""
     of_layers = {is_causal_layer(is_causal, window) for window in windows}
     return of_layers.pop() if len(of_layers) == 1 else is_causal
