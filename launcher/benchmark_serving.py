@@ -27,7 +27,7 @@ from engine.config.secret_values import hidden_in_text
 from engine.config.sections import Config, DataSection, TargetSection
 from engine.config.strict import parse_json, read_text
 from engine.config.tree_shape import TreeShape
-from engine.conversations.prompt_sets import PROMPT_SETS, prompt_files, prompt_path
+from engine.conversations.prompt_sets import PROMPT_FILES, prompt_files, prompt_path
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import held_out_prompts
 from engine.evaluation.grid import grid_shapes
@@ -90,8 +90,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="JSONL files with conversations or with the questions of a benchmark, or sets that are downloaded: "
-        f"{', '.join(PROMPT_SETS)}, or owner/name:config:split of the Hugging Face hub; each is a set of prompts",
+        help=f"{PROMPT_FILES}; each is a set of prompts",
     )
     parser.add_argument("--num_prompts", type=positive_number, default=32, help="prompts per file; default: 32")
     parser.add_argument(
@@ -169,7 +168,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{option} {path}: is a folder; name a file in it")
         with writing(path.parent):  # before anything is measured
             path.parent.mkdir(parents=True, exist_ok=True)
-    sampling_of(arguments)
+    sampling_of(arguments)  # refuses settings that contradict each other
     names = [prompt_path(name, Path()).stem for name in arguments.data]
     if len(set(names)) < len(names):
         raise ValueError(f"--data: expected files with different names, found {' '.join(arguments.data)}; rename one")

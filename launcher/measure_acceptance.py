@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import torch
 import transformers
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +27,7 @@ import engine
 from engine.config.recipe import load_config
 from engine.config.sections import RECIPE, Config, EvaluationSection, TargetSection
 from engine.config.tree_shape import TreeRule, TreeShape
-from engine.conversations.prompt_sets import PROMPT_SETS, prompt_files
+from engine.conversations.prompt_sets import PROMPT_FILES, prompt_files
 from engine.data.segments import decoded
 from engine.data.templates import load_tokenizer
 from engine.evaluation.acceptance import ALL, AcceptanceReport, Prompt, check_prompts, held_out_prompts
@@ -94,8 +94,7 @@ def parse_arguments() -> argparse.Namespace:
         "--data",
         nargs="+",
         metavar="FILE",
-        help="JSONL files with conversations or with the questions of a benchmark, or sets that are downloaded: "
-        f"{', '.join(PROMPT_SETS)}, or owner/name:config:split of the Hugging Face hub; default: the run's held-out files",
+        help=f"{PROMPT_FILES}; default: the run's held-out files",
     )
     parser.add_argument(
         "--num_prompts",
@@ -250,13 +249,13 @@ def sampling_with_drafts(arguments: argparse.Namespace) -> Sampling:
     return replace(sampling, greedy_drafts=arguments.greedy_drafts)
 
 
-def check_target(method: DraftMethod, draft: DraftConfig, section: TargetSection) -> tuple[int, ...]:
+def check_target(method: DraftMethod, draft: DraftConfig, section: TargetSection, config: PreTrainedConfig) -> tuple[int, ...]:
     """Return the layers of the target that the draft reads.
 
-    Raises ValueError if the draft was not trained for this target, or its config cannot be read.
+    config: the target's. Raises ValueError if the draft was not trained for this target.
     """
     path = section.path
-    target = text_config(load_target_config(section))
+    target = text_config(config)
     facts = {
         "a vocabulary of": (draft.vocab_size, target.vocab_size),
         "hidden size": (draft.target_hidden_size, target.hidden_size),
@@ -296,12 +295,14 @@ def reply_text(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> Te
 class Measurement:
     """What is measured: a draft of a method, under a configuration, for one shape or several.
 
+    aux_layers: target layers that the draft reads.
     kind: how servers run the draft; None = no server knows its architecture.
     problems: why servers would run the folder otherwise, by name of the server.
     """
 
     method: DraftMethod
     draft_config: DraftConfig
+    aux_layers: tuple[int, ...]
     run: Config
     shapes: list[TreeShape]
     sampling: Sampling
@@ -323,11 +324,13 @@ class Measurement:
         draft_config = method.read_config(exported, arguments.draft / CONFIG)
         for shape in shapes:
             method.check_shape(shape, draft_config)
+        target_config = load_target_config(run.target)
+        aux_layers = check_target(method, draft_config, run.target, target_config)
         kind = draft_kind(exported)
-        problems = {} if kind is None else serving_problems(arguments.draft, kind, load_target_config(run.target))
+        problems = {} if kind is None else serving_problems(arguments.draft, kind, target_config)
         if arguments.update_card:
             check_card(arguments, sampling)
-        return cls(method, draft_config, run, shapes, sampling, kind, problems)
+        return cls(method, draft_config, aux_layers, run, shapes, sampling, kind, problems)
 
 
 def measure(arguments: argparse.Namespace, measurement: Measurement, world: World) -> None:
@@ -338,7 +341,6 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
     sampling = measurement.sampling
     kind = measurement.kind
     telemetry = Telemetry(speaks=world.is_main)
-    aux_layers = check_target(method, draft_config, run.target)
     tokenizer = load_tokenizer(run.target, run.data)
     source = OnlineSource(run, tokenizer, world, telemetry)
     if run.target.plugins and not arguments.plugins:
@@ -352,7 +354,7 @@ def measure(arguments: argparse.Namespace, measurement: Measurement, world: Worl
     costs = CostModel(draft_cost or 0.0, arguments.verify_cost, kind is not None and kind.block_tokens is not None)
     prompts = prompts_of(run, tokenizer, per_file=arguments.data is not None)
     check_prompts(prompts, draft_config.vocab_size)
-    target = source.load_target(aux_layers)
+    target = source.load_target(measurement.aux_layers)
     dtype = target.dtype
     kernels = choose_kernels(run.kernels, world.device, dtype, draft_config.head_dim)
     self_check = SelfCheck.of(world, run.data.cache_dir, telemetry.warn)
@@ -453,8 +455,9 @@ def show_results(
         )
     if measurement.kind is not None:
         show_commands(results, measurement, draft, measurement.kind, telemetry)
-    if measurement.is_grid and arguments.json is None and run_of(draft) is not None:
-        telemetry.console.print(f"\nReport with these shapes: {draft.resolve().parent / PAGE}")
+    run_folder = run_of(draft)
+    if measurement.is_grid and arguments.json is None and run_folder is not None:
+        telemetry.console.print(f"\nReport with these shapes: {run_folder / PAGE}")
     if arguments.update_card:
         telemetry.console.print(f"Model card with this acceptance: {draft / CARD}")
 

@@ -14,6 +14,11 @@ PROMPT_SETS = {
     "humaneval": "openai/openai_humaneval::test",
     "math500": "HuggingFaceH4/MATH-500::test",
 }
+# What `prompt_files` accepts, for the help of commands.
+PROMPT_FILES = (
+    "JSONL files with conversations or with the questions of a benchmark, or sets that are downloaded: "
+    f"{', '.join(PROMPT_SETS)}, or owner/name:config:split of the Hugging Face hub"
+)
 
 
 def prompt_files(names: Sequence[str], folder: Path) -> list[Path]:

@@ -36,7 +36,7 @@ def serving_problems(
     num_positions = context_length or getattr(target, "max_position_embeddings", None)
     if limit is not None and num_positions is not None and limit < num_positions:
         problem = (
-            f"{CONFIG} has max_position_embeddings={limit}, below the {num_positions} positions of the target: SGLang refuses "
+            f"{CONFIG} has max_position_embeddings={limit}, below the {num_positions} positions of the server: SGLang refuses "
             f"the draft, and vLLM drafts with wrong positions; limit the server to {limit} tokens (--context-length, "
             "--max-model-len)"
         )

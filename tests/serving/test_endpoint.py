@@ -7,7 +7,7 @@ from engine.serving.http_stream import ServingError
 from tests.serving.fake_server import CHUNK, reply_to, serving
 
 PROMPT = [5, 6, 7]
-LIMITS = ReplySettings(1 + 4 * CHUNK, ignore_eos=True)
+SETTINGS = ReplySettings(1 + 4 * CHUNK, ignore_eos=True)
 
 
 def generate(server, name: str, prompt=PROMPT):
@@ -17,7 +17,7 @@ def generate(server, name: str, prompt=PROMPT):
     client = endpoint.client()
     try:
         before = endpoint.counters()
-        reply = endpoint.generate(client, prompt, LIMITS)
+        reply = endpoint.generate(client, prompt, SETTINGS)
         return reply, endpoint.acceptance(before, endpoint.counters(), [reply])
     finally:
         client.close()
@@ -29,7 +29,7 @@ def test_tokens_times_and_acceptance_of_a_reply(name, drafts):
     with serving(drafts) as server:
         server.step_s = 0.05
         reply, acceptance = generate(server, name)
-        assert list(reply.token_ids) == reply_to(PROMPT, LIMITS.max_new_tokens)
+        assert list(reply.token_ids) == reply_to(PROMPT, SETTINGS.max_new_tokens)
         num_steps = 4 if drafts else 4 * CHUNK
         assert reply.first_token_s >= 0.05
         assert reply.total_s >= 0.05 * (1 + num_steps)
@@ -53,7 +53,7 @@ def test_sglang_may_send_only_the_latest_tokens():
     with serving() as server:
         server.is_incremental = True
         reply, _ = generate(server, "sglang")
-        assert list(reply.token_ids) == reply_to(PROMPT, LIMITS.max_new_tokens)
+        assert list(reply.token_ids) == reply_to(PROMPT, SETTINGS.max_new_tokens)
 
 
 def test_lists_that_run_ahead_of_their_number_of_tokens_are_told_from_latest_tokens():
