@@ -113,6 +113,25 @@ PARTS = (
         needs_on_gpu=("triton",),
     ),
     SuitePart(
+        name="block_step",
+        title="the step of DFlash and DSpark at the shapes of Qwen3-8B, 4096 tokens and 512 blocks",
+        command=_benchmark(
+            "benchmarks.bench_block_step",
+            tuple(f"{method}-qwen3-8b-4096-{share}" for method in ("dflash", "dspark") for share in ("1.0", "0.3")),
+            ("as in a run", "every row", "every mask row"),
+            "--repeat",
+            "5",
+            "--profile",
+            "15",
+        ),
+        tiny=_benchmark(
+            "benchmarks.bench_block_step", ("dflash-cpu-tiny-128-0.3",), ("as in a run",), "--repeat", "1", "--profile", "5"
+        ),
+        weight=90,
+        needs=("rich", "yaml"),
+        needs_on_gpu=("triton",),
+    ),
+    SuitePart(
         name="target",
         title="the target's forward at Llama-3.1-8B, in bf16 and fp8",
         command=_benchmark(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_colocated, bench_target, bench_train_step, harness, run_gpu_suite
+from benchmarks import bench_block_step, bench_colocated, bench_target, bench_train_step, harness, run_gpu_suite
 from benchmarks.gpu_suite import compare_training, kernel_tests, runner
 from benchmarks.gpu_suite.parts import DEVICE, JSON, PARTS, SuitePart
 from benchmarks.gpu_suite.runner import Suite, missing_packages, run_suite, time_limit_s
@@ -149,7 +149,7 @@ def test_a_row_with_an_error_fails_a_benchmark_that_ended_normally(tmp_path):
 
 def test_the_parts_name_shapes_and_providers_that_exist(monkeypatch):
     benchmarks = {"step": bench_train_step, "target": bench_target, "overlap": bench_colocated}
-    benchmarks |= {"block_attention": bench_anchored_attention, "token_loss": bench_token_loss}
+    benchmarks |= {"block_step": bench_block_step, "block_attention": bench_anchored_attention, "token_loss": bench_token_loss}
     named = {part.name: part for part in PARTS}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, module in benchmarks.items():

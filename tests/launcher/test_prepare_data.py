@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import launch
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,20 +92,30 @@ def test_named_sets_are_listed(command):
         (["prepare.source=[a]"], r"did you mean 'prepare\.sources'"),
         (["prepare.sources=[a,b]", "prepare.weights=[1]"], "give one weight per source"),
         (["prepare.sources=ultrachatt"], "did you mean 'ultrachat'"),
-        (["prepare.sources=gsm8k"], "gsm8k: cannot be read: Couldn't reach 'openai/gsm8k' on the Hub"),
         (["prepare.sources={file}", "prepare.output_dir=/proc/x"], "/proc/x"),
         (["prepare.sources={file}", "prepare.output_dir={file}"], "exists|Not a directory"),
     ],
 )
-def test_what_cannot_be_used_ends_with_one_line(overrides, problem, command, write, tmp_path):
+def test_what_cannot_be_used_ends_with_one_line(overrides, problem, write, tmp_path):
     file = write("a.jsonl", 9)
     out = tmp_path / "out"
     if not any(text.startswith("prepare.output_dir") for text in overrides):
         overrides = [*overrides, f"prepare.output_dir={out}"]
-    result = command(*(text.format(file=file) for text in overrides))
+    result = launch([COMMAND[1], *(text.format(file=file) for text in overrides)])
+    assert_one_line(result, problem)
+    assert not out.exists()
+
+
+def test_a_set_that_cannot_be_reached_ends_with_one_line(command, tmp_path):
+    out = tmp_path / "out"
+    result = command("prepare.sources=gsm8k", f"prepare.output_dir={out}")
+    assert_one_line(result, "gsm8k: cannot be read: Couldn't reach 'openai/gsm8k' on the Hub")
+    assert not out.exists()
+
+
+def assert_one_line(result, problem):
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert re.search(problem, result.stderr), result.stderr
-    assert result.stderr.startswith("prepare_data.py: ") and not out.exists()
+    assert result.stderr.startswith("prepare_data.py: ") and re.search(problem, result.stderr), result.stderr
 
 
 # The command, which waits to be killed when it has read a number of rows.

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.conversations.chat_server import ChatServer, answered, conversations, read_lines, serving, stop, write_lines
+from tests.distributed import launch
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "launcher/regenerate_data.py"
 HANG_S = 120.0  # only a test that hangs ends after this time
 TORN = b'{"line": 3, "sample": {"conv'
 
@@ -25,7 +27,7 @@ def server():
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "launcher/regenerate_data.py", "regenerate.concurrency=4", *arguments]
+    command = [sys.executable, SCRIPT, "regenerate.concurrency=4", *arguments]
     # a shell's background job ignores Ctrl-C, and so would all that it starts
     heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed)
@@ -138,10 +140,9 @@ def test_a_wrong_option_is_one_line_before_any_request(change, problem, tmp_path
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     options = dict(argument.split("=", 1) for argument in job(tmp_path, server))
     options |= {f"regenerate.{key}": text.format(tmp=tmp_path, name=tmp_path.name) for key, text in change.items()}
-    process = start(*(f"{key}={value}" for key, value in options.items()))
-    _, errors = process.communicate(timeout=HANG_S)
-    assert process.returncode == 1 and errors.count("\n") == 1, errors
-    assert re.search(problem, errors), errors
+    result = launch([SCRIPT, *(f"{key}={value}" for key, value in options.items())])
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert re.search(problem, result.stderr), result.stderr
     assert not server.requests
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
