@@ -4,11 +4,10 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.config.strict import parse_json, read_text
-from engine.models.draft_folder import CONFIG, WEIGHTS
+from engine.models.draft_folder import CONFIG, WEIGHTS, has_safetensors, read_draft_weights
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import MUST_BE_FALSE, check_architecture, exported_aux_layers
 from engine.models.eagle3.export import without_norm_copies
@@ -27,7 +26,8 @@ def start_from_draft(draft: Eagle3Draft, folder: Path, vocab_map: VocabMap) -> s
 
     Rows of the LM head are copied by the target's token: tokens that the other draft does not have
     keep their initial rows.
-    folder: holds model.safetensors or pytorch_model.bin, and config.json if there is one.
+    folder: holds model.safetensors, or several such files with their index, or pytorch_model.bin, and
+        config.json if there is one.
     Raises ValueError if the other draft has other shapes, layers or auxiliary layers.
     """
     if draft.embed_projection is not None:
@@ -69,13 +69,11 @@ def _own_name(name: str, draft: Eagle3Draft) -> str:
 
 def _read(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of a draft, on the host. Raises ValueError if there are none."""
-    if (folder / WEIGHTS).is_file():
-        from safetensors.torch import load_file
-
+    if has_safetensors(folder):
         try:
-            return load_file(folder / WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"draft.init_from: {folder / WEIGHTS} is damaged ({error})") from error
+            return read_draft_weights(folder, "cpu")
+        except ValueError as error:
+            raise ValueError(f"draft.init_from: {error}") from error
     if (folder / PICKLED).is_file():
         try:
             return torch.load(folder / PICKLED, map_location="cpu", weights_only=True)

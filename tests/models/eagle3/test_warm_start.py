@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.host.weight_index import INDEX
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.export import export_draft
-from engine.models.eagle3.warm_start import start_from_draft
+from engine.models.eagle3.warm_start import HEAD, start_from_draft
 from engine.models.vocab_map import VocabMap
 from tests.test_trainer import arguments, run
 from tests.tiny import make_draft
@@ -36,6 +37,16 @@ def rewrite(folder: Path, rename, pickled: bool = False) -> None:
         torch.save(weights, folder / "pytorch_model.bin")
     else:
         save_file(weights, folder / "model.safetensors")
+
+
+def in_two_files(folder: Path) -> None:
+    """Write the weights in two files with an index, as Transformers writes large models."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-0000{1 + (name == HEAD)}-of-00002.safetensors" for name in weights}
+    for file in set(files.values()):
+        save_file({name: weights[name] for name in weights if files[name] == file}, folder / file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
 LAYOUTS = {
@@ -99,12 +110,24 @@ def test_what_does_not_fit_is_named(other, tmp_path):
         start_from_draft(make_draft(), folder, OWN)
 
 
+def test_weights_in_several_files_are_read(other):
+    folder, before = other
+    in_two_files(folder)
+    draft = make_draft(seed=8)
+    start_from_draft(draft, folder, OTHER)
+    for name, weight in before.named_parameters():
+        assert torch.equal(draft.get_parameter(name), weight)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="draft.init_from: .*model-00002-of-00002.safetensors is missing"):
+        start_from_draft(draft, folder, OTHER)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_damaged_file_is_one_clear_error(name, other):
     folder, _ = other
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(b"cut off")
-    with pytest.raises(ValueError, match=f"{name} is damaged"):
+    with pytest.raises(ValueError, match=f"draft.init_from: .*{name} (is damaged|cannot be read)"):
         start_from_draft(make_draft(), folder, OWN)
 
 
