@@ -8,21 +8,23 @@ one shorter document, with turns of 128 tokens that end with their assistant tok
 as in a run. The draft of Qwen3-8B is that of launcher/recipes; with few tokens it fits on a CPU.
 Weights and hidden states are random. The target's decoder and the optimizer do not run.
 
-A provider is a way to compute the same loss and gradients, with one of the method's economies left
-out, or with activations recomputed. All are compared with the same floor, which counts only the rows
-that a loss depends on, and each different row of the first layer once. MFU counts the same FLOPs.
+A provider computes the same loss and gradients without one of the optimisations, or recomputes
+activations. `every row` computes the last layer for rows without loss too, and keys and values of
+all context tokens. All are compared with the same floor, which counts only the rows that a loss
+depends on, and each different row of the first layer once. MFU counts the same FLOPs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3Config
 
-from benchmarks.harness import Benchmark, Place, Provider, choose_tiles, main
+from benchmarks.harness import Benchmark, Place, Provider, main
 from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
 from engine.config.recipe import load_config
 from engine.kernels import Kernels, choose_kernels
@@ -42,9 +44,9 @@ SHARES = (1.0, 0.5, 0.3)
 DOCUMENT_TOKENS = 1024
 TURN_TOKENS = 128
 QWEN3_8B = "qwen3-8b"
-# Tokens for a GPU, and for a CPU.
-QWEN3_8B_TOKENS = (4096, 128)
-QWEN3_8B_ANCHORS = 512  # of 4096 tokens, as in the recipes
+QWEN3_8B_TOKENS = 4096
+QWEN3_8B_ANCHORS = 512  # of as many tokens, as in the recipes
+QWEN3_8B_TOKENS_ON_A_CPU = 128
 SMALL = {
     "hidden_size": 512,
     "intermediate_size": 1792,
@@ -61,7 +63,7 @@ ON_A_CPU = {"cpu": SMALL, "cpu-tiny": TINY}  # cpu-tiny is used by tests
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to compute a step.
+    """What a provider changes in the computation of a step.
 
     options: recipe options that it changes, by dotted key.
     projects_mask_rows_once: whether the first layer projects the mask rows once, as in a run.
@@ -98,20 +100,29 @@ class BlockStepShape:
 
     def method(self, options: dict[str, str]) -> BlockMethod:
         """Return the method of the shape's recipe, with further options."""
-        recipe = RECIPES / f"{QWEN3_8B}-{self.draft_method}.yaml" if self.model == QWEN3_8B else None
-        chosen = {"block.anchors": self.anchors, "data.max_tokens": self.num_tokens}
-        if recipe is None:
-            mask_token_id = ON_A_CPU[self.model]["vocab_size"] - 1
-            chosen |= {"draft.method": self.draft_method, "draft.num_layers": 3, "block.mask_token_id": mask_token_id}
-        if recipe is None and self.draft_method != "dspark":
-            chosen |= {"block.size": 8}
-        config = load_config(recipe, [f"{key}={value}" for key, value in (chosen | options).items()])
-        method = make_method(config)
+        if self.model == QWEN3_8B:
+            recipe = RECIPES / f"{QWEN3_8B}-{self.draft_method}.yaml"
+            chosen = {}
+        else:
+            recipe = None
+            chosen = self._small_recipe()
+        chosen |= {"block.anchors": self.anchors, "data.max_tokens": self.num_tokens} | options
+        method = make_method(load_config(recipe, [f"{key}={value}" for key, value in chosen.items()]))
         assert isinstance(method, BlockMethod)
         return method
 
+    def _small_recipe(self) -> dict[str, Any]:
+        """Return the options of a draft for one of the targets of `ON_A_CPU`, by dotted key."""
+        return {
+            "draft.method": self.draft_method,
+            "draft.num_layers": 3,
+            "block.mask_token_id": ON_A_CPU[self.model]["vocab_size"] - 1,
+            "block.size": 7 if self.draft_method == "dspark" else 8,
+        }
+
     @property
     def target(self) -> PreTrainedConfig:
+        """The config of the target."""
         return target_config(QWEN3_8B) if self.model == QWEN3_8B else Qwen3Config(**ON_A_CPU[self.model])
 
     @cached_property
@@ -137,7 +148,8 @@ class BlockStepShape:
 
 def _shapes() -> dict[str, BlockStepShape]:
     sizes = [("cpu-tiny", 128, 16), ("cpu", 1024, 128)]
-    sizes += [(QWEN3_8B, num_tokens, QWEN3_8B_ANCHORS * num_tokens // 4096) for num_tokens in QWEN3_8B_TOKENS]
+    for num_tokens in (QWEN3_8B_TOKENS, QWEN3_8B_TOKENS_ON_A_CPU):
+        sizes.append((QWEN3_8B, num_tokens, QWEN3_8B_ANCHORS * num_tokens // QWEN3_8B_TOKENS))
     shapes = {}
     for draft_method in METHODS:
         for model, num_tokens, anchors in sizes:
@@ -154,7 +166,7 @@ class OnlyHead:
     head: TargetHead
 
     def head_rows(self, target_ids_U: Tensor) -> TargetHead:
-        """Return the head of all tokens, which is what a block drafter asks for; without a copy."""
+        """Return the head of all tokens, which is what a block drafter asks for, without copying it."""
         return self.head
 
 
@@ -179,10 +191,16 @@ def prepare(shape: BlockStepShape, place: Place) -> StepTensors:
     size = config.hidden_size
     with place.device:
         head_VD = torch.randn(config.vocab_size, size, dtype=place.dtype) * (4 * size**-0.5)
-        widths = len(config.aux_layers) * size, size, size
-        states = [torch.randn(shape.num_tokens, width, dtype=place.dtype) for width in widths]
-        mask_embed_D = torch.randn(size, dtype=place.dtype)
-    return StepTensors(shape, place, TargetHead(head_VD), shape.batch.to(place.device), *states, mask_embed_D)
+        return StepTensors(
+            shape=shape,
+            place=place,
+            head=TargetHead(head_VD),
+            batch=shape.batch.to(place.device),
+            aux_TA=torch.randn(shape.num_tokens, len(config.aux_layers) * size, dtype=place.dtype),
+            last_hidden_TD=torch.randn(shape.num_tokens, size, dtype=place.dtype),
+            embed_TD=torch.randn(shape.num_tokens, size, dtype=place.dtype),
+            mask_embed_D=torch.randn(size, dtype=place.dtype),
+        )
 
 
 def setup(variant: Variant, tensors: StepTensors) -> Callable[[], object]:
@@ -203,9 +221,9 @@ def make_step(variant: Variant, tensors: StepTensors) -> tuple[BlockDraft, Calla
     method = shape.method(variant.options)
     draft = _random_draft(method, tensors)
     if not variant.projects_mask_rows_once:
-        draft.first_inputs = partial(_project_every_row, draft)  # type: ignore[method-assign]
+        draft.first_inputs = partial(_project_every_row, draft)
     if not variant.leaves_out_rows:
-        draft.last_layer_rows = _every_row  # type: ignore[method-assign]
+        draft.last_layer_rows = _every_row
     objective = method.make_objective(OnlyHead(tensors.head), VocabMap.whole(shape.draft.vocab_size, device))
     # A run computes these rows on the host while it reads data.
     host_allowed_ST = method.allowed_rows(shape.batch)
@@ -227,7 +245,6 @@ def _random_draft(method: BlockMethod, tensors: StepTensors) -> BlockDraft:
     place = tensors.place
     config = tensors.shape.draft
     kernels = choose_kernels("auto", place.device, place.dtype, config.head_dim, Kernels(recompute=method.recompute))
-    choose_tiles(kernels, place, config.head_dim)
     torch.manual_seed(1)
     with place.device:
         draft = method.draft_type(config, kernels).to(place.dtype)
@@ -237,7 +254,7 @@ def _random_draft(method: BlockMethod, tensors: StepTensors) -> BlockDraft:
 
 
 def _project_every_row(draft: BlockDraft, layer: BlockLayer, anchor_embed_ND: Tensor, plan: BlockPlan) -> LayerInputs:
-    """Compute `first_inputs` as any other layer does, for every row."""
+    """Return what `first_inputs` returns, but project every row, as the other layers do."""
     distinct_MD = torch.cat((anchor_embed_ND, draft.mask_embed_D[None]))
     return draft.inputs(layer, spread(distinct_MD, plan), plan)
 
@@ -260,7 +277,7 @@ def figures(shape: BlockStepShape, seconds: float) -> dict[str, float]:
 BENCHMARK = Benchmark(
     module="benchmarks.bench_block_step",
     shapes=_shapes(),
-    default_shapes={"cpu": ("*-cpu-1024-*",), "cuda": (f"*-{QWEN3_8B}-{QWEN3_8B_TOKENS[0]}-*",)},
+    default_shapes={"cpu": ("*-cpu-1024-*",), "cuda": (f"*-{QWEN3_8B}-{QWEN3_8B_TOKENS}-*",)},
     providers={name: Provider(lambda variant=variant: variant) for name, variant in VARIANTS.items()},
     prepare=prepare,
     setup=setup,

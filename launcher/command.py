@@ -340,21 +340,7 @@ def check_inputs(config: Config, reads_prompts: bool = False) -> None:
         for path in paths:
             if path not in (EMBEDDED, None) and not Path(path).is_file():
                 raise ConfigError(f"no such file; expected one below {Path.cwd()} or an absolute path", key=key, value=path)
-    if config.draft.init_from is not None and config.checkpoint.resume is False:
-        check_initial_draft(Path(config.draft.init_from))
     check_target(config)
-
-
-def check_initial_draft(folder: Path) -> None:
-    """Raise ConfigError if the folder of `draft.init_from` holds no weights."""
-    problem = None
-    if not folder.is_dir():
-        problem = "no such folder"
-    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        problem = "holds neither model.safetensors nor pytorch_model.bin"
-    if problem is not None:
-        advice = "expected the folder of an exported draft, such as output_dir/draft of a run"
-        raise ConfigError(f"{problem}; {advice}", key="draft.init_from", value=str(folder))
 
 
 def check_target(config: Config) -> None:

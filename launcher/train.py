@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.config.ds_config import accumulation_steps, compute_dtype, load_ds_config
 from engine.config.sections import DRAFT, Config, ConfigError
+from engine.host.weight_index import INDEX
 from launcher.command import (
     check_inputs,
     check_output,
@@ -32,6 +33,9 @@ from launcher.command import (
     with_store,
     write_embedded_corpus,
 )
+
+# Names of what holds the weights of a draft, or their index; EAGLE's authors publish the last one.
+DRAFT_WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,7 +58,21 @@ def check_files(config: Config) -> None:
         if folder is not None and not Path(folder).is_dir():
             problem = "no such folder; write one with launcher/capture_hidden_states.py"
             raise ConfigError(problem, key=key, value=folder)
+    if config.draft.init_from is not None and config.checkpoint.resume is False:
+        check_initial_draft(Path(config.draft.init_from))
     check_output(config)
+
+
+def check_initial_draft(folder: Path) -> None:
+    """Raise ConfigError if the folder of `draft.init_from` holds no weights under a name that is read."""
+    problem = None
+    if not folder.is_dir():
+        problem = "no such folder"
+    elif not any((folder / name).is_file() for name in DRAFT_WEIGHTS):
+        problem = f"holds none of {', '.join(DRAFT_WEIGHTS)}"
+    if problem is not None:
+        advice = "expected the folder of an exported draft, such as `draft` in the output_dir of a run"
+        raise ConfigError(f"{problem}; {advice}", key="draft.init_from", value=str(folder))
 
 
 def conversations_of(config: Config) -> tuple[str, ...]:

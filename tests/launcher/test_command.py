@@ -3,13 +3,10 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from engine.config.sections import CheckpointSection, Config, DraftSection
-from engine.config.strict import ConfigError
 from launcher import command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,18 +34,3 @@ def test_an_allocator_that_the_user_configured_stays_as_it_is(no_allocator, monk
     assert {key: os.environ.get(key) for key in command.ALLOCATOR_VARIABLES if key in os.environ} == {
         name: "max_split_size_mb:128"
     }
-
-
-def test_the_folder_of_an_initial_draft_must_hold_weights(tmp_path):
-    config = Config(draft=DraftSection(init_from=str(tmp_path)))
-    with pytest.raises(ConfigError, match=r"draft\.init_from = .*: holds neither model\.safetensors nor pytorch_model\.bin"):
-        command.check_inputs(config)
-    missing = replace(config, draft=DraftSection(init_from=str(tmp_path / "none")))
-    with pytest.raises(ConfigError, match=r"draft\.init_from = .*: no such folder"):
-        command.check_inputs(missing)
-    for name in ("model-00001-of-00002.safetensors", "pytorch_model.bin"):
-        file = tmp_path / name
-        file.touch()
-        command.check_inputs(config)
-        file.unlink()
-    command.check_inputs(replace(missing, checkpoint=CheckpointSection(resume=True)))  # a checkpoint has its own weights

@@ -14,7 +14,8 @@ from tests.distributed import launch
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = [sys.executable, "launcher/prepare_data.py"]
+SCRIPT = "launcher/prepare_data.py"
+COMMAND = [sys.executable, SCRIPT]
 OUTPUTS = {"train.jsonl", "held_out.jsonl", "report.json"}
 
 
@@ -101,12 +102,13 @@ def test_what_cannot_be_used_ends_with_one_line(overrides, problem, write, tmp_p
     out = tmp_path / "out"
     if not any(text.startswith("prepare.output_dir") for text in overrides):
         overrides = [*overrides, f"prepare.output_dir={out}"]
-    result = launch([COMMAND[1], *(text.format(file=file) for text in overrides)])
+    result = launch([SCRIPT, *(text.format(file=file) for text in overrides)])
     assert_one_line(result, problem)
     assert not out.exists()
 
 
 def test_a_set_that_cannot_be_reached_ends_with_one_line(command, tmp_path):
+    """In a process of its own: the hub's package reads at its import that there is no network."""
     out = tmp_path / "out"
     result = command("prepare.sources=gsm8k", f"prepare.output_dir={out}")
     assert_one_line(result, "gsm8k: cannot be read: Couldn't reach 'openai/gsm8k' on the Hub")

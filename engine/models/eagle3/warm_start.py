@@ -26,9 +26,10 @@ def start_from_draft(draft: Eagle3Draft, folder: Path, vocab_map: VocabMap) -> s
 
     Rows of the LM head are copied by the target's token: tokens that the other draft does not have
     keep their initial rows.
-    folder: holds model.safetensors, or several such files with their index, or pytorch_model.bin, and
-        config.json if there is one.
-    Raises ValueError if the other draft has other shapes, layers or auxiliary layers.
+    folder: holds model.safetensors, or the files that model.safetensors.index.json names, or
+        pytorch_model.bin; config.json is read if there is one.
+    Raises ValueError if weights are missing or damaged, or if the other draft has other shapes, layers
+    or auxiliary layers.
     """
     if draft.embed_projection is not None:
         problem = (
