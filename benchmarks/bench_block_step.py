@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen3Config
 
+from benchmarks.block_forward import BlockInputs, make_forward
 from benchmarks.harness import Benchmark, Place, Provider, main
-from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
+from engine.batch import PackedBatch
 from engine.config.recipe import load_config
 from engine.kernels import Kernels, choose_kernels
 from engine.models.block_drafter.backbone import BlockDraft, BlockLayer, LayerInputs, spread
@@ -34,7 +35,6 @@ from engine.models.block_drafter.block_method import BlockMethod
 from engine.models.block_drafter.block_rows import BlockPlan
 from engine.models.costs import StepPart
 from engine.models.method_registry import make_method
-from engine.models.vocab_map import VocabMap
 from engine.target.head import TargetHead
 from tests.recipes_configs import target_config
 
@@ -160,17 +160,6 @@ def _shapes() -> dict[str, BlockStepShape]:
 
 
 @dataclass(frozen=True)
-class OnlyHead:
-    """The part of a target that a block drafter's objective reads."""
-
-    head: TargetHead
-
-    def head_rows(self, target_ids_U: Tensor) -> TargetHead:
-        """Return the head of all tokens, which is what a block drafter asks for, without copying it."""
-        return self.head
-
-
-@dataclass(frozen=True)
 class StepTensors:
     """A draft's configuration, a target's head and hidden states, and a micro-batch, on the device."""
 
@@ -216,29 +205,21 @@ def setup(variant: Variant, tensors: StepTensors) -> Callable[[], object]:
 def make_step(variant: Variant, tensors: StepTensors) -> tuple[BlockDraft, Callable[[], Tensor]]:
     """Return a draft with random weights, and the forward pass of its step, which returns the loss."""
     shape = tensors.shape
-    place = tensors.place
-    device = place.device
     method = shape.method(variant.options)
     draft = _random_draft(method, tensors)
     if not variant.projects_mask_rows_once:
         draft.first_inputs = partial(_project_every_row, draft)
     if not variant.leaves_out_rows:
         draft.last_layer_rows = _every_row
-    objective = method.make_objective(OnlyHead(tensors.head), VocabMap.whole(shape.draft.vocab_size, device))
-    # A run computes these rows on the host while it reads data.
-    host_allowed_ST = method.allowed_rows(shape.batch)
-    slots_N = method.slots(host_allowed_ST).to(device)
-    allowed_ST = host_allowed_ST.to(device)
-
-    def micro_batch() -> MicroBatch:
-        last_hidden_ND = tensors.last_hidden_TD[slots_N]
-        stats = tensors.head.argmax_and_lse(last_hidden_ND) if method.needs_head_stats else (None, None)
-        target = TargetOutput(tensors.aux_TA, slots_N, last_hidden_ND, *stats)
-        return MicroBatch(tensors.batch, target, tensors.embed_TD, allowed_ST)
-
-    divisor = torch.as_tensor(objective.loss_share(micro_batch()), dtype=torch.float32, device=device)
-    norms = LossNorms(divisor, allowed_ST.sum(1).float())
-    return draft, lambda: objective(draft, micro_batch(), norms).loss
+    inputs = BlockInputs(
+        batch=tensors.batch,
+        allowed_ST=method.allowed_rows(shape.batch).to(tensors.place.device),
+        aux_TA=tensors.aux_TA,
+        last_hidden_TD=tensors.last_hidden_TD,
+        embed=lambda: tensors.embed_TD,
+    )
+    forward = make_forward(draft, method, tensors.head, inputs)
+    return draft, lambda: forward().loss
 
 
 def _random_draft(method: BlockMethod, tensors: StepTensors) -> BlockDraft:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from engine.config.ds_config import accumulation_steps, compute_dtype, load_ds_config
 from engine.config.sections import DRAFT, Config, ConfigError
-from engine.host.weight_index import INDEX
+from engine.host.weight_index import INDEX, PICKLED, SINGLE
 from launcher.command import (
     check_inputs,
     check_output,
@@ -35,7 +35,7 @@ from launcher.command import (
 )
 
 # Names of what holds the weights of a draft, or their index; EAGLE's authors publish the last one.
-DRAFT_WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")
+DRAFT_WEIGHTS = (SINGLE, INDEX, PICKLED)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,15 +1,15 @@
 """Process that runs DraftSpeed's side of a comparison of block drafters; see side_process.py."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.block_forward import BlockInputs, make_forward
 from benchmarks.peers.block_task import NORM_EPS, ROPE_THETA, BlockTask, BlockTaskTensors
 from benchmarks.peers.side_process import read_command_line, serve
-from engine.batch import LossNorms, MicroBatch, PackedBatch, TargetOutput
+from engine.batch import PackedBatch
 from engine.config.block_sections import BlockSection, ObjectiveSection
 from engine.config.sections import Config, DataSection, DraftSection
 from engine.host.freed_memory import keep_freed_memory
@@ -17,21 +17,7 @@ from engine.kernels import choose_kernels
 from engine.models.block_drafter.backbone import BlockDraft
 from engine.models.block_drafter.block_method import BlockMethod
 from engine.models.method_registry import make_method
-from engine.models.vocab_map import VocabMap
-from engine.target.embedding import TargetEmbedding
 from engine.target.head import TargetHead
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Embedding and head of the target."""
-
-    embedding: TargetEmbedding
-    head: TargetHead
-
-    def head_rows(self, target_ids_U: Tensor) -> TargetHead:
-        """Return the head of all tokens, which is what a block drafter asks for; without a copy."""
-        return self.head
 
 
 def method_of(task: BlockTask) -> BlockMethod:
@@ -92,31 +78,25 @@ def make_step(task: BlockTask) -> tuple[BlockDraft, Callable[[], tuple[Tensor, T
     tensors = task.tensors()
     method = method_of(task)
     draft = make_draft(task, tensors, method)
-    head = TargetHead(tensors.head_VD)
-    vocab_map = VocabMap.whole(task.vocab_size, task.device)
-    objective = method.make_objective(Tables(TargetEmbedding(tensors.embed_VD), head), vocab_map)
     cu_seqlens = torch.tensor([0, task.num_tokens], dtype=torch.int32, device=task.device)
     mask_T = torch.ones_like(tensors.input_ids_T, dtype=torch.bool)
     batch = PackedBatch(tensors.input_ids_T, mask_T, cu_seqlens)
 
-    # A run finds these on the host while it reads data: the rows of the drawn anchors, and their slots.
-    # Row `(t, i)` belongs to the anchor `t + 1`.
+    # The rows of the drawn anchors. Row `(t, i)` belongs to the anchor `t + 1`.
     allowed_ST = torch.zeros(task.num_predictions, task.num_tokens, dtype=torch.bool, device=task.device)
     allowed_ST[:, tensors.anchor_N - 1] = True
-    slots_N = method.slots(allowed_ST).to(task.device)
-
-    def micro_batch() -> MicroBatch:
-        last_hidden_ND = tensors.last_hidden_TD[slots_N]
-        stats = head.argmax_and_lse(last_hidden_ND) if method.needs_head_stats else (None, None)
-        target = TargetOutput(tensors.aux_TA, slots_N, last_hidden_ND, *stats)
-        return MicroBatch(batch, target, tensors.embed_VD[batch.input_ids_T], allowed_ST)
-
-    divisor = torch.as_tensor(objective.loss_share(micro_batch()), dtype=torch.float32, device=task.device)
-    norms = LossNorms(divisor, allowed_ST.sum(1).float())
+    inputs = BlockInputs(
+        batch=batch,
+        allowed_ST=allowed_ST,
+        aux_TA=tensors.aux_TA,
+        last_hidden_TD=tensors.last_hidden_TD,
+        embed=lambda: tensors.embed_VD[batch.input_ids_T],
+    )
+    compute = make_forward(draft, method, TargetHead(tensors.head_VD), inputs)
 
     def forward() -> tuple[Tensor, Tensor]:
-        output = objective(draft, micro_batch(), norms)
-        return output.loss, output.loss.detach()[None]
+        loss = compute().loss
+        return loss, loss.detach()[None]
 
     return draft, forward
 

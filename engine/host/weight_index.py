@@ -1,8 +1,10 @@
-"""The index of a checkpoint whose tensors are in several files."""
+"""Names of the files of a checkpoint's weights, and the index of one whose tensors are in several files."""
 
 import json
 from pathlib import Path, PurePosixPath
 
+SINGLE = "model.safetensors"
+PICKLED = "pytorch_model.bin"
 INDEX = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs"
 SHOWN = 20

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from engine.config.strict import parse_json, read_text
 from engine.host.files import write_json, write_tensors, write_whole, writing
-from engine.host.weight_index import FETCH_AGAIN, INDEX, read_index
+from engine.host.weight_index import FETCH_AGAIN, INDEX, SINGLE, read_index
 from engine.models.vocab_map import VocabMap
 
-WEIGHTS = "model.safetensors"
+WEIGHTS = SINGLE
 CARD = "README.md"  # the model card, which need not exist
 CONFIG = "config.json"
 VOCAB = "vocab_map.safetensors"

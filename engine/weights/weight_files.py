@@ -9,11 +9,9 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from engine.host.weight_index import FETCH_AGAIN, INDEX, LFS_POINTER, SHOWN, read_index, refuse_pointer
+from engine.host.weight_index import FETCH_AGAIN, INDEX, LFS_POINTER, PICKLED, SHOWN, SINGLE, read_index, refuse_pointer
 
-SINGLE = "model.safetensors"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
-PICKLED = "pytorch_model.bin"
 LENGTH_BYTES = 8  # a safetensors file starts with the length of its header, in this many bytes
 METADATA = "__metadata__"
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from engine.config.strict import parse_json, read_text
+from engine.host.weight_index import PICKLED
 from engine.models.draft_folder import CONFIG, WEIGHTS, has_safetensors, read_draft_weights
 from engine.models.eagle3.draft import Eagle3Draft
 from engine.models.eagle3.draft_config import MUST_BE_FALSE, check_architecture, exported_aux_layers
 from engine.models.eagle3.export import without_norm_copies
 from engine.models.vocab_map import VocabMap
 
-PICKLED = "pytorch_model.bin"  # as the official EAGLE repository publishes drafts
 # Facts that two drafts must share although their weights have the same shapes.
 SAME = ("head_dim", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "hidden_act", "norm_output")
 PREFIXES = ("module.", "model.", "draft_model.")  # that other programs put before names
